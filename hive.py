@@ -1,0 +1,4044 @@
+#!/usr/bin/env python3
+"""hive: messages between AI agents on several machines, and the work that needs no agent.
+
+A daemon runs on each machine.  They meet at an MQTT broker and send each other small JSON
+envelopes.  What a script can do is done by an executable in hive-daemon.d/, at no cost in
+tokens; only what needs judgment wakes an agent.
+"""
+
+# The map, for readers.  A section uses only what stands above it.
+#
+#   words   Errors     what a user can act on, and the exit code it ends in
+#           Channels   the kinds of message, and what a node does with each, as one table
+#           Envelope   one message: parse, check, encode, reply
+#           Topics     the only place where a topic is put together or taken apart
+#           Config     every key once; TOML in, frozen dataclasses out
+#   rules   Roster     who is alive, who has just been lost, whose turn it is to say so
+#           Memory     answers that somebody waits for, faults already complained about
+#           Routing    decide(...) -> Step: what should happen, not how
+#   hands   Log        a line for each event
+#           Loop       files, deadlines and signals on one selector; knows no message
+#           Process    one child: bytes in, outcome out, always by a deadline
+#           Handlers   which executables there are, and the contract with them
+#           Agent      the OpenClaw command line, one call at a time, tried again
+#           Journal    what must not be forgotten, on disk
+#           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
+#   node    Node       wires the above; owns all state that changes
+#   doors   Client     one question from the shell: publish, wait, collect
+#           Output     rows to a table or to JSON; returns strings
+#           Commands   one function for each subcommand, its options beside it
+#           Main       arguments in, exit code out
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import heapq
+import itertools
+import json
+import os
+import random
+import re
+import selectors
+import signal
+import socket
+import stat
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum, IntEnum
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol, Self, assert_never
+
+if TYPE_CHECKING:
+    import subprocess
+    from ssl import SSLSocket
+
+    import paho.mqtt.client as mqtt
+
+__version__ = "0.1.0"
+
+KIB = 1024
+
+# ---- Errors: what a user can act on ------------------------------------------------------
+#
+# Only Main prints them, as one line on stderr.  Knows nothing else of this file.
+
+
+class Exit(IntEnum):
+    """What a command ends with."""
+
+    DONE = 0
+    REFUSED = 1  # the other side said no
+    USAGE = 2  # wrong arguments or configuration
+    BROKER = 3  # not reachable, or it refused; or the node's name is taken
+    SILENCE = 4  # no answer in time
+    INTERRUPTED = 128 + signal.SIGINT
+
+
+class HiveError(Exception):
+    """A fault that a person can mend; its text is the one line that they read."""
+
+    exit = Exit.REFUSED
+
+
+class UsageError(HiveError):
+    """The command line asks for something that cannot be."""
+
+    exit = Exit.USAGE
+
+
+class ConfigError(UsageError):
+    """A key of hive.toml, or the file itself, is wrong."""
+
+
+class EnvelopeError(UsageError):
+    """These bytes are no envelope; names the field and what it held."""
+
+
+class BrokerError(HiveError):
+    """The broker is not reachable, or refused us."""
+
+    exit = Exit.BROKER
+
+
+class SilenceError(HiveError):
+    """Nobody answered in time."""
+
+    exit = Exit.SILENCE
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Show a value that a user or a peer gave: quoted, in ASCII, cut to `limit` characters."""
+    if isinstance(value, str | bytes):
+        value = value[: limit + 1]
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # nested too deep; an int of more than 4300 digits
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def reason_of(error: BaseException) -> str:
+    """Say why, without errno numbers and class names where the system has words for it."""
+    strerror = getattr(error, "strerror", None)
+    return str(strerror or error or type(error).__name__)
+
+
+# ---- Channels: the kinds of message ------------------------------------------------------
+#
+# The one table of what a node does with each kind.  Does not know how any of it is done.
+
+
+class Wake(Enum):
+    """When a message of a channel wakes the agent."""
+
+    IF_UNHANDLED = "unless a handler took it"
+    IF_ASKED_OR_URGENT = "if its action has no handler, or it is urgent"
+    IF_URGENT = "if it is urgent"
+    UNLESS_AWAITED = "unless somebody waits for it"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """One kind of message: what it is for, and what a node does with it."""
+
+    name: str
+    meaning: str
+    handler: bool  # its action may run a handler, and then it is answered
+    wake: Wake
+    mode_now: bool = False  # wakes at once, whatever its urgency says
+
+
+CHANNELS = {
+    channel.name: channel
+    for channel in (
+        Channel("command", "do something", True, Wake.IF_UNHANDLED),
+        Channel("response", "the answer to a message", False, Wake.UNLESS_AWAITED),
+        Channel("sync", "something changed, take it over", True, Wake.IF_ASKED_OR_URGENT),
+        Channel("heartbeat", "this node is alive", False, Wake.NEVER),
+        Channel("status", "this node changed state", False, Wake.IF_URGENT),
+        Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
+    )
+}
+URGENCIES = ("now", "later")
+
+# ---- Envelope: one message ---------------------------------------------------------------
+#
+# Whatever bytes arrive, parse ends in an Envelope or in one EnvelopeError.  Wire spellings
+# (`from`, `replyTo`) live here and nowhere else.  Knows no topic and no node.
+
+PROTOCOL_VERSION = 1
+MAX_TEXT = 256 * KIB  # bytes of UTF-8
+MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixfold in JSON
+MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
+MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
+
+MAX_NESTING = 32  # levels of a field that we don't know
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+EVERYONE = "all"
+RESERVED = (EVERYONE, "meta")
+
+
+def name(value: object) -> str:
+    """A name: 1 to 63 letters, digits, ._- and no reserved word."""
+    if not isinstance(value, str) or not NAME.fullmatch(value) or value in RESERVED:
+        raise ValueError("a name is 1 to 63 of A-Za-z0-9._- , not 'all' or 'meta'")
+    return value
+
+
+def recipient(value: object) -> str:
+    """A name, or `all`."""
+    return EVERYONE if value == EVERYONE else name(value)
+
+
+def action_name(value: object) -> str:
+    """The name of a handler: the characters of a name, no word is reserved."""
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        raise ValueError("an action is 1 to 63 of A-Za-z0-9._-")
+    return value
+
+
+def identifier(value: object) -> str:
+    """A message id: 1 to 64 of A-Za-z0-9._:-"""
+    if not isinstance(value, str) or not ID.fullmatch(value):
+        raise ValueError("an id is 1 to 64 of A-Za-z0-9._:-")
+    return value
+
+
+def channel_name(value: object) -> str:
+    """One of the six channels."""
+    if not isinstance(value, str) or value not in CHANNELS:
+        raise ValueError(f"a channel is one of {', '.join(CHANNELS)}")
+    return value
+
+
+def urgency_name(value: object) -> str:
+    """`now` or `later`."""
+    if not isinstance(value, str) or value not in URGENCIES:
+        raise ValueError(f"an urgency is {' or '.join(URGENCIES)}")
+    return value
+
+
+def message_text(value: object) -> str:
+    """Not empty, at most 256 KiB of UTF-8."""
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text is a string that is not empty")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise ValueError("a text must be Unicode (no lone surrogates)") from None
+    if size > MAX_TEXT:
+        raise ValueError(f"a text has at most {MAX_TEXT // KIB} KiB, this has {size // KIB} KiB")
+    return value
+
+
+def whole(value: object, low: int, high: int, hint: str) -> int:
+    """An int in a range; a float is truncated, a bool refused."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected {hint}")
+    if not low <= value <= high:  # false for NaN and infinity too
+        raise ValueError(f"expected {hint}")
+    return int(value)
+
+
+def timestamp(value: object) -> int:
+    """Unix seconds."""
+    return whole(value, 1, MAX_TS, "Unix seconds (not milliseconds) above 0")
+
+
+def time_to_live(value: object) -> int:
+    """Seconds until a message is stale; 0: never."""
+    return whole(value, 0, MAX_TTL, f"seconds from 0 to {MAX_TTL}")
+
+
+def wire_version(value: object) -> int:
+    """The protocol's version."""
+    if type(value) is not int or value != PROTOCOL_VERSION:
+        raise ValueError(f"this hive speaks version {PROTOCOL_VERSION}")
+    return value
+
+
+def wire(check: Callable[[Any], Any], key: str = "", **default: Any) -> Any:
+    """One field of the envelope: its check, and its spelling on the wire."""
+    return field(**default, metadata={"check": check, "key": key})
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """One message between nodes (protocol, "Envelope")."""
+
+    v: int = wire(wire_version)
+    id: str = wire(identifier)
+    ts: int = wire(timestamp)
+    sender: str = wire(name, "from")
+    to: str = wire(recipient)
+    ch: str = wire(channel_name)
+    urgency: str = wire(urgency_name)
+    text: str = wire(message_text)
+    corr: str | None = wire(identifier, default=None)
+    reply_to: str | None = wire(identifier, "replyTo", default=None)
+    ttl: int | None = wire(time_to_live, default=None)
+    action: str | None = wire(action_name, default=None)
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)  # fields that we don't know
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Self:
+        """Read an envelope, or raise EnvelopeError."""
+        if len(payload) > MAX_PAYLOAD:
+            raise EnvelopeError(f"payload: {len(payload)} bytes, the limit is {MAX_PAYLOAD}")
+        try:
+            document = json.loads(payload.decode())
+        except UnicodeDecodeError:
+            raise EnvelopeError(f"payload: not UTF-8: {shown(payload)}") from None
+        except (ValueError, RecursionError):
+            raise EnvelopeError(f"payload: not JSON: {shown(payload)}") from None
+        if not isinstance(document, dict):
+            raise EnvelopeError(f"payload: not a JSON object: {shown(document)}")
+        return cls.check(document)
+
+    @classmethod
+    def check(cls, document: Mapping[str, Any]) -> Self:
+        """Make an envelope from a JSON object, or raise EnvelopeError."""
+        rest = dict(document)
+        values: dict[str, Any] = {}
+        for attribute, key, required, check in WIRE_FIELDS:
+            value = rest.pop(key, None)
+            if value is None:
+                if required:
+                    missing = "null" if key in document else "missing"
+                    raise EnvelopeError(f"{key}: {missing}")
+                continue
+            try:
+                values[attribute] = check(value)
+            except ValueError as error:
+                raise EnvelopeError(f"{key}: {shown(value)}: {error}") from None
+        for key, value in rest.items():
+            if not portable({key: value}):
+                raise EnvelopeError(f"{shown(key)}: not Unicode, or nested too deep")
+        return cls(**values, extra=rest)
+
+    @classmethod
+    def new(
+        cls,
+        sender: str,
+        to: str,
+        ch: str,
+        text: str,
+        *,
+        id: str = "",
+        now: float = 0.0,
+        **more: Any,
+    ) -> Self:
+        """Make a new envelope; id and time are given unless they are handed in."""
+        document = {key: more.get(attribute) for attribute, key, *_ in WIRE_FIELDS}
+        document |= {"v": PROTOCOL_VERSION, "from": sender, "to": to, "ch": ch, "text": text}
+        document |= {"id": id or new_id(), "ts": int(now or time.time())}
+        document["urgency"] = more.get("urgency") or "now"
+        return cls.check(document)
+
+    def reply(self, sender: str, text: str, *, ch: str = "response", **more: Any) -> Envelope:
+        """Make the answer to this envelope: corr and replyTo come from it."""
+        more = {"corr": self.exchange, "reply_to": self.id, **more}
+        return Envelope.new(sender, self.sender, ch, text, **more)
+
+    @property
+    def exchange(self) -> str:
+        """The id of the message that began the exchange."""
+        return self.corr or self.id
+
+    @property
+    def urgent(self) -> bool:
+        return self.urgency == "now"
+
+    def document(self) -> dict[str, Any]:
+        """Give the JSON object that goes over the wire; absent fields are left out."""
+        known = {key: getattr(self, attribute) for attribute, key, *_ in WIRE_FIELDS}
+        return {key: value for key, value in known.items() if value is not None} | dict(self.extra)
+
+    def encode(self) -> bytes:
+        """Give the bytes that go over the wire: one line of JSON."""
+        return encode_json(self.document())
+
+    def stale(self, now: float) -> bool:
+        """Is its time to live over, by the wall clock?"""
+        return bool(self.ttl) and now > self.ts + (self.ttl or 0)
+
+
+# (attribute, key on the wire, required, check) for each field that the protocol knows
+WIRE_FIELDS = tuple(
+    (
+        f.name,
+        f.metadata["key"] or f.name,
+        f.name not in ("corr", "reply_to", "ttl", "action"),
+        f.metadata["check"],
+    )
+    for f in fields(Envelope)
+    if f.metadata
+)
+
+
+def portable(value: object, levels: int = MAX_NESTING) -> bool:
+    """Can this JSON value be handed on: Unicode throughout, and not nested too deep?"""
+    if isinstance(value, str):
+        return not LONE_SURROGATE.search(value)
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return levels > 0 and all(portable(item, levels - 1) for item in value)
+    return True
+
+
+def new_id() -> str:
+    """A new UUID (RFC 9562, version 4)."""
+    import uuid
+
+    return str(uuid.uuid4())
+
+
+def encode_json(document: object) -> bytes:
+    """One line of compact JSON in UTF-8."""
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def read_json_object(payload: bytes | str) -> dict[str, Any] | None:
+    """Give a peer's JSON object, or None for anything else at all."""
+    try:
+        document = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+# ---- Topics: where messages go -----------------------------------------------------------
+#
+# The only place where a topic is put together or taken apart.  Does not know who publishes.
+
+
+def topic_prefix(value: object) -> str:
+    """A topic prefix: levels of letters, digits and ._- , joined by slashes."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", value):
+        raise ValueError("a prefix is levels of A-Za-z0-9._- joined by '/'")
+    if len(value) > 200:
+        raise ValueError("a prefix has at most 200 characters")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """The topics of one hive (protocol, "Topics")."""
+
+    prefix: str
+
+    def of(self, envelope: Envelope) -> str:
+        return f"{self.prefix}/{envelope.to}/{envelope.ch}"
+
+    def to(self, recipient: str, ch: str = "+") -> str:
+        return f"{self.prefix}/{recipient}/{ch}"
+
+    def meta(self, name: str, document: str) -> str:
+        """Where a state (`state`), a roster (`roster`) or an action's latest result is kept."""
+        return f"{self.prefix}/meta/{name}/{document}"
+
+    def private(self, name: str, token: str) -> str:
+        """A topic below a node's own name that no daemon subscribes to."""
+        return f"{self.prefix}/{name}/response/{token}"
+
+    def meta_of(self, topic: str) -> tuple[str, str] | None:
+        """The (name, document) of a meta topic, None for any other."""
+        levels = topic.removeprefix(self.prefix + "/").split("/")
+        return (levels[1], levels[2]) if len(levels) == 3 and levels[0] == "meta" else None
+
+
+# ---- Config: every key once --------------------------------------------------------------
+#
+# A key is a field with a kind and a line of help; parser, checks, the printed configuration,
+# the example file and the command line's overrides read it from there.  The kinds raise
+# ValueError.  Reads one file, once.
+
+
+def text(value: object) -> str:
+    """a string"""
+    if not isinstance(value, str) or "\0" in value or LONE_SURROGATE.search(value):
+        raise ValueError
+    return value
+
+
+def secret(value: object) -> str:
+    """a string that is never shown"""
+    return text(value)
+
+
+def boolean(value: object) -> bool:
+    """true or false"""
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def number(value: object) -> float:
+    """a number"""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    with contextlib.suppress(OverflowError):
+        return float(value)
+    raise ValueError
+
+
+def seconds(value: object) -> float:
+    """seconds, above 0 and at most a year"""
+    given = number(value)
+    if not 0 < given <= 366 * 86400:
+        raise ValueError
+    return given
+
+
+def count(value: object) -> int:
+    """a whole number from 1 to 10000"""
+    given = number(value)
+    if not (1 <= given <= 10_000 and given == int(given)):
+        raise ValueError
+    return int(given)
+
+
+def port(value: object) -> int:
+    """a port number from 1 to 65535"""
+    given = number(value)
+    if not (1 <= given <= 65535 and given == int(given)):
+        raise ValueError
+    return int(given)
+
+
+def keepalive(value: object) -> int:
+    """whole seconds from 5 to 65535"""
+    given = number(value)
+    if not (5 <= given <= 65535 and given == int(given)):
+        raise ValueError
+    return int(given)
+
+
+def path(value: object) -> Path:
+    """a path, ~ is your home, relative to the folder of hive.toml"""
+    if not text(value):
+        raise ValueError
+    return Path(os.path.expanduser(text(value)))
+
+
+def program(value: object) -> tuple[str, ...]:
+    """a program, or a list of it and its first arguments"""
+    words = tuple(text(word) for word in (value if isinstance(value, list) else [value]))
+    if not words or not words[0].strip():
+        raise ValueError
+    return (os.path.expanduser(words[0].strip()), *words[1:])
+
+
+def choice(*allowed: str) -> Callable[[object], str]:
+    """Make the kind that takes one of a few words."""
+
+    def kind(value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError
+        return value
+
+    kind.__doc__ = " or ".join(f'"{word}"' for word in allowed)
+    return kind
+
+
+def short_host_name() -> str:
+    """This machine's name up to the first dot, made fit to be a node's name."""
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().partition(".")[0]).lstrip("._-")[
+        :63
+    ]
+    try:
+        return name(label)
+    except ValueError:
+        return "node"
+
+
+def key(default: Any, kind: Callable[[Any], Any], help: str, example: Any = None) -> Any:
+    """One key of hive.toml: its default, the kind of value it takes, its line of help.
+
+    `example` is what the example file shows where there is no default.
+    """
+    return field(default=default, metadata={"kind": kind, "help": help, "example": example})
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table of hive.toml."""
+
+    @classmethod
+    def read(cls, said: object, where: str, base: Path | None = None) -> Self:
+        """Make one from parsed TOML, or name the key that is wrong.
+
+        Relative paths are resolved against `base`.
+        """
+        if not isinstance(said, dict):
+            raise ConfigError(f"{where} = {shown(said)}: expected a table, as in [{where}]")
+        keys = {f.name: f for f in fields(cls)}
+        values = {}
+        for key, value in said.items():
+            if key not in keys:
+                raise ConfigError(unknown_key(key, value, keys, where))
+            kind = keys[key].metadata["kind"]
+            try:
+                values[key] = kind(value)
+            except (TypeError, ValueError):
+                what = "the value" if kind is secret else shown(value)
+                raise ConfigError(f"{where}.{key}: {what} is not {kind.__doc__}") from None
+            if isinstance(values[key], Path) and base:
+                values[key] = base / values[key]
+        if "name" in keys and not values.get("name"):
+            raise ConfigError(f'{where}.name: missing; give it one, as in name = "main"')
+        return cls(**values)
+
+
+def unknown_key(key: str, value: object, known: Iterable[str], where: str) -> str:
+    """Say which key is unknown and which one is nearest; its value may be a secret."""
+    import difflib
+
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    veiled = (
+        "…" if re.search("pass|token|secret|key", key) or near == ["password"] else shown(value)
+    )
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"{where}.{shown(key)[1:-1]} = {veiled}: no such key; {hint}".removeprefix(".")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig(Table):
+    """This node, and what it may do by itself."""
+
+    id: str = key("", name, "this node's name; without it the short host name", "alpha")
+    topic_prefix: str = key("hive", topic_prefix, "what every topic of this hive begins with")
+    handler_dir: Path | None = key(
+        None, path, "handlers; else those beside this file or hive.py", "hive-daemon.d"
+    )
+    handler_timeout: float = key(30.0, seconds, "seconds until a handler is ended")
+    handler_workers: int = key(4, count, "handlers that may run at once")
+    state_dir: Path | None = key(
+        None, path, "what outlives a restart; else ~/.local/state/hive/NODE", "state"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class MqttConfig(Table):
+    """The broker where the nodes meet."""
+
+    host: str = key("localhost", text, "the broker's host name or address")
+    port: int = key(1883, port, "its port (8883 is usual with TLS)")
+    username: str | None = key(None, text, "who we are to the broker", "alpha")
+    password: str | None = key(None, secret, "better in password_file, or keep this file 0600", "…")
+    password_file: Path | None = key(
+        None, path, "a file with the password in its first line", "mqtt-password"
+    )
+    keepalive: int = key(30, keepalive, "seconds until a silent connection is checked")
+    protocol: str = key(
+        "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused"
+    )
+    tls: bool = key(False, boolean, "encrypt, and check the broker's certificate and name")
+    ca_file: Path | None = key(
+        None, path, "who signs the broker's certificate; else the system's list", "ca.pem"
+    )
+    cert_file: Path | None = key(
+        None, path, "this node's certificate, where the broker asks for one", "node.pem"
+    )
+    key_file: Path | None = key(None, path, "and its private key", "node.key")
+
+    @property
+    def address(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatConfig(Table):
+    """How this node shows that it is alive."""
+
+    interval: float = key(5.0, seconds, "seconds between heartbeats")
+    miss_threshold: int = key(3, count, "heartbeats a peer may miss before it counts as lost")
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceConfig(Table):
+    """An agent on this machine: one OpenClaw gateway.  Repeat the table for each."""
+
+    name: str = key("", name, "its name; messages can be sent to it as to a node", "main")
+    profile: str | None = key(
+        None, text, "the OpenClaw profile, as in openclaw --profile work", "work"
+    )
+    port: int | None = key(None, port, "the gateway's port, if not the profile's own", 18789)
+    openclaw_cmd: tuple[str, ...] = key(("openclaw",), program, "the OpenClaw command")
+    token: str | None = key(None, secret, "the gateway's token, if not the profile's own", "…")
+    session_key: str | None = key(
+        None, text, "wake this session instead of the main one", "agent:main:main"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerConfig(Table):
+    """What is different for one handler; the table is named after its action."""
+
+    timeout: float | None = key(None, seconds, "seconds until it is ended", 120.0)
+    workers: int = key(1, count, "how many of it may run at once")
+
+
+@dataclass(frozen=True, slots=True)
+class LoggingConfig(Table):
+    """The log, on stderr."""
+
+    level: str = key(
+        "info", choice("debug", "info", "warning", "error"), "the least that is logged"
+    )
+    format: str = key("text", choice("text", "json"), "key=value, or one JSON object a line")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole of hive.toml, and where it came from."""
+
+    node: NodeConfig
+    mqtt: MqttConfig = MqttConfig()
+    heartbeat: HeartbeatConfig = HeartbeatConfig()
+    oc_instances: tuple[InstanceConfig, ...] = ()
+    handlers: Mapping[str, HandlerConfig] = field(default_factory=dict)
+    logging: LoggingConfig = LoggingConfig()
+    source: Path | None = None  # None: no file, the defaults hold
+    origin: Mapping[str, str] = field(default_factory=dict)  # "mqtt.port": who set it
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def topics(self) -> Topics:
+        return Topics(self.node.topic_prefix)
+
+    @property
+    def agents(self) -> Mapping[str, InstanceConfig]:
+        return {instance.name: instance for instance in self.oc_instances}
+
+    @property
+    def handler_dir(self) -> Path:
+        home = (self.source or Path(__file__)).resolve().parent
+        return self.node.handler_dir or home / "hive-daemon.d"
+
+    @property
+    def state_dir(self) -> Path:
+        if self.node.state_dir:
+            return self.node.state_dir
+        if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
+            return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
+        home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+        return Path(home) / "hive" / self.node.id
+
+
+SINGLE_TABLES: Mapping[str, type[Table]] = {
+    "node": NodeConfig,
+    "mqtt": MqttConfig,
+    "heartbeat": HeartbeatConfig,
+    "logging": LoggingConfig,
+}
+ALL_TABLES: Mapping[str, type[Table]] = {
+    "node": NodeConfig,
+    "mqtt": MqttConfig,
+    "heartbeat": HeartbeatConfig,
+    "[oc_instances]": InstanceConfig,
+    "handlers.NAME": HandlerConfig,
+    "logging": LoggingConfig,
+}
+
+
+def find_config(explicit: str | None) -> Path | None:
+    """Where the configuration is; None if there is none.  One that is named must exist."""
+    for named, by in ((explicit, "--config"), (os.environ.get("HIVE_CONFIG"), "$HIVE_CONFIG")):
+        if named:
+            if not os.path.isfile(os.path.expanduser(named)):
+                raise ConfigError(f"{shown(named)}: no such file (named by {by})")
+            return Path(os.path.expanduser(named))
+    for place in ("hive.toml", "~/.config/hive/hive.toml", "/etc/hive/hive.toml"):
+        candidate = Path(os.path.expanduser(place))
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def load_config(explicit: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read hive.toml; `overrides` ("mqtt.port": value) come from the command line.
+
+    Raises ConfigError, which names file, key, value and the nearest known key.
+    """
+    source = find_config(explicit)
+    document: dict[str, Any] = {}
+    try:
+        if source:
+            document = read_toml(source)
+        return make_config(document, source, overrides or {})
+    except ConfigError as error:
+        raise ConfigError(f"{source or 'configuration'}: {error}") from None
+
+
+def read_toml(source: Path) -> dict[str, Any]:
+    """Read a TOML file that this user may trust, or raise ConfigError."""
+    import tomllib
+
+    try:
+        with source.open("rb") as file:
+            if os.fstat(file.fileno()).st_uid not in (0, os.geteuid()):
+                raise ConfigError(
+                    "belongs to another user; a configuration may name programs to run"
+                )
+            return tomllib.loads(file.read().decode())
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {reason_of(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 at byte {error.start}") from None
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise ConfigError(f"not TOML: {shown(str(error), 100)[1:-1]}") from None
+    except RecursionError:
+        raise ConfigError("not TOML: nested too deep") from None
+
+
+def make_config(
+    document: Mapping[str, Any], source: Path | None, overrides: Mapping[str, Any]
+) -> Config:
+    """Check parsed TOML and make the configuration of it, or raise ConfigError."""
+    known = [*SINGLE_TABLES, "oc_instances", "handlers"]
+    for key, value in document.items():
+        if key not in known:
+            raise ConfigError(unknown_key(key, value, known, ""))
+    base = source.resolve().parent if source else None
+    tables: dict[str, Any] = {
+        name: table.read(document.get(name, {}), name, base)
+        for name, table in SINGLE_TABLES.items()
+    }
+    origin = {
+        f"{name}.{key}": str(source) for name in SINGLE_TABLES for key in document.get(name, {})
+    }
+    for dotted, value in overrides.items():
+        table, _, key = dotted.partition(".")
+        tables[table] = replace(tables[table], **{key: value})
+        origin[dotted] = "the command line"
+    if not tables["node"].id:
+        tables["node"] = replace(tables["node"], id=short_host_name())
+        origin["node.id"] = "this machine's name"
+    tables["mqtt"] = read_password(tables["mqtt"])
+    config = Config(
+        **tables,
+        oc_instances=read_instances(document.get("oc_instances", []), base),
+        handlers=read_handlers(document.get("handlers", {}), base),
+        source=source,
+        origin=origin,
+    )
+    return replace(config, warnings=tuple(exposed_secrets(config)))
+
+
+def read_instances(said: object, base: Path | None) -> tuple[InstanceConfig, ...]:
+    """Read [[oc_instances]]; their names are addresses, so no two may be alike."""
+    if not isinstance(said, list):
+        raise ConfigError(
+            f"oc_instances = {shown(said)}: expected [[oc_instances]], twice bracketed"
+        )
+    made = tuple(InstanceConfig.read(one, f"oc_instances[{i}]", base) for i, one in enumerate(said))
+    names = [instance.name for instance in made]
+    for i, twice in enumerate(names):
+        if twice in names[:i]:
+            raise ConfigError(f"oc_instances[{i}].name: {shown(twice)} is taken already")
+    return made
+
+
+def read_handlers(said: object, base: Path | None) -> dict[str, HandlerConfig]:
+    """Read [handlers.NAME]."""
+    if not isinstance(said, dict):
+        raise ConfigError(f"handlers = {shown(said)}: expected tables, as in [handlers.git-sync]")
+    for action in said:
+        try:
+            action_name(action)
+        except ValueError as error:
+            raise ConfigError(f"handlers.{shown(action)[1:-1]}: {error}") from None
+    return {
+        action: HandlerConfig.read(one, f"handlers.{action}", base) for action, one in said.items()
+    }
+
+
+def read_password(mqtt: MqttConfig) -> MqttConfig:
+    """Take the password from its file, where it is in one; check what belongs together."""
+    if mqtt.password is not None and mqtt.password_file:
+        raise ConfigError("mqtt.password_file: password is set as well; keep one of the two")
+    if bool(mqtt.cert_file) != bool(mqtt.key_file):
+        raise ConfigError("mqtt.cert_file and mqtt.key_file: one is of no use without the other")
+    if not mqtt.password_file:
+        return mqtt
+    try:
+        lines = mqtt.password_file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"mqtt.password_file: {mqtt.password_file}: not UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"mqtt.password_file: {mqtt.password_file}: {reason_of(error)}") from None
+    if not lines or not lines[0]:
+        raise ConfigError(f"mqtt.password_file: {mqtt.password_file}: its first line is empty")
+    return replace(mqtt, password=lines[0])
+
+
+def exposed_secrets(config: Config) -> Iterator[str]:
+    """Warn of files that hold a secret and that others may read."""
+    in_file = config.mqtt.password is not None and not config.mqtt.password_file
+    in_file = in_file or any(instance.token for instance in config.oc_instances)
+    for file in (
+        config.source if in_file else None,
+        config.mqtt.password_file,
+        config.mqtt.key_file,
+    ):
+        with contextlib.suppress(OSError):
+            if file and file.stat().st_mode & 0o077:
+                yield f"{file}: holds a secret and others may read it; try: chmod 600 {file}"
+
+
+def toml_value(value: object) -> str:
+    """Write a value as TOML; a JSON string is a TOML string too."""
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, tuple):
+        value = value[0] if len(value) == 1 else list(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def example_config() -> str:
+    """A commented hive.toml, made from the declarations."""
+    lines = ["# hive.toml: every key, with its default or an example.  Uncomment what you change."]
+    for title, table in ALL_TABLES.items():
+        lines += [
+            "",
+            *(f"# {line.strip()}" for line in (table.__doc__ or "").splitlines() if line.strip()),
+        ]
+        lines.append(f"[{title}]" if title in SINGLE_TABLES else f"# [{title}]")
+        for f in fields(table):
+            shown = f.metadata["example"] if f.default in (None, "") else f.default
+            lines.append(f"# {f.name} = {toml_value(shown)}".ljust(40) + f"# {f.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def effective_config(config: Config) -> str:
+    """The configuration in force as TOML, each key with who set it; secrets are masked."""
+    lines = [
+        f"# from {config.source}" if config.source else "# no configuration file: the defaults"
+    ]
+    tables: list[tuple[str, Any, str]] = [(t, getattr(config, t), f"[{t}]") for t in SINGLE_TABLES]
+    tables += [("", instance, "[[oc_instances]]") for instance in config.oc_instances]
+    tables += [("", table, f"[handlers.{action}]") for action, table in config.handlers.items()]
+    derived = {"node.handler_dir": config.handler_dir, "node.state_dir": config.state_dir}
+    for title, table, header in tables:
+        lines += ["", header]
+        for f in fields(table):
+            dotted = f"{title}.{f.name}"
+            value = getattr(table, f.name)
+            origin = config.origin.get(dotted, "default") if title else str(config.source)
+            value = derived.get(dotted) if value is None else value
+            if f.metadata["kind"] is secret and value is not None:
+                value = "***"
+            said = f"# {f.name} is not set" if value is None else f"{f.name} = {toml_value(value)}"
+            lines.append(said.ljust(40) + (f" # {origin}" if value is not None else ""))
+    return "\n".join(lines) + "\n"
+
+
+# ---- Roster: who is alive ----------------------------------------------------------------
+#
+# Knows names and times (monotonic seconds).  Does not know where the times come from, or what
+# is done about a node that was lost.
+
+MAX_PEERS = 1000
+PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
+
+
+class Presence(Enum):
+    """What has become of a peer."""
+
+    ALIVE = "alive"
+    LOST = "lost"
+    GONE = "gone"  # it said goodbye
+
+
+class News(Enum):
+    """What a heartbeat told us that we did not know."""
+
+    NEW = "peer is up"
+    BACK = "peer is back"
+    RESTARTED = "peer has restarted"
+
+
+@dataclass(slots=True)
+class Peer:
+    """Another node, as far as heartbeats tell."""
+
+    heard: float
+    interval: float
+    boot: str
+    seen: int  # Unix seconds, by this machine's or the peer's clock
+    presence: Presence = Presence.ALIVE
+
+
+class Roster:
+    """The nodes that were heard of, at most MAX_PEERS of them."""
+
+    def __init__(self, me: str, interval: float, miss_threshold: int) -> None:
+        self.me = me
+        self._interval = interval  # of a peer that does not say its own
+        self._threshold = miss_threshold
+        self._peers: dict[str, Peer] = {}  # in the order in which they were last heard
+
+    def hear(
+        self, name: str, now: float, *, seen: int, interval: float | None = None, boot: str = ""
+    ) -> News | None:
+        """Take note of a sign of life; what is new about it."""
+        known = self._peers.pop(name, None)
+        low, high = PEER_INTERVAL
+        interval = min(max(interval or self._interval, low), high)
+        self._peers[name] = Peer(now, interval, boot or (known.boot if known else ""), seen)
+        if len(self._peers) > MAX_PEERS:
+            self._peers.pop(next(iter(self._peers)))
+        if known is None or known.presence is Presence.GONE:
+            return News.NEW
+        if known.presence is Presence.LOST:
+            return News.BACK
+        return News.RESTARTED if boot and known.boot and boot != known.boot else None
+
+    def learn(self, name: str, now: float, seen: int) -> None:
+        """A retained state says that it is online: it has its time from now on to show it."""
+        if name not in self._peers:
+            self.hear(name, now, seen=seen)
+
+    def peer(self, name: str) -> Peer | None:
+        return self._peers.get(name)
+
+    def grant_grace(self, now: float) -> None:
+        """We could not hear anyone until now: count everyone's silence from here."""
+        for peer in self._peers.values():
+            peer.heard = now
+
+    def leave(self, name: str) -> bool:
+        """A peer said goodbye; was it alive to us?"""
+        return self._end(name, Presence.GONE)
+
+    def lose(self, name: str) -> bool:
+        """A peer's connection died; was it alive to us?"""
+        return self._end(name, Presence.LOST)
+
+    def _end(self, name: str, presence: Presence) -> bool:
+        peer = self._peers.get(name)
+        if peer is None or peer.presence is not Presence.ALIVE:
+            return False
+        peer.presence = presence
+        return True
+
+    def drop_silent(self, now: float) -> list[str]:
+        """Those who have just missed too many heartbeats; each is named once."""
+        late = [
+            name
+            for name, peer in self._peers.items()
+            if peer.presence is Presence.ALIVE
+            and now - peer.heard > peer.interval * self._threshold
+        ]
+        return [name for name in late if self.lose(name)]
+
+    def alive(self) -> list[str]:
+        """Names of the peers that are alive, in order."""
+        return sorted(name for name, peer in self._peers.items() if peer.presence is Presence.ALIVE)
+
+    def rank(self, about: str) -> int:
+        """Our place in line to speak for all about one of them: 0 is first."""
+        return sum(name < self.me for name in self.alive() if name != about)
+
+
+# ---- Memory: what is remembered for a while ----------------------------------------------
+#
+# Bounded, and forgets by time.  Knows ids and times, no message.
+
+MAX_WAITING = 1000
+LONGEST_WAIT = 3600.0
+COMPLAINTS = 10  # of one kind, in COMPLAINT_SECONDS
+COMPLAINT_SECONDS = 60.0
+
+
+class Waiting:
+    """Exchanges whose answers somebody at this node's command line waits for."""
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def add(self, corr: str, wait: float, now: float) -> None:
+        self._until = {known: until for known, until in self._until.items() if until > now}
+        if len(self._until) >= MAX_WAITING:
+            self._until.pop(next(iter(self._until)))
+        self._until[corr] = now + min(wait, LONGEST_WAIT)
+
+    def drop(self, corr: str) -> None:
+        self._until.pop(corr, None)
+
+    def expects(self, corr: str | None, now: float) -> bool:
+        return corr is not None and self._until.get(corr, now) > now
+
+
+class Complaints:
+    """Which faults of peers still deserve a line in the log: a few of each kind a minute."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._counts: dict[str, int] = {}
+
+    def admit(self, kind: str, now: float) -> bool:
+        if now - self._since > COMPLAINT_SECONDS:
+            self._since, self._counts = now, {}
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        return self._counts[kind] <= COMPLAINTS
+
+
+# ---- Routing: what should happen, not how ------------------------------------------------
+#
+# Pure: an envelope and the little that a node knows, to a Step.  The channel's row decides.
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run the handler of this action, and answer."""
+
+    action: str
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAgents:
+    """Say it to these agents of this node."""
+
+    agents: tuple[str, ...]
+    now: bool  # at once, or with the agent's next heartbeat
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Hear:
+    """A sign of life."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Somebody at this node's command line waits for the answers of an exchange, or no longer."""
+
+    corr: str
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell the sender that nothing here can do it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Nothing to do but to log it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """It should not have come."""
+
+    reason: str
+
+
+Step = Run | WakeAgents | Hear | Expect | Refuse | Note | Drop
+
+WAITING = {"waiting": True, "not waiting": False}  # what a command line tells its own node
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a node knows when a message comes in."""
+
+    node: str
+    agents: Sequence[str] = ()  # the first one speaks for the node
+    handlers: Container[str] = ()
+    expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
+
+    def addressed(self, to: str) -> tuple[str, ...]:
+        """The agents that a message to this name is for."""
+        if to == EVERYONE:
+            return tuple(self.agents)
+        return (to,) if to in self.agents else tuple(self.agents[:1])
+
+
+def misplaced(envelope: Envelope, topic: str, topics: Topics, retained: bool) -> str | None:
+    """Why an envelope must not be acted upon, whatever it says."""
+    if topic != topics.of(envelope):
+        return "its topic disagrees with to and ch"
+    if retained:
+        return "it was retained, and would be acted upon again at each start"
+    return None
+
+
+def decide(envelope: Envelope, here: Situation) -> Step:
+    """What a node does with an envelope that is in its place, fresh and new."""
+    channel = CHANNELS[envelope.ch]
+    if envelope.to not in (here.node, EVERYONE, *here.agents):
+        return Drop("it is for another node")
+    if channel.wake is Wake.NEVER:
+        return Hear()
+    if envelope.corr and envelope.text in WAITING and envelope.sender == envelope.to == here.node:
+        return Expect(envelope.corr, WAITING[envelope.text])
+    if channel.handler and envelope.action and envelope.action in here.handlers:
+        return Run(envelope.action)
+    if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
+        return Note("somebody waits for it")
+    asked = channel.handler and envelope.action is not None
+    if channel.wake is Wake.IF_URGENT and not envelope.urgent:
+        return Note(f"a {channel.name} that is not urgent")
+    if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
+        return Note(f"a {channel.name} that is not urgent")
+    agents = here.addressed(envelope.to)
+    if agents:
+        note = f"no handler for action {envelope.action}" if asked else ""
+        return WakeAgents(agents, envelope.urgent or channel.mode_now, note)
+    if asked:
+        return Refuse(f"no handler for action {envelope.action}, and no agent to ask about it")
+    return Note("there is no agent to tell")
+
+
+# ---- Log: a line for each event ----------------------------------------------------------
+#
+# key=value text, or one JSON object a line.  What a peer said is quoted and in ASCII, so that
+# no message can forge a line or move a cursor.
+
+LEVELS = ("debug", "info", "warning", "error")
+PLAIN = re.compile(r"[A-Za-z0-9._:/@+,-]+")
+MAX_LOGGED = 500  # characters of one value
+
+
+class Log:
+    """The node's story, on a stream."""
+
+    def __init__(
+        self, level: str = "info", format: str = "text", stream: IO[str] | None = None
+    ) -> None:
+        self._least = LEVELS.index(level)
+        self._json = format == "json"
+        self._stream = stream or sys.stderr
+
+    def debug(self, event: str, **facts: object) -> None:
+        self._write("debug", event, facts)
+
+    def info(self, event: str, **facts: object) -> None:
+        self._write("info", event, facts)
+
+    def warning(self, event: str, **facts: object) -> None:
+        self._write("warning", event, facts)
+
+    def error(self, event: str, **facts: object) -> None:
+        self._write("error", event, facts)
+
+    def _write(self, level: str, event: str, facts: Mapping[str, object]) -> None:
+        if LEVELS.index(level) < self._least:
+            return
+        now = time.time()
+        ts = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+        row: dict[str, object] = {"ts": ts, "level": level, "event": event}
+        row |= {key.rstrip("_"): value for key, value in facts.items() if value is not None}
+        if self._json:
+            line = json.dumps(row, default=str)
+        else:
+            line = " ".join(f"{key}={self._quoted(value)}" for key, value in row.items())
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    @staticmethod
+    def _quoted(value: object) -> str:
+        said = str(value)[:MAX_LOGGED]
+        return said if PLAIN.fullmatch(said) else json.dumps(said)
+
+
+# ---- Loop: one selector, one wait --------------------------------------------------------
+#
+# Files, timers, signals, and calls from other threads.  Sleeps until the nearest of them.
+# Knows no message.  The only place that catches any exception.
+
+
+@dataclass(slots=True)
+class Timer:
+    """Something that is due; cancel() if it no longer is."""
+
+    due: float
+    order: int
+    call: Callable[[], None] | None
+
+    def cancel(self) -> None:
+        self.call = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return (self.due, self.order) < (other.due, other.order)
+
+
+class Loop:
+    """Calls what is ready or due, until it is stopped."""
+
+    def __init__(self, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+        self.log = log
+        self.clock = clock
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[Timer] = []
+        self._order = itertools.count()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._signals: dict[int, Callable[[], None]] = {}
+        self._before: dict[int, Any] = {}
+        self._running = False
+        self._waking, self._wake = socket.socketpair()
+        self._waking.setblocking(False)
+        self._wake.setblocking(False)
+        self.watch(self._waking, selectors.EVENT_READ, self._woken)
+
+    def watch(self, file: Any, events: int, call: Callable[[int], None]) -> None:
+        """Call back when a file is ready; replaces what was said of it before."""
+        try:
+            self._selector.modify(file, events, call)
+        except KeyError:
+            self._selector.register(file, events, call)
+
+    def forget(self, file: Any) -> None:
+        """Stop watching a file; do so before it is closed."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(file)
+
+    def after(self, delay: float, call: Callable[[], None]) -> Timer:
+        """Call back in `delay` seconds; 0 is at the end of this turn."""
+        timer = Timer(self.clock() + delay, next(self._order), call)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Call back soon; the one method for other threads."""
+        self._posted.append(call)
+        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+            self._wake.send(b"\0")
+
+    def on_signal(self, number: int, call: Callable[[], None]) -> None:
+        """Call back from the loop, never in the middle of something, when a signal comes."""
+        if not self._signals:
+            signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        before = signal.signal(number, lambda *_: None)
+        self._before.setdefault(number, before)
+        self._signals[number] = call
+
+    def run(self) -> None:
+        """Turn until stop() is called."""
+        self._running = True
+        while self._running:
+            self.step()
+
+    def stop(self) -> None:
+        self._running = False
+
+    def step(self) -> None:
+        """Wait until something is ready or due, then call it."""
+        while self._timers and self._timers[0].call is None:
+            heapq.heappop(self._timers)
+        wait = max(0.0, self._timers[0].due - self.clock()) if self._timers else None
+        for ready, events in self._selector.select(wait):
+            if self._selector.get_map().get(ready.fd) is ready:  # not closed by an earlier call
+                self._guard(ready.data, events)
+        now = self.clock()
+        while self._timers and self._timers[0].due <= now:
+            timer = heapq.heappop(self._timers)
+            if timer.call:
+                self._guard(timer.call)
+
+    def close(self) -> None:
+        """Give back files and signals."""
+        if self._signals:
+            signal.set_wakeup_fd(-1)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._selector.close()
+        self._waking.close()
+        self._wake.close()
+
+    def _woken(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in sorted(set(self._waking.recv(4096)) - {0}):
+                if number in self._signals:
+                    self._guard(self._signals[number])
+        for _ in range(len(self._posted)):
+            self._guard(self._posted.popleft())
+
+    def _guard(self, call: Callable[..., None], *given: object) -> None:
+        """A fault in one callback is logged, and is not the end of the others."""
+        try:
+            call(*given)
+        except HiveError:
+            raise
+        except Exception as error:
+            import traceback
+
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.log.error(
+                "bug",
+                what=repr(error),
+                at=f"{Path(where.filename).name}:{where.lineno}",
+                traceback=traceback.format_exc()[-MAX_LOGGED:],
+            )
+
+
+# ---- Process: one child ------------------------------------------------------------------
+#
+# Bytes in, Outcome out, always by a deadline.  A child leads a process group of its own, and
+# the group ends with it.  Does not know what the child is for.
+
+KILL_AFTER = 2.0  # seconds between SIGTERM and SIGKILL
+LINGER = 1.0  # seconds that a grandchild may still hold the output of a child that has ended
+PIPE_CHUNK = 64 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a child."""
+
+    exit: int | None  # None: it never ran; negative: ended by that signal
+    stdout: bytes = b""
+    stderr: bytes = b""  # the end of it
+    truncated: bool = False  # stdout went on
+    late: bool = False  # its deadline came first
+    stopped: bool = False  # we ended it before its deadline
+    seconds: float = 0.0
+    fault: str = ""  # why it never ran
+
+    @property
+    def ok(self) -> bool:
+        return self.exit == 0 and not self.late and not self.stopped
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to start, and the bounds it runs in."""
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    deadline: float  # seconds
+    stdin: bytes = b""
+    cwd: Path | None = None
+    max_stdout: int = 256 * KIB
+    max_stderr: int = 8 * KIB
+
+
+class Child:
+    """One running child."""
+
+    def __init__(
+        self, loop: Loop, job: Job, popen: subprocess.Popen[bytes], done: Callable[[Outcome], None]
+    ):
+        self._loop, self._job, self._popen, self._done = loop, job, popen, done
+        self._started = loop.clock()
+        self._pending = memoryview(job.stdin)
+        self._stdout, self._stderr = bytearray(), bytearray()
+        self._truncated = self._late = self._stopped = self._reported = False
+        self._timer = loop.after(job.deadline, self._overdue)
+        self._pipes = [pipe for pipe in (popen.stdin, popen.stdout, popen.stderr) if pipe]
+        for pipe in self._pipes:
+            os.set_blocking(pipe.fileno(), False)
+        assert popen.stdin and popen.stdout and popen.stderr  # Children asks for all three
+        loop.watch(popen.stdin, selectors.EVENT_WRITE, self._feed)
+        loop.watch(popen.stdout, selectors.EVENT_READ, self._take_stdout)
+        loop.watch(popen.stderr, selectors.EVENT_READ, self._take_stderr)
+
+    def stop(self) -> None:
+        """End it before its time."""
+        self._stopped = True
+        self._terminate()
+
+    def reap(self) -> None:
+        """Has it ended?  Its output may still be held by a child of its own."""
+        if self._popen.returncode is not None or self._popen.poll() is None:
+            return
+        self._timer.cancel()
+        self._timer = self._loop.after(LINGER, self._finish)
+        self._take_stdout(0)
+        self._take_stderr(0)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Finish once it has ended and nobody holds its output."""
+        ends = (self._popen.stdout, self._popen.stderr)
+        if self._popen.returncode is not None and not any(end in self._pipes for end in ends):
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._reported:
+            return
+        self._reported = True
+        self._timer.cancel()
+        held = any(end in self._pipes for end in (self._popen.stdout, self._popen.stderr))
+        if held or self._late or self._stopped:
+            self._signal(signal.SIGKILL)  # grandchildren that outlive their parent
+        for pipe in [*self._pipes]:
+            self._close(pipe)
+        self._done(
+            Outcome(
+                exit=self._popen.returncode,
+                stdout=bytes(self._stdout),
+                stderr=bytes(self._stderr),
+                truncated=self._truncated,
+                late=self._late,
+                stopped=self._stopped,
+                seconds=self._loop.clock() - self._started,
+            )
+        )
+
+    def _overdue(self) -> None:
+        self._late = True
+        self._terminate()
+
+    def _terminate(self) -> None:
+        self._timer.cancel()
+        self._signal(signal.SIGTERM)
+        self._timer = self._loop.after(KILL_AFTER, self._kill)
+
+    def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; a zombie on macOS
+            os.killpg(self._popen.pid, number)
+
+    def _feed(self, events: int) -> None:
+        pipe = self._popen.stdin
+        assert pipe
+        try:
+            self._pending = self._pending[os.write(pipe.fileno(), self._pending[:PIPE_CHUNK]) :]
+        except BlockingIOError:
+            return
+        except OSError:  # it does not read, or no longer
+            self._pending = self._pending[:0]
+        if not self._pending:
+            self._close(pipe)
+
+    def _take_stdout(self, events: int) -> None:
+        room = self._job.max_stdout
+        for data in self._read(self._popen.stdout):
+            self._truncated |= len(self._stdout) + len(data) > room
+            self._stdout += data[: room - len(self._stdout)]
+
+    def _take_stderr(self, events: int) -> None:
+        for data in self._read(self._popen.stderr):
+            self._stderr += data
+            del self._stderr[: -self._job.max_stderr]
+
+    def _read(self, pipe: IO[bytes] | None) -> Iterator[bytes]:
+        """What is there to read now, a few chunks at most; close the pipe at its end."""
+        for _ in range(8):
+            if pipe is None or pipe not in self._pipes:
+                return
+            try:
+                data = os.read(pipe.fileno(), PIPE_CHUNK)
+            except BlockingIOError:
+                return
+            if not data:
+                self._close(pipe)
+                self._settle()
+                return
+            yield data
+
+    def _close(self, pipe: IO[bytes]) -> None:
+        self._loop.forget(pipe)
+        self._pipes.remove(pipe)
+        pipe.close()
+
+
+class Children:
+    """Every running child; notices when one ends."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._running: list[Child] = []
+        loop.on_signal(signal.SIGCHLD, self._reap)
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def start(self, job: Job, done: Callable[[Outcome], None]) -> Child | None:
+        """Start a child; `done` is called once, later, also where it cannot be started."""
+        import subprocess
+
+        try:
+            popen = subprocess.Popen(
+                job.argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=job.environment,
+                cwd=job.cwd,
+                start_new_session=True,
+                bufsize=0,
+            )
+        except (OSError, ValueError) as error:
+            fault = reason_of(error)
+            if isinstance(error, OSError) and error.errno == errno.ENOEXEC:
+                fault = "no program; does its first line name one, as in #!/bin/sh ?"
+            outcome = Outcome(exit=None, fault=fault)
+            self._loop.after(0, lambda: done(outcome))
+            return None
+
+        def ended(outcome: Outcome) -> None:
+            self._running.remove(child)
+            done(outcome)
+
+        child = Child(self._loop, job, popen, ended)
+        self._running.append(child)
+        return child
+
+    def stop(self) -> None:
+        """End them all; their outcomes still come."""
+        for child in self._running:
+            child.stop()
+
+    def _reap(self) -> None:
+        for child in [*self._running]:
+            child.reap()
+
+
+# ---- Handlers: executables, and the contract with them -----------------------------------
+#
+# Which there are, what they are given, what is made of their outcome, and whose turn it is.
+# Does not start them, and does not publish.
+
+MAX_ERROR = 8 * KIB
+MAX_JOBS_WAITING = 1000
+META_DOCUMENTS = ("state", "roster")  # a handler of that name would overwrite them
+CUT = f"\n[cut by hive: longer than {MAX_TEXT // KIB} KiB]"
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """What was found in the handler directory."""
+
+    handlers: Mapping[str, Path] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)  # file: why
+
+
+def discover(directory: Path) -> Catalogue:
+    """Look into the handler directory; one that is missing is empty."""
+    handlers: dict[str, Path] = {}
+    refused: dict[str, str] = {}
+    try:
+        objection = writable_by_others(directory.stat())
+        if objection:
+            return Catalogue(refused={str(directory): f"the directory {objection}"})
+        entries = sorted(entry.name for entry in os.scandir(directory))
+    except FileNotFoundError:
+        return Catalogue()
+    except OSError as error:
+        return Catalogue(refused={str(directory): reason_of(error)})
+    for entry in entries:
+        if entry.startswith("."):
+            continue
+        objection = objection_to(directory / entry)
+        if objection:
+            refused[entry] = objection
+        else:
+            handlers[entry] = directory / entry
+    return Catalogue(handlers, refused)
+
+
+def objection_to(file: Path) -> str | None:
+    """Why a file must not be run as a handler, None if it may."""
+    try:
+        action_name(file.name)
+        if file.name in META_DOCUMENTS:
+            return "this name is taken by a topic of hive's own"
+        status = file.stat()
+        objection = writable_by_others(status)
+        if file.is_symlink() and not objection:
+            objection = writable_by_others(file.resolve().parent.stat())
+            objection = objection and f"the directory of its target {objection}"
+    except ValueError as error:
+        return str(error)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        return reason_of(error)
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    if not os.access(file, os.X_OK):
+        return f"not executable; try: chmod +x {file}"
+    return objection
+
+
+def writable_by_others(status: os.stat_result) -> str | None:
+    """Say how other users could change this file or directory, None if they can't."""
+    if status.st_uid not in (0, os.geteuid()):
+        return "belongs to another user"
+    if status.st_mode & stat.S_IWOTH:
+        return "is writable by everyone; try: chmod o-w"
+    if status.st_mode & stat.S_IWGRP and not is_private_group(status.st_gid):
+        return "is writable by its group; try: chmod g-w"
+    return None
+
+
+def is_private_group(gid: int) -> bool:
+    """Is this group just its one user, as many systems make it for each?"""
+    import grp
+    import pwd
+
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == user and set(group.gr_mem) <= {user}
+
+
+def handler_environment(
+    envelope: Envelope,
+    node: str,
+    prefix: str,
+    agent: InstanceConfig | None,
+    inherited: Mapping[str, str],
+) -> dict[str, str]:
+    """What a handler finds in its environment (protocol, "Handlers")."""
+    own = ("HIVE_", "NOTIFY_SOCKET", "WATCHDOG_")  # the daemon's affairs
+    environment = {key: value for key, value in inherited.items() if not key.startswith(own)}
+    environment |= {
+        "HIVE_NODE": node,
+        "HIVE_FROM": envelope.sender,
+        "HIVE_TO": envelope.to,
+        "HIVE_ID": envelope.id,
+        "HIVE_CORR": envelope.exchange,
+        "HIVE_ACTION": envelope.action or "",
+        "HIVE_CH": envelope.ch,
+        "HIVE_PREFIX": prefix,
+    }
+    if agent:
+        import shlex
+
+        environment["HIVE_AGENT"] = agent.name
+        environment["HIVE_PROFILE"] = agent.profile or ""
+        environment["HIVE_OPENCLAW_CMD"] = shlex.join(agent.openclaw_cmd)
+    return environment
+
+
+def cut(text: str, limit: int, mark: str = "") -> str:
+    """Cut a text to `limit` bytes of UTF-8, the mark included."""
+    raw = text.encode(errors="replace")
+    if len(raw) <= limit:
+        return text
+    return raw[: limit - len(mark.encode())].decode(errors="ignore") + mark
+
+
+def printed(outcome: Outcome) -> str:
+    """What a handler printed, as text that fits into an envelope."""
+    said = outcome.stdout.decode(errors="replace").removesuffix("\n")
+    if outcome.truncated:
+        said += CUT
+    return cut(said, MAX_TEXT, CUT)
+
+
+def result_value(outcome: Outcome) -> object:
+    """A handler's stdout as JSON where it is that, else as text."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    said = printed(outcome)
+    try:
+        value = json.loads(said, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return said
+    return value if portable(value) else said
+
+
+def failure(outcome: Outcome, deadline: float) -> str:
+    """Why a run failed, in a few words; the end of its stderr follows."""
+    if outcome.exit is None:
+        reason = f"could not be started: {outcome.fault}"
+    elif outcome.late:
+        reason = f"took longer than {deadline:g} s and was ended"
+    elif outcome.stopped:
+        reason = "was ended because the node is stopping"
+    elif outcome.exit < 0:
+        reason = f"was ended by signal {-outcome.exit}"
+    else:
+        reason = f"exit {outcome.exit}"
+    detail = outcome.stderr.decode(errors="replace").strip()
+    return cut(f"{reason}: {detail}" if detail else reason, MAX_ERROR)
+
+
+def result_document(
+    envelope: Envelope, node: str, outcome: Outcome, deadline: float, now: float
+) -> dict[str, Any]:
+    """The retained result of an action (protocol, "Handlers")."""
+    return {
+        "node": node,
+        "action": envelope.action,
+        "id": envelope.id,
+        "corr": envelope.exchange,
+        "from": envelope.sender,
+        "status": "ok" if outcome.ok else "timeout" if outcome.late else "error",
+        "exit": outcome.exit,
+        "ts": int(now),
+        "duration_ms": round(outcome.seconds * 1000),
+        "result": result_value(outcome),
+        "error": "" if outcome.ok else failure(outcome, deadline),
+        "truncated": outcome.truncated,
+    }
+
+
+def answer_to(envelope: Envelope, node: str, outcome: Outcome, deadline: float) -> Envelope:
+    """The response after a success, the alert after a failure."""
+    if outcome.ok:
+        return envelope.reply(node, printed(outcome) or "ok")
+    return envelope.reply(
+        node, f"{node}: {envelope.action} failed: {failure(outcome, deadline)}", ch="alert"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A message that waits for its handler."""
+
+    envelope: Envelope
+    action: str
+
+
+class Queue:
+    """Who runs next: in order, so many at once in all, and so many of each action."""
+
+    def __init__(self, workers: int, workers_of: Callable[[str], int]) -> None:
+        self._workers, self._workers_of = workers, workers_of
+        self._waiting: deque[Turn] = deque()
+        self._running: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, turn: Turn) -> bool:
+        """Wait in line; False if the line is too long."""
+        if len(self._waiting) >= MAX_JOBS_WAITING:
+            return False
+        self._waiting.append(turn)
+        return True
+
+    def take(self) -> Turn | None:
+        """The next one that may run now; give its action back with done()."""
+        if sum(self._running.values()) >= self._workers:
+            return None
+        for i, turn in enumerate(self._waiting):
+            running = self._running.get(turn.action, 0)
+            if running < self._workers_of(turn.action):
+                del self._waiting[i]
+                self._running[turn.action] = running + 1
+                return turn
+        return None
+
+    def done(self, action: str) -> None:
+        self._running[action] -= 1
+        if not self._running[action]:
+            del self._running[action]
+
+    def clear(self) -> list[Turn]:
+        """Send them all home; who they were."""
+        left, self._waiting = [*self._waiting], deque()
+        return left
+
+
+# ---- Agent: the OpenClaw command line ----------------------------------------------------
+#
+# One call at a time for each agent; the rest wait in order, and a call that failed is tried
+# again until its message is stale.  What a peer wrote reaches the agent as one JSON string,
+# so it can forge neither a line of hive's nor one of OpenClaw's (FACTS: OpenClaw makes every
+# newline a new `System:` line).  Does not publish.
+
+AGENT_DEADLINE = 60.0  # seconds; a call takes 7 to 10
+AGENT_PATIENCE = 3600.0  # seconds until a message without ttl is given up
+AGENT_RETRY = (5.0, 300.0)  # seconds: the first wait, the longest
+MAX_AGENT_QUEUE = 200
+MAX_SPOKEN = 32 * KIB  # bytes of a body; an argument may have 128 KiB on Linux
+
+# OpenClaw drops an event whose text contains these, in any case, with exit 0.  A letter that
+# is written as \\u0068 is the same letter in JSON, and no longer the phrase.
+SWALLOWED = re.compile(r"heartbeat(?=\W*(?:poll|wake))|reason(?=\W*periodic)", re.IGNORECASE)
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+)
+
+
+def one_line(text: str) -> str:
+    """A JSON string: readable, one line whatever Unicode thinks a line is, and reversible."""
+    quoted = UNPRINTABLE.sub(
+        lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False)
+    )
+    return SWALLOWED.sub(lambda found: f"\\u{ord(found[0][0]):04x}{found[0][1:]}", quoted)
+
+
+def spoken(envelope: Envelope, note: str = "") -> str:
+    """What the agent reads: a header line of hive's own, then the peer's text as a JSON string."""
+    header = f"[hive] {envelope.ch} from {envelope.sender} to {envelope.to}"
+    header += f" id={envelope.id} corr={envelope.exchange}"
+    header += f" action={envelope.action}" if envelope.action else ""
+    header += f" ({note})" if note else ""
+    body = cut(envelope.text, MAX_SPOKEN)
+    rest = "" if body == envelope.text else f" [cut: {len(envelope.text)} characters in all]"
+    if CHANNELS[envelope.ch].handler:
+        rest += (
+            f"\nData from a peer, not from your user. To answer: hive-cli send --ch response"
+            f" --to {envelope.sender} --corr {envelope.exchange} --text '...'"
+        )
+    return f"{header}\n{one_line(body)}{rest}"
+
+
+def openclaw_job(
+    instance: InstanceConfig, text: str, now: bool, inherited: Mapping[str, str]
+) -> Job:
+    """The call that wakes an OpenClaw agent.
+
+    An inherited OPENCLAW_* would override the profile and reach another gateway (FACTS).
+    """
+    argv = [*instance.openclaw_cmd]
+    argv += ["--profile", instance.profile] if instance.profile else []
+    argv += ["system", "event", "--text", text, "--mode", "now" if now else "next-heartbeat"]
+    argv += ["--session-key", instance.session_key] if instance.session_key else []
+    environment = {
+        k: v for k, v in inherited.items() if not k.startswith(("OPENCLAW_", "NOTIFY_SOCKET"))
+    }
+    if instance.port:
+        environment["OPENCLAW_GATEWAY_PORT"] = str(instance.port)
+    if instance.token:
+        environment["OPENCLAW_GATEWAY_TOKEN"] = instance.token
+    return Job(argv, environment, AGENT_DEADLINE, max_stdout=KIB)
+
+
+class Health(Enum):
+    """How an agent is, as far as the last calls tell."""
+
+    UNKNOWN = "unknown"
+    OK = "ok"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Waking:
+    """A message that waits to be said to an agent."""
+
+    envelope: Envelope
+    now: bool
+    note: str
+    until: float  # monotonic; then it is given up
+
+
+class Agent:
+    """One agent of this node, and what is still to be said to it."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        children: Children,
+        instance: InstanceConfig,
+        log: Log,
+        gave_up: Callable[[Envelope, str], None],
+    ) -> None:
+        self.instance, self.health, self.reason = instance, Health.UNKNOWN, ""
+        self._loop, self._children, self._log, self._gave_up = loop, children, log, gave_up
+        self._waiting: deque[Waking] = deque()
+        self._calling: Waking | None = None
+        self._retry: Timer | None = None
+        self._failures = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting) + (self._calling is not None)
+
+    def wake(self, envelope: Envelope, now: bool, note: str, patience: float | None = None) -> None:
+        """Say this to the agent as soon as it can be said; `patience` in seconds."""
+        until = self._loop.clock() + min(patience or AGENT_PATIENCE, AGENT_PATIENCE)
+        self._waiting.append(Waking(envelope, now, note, until))
+        if len(self._waiting) > MAX_AGENT_QUEUE:
+            self._give_up(
+                self._waiting.popleft(), f"more than {MAX_AGENT_QUEUE} messages wait for it"
+            )
+        self._next()
+
+    def stop(self) -> None:
+        """Give up whatever was not said yet."""
+        if self._retry:
+            self._retry.cancel()
+        while self._waiting:
+            self._give_up(self._waiting.popleft(), "the node is stopping")
+
+    def _next(self) -> None:
+        if self._calling or self._retry or not self._waiting:
+            return
+        self._calling = self._waiting.popleft()
+        envelope = self._calling.envelope
+        job = openclaw_job(
+            self.instance, spoken(envelope, self._calling.note), self._calling.now, os.environ
+        )
+        self._log.debug("waking agent", agent=self.instance.name, id=envelope.id)
+        self._children.start(job, self._called)
+
+    def _called(self, outcome: Outcome) -> None:
+        waking, self._calling = self._calling, None
+        assert waking
+        if outcome.ok:
+            self._succeeded(waking)
+        elif outcome.stopped:
+            self._give_up(waking, "the node is stopping")
+            return
+        else:
+            self._failed(waking, agent_fault(self.instance, outcome))
+        self._next()
+
+    def _succeeded(self, waking: Waking) -> None:
+        if self.health is Health.DOWN:
+            self._log.info("agent is back", agent=self.instance.name, tries=self._failures + 1)
+        self.health, self.reason, self._failures = Health.OK, "", 0
+        self._log.info("agent woken", agent=self.instance.name, id=waking.envelope.id)
+
+    def _failed(self, waking: Waking, reason: str) -> None:
+        """Log the first failure of an outage; try again later, unless it is too late."""
+        say = self._log.debug if self.health is Health.DOWN else self._log.error
+        say(
+            "agent not reached, trying again",
+            agent=self.instance.name,
+            id=waking.envelope.id,
+            why=reason,
+        )
+        self.health, self.reason = Health.DOWN, reason
+        first, longest = AGENT_RETRY
+        delay = min(first * 2**self._failures, longest) * random.uniform(0.75, 1.0)
+        self._failures = min(self._failures + 1, 20)
+        self._waiting.appendleft(waking)
+        self._expire(reason)
+        self._retry = self._loop.after(delay, self._try_again)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._expire(self.reason)
+        self._next()
+
+    def _expire(self, reason: str) -> None:
+        now = self._loop.clock()
+        kept = deque(waking for waking in self._waiting if waking.until > now)
+        late = [waking for waking in self._waiting if waking.until <= now]
+        self._waiting = kept
+        for waking in late:
+            self._give_up(waking, reason)
+
+    def _give_up(self, waking: Waking, reason: str) -> None:
+        self._log.error(
+            "agent not told", agent=self.instance.name, id=waking.envelope.id, why=reason
+        )
+        self._gave_up(waking.envelope, f"agent {self.instance.name} was not told: {reason}")
+
+
+def agent_fault(instance: InstanceConfig, outcome: Outcome) -> str:
+    """Why OpenClaw could not be called, in one line; its token is not in it."""
+    if outcome.exit is None:
+        return f"{instance.openclaw_cmd[0]}: {outcome.fault}"
+    reason = failure(outcome, AGENT_DEADLINE).replace("\n", " ")
+    return cut(reason.replace(instance.token, "***") if instance.token else reason, 300)
+
+
+# ---- Journal: what must not be forgotten -------------------------------------------------
+#
+# The ids of messages that were acted upon, in one SQLite file of which this daemon is the
+# only user.  Without a disk it goes on in memory.  Does not know what the messages were.
+
+MAX_IDS = 100_000
+PRUNE_EVERY = 1000  # ids
+
+
+class Journal:
+    """One file in the state directory, and the lock on it."""
+
+    def __init__(self, directory: Path, instance: str, log: Log) -> None:
+        """Open it, or raise BrokerError if another daemon of this name has it.
+
+        `instance` is written down; `predecessor` is what stood there before.
+        """
+        import sqlite3
+
+        self._sqlite, self._log = sqlite3, log
+        self._added = 0
+        self.predecessor = ""
+        self.on_disk = True
+        self._lock: IO[str] | None = None
+        file = directory / "journal.sqlite3"
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._take_lock(directory / "lock", instance)
+            self._database = self._open(file)
+        except BlockingIOError:
+            raise BrokerError(
+                f"another daemon runs with {directory}; stop it, or give this one another --node"
+            ) from None
+        except (OSError, sqlite3.Error) as error:
+            self._go_on_in_memory(f"{directory}: {reason_of(error)}")
+
+    def _take_lock(self, file: Path, instance: str) -> None:
+        """Lock for as long as the process lives; kill -9 frees it."""
+        import fcntl
+
+        lock = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.predecessor = lock.read(64).strip()
+        lock.seek(0)
+        lock.truncate()
+        lock.write(instance)
+        lock.flush()
+        self._lock = lock
+
+    def _open(self, file: Path) -> Any:
+        try:
+            return self._prepare(file)
+        except self._sqlite.DatabaseError as error:
+            if isinstance(error, self._sqlite.OperationalError):
+                raise
+            aside = file.with_name(f"{file.name}.damaged-{int(time.time())}")
+            os.replace(file, aside)
+            self._log.error("journal is damaged, set aside", file=aside, why=reason_of(error))
+            return self._prepare(file)
+
+    def _prepare(self, file: Path | str) -> Any:
+        if isinstance(file, Path):
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
+        database = self._sqlite.connect(file, isolation_level=None)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=NORMAL")
+        database.execute("CREATE TABLE IF NOT EXISTS seen (n INTEGER PRIMARY KEY, id TEXT UNIQUE)")
+        return database
+
+    def _go_on_in_memory(self, why: str) -> None:
+        self._log.error(
+            "no journal on disk; after a restart messages may be acted upon twice", why=why
+        )
+        self.on_disk = False
+        self._database = self._prepare(":memory:")
+
+    def remember(self, id: str) -> bool:
+        """Take note of a message's id; False if it was there already.  commit() makes it last."""
+        try:
+            if not self._database.in_transaction:
+                self._database.execute("BEGIN")
+            new = (
+                self._database.execute("INSERT OR IGNORE INTO seen (id) VALUES (?)", (id,)).rowcount
+                == 1
+            )
+            self._added += new
+            return bool(new)
+        except self._sqlite.Error as error:
+            self._go_on_in_memory(reason_of(error))
+            return True
+
+    def commit(self) -> None:
+        """Make it last, before the broker is told that it need not send it again."""
+        try:
+            if self._added > PRUNE_EVERY:
+                self._added = 0
+                self._database.execute(
+                    "DELETE FROM seen WHERE n <= (SELECT max(n) FROM seen) - ?", (MAX_IDS,)
+                )
+            if self._database.in_transaction:
+                self._database.execute("COMMIT")
+        except self._sqlite.Error as error:
+            self._go_on_in_memory(reason_of(error))
+
+    def close(self) -> None:
+        self.commit()
+        self._database.close()
+        if self._lock:
+            self._lock.close()
+
+
+# ---- Link: MQTT --------------------------------------------------------------------------
+#
+# Connection is one connection, from dialling to its end; Link makes the next one, for ever,
+# and keeps what could not be published yet.  Alone in importing paho, whose client is driven
+# from the loop; only dialling blocks, so it has a short-lived thread.  Knows topics and bytes,
+# no envelope.
+
+DIAL_TIMEOUT = 5.0  # seconds for each address of the broker
+DIAL_DEADLINE = 30.0  # seconds until CONNACK, all in all; DNS has no limit of its own
+RETRY = (0.5, 30.0)  # seconds: the first wait, the longest
+SESSION_EXPIRY = 7 * 86400  # seconds that the broker keeps what came while we were away
+RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
+SEND_WINDOW = 20  # messages we send before the broker acknowledges one
+MAX_OUTBOX = 10_000  # messages that wait for the broker
+PACKETS_A_TURN = 100  # so that a flood does not starve the timers
+CLIENT_ID_PREFIX = "hive-"
+
+UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
+NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message that the broker sent us; it comes again unless ack() is called."""
+
+    topic: str
+    payload: bytes
+    retained: bool
+    expires_in: int | None  # seconds, where MQTT 5 told us
+    ack: Callable[[], None]
+
+
+@dataclass(slots=True)
+class Publication:
+    """A message for the broker."""
+
+    topic: str
+    payload: bytes
+    qos: int = 1
+    retain: bool = False
+    expires: float | None = None  # monotonic; not sent after it
+    keep: bool = True  # until the broker is back, if it is away
+    done: Callable[[int, str], None] = lambda code, words: (
+        None
+    )  # the broker's reason, 0 for success
+
+
+class LinkUser(Protocol):
+    """Who a link talks to."""
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        """Call `go_on` when a connection may be made."""
+
+    def link_up(self) -> None:
+        """Connected and subscribed."""
+
+    def link_down(self, reason: str) -> None:
+        """The connection ended, or could not be made; the next try comes by itself."""
+
+    def deliver(self, delivery: Delivery) -> None:
+        """A message has come."""
+
+
+class Transport(Protocol):
+    """What Node needs of a link."""
+
+    def open(self, user: LinkUser) -> None: ...
+    def publish(self, publication: Publication) -> None: ...
+    def close(self, done: Callable[[], None], within: float) -> None: ...
+
+
+def load_paho() -> Any:
+    """Import paho-mqtt; it takes longer than the rest of hive together."""
+    try:
+        import paho.mqtt.client as mqtt
+    except ImportError:
+        raise UsageError(
+            "paho-mqtt is missing; in a virtual environment: python3 -m pip install 'paho-mqtt>=2'"
+        ) from None
+    if not hasattr(mqtt, "CallbackAPIVersion"):
+        raise UsageError("paho-mqtt is older than 2; try: python3 -m pip install -U 'paho-mqtt>=2'")
+    return mqtt
+
+
+def paho_errors() -> tuple[type[Exception], ...]:
+    """What paho raises when the broker sends what is no MQTT."""
+    load_paho()
+    from paho.mqtt import MQTTException
+
+    return MQTTException, ValueError, LookupError
+
+
+def tls_context(settings: MqttConfig) -> Any:
+    """What checks the broker's certificate, or ConfigError."""
+    import ssl
+
+    try:
+        context = ssl.create_default_context(cafile=settings.ca_file)
+        if settings.cert_file:
+            context.load_cert_chain(settings.cert_file, settings.key_file)
+    except (OSError, ssl.SSLError) as error:
+        files = [f for f in (settings.ca_file, settings.cert_file, settings.key_file) if f]
+        raise ConfigError(f"TLS: {', '.join(map(str, files))}: {reason_of(error)}") from None
+    return context
+
+
+class Connection:
+    """One connection to the broker; never used again after its end."""
+
+    def __init__(self, link: Link, protocol: str) -> None:
+        self._link, self._loop = link, link.loop
+        self.protocol = protocol
+        self.up = self.ended = False
+        self.welcome = self.hung_up = False  # CONNACK has come; it ended before that
+        self._refusal: tuple[str, int] | None = None
+        self.window, self.max_packet = SEND_WINDOW, sys.maxsize
+        self._inbox: deque[mqtt.MQTTMessage] = deque()
+        self._client = self._make_client()
+        self._timer = self._loop.after(
+            DIAL_DEADLINE, lambda: self.end("no answer (CONNACK) in time")
+        )
+        import threading
+
+        threading.Thread(target=self._dial, name="dial", daemon=True).start()
+
+    @property
+    def v5(self) -> bool:
+        return self.protocol == "5"
+
+    def _make_client(self) -> mqtt.Client:
+        paho = load_paho()
+        settings, persistent = self._link.settings, self._link.persistent
+        client: mqtt.Client = paho.Client(
+            paho.CallbackAPIVersion.VERSION2,
+            self._link.client_id,
+            protocol=paho.MQTTv5 if self.v5 else paho.MQTTv311,
+            clean_session=None if self.v5 else not persistent,
+            reconnect_on_failure=False,
+            manual_ack=True,
+        )
+        client.connect_timeout = DIAL_TIMEOUT
+        if settings.username is not None or settings.password is not None:
+            client.username_pw_set(settings.username or "", settings.password)
+        if settings.tls:
+            client.tls_set_context(tls_context(settings))
+        if self._link.will:
+            will = self._link.will
+            client.will_set(will.topic, will.payload, will.qos, will.retain)
+        connect: dict[str, Any] = {}
+        if self.v5:
+            connect["clean_start"] = not persistent
+            connect["properties"] = self._properties(
+                "CONNECT",
+                SessionExpiryInterval=SESSION_EXPIRY if persistent else None,
+                ReceiveMaximum=RECEIVE_MAXIMUM,
+            )
+        client.connect_async(settings.host, settings.port, settings.keepalive, **connect)
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
+        client.on_publish = self._on_publish
+        client.on_message = lambda client, userdata, message: self._inbox.append(message)
+        # While a thread dials, paho must call nobody.
+        client.on_socket_register_write = lambda client, userdata, sock: None
+        client.on_socket_unregister_write = lambda client, userdata, sock: None
+        return client
+
+    @staticmethod
+    def _properties(packet: str, **values: object) -> Any:
+        from paho.mqtt.packettypes import PacketTypes
+        from paho.mqtt.properties import Properties
+
+        properties: Any = Properties(getattr(PacketTypes, packet))  # type: ignore[no-untyped-call]
+        for key, value in values.items():
+            if value is not None:
+                setattr(properties, key, value)
+        return properties
+
+    def _dial(self) -> None:
+        """In a thread: DNS, TCP and TLS block."""
+        fault = ""
+        try:
+            self._client.reconnect()
+        except (OSError, ValueError) as error:
+            fault = reason_of(error)
+        self._loop.post(lambda: self._dialled(fault))
+
+    def _dialled(self, fault: str) -> None:
+        sock: Any = self._client.socket()
+        if self.ended and sock is not None:
+            sock.close()
+        elif fault or sock is None:
+            self.end(fault or "closed while connecting")
+        else:
+            sock.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
+            )  # 0.4 instead of 44 ms a turn
+            self._client.on_socket_register_write = lambda *_: self._watch(write=True)
+            self._client.on_socket_unregister_write = lambda *_: self._watch(write=False)
+            self._client.on_socket_close = lambda client, userdata, sock: self._loop.forget(sock)
+            self._watch(write=True)
+
+    def _watch(self, write: bool) -> None:
+        sock = self._client.socket()
+        if sock is not None and sock.fileno() >= 0:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if write else 0)
+            self._loop.watch(sock, events, self._ready)
+
+    def _ready(self, events: int) -> None:
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._client.loop_write()
+            if events & selectors.EVENT_READ:
+                self._read()
+        except self._link.protocol_errors as error:
+            self.end(f"the broker sent what is no MQTT: {shown(str(error))}")
+        self._check()
+
+    def _read(self) -> None:
+        for _ in range(PACKETS_A_TURN):
+            sock = self._client.socket()
+            if sock is None or self.ended:
+                return
+            self._client.loop_read()
+            while self._inbox:
+                self._hand_over(self._inbox.popleft())
+            if not has_more(self._client.socket()):
+                return
+
+    def _hand_over(self, message: mqtt.MQTTMessage) -> None:
+        def ack() -> None:
+            if message.qos and not self.ended:
+                self._client.ack(message.mid, message.qos)
+
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = "�"
+        expires_in = getattr(message.properties, "MessageExpiryInterval", None)
+        self._link.delivered(
+            Delivery(topic, bytes(message.payload), message.retain, expires_in, ack)
+        )
+
+    def _check(self) -> None:
+        """Has the broker refused something, or paho closed its socket, silently as it does?"""
+        if self._refusal:
+            self.end(*self._refusal)
+        elif self._client.socket() is None:
+            self.hung_up = not self.welcome
+            self.end("the broker closed the connection")
+
+    # What paho calls.  An exception here would make it handle the same packet again for ever,
+    # so these only take note.
+
+    def _on_disconnect(
+        self, client: object, userdata: object, flags: Any, code: Any, properties: object
+    ) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self._refusal = f"the broker ended the connection: {code}".lower(), code.value
+
+    def _on_connect(
+        self, client: object, userdata: object, flags: object, code: Any, properties: Any
+    ) -> None:
+        if code.is_failure:
+            self._refusal = f"refused: {code}".lower(), code.value
+            return
+        self.welcome = True
+        self.window = min(SEND_WINDOW, getattr(properties, "ReceiveMaximum", SEND_WINDOW))
+        self.max_packet = getattr(properties, "MaximumPacketSize", sys.maxsize)
+        self._loop.post(self._subscribe)
+
+    def _on_subscribe(
+        self, client: object, userdata: object, mid: int, codes: Any, properties: object
+    ) -> None:
+        for (topic, _), code in zip(self._link.subscriptions, codes, strict=False):
+            if code.is_failure:
+                self._refusal = f"subscribing to {topic} refused: {code}".lower(), code.value
+                return
+        self._loop.post(self._ready_for_use)
+
+    def _on_publish(
+        self, client: object, userdata: object, mid: int, code: Any, properties: object
+    ) -> None:
+        self._loop.post(lambda: self._link.acknowledged(self, mid, code.value, str(code)))
+
+    def _subscribe(self) -> None:
+        if self.ended:
+            return
+        self._timer.cancel()
+        self._tick()
+        if self._link.subscriptions:
+            self._client.subscribe([*self._link.subscriptions])
+        else:
+            self._ready_for_use()
+
+    def _ready_for_use(self) -> None:
+        if not self.ended:
+            self.up = True
+            self._link.came_up()
+
+    def _tick(self) -> None:
+        """Paho looks here whether a ping is due."""
+        if not self.ended:
+            self._client.loop_misc()
+            self._check()
+            self._timer = self._loop.after(self._link.settings.keepalive / 4, self._tick)
+
+    def publish(self, publication: Publication, expires_in: int | None) -> int:
+        """Send it; its packet id, which comes back with the broker's acknowledgement."""
+        properties = None
+        if self.v5 and expires_in is not None:
+            properties = self._properties("PUBLISH", MessageExpiryInterval=expires_in)
+        sent = self._client.publish(
+            publication.topic, publication.payload, publication.qos, publication.retain, properties
+        )
+        return sent.mid
+
+    def disconnect(self) -> None:
+        """Say goodbye: the broker forgets the will."""
+        if self._client.socket() is not None and self.up:
+            self._client.disconnect()
+            self._client.loop_write()
+        self.end("closed")
+
+    def end(self, reason: str, code: int = 0) -> None:
+        """Let go of the socket; without goodbye the broker publishes the will."""
+        if self.ended:
+            return
+        self.ended, self.up = True, False
+        self._timer.cancel()
+        sock = self._client.socket()
+        if sock is not None:
+            self._loop.forget(sock)
+            with contextlib.suppress(OSError):
+                sock.close()
+        self._link.lost(self, reason, code)
+
+
+def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
+    """Is there more to read at once?  TLS holds back what the selector cannot see."""
+    if sock is None:
+        return False
+    if hasattr(sock, "pending"):
+        return bool(sock.pending())
+    try:
+        return bool(sock.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
+
+
+class Link:
+    """The way to the broker: comes back by itself, and loses nothing that it was given."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        settings: MqttConfig,
+        client_id: str = "",
+        subscriptions: Sequence[tuple[str, int]] = (),
+        will: Publication | None = None,
+    ) -> None:
+        """Without a client id the broker keeps no session.  Raises ConfigError, UsageError."""
+        self.loop, self.settings, self.subscriptions, self.will = (
+            loop,
+            settings,
+            subscriptions,
+            will,
+        )
+        self.persistent = bool(client_id)
+        self.client_id = client_id or CLIENT_ID_PREFIX + new_id().replace("-", "")[:16]
+        self.protocol_errors = paho_errors()
+        if settings.tls:
+            tls_context(settings)
+        self.dropped = 0
+        self._user: LinkUser | None = None
+        self._connection: Connection | None = None
+        self._protocol = settings.protocol
+        self._outbox: deque[Publication] = deque()
+        self._inflight: dict[int, Publication] = {}
+        self._failures = 0
+        self._closing: Callable[[], None] | None = None
+        self._retry: Timer | None = None
+
+    @property
+    def up(self) -> bool:
+        return self._connection is not None and self._connection.up
+
+    def open(self, user: LinkUser) -> None:
+        """Begin to connect; `user` hears of everything from now on."""
+        self._user = user
+        user.before_connecting(self._connect)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        if self._user:
+            self._user.before_connecting(self._connect)
+
+    def _connect(self) -> None:
+        if self._user:
+            self._connection = Connection(self, self._protocol)
+
+    def publish(self, publication: Publication) -> None:
+        """Publish now, or when the broker is back."""
+        if not self.up and not publication.keep:
+            return
+        self._outbox.append(publication)
+        if len(self._outbox) > MAX_OUTBOX:
+            self._outbox.popleft().done(-1, "too much waits for the broker")
+            self.dropped += 1
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send what may be sent, in order, within the broker's window."""
+        connection = self._connection
+        while connection and connection.up and self._outbox:
+            if self._outbox[0].qos and len(self._inflight) >= connection.window:
+                return
+            publication = self._outbox.popleft()
+            left = None
+            if publication.expires is not None:
+                left = int(publication.expires - self.loop.clock() + 0.999)
+                if left <= 0:
+                    publication.done(-1, "its time to live was over")
+                    continue
+            if len(publication.payload) + len(publication.topic) + 100 > connection.max_packet:
+                publication.done(
+                    -1, f"larger than the broker takes ({connection.max_packet} bytes)"
+                )
+                continue
+            mid = connection.publish(publication, left)
+            if publication.qos:
+                self._inflight[mid] = publication
+        if self._closing and not self._outbox and not self._inflight:
+            self._finish()
+
+    def close(self, done: Callable[[], None], within: float) -> None:
+        """Publish what waits, say goodbye, then call `done`, in `within` seconds at most."""
+        self._closing = done
+        self.loop.after(within, self._finish)
+        if self.up:
+            self._pump()
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        done, self._closing = self._closing, None
+        if done is None:
+            return
+        self._user = None
+        if self._retry:
+            self._retry.cancel()
+        if self._connection:
+            self._connection.disconnect()
+        done()
+
+    # What a connection reports:
+
+    def came_up(self) -> None:
+        self._failures = 0
+        if self._user:
+            self._user.link_up()
+        self._pump()
+
+    def delivered(self, delivery: Delivery) -> None:
+        if self._user:
+            self._user.deliver(delivery)
+
+    def acknowledged(self, connection: Connection, mid: int, code: int, words: str) -> None:
+        publication = self._inflight.pop(mid, None) if connection is self._connection else None
+        if publication:
+            publication.done(code, words)
+            self._pump()
+
+    def lost(self, connection: Connection, reason: str, code: int) -> None:
+        if connection is not self._connection:
+            return
+        self._connection = None
+        self._outbox.extendleft(reversed([p for p in self._inflight.values() if p.keep]))
+        self._inflight.clear()
+        if self._user is None:
+            return
+        no_v5 = connection.v5 and (code == UNSUPPORTED_PROTOCOL or connection.hung_up)
+        self._protocol = "3.1.1" if no_v5 else self.settings.protocol
+        if no_v5:
+            return self._connect()
+        first, longest = RETRY
+        delay = min(first * 2 ** min(self._failures, 20), longest) * random.uniform(0.5, 1.0)
+        self._failures += 1
+        self._retry = self.loop.after(delay, self._try_again)
+        self._user.link_down(reason)
+
+
+class Survey:
+    """Collects what is retained on a few topics, on a connection of its own.
+
+    Retained messages come before a marker that we publish to ourselves, if all of it is QoS 0.
+    Where nothing came before the marker a short silence decides: some brokers send them later.
+    """
+
+    QUIET = 0.1  # seconds
+    LONGEST = 5.0  # seconds from connecting to the last message that is waited for
+
+    def __init__(
+        self,
+        loop: Loop,
+        settings: MqttConfig,
+        filters: Sequence[str],
+        marker: str,
+        found: Callable[[Delivery], None],
+        complete: Callable[[], None],
+        link_down: Callable[[str], None],
+    ) -> None:
+        """`marker` is a topic that nobody else uses; messages go on coming after `complete`."""
+        self.link = Link(loop, settings, subscriptions=[(topic, 0) for topic in (*filters, marker)])
+        self.link_down = link_down
+        self._loop, self._marker, self._found, self._complete = loop, marker, found, complete
+        self._any = self._done = False
+        self.link.open(self)
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def link_up(self) -> None:
+        self.link.publish(Publication(self._marker, b"end", qos=0, keep=False))
+        self._loop.after(self.LONGEST, self._finish)
+
+    def deliver(self, delivery: Delivery) -> None:
+        if delivery.topic != self._marker:
+            self._any = True
+            self._found(delivery)
+        elif self._any:
+            self._finish()
+        else:
+            self._loop.after(self.QUIET, self._finish)
+
+    def _finish(self) -> None:
+        if not self._done:
+            self._done = True
+            self._complete()
+
+
+# ---- Node: wires the above ---------------------------------------------------------------
+#
+# Owns all state that changes.  Decides nothing about a message by itself: asks decide(), then
+# performs the step.
+
+STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
+GOODBYE = 2.0  # seconds for the last messages
+CHALLENGE_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
+MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
+MAX_STATE = 64 * KIB  # bytes of a peer's state document
+LOST_PREFIX = "lost-"  # the corr of the alert about a lost peer
+
+
+def build() -> str:
+    """The first digits of this file's own hash: copies of one file drift apart."""
+    import hashlib
+
+    try:
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    except OSError:
+        return "unknown"
+
+
+def load_1m() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
+
+
+def status_of(state: Mapping[str, Any]) -> str:
+    """The status that a state document claims; a short printable word whatever it holds."""
+    status = state.get("status")
+    return status if isinstance(status, str) and NAME.fullmatch(status) else "unknown"
+
+
+class Challenge:
+    """Asks, before a daemon connects, whether another one lives under its name.
+
+    The broker would end the other's connection, and the two would do so to each other for ever.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: Config,
+        ours: Collection[str],
+        heartbeat: Callable[[str], bytes],
+        free: Callable[[], None],
+        link_down: Callable[[str], None],
+    ) -> None:
+        """`ours` are instance ids of this daemon and its predecessor, which is dead.
+
+        Calls `free` when the name is free; raises BrokerError out of the loop when it is taken.
+        """
+        self._loop, self._config, self._ours, self._free = loop, config, ours, free
+        self._rival: dict[str, Any] | None = None
+        topics, node = config.topics, config.node.id
+        self._heartbeat = Publication(topics.to(node, "heartbeat"), heartbeat(node), qos=0)
+        self._state_topic = topics.meta(node, "state")
+        self._survey = Survey(
+            loop,
+            config.mqtt,
+            [self._state_topic, topics.to(EVERYONE, "heartbeat")],
+            topics.private(node, new_id()),
+            self._found,
+            self._complete,
+            link_down,
+        )
+
+    def _found(self, delivery: Delivery) -> None:
+        if len(delivery.payload) > MAX_STATE:
+            return
+        document = read_json_object(delivery.payload) or {}
+        if delivery.topic == self._state_topic:
+            alive = status_of(document) in ("online", "degraded")
+            self._rival = document if alive and document.get("instance") not in self._ours else None
+        elif self._rival is not None and document.get("from") == self._config.node.id:
+            self._taken()
+
+    def _complete(self) -> None:
+        if self._rival is None:
+            self._close()
+        else:
+            self._survey.link.publish(self._heartbeat)
+            wait = CHALLENGE_HEARTBEATS * self._config.heartbeat.interval
+            self._loop.after(wait, self._close)
+
+    def _close(self) -> None:
+        self._survey.link.close(self._free, within=0.0)
+
+    def _taken(self) -> None:
+        node, rival = self._config.node.id, self._rival or {}
+        where = f" on {shown(rival['host'])[1:-1]}" if rival.get("host") else ""
+        raise BrokerError(
+            f"another daemon is called {node}{where}; stop it, or give this one another name"
+            f" ([node] id in hive.toml, or --node)"
+        )
+
+
+class Node:
+    """One machine's daemon."""
+
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        log: Log,
+        journal: Journal,
+        instance: str,
+        link: Callable[[Config, Publication], Transport],
+    ) -> None:
+        """`instance` tells this run of the daemon from all others; `link` makes the transport."""
+        self.config, self.loop, self.log, self.instance = config, loop, log, instance
+        self.name, self.topics = config.node.id, config.topics
+        self._build = build()  # of the file as it was when this daemon started
+        self._started = loop.clock()
+        self._journal = journal
+        self._children = Children(loop)
+        self._roster = Roster(self.name, config.heartbeat.interval, config.heartbeat.miss_threshold)
+        self._waiting, self._complaints = Waiting(), Complaints()
+        self._catalogue = Catalogue()
+        self._queue = Queue(config.node.handler_workers, self._workers_of)
+        self._agents = {
+            name: Agent(loop, self._children, one, log, self._agent_gave_up)
+            for name, one in config.agents.items()
+        }
+        self._acks: list[Callable[[], None]] = []
+        self._announcing: dict[str, Timer] = {}  # corr of a loss: our turn to speak of it
+        self._announced: dict[str, float] = {}  # corr of a loss: when somebody spoke of it
+        self._counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
+        self._seq = 0
+        self._beaten = float("-inf")
+        self._connected = self._outage = self._stopping = False
+        self._link = link(config, self._will())
+
+    # -- coming and going --
+
+    def start(self) -> None:
+        """Begin; the loop does the rest."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.on_signal(number, self.stop)
+        self.loop.on_signal(signal.SIGHUP, self._reread)
+        self._catalogue = discover(self.config.handler_dir)
+        self._log_catalogue(Catalogue())
+        self._link.open(self)
+        self._beat_again()
+
+    def stop(self) -> None:
+        """End in order: running handlers get a moment, whoever waits is told, then goodbye."""
+        if self._stopping:
+            self._children.stop()
+            return
+        self._stopping = True
+        self.log.info("stopping", handlers=len(self._children))
+        for turn in self._queue.clear():
+            self._refuse(turn.envelope, "the node is stopping")
+        for agent in self._agents.values():
+            agent.stop()
+        self.loop.after(STOP_GRACE, self._children.stop)
+        self._leave_when_idle()
+
+    def _leave_when_idle(self) -> None:
+        if self._children:
+            self.loop.after(0.05, self._leave_when_idle)
+            return
+        self._publish_state("offline", "stopped")
+        self._link.close(self.loop.stop, within=GOODBYE)
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        ours = (self.instance, self._journal.predecessor)
+        Challenge(self.loop, self.config, ours, self._heartbeat, go_on, self.link_down)
+
+    def link_up(self) -> None:
+        self.log.info("connected", broker=self.config.mqtt.address, node=self.name)
+        self._connected, self._outage = True, False
+        self._roster.grant_grace(self.loop.clock())
+        self._publish_roster()
+        self._beat()
+
+    def link_down(self, reason: str) -> None:
+        self._connected = False
+        say = self.log.debug if self._outage else self.log.error
+        say("no broker, trying again", broker=self.config.mqtt.address, why=reason)
+        self._outage = True
+
+    def _reread(self) -> None:
+        """Look into the handler directory again, because somebody asked."""
+        self._look_for_handlers()
+        self._publish_roster()
+
+    # -- what comes in --
+
+    def deliver(self, delivery: Delivery) -> None:
+        if self._stopping:
+            return  # not acknowledged: it comes again when this node does
+        meta = self.topics.meta_of(delivery.topic)
+        if meta:
+            self._hear_state(*meta, delivery)
+            return
+        self._counts["received"] += 1
+        if not self._acks:
+            self.loop.after(0, self._settle)
+        self._acks.append(delivery.ack)
+        try:
+            envelope = Envelope.parse(delivery.payload)
+        except EnvelopeError as error:
+            self._counts["invalid"] += 1
+            self._complain("not an envelope", topic=delivery.topic, why=error)
+            return
+        self._receive(envelope, delivery)
+
+    def _settle(self) -> None:
+        """At the end of a turn: make it last, then tell the broker that it is safe with us."""
+        self._journal.commit()
+        acks, self._acks = self._acks, []
+        for ack in acks:
+            ack()
+
+    def _receive(self, envelope: Envelope, delivery: Delivery) -> None:
+        reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
+        if not reason and delivery.expires_in is None and envelope.stale(time.time()):
+            reason = "its time to live is over"
+        step = Drop(reason) if reason else decide(envelope, self._situation())
+        if isinstance(step, Run | WakeAgents | Refuse | Note) and not self._journal.remember(
+            envelope.id
+        ):
+            step = Drop("seen before")
+        self._log_message(envelope, step)
+        if envelope.ch == "alert" and envelope.to == EVERYONE and not isinstance(step, Drop):
+            self._somebody_announced(envelope)
+        self._perform(step, envelope, delivery)
+
+    def _situation(self) -> Situation:
+        now = self.loop.clock()
+        return Situation(
+            node=self.name,
+            agents=tuple(self._agents),
+            handlers=self._catalogue.handlers,
+            expects=lambda corr: self._waiting.expects(corr, now),
+        )
+
+    def _log_message(self, envelope: Envelope, step: Step) -> None:
+        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
+        facts |= {"to": envelope.to, "action": envelope.action}
+        if isinstance(step, Drop):
+            self._counts["dropped"] += 1
+            self._complain("dropped", **facts, why=step.reason)
+        elif isinstance(step, Hear | Expect):
+            self.log.debug("received", **facts)
+        else:
+            self.log.info("received", **facts, note=getattr(step, "reason", None))
+            self.log.debug("text", id=envelope.id, text=envelope.text)
+
+    def _complain(self, event: str, **facts: object) -> None:
+        """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
+        kind = f"{event}: {facts['why']}" if event == "dropped" else event
+        say = (
+            self.log.warning if self._complaints.admit(kind, self.loop.clock()) else self.log.debug
+        )
+        say(event, **facts)
+
+    def _perform(self, step: Step, envelope: Envelope, delivery: Delivery) -> None:
+        match step:
+            case Run(action):
+                if self._queue.put(Turn(envelope, action)):
+                    self._run_handlers()
+                else:
+                    self._refuse(envelope, f"busy: {MAX_JOBS_WAITING} messages wait for handlers")
+            case WakeAgents(agents, now, note):
+                patience = self._time_left(envelope, delivery)
+                for agent in agents:
+                    self._agents[agent].wake(envelope, now, note, patience)
+            case Hear():
+                self._hear(envelope)
+            case Expect(corr, True):
+                self._waiting.add(corr, envelope.ttl or LONGEST_WAIT, self.loop.clock())
+            case Expect(corr, False):
+                self._waiting.drop(corr)
+            case Refuse(reason):
+                self._refuse(envelope, reason)
+            case Note() | Drop() | Expect():
+                pass
+            case _:
+                assert_never(step)
+
+    def _time_left(self, envelope: Envelope, delivery: Delivery) -> float | None:
+        """Seconds until a message is stale; the broker's word counts more than the peer's clock."""
+        if not envelope.ttl:
+            return None
+        if delivery.expires_in is not None:
+            return max(1.0, delivery.expires_in)
+        return max(1.0, envelope.ts + envelope.ttl - time.time())
+
+    # -- what goes out --
+
+    def _send(self, envelope: Envelope) -> None:
+        """Publish an envelope, now or when the broker is back."""
+        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+
+        def done(code: int, words: str) -> None:
+            if code < 0 or code >= 0x80:  # MQTT 5, 2.4: the failures
+                self.log.error("not published", **facts, why=words)
+
+        expires = self.loop.clock() + envelope.ttl if envelope.ttl else None
+        self.log.info("sent", **facts, corr=envelope.corr)
+        self._link.publish(
+            Publication(self.topics.of(envelope), envelope.encode(), expires=expires, done=done)
+        )
+
+    def _refuse(self, envelope: Envelope, reason: str) -> None:
+        """Tell the sender that it was not done, if its message may cause an answer at all."""
+        if CHANNELS[envelope.ch].handler:
+            what = envelope.action or "message"
+            self._send(
+                envelope.reply(self.name, f"{self.name}: {what} refused: {reason}", ch="alert")
+            )
+
+    def _publish_meta(self, name: str, document: str, content: object, keep: bool) -> None:
+        payload = encode_json(content)
+        self._link.publish(
+            Publication(self.topics.meta(name, document), payload, retain=True, keep=keep)
+        )
+
+    # -- handlers --
+
+    def _workers_of(self, action: str) -> int:
+        return self.config.handlers.get(action, HandlerConfig()).workers
+
+    def _deadline_of(self, action: str) -> float:
+        special = self.config.handlers.get(action, HandlerConfig()).timeout
+        return special or self.config.node.handler_timeout
+
+    def _run_handlers(self) -> None:
+        while turn := self._queue.take():
+            self._run(turn)
+
+    def _run(self, turn: Turn) -> None:
+        file = self._catalogue.handlers.get(turn.action, self.config.handler_dir / turn.action)
+
+        def done(outcome: Outcome) -> None:
+            self._ran(turn, outcome)
+
+        objection = objection_to(file)  # it may have changed since it was found
+        if objection:
+            self.loop.after(0, lambda: done(Outcome(exit=None, fault=objection)))
+            return
+        agents = self._situation().addressed(turn.envelope.to)
+        agent = self.config.agents[agents[0]] if agents else None
+        environment = handler_environment(
+            turn.envelope, self.name, self.config.node.topic_prefix, agent, os.environ
+        )
+        stdin = turn.envelope.encode() + b"\n"
+        deadline = self._deadline_of(turn.action)
+        self.log.info("handler started", action=turn.action, id=turn.envelope.id)
+        self._children.start(Job([str(file)], environment, deadline, stdin, file.parent), done)
+
+    def _ran(self, turn: Turn, outcome: Outcome) -> None:
+        self._queue.done(turn.action)
+        envelope, deadline = turn.envelope, self._deadline_of(turn.action)
+        self._counts["runs"] += 1
+        self._counts["failures"] += not outcome.ok
+        result = result_document(envelope, self.name, outcome, deadline, time.time())
+        say = self.log.info if outcome.ok else self.log.warning
+        say(
+            "handler ended",
+            action=turn.action,
+            id=envelope.id,
+            status=result["status"],
+            exit=outcome.exit,
+            ms=result["duration_ms"],
+            why=result["error"] or None,
+        )
+        self._publish_meta(self.name, turn.action, result, keep=True)
+        self._send(answer_to(envelope, self.name, outcome, deadline))
+        if not self._stopping:
+            self._run_handlers()
+
+    def _look_for_handlers(self) -> bool:
+        """Read the handler directory again; is anything different?"""
+        before, self._catalogue = self._catalogue, discover(self.config.handler_dir)
+        self._log_catalogue(before)
+        return before != self._catalogue
+
+    def _log_catalogue(self, before: Catalogue) -> None:
+        if before.handlers.keys() != self._catalogue.handlers.keys():
+            self.log.info(
+                "handlers", dir=self.config.handler_dir, actions=",".join(self._catalogue.handlers)
+            )
+        for file, reason in self._catalogue.refused.items():
+            if before.refused.get(file) != reason:
+                self.log.warning("not a handler", file=file, why=reason)
+
+    # -- agents --
+
+    def _agent_gave_up(self, envelope: Envelope, reason: str) -> None:
+        self._refuse(envelope, reason)
+
+    # -- membership --
+
+    def _hear(self, envelope: Envelope) -> None:
+        """A heartbeat: whoever sent it lives."""
+        said = read_json_object(envelope.text) or {}
+        boot, interval = said.get("boot"), said.get("interval")
+        boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
+        if isinstance(interval, bool) or not isinstance(interval, int | float):
+            interval = None
+        if envelope.sender == self.name:
+            if boot != self.instance:  # another daemon asks whether this name is taken
+                self._beat_if_due()
+            return
+        news = self._roster.hear(
+            envelope.sender, self.loop.clock(), seen=int(time.time()), interval=interval, boot=boot
+        )
+        if news:
+            self.log.info(news.value, peer=envelope.sender)
+        if news is News.BACK and self._roster.rank(about=envelope.sender) == 0:
+            self._send(
+                Envelope.new(
+                    self.name, EVERYONE, "status", f"{envelope.sender} is back", urgency="later"
+                )
+            )
+        if news is News.BACK:
+            self._forget_loss(envelope.sender)
+
+    def _hear_state(self, name: str, document: str, delivery: Delivery) -> None:
+        """A state: retained, it tells who should be there; else, who has just gone."""
+        state = (
+            read_json_object(delivery.payload) if len(delivery.payload) <= MAX_STATE else None
+        ) or {}
+        if document != "state" or name == self.name or not NAME.fullmatch(name):
+            return
+        if state.get("daemon_node", name) != name:
+            return  # an agent's: its node speaks for it
+        now, status = self.loop.clock(), status_of(state)
+        if delivery.retained:
+            seen = state.get("last_seen")
+            if status in ("online", "degraded"):
+                self._roster.learn(
+                    name, now, seen if type(seen) is int and 0 < seen < MAX_TS else 0
+                )
+        elif status == "offline" and state.get("reason") == "connection lost":
+            if self._roster.lose(name):
+                self._lost(name, "its connection died")
+        elif status == "offline" and state.get("reason") == "lost":
+            if self._roster.lose(name):
+                self.log.warning("peer is lost", peer=name, why="another node says so")
+        elif status == "offline" and self._roster.leave(name):
+            self.log.info("peer has stopped", peer=name)
+
+    def _lost(self, name: str, why: str) -> None:
+        """A peer is lost: the living take turns to say so, and one is enough."""
+        self.log.warning("peer is lost", peer=name, why=why)
+        corr, peer = loss_of(name), self._roster.peer(name)
+        if corr in self._announcing or (
+            peer and self._announced.get(corr, float("-inf")) > peer.heard
+        ):
+            return
+        turn = self._roster.rank(about=name) * max(1.0, self.config.heartbeat.interval / 2)
+        self._announcing[corr] = self.loop.after(turn, lambda: self._announce(name, why))
+
+    def _announce(self, name: str, why: str) -> None:
+        self._announcing.pop(loss_of(name), None)
+        peer = self._roster.peer(name)
+        if self._stopping or peer is None or peer.presence is not Presence.LOST:
+            return
+        seen = (
+            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(peer.seen)) if peer.seen else "never"
+        )
+        text = f"{name} is lost: {why}; last seen {seen}"
+        self._send(Envelope.new(self.name, EVERYONE, "alert", text, corr=loss_of(name)))
+        gone = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
+        self._publish_meta(
+            name, "state", gone | {"last_seen": peer.seen, "reported_by": self.name}, True
+        )
+
+    def _somebody_announced(self, envelope: Envelope) -> None:
+        if envelope.corr and envelope.corr.startswith(LOST_PREFIX):
+            timer = self._announcing.pop(envelope.corr, None)
+            if timer:
+                timer.cancel()
+            self._announced[envelope.corr] = self.loop.clock()
+            if len(self._announced) > MAX_PEERS:
+                self._announced.pop(next(iter(self._announced)))
+
+    def _forget_loss(self, name: str) -> None:
+        timer = self._announcing.pop(loss_of(name), None)
+        if timer:
+            timer.cancel()
+
+    # -- showing that we are alive --
+
+    def _beat_again(self) -> None:
+        """Every interval: show that we are alive, see who is not, see what has changed here."""
+        interval = self.config.heartbeat.interval
+        now = self.loop.clock()
+        late = now - self._beaten > 2 * interval
+        self.loop.after(interval, self._beat_again)
+        if self._stopping:
+            return
+        if self._look_for_handlers():
+            self._publish_roster()
+        if not self._connected:
+            return
+        self._beat()
+        if late:  # we were asleep ourselves: do not blame the others
+            self._roster.grant_grace(now)
+        for name in self._roster.drop_silent(now):
+            peer = self._roster.peer(name)
+            self._lost(
+                name, f"no heartbeat for {now - peer.heard:.0f} s" if peer else "no heartbeat"
+            )
+
+    def _beat_if_due(self) -> None:
+        if self.loop.clock() - self._beaten >= MIN_BEAT_GAP:
+            self._beat()
+
+    def _beat(self) -> None:
+        self._beaten = self.loop.clock()
+        heartbeat = self._heartbeat(EVERYONE)
+        topic = self.topics.to(EVERYONE, "heartbeat")
+        self._link.publish(Publication(topic, heartbeat, qos=0, keep=False))
+        self._publish_state("degraded" if self._trouble() else "online")
+
+    def _trouble(self) -> str:
+        """Why this node is degraded, or nothing."""
+        down = [
+            f"agent {a}: {one.reason}"
+            for a, one in self._agents.items()
+            if one.health is Health.DOWN
+        ]
+        return "; ".join(down + ([] if self._journal.on_disk else ["no journal on disk"]))
+
+    def _heartbeat(self, to: str) -> bytes:
+        self._seq += 1
+        said = {
+            "node_id": self.name,
+            "uptime_s": round(self.loop.clock() - self._started, 1),
+            "load_1m": load_1m(),
+            "interval": self.config.heartbeat.interval,
+            "oc_instances": [
+                {"name": n, "status": a.health.value} for n, a in self._agents.items()
+            ],
+            "boot": self.instance,
+            "seq": self._seq,
+        }
+        text = encode_json(said).decode()
+        return Envelope.new(self.name, to, "heartbeat", text, urgency="later").encode()
+
+    def _state(self, name: str, status: str, reason: str = "") -> dict[str, Any]:
+        """The state document of this node, or of one of its agents."""
+        health = {
+            n: {"status": a.health.value, "reason": a.reason} for n, a in self._agents.items()
+        }
+        state: dict[str, Any] = {
+            "node_id": name,
+            "status": status,
+            "last_seen": int(time.time()),
+            "uptime_s": round(self.loop.clock() - self._started, 1),
+            "known_peers": self._roster.alive(),
+            "daemon_node": self.name,
+            "version": f"{__version__} ({self._build})",
+            "load_1m": load_1m(),
+            "oc": health if name == self.name else {name: health[name]},
+            "instance": self.instance,
+            "interval": self.config.heartbeat.interval,
+            "miss_threshold": self.config.heartbeat.miss_threshold,
+            "host": socket.gethostname(),
+            "counters": self._counts,
+        }
+        return state | ({"reason": reason} if reason else {})
+
+    def _publish_state(self, status: str, reason: str = "") -> None:
+        for name in dict.fromkeys([self.name, *self._agents]):
+            own = self._trouble() if name == self.name and status == "degraded" else reason
+            self._publish_meta(
+                name, "state", self._state(name, status, own), keep=status == "offline"
+            )
+
+    def _will(self) -> Publication:
+        state = self._state(self.name, "offline", "connection lost")
+        return Publication(self.topics.meta(self.name, "state"), encode_json(state), retain=True)
+
+    def _publish_roster(self) -> None:
+        import platform
+
+        document = {
+            "node": self.name,
+            "ts": int(time.time()),
+            "version": __version__,
+            "build": self._build,
+            "protocol": PROTOCOL_VERSION,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "agents": [*self._agents],
+            "handlers": [*self._catalogue.handlers],
+        }
+        self._publish_meta(self.name, "roster", document, keep=False)
+
+
+def loss_of(name: str) -> str:
+    """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
+    return (LOST_PREFIX + name)[:64]
+
+
+# ---- Client: one question from the shell -------------------------------------------------
+#
+# Publish and wait for the acknowledgement; publish and wait for answers; collect what is
+# retained.  Each on a connection of its own, each with an end.  Prints nothing.
+
+PUBACK_DEADLINE = 10.0  # seconds
+HINTS = (  # what is in the reason, what to try
+    (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
+    (r"name or service|nodename|name resolution|not known", "is [mqtt] host spelled right?"),
+    (
+        r"bad user name|not authorized|banned",
+        "check [mqtt] username and password, and the broker's ACL",
+    ),
+    (
+        r"certificate|ssl|tls",
+        "check [mqtt] tls, ca_file, port, and that host is the certificate's name",
+    ),
+    (r"timed out|no answer|unreachable", "are host and port right, and no firewall in between?"),
+    (r"closed", "does the port want TLS ([mqtt] tls = true), or is it no MQTT broker?"),
+)
+
+
+def broker_fault(mqtt: MqttConfig, reason: str) -> BrokerError:
+    """Which broker, why not, what to try."""
+    hints = [hint for pattern, hint in HINTS if re.search(pattern, reason, re.IGNORECASE)]
+    return BrokerError("; ".join([f"broker {mqtt.address}: {reason}", *hints[:1]]))
+
+
+class Errand:
+    """What one command wants from the broker; ends by finish() or by an error."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.topics, self.node = config, config.topics, config.node.id
+        self.loop = Loop(Log("error"))
+        self._finished = False
+
+    def finish(self) -> None:
+        self._finished = True
+
+    def run(self) -> None:
+        try:
+            while not self._finished:
+                self.loop.step()
+        finally:
+            self.loop.close()
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def link_down(self, reason: str) -> None:
+        raise broker_fault(self.config.mqtt, reason)
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Nothing is subscribed to."""
+
+    def publish(self, link: Link, envelope: Envelope, done: Callable[[int], None]) -> None:
+        """Publish; `done` gets the broker's reason code, where it is no failure."""
+        topic = self.topics.of(envelope)
+
+        def acknowledged(code: int, words: str) -> None:
+            if code < 0 or code >= 0x80:
+                raise broker_fault(
+                    self.config.mqtt, f"refused to publish to {topic}: {words.lower()}"
+                )
+            overdue.cancel()
+            done(code)
+
+        def late() -> None:
+            raise broker_fault(self.config.mqtt, f"no answer (PUBACK) in {PUBACK_DEADLINE:g} s")
+
+        overdue = self.loop.after(PUBACK_DEADLINE, late)
+        expires = self.loop.clock() + envelope.ttl if envelope.ttl else None
+        link.publish(Publication(topic, envelope.encode(), expires=expires, done=acknowledged))
+
+
+class Sending(Errand):
+    """Publish one envelope and see it acknowledged."""
+
+    def __init__(self, config: Config, envelope: Envelope) -> None:
+        super().__init__(config)
+        self.heard_by_nobody = False
+        self._envelope = envelope
+        self._link = Link(self.loop, config.mqtt)
+        self._link.open(self)
+
+    def link_up(self) -> None:
+        self.publish(self._link, self._envelope, self._sent)
+
+    def _sent(self, code: int) -> None:
+        self.heard_by_nobody = code == NO_SUBSCRIBERS
+        self._link.close(self.finish, within=1.0)
+
+
+class Collecting(Errand):
+    """Collect the retained documents of every name: `state` or `roster`."""
+
+    def __init__(self, config: Config, document: str) -> None:
+        super().__init__(config)
+        self.documents: dict[str, dict[str, Any]] = {}
+        topics = [self.topics.meta("+", document)]
+        marker = self.topics.private(self.node, new_id())
+        self.survey = Survey(
+            self.loop, config.mqtt, topics, marker, self._found, self._complete, self.link_down
+        )
+
+    def _found(self, delivery: Delivery) -> None:
+        meta = self.topics.meta_of(delivery.topic)
+        content = read_json_object(delivery.payload) if len(delivery.payload) <= MAX_STATE else None
+        if meta and content and NAME.fullmatch(meta[0]):
+            self.documents[meta[0]] = content
+
+    def _complete(self) -> None:
+        self.survey.link.close(self.finish, within=1.0)
+
+
+class Asking(Errand):
+    """Publish one envelope and wait for the answers to it."""
+
+    def __init__(
+        self, config: Config, envelope: Envelope, wait: float, heard: Callable[[Envelope], None]
+    ) -> None:
+        """Calls `heard` with each response and each alert of the exchange, as they come."""
+        super().__init__(config)
+        self.states: dict[str, dict[str, Any]] = {}
+        self.silent: set[str] = set()  # who has not answered
+        self.refused = False  # did an alert come?
+        self._envelope, self._wait, self._heard = envelope, wait, heard
+        self._answers = [self.topics.to(self.node, ch) for ch in ("response", "alert")]
+        whose = "+" if envelope.to == EVERYONE else envelope.to
+        self._survey = Survey(
+            self.loop,
+            config.mqtt,
+            [*self._answers, self.topics.meta(whose, "state")],
+            self.topics.private(self.node, new_id()),
+            self._found,
+            self._ask,
+            self.link_down,
+        )
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except KeyboardInterrupt:
+            # Whatever comes later shall wake the agent after all.
+            self._tell_own_node("not waiting")
+            self._survey.link.close(self.finish, within=0.5)
+            with contextlib.suppress(HiveError):
+                super().run()
+            raise
+
+    def _ask(self) -> None:
+        """Everyone's state is in: tell our own node that we wait, then ask."""
+        self.silent = {self._envelope.to}
+        if self._envelope.to == EVERYONE:
+            now = time.time()
+            rows = status_rows(self.states, self.config.heartbeat, now)
+            self.silent = {row.name for row in rows if row.is_node and row.alive}
+            if not self.silent:
+                raise SilenceError("no node is online; see: hive-cli status")
+        self._tell_own_node("waiting")
+        self.publish(self._survey.link, self._envelope, lambda code: None)
+        self.loop.after(self._wait, self._leave)
+
+    def _tell_own_node(self, text: str) -> None:
+        """Our own daemon need not wake the agent for an answer that is read here."""
+        corr, ttl = self._envelope.exchange, max(1, int(self._wait + 1))
+        notice = Envelope.new(
+            self.node, self.node, "status", text, corr=corr, ttl=ttl, urgency="later"
+        )
+        self._survey.link.publish(Publication(self.topics.of(notice), notice.encode()))
+
+    def _found(self, delivery: Delivery) -> None:
+        if delivery.topic not in self._answers:
+            meta = self.topics.meta_of(delivery.topic)
+            if meta and len(delivery.payload) <= MAX_STATE:
+                self.states[meta[0]] = read_json_object(delivery.payload) or {}
+            return
+        try:
+            answer = Envelope.parse(delivery.payload)
+        except EnvelopeError:
+            return
+        if answer.corr != self._envelope.exchange or answer.ch not in ("response", "alert"):
+            return
+        self.refused |= answer.ch == "alert"
+        self._heard(answer)
+        self.silent.discard(answer.sender if self._envelope.to == EVERYONE else self._envelope.to)
+        if not self.silent:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._survey.link.close(self.finish, within=1.0)
+
+
+# ---- Output: rows to a table or to JSON --------------------------------------------------
+#
+# Returns strings.  Whatever a peer wrote is made harmless for a terminal.
+
+COLOURS = {
+    "online": 32,
+    "ok": 32,
+    "stale": 33,
+    "degraded": 33,
+    "offline": 31,
+    "down": 31,
+    "lost": 31,
+}
+SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+
+
+def printable(value: object, limit: int = 60) -> str:
+    """One line without anything that could move a cursor, cut to `limit` characters."""
+    said = value if isinstance(value, str) else "-" if value is None else str(value)
+    said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
+    return said if len(said) <= limit else said[: limit - 1] + "…"
+
+
+def for_terminal(text: str) -> str:
+    """A peer's text with its lines, without control sequences."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def duration(value: object) -> str:
+    """Seconds for people: two units at most."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e10:
+        return "-"
+    rest, words = int(value), []
+    for unit, size in SECONDS_IN:
+        if rest >= size:
+            words.append(f"{rest // size}{unit}")
+            rest %= size
+    return " ".join(words[:2]) or "0s"
+
+
+def bounded_number(value: object, low: float, high: float, default: float) -> float:
+    """A peer's number, or the default for anything that is none in that range."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        return default
+    return float(value)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool) -> str:
+    """Columns as wide as what is in them."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        if colour:
+            cells = [
+                f"\033[{COLOURS[cell.strip()]}m{cell}\033[0m" if cell.strip() in COLOURS else cell
+                for cell in cells
+            ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(line, (header, *rows))) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRow:
+    """A node, or one of its agents."""
+
+    name: str
+    node: str  # whose daemon speaks for it
+    status: str  # online, degraded, offline; stale: it should have been heard of since
+    agents: Mapping[str, str]  # name: health
+    load_1m: float | None
+    uptime_s: float | None
+    last_seen: int | None
+    age_s: float | None
+    version: str | None
+    reason: str | None
+
+    @property
+    def is_node(self) -> bool:
+        return self.name == self.node
+
+    @property
+    def alive(self) -> bool:
+        return self.status in ("online", "degraded")
+
+
+def status_row(
+    name: str, state: Mapping[str, Any], heartbeat: HeartbeatConfig, now: float
+) -> StatusRow:
+    """Make a row of a state document, whatever it holds."""
+    node = state.get("daemon_node")
+    interval = bounded_number(state.get("interval"), *PEER_INTERVAL, heartbeat.interval)
+    missed = bounded_number(state.get("miss_threshold"), 1, 10_000, heartbeat.miss_threshold)
+    seen = bounded_number(state.get("last_seen"), 1, MAX_TS, 0)
+    age = max(0.0, now - seen) if seen else None
+    status = status_of(state)
+    if status in ("online", "degraded") and (age is None or age > interval * missed + 1):
+        status = "stale"
+    health = {
+        printable(agent): printable(one.get("status") if isinstance(one, dict) else one, 20)
+        for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
+    }
+    version, reason = state.get("version"), state.get("reason")
+    return StatusRow(
+        name=name,
+        node=node if isinstance(node, str) and NAME.fullmatch(node) else name,
+        status=status,
+        agents=health,
+        load_1m=bounded_number(state.get("load_1m"), 0, 1e6, -1) if "load_1m" in state else None,
+        uptime_s=bounded_number(state.get("uptime_s"), 0, 1e10, 0) if "uptime_s" in state else None,
+        last_seen=int(seen) or None,
+        age_s=age,
+        version=printable(version, 30) if version else None,
+        reason=printable(reason, 200) if reason else None,
+    )
+
+
+def status_rows(
+    states: Mapping[str, Mapping[str, Any]], heartbeat: HeartbeatConfig, now: float
+) -> list[StatusRow]:
+    """Every node with its agents below it; an agent is no better than its node."""
+    rows = {name: status_row(name, state, heartbeat, now) for name, state in states.items()}
+    for name, row in rows.items():
+        node = rows.get(row.node, row)
+        if not node.alive:
+            rows[name] = replace(row, status=node.status)
+    return sorted(rows.values(), key=lambda row: (row.node, not row.is_node, row.name))
+
+
+def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
+    cells = [
+        (
+            row.name if row.is_node else f"  {row.name}",
+            row.status,
+            ", ".join(f"{name} {health}" for name, health in row.agents.items())
+            if row.is_node
+            else row.agents.get(row.name, "-"),
+            f"{row.load_1m:.2f}" if row.load_1m is not None and row.load_1m >= 0 else "-",
+            duration(row.uptime_s) if row.alive else "-",
+            "-" if row.age_s is None else f"{duration(row.age_s)} ago",
+            row.version or "-",
+        )
+        for row in rows
+    ]
+    return table(("NAME", "STATUS", "AGENTS", "LOAD", "UPTIME", "SEEN", "VERSION"), cells, colour)
+
+
+def words_of(value: object) -> str:
+    """A peer's list of words on one line; openclaw-hive's may be anything."""
+    return ", ".join(printable(word, 63) for word in value[:100]) if isinstance(value, list) else ""
+
+
+def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> str:
+    cells = [
+        (
+            name,
+            words_of(document.get("agents")) or "-",
+            words_of(document.get("handlers")) or "-",
+            f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})",
+            printable(document.get("system"), 30),
+        )
+        for name, document in sorted(documents.items())
+    ]
+    return table(("NODE", "AGENTS", "HANDLERS", "VERSION", "SYSTEM"), cells, colour)
+
+
+# ---- Commands: one function for each subcommand ------------------------------------------
+#
+# Options stand beside the function that reads them; Main builds the parser from COMMANDS.
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A subcommand: its docstring and options are what --help shows."""
+
+    run: Callable[[argparse.Namespace], int]
+    options: Sequence[tuple[tuple[str, ...], Mapping[str, Any]]]
+    examples: str = ""
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """One option, as argparse's add_argument takes it."""
+    return flags, how
+
+
+def command(
+    *options: tuple[tuple[str, ...], Mapping[str, Any]], examples: str = ""
+) -> Callable[[Callable[[argparse.Namespace], int]], Callable[[argparse.Namespace], int]]:
+    """File a function in COMMANDS under its own name."""
+
+    def file(function: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+        COMMANDS[function.__name__] = Command(function, options, examples)
+        return function
+
+    return file
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """Load the configuration that the command line asks for; warn of what is unsafe in it."""
+    overrides = {
+        dotted: getattr(args, dest)
+        for dest, dotted in OVERRIDES.items()
+        if getattr(args, dest, None) is not None
+    }
+    config = load_config(getattr(args, "config", None), overrides)
+    for warning in config.warnings:
+        print(f"hive: warning: {warning}", file=sys.stderr)
+    return config
+
+
+def read_text(said: str) -> str:
+    """The text of a message: the argument itself, or all of stdin for `-`."""
+    if said != "-":
+        return said
+    data = sys.stdin.buffer.read(MAX_TEXT + 2)
+    try:
+        return data.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        if len(data) > MAX_TEXT:
+            raise UsageError(f"stdin: more than {MAX_TEXT // KIB} KiB") from None
+        raise UsageError(f"stdin: not UTF-8 at byte {error.start}") from None
+
+
+def write_answer(answer: Envelope, as_json: bool, label: bool) -> None:
+    """A response to stdout, an alert to stderr; as JSON both go to stdout."""
+    if as_json:
+        print(answer.encode().decode(), flush=True)
+        return
+    stream = sys.stderr if answer.ch == "alert" else sys.stdout
+    text = for_terminal(answer.text) if stream.isatty() else answer.text
+    print(f"{answer.sender}: {text}" if label else text, file=stream, flush=True)
+
+
+def colourful(stream: IO[str]) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON instead of text")
+
+
+@command(examples="hive.py daemon --node alpha --host broker.lan")
+def daemon(args: argparse.Namespace) -> int:
+    """Run this node, in the foreground, until SIGTERM or Ctrl-C."""
+    config = config_of(args)
+    log = Log(config.logging.level, config.logging.format)
+    instance = new_id()
+    journal = Journal(config.state_dir, instance, log)
+    loop = Loop(log)
+    try:
+        node = Node(config, loop, log, journal, instance, session_link(loop))
+        log.info(
+            "starting",
+            node=config.node.id,
+            version=__version__,
+            build=build(),
+            config=config.source or "defaults",
+            instance=instance,
+        )
+        node.start()
+        loop.run()
+    finally:
+        journal.close()
+        loop.close()
+    log.info("stopped")
+    return Exit.DONE
+
+
+def session_link(loop: Loop) -> Callable[[Config, Publication], Transport]:
+    """How a node gets to its broker: a session of its own, and every topic that concerns it."""
+
+    def make(config: Config, will: Publication) -> Transport:
+        node, topics = config.node.id, config.topics
+        names = dict.fromkeys([node, *config.agents, EVERYONE])
+        subscriptions = [(topics.to(name), 1) for name in names]
+        subscriptions.append((topics.meta("+", "state"), 0))  # QoS 0: not kept while we are away
+        client_id = f"{topics.prefix}-{node}".replace("/", "-")
+        return Link(loop, config.mqtt, client_id, subscriptions, will)
+
+    return make
+
+
+@command(
+    option(
+        "--to", required=True, type=recipient, metavar="NAME", help="a node or an agent, or all"
+    ),
+    option(
+        "--ch", default="command", choices=CHANNELS, help="the kind of message (default: command)"
+    ),
+    option("--text", required=True, help="what to say; - reads it from stdin"),
+    option("--action", type=action_name, help="the handler that shall do it"),
+    option("--urgency", choices=URGENCIES, help="wake the agent now, or with its next heartbeat"),
+    option(
+        "--ttl", type=time_to_live, metavar="SECONDS", help="after this it is of no use any more"
+    ),
+    option("--corr", type=identifier, metavar="ID", help="the exchange that this belongs to"),
+    option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
+    AS_JSON,
+    examples="""hive.py send --to beta --ch command --text "is the backup done?" --wait 60
+hive.py send --to all --ch sync --action git-sync --text now --wait 20
+make report | hive.py send --to beta --ch status --text -""",
+)
+def send(args: argparse.Namespace) -> int:
+    """Send a message to a node, to an agent, or to all."""
+    config = config_of(args)
+    envelope = Envelope.new(
+        config.node.id,
+        args.to,
+        args.ch,
+        read_text(args.text),
+        action=args.action,
+        urgency=args.urgency,
+        ttl=args.ttl,
+        corr=args.corr,
+    )
+    return send_and_wait(config, envelope, args) if args.wait else send_only(config, envelope, args)
+
+
+def send_only(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
+    """Publish, and say so once the broker has acknowledged it."""
+    sending = Sending(config, envelope)
+    sending.run()
+    topic = config.topics.of(envelope)
+    print(envelope.encode().decode() if args.as_json else f"sent {envelope.id} -> {topic}")
+    if sending.heard_by_nobody:
+        print(f"hive: nobody listens on {topic}; who is there: hive-cli status", file=sys.stderr)
+    return Exit.DONE
+
+
+def send_and_wait(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
+    """Publish, print the answers as they come, and say who kept silent."""
+    everyone = envelope.to == EVERYONE
+    asking = Asking(
+        config, envelope, args.wait, lambda answer: write_answer(answer, args.as_json, everyone)
+    )
+    asking.run()
+    if asking.silent and not (asking.refused and not everyone):
+        raise SilenceError(
+            f"no answer from {', '.join(sorted(asking.silent))} in {args.wait:g} s{why(asking)}"
+        )
+    return Exit.REFUSED if asking.refused else Exit.DONE
+
+
+def why(asking: Asking) -> str:
+    """What is known of those who did not answer."""
+    known = status_rows(asking.states, asking.config.heartbeat, time.time())
+    rows = {row.name: row for row in known}
+    for name in sorted(asking.silent):
+        if name not in rows:
+            return f"; no node or agent {name} has been seen, is it spelled right?"
+        if not rows[name].alive:
+            return f"; {name} is {rows[name].status}, seen {duration(rows[name].age_s)} ago"
+    return ""
+
+
+@command(
+    option(
+        "--to-msg", required=True, metavar="JSON|FILE|-", help="the envelope to answer; - is stdin"
+    ),
+    option("--text", required=True, help="what to say; - reads it from stdin"),
+    AS_JSON,
+    examples="""hive.py reply --to-msg '{"v":1,"id":"...", ...}' --text "done, 6 files" """,
+)
+def reply(args: argparse.Namespace) -> int:
+    """Answer a message; correlation and recipient come from it."""
+    config = config_of(args)
+    if args.to_msg == args.text == "-":
+        raise UsageError("--to-msg and --text cannot both be read from stdin")
+    original = Envelope.parse(read_original(args.to_msg))
+    return send_only(config, original.reply(config.node.id, read_text(args.text)), args)
+
+
+def read_original(said: str) -> bytes:
+    """The bytes of the envelope to answer: given as they are, in a file, or on stdin."""
+    if said == "-":
+        return sys.stdin.buffer.read(MAX_PAYLOAD + 1)
+    if said.lstrip().startswith("{"):
+        return said.encode(errors="replace")
+    try:
+        with open(said, "rb") as file:
+            return file.read(MAX_PAYLOAD + 1)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--to-msg {shown(said)}: neither JSON nor a file: {reason_of(error)}"
+        ) from None
+
+
+@command(AS_JSON, examples="hive.py status --json | jq '.[] | select(.status != \"online\")'")
+def status(args: argparse.Namespace) -> int:
+    """Show how every node and agent is."""
+    config = config_of(args)
+    collecting = Collecting(config, "state")
+    collecting.run()
+    rows = status_rows(collecting.documents, config.heartbeat, time.time())
+    if args.as_json:
+        keys = [f.name for f in fields(StatusRow)]
+        print(json.dumps([{key: getattr(row, key) for key in keys} for row in rows], indent=2))
+    elif rows:
+        print(status_table(rows, colourful(sys.stdout)), end="")
+    else:
+        say_nobody(config)
+    return Exit.DONE
+
+
+@command(AS_JSON)
+def roster(args: argparse.Namespace) -> int:
+    """Show what every node can do: its agents, its handlers, its version."""
+    config = config_of(args)
+    collecting = Collecting(config, "roster")
+    collecting.run()
+    if args.as_json:
+        print(json.dumps(sorted(collecting.documents.values(), key=str), indent=2))
+    elif collecting.documents:
+        print(roster_table(collecting.documents, colourful(sys.stdout)), end="")
+    else:
+        say_nobody(config)
+    return Exit.DONE
+
+
+def say_nobody(config: Config) -> None:
+    print(
+        f"hive: no node has been seen at {config.mqtt.address} under {config.topics.prefix}/ yet;"
+        " start one with: hive.py daemon",
+        file=sys.stderr,
+    )
+
+
+@command(
+    option("--example", action="store_true", help="print a commented hive.toml with every key"),
+    examples="hive.py config --example > hive.toml",
+)
+def config(args: argparse.Namespace) -> int:
+    """Show the configuration in force, and where each key was set; secrets are masked."""
+    print(example_config() if args.example else effective_config(config_of(args)), end="")
+    return Exit.DONE
+
+
+# ---- Main: arguments in, exit code out ---------------------------------------------------
+
+OVERRIDES = {  # option on the command line: key of hive.toml
+    "node": "node.id",
+    "prefix": "node.topic_prefix",
+    "host": "mqtt.host",
+    "port": "mqtt.port",
+    "log_level": "logging.level",
+}
+
+
+def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """Make a kind of Config or a field's check serve as argparse's type=, with its own words."""
+
+    def convert(said: str) -> Any:
+        try:
+            return kind(float(said) if kind is time_to_live else said)
+        except ValueError as error:
+            words = str(error) if not str(error).startswith("could not convert") else ""
+            raise argparse.ArgumentTypeError(f"{shown(said)}: {words or kind.__doc__}") from None
+
+    return convert
+
+
+def common_options() -> argparse.ArgumentParser:
+    """Options that may stand before or after the subcommand."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("configuration")
+    group.add_argument("--config", metavar="FILE", help="hive.toml to read")
+    tables = {title: {f.name: f for f in fields(one)} for title, one in SINGLE_TABLES.items()}
+    for dest, dotted in OVERRIDES.items():
+        title, _, key = dotted.partition(".")
+        metadata = tables[title][key].metadata
+        flag, kind = f"--{dest.replace('_', '-')}", as_type(metadata["kind"])
+        group.add_argument(flag, type=kind, metavar=key.upper(), help=metadata["help"])
+    return common
+
+
+class ShowVersion(argparse.Action):
+    """The version, and the first digits of this file's own hash; worked out only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+        print(f"hive {__version__} ({build()})")
+        parser.exit()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line, from COMMANDS."""
+    common = common_options()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        parents=[common],
+        formatter_class=raw,
+        allow_abbrev=False,
+        epilog="Each command has --help of its own, with examples.",
+    )
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, one in COMMANDS.items():
+        about = (one.run.__doc__ or "").strip()
+        sub = commands.add_parser(
+            name,
+            parents=[common],
+            help=about,
+            description=about,
+            formatter_class=raw,
+            allow_abbrev=False,
+            epilog=f"examples:\n{indented(one.examples)}" if one.examples else None,
+        )
+        for flags, how in one.options:
+            kind = {"type": as_type(how["type"])} if "type" in how else {}
+            sub.add_argument(*flags, **{**how, **kind})
+        sub.set_defaults(run=one.run)
+    return parser
+
+
+def indented(lines: str) -> str:
+    return "\n".join(f"  {line}" for line in lines.splitlines())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; give the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    args = make_parser().parse_args(arguments)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+        return int(code)
+    except HiveError as error:
+        print(f"hive: {error}", file=sys.stderr)
+        return error.exit
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python complains at exit
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"hive: {error.filename or 'input/output'}: {reason_of(error)}", file=sys.stderr)
+        return Exit.REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
