@@ -954,6 +954,11 @@ MAX_PEERS = 1000
 PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
 
 
+def loss_of(name: str) -> str:
+    """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
+    return f"lost-{name}"[:64]
+
+
 class Presence(Enum):
     """What has become of a peer."""
 
@@ -966,7 +971,7 @@ class News(Enum):
     """What a heartbeat told us that we did not know."""
 
     NEW = "peer is up"
-    BACK = "peer is back"
+    BACK = "peer is back"  # after a loss that somebody announced
     RESTARTED = "peer has restarted"
 
 
@@ -979,6 +984,7 @@ class Peer:
     boot: str
     seen: int  # Unix seconds, by this machine's or the peer's clock
     presence: Presence = Presence.ALIVE
+    announced: bool = False  # did somebody tell the hive that it is lost?
 
 
 class Roster:
@@ -1003,7 +1009,7 @@ class Roster:
         if known is None or known.presence is Presence.GONE:
             return News.NEW
         if known.presence is Presence.LOST:
-            return News.BACK
+            return News.BACK if known.announced else News.NEW
         return News.RESTARTED if boot and known.boot and boot != known.boot else None
 
     def learn(self, name: str, now: float, seen: int) -> None:
@@ -1018,6 +1024,18 @@ class Roster:
         """We could not hear anyone until now: count everyone's silence from here."""
         for peer in self._peers.values():
             peer.heard = now
+
+    def doubt_losses(self) -> None:
+        """Our own connection has died: whom we have just lost may be well."""
+        for peer in self._peers.values():
+            if peer.presence is Presence.LOST and not peer.announced:
+                peer.presence = Presence.ALIVE
+
+    def announced(self, corr: str) -> None:
+        """Somebody has told the hive of the loss with this correlation id."""
+        for name, peer in self._peers.items():
+            if loss_of(name) == corr:
+                peer.announced = True
 
     def leave(self, name: str) -> bool:
         """A peer said goodbye; was it alive to us?"""
@@ -1321,7 +1339,7 @@ class Loop:
     def post(self, call: Callable[[], None]) -> None:
         """Call back soon; the one method for other threads."""
         self._posted.append(call)
-        with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody cares
             self._wake.send(b"\0")
 
     def on_signal(self, number: int, call: Callable[[], None]) -> None:
@@ -2706,7 +2724,7 @@ GOODBYE = 2.0  # seconds for the last messages
 CHALLENGE_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 MAX_STATE = 64 * KIB  # bytes of a peer's state document
-LOST_PREFIX = "lost-"  # the corr of the alert about a lost peer
+DOUBT = 1.0  # seconds between a loss and its alert: when a broker stops, everyone seems to die
 
 
 def build() -> str:
@@ -2824,8 +2842,6 @@ class Node:
             for name, one in config.agents.items()
         }
         self._acks: list[Callable[[], None]] = []
-        self._announcing: dict[str, Timer] = {}  # corr of a loss: our turn to speak of it
-        self._announced: dict[str, float] = {}  # corr of a loss: when somebody spoke of it
         self._counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self._seq = 0
         self._beaten = float("-inf")
@@ -2878,6 +2894,7 @@ class Node:
 
     def link_down(self, reason: str) -> None:
         self._connected = False
+        self._roster.doubt_losses()
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self.config.mqtt.address, why=reason)
         self._outage = True
@@ -2926,7 +2943,7 @@ class Node:
             step = Drop("seen before")
         self._log_message(envelope, step)
         if envelope.ch == "alert" and envelope.to == EVERYONE and not isinstance(step, Drop):
-            self._somebody_announced(envelope)
+            self._roster.announced(envelope.exchange)
         self._perform(step, envelope, delivery)
 
     def _situation(self) -> Situation:
@@ -3113,13 +3130,8 @@ class Node:
         if news:
             self.log.info(news.value, peer=envelope.sender)
         if news is News.BACK and self._roster.rank(about=envelope.sender) == 0:
-            self._send(
-                Envelope.new(
-                    self.name, EVERYONE, "status", f"{envelope.sender} is back", urgency="later"
-                )
-            )
-        if news is News.BACK:
-            self._forget_loss(envelope.sender)
+            text = f"{envelope.sender} is back"
+            self._send(Envelope.new(self.name, EVERYONE, "status", text, urgency="later"))
 
     def _hear_state(self, name: str, document: str, delivery: Delivery) -> None:
         """A state: retained, it tells who should be there; else, who has just gone."""
@@ -3149,42 +3161,23 @@ class Node:
     def _lost(self, name: str, why: str) -> None:
         """A peer is lost: the living take turns to say so, and one is enough."""
         self.log.warning("peer is lost", peer=name, why=why)
-        corr, peer = loss_of(name), self._roster.peer(name)
-        if corr in self._announcing or (
-            peer and self._announced.get(corr, float("-inf")) > peer.heard
-        ):
-            return
         turn = self._roster.rank(about=name) * max(1.0, self.config.heartbeat.interval / 2)
-        self._announcing[corr] = self.loop.after(turn, lambda: self._announce(name, why))
-
-    def _announce(self, name: str, why: str) -> None:
-        self._announcing.pop(loss_of(name), None)
         peer = self._roster.peer(name)
-        if self._stopping or peer is None or peer.presence is not Presence.LOST:
+        self.loop.after(DOUBT + turn, lambda: self._announce(name, peer, why))
+
+    def _announce(self, name: str, peer: Peer | None, why: str) -> None:
+        """Our turn to speak of a loss, unless somebody did, or it was none."""
+        if self._stopping or peer is None or self._roster.peer(name) is not peer:
             return
-        seen = (
-            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(peer.seen)) if peer.seen else "never"
-        )
+        if peer.presence is not Presence.LOST or peer.announced:
+            return
+        seen = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(peer.seen)) if peer.seen else "-"
         text = f"{name} is lost: {why}; last seen {seen}"
         self._send(Envelope.new(self.name, EVERYONE, "alert", text, corr=loss_of(name)))
-        gone = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
+        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
         self._publish_meta(
-            name, "state", gone | {"last_seen": peer.seen, "reported_by": self.name}, True
+            name, "state", {**state, "last_seen": peer.seen, "reported_by": self.name}, keep=True
         )
-
-    def _somebody_announced(self, envelope: Envelope) -> None:
-        if envelope.corr and envelope.corr.startswith(LOST_PREFIX):
-            timer = self._announcing.pop(envelope.corr, None)
-            if timer:
-                timer.cancel()
-            self._announced[envelope.corr] = self.loop.clock()
-            if len(self._announced) > MAX_PEERS:
-                self._announced.pop(next(iter(self._announced)))
-
-    def _forget_loss(self, name: str) -> None:
-        timer = self._announcing.pop(loss_of(name), None)
-        if timer:
-            timer.cancel()
 
     # -- showing that we are alive --
 
@@ -3296,11 +3289,6 @@ class Node:
         self._publish_meta(self.name, "roster", document, keep=False)
 
 
-def loss_of(name: str) -> str:
-    """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
-    return (LOST_PREFIX + name)[:64]
-
-
 # ---- Client: one question from the shell -------------------------------------------------
 #
 # Publish and wait for the acknowledgement; publish and wait for answers; collect what is
@@ -3341,11 +3329,21 @@ class Errand:
         self._finished = True
 
     def run(self) -> None:
+        """Do it; raises BrokerError, and KeyboardInterrupt once everything is in order."""
         try:
-            while not self._finished:
-                self.loop.step()
+            self._turn()
+        except KeyboardInterrupt:
+            self.interrupted()
+            raise
         finally:
             self.loop.close()
+
+    def _turn(self) -> None:
+        while not self._finished:
+            self.loop.step()
+
+    def interrupted(self) -> None:
+        """Somebody pressed Ctrl-C."""
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
@@ -3440,16 +3438,12 @@ class Asking(Errand):
             self.link_down,
         )
 
-    def run(self) -> None:
-        try:
-            super().run()
-        except KeyboardInterrupt:
-            # Whatever comes later shall wake the agent after all.
-            self._tell_own_node("not waiting")
-            self._survey.link.close(self.finish, within=0.5)
-            with contextlib.suppress(HiveError):
-                super().run()
-            raise
+    def interrupted(self) -> None:
+        """Whatever comes later shall wake the agent after all."""
+        self._tell_own_node("not waiting")
+        self._survey.link.close(self.finish, within=0.5)
+        with contextlib.suppress(HiveError):
+            self._turn()
 
     def _ask(self) -> None:
         """Everyone's state is in: tell our own node that we wait, then ask."""

@@ -1,0 +1,273 @@
+"""What the tests share: a real broker on a free port, nodes as processes, waiting for events."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+PATIENCE = 30.0  # seconds; nothing here takes that long unless it is broken
+T = TypeVar("T")
+
+
+def eventually(what: str, check: Callable[[], T], patience: float = PATIENCE) -> T:
+    """Wait until `check` gives something true; what it gave."""
+    until = time.monotonic() + patience
+    while not (found := check()):
+        assert time.monotonic() < until, f"never happened: {what}"
+        time.sleep(0.01)
+    return found
+
+
+def find_program(name: str) -> str | None:
+    return shutil.which(
+        name, path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+class Broker:
+    """A Mosquitto of the test's own, with what it keeps below `home`."""
+
+    def __init__(self, home: Path, *settings: str) -> None:
+        self.home, self.port = home, free_port()
+        home.mkdir(parents=True, exist_ok=True)
+        self._program = find_program("mosquitto")
+        self._process: subprocess.Popen[bytes] | None = None
+        lines = [
+            f"listener {self.port} 127.0.0.1",
+            *(settings or ["allow_anonymous true"]),
+            "persistence true",
+            f"persistence_location {home}/",
+            "autosave_interval 1",
+            "autosave_on_changes true",
+            "max_queued_messages 0",
+            *(["user root"] if os.geteuid() == 0 else []),
+        ]
+        (home / "mosquitto.conf").write_text("\n".join(lines) + "\n")
+        self.start()
+
+    def start(self) -> None:
+        assert self._program
+        with (self.home / "mosquitto.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._program, "-c", self.home / "mosquitto.conf"], stdout=log, stderr=log
+            )
+        eventually("the broker listens", lambda: answers(self.port))
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self._process:
+            self._process.send_signal(number)
+            self._process.wait()
+            self._process = None
+
+
+def need_mosquitto() -> None:
+    """Skip, and say so, where there is no Mosquitto; fail where CI promised one."""
+    if not find_program("mosquitto"):
+        why = "Mosquitto is missing: this test needs a real broker (apt-get install mosquitto)"
+        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def shared_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One broker for all tests that do not restart it; each uses a topic prefix of its own."""
+    need_mosquitto()
+    broker = Broker(tmp_path_factory.mktemp("broker"))
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture
+def own_broker(tmp_path: Path) -> Iterator[Broker]:
+    """A broker that the test may stop and start."""
+    need_mosquitto()
+    broker = Broker(tmp_path / "broker")
+    yield broker
+    broker.stop()
+
+
+class Daemon:
+    """One node as a process, with its own folder, handlers, state and log."""
+
+    def __init__(self, hive: Hive, name: str, extra: str) -> None:
+        self.hive, self.name, self.home = hive, name, hive.home / name
+        self.handlers = self.home / "hive-daemon.d"
+        self.handlers.mkdir(parents=True)
+        self.config = self.home / "hive.toml"
+        self.config.write_text(
+            f'[node]\nid = "{name}"\ntopic_prefix = "{hive.prefix}"\nstate_dir = "state"\n'
+            f"[mqtt]\nport = {hive.broker.port}\n"
+            f"[heartbeat]\ninterval = {hive.interval}\n"
+            f"[logging]\nlevel = 'debug'\nformat = 'json'\n{extra}"
+        )
+        self.log_file = self.home / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def handler(self, action: str, script: str) -> Path:
+        """Put a handler into the node's directory, whole and executable at once."""
+        made = self.home / f"{action}.new"
+        made.write_text(script)
+        made.chmod(0o755)
+        return made.rename(self.handlers / action)
+
+    def start(self, wait: bool = True) -> Daemon:
+        seen = len(self.events("connected"))
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, ROOT / "hive-cli", "daemon", "--config", self.config],
+                stderr=log,
+                stdout=log,
+                stdin=subprocess.DEVNULL,
+                env=self.hive.environment,
+                cwd=self.home,
+            )
+        if wait:
+            eventually(f"{self.name} is up", lambda: len(self.events("connected")) > seen)
+        return self
+
+    def events(self, event: str = "", **facts: object) -> list[dict[str, Any]]:
+        """The lines of the log with this event and these facts."""
+        if not self.log_file.exists():
+            return []
+        found = []
+        for line in self.log_file.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = {"event": "not JSON", "line": line}
+            if (not event or row["event"] == event) and facts.items() <= row.items():
+                found.append(row)
+        return found
+
+    def logged(self, event: str, **facts: object) -> dict[str, Any]:
+        """Wait for a line of the log."""
+        return eventually(f"{self.name} logs {event} {facts}", lambda: self.events(event, **facts))[
+            -1
+        ]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    @property
+    def pid(self) -> int:
+        assert self.process
+        return self.process.pid
+
+
+class Hive:
+    """Nodes that share a broker and a prefix, and a command line to speak to them."""
+
+    def __init__(self, home: Path, broker: Broker, prefix: str, interval: float = 0.5) -> None:
+        self.home, self.broker, self.prefix, self.interval = home, broker, prefix, interval
+        self.nodes: dict[str, Daemon] = {}
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("HIVE_")}
+        self.environment |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": ""}
+
+    def node(self, name: str, extra: str = "") -> Daemon:
+        """A node with its folder; start() runs it.  `extra` is added to its hive.toml."""
+        self.nodes[name] = Daemon(self, name, extra)
+        return self.nodes[name]
+
+    def command_line(self, node: str, *arguments: str) -> list[str]:
+        return [
+            sys.executable,
+            f"{ROOT}/hive-cli",
+            f"--config={self.nodes[node].config}",
+            *arguments,
+        ]
+
+    def cli(
+        self, node: str, *arguments: str, code: int | None = 0, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run hive-cli as `node`; fail unless it ends with `code`."""
+        done = subprocess.run(
+            self.command_line(node, *arguments),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            env=self.environment,
+        )
+        assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def close(self) -> None:
+        for node in self.nodes.values():
+            if node.process and node.process.poll() is None:
+                node.process.kill()
+                node.process.wait()
+        bugs = [row for node in self.nodes.values() for row in node.events("bug")]
+        assert not bugs, bugs
+
+
+@pytest.fixture
+def hive_of(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Hive]]:
+    """Make a hive on a given broker; everything in it ends with the test."""
+    made: list[Hive] = []
+
+    def make(broker: Broker, **how: Any) -> Hive:
+        hive = Hive(
+            tmp_path / f"hive{len(made)}", broker, f"t{os.getpid()}-{time.monotonic_ns()}", **how
+        )
+        hive.home.mkdir()
+        made.append(hive)
+        return hive
+
+    yield make
+    for hive in made:
+        hive.close()
+
+
+@pytest.fixture
+def hive(hive_of: Callable[..., Hive], shared_broker: Broker) -> Hive:
+    """A hive on the shared broker."""
+    return hive_of(shared_broker)
+
+
+@pytest.fixture
+def fast_agent(tmp_path: Path) -> Path:
+    """A stand-in for the openclaw command that writes down how it was called."""
+    script = tmp_path / "openclaw"
+    script.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, sys, fcntl\n"
+        f"with open({str(tmp_path / 'calls.jsonl')!r}, 'a') as file:\n"
+        "    fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "    env = {k: v for k, v in os.environ.items() if k.startswith('OPENCLAW_')}\n"
+        "    print(json.dumps({'argv': sys.argv[1:], 'env': env}), file=file)\n"
+    )
+    script.chmod(0o755)
+    return script
+
+
+def calls_of(agent: Path) -> list[dict[str, Any]]:
+    """How the stand-in was called so far."""
+    file = agent.parent / "calls.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
