@@ -51,7 +51,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, Self, assert_never
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, Self, assert_never
 
 if TYPE_CHECKING:
     import subprocess
@@ -187,83 +187,79 @@ EVERYONE = "all"
 RESERVED = (EVERYONE, "meta")
 
 
+# A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
+# hive.toml and the command line share them.
+
+
 def name(value: object) -> str:
-    """A name: 1 to 63 letters, digits, ._- and no reserved word."""
+    """a name: 1 to 63 of A-Za-z0-9._- , not 'all' or 'meta'"""
     if not isinstance(value, str) or not NAME.fullmatch(value) or value in RESERVED:
-        raise ValueError("a name is 1 to 63 of A-Za-z0-9._- , not 'all' or 'meta'")
+        raise ValueError
     return value
 
 
 def recipient(value: object) -> str:
-    """A name, or `all`."""
+    """a name: 1 to 63 of A-Za-z0-9._- , or 'all'"""
     return EVERYONE if value == EVERYONE else name(value)
 
 
 def action_name(value: object) -> str:
-    """The name of a handler: the characters of a name, no word is reserved."""
+    """an action: 1 to 63 of A-Za-z0-9._-"""
     if not isinstance(value, str) or not NAME.fullmatch(value):
-        raise ValueError("an action is 1 to 63 of A-Za-z0-9._-")
+        raise ValueError
     return value
 
 
 def identifier(value: object) -> str:
-    """A message id: 1 to 64 of A-Za-z0-9._:-"""
+    """an id: 1 to 64 of A-Za-z0-9._:-"""
     if not isinstance(value, str) or not ID.fullmatch(value):
-        raise ValueError("an id is 1 to 64 of A-Za-z0-9._:-")
-    return value
-
-
-def channel_name(value: object) -> str:
-    """One of the six channels."""
-    if not isinstance(value, str) or value not in CHANNELS:
-        raise ValueError(f"a channel is one of {', '.join(CHANNELS)}")
-    return value
-
-
-def urgency_name(value: object) -> str:
-    """`now` or `later`."""
-    if not isinstance(value, str) or value not in URGENCIES:
-        raise ValueError(f"an urgency is {' or '.join(URGENCIES)}")
+        raise ValueError
     return value
 
 
 def message_text(value: object) -> str:
-    """Not empty, at most 256 KiB of UTF-8."""
-    if not isinstance(value, str) or not value:
-        raise ValueError("a text is a string that is not empty")
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError:
-        raise ValueError("a text must be Unicode (no lone surrogates)") from None
-    if size > MAX_TEXT:
-        raise ValueError(f"a text has at most {MAX_TEXT // KIB} KiB, this has {size // KIB} KiB")
+    """a text: Unicode, not empty, at most 256 KiB of UTF-8"""
+    if not isinstance(value, str) or not 0 < len(value.encode()) <= MAX_TEXT:
+        raise ValueError  # as encode() does for a lone surrogate
     return value
-
-
-def whole(value: object, low: int, high: int, hint: str) -> int:
-    """An int in a range; a float is truncated, a bool refused."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"expected {hint}")
-    if not low <= value <= high:  # false for NaN and infinity too
-        raise ValueError(f"expected {hint}")
-    return int(value)
 
 
 def timestamp(value: object) -> int:
-    """Unix seconds."""
-    return whole(value, 1, MAX_TS, "Unix seconds (not milliseconds) above 0")
+    """Unix seconds (not milliseconds) above 0"""
+    return whole(value, 1, MAX_TS)
 
 
 def time_to_live(value: object) -> int:
-    """Seconds until a message is stale; 0: never."""
-    return whole(value, 0, MAX_TTL, f"seconds from 0 to {MAX_TTL}")
+    """seconds from 0 to 4294967295"""
+    return whole(value, 0, MAX_TTL)
 
 
 def wire_version(value: object) -> int:
-    """The protocol's version."""
+    """1, the version that this hive speaks"""
     if type(value) is not int or value != PROTOCOL_VERSION:
-        raise ValueError(f"this hive speaks version {PROTOCOL_VERSION}")
+        raise ValueError
     return value
+
+
+def choice(*allowed: str) -> Callable[[object], str]:
+    """Make the kind that takes one of a few words."""
+
+    def kind(value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError
+        return value
+
+    kind.__doc__ = " or ".join(f'"{word}"' for word in allowed)
+    return kind
+
+
+def whole(value: object, low: int, high: int) -> int:
+    """An int in a range; a float is truncated, a bool refused."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError
+    if not low <= value <= high:  # false for NaN and infinity too
+        raise ValueError
+    return int(value)
 
 
 def wire(check: Callable[[Any], Any], key: str = "", **default: Any) -> Any:
@@ -280,8 +276,8 @@ class Envelope:
     ts: int = wire(timestamp)
     sender: str = wire(name, "from")
     to: str = wire(recipient)
-    ch: str = wire(channel_name)
-    urgency: str = wire(urgency_name)
+    ch: str = wire(choice(*CHANNELS))
+    urgency: str = wire(choice(*URGENCIES))
     text: str = wire(message_text)
     corr: str | None = wire(identifier, default=None)
     reply_to: str | None = wire(identifier, "replyTo", default=None)
@@ -318,8 +314,8 @@ class Envelope:
                 continue
             try:
                 values[attribute] = check(value)
-            except ValueError as error:
-                raise EnvelopeError(f"{key}: {shown(value)}: {error}") from None
+            except ValueError:
+                raise EnvelopeError(f"{key}: {shown(value)} is not {check.__doc__}") from None
         for key, value in rest.items():
             if not portable({key: value}):
                 raise EnvelopeError(f"{shown(key)}: not Unicode, or nested too deep")
@@ -423,11 +419,10 @@ def read_json_object(payload: bytes | str) -> dict[str, Any] | None:
 
 
 def topic_prefix(value: object) -> str:
-    """A topic prefix: levels of letters, digits and ._- , joined by slashes."""
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", value):
-        raise ValueError("a prefix is levels of A-Za-z0-9._- joined by '/'")
-    if len(value) > 200:
-        raise ValueError("a prefix has at most 200 characters")
+    """a topic prefix: at most 200 of A-Za-z0-9._- in levels joined by /"""
+    levels = re.compile(r"(?=.{1,200}$)[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+    if not isinstance(value, str) or not levels.fullmatch(value):
+        raise ValueError
     return value
 
 
@@ -537,18 +532,6 @@ def program(value: object) -> tuple[str, ...]:
     if not words or not words[0].strip():
         raise ValueError
     return (os.path.expanduser(words[0].strip()), *words[1:])
-
-
-def choice(*allowed: str) -> Callable[[object], str]:
-    """Make the kind that takes one of a few words."""
-
-    def kind(value: object) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError
-        return value
-
-    kind.__doc__ = " or ".join(f'"{word}"' for word in allowed)
-    return kind
 
 
 def short_host_name() -> str:
@@ -858,8 +841,10 @@ def read_handlers(said: object, base: Path | None) -> dict[str, HandlerConfig]:
     for action in said:
         try:
             action_name(action)
-        except ValueError as error:
-            raise ConfigError(f"handlers.{shown(action)[1:-1]}: {error}") from None
+        except ValueError:
+            raise ConfigError(
+                f"handlers.{shown(action)[1:-1]}: is not {action_name.__doc__}"
+            ) from None
     return {
         action: HandlerConfig.read(one, f"handlers.{action}", base) for action, one in said.items()
     }
@@ -1520,9 +1505,10 @@ class Child:
     def _terminate(self) -> None:
         self._timer.cancel()
         self._signal(signal.SIGTERM)
-        self._timer = self._loop.after(KILL_AFTER, self._kill)
+        self._timer = self._loop.after(KILL_AFTER, self.kill)
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """SIGKILL for its whole process group."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
@@ -1620,6 +1606,11 @@ class Children:
         for child in self._running:
             child.stop()
 
+    def kill(self) -> None:
+        """End them all at once, because this process ends too."""
+        for child in self._running:
+            child.kill()
+
     def _reap(self) -> None:
         for child in [*self._running]:
             child.reap()
@@ -1679,8 +1670,8 @@ def objection_to(file: Path) -> str | None:
         if file.is_symlink() and not objection:
             objection = writable_by_others(file.resolve().parent.stat())
             objection = objection and f"the directory of its target {objection}"
-    except ValueError as error:
-        return str(error)
+    except ValueError:
+        return f"its name is not {action_name.__doc__}"
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
@@ -2791,7 +2782,7 @@ class Challenge:
         if delivery.topic == self._state_topic:
             alive = status_of(document) in ("online", "degraded")
             self._rival = document if alive and document.get("instance") not in self._ours else None
-        elif self._rival is not None and document.get("from") == self._config.node.id:
+        elif document.get("from") == self._config.node.id and not delivery.retained:
             self._taken()
 
     def _complete(self) -> None:
@@ -2806,8 +2797,11 @@ class Challenge:
         self._survey.link.close(self._free, within=0.0)
 
     def _taken(self) -> None:
-        node, rival = self._config.node.id, self._rival or {}
-        where = f" on {shown(rival['host'])[1:-1]}" if rival.get("host") else ""
+        """A heartbeat under our name: that is no error if no state said so before."""
+        if self._rival is None:
+            return
+        node, host = self._config.node.id, self._rival.get("host")
+        where = f" on {shown(host)[1:-1]}" if host else ""
         raise BrokerError(
             f"another daemon is called {node}{where}; stop it, or give this one another name"
             f" ([node] id in hive.toml, or --node)"
@@ -2873,6 +2867,10 @@ class Node:
             agent.stop()
         self.loop.after(STOP_GRACE, self._children.stop)
         self._leave_when_idle()
+
+    def abandon(self) -> None:
+        """Leave nothing running behind, whatever ended the loop."""
+        self._children.kill()
 
     def _leave_when_idle(self) -> None:
         if self._children:
@@ -3729,6 +3727,11 @@ def colourful(stream: IO[str]) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def ttl_seconds(said: str) -> int:
+    """seconds, a whole number from 0"""
+    return time_to_live(number(said))
+
+
 AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON instead of text")
 
 
@@ -3740,21 +3743,15 @@ def daemon(args: argparse.Namespace) -> int:
     instance = new_id()
     journal = Journal(config.state_dir, instance, log)
     loop = Loop(log)
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(journal.close)
+        ending.callback(loop.close)
         node = Node(config, loop, log, journal, instance, session_link(loop))
-        log.info(
-            "starting",
-            node=config.node.id,
-            version=__version__,
-            build=build(),
-            config=config.source or "defaults",
-            instance=instance,
-        )
+        ending.callback(node.abandon)
+        source = config.source or "defaults"
+        log.info("starting", node=node.name, version=__version__, build=build(), config=source)
         node.start()
         loop.run()
-    finally:
-        journal.close()
-        loop.close()
     log.info("stopped")
     return Exit.DONE
 
@@ -3784,7 +3781,7 @@ def session_link(loop: Loop) -> Callable[[Config, Publication], Transport]:
     option("--action", type=action_name, help="the handler that shall do it"),
     option("--urgency", choices=URGENCIES, help="wake the agent now, or with its next heartbeat"),
     option(
-        "--ttl", type=time_to_live, metavar="SECONDS", help="after this it is of no use any more"
+        "--ttl", type=ttl_seconds, metavar="SECONDS", help="after this it is of no use any more"
     ),
     option("--corr", type=identifier, metavar="ID", help="the exchange that this belongs to"),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
@@ -3827,7 +3824,7 @@ def send_and_wait(config: Config, envelope: Envelope, args: argparse.Namespace) 
         config, envelope, args.wait, lambda answer: write_answer(answer, args.as_json, everyone)
     )
     asking.run()
-    if asking.silent and not (asking.refused and not everyone):
+    if asking.silent:
         raise SilenceError(
             f"no answer from {', '.join(sorted(asking.silent))} in {args.wait:g} s{why(asking)}"
         )
@@ -3940,21 +3937,27 @@ OVERRIDES = {  # option on the command line: key of hive.toml
 
 
 def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a kind of Config or a field's check serve as argparse's type=, with its own words."""
+    """Make a kind of Config or a field's check serve as argparse's type=."""
 
     def convert(said: str) -> Any:
         try:
-            return kind(float(said) if kind is time_to_live else said)
-        except ValueError as error:
-            words = str(error) if not str(error).startswith("could not convert") else ""
-            raise argparse.ArgumentTypeError(f"{shown(said)}: {words or kind.__doc__}") from None
+            return kind(said)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{shown(said)} is not {kind.__doc__}") from None
 
     return convert
 
 
-def common_options() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(Exit.USAGE, f"hive: {message}; see: {self.prog} --help\n")
+
+
+def common_options() -> Parser:
     """Options that may stand before or after the subcommand."""
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("configuration")
     group.add_argument("--config", metavar="FILE", help="hive.toml to read")
     tables = {title: {f.name: f for f in fields(one)} for title, one in SINGLE_TABLES.items()}
@@ -3974,11 +3977,11 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The whole command line, from COMMANDS."""
     common = common_options()
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         parents=[common],
         formatter_class=raw,
@@ -4014,7 +4017,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help(sys.stderr)
+        return Exit.USAGE
+    args = parser.parse_args(arguments)
     try:
         code = args.run(args)
         sys.stdout.flush()
