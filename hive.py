@@ -295,7 +295,7 @@ class Envelope:
         except UnicodeDecodeError:
             raise EnvelopeError(f"payload: not UTF-8: {shown(payload)}") from None
         except (ValueError, RecursionError):
-            raise EnvelopeError(f"payload: not JSON: {shown(payload)}") from None
+            raise EnvelopeError(f"payload: not JSON: {shown(payload.decode())}") from None
         if not isinstance(document, dict):
             raise EnvelopeError(f"payload: not a JSON object: {shown(document)}")
         return cls.check(document)
@@ -3422,7 +3422,7 @@ class Asking(Errand):
         super().__init__(config)
         self.states: dict[str, dict[str, Any]] = {}
         self.silent: set[str] = set()  # who has not answered
-        self.refused = False  # did an alert come?
+        self.refused = self.heard_by_nobody = False  # did an alert come?  nobody subscribed?
         self._envelope, self._wait, self._heard = envelope, wait, heard
         self._answers = [self.topics.to(self.node, ch) for ch in ("response", "alert")]
         whose = "+" if envelope.to == EVERYONE else envelope.to
@@ -3453,8 +3453,13 @@ class Asking(Errand):
             if not self.silent:
                 raise SilenceError("no node is online; see: hive-cli status")
         self._tell_own_node("waiting")
-        self.publish(self._survey.link, self._envelope, lambda code: None)
+        self.publish(self._survey.link, self._envelope, self._asked)
         self.loop.after(self._wait, self._leave)
+
+    def _asked(self, code: int) -> None:
+        self.heard_by_nobody = code == NO_SUBSCRIBERS and self._envelope.to != EVERYONE
+        if self.heard_by_nobody:
+            self._leave()  # the broker has dropped it: nobody will ever answer
 
     def _tell_own_node(self, text: str) -> None:
         """Our own daemon need not wake the agent for an answer that is read here."""
@@ -3824,6 +3829,8 @@ def send_and_wait(config: Config, envelope: Envelope, args: argparse.Namespace) 
         config, envelope, args.wait, lambda answer: write_answer(answer, args.as_json, everyone)
     )
     asking.run()
+    if asking.heard_by_nobody:
+        raise SilenceError(f"nobody listens on {config.topics.of(envelope)}{why(asking)}")
     if asking.silent:
         raise SilenceError(
             f"no answer from {', '.join(sorted(asking.silent))} in {args.wait:g} s{why(asking)}"

@@ -562,7 +562,7 @@ def test_a_hundred_commands_at_once_are_all_answered_and_leave_nothing_behind(hi
     assert len(beta.events("handler ended", status="ok")) == 100
     if open_files:
         assert len(os.listdir(f"/proc/{beta.pid}/fd")) <= open_files + 1
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(beta.pid)], capture_output=True)
+    children = subprocess.run(["pgrep", "-P", str(beta.pid)], capture_output=True)
     assert children.stdout == b""
 
 

@@ -1,0 +1,315 @@
+"""The command line as a person, a script or a confused language model uses it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, ROOT, Broker, Hive, eventually, free_port, need_mosquitto
+
+import hive as module
+
+
+def run(
+    *arguments: str, cwd: Path, stdin: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run hive.py in an empty home."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HIVE_")}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "hive.py"), *arguments],
+        cwd=cwd,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=clean | {"HOME": str(cwd)} | (env or {}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (
+            ["send", "--to", "a/b", "--text", "x"],
+            "argument --to: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , or 'all';"
+            " see: hive.py send --help",
+        ),
+        (
+            ["send", "--to", "beta", "--text", ""],
+            "text: '' is not a text: Unicode, not empty, at most 256 KiB of UTF-8",
+        ),
+        (
+            ["send", "--to", "beta", "--text", "x", "--wait", "soon"],
+            "argument --wait: 'soon' is not seconds, above 0 and at most a year;"
+            " see: hive.py send --help",
+        ),
+        (
+            ["send", "--to", "beta", "--text", "x", "--ttl", "-1"],
+            "argument --ttl: '-1' is not seconds, a whole number from 0; see: hive.py send --help",
+        ),
+        (
+            ["reply", "--to-msg", "-", "--text", "-"],
+            "--to-msg and --text cannot both be read from stdin",
+        ),
+        (
+            ["reply", "--to-msg", "nope", "--text", "x"],
+            "--to-msg 'nope': neither JSON nor a file: No such file or directory",
+        ),
+        (["reply", "--to-msg", '{"v": 1}', "--text", "x"], "id: missing"),
+        (["reply", "--to-msg", "{", "--text", "x"], "payload: not JSON: '{'"),
+        (["--config", "nope.toml", "status"], "'nope.toml': no such file (named by --config)"),
+        (["status", "--log-level", "loud"], None),
+        (["sned"], None),
+        (["send", "--to", "beta"], None),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_2(
+    tmp_path: Path, arguments: list[str], error: str | None
+) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("hive: ") and done.stderr.count("\n") == 1
+    assert error is None or done.stderr == f"hive: {error}\n"
+
+
+def test_without_arguments_it_explains_itself_and_exits_2(tmp_path: Path) -> None:
+    done = run(cwd=tmp_path)
+    assert done.returncode == 2 and all(name in done.stderr for name in module.COMMANDS)
+
+
+@pytest.mark.parametrize("name", module.COMMANDS)
+def test_every_command_has_help_that_shows_its_options_and_an_example_that_parses(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module.main([name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flags[-1] in shown for flags, _ in module.COMMANDS[name].options)
+
+
+def test_the_version_has_the_files_own_hash(tmp_path: Path) -> None:
+    import hashlib
+
+    digits = hashlib.sha256((ROOT / "hive.py").read_bytes()).hexdigest()[:8]
+    assert run("--version", cwd=tmp_path).stdout == f"hive {module.__version__} ({digits})\n"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_config_may_stand_before_or_after_the_command(tmp_path: Path, before: bool) -> None:
+    (tmp_path / "my.toml").write_text('[node]\nid = "fromfile"\n')
+    where = ["--config", "my.toml"]
+    done = run(*(where if before else []), "config", *([] if before else where), cwd=tmp_path)
+    assert 'id = "fromfile"' in done.stdout and done.returncode == 0
+
+
+def test_an_unreachable_broker_is_one_line_and_exit_3(tmp_path: Path) -> None:
+    port = str(free_port())
+    for command in (["status"], ["roster"], ["send", "--to", "a", "--text", "x"]):
+        done = run("--port", port, *command, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr == (
+            f"hive: broker localhost:{port}: Connection refused;"
+            " is a broker running there? mosquitto is one\n"
+        )
+
+
+def test_ctrl_c_while_the_broker_says_nothing_exits_130_without_a_word(tmp_path: Path) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "hive.py"),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "status",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"HOME": str(tmp_path)},
+        cwd=tmp_path,
+    )
+    connection, _ = listener.accept()
+    assert connection.recv(1024)
+    child.send_signal(signal.SIGINT)
+    assert (child.communicate(timeout=PATIENCE), child.returncode) == ((b"", b""), 130)
+    connection.close()
+    listener.close()
+
+
+def test_a_daemon_without_a_broker_ends_at_once_when_told(tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        child = subprocess.Popen(
+            [sys.executable, str(ROOT / "hive.py"), "daemon", "--port", str(free_port())],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"HOME": str(tmp_path)},
+            cwd=tmp_path,
+        )
+        assert child.stderr
+        for line in child.stderr:
+            if "no broker, trying again" in line:
+                break
+        child.send_signal(number)
+        assert child.wait(PATIENCE) == 0
+        assert "Traceback" not in child.stderr.read()
+        child.stderr.close()
+
+
+def test_a_closed_pipe_is_no_complaint(hive: Hive) -> None:
+    hive.node("alpha").start()
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        hive.command_line("alpha", "status"),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=hive.environment,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_send_says_so_once_the_broker_has_acknowledged_it(hive: Hive) -> None:
+    hive.node("alpha").start()
+    sent = hive.cli("alpha", "send", "--to", "alpha", "--ch", "status", "--text", "x")
+    word, id, arrow, topic = sent.stdout.split()
+    assert (word, arrow, topic, sent.stderr) == ("sent", "->", f"{hive.prefix}/alpha/status", "")
+    hive.nodes["alpha"].logged("received", id=id)
+    shown = json.loads(hive.cli("alpha", "send", "--to", "alpha", "--text", "y", "--json").stdout)
+    assert shown["text"] == "y" and shown["from"] == "alpha"
+
+
+def test_a_name_that_nobody_has_is_said_at_once_even_when_waiting(hive: Hive) -> None:
+    hive.node("alpha").start()
+    sent = hive.cli("alpha", "send", "--to", "betta", "--text", "x")
+    assert sent.stderr == (
+        f"hive: nobody listens on {hive.prefix}/betta/command; who is there: hive-cli status\n"
+    )
+    waited = hive.cli("alpha", "send", "--to", "betta", "--text", "x", "--wait", "1000", code=4)
+    assert waited.stderr == (
+        f"hive: nobody listens on {hive.prefix}/betta/command;"
+        " no node or agent betta has been seen, is it spelled right?\n"
+    )
+
+
+def test_to_all_says_who_kept_silent_and_prints_the_others(hive: Hive) -> None:
+    for name in ("alpha", "beta"):
+        node = hive.node(name)
+        script = "echo here" if name == "alpha" else "exec sleep 60"
+        node.handler("count", f"#!/bin/sh\n{script}\n")
+        node.start()
+    done = hive.cli(
+        "alpha", "send", "--to", "all", "--action", "count", "--text", "x", "--wait", "2", code=4
+    )
+    assert done.stdout == "alpha: here\n"
+    assert done.stderr == "hive: no answer from beta in 2 s\n"
+
+
+def test_texts_come_from_stdin_and_answers_go_out_as_json(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("size", "#!/bin/sh\nwc -c\n")
+    alpha.start()
+    large = "ü" * (128 * 1024)
+    arguments = [
+        "send",
+        "--to",
+        "alpha",
+        "--action",
+        "size",
+        "--wait",
+        "20",
+        "--json",
+        "--text",
+        "-",
+    ]
+    answer = json.loads(hive.cli("alpha", *arguments, stdin=large + "\n").stdout)
+    assert int(answer["text"]) > 256 * 1024 and answer["ch"] == "response"
+    refused = hive.cli("alpha", *arguments, stdin=large + "üü", code=2)
+    assert refused.stderr.startswith("hive: ") and refused.stderr.count("\n") == 1
+
+
+def test_reply_takes_an_envelope_as_it_is_from_a_file_or_from_stdin(
+    hive: Hive, tmp_path: Path
+) -> None:
+    alpha, beta = hive.node("alpha").start(), hive.node("beta")
+    beta.handler("keep", f"#!/bin/sh\ncat > {tmp_path}/message\nexit 1\n")
+    beta.start()
+    hive.cli("alpha", "send", "--to", "beta", "--action", "keep", "--text", "question")
+    beta.logged("handler ended")
+    question = json.loads((tmp_path / "message").read_text())
+
+    hive.cli("beta", "reply", "--to-msg", json.dumps(question), "--text", "one")
+    hive.cli("beta", "reply", "--to-msg", f"{tmp_path}/message", "--text", "two")
+    hive.cli("beta", "reply", "--to-msg", "-", "--text", "three", stdin=json.dumps(question))
+
+    eventually("three answers", lambda: len(alpha.events("received", ch="response")) == 3)
+    texts = [row["text"] for row in alpha.events("text")]
+    assert texts[-3:] == ["one", "two", "three"]
+
+
+def test_a_peers_answer_cannot_drive_the_terminal(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("evil", "#!/bin/sh\nprintf '\\033[2Jgone\\nnext'\n")
+    alpha.start()
+    line = hive.command_line("alpha", "send", "--to", "alpha", "--action", "evil", "--text", "x")
+    parent, child = pty.openpty()
+    seen = bytearray()
+
+    def read() -> None:
+        try:
+            while data := os.read(parent, 1024):
+                seen.extend(data)
+        except OSError:
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    subprocess.run([*line, "--wait", "20"], stdout=child, env=hive.environment, check=True)
+    os.close(child)
+    reader.join(PATIENCE)
+    os.close(parent)
+    assert b"\\x1b[2Jgone\r\nnext" in seen and b"\x1b" not in seen
+
+
+def test_a_broker_that_refuses_the_login_is_exit_3_with_advice(tmp_path: Path) -> None:
+    need_mosquitto()
+    broker = Broker(tmp_path / "broker", "allow_anonymous false")
+    try:
+        done = run("--port", str(broker.port), "status", cwd=tmp_path)
+        assert done.returncode == 3
+        assert done.stderr == (
+            f"hive: broker localhost:{broker.port}: refused: not authorized;"
+            " check [mqtt] username and password, and the broker's ACL\n"
+        )
+    finally:
+        broker.stop()
+
+
+def test_a_password_that_others_may_read_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "hive.toml").write_text('[mqtt]\nusername = "a"\npassword = "hunter2"\n')
+    (tmp_path / "hive.toml").chmod(0o644)
+    done = run("config", cwd=tmp_path)
+    assert done.stderr == (
+        "hive: warning: hive.toml: holds a secret and others may read it;"
+        " try: chmod 600 hive.toml\n"
+    )
+    assert "hunter2" not in done.stdout and 'password = "***"' in done.stdout
+
+
+def test_a_hive_without_nodes_says_how_to_start_one(hive: Hive) -> None:
+    hive.node("alpha")
+    done = hive.cli("alpha", "status")
+    assert done.stdout == "" and "start one with: hive.py daemon" in done.stderr
+    assert json.loads(hive.cli("alpha", "roster", "--json").stdout) == []
