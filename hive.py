@@ -15,17 +15,19 @@ tokens; only what needs judgment wakes an agent.
 #           Config     every key once; TOML in, frozen dataclasses out
 #   rules   Roster     who is alive, who has just been lost, whose turn it is to say so
 #           Memory     answers that somebody waits for, faults already complained about
+#           Schedule   when handlers run by themselves
 #           Routing    decide(...) -> Step: what should happen, not how
 #   hands   Log        a line for each event
 #           Loop       files, deadlines and signals on one selector; knows no message
 #           Process    one child: bytes in, outcome out, always by a deadline
+#           Service    what systemd wants to hear
 #           Handlers   which executables there are, and the contract with them
 #           Agent      the OpenClaw command line, one call at a time, tried again
 #           Journal    what must not be forgotten, on disk
 #           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
 #   node    Node       wires the above; owns all state that changes
-#   doors   Client     one question from the shell: publish, wait, collect
-#           Output     rows to a table or to JSON; returns strings
+#   doors   Output     rows to a table or to JSON; returns strings
+#           Client     one question from the shell: publish, wait, collect
 #           Commands   one function for each subcommand, its options beside it
 #           Main       arguments in, exit code out
 
@@ -51,7 +53,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol, Self, assert_never
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, TypeVar, assert_never
 
 if TYPE_CHECKING:
     import subprocess
@@ -125,7 +127,7 @@ def shown(value: object, limit: int = 60) -> str:
 def reason_of(error: BaseException) -> str:
     """Say why, without errno numbers and class names where the system has words for it."""
     strerror = getattr(error, "strerror", None)
-    return str(strerror or error or type(error).__name__)
+    return str(strerror or error) or type(error).__name__
 
 
 # ---- Channels: the kinds of message ------------------------------------------------------
@@ -318,7 +320,7 @@ class Envelope:
                 raise EnvelopeError(f"{key}: {shown(value)} is not {check.__doc__}") from None
         for key, value in rest.items():
             if not portable({key: value}):
-                raise EnvelopeError(f"{shown(key)}: not Unicode, or nested too deep")
+                raise EnvelopeError(f"{shown(key)}: no portable JSON (NaN, not Unicode, too deep)")
         return cls(**values, extra=rest)
 
     @classmethod
@@ -382,9 +384,11 @@ WIRE_FIELDS = tuple(
 
 
 def portable(value: object, levels: int = MAX_NESTING) -> bool:
-    """Can this JSON value be handed on: Unicode throughout, and not nested too deep?"""
+    """Can this JSON value be handed on: Unicode, finite numbers, and not nested too deep?"""
     if isinstance(value, str):
         return not LONE_SURROGATE.search(value)
+    if isinstance(value, float):
+        return abs(value) <= sys.float_info.max  # JSON has neither NaN nor infinity
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list):
@@ -448,8 +452,9 @@ class Topics:
 
     def meta_of(self, topic: str) -> tuple[str, str] | None:
         """The (name, document) of a meta topic, None for any other."""
-        levels = topic.removeprefix(self.prefix + "/").split("/")
-        return (levels[1], levels[2]) if len(levels) == 3 and levels[0] == "meta" else None
+        home = f"{self.prefix}/meta/"
+        levels = topic.removeprefix(home).split("/")
+        return (levels[0], levels[1]) if topic.startswith(home) and len(levels) == 2 else None
 
 
 # ---- Config: every key once --------------------------------------------------------------
@@ -493,6 +498,33 @@ def seconds(value: object) -> float:
     if not 0 < given <= 366 * 86400:
         raise ValueError
     return given
+
+
+def duration(value: object) -> float:
+    """a duration of 1s to a year, as in "90s", "5m" or "1h30m", or seconds"""
+    if isinstance(value, str):
+        units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value, re.ASCII)
+        if not value or not units:
+            raise ValueError
+        sizes = (86400, 3600, 60, 1)
+        value = sum(int(said or 0) * size for said, size in zip(units.groups(), sizes, strict=True))
+    given = seconds(value)
+    if given < 1:
+        raise ValueError
+    return given
+
+
+def jitter(value: object) -> float:
+    """a duration, or 0"""
+    return 0.0 if value == 0 and not isinstance(value, bool) else duration(value)
+
+
+def time_of_day(value: object) -> str:
+    """a time of day on this machine, as in "07:30\""""
+    said = str(value)[:5]  # TOML has times of its own, with seconds
+    if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", said, re.ASCII):
+        raise ValueError
+    return said
 
 
 def count(value: object) -> int:
@@ -550,12 +582,15 @@ def key(default: Any, kind: Callable[[Any], Any], help: str, example: Any = None
 
     `example` is what the example file shows where there is no default.
     """
-    return field(default=default, metadata={"kind": kind, "help": help, "example": example})
+    metadata = {"kind": kind, "help": help, "example": example}
+    return field(default=default, repr=kind is not secret, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
     """One table of hive.toml."""
+
+    REQUIRED: ClassVar[Sequence[str]] = ()
 
     @classmethod
     def read(cls, said: object, where: str, base: Path | None = None) -> Self:
@@ -564,7 +599,9 @@ class Table:
         Relative paths are resolved against `base`.
         """
         if not isinstance(said, dict):
-            raise ConfigError(f"{where} = {shown(said)}: expected a table, as in [{where}]")
+            raise ConfigError(
+                f"{where} = {harmless(where, said)}: expected a table, as in [{where}]"
+            )
         keys = {f.name: f for f in fields(cls)}
         values = {}
         for key, value in said.items():
@@ -578,21 +615,27 @@ class Table:
                 raise ConfigError(f"{where}.{key}: {what} is not {kind.__doc__}") from None
             if isinstance(values[key], Path) and base:
                 values[key] = base / values[key]
-        if "name" in keys and not values.get("name"):
-            raise ConfigError(f'{where}.name: missing; give it one, as in name = "main"')
+        for required in cls.REQUIRED:
+            if not values.get(required):
+                example = toml_value(keys[required].metadata["example"])
+                raise ConfigError(f"{where}.{required}: missing; as in {required} = {example}")
         return cls(**values)
 
 
 def unknown_key(key: str, value: object, known: Iterable[str], where: str) -> str:
-    """Say which key is unknown and which one is nearest; its value may be a secret."""
+    """Say which key is unknown and which one is nearest."""
     import difflib
 
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    veiled = (
-        "…" if re.search("pass|token|secret|key", key) or near == ["password"] else shown(value)
-    )
+    near = difflib.get_close_matches(key.lower(), known, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    return f"{where}.{shown(key)[1:-1]} = {veiled}: no such key; {hint}".removeprefix(".")
+    said = harmless(f"{key} {near}", value)
+    return f"{where}.{shown(key)[1:-1]} = {said}: no such key; {hint}".removeprefix(".")
+
+
+def harmless(key: str, value: object) -> str:
+    """Show a value, unless it is or holds what may be a misplaced secret."""
+    secretive = re.search("pass|pw|token|secret|key|cred|auth", key, re.IGNORECASE)
+    return "…" if secretive or isinstance(value, dict | list) else shown(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -653,6 +696,8 @@ class HeartbeatConfig(Table):
 class InstanceConfig(Table):
     """An agent on this machine: one OpenClaw gateway.  Repeat the table for each."""
 
+    REQUIRED = ("name",)
+
     name: str = key("", name, "its name; messages can be sent to it as to a node", "main")
     profile: str | None = key(
         None, text, "the OpenClaw profile, as in openclaw --profile work", "work"
@@ -671,6 +716,23 @@ class HandlerConfig(Table):
 
     timeout: float | None = key(None, seconds, "seconds until it is ended", 120.0)
     workers: int = key(1, count, "how many of it may run at once")
+
+
+NOTIFY = ("change", "failure", "always", "never")
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleConfig(Table):
+    """A handler that the daemon runs by itself.  Repeat the table for each."""
+
+    REQUIRED = ("action",)
+
+    action: str = key("", action_name, "the handler to run", "health-check")
+    every: float | None = key(None, duration, "how often; either this", "5m")
+    at: str | None = key(None, time_of_day, "or when, each day", "07:30")
+    jitter: float = key(0.0, jitter, "up to this much later, by chance", "30s")
+    text: str = key("scheduled", message_text, "the text of its message")
+    notify: str = key("change", choice(*NOTIFY), "which outcomes wake the agent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -692,6 +754,7 @@ class Config:
     heartbeat: HeartbeatConfig = HeartbeatConfig()
     oc_instances: tuple[InstanceConfig, ...] = ()
     handlers: Mapping[str, HandlerConfig] = field(default_factory=dict)
+    schedule: tuple[ScheduleConfig, ...] = ()
     logging: LoggingConfig = LoggingConfig()
     source: Path | None = None  # None: no file, the defaults hold
     origin: Mapping[str, str] = field(default_factory=dict)  # "mqtt.port": who set it
@@ -720,6 +783,8 @@ class Config:
         return Path(home) / "hive" / self.node.id
 
 
+T = TypeVar("T", bound=Table)
+
 SINGLE_TABLES: Mapping[str, type[Table]] = {
     "node": NodeConfig,
     "mqtt": MqttConfig,
@@ -732,6 +797,7 @@ ALL_TABLES: Mapping[str, type[Table]] = {
     "heartbeat": HeartbeatConfig,
     "[oc_instances]": InstanceConfig,
     "handlers.NAME": HandlerConfig,
+    "[schedule]": ScheduleConfig,
     "logging": LoggingConfig,
 }
 
@@ -771,10 +837,11 @@ def read_toml(source: Path) -> dict[str, Any]:
 
     try:
         with source.open("rb") as file:
-            if os.fstat(file.fileno()).st_uid not in (0, os.geteuid()):
-                raise ConfigError(
-                    "belongs to another user; a configuration may name programs to run"
-                )
+            status = os.fstat(file.fileno())
+            if status.st_uid not in (0, os.geteuid()):
+                raise ConfigError("belongs to another user, and may name programs to run")
+            if status.st_mode & stat.S_IWOTH:
+                raise ConfigError(f"is writable by everyone; try: chmod o-w {source}")
             return tomllib.loads(file.read().decode())
     except OSError as error:
         raise ConfigError(f"cannot be read: {reason_of(error)}") from None
@@ -790,7 +857,7 @@ def make_config(
     document: Mapping[str, Any], source: Path | None, overrides: Mapping[str, Any]
 ) -> Config:
     """Check parsed TOML and make the configuration of it, or raise ConfigError."""
-    known = [*SINGLE_TABLES, "oc_instances", "handlers"]
+    known = [*SINGLE_TABLES, "oc_instances", "handlers", "schedule"]
     for key, value in document.items():
         if key not in known:
             raise ConfigError(unknown_key(key, value, known, ""))
@@ -814,19 +881,25 @@ def make_config(
         **tables,
         oc_instances=read_instances(document.get("oc_instances", []), base),
         handlers=read_handlers(document.get("handlers", {}), base),
+        schedule=read_schedule(document.get("schedule", []), base),
         source=source,
         origin=origin,
     )
     return replace(config, warnings=tuple(exposed_secrets(config)))
 
 
-def read_instances(said: object, base: Path | None) -> tuple[InstanceConfig, ...]:
-    """Read [[oc_instances]]; their names are addresses, so no two may be alike."""
+def read_list(table: type[T], said: object, where: str, base: Path | None) -> tuple[T, ...]:
+    """Read a table that is repeated, as in [[oc_instances]]."""
     if not isinstance(said, list):
         raise ConfigError(
-            f"oc_instances = {shown(said)}: expected [[oc_instances]], twice bracketed"
+            f"{where} = {harmless(where, said)}: expected [[{where}]], twice bracketed"
         )
-    made = tuple(InstanceConfig.read(one, f"oc_instances[{i}]", base) for i, one in enumerate(said))
+    return tuple(table.read(one, f"{where}[{i}]", base) for i, one in enumerate(said))
+
+
+def read_instances(said: object, base: Path | None) -> tuple[InstanceConfig, ...]:
+    """Read [[oc_instances]]; their names are addresses, so no two may be alike."""
+    made = read_list(InstanceConfig, said, "oc_instances", base)
     names = [instance.name for instance in made]
     for i, twice in enumerate(names):
         if twice in names[:i]:
@@ -834,10 +907,21 @@ def read_instances(said: object, base: Path | None) -> tuple[InstanceConfig, ...
     return made
 
 
+def read_schedule(said: object, base: Path | None) -> tuple[ScheduleConfig, ...]:
+    """Read [[schedule]]; each says either how often or when."""
+    made = read_list(ScheduleConfig, said, "schedule", base)
+    for i, one in enumerate(made):
+        if (one.every is None) == (one.at is None):
+            raise ConfigError(f'schedule[{i}]: either every or at, as in every = "5m"')
+    return made
+
+
 def read_handlers(said: object, base: Path | None) -> dict[str, HandlerConfig]:
     """Read [handlers.NAME]."""
     if not isinstance(said, dict):
-        raise ConfigError(f"handlers = {shown(said)}: expected tables, as in [handlers.git-sync]")
+        raise ConfigError(
+            f"handlers = {harmless('', said)}: expected tables, as in [handlers.git-sync]"
+        )
     for action in said:
         try:
             action_name(action)
@@ -889,7 +973,7 @@ def toml_value(value: object) -> str:
         value = str(value)
     if isinstance(value, tuple):
         value = value[0] if len(value) == 1 else list(value)
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def example_config() -> str:
@@ -902,7 +986,7 @@ def example_config() -> str:
         ]
         lines.append(f"[{title}]" if title in SINGLE_TABLES else f"# [{title}]")
         for f in fields(table):
-            shown = f.metadata["example"] if f.default in (None, "") else f.default
+            shown = f.default if f.metadata["example"] is None else f.metadata["example"]
             lines.append(f"# {f.name} = {toml_value(shown)}".ljust(40) + f"# {f.metadata['help']}")
     return "\n".join(lines) + "\n"
 
@@ -915,6 +999,7 @@ def effective_config(config: Config) -> str:
     tables: list[tuple[str, Any, str]] = [(t, getattr(config, t), f"[{t}]") for t in SINGLE_TABLES]
     tables += [("", instance, "[[oc_instances]]") for instance in config.oc_instances]
     tables += [("", table, f"[handlers.{action}]") for action, table in config.handlers.items()]
+    tables += [("", one, "[[schedule]]") for one in config.schedule]
     derived = {"node.handler_dir": config.handler_dir, "node.state_dir": config.state_dir}
     for title, table, header in tables:
         lines += ["", header]
@@ -941,7 +1026,7 @@ PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to 
 
 def loss_of(name: str) -> str:
     """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
-    return f"lost-{name}"[:64]
+    return f"lost:{name}"[-64:]  # an id has 64 characters at most; the whole name is in it
 
 
 class Presence(Enum):
@@ -987,7 +1072,7 @@ class Roster:
         """Take note of a sign of life; what is new about it."""
         known = self._peers.pop(name, None)
         low, high = PEER_INTERVAL
-        interval = min(max(interval or self._interval, low), high)
+        interval = min(max(low, interval or self._interval), high)  # in this order NaN is low
         self._peers[name] = Peer(now, interval, boot or (known.boot if known else ""), seen)
         if len(self._peers) > MAX_PEERS:
             self._peers.pop(next(iter(self._peers)))
@@ -1099,6 +1184,77 @@ class Complaints:
         return self._counts[kind] <= COMPLAINTS
 
 
+# ---- Schedule: when handlers run by themselves -------------------------------------------
+#
+# Pure: wall-clock times in, what is due out.  A machine that slept runs what it missed once.
+# Does not run anything.
+
+FIRST_RUN = 10.0  # seconds after the start, for what has never run
+
+
+@dataclass(slots=True)
+class Sentinel:
+    """One handler that runs by itself, when it last did, and how that ended."""
+
+    config: ScheduleConfig
+    next: float = 0.0  # Unix seconds
+    last: float = 0.0  # 0: never
+    ok: bool | None = None  # how it ended; None: not known
+    running: bool = False
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others, over restarts too."""
+        return f"schedule {self.config.action} {self.when} {self.config.text}"
+
+    @property
+    def when(self) -> str:
+        return self.config.at or f"every {self.config.every:g}s"
+
+    def plan(self, now: float, chance: float) -> None:
+        """Work out the next run; `chance` from 0 to 1 is for the jitter."""
+        if self.config.at:
+            due = next_at(self.config.at, self.last or now)
+        elif self.last:
+            due = self.last + (self.config.every or 0)
+        else:
+            due = now + min(FIRST_RUN, self.config.every or 0)
+        self.next = max(due, now) + chance * self.config.jitter
+
+    def due(self, now: float) -> bool:
+        """Is it time?  A clock that was put back must not silence it."""
+        if self.config.every and self.next - now > self.config.every + self.config.jitter:
+            self.next = now
+        return now >= self.next and not self.running
+
+    def begin(self, now: float) -> None:
+        self.running, self.last = True, now
+
+    def end(self, ok: bool) -> str | None:
+        """Take note of how it ended; what the agent should be told, if anything."""
+        before, self.ok, self.running = self.ok, ok, False
+        words = "is failing" if not ok else "is well again" if before is False else "is well"
+        tell = {
+            "always": True,
+            "never": False,
+            "failure": not ok,
+            "change": ok is False if before is None else ok != before,
+        }
+        return words if tell[self.config.notify] else None
+
+
+def next_at(at: str, after: float) -> float:
+    """The first time that a local clock shows `at` after a moment; Unix seconds."""
+    hour, minute = map(int, at.split(":"))
+    day = time.localtime(after)
+    for days in (0, 1, 2):
+        # mktime finds its way over the ends of months and daylight saving time
+        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
+        if (due := time.mktime(moment)) > after:
+            return due
+    raise AssertionError("no day has this time")
+
+
 # ---- Routing: what should happen, not how ------------------------------------------------
 #
 # Pure: an envelope and the little that a node knows, to a Step.  The channel's row decides.
@@ -1191,7 +1347,8 @@ def decide(envelope: Envelope, here: Situation) -> Step:
         return Drop("it is for another node")
     if channel.wake is Wake.NEVER:
         return Hear()
-    if envelope.corr and envelope.text in WAITING and envelope.sender == envelope.to == here.node:
+    own = envelope.ch == "status" and envelope.sender == envelope.to == here.node
+    if own and envelope.corr and envelope.text in WAITING:
         return Expect(envelope.corr, WAITING[envelope.text])
     if channel.handler and envelope.action and envelope.action in here.handlers:
         return Run(envelope.action)
@@ -1251,7 +1408,9 @@ class Log:
         row: dict[str, object] = {"ts": ts, "level": level, "event": event}
         row |= {key.rstrip("_"): value for key, value in facts.items() if value is not None}
         if self._json:
-            line = json.dumps(row, default=str)
+            short = (int, float, bool, type(None))
+            row = {k: v if isinstance(v, short) else str(v)[:MAX_LOGGED] for k, v in row.items()}
+            line = json.dumps(row)
         else:
             line = " ".join(f"{key}={self._quoted(value)}" for key, value in row.items())
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
@@ -1616,6 +1775,53 @@ class Children:
             child.reap()
 
 
+# ---- Service: what systemd wants to hear -------------------------------------------------
+#
+# One datagram for each change of state (sd_notify(3)), and a sign of life from the loop: when
+# the loop stalls, so does that.  Without systemd it says nothing.
+
+
+class Service:
+    """The service manager, if one started us."""
+
+    def __init__(self, loop: Loop, environment: Mapping[str, str]) -> None:
+        self._loop = loop
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._period = 0.0
+        ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        with contextlib.suppress(ValueError):
+            self._period = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 / 2 if ours else 0.0
+
+    def ready(self, status: str) -> None:
+        self._tell(f"READY=1\nSTATUS={status}")
+        if self._period > 0:
+            self._feed()
+
+    def status(self, status: str) -> None:
+        self._tell(f"STATUS={status}")
+
+    def reloading(self) -> None:
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
+
+    def reloaded(self) -> None:
+        self._tell("READY=1")
+
+    def stopping(self) -> None:
+        self._tell("STOPPING=1\nSTATUS=stopping")
+
+    def _feed(self) -> None:
+        self._tell("WATCHDOG=1")
+        self._loop.after(self._period, self._feed)
+
+    def _tell(self, state: str) -> None:
+        if not self._address:
+            return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+            to.setblocking(False)
+            to.sendto(state.encode(), self._address)
+
+
 # ---- Handlers: executables, and the contract with them -----------------------------------
 #
 # Which there are, what they are given, what is made of their outcome, and whose turn it is.
@@ -1733,6 +1939,23 @@ def handler_environment(
     return environment
 
 
+def handler_deadline(config: Config, action: str) -> float:
+    """Seconds that a run of this action may take."""
+    special = config.handlers.get(action, HandlerConfig()).timeout
+    return special or config.node.handler_timeout
+
+
+def handler_job(
+    config: Config, file: Path, envelope: Envelope, agent: InstanceConfig | None
+) -> Job:
+    """How a handler is run for a message: its environment, its stdin, its deadline."""
+    environment = handler_environment(
+        envelope, config.node.id, config.node.topic_prefix, agent, os.environ
+    )
+    deadline = handler_deadline(config, file.name)
+    return Job([str(file)], environment, deadline, envelope.encode() + b"\n", file.parent)
+
+
 def cut(text: str, limit: int, mark: str = "") -> str:
     """Cut a text to `limit` bytes of UTF-8, the mark included."""
     raw = text.encode(errors="replace")
@@ -1814,6 +2037,7 @@ class Turn:
 
     envelope: Envelope
     action: str
+    sentinel: Sentinel | None = None  # who asked, if nobody did from outside
 
 
 class Queue:
@@ -2120,6 +2344,7 @@ class Journal:
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=NORMAL")
         database.execute("CREATE TABLE IF NOT EXISTS seen (n INTEGER PRIMARY KEY, id TEXT UNIQUE)")
+        database.execute("CREATE TABLE IF NOT EXISTS notes (key TEXT PRIMARY KEY, value TEXT)")
         return database
 
     def _go_on_in_memory(self, why: str) -> None:
@@ -2143,6 +2368,18 @@ class Journal:
         except self._sqlite.Error as error:
             self._go_on_in_memory(reason_of(error))
             return True
+
+    def note(self, key: str, value: object) -> None:
+        """Write down a JSON value under a key, in place of what was there."""
+        try:
+            self._database.execute("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(value)))
+        except self._sqlite.Error as error:
+            self._go_on_in_memory(reason_of(error))
+
+    def recall(self, key: str) -> dict[str, Any]:
+        """What was written down under a key; nothing if nothing was."""
+        row = self._database.execute("SELECT value FROM notes WHERE key = ?", (key,)).fetchone()
+        return (read_json_object(row[0]) if row else None) or {}
 
     def commit(self) -> None:
         """Make it last, before the broker is told that it need not send it again."""
@@ -2837,6 +3074,8 @@ class Node:
         }
         self._acks: list[Callable[[], None]] = []
         self._counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
+        self._sentinels = [Sentinel(one) for one in config.schedule]
+        self._service = Service(loop, os.environ)
         self._seq = 0
         self._beaten = float("-inf")
         self._connected = self._outage = self._stopping = False
@@ -2853,6 +3092,8 @@ class Node:
         self._log_catalogue(Catalogue())
         self._link.open(self)
         self._beat_again()
+        self._start_sentinels()
+        self._service.ready("looking for the broker")
 
     def stop(self) -> None:
         """End in order: running handlers get a moment, whoever waits is told, then goodbye."""
@@ -2860,9 +3101,11 @@ class Node:
             self._children.stop()
             return
         self._stopping = True
+        self._service.stopping()
         self.log.info("stopping", handlers=len(self._children))
         for turn in self._queue.clear():
-            self._refuse(turn.envelope, "the node is stopping")
+            if not turn.sentinel:
+                self._refuse(turn.envelope, "the node is stopping")
         for agent in self._agents.values():
             agent.stop()
         self.loop.after(STOP_GRACE, self._children.stop)
@@ -2886,6 +3129,7 @@ class Node:
     def link_up(self) -> None:
         self.log.info("connected", broker=self.config.mqtt.address, node=self.name)
         self._connected, self._outage = True, False
+        self._service.status(f"{self.name} is connected to {self.config.mqtt.address}")
         self._roster.grant_grace(self.loop.clock())
         self._publish_roster()
         self._beat()
@@ -2893,14 +3137,17 @@ class Node:
     def link_down(self, reason: str) -> None:
         self._connected = False
         self._roster.doubt_losses()
+        self._service.status(f"no broker at {self.config.mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self.config.mqtt.address, why=reason)
         self._outage = True
 
     def _reread(self) -> None:
         """Look into the handler directory again, because somebody asked."""
+        self._service.reloading()
         self._look_for_handlers()
         self._publish_roster()
+        self._service.reloaded()
 
     # -- what comes in --
 
@@ -3040,10 +3287,6 @@ class Node:
     def _workers_of(self, action: str) -> int:
         return self.config.handlers.get(action, HandlerConfig()).workers
 
-    def _deadline_of(self, action: str) -> float:
-        special = self.config.handlers.get(action, HandlerConfig()).timeout
-        return special or self.config.node.handler_timeout
-
     def _run_handlers(self) -> None:
         while turn := self._queue.take():
             self._run(turn)
@@ -3060,17 +3303,12 @@ class Node:
             return
         agents = self._situation().addressed(turn.envelope.to)
         agent = self.config.agents[agents[0]] if agents else None
-        environment = handler_environment(
-            turn.envelope, self.name, self.config.node.topic_prefix, agent, os.environ
-        )
-        stdin = turn.envelope.encode() + b"\n"
-        deadline = self._deadline_of(turn.action)
         self.log.info("handler started", action=turn.action, id=turn.envelope.id)
-        self._children.start(Job([str(file)], environment, deadline, stdin, file.parent), done)
+        self._children.start(handler_job(self.config, file, turn.envelope, agent), done)
 
     def _ran(self, turn: Turn, outcome: Outcome) -> None:
         self._queue.done(turn.action)
-        envelope, deadline = turn.envelope, self._deadline_of(turn.action)
+        envelope, deadline = turn.envelope, handler_deadline(self.config, turn.action)
         self._counts["runs"] += 1
         self._counts["failures"] += not outcome.ok
         result = result_document(envelope, self.name, outcome, deadline, time.time())
@@ -3085,7 +3323,10 @@ class Node:
             why=result["error"] or None,
         )
         self._publish_meta(self.name, turn.action, result, keep=True)
-        self._send(answer_to(envelope, self.name, outcome, deadline))
+        if turn.sentinel:
+            self._sentinel_ended(turn.sentinel, envelope, outcome, deadline)
+        else:
+            self._send(answer_to(envelope, self.name, outcome, deadline))
         if not self._stopping:
             self._run_handlers()
 
@@ -3103,6 +3344,55 @@ class Node:
         for file, reason in self._catalogue.refused.items():
             if before.refused.get(file) != reason:
                 self.log.warning("not a handler", file=file, why=reason)
+
+    # -- schedule --
+
+    def _start_sentinels(self) -> None:
+        now = time.time()
+        for sentinel in self._sentinels:
+            known = self._journal.recall(sentinel.key)
+            last, ok = known.get("last"), known.get("ok")
+            sentinel.last = last if isinstance(last, float) and last < now else 0.0
+            sentinel.ok = ok if isinstance(ok, bool) else None
+            sentinel.plan(now, random.random())
+        if self._sentinels:
+            self._watch_the_clock()
+
+    def _watch_the_clock(self) -> None:
+        """Run what is due; look again at the next one's time, or in a minute: clocks are put."""
+        now = time.time()
+        for sentinel in self._sentinels:
+            if sentinel.due(now) and not self._stopping:
+                self._run_sentinel(sentinel, now)
+        nearest = min(sentinel.next for sentinel in self._sentinels)
+        self.loop.after(min(max(nearest - now, 0.1), 60.0), self._watch_the_clock)
+
+    def _run_sentinel(self, sentinel: Sentinel, now: float) -> None:
+        config = sentinel.config
+        envelope = Envelope.new(self.name, self.name, "command", config.text, action=config.action)
+        if not self._queue.put(Turn(envelope, config.action, sentinel)):
+            self.log.warning("not run", action=config.action, why="too many handlers wait")
+            return
+        sentinel.begin(now)
+        sentinel.plan(now, random.random())
+        self._run_handlers()
+
+    def _sentinel_ended(
+        self, sentinel: Sentinel, envelope: Envelope, outcome: Outcome, deadline: float
+    ) -> None:
+        """Write down how it ended; wake the agent if that is news."""
+        if outcome.stopped:
+            return
+        words = sentinel.end(outcome.ok)
+        self._journal.note(sentinel.key, {"last": sentinel.last, "ok": sentinel.ok})
+        self._publish_roster()
+        if words and not self._stopping:
+            said = printed(outcome) if outcome.ok else failure(outcome, deadline)
+            text = cut(f"{sentinel.config.action} {words}: {said}", MAX_ERROR)
+            ch = "status" if outcome.ok else "alert"
+            news = envelope.reply(self.name, text, ch=ch)
+            for agent in self._situation().addressed(self.name):
+                self._agents[agent].wake(news, True, "scheduled")
 
     # -- agents --
 
@@ -3283,8 +3573,208 @@ class Node:
             "system": f"{platform.system()} {platform.machine()}",
             "agents": [*self._agents],
             "handlers": [*self._catalogue.handlers],
+            "schedule": [
+                {
+                    "action": one.config.action,
+                    "when": one.when,
+                    "notify": one.config.notify,
+                    "last": int(one.last) or None,
+                    "next": int(one.next),
+                    "ok": one.ok,
+                }
+                for one in self._sentinels
+            ],
         }
         self._publish_meta(self.name, "roster", document, keep=False)
+
+
+# ---- Output: rows to a table or to JSON --------------------------------------------------
+#
+# Returns strings.  Whatever a peer wrote is made harmless for a terminal.
+
+COLOURS = {
+    "online": 32,
+    "ok": 32,
+    "stale": 33,
+    "degraded": 33,
+    "offline": 31,
+    "down": 31,
+    "lost": 31,
+}
+SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+
+
+def printable(value: object, limit: int = 60) -> str:
+    """One line without anything that could move a cursor, cut to `limit` characters."""
+    said = value if isinstance(value, str) else "-" if value is None else str(value)
+    said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
+    return said if len(said) <= limit else said[: limit - 1] + "…"
+
+
+def for_terminal(text: str) -> str:
+    """A peer's text with its lines, without control sequences."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def for_people(value: object) -> str:
+    """Seconds as a few words: two units at most."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e10:
+        return "-"
+    rest, words = int(value), []
+    for unit, size in SECONDS_IN:
+        if rest >= size:
+            words.append(f"{rest // size}{unit}")
+            rest %= size
+    return " ".join(words[:2]) or "0s"
+
+
+def bounded_number(value: object, low: float, high: float) -> float | None:
+    """A peer's number, or None for anything that is none in that range."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        return None
+    return float(value)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool) -> str:
+    """Columns as wide as what is in them."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        if colour:
+            cells = [
+                f"\033[{COLOURS[cell.strip()]}m{cell}\033[0m" if cell.strip() in COLOURS else cell
+                for cell in cells
+            ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(map(line, (header, *rows))) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRow:
+    """A node, or one of its agents."""
+
+    name: str
+    node: str  # whose daemon speaks for it
+    status: str  # online, degraded, offline; stale: it should have been heard of since
+    agents: Mapping[str, str]  # name: health
+    load_1m: float | None
+    uptime_s: float | None
+    last_seen: int | None
+    age_s: float | None
+    version: str | None
+    reason: str | None
+
+    @property
+    def is_node(self) -> bool:
+        return self.name == self.node
+
+    @property
+    def alive(self) -> bool:
+        return self.status in ("online", "degraded")
+
+
+def status_row(
+    name: str, state: Mapping[str, Any], heartbeat: HeartbeatConfig, now: float
+) -> StatusRow:
+    """Make a row of a state document, whatever it holds."""
+    node = state.get("daemon_node")
+    interval = bounded_number(state.get("interval"), *PEER_INTERVAL) or heartbeat.interval
+    missed = bounded_number(state.get("miss_threshold"), 1, 10_000) or heartbeat.miss_threshold
+    seen = bounded_number(state.get("last_seen"), 1, MAX_TS)
+    age = max(0.0, now - seen) if seen else None
+    status = status_of(state)
+    if status in ("online", "degraded") and (age is None or age > interval * missed + 1):
+        status = "stale"
+    health = {
+        printable(agent): printable(one.get("status") if isinstance(one, dict) else one, 20)
+        for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
+    }
+    version, reason = state.get("version"), state.get("reason")
+    return StatusRow(
+        name=name,
+        node=node if isinstance(node, str) and NAME.fullmatch(node) else name,
+        status=status,
+        agents=health,
+        load_1m=bounded_number(state.get("load_1m"), 0, 1e6),
+        uptime_s=bounded_number(state.get("uptime_s"), 0, 1e10),
+        last_seen=int(seen) if seen else None,
+        age_s=age,
+        version=printable(version, 30) if version else None,
+        reason=printable(reason, 200) if reason else None,
+    )
+
+
+def status_rows(
+    states: Mapping[str, Mapping[str, Any]], heartbeat: HeartbeatConfig, now: float
+) -> list[StatusRow]:
+    """Every node with its agents below it; an agent is no better than its node."""
+    rows = {name: status_row(name, state, heartbeat, now) for name, state in states.items()}
+    for name, row in rows.items():
+        node = rows.get(row.node, row)
+        if not node.alive:
+            rows[name] = replace(row, status=node.status)
+    return sorted(rows.values(), key=lambda row: (row.node, not row.is_node, row.name))
+
+
+def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
+    cells = [
+        (
+            row.name if row.is_node else f"  {row.name}",
+            row.status,
+            ", ".join(f"{name} {health}" for name, health in row.agents.items()) or "-"
+            if row.is_node
+            else row.agents.get(row.name, "-"),
+            "-" if row.load_1m is None else f"{row.load_1m:.2f}",
+            for_people(row.uptime_s) if row.alive else "-",
+            "-" if row.age_s is None else f"{for_people(row.age_s)} ago",
+            row.version or "-",
+        )
+        for row in rows
+    ]
+    return table(("NAME", "STATUS", "AGENTS", "LOAD", "UPTIME", "SEEN", "VERSION"), cells, colour)
+
+
+def words_of(value: object) -> str:
+    """A peer's list of words on one line; openclaw-hive's may be anything."""
+    return ", ".join(printable(word, 63) for word in value[:100]) if isinstance(value, list) else ""
+
+
+def schedule_line(node: str, entry: Mapping[str, Any], now: float) -> str:
+    """One schedule of a node's roster, as a line below the table."""
+    last, coming = (bounded_number(entry.get(key), 1, MAX_TS) for key in ("last", "next"))
+    ended = {"True": "ok", "False": "failing"}.get(str(entry.get("ok")), "not known")
+    ran = f"ran {for_people(max(0.0, now - last))} ago: {ended}" if last else "has not run yet"
+    due = f"runs in {for_people(max(0.0, coming - now))}" if coming else ""
+    action, when = printable(entry.get("action")), printable(entry.get("when"))
+    return f"{node}: {action} {when}, {ran}, {due}".rstrip(", ") + "\n"
+
+
+def schedule_lines(documents: Mapping[str, Mapping[str, Any]], now: float) -> str:
+    """What the nodes run by themselves; empty if nothing."""
+    lines = [
+        schedule_line(node, entry, now)
+        for node, document in sorted(documents.items())
+        if isinstance(document.get("schedule"), list)
+        for entry in document["schedule"][:100]
+        if isinstance(entry, dict)
+    ]
+    return "\n" + "".join(lines) if lines else ""
+
+
+def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> str:
+    cells = [
+        (
+            name,
+            words_of(document.get("agents")) or "-",
+            words_of(document.get("handlers")) or "-",
+            f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})",
+            printable(document.get("system"), 30),
+        )
+        for name, document in sorted(documents.items())
+    ]
+    return table(("NODE", "AGENTS", "HANDLERS", "VERSION", "SYSTEM"), cells, colour)
 
 
 # ---- Client: one question from the shell -------------------------------------------------
@@ -3491,176 +3981,17 @@ class Asking(Errand):
         self._survey.link.close(self.finish, within=1.0)
 
 
-# ---- Output: rows to a table or to JSON --------------------------------------------------
-#
-# Returns strings.  Whatever a peer wrote is made harmless for a terminal.
-
-COLOURS = {
-    "online": 32,
-    "ok": 32,
-    "stale": 33,
-    "degraded": 33,
-    "offline": 31,
-    "down": 31,
-    "lost": 31,
-}
-SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
-
-
-def printable(value: object, limit: int = 60) -> str:
-    """One line without anything that could move a cursor, cut to `limit` characters."""
-    said = value if isinstance(value, str) else "-" if value is None else str(value)
-    said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
-    return said if len(said) <= limit else said[: limit - 1] + "…"
-
-
-def for_terminal(text: str) -> str:
-    """A peer's text with its lines, without control sequences."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
-
-
-def duration(value: object) -> str:
-    """Seconds for people: two units at most."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e10:
-        return "-"
-    rest, words = int(value), []
-    for unit, size in SECONDS_IN:
-        if rest >= size:
-            words.append(f"{rest // size}{unit}")
-            rest %= size
-    return " ".join(words[:2]) or "0s"
-
-
-def bounded_number(value: object, low: float, high: float, default: float) -> float:
-    """A peer's number, or the default for anything that is none in that range."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        return default
-    return float(value)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool) -> str:
-    """Columns as wide as what is in them."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        if colour:
-            cells = [
-                f"\033[{COLOURS[cell.strip()]}m{cell}\033[0m" if cell.strip() in COLOURS else cell
-                for cell in cells
-            ]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(map(line, (header, *rows))) + "\n"
-
-
-@dataclass(frozen=True, slots=True)
-class StatusRow:
-    """A node, or one of its agents."""
-
-    name: str
-    node: str  # whose daemon speaks for it
-    status: str  # online, degraded, offline; stale: it should have been heard of since
-    agents: Mapping[str, str]  # name: health
-    load_1m: float | None
-    uptime_s: float | None
-    last_seen: int | None
-    age_s: float | None
-    version: str | None
-    reason: str | None
-
-    @property
-    def is_node(self) -> bool:
-        return self.name == self.node
-
-    @property
-    def alive(self) -> bool:
-        return self.status in ("online", "degraded")
-
-
-def status_row(
-    name: str, state: Mapping[str, Any], heartbeat: HeartbeatConfig, now: float
-) -> StatusRow:
-    """Make a row of a state document, whatever it holds."""
-    node = state.get("daemon_node")
-    interval = bounded_number(state.get("interval"), *PEER_INTERVAL, heartbeat.interval)
-    missed = bounded_number(state.get("miss_threshold"), 1, 10_000, heartbeat.miss_threshold)
-    seen = bounded_number(state.get("last_seen"), 1, MAX_TS, 0)
-    age = max(0.0, now - seen) if seen else None
-    status = status_of(state)
-    if status in ("online", "degraded") and (age is None or age > interval * missed + 1):
-        status = "stale"
-    health = {
-        printable(agent): printable(one.get("status") if isinstance(one, dict) else one, 20)
-        for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
-    }
-    version, reason = state.get("version"), state.get("reason")
-    return StatusRow(
-        name=name,
-        node=node if isinstance(node, str) and NAME.fullmatch(node) else name,
-        status=status,
-        agents=health,
-        load_1m=bounded_number(state.get("load_1m"), 0, 1e6, -1) if "load_1m" in state else None,
-        uptime_s=bounded_number(state.get("uptime_s"), 0, 1e10, 0) if "uptime_s" in state else None,
-        last_seen=int(seen) or None,
-        age_s=age,
-        version=printable(version, 30) if version else None,
-        reason=printable(reason, 200) if reason else None,
-    )
-
-
-def status_rows(
-    states: Mapping[str, Mapping[str, Any]], heartbeat: HeartbeatConfig, now: float
-) -> list[StatusRow]:
-    """Every node with its agents below it; an agent is no better than its node."""
-    rows = {name: status_row(name, state, heartbeat, now) for name, state in states.items()}
-    for name, row in rows.items():
-        node = rows.get(row.node, row)
-        if not node.alive:
-            rows[name] = replace(row, status=node.status)
-    return sorted(rows.values(), key=lambda row: (row.node, not row.is_node, row.name))
-
-
-def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
-    cells = [
-        (
-            row.name if row.is_node else f"  {row.name}",
-            row.status,
-            ", ".join(f"{name} {health}" for name, health in row.agents.items())
-            if row.is_node
-            else row.agents.get(row.name, "-"),
-            f"{row.load_1m:.2f}" if row.load_1m is not None and row.load_1m >= 0 else "-",
-            duration(row.uptime_s) if row.alive else "-",
-            "-" if row.age_s is None else f"{duration(row.age_s)} ago",
-            row.version or "-",
-        )
-        for row in rows
-    ]
-    return table(("NAME", "STATUS", "AGENTS", "LOAD", "UPTIME", "SEEN", "VERSION"), cells, colour)
-
-
-def words_of(value: object) -> str:
-    """A peer's list of words on one line; openclaw-hive's may be anything."""
-    return ", ".join(printable(word, 63) for word in value[:100]) if isinstance(value, list) else ""
-
-
-def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> str:
-    cells = [
-        (
-            name,
-            words_of(document.get("agents")) or "-",
-            words_of(document.get("handlers")) or "-",
-            f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})",
-            printable(document.get("system"), 30),
-        )
-        for name, document in sorted(documents.items())
-    ]
-    return table(("NODE", "AGENTS", "HANDLERS", "VERSION", "SYSTEM"), cells, colour)
-
-
 # ---- Commands: one function for each subcommand ------------------------------------------
 #
 # Options stand beside the function that reads them; Main builds the parser from COMMANDS.
+
+OVERRIDES = {  # option on the command line: key of hive.toml
+    "node": "node.id",
+    "prefix": "node.topic_prefix",
+    "host": "mqtt.host",
+    "port": "mqtt.port",
+    "log_level": "logging.level",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -3846,7 +4177,7 @@ def why(asking: Asking) -> str:
         if name not in rows:
             return f"; no node or agent {name} has been seen, is it spelled right?"
         if not rows[name].alive:
-            return f"; {name} is {rows[name].status}, seen {duration(rows[name].age_s)} ago"
+            return f"; {name} is {rows[name].status}, seen {for_people(rows[name].age_s)} ago"
     return ""
 
 
@@ -3909,6 +4240,7 @@ def roster(args: argparse.Namespace) -> int:
         print(json.dumps(sorted(collecting.documents.values(), key=str), indent=2))
     elif collecting.documents:
         print(roster_table(collecting.documents, colourful(sys.stdout)), end="")
+        print(schedule_lines(collecting.documents, time.time()), end="")
     else:
         say_nobody(config)
     return Exit.DONE
@@ -3923,6 +4255,83 @@ def say_nobody(config: Config) -> None:
 
 
 @command(
+    option("what", choices=("list", "test"), help="list what was found, or test one of them"),
+    option("name", nargs="?", type=action_name, metavar="NAME", help="the handler to test"),
+    option("--text", default="test", help="the text of its message; - reads it from stdin"),
+    option("--from", dest="sender", type=name, metavar="NAME", help="who it is from"),
+    AS_JSON,
+    examples="""hive.py handler list
+hive.py handler test git-sync --text '["~/notes"]'""",
+)
+def handler(args: argparse.Namespace) -> int:
+    """List this node's handlers, or run one here as the daemon would."""
+    config = config_of(args)
+    catalogue = discover(config.handler_dir)
+    if args.what == "test":
+        if not args.name:
+            raise UsageError("handler test: which one? there are: " + ", ".join(catalogue.handlers))
+        return test_handler(config, args)
+    if args.as_json:
+        found = {action: str(file) for action, file in catalogue.handlers.items()}
+        print(json.dumps({"handlers": found, "refused": dict(catalogue.refused)}, indent=2))
+    else:
+        print(handler_table(config, catalogue), end="")
+    return Exit.DONE
+
+
+def handler_table(config: Config, catalogue: Catalogue) -> str:
+    """What was found, in which bounds it runs, and what was refused and why."""
+    cells = [
+        (action, f"{handler_deadline(config, action):g}s", str(workers), printable(str(file), 200))
+        for action, file in catalogue.handlers.items()
+        for workers in (config.handlers.get(action, HandlerConfig()).workers,)
+    ]
+    found = table(("ACTION", "TIMEOUT", "WORKERS", "FILE"), cells, False) if cells else ""
+    refused = [f"refused: {printable(f, 200)}: {why}\n" for f, why in catalogue.refused.items()]
+    return found + "".join(refused) or f"no handlers in {config.handler_dir}\n"
+
+
+def test_handler(config: Config, args: argparse.Namespace) -> int:
+    """Run one handler once, here: same environment, deadline and bounds as in the daemon."""
+    file = config.handler_dir / args.name
+    objection = objection_to(file)
+    if objection:
+        raise HiveError(f"{file}: {objection}")
+    node, sender = config.node.id, args.sender or config.node.id
+    envelope = Envelope.new(sender, node, "command", read_text(args.text), action=args.name)
+    outcome = run_once(handler_job(config, file, envelope, next(iter(config.oc_instances), None)))
+    result = result_document(
+        envelope, node, outcome, handler_deadline(config, args.name), time.time()
+    )
+    if args.as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        said = printed(outcome)
+        print(for_terminal(said) if sys.stdout.isatty() else said)
+        print(
+            f"{result['status']}, exit {outcome.exit}, {result['duration_ms']} ms", file=sys.stderr
+        )
+        if result["error"]:
+            print(for_terminal(result["error"]), file=sys.stderr)
+    return Exit.DONE if outcome.ok else Exit.REFUSED
+
+
+def run_once(job: Job) -> Outcome:
+    """Run one child to its end."""
+    loop = Loop(Log("error"))
+    outcomes: list[Outcome] = []
+    children = Children(loop)
+    try:
+        children.start(job, outcomes.append)
+        while not outcomes:
+            loop.step()
+    finally:
+        children.kill()
+        loop.close()
+    return outcomes[0]
+
+
+@command(
     option("--example", action="store_true", help="print a commented hive.toml with every key"),
     examples="hive.py config --example > hive.toml",
 )
@@ -3933,14 +4342,6 @@ def config(args: argparse.Namespace) -> int:
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------
-
-OVERRIDES = {  # option on the command line: key of hive.toml
-    "node": "node.id",
-    "prefix": "node.topic_prefix",
-    "host": "mqtt.host",
-    "port": "mqtt.port",
-    "log_level": "logging.level",
-}
 
 
 def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:

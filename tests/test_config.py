@@ -1,0 +1,485 @@
+"""Every key once; TOML in, Config or one ConfigError out."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import socket
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import hive
+from hive import ALL_TABLES, Config, ConfigError, effective_config, example_config, load_config
+
+moderate = settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+TABLES = ["node", "mqtt", "heartbeat", "logging", "oc_instances", "handlers"]
+KEYS = sorted({f.name for table in ALL_TABLES.values() for f in fields(table)})
+NESTED = [f"{table}.{key}" for table in [*TABLES, "handlers.x"] for key in [*KEYS, "other"]]
+texts = st.text(max_size=20) | st.sampled_from(["main", "1", "1e3", "~", "~nobody/x", "..", "/"])
+scalars = (
+    st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | texts | st.dates() | st.datetimes()
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3)
+        | st.dictionaries(texts, inner, max_size=1)
+    ),
+    max_leaves=4,
+)
+documents = st.dictionaries(
+    st.sampled_from([*TABLES, *NESTED, "other"]) | texts.map(json.dumps), values, max_size=4
+)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory to be in, and an empty home."""
+    for variable in ("HIVE_CONFIG", "STATE_DIRECTORY", "XDG_STATE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def load(content: str | bytes, mode: int = 0o600, **overrides: Any) -> Config:
+    file = Path("hive.toml")
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    file.chmod(mode)
+    return load_config("hive.toml", overrides)
+
+
+def refusal(content: str | bytes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(content)
+    return str(caught.value)
+
+
+def written(value: object) -> str:
+    """A value as TOML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{written(k)} = {written(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(written, value)) + "]"
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, float):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+# -- whatever is in the file --
+
+
+@moderate
+@given(documents)
+def test_any_toml_is_a_configuration_or_one_error(document: dict[str, Any]) -> None:
+    content = "\n".join(f"{key} = {written(value)}" for key, value in document.items())
+    try:
+        load(content)
+    except ConfigError as error:
+        assert str(error).startswith("hive.toml: ")
+
+
+@moderate
+@given(st.text() | st.binary())
+def test_any_noise_is_a_configuration_or_one_error(content: str | bytes) -> None:
+    try:
+        load(content)
+    except ConfigError as error:
+        assert str(error).startswith("hive.toml: ") and str(error).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"[node]\nid = '\xff'", "hive.toml: not UTF-8 at byte 13"),
+        ("node", "hive.toml: not TOML: "),
+        ("[node]\nid = 1\nid = 2", "hive.toml: not TOML: "),
+        ("[mqtt]\nport = " + "9" * 5000, "hive.toml: not TOML: "),
+        ("x = " + "[" * 100_000, "hive.toml: not TOML: nested too deep"),
+        ("x = " + "{a=" * 100_000, "hive.toml: not TOML: nested too deep"),
+        (b"\0", "hive.toml: not TOML: "),
+    ],
+    ids=["not UTF-8", "no value", "twice", "5000 digits", "arrays", "inline tables", "NUL"],
+)
+def test_a_file_that_is_no_toml_is_an_error(content: str | bytes, line: str) -> None:
+    assert refusal(content).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            "[heartbeat]\nintervall = 5",
+            "heartbeat.intervall = 5: no such key; did you mean interval?",
+        ),
+        (
+            "[heartbeat]\nx = 5",
+            "heartbeat.x = 5: no such key; there are interval, miss_threshold",
+        ),
+        (
+            "colour = 1",
+            "colour = 1: no such key; there are"
+            " node, mqtt, heartbeat, logging, oc_instances, handlers, schedule",
+        ),
+        ("mqtt = 1", "mqtt = 1: expected a table, as in [mqtt]"),
+        ("[mqtt]\nport = 70000", "mqtt.port: 70000 is not a port number from 1 to 65535"),
+        ("[mqtt]\nhost = 5", "mqtt.host: 5 is not a string"),
+        ("[mqtt]\ntls = 'yes'", "mqtt.tls: 'yes' is not true or false"),
+        ("[mqtt]\nprotocol = '4'", 'mqtt.protocol: \'4\' is not "5" or "3.1.1"'),
+        (
+            "[heartbeat]\ninterval = 0",
+            "heartbeat.interval: 0 is not seconds, above 0 and at most a year",
+        ),
+        (
+            "[heartbeat]\nmiss_threshold = 1.5",
+            "heartbeat.miss_threshold: 1.5 is not a whole number from 1 to 10000",
+        ),
+        (
+            "[node]\nid = 'a/b'",
+            "node.id: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , not 'all' or 'meta'",
+        ),
+        ("[[oc_instances]]", 'oc_instances[0].name: missing; as in name = "main"'),
+        (
+            "[[oc_instances]]\nname = 'a'\n[[oc_instances]]\nname = 'a'",
+            "oc_instances[1].name: 'a' is taken already",
+        ),
+        ("[handlers.'a b']", "handlers.a b: is not an action: 1 to 63 of A-Za-z0-9._-"),
+        (
+            "[handlers.sync]\ntimeuot = 5",
+            "handlers.sync.timeuot = 5: no such key; did you mean timeout?",
+        ),
+        (
+            "[logging]\nlevel = 'loud'",
+            'logging.level: \'loud\' is not "debug" or "info" or "warning" or "error"',
+        ),
+        (
+            "[mqtt]\ncert_file = 'a'",
+            "mqtt.cert_file and mqtt.key_file: one is of no use without the other",
+        ),
+    ],
+)
+def test_an_error_names_the_key_its_value_and_what_would_do(content: str, line: str) -> None:
+    assert refusal(content) == f"hive.toml: {line}"
+
+
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("mqtt.port", ["1", "65535"], ["0", "65536", "1.5", "true", "nan", "inf", "'x'", "[]"]),
+        ("mqtt.keepalive", ["5", "65535"], ["4", "65536", "30.5", "false"]),
+        ("heartbeat.interval", ["0.1", "31622400"], ["0", "-1", "nan", "inf", "true", "31622401"]),
+        ("heartbeat.miss_threshold", ["1", "10000"], ["0", "10001", "2.5", "true"]),
+        ("node.id", ["'a'", "'A.b_c-9'"], ["''", "'all'", "'meta'", "'a+'", "'a\\u0000'", "1"]),
+        ("node.topic_prefix", ["'a/b'"], ["''", "'/a'", "'a/#'", "'+'", "1"]),
+        ("node.handler_dir", ["'x'"], ["''", "1", "['x']", '"\\u0000"']),
+        ("mqtt.tls", ["true", "false"], ["1", "'true'"]),
+        ("logging.format", ["'json'", "'text'"], ["'xml'", "1", "[]"]),
+        ("handlers.x.workers", ["1"], ["0", "1.5"]),
+        ("handlers.x.timeout", ["0.5"], ["0"]),
+    ],
+)
+def test_a_value_is_held_to_its_kind(key: str, good: list[str], bad: list[str]) -> None:
+    for value in good:
+        load(f"{key} = {value}")
+    for value in bad:
+        assert refusal(f"{key} = {value}").startswith(f"hive.toml: {key}: ")
+
+
+@pytest.mark.parametrize("value", ["''", "'  '", "[]", "['']", "[1]", "1", '"\\u0000"'])
+def test_a_command_must_name_a_program(value: str) -> None:
+    line = refusal(f"[[oc_instances]]\nname = 'main'\nopenclaw_cmd = {value}")
+    assert line.startswith("hive.toml: oc_instances[0].openclaw_cmd: ")
+
+
+def test_a_command_may_have_arguments_and_a_home(place: Path) -> None:
+    toml = "[[oc_instances]]\nname = 'main'\nopenclaw_cmd = ['~/bin/oc', '--x y']"
+    command = load(toml).agents["main"].openclaw_cmd
+    assert command == (str(place.parent / "home/bin/oc"), "--x y")
+
+
+# -- the example, and the configuration in force --
+
+
+def uncommented(example: str) -> str:
+    """The example with every key in force, except for two that exclude another."""
+    found = re.findall(r"^(?:# )?(\[.+\]|\w+ = .+)$", example, re.M)
+    return "\n".join(line for line in found if not line.startswith(("password =", "at =")))
+
+
+def test_every_line_of_the_example_is_accepted(place: Path) -> None:
+    (place / "mqtt-password").write_text("x\n")
+    content = uncommented(example_config())
+    config = load(content)
+    assert config.mqtt.password == "x"
+    said = tomllib.loads(content)
+    said |= {"[oc_instances]": said["oc_instances"][0], "[schedule]": said["schedule"][0]}
+    said |= {"handlers.NAME": said["handlers"]["NAME"]}
+    for title, table in ALL_TABLES.items():
+        assert {*said[title]} == {f.name for f in fields(table)} - {"password", "at"}
+
+
+def test_the_example_as_it_is_changes_nothing() -> None:
+    example = load(example_config())
+    plain = load("")
+    assert all(getattr(example, f.name) == getattr(plain, f.name) for f in fields(Config)[:7])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_has_its_line_of_help_in_the_example(key: str) -> None:
+    assert re.search(rf"^# {key} = .+ # \w.{{4,}}$", example_config(), re.M)
+
+
+@moderate
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+def test_the_configuration_in_force_is_toml_that_says_the_same(said: str) -> None:
+    config = load(f"mqtt.username = {written(said)}")
+    shown = tomllib.loads(effective_config(config))
+    assert shown["mqtt"]["username"] == said
+
+
+def test_the_configuration_in_force_says_who_set_each_key() -> None:
+    config = load("mqtt.port = 1\nheartbeat.interval = 2", **{"mqtt.port": 99})
+    lines = [re.sub(" +", " ", line.strip()) for line in effective_config(config).splitlines()]
+    assert lines[0] == "# from hive.toml"
+    assert {
+        "port = 99 # the command line",
+        "interval = 2.0 # hive.toml",
+        "miss_threshold = 3 # default",
+        "# username is not set",
+    } <= {*lines}
+    assert config.heartbeat.interval == 2
+
+
+# -- secrets --
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"[mqtt]\npasswrod = '{SECRET}'",
+        f"[mqtt]\npwd = '{SECRET}'",
+        f"[mqtt]\npw = '{SECRET}'",
+        f"[mqtt]\nPASSWORD = '{SECRET}'",
+        f"[mqtt]\npassword = ['{SECRET}']",
+        f"[mqtt.password]\nvalue = '{SECRET}'",
+        f"password = '{SECRET}'",
+        f"[mqqt]\npassword = '{SECRET}'",
+        f"[[mqtt]]\npassword = '{SECRET}'",
+        f"[oc_instances]\ntoken = '{SECRET}'",
+        f"[oc_instance]\ntoken = '{SECRET}'",
+        f"[[oc_instances]]\nname = 'main'\ntokne = '{SECRET}'",
+        f"[[oc_instances]]\ntoken = '{SECRET}'",
+        f"[mqtt]\npassword = '{SECRET}'\npassword_file = 'x'",
+        f"[mqtt]\npassword = {SECRET}",
+        f"[mqtt]\npassword = '{SECRET}",
+        f"handlers.token = '{SECRET}'",
+    ],
+)
+def test_no_error_shows_a_secret(content: str) -> None:
+    assert SECRET not in refusal(content)
+
+
+def test_no_output_shows_a_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    toml = f"mqtt.password = '{SECRET}'\n[[oc_instances]]\nname = 'main'\ntoken = '{SECRET}'"
+    config = load(toml)
+    assert config.mqtt.password == config.oc_instances[0].token == SECRET
+    assert SECRET not in effective_config(config)
+    assert SECRET not in repr(config)
+    assert effective_config(config).count('= "***"') == 2
+    assert hive.main(["config"]) == 0
+    assert SECRET not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("content", ["s3cret", "s3cret\n", "s3cret\r\n", "s3cret\nnot this\n"])
+def test_the_password_is_the_first_line_of_its_file(place: Path, content: str) -> None:
+    (place / "pw").write_bytes(content.encode())
+    assert load("mqtt.password_file = 'pw'").mqtt.password == "s3cret"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file or directory"),
+        (b"", "its first line is empty"),
+        (b"\nx", "its first line is empty"),
+        (b"\xff", "not UTF-8"),
+    ],
+)
+def test_a_password_file_that_holds_none_is_an_error(
+    place: Path, content: bytes | None, why: str
+) -> None:
+    if content is not None:
+        (place / "pw").write_bytes(content)
+    line = refusal("mqtt.password_file = 'pw'")
+    assert line == f"hive.toml: mqtt.password_file: {place.resolve()}/pw: {why}"
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o640, 0o644])
+def test_a_file_with_a_secret_that_others_may_read_is_warned_of(place: Path, mode: int) -> None:
+    assert load("mqtt.password = 'x'", mode).warnings == (
+        "hive.toml: holds a secret and others may read it; try: chmod 600 hive.toml",
+    )
+    assert len(load("[[oc_instances]]\nname = 'a'\ntoken = 'x'", mode).warnings) == 1
+    for name in ("pw", "cert"):
+        (place / name).write_text("x")
+    (place / "pw").chmod(mode)
+    config = load("mqtt = {password_file = 'pw', cert_file = 'cert', key_file = 'pw'}", mode)
+    assert [warning.partition(":")[0] for warning in config.warnings] == [
+        f"{place.resolve()}/pw"
+    ] * 2
+
+
+def test_a_file_that_is_private_or_holds_no_secret_is_not_warned_of() -> None:
+    assert load("mqtt.password = 'x'", 0o600).warnings == ()
+    assert load("mqtt.port = 1", 0o644).warnings == ()
+
+
+# -- which file --
+
+
+def test_the_first_file_that_is_there_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = place.parent / "home/.config/hive/hive.toml"
+    home.parent.mkdir(parents=True)
+    files = [place / "flag", place / "variable", place / "hive.toml", home]
+    for file in files:
+        file.write_text(f"node.id = 'from-{file.parent.name}-{file.name}'")
+    monkeypatch.setenv("HIVE_CONFIG", str(files[1]))
+    read = [load_config(str(files[0])), load_config()]
+    monkeypatch.delenv("HIVE_CONFIG")
+    read.append(load_config())
+    files[2].unlink()
+    read.append(load_config())
+    expected = [
+        "from-here-flag",
+        "from-here-variable",
+        "from-here-hive.toml",
+        "from-hive-hive.toml",
+    ]
+    assert [config.node.id for config in read] == expected
+
+
+def test_a_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    (place / "hive.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"^'no\.toml': no such file \(named by --config\)$"):
+        load_config("no.toml")
+    monkeypatch.setenv("HIVE_CONFIG", "~/no.toml")
+    with pytest.raises(ConfigError, match=r"^'~/no\.toml': no such file \(named by \$HIVE_CONFIG"):
+        load_config()
+    with pytest.raises(ConfigError):
+        load_config(str(place))
+
+
+def test_a_tilde_in_the_name_of_the_file_is_the_home(place: Path) -> None:
+    (place.parent / "home/my.toml").write_text("mqtt.port = 7")
+    assert load_config("~/my.toml").mqtt.port == 7
+
+
+def test_a_file_that_cannot_be_read_is_an_error(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^cannot be read: Is a directory$"):
+        hive.read_toml(place)
+    with pytest.raises(ConfigError, match=r"^cannot be read: No such file or directory$"):
+        hive.read_toml(place / "vanished")
+
+
+def test_a_file_of_another_user_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load("")
+    as_root = os.geteuid() == 0
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    if as_root:
+        load_config("hive.toml")  # everybody trusts root's files
+        os.chown("hive.toml", 12345, -1)
+    with pytest.raises(ConfigError, match=r"^hive\.toml: belongs to another user, "):
+        load_config("hive.toml")
+
+
+# -- what is worked out --
+
+
+def test_paths_are_relative_to_the_file(place: Path) -> None:
+    (place / "etc").mkdir()
+    (place / "etc/hive.toml").write_text(
+        "[node]\nhandler_dir = 'h'\nstate_dir = '~/s'\n[mqtt]\nca_file = '/ca'"
+    )
+    config = load_config("etc/hive.toml")
+    assert config.handler_dir == place.resolve() / "etc/h"
+    assert config.state_dir == place.parent / "home/s"
+    assert config.mqtt.ca_file == Path("/ca")
+
+
+def test_handlers_lie_beside_the_configuration_or_beside_hive(place: Path) -> None:
+    assert load("").handler_dir == place.resolve() / "hive-daemon.d"
+    assert hive.make_config({}, None, {}).handler_dir == (
+        Path(hive.__file__).resolve().parent / "hive-daemon.d"
+    )
+
+
+def test_the_state_lies_where_the_nearest_rule_says(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml = "node.id = 'alpha'"
+    assert load(toml).state_dir == place.parent / "home/.local/state/hive/alpha"
+    monkeypatch.setenv("XDG_STATE_HOME", "/xdg")
+    assert load(toml).state_dir == Path("/xdg/hive/alpha")
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/hive:/var/lib/other")
+    assert load(toml).state_dir == Path("/var/lib/hive")
+    assert load("node = {id = 'alpha', state_dir = 's'}").state_dir == place.resolve() / "s"
+
+
+@pytest.mark.parametrize(
+    ("host", "node"),
+    [
+        ("attic", "attic"),
+        ("attic.example.org", "attic"),
+        ("Jörg's box", "J-rg-s-box"),
+        ("-x-", "x-"),
+        ("all", "node"),
+        ("", "node"),
+        ("x" * 100, "x" * 63),
+    ],
+)
+def test_a_node_without_a_name_takes_its_hosts(
+    host: str, node: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    config = load("")
+    assert config.node.id == node
+    assert config.origin["node.id"] == "this machine's name"
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    assert load("mqtt.host = '::1'").mqtt.address == "[::1]:1883"
+    assert load("mqtt.host = 'broker'").mqtt.address == "broker:1883"
+
+
+def test_what_is_no_text_is_refused_on_the_command_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        hive.main(["config", "--host", "\udcff"])  # the byte 0xff, as Python hands it over
+    assert ended.value.code == 2 and "--host" in capsys.readouterr().err
+
+
+def test_the_command_line_overrides_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    load("[node]\nid = 'alpha'\n[mqtt]\nhost = 'far'")
+    code = hive.main(["--host", "near", "config", "--port", "99", "--prefix", "a/b"])
+    shown = tomllib.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (shown["mqtt"]["host"], shown["mqtt"]["port"]) == ("near", 99)
+    assert (shown["node"]["id"], shown["node"]["topic_prefix"]) == ("alpha", "a/b")

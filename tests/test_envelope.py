@@ -1,0 +1,346 @@
+"""One message: parse, check, encode, reply.  Whatever comes in, one kind of error comes out."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hive import CHANNELS, Envelope, EnvelopeError
+
+MAX_TEXT = 256 * 1024
+GOOD: dict[str, Any] = {
+    "v": 1,
+    "id": "m-1",
+    "ts": 1771143500,
+    "from": "alpha",
+    "to": "beta",
+    "ch": "command",
+    "urgency": "now",
+    "text": "hello",
+}
+OPTIONAL: dict[str, Any] = {"corr": "m-0", "replyTo": "m-0", "ttl": 60, "action": "git-sync"}
+FIELDS = [*GOOD, *OPTIONAL]
+NUMBERS = ("v", "ts", "ttl")
+
+moderate = settings(deadline=None, max_examples=150)
+ids = st.text("AZaz09._:-", min_size=1, max_size=64)
+names = st.builds(str.__add__, st.sampled_from("AZaz09"), st.text("AZaz09._-", max_size=62)).filter(
+    lambda one: one not in ("all", "meta")
+)
+finite = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)
+json_values = st.recursive(
+    finite | st.floats(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+envelopes = st.builds(
+    Envelope,
+    v=st.just(1),
+    id=ids,
+    ts=st.integers(1, 253_402_300_799),
+    sender=names,
+    to=names | st.just("all"),
+    ch=st.sampled_from(sorted(CHANNELS)),
+    urgency=st.sampled_from(["now", "later"]),
+    text=st.text(min_size=1),
+    corr=st.none() | ids,
+    reply_to=st.none() | ids,
+    ttl=st.none() | st.integers(0, 2**32 - 1),
+    action=st.none() | names,
+    extra=st.dictionaries(
+        st.text().filter(lambda key: key not in FIELDS),
+        st.none() | st.integers() | st.text() | st.lists(st.booleans() | st.text()),
+    ),
+)
+
+
+def payload(**changed: Any) -> bytes:
+    """An envelope in which some fields are different."""
+    return json.dumps(GOOD | changed).encode()
+
+
+def raw(field: str, value: str) -> bytes:
+    """An envelope in which one field holds this piece of JSON."""
+    return payload(**{field: "HERE"}).replace(b'"HERE"', value.encode())
+
+
+def refusal(data: bytes) -> str:
+    with pytest.raises(EnvelopeError) as caught:
+        Envelope.parse(data)
+    return str(caught.value)
+
+
+def parse_or_one_line(data: bytes) -> Envelope | None:
+    try:
+        return Envelope.parse(data)
+    except EnvelopeError as error:
+        assert len(str(error)) < 250 and str(error).isprintable()
+        return None
+
+
+def strictly(data: bytes) -> Any:
+    """Parse JSON as the standard has it, without NaN and Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(data, parse_constant=refuse)
+
+
+@moderate
+@given(envelopes)
+def test_an_envelope_survives_the_wire(envelope: Envelope) -> None:
+    assert Envelope.parse(envelope.encode()) == envelope
+    assert b"\n" not in envelope.encode()
+
+
+@moderate
+@given(st.binary())
+def test_noise_is_no_envelope(data: bytes) -> None:
+    assert parse_or_one_line(data) is None
+
+
+@moderate
+@given(envelopes, st.integers(0), st.binary(max_size=4), st.integers(0, 4))
+def test_a_damaged_envelope_is_an_envelope_or_an_error(
+    envelope: Envelope, at: int, put: bytes, drop: int
+) -> None:
+    data = envelope.encode()
+    at %= len(data)
+    parse_or_one_line(data[:at] + put + data[at + drop :])
+
+
+@moderate
+@given(json_values)
+def test_any_json_is_an_envelope_or_an_error(value: object) -> None:
+    assert parse_or_one_line(json.dumps(value).encode()) is None
+
+
+@moderate
+@given(st.dictionaries(st.sampled_from([*OPTIONAL, "v", "from", "text", "x"]), json_values))
+def test_any_json_in_any_field_is_an_envelope_or_an_error(changed: dict[str, Any]) -> None:
+    envelope = parse_or_one_line(payload(**changed))
+    assert envelope is None or strictly(envelope.encode())
+
+
+@pytest.mark.parametrize("value", [[], ["x"], {}, {"x": 1}, True, False, -1, ""])
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_value_that_fits_nowhere_is_refused_in_each_field(field: str, value: object) -> None:
+    assert refusal(payload(**{field: value})).startswith(f"{field}: {value!r} ")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_number_is_no_string_and_a_string_no_number(field: str) -> None:
+    for value in ("1", "1.5", "one") if field in NUMBERS else (0, 1, 1.5):
+        assert refusal(payload(**{field: value})).startswith(f"{field}: {value!r} ")
+
+
+@pytest.mark.parametrize("text", ["a b", "a\nb", "../b", "\0", "é", "x" * 65])
+@pytest.mark.parametrize("field", ["id", "corr", "replyTo", "action", "ch", "urgency"])
+def test_a_string_with_other_characters_is_refused(field: str, text: str) -> None:
+    assert refusal(payload(**{field: text})).startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("ts", 0), ("ts", 0.5), ("v", 0), ("v", 1.5), ("ttl", 2**32)]
+)
+def test_a_number_out_of_its_range_is_refused(field: str, value: float) -> None:
+    assert refusal(payload(**{field: value})).startswith(f"{field}: {value!r} ")
+
+
+@pytest.mark.parametrize("field", GOOD)
+def test_a_required_field_must_be_there(field: str) -> None:
+    without = {key: value for key, value in GOOD.items() if key != field}
+    assert refusal(json.dumps(without).encode()) == f"{field}: missing"
+    assert refusal(payload(**{field: None})) == f"{field}: null"
+
+
+@pytest.mark.parametrize("field", OPTIONAL)
+def test_null_in_an_optional_field_means_absent(field: str) -> None:
+    assert Envelope.parse(payload(**{field: None})) == Envelope.parse(payload())
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000])
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_number_that_is_none_is_refused_in_each_field(field: str, value: str) -> None:
+    refusal(raw(field, value))
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", '{"deep": [NaN]}', "[-1e999]"])
+def test_what_is_passed_on_is_json(value: str) -> None:
+    envelope = parse_or_one_line(raw("unknown", value))
+    assert envelope is None or strictly(envelope.encode())
+
+
+BAD_NAMES = {
+    "empty": "",
+    "a slash": "a/b",
+    "one level": "+",
+    "all levels": "#",
+    "wildcard within": "a+",
+    "$SYS": "$SYS",
+    "NUL": "a\0",
+    "a newline": "alpha\n",
+    "a lone surrogate": "a\ud800",
+    "64 characters": "x" * 64,
+    "70,000 characters": "x" * 70_000,
+    "a dot first": ".a",
+    "a dash first": "-a",
+    "a space": "a b",
+    "another alphabet": "al\u0440ha",
+    "reserved": "meta",
+}
+
+
+@pytest.mark.parametrize("field", ["from", "to"])
+@pytest.mark.parametrize("value", BAD_NAMES.values(), ids=BAD_NAMES)
+def test_what_would_spoil_a_topic_is_no_name(field: str, value: str) -> None:
+    assert refusal(payload(**{field: value})).startswith(f"{field}: '")
+
+
+def test_a_name_may_have_63_characters_and_dots() -> None:
+    assert Envelope.parse(payload(to="x" * 63)).to == "x" * 63
+    assert Envelope.parse(payload(**{"from": "0.a_b-C"})).sender == "0.a_b-C"
+
+
+def test_all_is_a_recipient_and_no_sender() -> None:
+    assert Envelope.parse(payload(to="all")).to == "all"
+    refusal(payload(**{"from": "all"}))
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        (b"\xff\xfe{}", "payload: not UTF-8: b'\\xff\\xfe{}'"),
+        (b"hello", "payload: not JSON: 'hello'"),
+        (b"", "payload: not JSON: ''"),
+        (b"42", "payload: not a JSON object: 42"),
+        (b"null", "payload: not a JSON object: None"),
+        (b"[1]", "payload: not a JSON object: [1]"),
+        (b"{}", "v: missing"),
+        (payload(v=2), "v: 2 is not 1, the version that this hive speaks"),
+        (payload(ts=True), "ts: True is not Unix seconds (not milliseconds) above 0"),
+        (
+            payload(ts=1771143500000),
+            "ts: 1771143500000 is not Unix seconds (not milliseconds) above 0",
+        ),
+        (
+            payload(**{"from": "a/b"}),
+            "from: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , not 'all' or 'meta'",
+        ),
+        (
+            payload(ch="gossip"),
+            "ch: 'gossip' is not"
+            ' "command" or "response" or "sync" or "heartbeat" or "status" or "alert"',
+        ),
+        (payload(urgency="soon"), 'urgency: \'soon\' is not "now" or "later"'),
+        (
+            payload(text=""),
+            "text: '' is not a text: Unicode, not empty, at most 256 KiB of UTF-8",
+        ),
+        (payload(replyTo=[]), "replyTo: [] is not an id: 1 to 64 of A-Za-z0-9._:-"),
+        (payload(action="../x"), "action: '../x' is not an action: 1 to 63 of A-Za-z0-9._-"),
+    ],
+)
+def test_an_error_names_the_field_and_what_it_held(data: bytes, line: str) -> None:
+    assert refusal(data) == line
+
+
+@pytest.mark.parametrize("brackets", ["[", "]", '{"a":', "[{"])
+def test_nesting_without_end_is_refused(brackets: str) -> None:
+    refusal(brackets.encode() * 100_000)
+    refusal(raw("unknown", brackets * 100_000))
+    refusal(raw("from", "[" * 100_000 + "]" * 100_000))
+
+
+@pytest.mark.parametrize("levels", [100, 500, 900])
+def test_an_unknown_field_nested_too_deep_is_refused(levels: int) -> None:
+    line = refusal(raw("weird", "[" * levels + "]" * levels))
+    assert line == "'weird': no portable JSON (NaN, not Unicode, too deep)"
+
+
+def test_a_lone_surrogate_is_refused_wherever_it_is() -> None:
+    assert refusal(payload(text="\ud800")).startswith("text: '\\ud800' ")
+    refusal(payload(unknown={"deep": ["\udfff"]}))
+    refusal(payload(**{"\ud800": 1}))
+    assert Envelope.parse(payload(text="\U0001f41d")).text == "\U0001f41d"
+
+
+def test_a_text_may_have_256_kib_of_utf_8() -> None:
+    longest = "é" * (MAX_TEXT // 2)
+    assert Envelope.parse(payload(text=longest)).text == longest
+    assert refusal(payload(text=longest + "x")).startswith("text: ")
+
+
+def test_the_longest_text_survives_whatever_its_characters_cost_in_json() -> None:
+    envelope = Envelope.new("alpha", "beta", "command", "\1" * MAX_TEXT)
+    assert Envelope.parse(envelope.encode()) == envelope
+
+
+def test_a_payload_without_end_is_refused_before_it_is_read() -> None:
+    line = refusal(b" " * 10_000_000)
+    assert line.startswith("payload: 10000000 bytes, the limit is ")
+
+
+def test_a_float_as_time_is_truncated() -> None:
+    assert Envelope.parse(payload(ts=1771143500.9, ttl=2.5)).ts == 1771143500
+    assert Envelope.parse(payload(ttl=2.5)).ttl == 2
+
+
+def test_unknown_fields_are_kept_when_an_envelope_is_passed_on() -> None:
+    document = GOOD | OPTIONAL | {"x-trace": {"hops": [1, None]}, "sender": "mallory"}
+    envelope = Envelope.parse(json.dumps(document).encode())
+    assert envelope.sender == "alpha"
+    assert json.loads(envelope.encode()) == document
+
+
+def test_absent_fields_stay_absent() -> None:
+    assert json.loads(Envelope.parse(payload()).encode()) == GOOD
+
+
+@pytest.mark.parametrize(("corr", "expected"), [(None, "m-1"), ("m-0", "m-0")])
+def test_a_reply_belongs_to_its_question(corr: str | None, expected: str) -> None:
+    question = Envelope.parse(payload(corr=corr, to="all", urgency="later", ttl=5, action="x"))
+    answer = json.loads(question.reply("beta", "done").encode())
+    assert answer.pop("id") != question.id and abs(answer.pop("ts") - time.time()) < 60
+    assert answer == {
+        "v": 1,
+        "from": "beta",
+        "to": "alpha",
+        "ch": "response",
+        "urgency": "now",
+        "text": "done",
+        "corr": expected,
+        "replyTo": "m-1",
+    }
+
+
+def test_new_ids_are_uuids_and_no_two_alike() -> None:
+    made = {Envelope.new("alpha", "beta", "command", "hello").id for _ in range(1000)}
+    assert len(made) == 1000
+    assert {uuid.UUID(one).version for one in made} == {4}
+
+
+def test_a_new_envelope_takes_what_it_is_given() -> None:
+    made = Envelope.new("alpha", "beta", "sync", "hello", id="m-1", now=5.5, urgency="later", ttl=9)
+    assert (made.id, made.ts, made.urgency, made.ttl) == ("m-1", 5, "later", 9)
+
+
+def test_a_new_envelope_is_checked_too() -> None:
+    with pytest.raises(EnvelopeError, match=r"^to: 'a/b' "):
+        Envelope.new("alpha", "a/b", "command", "hello")
+
+
+@pytest.mark.parametrize(
+    ("ttl", "age", "stale"),
+    [(None, 10**9, False), (0, 10**9, False), (60, 59, False), (60, 61, True)],
+)
+def test_a_message_is_stale_when_its_time_is_over(ttl: int | None, age: int, stale: bool) -> None:
+    envelope = Envelope.parse(payload(ttl=ttl))
+    assert envelope.stale(envelope.ts + age) is stale

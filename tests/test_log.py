@@ -1,0 +1,96 @@
+"""A line for each event, which no peer can forge."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hive import Log
+
+any_text = st.text(st.characters(exclude_categories=()), max_size=100)
+LEVELS = ["debug", "info", "warning", "error"]
+PAIR = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[^ "=]+)(?: |\n$)')
+
+
+def lines(format: str, text: object, level: str = "info") -> str:
+    stream = io.StringIO()
+    Log(level, format, stream).info("received", from_="alpha", text=text, id=None)
+    return stream.getvalue()
+
+
+@settings(deadline=None)
+@given(any_text)
+@example("x\n2026-01-01T00:00:00.000Z level=error event=forged")
+@example('" level=error event="forged')
+@example("level=error")
+@example("\x1b[2J\r\u2028\u202e\x00\x85")
+@example("\ud800")
+def test_no_text_can_forge_a_line_or_move_the_cursor(text: str) -> None:
+    line = lines("text", text)
+    assert line.isascii() and line[:-1].isprintable() and line.endswith("\n")
+    pairs = PAIR.findall(line)
+    assert "".join(found[0] for found in PAIR.finditer(line)) == line
+    assert [key for key, _ in pairs] == ["ts", "level", "event", "from", "text"]
+    said = pairs[-1][1]
+    assert (json.loads(said) if said.startswith('"') else said) == text
+
+
+@settings(deadline=None)
+@given(any_text)
+@example('x"}\n{"level": "error"')
+@example("\x1b[2J\u2028\ud800")
+def test_no_text_can_forge_a_line_of_json(text: str) -> None:
+    line = lines("json", text)
+    assert line.isascii() and line[:-1].isprintable() and line.endswith("\n")
+    row = json.loads(line)
+    assert row.pop("ts")
+    assert row == {"level": "info", "event": "received", "from": "alpha", "text": text}
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_a_long_text_does_not_fill_the_disk(format: str) -> None:
+    assert len(lines(format, "x" * 256 * 1024)) < 1000
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_a_line_says_when_it_was_written(format: str) -> None:
+    assert re.search(r"\b20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\b", lines(format, "hello"))
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+@pytest.mark.parametrize(
+    "value", [Path("/a b"), ValueError("no"), ["a", 1], {"a": {1}}, b"\xff", 1.5, True]
+)
+def test_whatever_is_logged_makes_one_line(format: str, value: object) -> None:
+    assert lines(format, value).count("\n") == 1
+
+
+@pytest.mark.parametrize("least", LEVELS)
+def test_less_than_the_level_is_not_logged(least: str) -> None:
+    stream = io.StringIO()
+    log = Log(least, "json", stream)
+    for level in LEVELS:
+        getattr(log, level)("event")
+    logged = [json.loads(line)["level"] for line in stream.getvalue().splitlines()]
+    assert logged == LEVELS[LEVELS.index(least) :]
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_a_stream_that_nobody_reads_any_more_is_survived(format: str) -> None:
+    closed = io.StringIO()
+    closed.close()
+    Log("info", format, closed).info("hello")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as broken:
+        log = Log("info", format, broken)
+        for _ in range(3):
+            log.error("hello", text="x" * 500)

@@ -1,0 +1,259 @@
+"""Rows to a table or to JSON, harmless whatever a peer wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hive import (
+    HeartbeatConfig,
+    StatusRow,
+    for_people,
+    for_terminal,
+    printable,
+    read_json_object,
+    roster_table,
+    status_rows,
+    status_table,
+)
+
+NOW = 1771143500.0
+any_text = st.text(st.characters(exclude_categories=()), max_size=100)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | any_text | st.just(10**4000),
+    lambda inner: st.lists(inner) | st.dictionaries(any_text, inner),
+    max_leaves=10,
+)
+STATE_KEYS = [
+    *("node_id", "status", "last_seen", "uptime_s", "known_peers", "daemon_node", "version"),
+    *("load_1m", "oc", "instance", "interval", "miss_threshold", "host", "reason"),
+]
+ROSTER_KEYS = ["node", "ts", "version", "build", "system", "agents", "handlers"]
+names = st.sampled_from(["alpha", "beta", "main", "x" * 63])
+
+
+def documents(known: list[str]) -> st.SearchStrategy[dict[str, dict[str, Any]]]:
+    plausible = st.sampled_from(["online", "degraded", "offline", "alpha", "beta", NOW, [], {}])
+    values = json_values | plausible
+    return st.dictionaries(names, st.dictionaries(st.sampled_from(known) | any_text, values))
+
+
+def rows_of(**states: dict[str, Any]) -> dict[str, StatusRow]:
+    return {row.name: row for row in status_rows(states, HeartbeatConfig(), NOW)}
+
+
+def state(status: str = "online", age: float = 0, **more: Any) -> dict[str, Any]:
+    return {"status": status, "last_seen": int(NOW - age)} | more
+
+
+# -- hostile documents --
+
+
+@settings(deadline=None)
+@given(documents(STATE_KEYS))
+def test_any_state_makes_a_row(states: dict[str, dict[str, Any]]) -> None:
+    rows = status_rows(states, HeartbeatConfig(), NOW)
+    lines = status_table(rows, False).splitlines()
+    assert len(lines) == len(rows) + 1 == len(states) + 1
+    assert all(line.isprintable() and len(line) < 2000 for line in lines)
+    assert json.dumps([asdict(row) for row in rows], allow_nan=False).isprintable()
+
+
+@settings(deadline=None)
+@given(documents(ROSTER_KEYS))
+def test_any_roster_makes_a_row(rosters: dict[str, dict[str, Any]]) -> None:
+    lines = roster_table(rosters, False).splitlines()
+    assert len(lines) == len(rosters) + 1
+    assert all(line.isprintable() for line in lines)
+
+
+def deepest() -> dict[str, Any]:
+    """The most deeply nested document that can be read at all."""
+    for levels in range(2000, 0, -1):
+        found = read_json_object('{"version": ' + "[" * levels + "]" * levels + "}")
+        if found:
+            return found
+    raise AssertionError("nothing can be read")
+
+
+def test_a_document_nested_as_deep_as_can_be_makes_a_row() -> None:
+    document = deepest()
+    for hostile in (
+        document,
+        {"oc": {"a": document["version"]}},
+        {"agents": [document["version"]]},
+    ):
+        assert status_table(status_rows({"a": hostile}, HeartbeatConfig(), NOW), False)
+        assert roster_table({"a": hostile}, False)
+
+
+@given(any_text, st.integers(1, 80))
+@settings(deadline=None)
+def test_what_is_printed_stays_on_its_line(text: str, limit: int) -> None:
+    said = printable(text, limit)
+    assert said.isprintable() and len(said) <= limit
+
+
+@given(any_text)
+@settings(deadline=None)
+def test_a_text_on_a_terminal_keeps_its_lines_and_nothing_else(text: str) -> None:
+    said = for_terminal(text)
+    assert said.replace("\n", "").replace("\t", "").isprintable()
+    assert said.count("\n") == text.count("\n")
+
+
+def test_a_text_without_control_characters_is_printed_as_it_is() -> None:
+    assert for_terminal("café: 6 files\n\tdone ✓") == "café: 6 files\n\tdone ✓"
+    assert for_terminal("\x1b[2Jgone") == "\\x1b[2Jgone"
+
+
+# -- how a node is --
+
+
+@pytest.mark.parametrize(
+    ("said", "age", "more", "status"),
+    [
+        ("online", 0, {}, "online"),
+        ("online", 15, {}, "online"),
+        ("online", 17, {}, "stale"),
+        ("degraded", 17, {}, "stale"),
+        ("offline", 17, {}, "offline"),
+        ("online", 170, {"interval": 60}, "online"),
+        ("online", 10, {"interval": 1}, "stale"),
+        ("online", 10, {"interval": 1, "miss_threshold": 20}, "online"),
+        ("online", 17, {"interval": "x", "miss_threshold": None}, "stale"),
+        ("online", -1000, {}, "online"),
+        ("asleep", 0, {}, "asleep"),
+        ("\x1b[2J", 0, {}, "unknown"),
+    ],
+)
+def test_a_status_counts_as_long_as_its_node_is_heard_of(
+    said: str, age: float, more: dict[str, Any], status: str
+) -> None:
+    assert rows_of(beta=state(said, age, **more))["beta"].status == status
+
+
+@pytest.mark.parametrize("seen", [None, "now", True, -1, 0, math.nan, math.inf, 1771143500000])
+def test_a_node_that_does_not_say_when_it_was_seen_is_stale(seen: object) -> None:
+    row = rows_of(beta=state(last_seen=seen))["beta"]
+    assert (row.status, row.last_seen, row.age_s) == ("stale", None, None)
+
+
+def test_an_agent_is_no_better_than_its_node() -> None:
+    rows = rows_of(
+        beta=state("offline", 5),
+        main=state("online", 0, daemon_node="beta"),
+        orphan=state("online", 0, daemon_node="gone"),
+    )
+    assert {name: row.status for name, row in rows.items()} == {
+        "beta": "offline",
+        "main": "offline",
+        "orphan": "online",
+    }
+
+
+def test_agents_stand_below_their_node() -> None:
+    states = {
+        "zeta": state(daemon_node="beta"),
+        "gamma": state(),
+        "beta": state(),
+        "alpha": state(daemon_node="gamma"),
+    }
+    assert list(rows_of(**states)) == ["beta", "zeta", "gamma", "alpha"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, "1", True, -1, math.nan, math.inf, [], pytest.param(10**400, id="huge")]
+)
+def test_a_number_that_makes_no_sense_is_unknown(wrong: object) -> None:
+    row = rows_of(beta=state(load_1m=wrong, uptime_s=wrong))["beta"]
+    assert (row.load_1m, row.uptime_s) == (None, None)
+
+
+# -- tables --
+
+
+def test_a_status_table_reads_like_this() -> None:
+    rows = status_rows(
+        {
+            "beta": state(
+                age=3,
+                uptime_s=7500,
+                load_1m=0.5,
+                version="0.1.0",
+                oc={"main": {"status": "ok"}},
+            ),
+            "main": state(age=3, daemon_node="beta", oc={"main": {"status": "ok"}}),
+            "attic": state("offline", age=90000),
+        },
+        HeartbeatConfig(),
+        NOW,
+    )
+    assert status_table(rows, False).splitlines() == [
+        "NAME    STATUS   AGENTS   LOAD  UPTIME  SEEN       VERSION",
+        "attic   offline  -        -     -       1d 1h ago  -",
+        "beta    online   main ok  0.50  2h 5m   3s ago     0.1.0",
+        "  main  online   ok       -     -       3s ago     -",
+    ]
+
+
+def test_a_roster_table_reads_like_this() -> None:
+    rosters: dict[str, dict[str, Any]] = {
+        "beta": {
+            "agents": ["main", "second"],
+            "handlers": ["git-sync"],
+            "version": "0.1.0",
+            "build": "1234abcd",
+            "system": "Linux x86_64",
+        },
+        "attic": {},
+    }
+    assert roster_table(rosters, False).splitlines() == [
+        "NODE   AGENTS        HANDLERS  VERSION           SYSTEM",
+        "attic  -             -         - (-)             -",
+        "beta   main, second  git-sync  0.1.0 (1234abcd)  Linux x86_64",
+    ]
+
+
+@pytest.mark.parametrize("heading", ["STATUS", "HANDLERS"])
+def test_a_table_of_nobody_is_its_heading(heading: str) -> None:
+    tables = status_table([], False), roster_table({}, False)
+    assert [t.count("\n") for t in tables] == [1, 1] and heading in "".join(tables)
+
+
+def test_colours_come_only_when_asked_for_and_change_no_word() -> None:
+    rows = status_rows({"a": state(), "b": state("offline")}, HeartbeatConfig(), NOW)
+    plain, coloured = status_table(rows, False), status_table(rows, True)
+    assert "\033" not in plain
+    assert "\033[32monline" in coloured and "\033[31moffline" in coloured
+    assert re.sub(r"\033\[\d*m", "", coloured) == plain
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0s"),
+        (0.9, "0s"),
+        (59, "59s"),
+        (60, "1m"),
+        (3661, "1h 1m"),
+        (90061, "1d 1h"),
+        (86400 * 400, "400d"),
+        (None, "-"),
+        (-1, "-"),
+        (True, "-"),
+        ("5", "-"),
+        (math.nan, "-"),
+        (math.inf, "-"),
+        pytest.param(10**400, "-", id="huge"),
+    ],
+)
+def test_seconds_are_shown_for_people(seconds: object, words: str) -> None:
+    assert for_people(seconds) == words

@@ -1,0 +1,135 @@
+"""What should happen with an envelope, against the protocol's own table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hive import (
+    CHANNELS,
+    Drop,
+    Envelope,
+    Expect,
+    Hear,
+    Note,
+    Refuse,
+    Run,
+    Situation,
+    Topics,
+    WakeAgents,
+    decide,
+    misplaced,
+)
+
+# Protocol, "What a node does with an envelope":
+# channel: (its action has a handler, its action has none, it has no action)
+TABLE = {
+    "command": ("run", "wake", "wake"),
+    "sync": ("run", "wake", "wake if urgent"),
+    "alert": ("wake at once", "wake at once", "wake at once"),
+    "response": ("wake", "wake", "wake"),
+    "status": ("wake if urgent", "wake if urgent", "wake if urgent"),
+    "heartbeat": ("hear", "hear", "hear"),
+}
+CASES = [(ch, column) for ch in TABLE for column in range(3)]
+AGENTS: tuple[tuple[str, ...], ...] = ((), ("main",), ("main", "second"))
+
+
+def envelope(ch: str, to: str = "beta", **more: Any) -> Envelope:
+    return Envelope.new("alpha", to, ch, "hello", id="m-1", now=1, **more)
+
+
+def situation(agents: tuple[str, ...] = ("main",), awaited: str = "") -> Situation:
+    return Situation("beta", agents, {"git-sync"}, lambda corr: corr == awaited)
+
+
+def test_the_table_has_every_channel() -> None:
+    assert set(TABLE) == set(CHANNELS)
+
+
+@pytest.mark.parametrize(("ch", "column"), CASES)
+@pytest.mark.parametrize("agents", AGENTS, ids=["no agent", "one agent", "two agents"])
+@pytest.mark.parametrize("urgency", ["now", "later"])
+@pytest.mark.parametrize("to", ["beta", "all", "main", "second"])
+def test_a_node_does_what_the_protocol_says(
+    ch: str, column: int, agents: tuple[str, ...], urgency: str, to: str
+) -> None:
+    action = ("git-sync", "no-such", None)[column]
+    step = decide(envelope(ch, to, action=action, urgency=urgency), situation(agents))
+    does = TABLE[ch][column]
+    if to not in ("beta", "all", *agents):
+        assert isinstance(step, Drop)
+    elif does == "run":
+        assert step == Run("git-sync")
+    elif does == "hear":
+        assert isinstance(step, Hear)
+    elif does == "wake if urgent" and urgency == "later":
+        assert isinstance(step, Note)
+    elif agents:
+        told = {"beta": agents[:1], "all": agents}.get(to, (to,))
+        now = urgency == "now" or does == "wake at once"
+        assert isinstance(step, WakeAgents)
+        assert (step.agents, step.now) == (told, now)
+    elif ch in ("command", "sync") and action:
+        assert isinstance(step, Refuse) and "no-such" in step.reason
+    else:
+        assert isinstance(step, Note)
+
+
+@pytest.mark.parametrize("ch", ["command", "sync"])
+def test_an_agent_is_told_that_there_is_no_handler(ch: str) -> None:
+    asked = decide(envelope(ch, action="no-such"), situation())
+    plain = decide(envelope(ch), situation())
+    assert isinstance(asked, WakeAgents) and "no-such" in asked.note
+    assert plain == WakeAgents(("main",), True)
+
+
+@pytest.mark.parametrize("agents", AGENTS)
+@pytest.mark.parametrize("ch", ["response", "alert"])
+def test_an_answer_goes_to_whoever_waits_for_it(ch: str, agents: tuple[str, ...]) -> None:
+    answer = envelope(ch, corr="m-0")
+    assert isinstance(decide(answer, situation(agents, awaited="m-0")), Note)
+    assert isinstance(decide(answer, situation(("main",), awaited="m-9")), WakeAgents)
+
+
+@pytest.mark.parametrize("ch", [ch for ch in TABLE if ch not in ("response", "alert")])
+def test_nothing_but_an_answer_is_kept_from_the_agent_by_one_who_waits(ch: str) -> None:
+    message = envelope(ch, corr="m-0")
+    assert decide(message, situation(awaited="m-0")) == decide(message, situation())
+
+
+@pytest.mark.parametrize("ch", TABLE)
+def test_a_message_for_another_node_is_dropped(ch: str) -> None:
+    assert isinstance(decide(envelope(ch, "gamma", action="git-sync"), situation()), Drop)
+
+
+@pytest.mark.parametrize(("text", "waits"), [("waiting", True), ("not waiting", False)])
+def test_a_command_line_tells_its_own_node_that_it_waits(text: str, waits: bool) -> None:
+    notice = Envelope.new("beta", "beta", "status", text, corr="m-1", urgency="later")
+    assert decide(notice, situation()) == Expect("m-1", waits)
+    foreign = Envelope.new("alpha", "beta", "status", text, corr="m-1", urgency="later")
+    assert isinstance(decide(foreign, situation()), Note)
+
+
+@pytest.mark.parametrize("ch", ["command", "sync", "response", "alert"])
+def test_a_node_may_say_waiting_to_itself_like_any_other_word(ch: str) -> None:
+    texts = ("hello", "waiting", "not waiting")
+    said = [Envelope.new("beta", "beta", ch, text, corr="m-1") for text in texts]
+    assert [decide(one, situation()) for one in said] == [WakeAgents(("main",), True)] * 3
+
+
+@pytest.mark.parametrize(
+    ("topic", "retained", "fit"),
+    [
+        ("hive/beta/command", False, True),
+        ("hive/beta/command", True, False),
+        ("hive/beta/sync", False, False),
+        ("hive/all/command", False, False),
+        ("other/beta/command", False, False),
+        ("hive/beta/command/more", False, False),
+        ("", False, False),
+    ],
+)
+def test_an_envelope_is_acted_upon_in_its_place_only(topic: str, retained: bool, fit: bool) -> None:
+    assert (misplaced(envelope("command"), topic, Topics("hive"), retained) is None) is fit

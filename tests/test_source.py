@@ -1,0 +1,137 @@
+"""Promises about the file itself."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import symtable
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hive
+
+FILE = Path(hive.__file__)
+SOURCE = FILE.read_text("utf-8")
+TREE = ast.parse(SOURCE)
+BANNERS = [
+    (number, found[1])
+    for number, line in enumerate(SOURCE.splitlines(), 1)
+    if (found := re.match(r"# ---- (\w+):", line))
+]
+
+
+def section(line: int) -> int:
+    """How many banners stand above a line."""
+    return sum(banner < line for banner, _ in BANNERS)
+
+
+def scopes(scope: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    for child in scope.get_children():
+        yield child
+        yield from scopes(child)
+
+
+def homes() -> dict[str, int]:
+    """The section of each name that this file defines at its top level."""
+    found: dict[str, int] = {}
+    for node in TREE.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        else:
+            continue
+        for name in names:
+            found.setdefault(name, section(node.lineno))
+    return found
+
+
+def python(*arguments: str, cwd: Path, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python with its standard library and nothing else."""
+    return subprocess.run(
+        [sys.executable, "-S", *arguments],
+        cwd=cwd,
+        env={"HOME": str(home), "PATH": os.defpath, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+
+def test_the_map_names_the_sections_in_their_order() -> None:
+    head = SOURCE[: SOURCE.index("from __future__")]
+    assert re.findall(r"^# {3}[a-z ]{7} ([A-Z]\w+) ", head, re.M) == [name for _, name in BANNERS]
+
+
+def test_no_section_uses_a_later_one() -> None:
+    home = homes()
+    late = {
+        f"{scope.get_name()}, line {scope.get_lineno()}, uses {symbol.get_name()}"
+        for scope in scopes(symtable.symtable(SOURCE, "hive.py", "exec"))
+        for symbol in scope.get_symbols()
+        if symbol.is_global() and home.get(symbol.get_name(), 0) > section(scope.get_lineno())
+    }
+    assert not late
+
+
+def test_no_function_is_too_long_to_read() -> None:
+    lengths = {
+        f"{node.name}, line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.FunctionDef)
+    }
+    longest = max(lengths, key=lengths.__getitem__)
+    assert lengths[longest] <= 60, longest
+
+
+def test_only_link_imports_paho() -> None:
+    importing = {
+        section(node.lineno)
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Import | ast.ImportFrom) and "paho" in ast.unparse(node)
+    }
+    link = [name for _, name in BANNERS].index("Link") + 1
+    assert importing == {0, link}  # 0: above the first banner, for type checkers only
+
+
+@pytest.mark.parametrize("module", ["paho", "logging", "subprocess", "ssl", "sqlite3", "tomllib"])
+def test_importing_hive_leaves_what_is_slow_alone(module: str, tmp_path: Path) -> None:
+    code = f"import hive, sys; print({module!r} in sys.modules)"
+    done = python("-c", code, cwd=FILE.parent, home=tmp_path)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["config", "--example"], ["config"]])
+def test_hive_runs_alone_in_an_empty_directory(arguments: list[str], tmp_path: Path) -> None:
+    alone, home = tmp_path / "alone", tmp_path / "home"
+    alone.mkdir()
+    home.mkdir()
+    shutil.copy(FILE, alone)
+    done = python("hive.py", *arguments, cwd=alone, home=home)
+    assert (done.returncode, done.stderr) == (0, "")
+    if "config" in arguments:
+        tables = {"node", "mqtt", "heartbeat", "logging"}
+        assert tables <= tomllib.loads(done.stdout).keys()
+    else:
+        assert "messages between AI agents" in done.stdout
+    assert [*home.iterdir(), *alone.iterdir()] == [alone / "hive.py"]
+
+
+@pytest.mark.parametrize("argument", ["--version", "config"])
+def test_hive_cli_works_through_a_link(argument: str, tmp_path: Path) -> None:
+    cli = FILE.with_name("hive-cli")
+    assert os.access(cli, os.X_OK)
+    (tmp_path / "hive-cli").symlink_to(cli)
+    (tmp_path / "hive.py").write_text("raise SystemExit('the wrong one')")
+    linked = python("hive-cli", argument, cwd=tmp_path, home=tmp_path)
+    direct = python(str(FILE), argument, cwd=tmp_path, home=tmp_path)
+    assert linked.returncode == 0
+    assert (linked.stdout, linked.stderr) == (direct.stdout, direct.stderr)
