@@ -417,6 +417,13 @@ def read_json_object(payload: bytes | str) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
+def bounded_number(value: object, low: float, high: float) -> float | None:
+    """A peer's number, or None for anything that is none in that range."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        return None
+    return float(value)
+
+
 # ---- Topics: where messages go -----------------------------------------------------------
 #
 # The only place where a topic is put together or taken apart.  Does not know who publishes.
@@ -1082,10 +1089,10 @@ class Roster:
             return News.BACK if known.announced else News.NEW
         return News.RESTARTED if boot and known.boot and boot != known.boot else None
 
-    def learn(self, name: str, now: float, seen: int) -> None:
+    def learn(self, name: str, now: float, *, seen: int, interval: float | None = None) -> None:
         """A retained state says that it is online: it has its time from now on to show it."""
         if name not in self._peers:
-            self.hear(name, now, seen=seen)
+            self.hear(name, now, seen=seen, interval=interval)
 
     def peer(self, name: str) -> Peer | None:
         return self._peers.get(name)
@@ -1444,6 +1451,14 @@ class Timer:
         return (self.due, self.order) < (other.due, other.order)
 
 
+def quiet_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets that never block."""
+    pair = socket.socketpair()
+    for end in pair:
+        end.setblocking(False)
+    return pair
+
+
 class Loop:
     """Calls what is ready or due, until it is stopped."""
 
@@ -1457,10 +1472,11 @@ class Loop:
         self._signals: dict[int, Callable[[], None]] = {}
         self._before: dict[int, Any] = {}
         self._running = False
-        self._waking, self._wake = socket.socketpair()
-        self._waking.setblocking(False)
-        self._wake.setblocking(False)
+        # Two pairs, so that a crowd of posts leaves room for the byte of a signal.
+        self._waking, self._wake = quiet_pair()
+        self._signalled, self._signal = quiet_pair()
         self.watch(self._waking, selectors.EVENT_READ, self._woken)
+        self.watch(self._signalled, selectors.EVENT_READ, self._on_signals)
 
     def watch(self, file: Any, events: int, call: Callable[[int], None]) -> None:
         """Call back when a file is ready; replaces what was said of it before."""
@@ -1489,7 +1505,7 @@ class Loop:
     def on_signal(self, number: int, call: Callable[[], None]) -> None:
         """Call back from the loop, never in the middle of something, when a signal comes."""
         if not self._signals:
-            signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+            signal.set_wakeup_fd(self._signal.fileno(), warn_on_full_buffer=False)
         before = signal.signal(number, lambda *_: None)
         self._before.setdefault(number, before)
         self._signals[number] = call
@@ -1524,14 +1540,18 @@ class Loop:
         for number, before in self._before.items():
             signal.signal(number, before)
         self._selector.close()
-        self._waking.close()
-        self._wake.close()
+        for end in (self._waking, self._wake, self._signalled, self._signal):
+            end.close()
+
+    def _on_signals(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in sorted(set(self._signalled.recv(4096))):
+                if number in self._signals:
+                    self._guard(self._signals[number])
 
     def _woken(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            for number in sorted(set(self._waking.recv(4096)) - {0}):
-                if number in self._signals:
-                    self._guard(self._signals[number])
+            self._waking.recv(4096)
         for _ in range(len(self._posted)):
             self._guard(self._posted.popleft())
 
@@ -1604,7 +1624,8 @@ class Child:
         self._started = loop.clock()
         self._pending = memoryview(job.stdin)
         self._stdout, self._stderr = bytearray(), bytearray()
-        self._truncated = self._late = self._stopped = self._reported = False
+        self._truncated = self._late = self._stopped = False
+        self._terminated = self._reported = False
         self._timer = loop.after(job.deadline, self._overdue)
         self._pipes = [pipe for pipe in (popen.stdin, popen.stdout, popen.stderr) if pipe]
         for pipe in self._pipes:
@@ -1616,8 +1637,9 @@ class Child:
 
     def stop(self) -> None:
         """End it before its time."""
-        self._stopped = True
-        self._terminate()
+        if not self._late:
+            self._stopped = True
+            self._terminate()
 
     def reap(self) -> None:
         """Has it ended?  Its output may still be held by a child of its own."""
@@ -1662,6 +1684,12 @@ class Child:
         self._terminate()
 
     def _terminate(self) -> None:
+        """SIGTERM now and SIGKILL later, once; what has ended already only lingers."""
+        if self._popen.returncode is not None:
+            self._finish()
+        if self._terminated or self._reported:
+            return
+        self._terminated = True
         self._timer.cancel()
         self._signal(signal.SIGTERM)
         self._timer = self._loop.after(KILL_AFTER, self.kill)
@@ -1874,8 +1902,7 @@ def objection_to(file: Path) -> str | None:
         status = file.stat()
         objection = writable_by_others(status)
         if file.is_symlink() and not objection:
-            objection = writable_by_others(file.resolve().parent.stat())
-            objection = objection and f"the directory of its target {objection}"
+            objection = unsafe_way(file)
     except ValueError:
         return f"its name is not {action_name.__doc__}"
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
@@ -1885,6 +1912,32 @@ def objection_to(file: Path) -> str | None:
     if not os.access(file, os.X_OK):
         return f"not executable; try: chmod +x {file}"
     return objection
+
+
+def unsafe_way(link: Path) -> str | None:
+    """Say which directory on the way to a link's target others could change."""
+    for directory in directories_on_the_way(link):
+        status = directory.stat()
+        sticky = status.st_mode & stat.S_ISVTX and status.st_uid in (0, os.geteuid())
+        objection = None if sticky else writable_by_others(status)
+        if objection:
+            return f"is a link through {directory}, which {objection}"
+    return None
+
+
+def directories_on_the_way(file: Path) -> Iterator[Path]:
+    """Every directory that is looked into to find a file, through symbolic links too."""
+    here, rest = Path("/"), [*reversed(file.absolute().parts[1:])]
+    while rest:
+        part = rest.pop()
+        yield here
+        step = here.parent if part == ".." else here / part
+        if part != ".." and step.is_symlink():
+            target = Path(os.readlink(step))
+            here = Path("/") if target.is_absolute() else here
+            rest += reversed(target.parts[1:] if target.is_absolute() else target.parts)
+        else:
+            here = step
 
 
 def writable_by_others(status: os.stat_result) -> str | None:
@@ -1999,7 +2052,8 @@ def failure(outcome: Outcome, deadline: float) -> str:
     else:
         reason = f"exit {outcome.exit}"
     detail = outcome.stderr.decode(errors="replace").strip()
-    return cut(f"{reason}: {detail}" if detail else reason, MAX_ERROR)
+    end = detail.encode(errors="replace")[-(MAX_ERROR - 200) :].decode(errors="ignore")
+    return cut(f"{reason}: {end}" if end else reason, MAX_ERROR)
 
 
 def result_document(
@@ -2060,7 +2114,7 @@ class Queue:
 
     def take(self) -> Turn | None:
         """The next one that may run now; give its action back with done()."""
-        if sum(self._running.values()) >= self._workers:
+        if self.running >= self._workers:
             return None
         for i, turn in enumerate(self._waiting):
             running = self._running.get(turn.action, 0)
@@ -2069,6 +2123,11 @@ class Queue:
                 self._running[turn.action] = running + 1
                 return turn
         return None
+
+    @property
+    def running(self) -> int:
+        """How many run now."""
+        return sum(self._running.values())
 
     def done(self, action: str) -> None:
         self._running[action] -= 1
@@ -2092,11 +2151,14 @@ AGENT_DEADLINE = 60.0  # seconds; a call takes 7 to 10
 AGENT_PATIENCE = 3600.0  # seconds until a message without ttl is given up
 AGENT_RETRY = (5.0, 300.0)  # seconds: the first wait, the longest
 MAX_AGENT_QUEUE = 200
-MAX_SPOKEN = 32 * KIB  # bytes of a body; an argument may have 128 KiB on Linux
+MAX_SPOKEN = 16 * KIB  # bytes of a body; escapes make it six times that, an argument has 128 KiB
 
-# OpenClaw drops an event whose text contains these, in any case, with exit 0.  A letter that
-# is written as \\u0068 is the same letter in JSON, and no longer the phrase.
-SWALLOWED = re.compile(r"heartbeat(?=\W*(?:poll|wake))|reason(?=\W*periodic)", re.IGNORECASE)
+# OpenClaw drops an event whose text contains "heartbeat poll" or the like, in any case, with
+# exit 0.  A letter that is written as \\u0074 is the same letter in JSON, and no longer the
+# phrase; this is the last letter of its first word, which is never part of an escape itself.
+SWALLOWED = re.compile(
+    r"(?<=heartbea)t(?=\W*(?:poll|wake))|(?<=reaso)n(?=\W*periodic)", re.IGNORECASE
+)
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
 )
@@ -2107,7 +2169,7 @@ def one_line(text: str) -> str:
     quoted = UNPRINTABLE.sub(
         lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False)
     )
-    return SWALLOWED.sub(lambda found: f"\\u{ord(found[0][0]):04x}{found[0][1:]}", quoted)
+    return SWALLOWED.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
 
 
 def spoken(envelope: Envelope, note: str = "") -> str:
@@ -2182,6 +2244,12 @@ class Agent:
         self._calling: Waking | None = None
         self._retry: Timer | None = None
         self._failures = 0
+        self._stopping = False
+
+    @property
+    def calling(self) -> bool:
+        """Is a call under way?"""
+        return self._calling is not None
 
     def __len__(self) -> int:
         return len(self._waiting) + (self._calling is not None)
@@ -2197,13 +2265,15 @@ class Agent:
         self._next()
 
     def stop(self) -> None:
-        """Give up whatever was not said yet."""
+        """Give up whatever was not said yet; a call that is under way may end."""
+        self._stopping = True
         if self._retry:
             self._retry.cancel()
         while self._waiting:
             self._give_up(self._waiting.popleft(), "the node is stopping")
 
     def _next(self) -> None:
+        self._expire(self.reason or "its time to live was over")
         if self._calling or self._retry or not self._waiting:
             return
         self._calling = self._waiting.popleft()
@@ -2219,9 +2289,8 @@ class Agent:
         assert waking
         if outcome.ok:
             self._succeeded(waking)
-        elif outcome.stopped:
+        elif self._stopping:
             self._give_up(waking, "the node is stopping")
-            return
         else:
             self._failed(waking, agent_fault(self.instance, outcome))
         self._next()
@@ -2251,7 +2320,6 @@ class Agent:
 
     def _try_again(self) -> None:
         self._retry = None
-        self._expire(self.reason)
         self._next()
 
     def _expire(self, reason: str) -> None:
@@ -2301,23 +2369,25 @@ class Journal:
         self.predecessor = ""
         self.on_disk = True
         self._lock: IO[str] | None = None
-        file = directory / "journal.sqlite3"
+        self._file = directory / "journal.sqlite3"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take_lock(directory / "lock", instance)
-            self._database = self._open(file)
+            self._database = self._open()
         except BlockingIOError:
             raise BrokerError(
                 f"another daemon runs with {directory}; stop it, or give this one another --node"
             ) from None
         except (OSError, sqlite3.Error) as error:
             self._go_on_in_memory(f"{directory}: {reason_of(error)}")
+        self._prune()
 
     def _take_lock(self, file: Path, instance: str) -> None:
         """Lock for as long as the process lives; kill -9 frees it."""
         import fcntl
 
-        lock = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.fdopen(descriptor, "r+", errors="replace")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.predecessor = lock.read(64).strip()
         lock.seek(0)
@@ -2326,16 +2396,22 @@ class Journal:
         lock.flush()
         self._lock = lock
 
-    def _open(self, file: Path) -> Any:
+    def _open(self) -> Any:
         try:
-            return self._prepare(file)
+            return self._prepare(self._file)
+        except self._sqlite.OperationalError:
+            raise
         except self._sqlite.DatabaseError as error:
-            if isinstance(error, self._sqlite.OperationalError):
-                raise
-            aside = file.with_name(f"{file.name}.damaged-{int(time.time())}")
-            os.replace(file, aside)
-            self._log.error("journal is damaged, set aside", file=aside, why=reason_of(error))
-            return self._prepare(file)
+            return self._set_aside(error)
+
+    def _set_aside(self, error: Exception) -> Any:
+        """Begin anew beside a damaged file."""
+        aside = self._file.with_name(f"{self._file.name}.damaged-{int(time.time())}")
+        os.replace(self._file, aside)
+        for suffix in ("-wal", "-shm"):
+            self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
+        self._log.error("journal is damaged, set aside", file=aside, why=reason_of(error))
+        return self._prepare(self._file)
 
     def _prepare(self, file: Path | str) -> Any:
         if isinstance(file, Path):
@@ -2347,6 +2423,17 @@ class Journal:
         database.execute("CREATE TABLE IF NOT EXISTS notes (key TEXT PRIMARY KEY, value TEXT)")
         return database
 
+    def _recover(self, error: Exception) -> None:
+        """The file has failed us: begin a new one if it is damaged, else go on without."""
+        damaged = not isinstance(error, self._sqlite.OperationalError)
+        try:
+            if damaged and self.on_disk:
+                self._database = self._set_aside(error)
+                return
+        except (OSError, self._sqlite.Error) as again:
+            error = again
+        self._go_on_in_memory(reason_of(error))
+
     def _go_on_in_memory(self, why: str) -> None:
         self._log.error(
             "no journal on disk; after a restart messages may be acted upon twice", why=why
@@ -2354,51 +2441,53 @@ class Journal:
         self.on_disk = False
         self._database = self._prepare(":memory:")
 
+    def _prune(self) -> None:
+        """Forget the oldest ids."""
+        self._added = 0
+        self._execute("DELETE FROM seen WHERE n <= (SELECT max(n) FROM seen) - ?", (MAX_IDS,))
+
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> Any:
+        """Execute it; on a fault once more, on whatever there is to go on with."""
+        try:
+            return self._database.execute(statement, values)
+        except self._sqlite.Error as error:
+            self._recover(error)
+            return self._database.execute(statement, values)
+
     def remember(self, id: str) -> bool:
         """Take note of a message's id; False if it was there already.  commit() makes it last."""
-        try:
-            if not self._database.in_transaction:
-                self._database.execute("BEGIN")
-            new = (
-                self._database.execute("INSERT OR IGNORE INTO seen (id) VALUES (?)", (id,)).rowcount
-                == 1
-            )
-            self._added += new
-            return bool(new)
-        except self._sqlite.Error as error:
-            self._go_on_in_memory(reason_of(error))
-            return True
+        if not self._database.in_transaction:
+            self._execute("BEGIN")
+        new = self._execute("INSERT OR IGNORE INTO seen (id) VALUES (?)", (id,)).rowcount == 1
+        self._added += new
+        return bool(new)
 
     def note(self, key: str, value: object) -> None:
         """Write down a JSON value under a key, in place of what was there."""
-        try:
-            self._database.execute("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(value)))
-        except self._sqlite.Error as error:
-            self._go_on_in_memory(reason_of(error))
+        self._execute("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(value)))
 
     def recall(self, key: str) -> dict[str, Any]:
         """What was written down under a key; nothing if nothing was."""
-        row = self._database.execute("SELECT value FROM notes WHERE key = ?", (key,)).fetchone()
+        row = self._execute("SELECT value FROM notes WHERE key = ?", (key,)).fetchone()
         return (read_json_object(row[0]) if row else None) or {}
 
     def commit(self) -> None:
         """Make it last, before the broker is told that it need not send it again."""
-        try:
-            if self._added > PRUNE_EVERY:
-                self._added = 0
-                self._database.execute(
-                    "DELETE FROM seen WHERE n <= (SELECT max(n) FROM seen) - ?", (MAX_IDS,)
-                )
-            if self._database.in_transaction:
+        if self._added > PRUNE_EVERY:
+            self._prune()
+        if self._database.in_transaction:
+            try:
                 self._database.execute("COMMIT")
-        except self._sqlite.Error as error:
-            self._go_on_in_memory(reason_of(error))
+            except self._sqlite.Error as error:
+                self._recover(error)
 
     def close(self) -> None:
-        self.commit()
-        self._database.close()
+        if self._database:
+            self.commit()
+            self._database.close()
         if self._lock:
             self._lock.close()
+        self._database = self._lock = None
 
 
 # ---- Link: MQTT --------------------------------------------------------------------------
@@ -3102,7 +3191,7 @@ class Node:
             return
         self._stopping = True
         self._service.stopping()
-        self.log.info("stopping", handlers=len(self._children))
+        self.log.info("stopping", handlers=self._queue.running)
         for turn in self._queue.clear():
             if not turn.sentinel:
                 self._refuse(turn.envelope, "the node is stopping")
@@ -3116,7 +3205,7 @@ class Node:
         self._children.kill()
 
     def _leave_when_idle(self) -> None:
-        if self._children:
+        if self._queue.running or any(agent.calling for agent in self._agents.values()):
             self.loop.after(0.05, self._leave_when_idle)
             return
         self._publish_state("offline", "stopped")
@@ -3404,10 +3493,8 @@ class Node:
     def _hear(self, envelope: Envelope) -> None:
         """A heartbeat: whoever sent it lives."""
         said = read_json_object(envelope.text) or {}
-        boot, interval = said.get("boot"), said.get("interval")
+        boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
         boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
-        if isinstance(interval, bool) or not isinstance(interval, int | float):
-            interval = None
         if envelope.sender == self.name:
             if boot != self.instance:  # another daemon asks whether this name is taken
                 self._beat_if_due()
@@ -3432,11 +3519,10 @@ class Node:
             return  # an agent's: its node speaks for it
         now, status = self.loop.clock(), status_of(state)
         if delivery.retained:
-            seen = state.get("last_seen")
             if status in ("online", "degraded"):
-                self._roster.learn(
-                    name, now, seen if type(seen) is int and 0 < seen < MAX_TS else 0
-                )
+                seen = int(bounded_number(state.get("last_seen"), 1, MAX_TS) or 0)
+                interval = bounded_number(state.get("interval"), *PEER_INTERVAL)
+                self._roster.learn(name, now, seen=seen, interval=interval)
         elif status == "offline" and state.get("reason") == "connection lost":
             if self._roster.lose(name):
                 self._lost(name, "its connection died")
@@ -3626,13 +3712,6 @@ def for_people(value: object) -> str:
             words.append(f"{rest // size}{unit}")
             rest %= size
     return " ".join(words[:2]) or "0s"
-
-
-def bounded_number(value: object, low: float, high: float) -> float | None:
-    """A peer's number, or None for anything that is none in that range."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        return None
-    return float(value)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool) -> str:

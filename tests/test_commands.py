@@ -313,3 +313,35 @@ def test_a_hive_without_nodes_says_how_to_start_one(hive: Hive) -> None:
     done = hive.cli("alpha", "status")
     assert done.stdout == "" and "start one with: hive.py daemon" in done.stderr
     assert json.loads(hive.cli("alpha", "roster", "--json").stdout) == []
+
+
+def test_handler_list_shows_what_was_found_and_what_was_refused(hive: Hive) -> None:
+    alpha = hive.node("alpha", "[handlers.ping]\ntimeout = 5\nworkers = 2\n")
+    alpha.handler("ping", "#!/bin/sh\necho pong\n")
+    alpha.handler("open", "#!/bin/sh\n").chmod(0o777)
+    lines = hive.cli("alpha", "handler", "list").stdout.splitlines()
+    assert lines[1].split() == ["ping", "5s", "2", str(alpha.handlers.resolve() / "ping")]
+    assert lines[2] == "refused: open: is writable by everyone; try: chmod o-w"
+    shown = json.loads(hive.cli("alpha", "handler", "list", "--json").stdout)
+    assert list(shown["handlers"]) == ["ping"] and list(shown["refused"]) == ["open"]
+
+
+def test_handler_test_runs_one_as_the_daemon_would(hive: Hive) -> None:
+    alpha = hive.node("alpha", "[handlers.slow]\ntimeout = 0.3\n")
+    alpha.handler("who", '#!/bin/sh\necho "$HIVE_FROM $HIVE_ACTION $PWD"; grep -o hello\n')
+    alpha.handler("fail", "#!/bin/sh\necho why >&2\nexit 3\n")
+    alpha.handler("slow", "#!/bin/sh\nsleep 60 & sleep 60\n")
+    arguments = ["handler", "test", "who", "--text", "hello", "--from", "mini"]
+    done = hive.cli("alpha", *arguments)
+    assert done.stdout == f"mini who {alpha.handlers.resolve()}\nhello\n"
+    assert done.stderr.startswith("ok, exit 0, ") and done.stderr.endswith(" ms\n")
+    failed = hive.cli("alpha", "handler", "test", "fail", code=1)
+    assert failed.stderr.startswith("error, exit 3, ") and failed.stderr.endswith("exit 3: why\n")
+    late = hive.cli("alpha", "handler", "test", "slow", code=1)
+    assert late.stderr.endswith("took longer than 0.3 s and was ended\n")
+    result = json.loads(hive.cli("alpha", *arguments, "--json").stdout)
+    assert (result["status"], result["action"], result["from"]) == ("ok", "who", "mini")
+    missing = hive.cli("alpha", "handler", "test", "nope", code=1)
+    assert missing.stderr == f"hive: {alpha.handlers.resolve()}/nope: No such file or directory\n"
+    unnamed = hive.cli("alpha", "handler", "test", code=2)
+    assert unnamed.stderr == "hive: handler test: which one? there are: fail, slow, who\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -592,3 +593,33 @@ def test_messages_are_logged_without_their_text(hive: Hive) -> None:
     row = beta.logged("received", ch="command")
     assert {"id", "ch", "from", "to"} <= row.keys()
     assert "the-secret-plan" not in beta.log_file.read_text()
+
+
+def test_a_schedule_runs_a_handler_and_wakes_the_agent_when_the_outcome_changes(
+    hive: Hive, fast_agent: Path
+) -> None:
+    schedule = '[[schedule]]\naction = "check"\nevery = "1s"\n'
+    beta = hive.node("beta", with_agent(fast_agent) + schedule)
+    bad = beta.home / "bad"
+    beta.handler(
+        "check", f"#!/bin/sh\n[ ! -e {bad} ] || {{ echo no disk >&2; exit 1; }}\necho fine\n"
+    )
+    beta.start()
+    beta.logged("handler ended", action="check", status="ok")
+    bad.touch()
+    eventually("it fails twice", lambda: len(beta.events("handler ended", status="error")) >= 2)
+    bad.unlink()
+    eventually("the agent hears of both changes", lambda: len(said_by(fast_agent)) == 2)
+
+    first, second = (text.splitlines() for text in said_by(fast_agent))
+    assert first[0].startswith("[hive] alert from beta to beta id=")
+    assert json.loads(first[1]) == "check is failing: exit 1: no disk"
+    assert json.loads(second[1]) == "check is well again: fine"
+    assert not beta.events("sent")
+    shown = hive.cli("beta", "roster").stdout.splitlines()
+    assert re.fullmatch(r"beta: check every 1s, ran \d+s ago: ok, runs in \d+s", shown[-1])
+    beta.stop()
+    beta.start()
+    eventually("it goes on after a restart", lambda: len(beta.events("connected")) == 2)
+    beta.logged("handler ended", status="ok")
+    assert len(said_by(fast_agent)) == 2

@@ -1,0 +1,471 @@
+"""Handlers: which executables there are, what they are given, what is made of their outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import hive
+
+DEADLINE = 30.0
+ASKED = hive.Envelope.new(
+    "alpha", "beta", "command", "please", id="id-1", corr="corr-1", action="git-sync"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A handler directory that belongs to its user alone."""
+    folder = tmp_path / "hive-daemon.d"
+    folder.mkdir()
+    folder.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(params=[False, True], ids=["shared group", "private group"])
+def private(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Is the group of every file its owner's alone?"""
+    monkeypatch.setattr(hive, "is_private_group", lambda gid: request.param)
+    return bool(request.param)
+
+
+def put(file: Path, mode: int = 0o755, content: str = "#!/bin/sh\n") -> Path:
+    file.write_text(content)
+    file.chmod(mode)
+    return file
+
+
+def outcome_of(stdout: bytes = b"", exit: int | None = 0, **more: Any) -> hive.Outcome:
+    return hive.Outcome(exit=exit, stdout=stdout, **more)
+
+
+# What may be run
+
+
+def test_an_executable_is_a_handler_named_after_its_file(folder: Path) -> None:
+    put(folder / "ping")
+    put(folder / "git-sync", 0o700)
+    put(folder / "v1.2_x")
+    found = hive.discover(folder)
+    assert found.handlers == {name: folder / name for name in ("git-sync", "ping", "v1.2_x")}
+    assert found.refused == {}
+
+
+def test_a_hidden_file_is_passed_over_in_silence(folder: Path) -> None:
+    put(folder / ".ping.swp")
+    assert hive.discover(folder) == hive.Catalogue()
+
+
+@pytest.mark.parametrize("name", ["two words", "ping~", "-rf", "_x", "ä", "a" * 64, "a\nb", "a;b"])
+def test_a_file_that_no_action_can_name_is_refused(folder: Path, name: str) -> None:
+    put(folder / name)
+    put(folder / "ping")
+    found = hive.discover(folder)
+    assert found.handlers == {"ping": folder / "ping"}
+    assert [*found.refused] == [name]
+    assert "1 to 63 of A-Za-z0-9._-" in found.refused[name]
+
+
+@pytest.mark.parametrize("name", ["state", "roster"])
+def test_a_handler_must_not_take_the_place_of_a_document(folder: Path, name: str) -> None:
+    put(folder / name)
+    assert hive.discover(folder).refused == {name: "this name is taken by a topic of hive's own"}
+    assert hive.discover(folder).handlers == {}
+
+
+@pytest.mark.parametrize("name", ["State", "state2", "all", "meta", "a" * 63])
+def test_other_names_are_free(folder: Path, name: str) -> None:
+    put(folder / name)
+    assert [*hive.discover(folder).handlers] == [name]
+
+
+def test_a_folder_is_no_handler(folder: Path) -> None:
+    (folder / "ping").mkdir(mode=0o755)
+    assert hive.discover(folder).refused == {"ping": "not a regular file"}
+
+
+def test_a_pipe_is_no_handler(folder: Path) -> None:
+    os.mkfifo(folder / "ping", 0o700)
+    assert hive.discover(folder).refused == {"ping": "not a regular file"}
+
+
+def test_a_file_that_is_not_executable_is_refused_with_advice(folder: Path) -> None:
+    file = put(folder / "ping", 0o644)
+    assert hive.discover(folder).refused == {"ping": f"not executable; try: chmod +x {file}"}
+
+
+@pytest.mark.parametrize("mode", [0o757, 0o777, 0o703])
+@pytest.mark.usefixtures("private")
+def test_a_handler_that_everyone_may_change_is_refused(folder: Path, mode: int) -> None:
+    put(folder / "ping", mode)
+    found = hive.discover(folder)
+    assert found.refused == {"ping": "is writable by everyone; try: chmod o-w"}
+    assert found.handlers == {}
+
+
+def test_a_handler_that_its_group_may_change_is_refused(folder: Path, private: bool) -> None:
+    put(folder / "ping", 0o775)
+    refused = hive.discover(folder).refused
+    assert refused == ({} if private else {"ping": "is writable by its group; try: chmod g-w"})
+
+
+@pytest.mark.usefixtures("private")
+def test_nothing_is_run_from_a_folder_that_everyone_may_change(folder: Path) -> None:
+    put(folder / "ping")
+    folder.chmod(0o777)
+    reason = "the directory is writable by everyone; try: chmod o-w"
+    assert hive.discover(folder) == hive.Catalogue(refused={str(folder): reason})
+
+
+def test_nothing_is_run_from_a_folder_that_its_group_may_change(
+    folder: Path, private: bool
+) -> None:
+    put(folder / "ping")
+    folder.chmod(0o775)
+    reason = "the directory is writable by its group; try: chmod g-w"
+    found = hive.discover(folder)
+    if private:
+        assert found == hive.Catalogue(handlers={"ping": folder / "ping"})
+    else:
+        assert found == hive.Catalogue(refused={str(folder): reason})
+
+
+def test_a_missing_folder_has_no_handlers(tmp_path: Path) -> None:
+    assert hive.discover(tmp_path / "missing") == hive.Catalogue()
+
+
+def test_a_file_in_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    file = put(tmp_path / "hive-daemon.d")
+    assert hive.discover(file) == hive.Catalogue(refused={str(file): "Not a directory"})
+
+
+def test_a_link_to_a_program_is_a_handler(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir(mode=0o755)
+    put(tmp_path / "bin" / "program")
+    (folder / "ping").symlink_to(tmp_path / "bin" / "program")
+    (folder / "pong").symlink_to("ping")
+    assert hive.discover(folder) == hive.Catalogue(
+        handlers={"ping": folder / "ping", "pong": folder / "pong"}
+    )
+
+
+def test_a_link_to_nothing_is_refused(folder: Path) -> None:
+    (folder / "ping").symlink_to(folder / "missing")
+    assert hive.discover(folder).refused == {"ping": "No such file or directory"}
+
+
+def test_links_in_a_circle_are_refused(folder: Path) -> None:
+    (folder / "ping").symlink_to(folder / "pong")
+    (folder / "pong").symlink_to(folder / "ping")
+    found = hive.discover(folder)
+    assert found.handlers == {}
+    assert [*found.refused] == ["ping", "pong"]
+
+
+@pytest.mark.parametrize("way", ["file", "folder", "link to link"])
+def test_a_link_through_a_folder_that_everyone_may_change_is_refused(
+    folder: Path, tmp_path: Path, way: str
+) -> None:
+    """Whoever may change that folder can put another program into the handler's place."""
+    open_folder, safe = tmp_path / "open", tmp_path / "safe"
+    safe.mkdir(mode=0o755)
+    program = put(safe / "program")
+    open_folder.mkdir()
+    open_folder.chmod(0o777)
+    match way:
+        case "file":
+            target = put(open_folder / "program")
+        case "folder":
+            (open_folder / "bin").symlink_to(safe)
+            target = open_folder / "bin" / "program"
+        case _:
+            target = open_folder / "link"
+            target.symlink_to(program)
+    (folder / "ping").symlink_to(target)
+    found = hive.discover(folder)
+    assert found.handlers == {}
+    assert "is writable by everyone" in found.refused["ping"]
+
+
+# What a handler is given
+
+
+def test_a_handler_is_told_whom_it_works_for() -> None:
+    environment = hive.handler_environment(ASKED, "beta", "home/hive", None, {"PATH": "/bin"})
+    assert environment == {
+        "PATH": "/bin",
+        "HIVE_NODE": "beta",
+        "HIVE_FROM": "alpha",
+        "HIVE_TO": "beta",
+        "HIVE_ID": "id-1",
+        "HIVE_CORR": "corr-1",
+        "HIVE_ACTION": "git-sync",
+        "HIVE_CH": "command",
+        "HIVE_PREFIX": "home/hive",
+    }
+
+
+def test_a_handler_is_told_which_agent_was_addressed() -> None:
+    agent = hive.InstanceConfig(
+        name="main", profile="work", openclaw_cmd=("/opt/my tools/openclaw", "--x"), token="secret"
+    )
+    environment = hive.handler_environment(ASKED, "beta", "hive", agent, {})
+    assert environment["HIVE_AGENT"] == "main"
+    assert environment["HIVE_PROFILE"] == "work"
+    assert environment["HIVE_OPENCLAW_CMD"] == "'/opt/my tools/openclaw' --x"
+    assert "secret" not in "".join(environment.values())
+
+
+def test_an_agent_without_profile_has_an_empty_one() -> None:
+    agent = hive.InstanceConfig(name="main")
+    environment = hive.handler_environment(ASKED, "beta", "hive", agent, {})
+    assert (environment["HIVE_PROFILE"], environment["HIVE_OPENCLAW_CMD"]) == ("", "openclaw")
+
+
+def test_an_exchange_is_named_after_its_first_message() -> None:
+    first = hive.Envelope.new("alpha", "beta", "command", "please", id="id-1", action="ping")
+    assert hive.handler_environment(first, "beta", "hive", None, {})["HIVE_CORR"] == "id-1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HIVE_CONFIG", "HIVE_PASSWORD", "HIVE_AGENT", "NOTIFY_SOCKET", "WATCHDOG_USEC"],
+)
+def test_the_daemons_own_affairs_are_not_handed_on(name: str) -> None:
+    inherited = {name: "the daemon's", "HOME": "/home/me"}
+    environment = hive.handler_environment(ASKED, "beta", "hive", None, inherited)
+    assert name not in environment
+    assert environment["HOME"] == "/home/me"
+
+
+# What is made of an outcome
+
+
+def result(outcome: hive.Outcome, deadline: float = DEADLINE) -> Mapping[str, Any]:
+    document = hive.result_document(ASKED, "beta", outcome, deadline, now=1771143500.9)
+    json.dumps(document, allow_nan=False).encode()  # whoever reads it may be strict
+    return document
+
+
+def test_the_result_of_a_success() -> None:
+    assert result(outcome_of(b'{"commit": "abc"}\n', seconds=0.8124)) == {
+        "node": "beta",
+        "action": "git-sync",
+        "id": "id-1",
+        "corr": "corr-1",
+        "from": "alpha",
+        "status": "ok",
+        "exit": 0,
+        "ts": 1771143500,
+        "duration_ms": 812,
+        "result": {"commit": "abc"},
+        "error": "",
+        "truncated": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("stdout", "value"),
+    [
+        (b"", ""),
+        (b"\n", ""),
+        (b"plain text\n", "plain text"),
+        (b"two\nlines\n\n", "two\nlines\n"),
+        (b"[1, 2.5, null]", [1, 2.5, None]),
+        (b"17", 17),
+        (b"true\n", True),
+        ("ä €".encode(), "ä €"),
+        (b"caf\xe9", "caf\ufffd"),
+        (b"\xed\xa0\x80", "\ufffd" * 3),
+        (b'"\\ud800"', '"\\ud800"'),
+        (b"\x00\x01", "\x00\x01"),
+        (b"NaN", "NaN"),
+        (b'{"x": NaN}', '{"x": NaN}'),
+        (b"[Infinity, -Infinity]", "[Infinity, -Infinity]"),
+        (b"1e999", "1e999"),
+        (b'{"x": [-1e999]}', '{"x": [-1e999]}'),
+        (b"9" * 5000, "9" * 5000),
+        (b"[" * 100_000, "[" * 100_000),
+        (b"[" * 100 + b"]" * 100, "[" * 100 + "]" * 100),
+        (b'{"half": ', '{"half": '),
+    ],
+)
+def test_stdout_is_json_where_it_is_that_and_else_text(stdout: bytes, value: object) -> None:
+    assert result(outcome_of(stdout))["result"] == value
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "error"),
+    [
+        (outcome_of(exit=3, stderr=b"no remote\n"), "error", "exit 3: no remote"),
+        (outcome_of(exit=3), "error", "exit 3"),
+        (outcome_of(exit=-11), "error", "was ended by signal 11"),
+        (outcome_of(exit=1, stderr=b"\xff\xfe"), "error", "exit 1: \ufffd\ufffd"),
+        (outcome_of(exit=-15, late=True), "timeout", "took longer than 30 s and was ended"),
+        (
+            outcome_of(exit=0, late=True, stderr=b"bye"),
+            "timeout",
+            "took longer than 30 s and was ended: bye",
+        ),
+        (outcome_of(exit=-15, stopped=True), "error", "was ended because the node is stopping"),
+        (
+            outcome_of(exit=None, fault="No such file"),
+            "error",
+            "could not be started: No such file",
+        ),
+    ],
+)
+def test_a_failure_says_why(outcome: hive.Outcome, status: str, error: str) -> None:
+    document = result(outcome)
+    assert (document["status"], document["exit"]) == (status, outcome.exit)
+    assert document["error"] == error
+    answer = hive.answer_to(ASKED, "beta", outcome, DEADLINE)
+    assert answer.ch == "alert"
+    assert answer.text == f"beta: git-sync failed: {error}"
+
+
+@pytest.mark.parametrize("noise", [b"x", b"\xff", "ä".encode()], ids=["ASCII", "no UTF-8", "UTF-8"])
+def test_a_failure_ends_with_the_end_of_stderr(noise: bytes) -> None:
+    stderr = (noise * 20_000 + b"fatal: the remote hung up\n")[-8 * 1024 :]
+    outcome = outcome_of(exit=1, stderr=stderr)
+    for told in (
+        result(outcome)["error"],
+        hive.answer_to(ASKED, "beta", outcome, DEADLINE).text,
+    ):
+        assert told.endswith("fatal: the remote hung up")
+        assert len(told.encode()) < 16 * 1024
+
+
+@pytest.mark.parametrize(
+    ("stdout", "text"),
+    [(b"", "ok"), (b"\n", "ok"), (b"pong\n", "pong"), (b"  \n", "  "), (b'{"a": 1}\n', '{"a": 1}')],
+)
+def test_a_success_is_answered_with_what_was_printed(stdout: bytes, text: str) -> None:
+    answer = hive.answer_to(ASKED, "beta", outcome_of(stdout), DEADLINE)
+    assert answer == hive.Envelope.check(
+        {
+            "v": 1,
+            "id": answer.id,
+            "ts": answer.ts,
+            "from": "beta",
+            "to": "alpha",
+            "ch": "response",
+            "urgency": answer.urgency,
+            "text": text,
+            "corr": "corr-1",
+            "replyTo": "id-1",
+        }
+    )
+
+
+@pytest.mark.parametrize("byte", [b"x", b"\xff", b"\0", b'"'])
+def test_output_that_was_cut_says_so(byte: bytes) -> None:
+    outcome = outcome_of(byte * 256 * 1024, truncated=True)
+    answer = hive.answer_to(ASKED, "beta", outcome, DEADLINE)
+    assert answer.text.endswith("[cut by hive: longer than 256 KiB]")
+    assert result(outcome)["truncated"] is True
+    assert result(outcome)["result"] == answer.text
+
+
+def test_text_that_grew_too_long_in_utf_8_says_that_it_was_cut() -> None:
+    answer = hive.answer_to(ASKED, "beta", outcome_of(b"\xff" * 256 * 1024), DEADLINE)
+    assert answer.text.endswith("[cut by hive: longer than 256 KiB]")
+
+
+outcomes = st.builds(
+    hive.Outcome,
+    exit=st.none() | st.integers(-64, 255),
+    stdout=st.binary(max_size=300) | st.binary(min_size=1, max_size=8).map(lambda b: b * 40_000),
+    stderr=st.binary(max_size=300) | st.binary(min_size=1, max_size=8).map(lambda b: b * 1024),
+    truncated=st.booleans(),
+    late=st.booleans(),
+    stopped=st.booleans(),
+    fault=st.just("No such file or directory"),
+)
+
+
+@given(outcomes)
+@example(outcome_of(b"\x00" * 256 * 1024, truncated=True))
+def test_any_outcome_fits_into_an_envelope_and_a_document(outcome: hive.Outcome) -> None:
+    answer = hive.answer_to(ASKED, "beta", outcome, DEADLINE)
+    assert hive.Envelope.parse(answer.encode()) == answer
+    document = hive.result_document(ASKED, "beta", outcome, DEADLINE, now=1.0)
+    assert hive.read_json_object(hive.encode_json(document)) == document
+
+
+# Whose turn it is
+
+
+def turn(action: str, number: int = 0) -> hive.Turn:
+    envelope = hive.Envelope.new("alpha", "beta", "command", "go", id=f"{action}-{number}")
+    return hive.Turn(envelope, action)
+
+
+def taken(queue: hive.Queue) -> list[str]:
+    """Take whatever may run now."""
+    return [one.envelope.id for one in iter(queue.take, None)]
+
+
+def test_turns_come_in_order() -> None:
+    queue = hive.Queue(workers=10, workers_of=lambda action: 10)
+    for i in range(5):
+        assert queue.put(turn("a", i))
+    assert taken(queue) == ["a-0", "a-1", "a-2", "a-3", "a-4"]
+    assert queue.take() is None and len(queue) == 0
+
+
+def test_the_same_action_does_not_run_twice_at_once() -> None:
+    queue = hive.Queue(workers=4, workers_of=lambda action: 1)
+    for action, number in (("a", 0), ("a", 1), ("b", 0), ("a", 2), ("b", 1)):
+        queue.put(turn(action, number))
+    assert taken(queue) == ["a-0", "b-0"]
+    queue.done("a")
+    assert taken(queue) == ["a-1"]
+    queue.done("b")
+    assert taken(queue) == ["b-1"]
+    queue.done("a")
+    assert taken(queue) == ["a-2"]
+    assert len(queue) == 0
+
+
+def test_an_action_may_be_allowed_to_run_twice_at_once() -> None:
+    queue = hive.Queue(workers=4, workers_of=lambda action: 2 if action == "a" else 1)
+    for action, number in (("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2)):
+        queue.put(turn(action, number))
+    assert taken(queue) == ["a-0", "b-0", "a-1"]
+
+
+def test_no_more_run_at_once_than_there_are_workers() -> None:
+    queue = hive.Queue(workers=2, workers_of=lambda action: 9)
+    for action in "abc":
+        queue.put(turn(action))
+    assert taken(queue) == ["a-0", "b-0"]
+    queue.done("b")
+    assert taken(queue) == ["c-0"]
+
+
+def test_a_line_that_is_too_long_takes_nobody_in() -> None:
+    queue = hive.Queue(workers=1, workers_of=lambda action: 1)
+    assert all(queue.put(turn("a", i)) for i in range(1000))
+    assert not queue.put(turn("a", 1000))
+    assert len(queue) == 1000
+    assert queue.take()
+    assert queue.put(turn("a", 1001))
+
+
+def test_those_who_wait_can_be_sent_home() -> None:
+    queue = hive.Queue(workers=1, workers_of=lambda action: 1)
+    for i in range(3):
+        queue.put(turn("a", i))
+    queue.take()
+    assert [one.envelope.id for one in queue.clear()] == ["a-1", "a-2"]
+    assert len(queue) == 0
+    queue.done("a")
+    assert queue.take() is None

@@ -1,0 +1,501 @@
+"""Process: real children, from their first byte to the last of their group."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE
+
+import hive
+
+Script = Callable[[str], list[str]]
+
+
+@pytest.fixture
+def log() -> io.StringIO:
+    return io.StringIO()
+
+
+class Clock:
+    """Real time, and what was skipped of it."""
+
+    def __init__(self) -> None:
+        self.skipped = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.skipped
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def loop(log: io.StringIO, clock: Clock) -> Iterator[hive.Loop]:
+    loop = hive.Loop(hive.Log("debug", "json", log), clock)
+    yield loop
+    loop.close()
+    assert '"bug"' not in log.getvalue()
+
+
+@pytest.fixture
+def children(loop: hive.Loop) -> Iterator[hive.Children]:
+    children = hive.Children(loop)
+    yield children
+    children.stop()
+    turn_until(loop, "all children have ended", lambda: not len(children))
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """Make an executable of a few lines of sh; the command that runs it."""
+
+    def make(lines: str) -> list[str]:
+        file = tmp_path / f"script{len(list(tmp_path.iterdir()))}"
+        file.write_text(f"#!/bin/sh\n{lines}\n")
+        file.chmod(0o755)
+        return [str(file)]
+
+    return make
+
+
+@pytest.fixture
+def lifeline(tmp_path: Path) -> Iterator[Lifeline]:
+    line = Lifeline(tmp_path / "lifeline")
+    yield line
+    os.close(line.end)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds in earnest takes a moment here."""
+    monkeypatch.setattr(hive, "KILL_AFTER", 0.3)
+    monkeypatch.setattr(hive, "LINGER", 0.3)
+
+
+class Lifeline:
+    """A pipe that a script and all its children hold: at its end all of them have ended."""
+
+    def __init__(self, file: Path) -> None:
+        os.mkfifo(file)
+        self.end = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        self.hold = f"exec 9>'{file}'"
+        self.ready = "echo ready >&9"
+        self.count_ready = 0
+
+    def is_ready(self, how_many: int = 1) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            self.count_ready += os.read(self.end, 100).count(b"ready")
+        return self.count_ready >= how_many
+
+    def is_free(self) -> bool:
+        try:
+            return os.read(self.end, 100) == b""
+        except BlockingIOError:
+            return False
+
+
+def turn_until(
+    loop: hive.Loop, what: str, check: Callable[[], object], patience: float = PATIENCE
+) -> None:
+    alarm = loop.after(patience, lambda: pytest.fail(f"never happened: {what}"))
+    while not check():
+        tick = loop.after(0.01, lambda: None)
+        loop.step()
+        tick.cancel()
+    alarm.cancel()
+
+
+def run(
+    loop: hive.Loop,
+    children: hive.Children,
+    argv: list[str],
+    stdin: bytes = b"",
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> hive.Outcome:
+    """Run a child to its end."""
+    outcomes: list[hive.Outcome] = []
+    surroundings = os.environ if environment is None else environment
+    children.start(hive.Job(argv, surroundings, PATIENCE, stdin, cwd), outcomes.append)
+    assert outcomes == [], "the outcome comes later, never from within start()"
+    turn_until(loop, "the outcome", lambda: outcomes)
+    loop.after(0, loop.stop)
+    loop.run()
+    assert len(outcomes) == 1
+    return outcomes[0]
+
+
+def test_what_a_child_prints_is_its_outcome(
+    loop: hive.Loop, children: hive.Children, script: Script
+) -> None:
+    outcome = run(loop, children, script("echo answer; echo remark >&2"))
+    assert (outcome.exit, outcome.stdout, outcome.stderr) == (0, b"answer\n", b"remark\n")
+    assert outcome.ok and not outcome.truncated and not outcome.late and not outcome.stopped
+    assert 0 < outcome.seconds < PATIENCE
+    assert outcome.fault == ""
+
+
+@pytest.mark.parametrize(
+    ("lines", "exit"),
+    [
+        ("exit 0", 0),
+        ("exit 3", 3),
+        ("exit 255", 255),
+        ("kill -USR1 $$", -signal.SIGUSR1),
+        ("kill -KILL $$", -signal.SIGKILL),
+    ],
+)
+def test_how_a_child_ended_is_told(
+    loop: hive.Loop, children: hive.Children, script: Script, lines: str, exit: int
+) -> None:
+    outcome = run(loop, children, script(lines))
+    assert outcome.exit == exit
+    assert outcome.ok == (exit == 0)
+    assert outcome.stdout == b""
+
+
+def test_a_child_runs_where_and_with_what_it_was_given(
+    loop: hive.Loop, children: hive.Children, tmp_path: Path
+) -> None:
+    (tmp_path / "here").write_text("found")
+    outcome = run(
+        loop,
+        children,
+        ["/bin/sh", "-c", 'cat here; echo "$GIVEN,$HOME"'],
+        cwd=tmp_path,
+        environment={"GIVEN": "yes", "PATH": os.environ["PATH"]},
+    )
+    assert outcome.stdout == b"foundyes,\n"
+
+
+def test_a_child_gets_its_stdin_whole(
+    loop: hive.Loop, children: hive.Children, script: Script
+) -> None:
+    sent = os.urandom(256 * 1024)
+    outcome = run(loop, children, script("exec cat"), stdin=sent)
+    assert outcome.ok and outcome.stdout == sent and not outcome.truncated
+
+
+def test_a_child_without_stdin_sees_its_end(
+    loop: hive.Loop, children: hive.Children, script: Script
+) -> None:
+    assert run(loop, children, script("wc -c")).stdout.strip() == b"0"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "echo done",
+        "sleep 0.1; echo done",
+        "exec <&-; sleep 0.1; echo done",
+        "head -c 1 >/dev/null; echo done",
+    ],
+    ids=["ends at once", "never reads", "closes it", "reads a byte"],
+)
+def test_a_child_need_not_read_its_stdin(
+    loop: hive.Loop, children: hive.Children, script: Script, lines: str
+) -> None:
+    outcome = run(loop, children, script(lines), stdin=b"x" * 1024 * 1024)
+    assert (outcome.exit, outcome.stdout) == (0, b"done\n")
+
+
+def test_stdout_over_the_bound_is_cut_marked_and_read_to_its_end(
+    loop: hive.Loop, children: hive.Children, script: Script
+) -> None:
+    flood = script("head -c 20000000 /dev/zero | tr '\\0' 'x'; echo drained >&2; exit 3")
+    outcome = run(loop, children, flood)
+    assert outcome.stdout == b"x" * 256 * 1024
+    assert outcome.truncated
+    assert (outcome.exit, outcome.stderr) == (3, b"drained\n")
+
+
+@pytest.mark.parametrize(("size", "truncated"), [(256 * 1024, False), (256 * 1024 + 1, True)])
+def test_only_stdout_over_the_bound_is_marked(
+    loop: hive.Loop, children: hive.Children, script: Script, size: int, truncated: bool
+) -> None:
+    outcome = run(loop, children, script(f"head -c {size} /dev/zero"))
+    assert outcome.truncated == truncated
+    assert len(outcome.stdout) == 256 * 1024
+
+
+def test_the_end_of_stderr_is_kept(
+    loop: hive.Loop, children: hive.Children, script: Script
+) -> None:
+    flood = script("head -c 1000000 /dev/zero | tr '\\0' 'x' >&2; echo the end >&2")
+    outcome = run(loop, children, flood)
+    assert outcome.stderr.endswith(b"xxx" + b"the end\n")
+    assert len(outcome.stderr) == 8 * 1024
+
+
+@pytest.mark.parametrize(
+    ("lines", "exit"),
+    [
+        ("READY; sleep 60", -signal.SIGTERM),
+        ("sleep 60 & READY; wait", -signal.SIGTERM),
+        ("sleep 60 >/dev/null 2>&1 & READY; exec sleep 60", -signal.SIGTERM),
+        ("trap '' TERM; READY; sleep 60; sleep 60", -signal.SIGKILL),
+        ("trap '' TERM; sleep 60 & sleep 60 & READY; wait", -signal.SIGKILL),
+        ("(trap '' TERM; READY; sleep 60) & exec sleep 60", -signal.SIGTERM),
+        ("(trap '' TERM; READY; sleep 60) >/dev/null 2>&1 & exec sleep 60", -signal.SIGTERM),
+        ("exec >&- 2>&-; READY; sleep 60", -signal.SIGTERM),
+        ("(kill -STOP $$; READY) & wait", -signal.SIGKILL),
+    ],
+)
+@pytest.mark.usefixtures("impatient")
+def test_a_deadline_ends_the_whole_process_group(
+    loop: hive.Loop,
+    children: hive.Children,
+    clock: Clock,
+    script: Script,
+    lifeline: Lifeline,
+    lines: str,
+    exit: int,
+) -> None:
+    outcomes: list[hive.Outcome] = []
+    argv = script(f"{lifeline.hold}; echo begun; {lines.replace('READY', lifeline.ready)}")
+    children.start(hive.Job(argv, os.environ, PATIENCE), outcomes.append)
+    turn_until(loop, "it is ready", lifeline.is_ready)
+    assert not outcomes
+    clock.skipped += PATIENCE
+    turn_until(loop, "the outcome", lambda: outcomes)
+    turn_until(loop, "everyone has ended", lifeline.is_free)
+    assert [(o.exit, o.late, o.ok, o.stdout) for o in outcomes] == [(exit, True, False, b"begun\n")]
+
+
+def test_a_child_may_tidy_up_before_sigkill(
+    loop: hive.Loop,
+    children: hive.Children,
+    clock: Clock,
+    script: Script,
+    lifeline: Lifeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hive, "KILL_AFTER", PATIENCE)
+    outcomes: list[hive.Outcome] = []
+    tidy = "trap 'sleep 0.2; echo tidy; exit 7' TERM"
+    argv = script(f"{lifeline.hold}; {tidy}; {lifeline.ready}; sleep 60 & wait")
+    children.start(hive.Job(argv, os.environ, PATIENCE), outcomes.append)
+    turn_until(loop, "it is ready", lifeline.is_ready)
+    clock.skipped += PATIENCE
+    turn_until(loop, "the outcome", lambda: outcomes)
+    assert [(o.exit, o.late, o.stdout) for o in outcomes] == [(7, True, b"tidy\n")]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_grandchild_that_holds_stdout_does_not_hold_up_the_result(
+    loop: hive.Loop, children: hive.Children, script: Script, lifeline: Lifeline
+) -> None:
+    began = time.monotonic()
+    outcome = run(loop, children, script(f"{lifeline.hold}; echo held; sleep 60 & echo answer"))
+    assert (outcome.exit, outcome.stdout, outcome.ok) == (0, b"held\nanswer\n", True)
+    assert time.monotonic() - began < PATIENCE
+    turn_until(loop, "it has ended", lifeline.is_free)
+
+
+def test_a_grandchild_that_lets_go_of_stdout_in_time_is_heard(
+    loop: hive.Loop,
+    children: hive.Children,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hive, "LINGER", PATIENCE)
+    outcome = run(loop, children, script("(sleep 0.2; echo late) & echo early"))
+    assert (outcome.exit, outcome.stdout) == (0, b"early\nlate\n")
+    assert outcome.seconds < PATIENCE
+
+
+FUGITIVE = """
+import os, sys, time
+told, tell = os.pipe()
+child = os.fork()
+if child == 0:
+    os.setsid()
+    os.write(tell, b"gone")
+    time.sleep(60)
+    os._exit(0)
+os.read(told, 4)
+with open("numbers.new", "w") as file:
+    print(os.getpid(), child, file=file)
+os.rename("numbers.new", "numbers")
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("how", ["ends", "late", "stopped", "stopped after its end"])
+@pytest.mark.usefixtures("impatient")
+def test_a_grandchild_that_left_the_group_does_not_hold_up_the_result(
+    loop: hive.Loop, children: hive.Children, clock: Clock, tmp_path: Path, how: str
+) -> None:
+    outcomes: list[hive.Outcome] = []
+    argv = [sys.executable, "-c", FUGITIVE, "0" if "end" in how else "60"]
+    child = children.start(hive.Job(argv, os.environ, PATIENCE, cwd=tmp_path), outcomes.append)
+    assert child
+    turn_until(loop, "the grandchild has left", (tmp_path / "numbers").exists)
+    parent, fugitive = map(int, (tmp_path / "numbers").read_text().split())
+    try:
+        if how == "stopped after its end":
+            turn_until(loop, "the parent has ended", lambda: not exists(parent))
+        if "stopped" in how:
+            assert not outcomes
+            child.stop()
+        clock.skipped += PATIENCE if how == "late" else 0
+        turn_until(loop, "the outcome", lambda: outcomes, patience=5.0)
+    finally:
+        os.kill(fugitive, signal.SIGKILL)
+    assert [outcome.exit for outcome in outcomes] == [0 if "end" in how else -signal.SIGTERM]
+
+
+NO_PROGRAM = "no program; does its first line name one, as in #!/bin/sh ?"
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "fault"),
+    [
+        ("echo no shebang\n", 0o755, NO_PROGRAM),
+        ("", 0o755, NO_PROGRAM),
+        ("#!/no/such/interpreter\n", 0o755, "No such file or directory"),
+        ("#!/bin/sh\n", 0o644, "Permission denied"),
+    ],
+    ids=["no shebang", "empty", "missing interpreter", "not executable"],
+)
+def test_a_file_that_cannot_be_run_is_told(
+    loop: hive.Loop,
+    children: hive.Children,
+    tmp_path: Path,
+    content: str,
+    mode: int,
+    fault: str,
+) -> None:
+    file = tmp_path / "file"
+    file.write_text(content)
+    file.chmod(mode)
+    outcome = run(loop, children, [str(file)], stdin=b"x" * 1000)
+    assert (outcome.exit, outcome.fault, outcome.ok) == (None, fault, False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "fault"),
+    [
+        (["/no/such/program"], "No such file or directory"),
+        (["no-such-program-anywhere"], "No such file or directory"),
+        (["/"], "Permission denied"),
+        (["/bin/sh", "-c", "echo \0"], "embedded null byte"),
+        (["/bin/echo", "\ud800"], "surrogates not allowed"),
+        (["/bin/echo", "x" * 10_000_000], "Argument list too long"),
+    ],
+    ids=["missing", "not in PATH", "a directory", "NUL", "lone surrogate", "too long"],
+)
+def test_a_command_that_cannot_be_run_is_told(
+    loop: hive.Loop, children: hive.Children, argv: list[str], fault: str
+) -> None:
+    outcome = run(loop, children, argv, environment={"PATH": "/usr/bin:/bin"})
+    assert outcome.exit is None and fault in outcome.fault
+    assert len(children) == 0
+
+
+def test_a_folder_that_is_missing_is_told(
+    loop: hive.Loop, children: hive.Children, tmp_path: Path
+) -> None:
+    outcome = run(loop, children, ["/bin/echo"], cwd=tmp_path / "missing")
+    assert (outcome.exit, outcome.fault) == (None, "No such file or directory")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_stopping_ends_every_child(
+    loop: hive.Loop, children: hive.Children, script: Script, lifeline: Lifeline
+) -> None:
+    outcomes: list[hive.Outcome] = []
+    for lines in ("READY; sleep 60", "trap '' TERM; READY; sleep 60"):
+        argv = script(f"{lifeline.hold}; {lines.replace('READY', lifeline.ready)}")
+        children.start(hive.Job(argv, os.environ, PATIENCE), outcomes.append)
+    turn_until(loop, "both are ready", lambda: lifeline.is_ready(2))
+    children.stop()
+    turn_until(loop, "both outcomes", lambda: len(outcomes) == 2)
+    turn_until(loop, "everyone has ended", lifeline.is_free)
+    assert [outcome.exit for outcome in outcomes] == [-signal.SIGTERM, -signal.SIGKILL]
+    assert all(o.stopped and not o.late and not o.ok for o in outcomes)
+
+
+def test_stopping_again_and_again_does_not_put_off_the_end(
+    loop: hive.Loop,
+    children: hive.Children,
+    clock: Clock,
+    script: Script,
+    lifeline: Lifeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hive, "KILL_AFTER", PATIENCE)
+    outcomes: list[hive.Outcome] = []
+    argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
+    children.start(hive.Job(argv, os.environ, 10 * PATIENCE), outcomes.append)
+    turn_until(loop, "it is ready", lifeline.is_ready)
+    for _ in range(6):
+        children.stop()
+        clock.skipped += PATIENCE / 4
+        loop.after(0, loop.stop)
+        loop.run()
+    turn_until(loop, "the outcome", lambda: outcomes, patience=5.0)
+    assert [outcome.exit for outcome in outcomes] == [-signal.SIGKILL]
+
+
+def test_children_run_side_by_side(
+    loop: hive.Loop, children: hive.Children, tmp_path: Path, script: Script
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    outcomes: list[bytes] = []
+
+    def ended(outcome: hive.Outcome) -> None:
+        outcomes.append(outcome.stdout)
+
+    reader = hive.Job(script(f"cat '{gate}'"), os.environ, PATIENCE)
+    writer = hive.Job(script(f"echo met > '{gate}'; echo wrote"), os.environ, PATIENCE)
+    children.start(reader, ended)
+    children.start(writer, ended)
+    assert len(children) == 2
+    turn_until(loop, "both have met", lambda: len(outcomes) == 2)
+    assert sorted(outcomes) == [b"met\n", b"wrote\n"]
+
+
+def test_a_hundred_children_leave_nothing_behind(
+    loop: hive.Loop, children: hive.Children, script: Script
+) -> None:
+    argv = script("echo $$; cat >/dev/null")
+    run(loop, children, argv)
+    before = sorted(os.listdir("/dev/fd"))
+    numbers = [int(run(loop, children, argv, stdin=b"x").stdout) for _ in range(100)]
+    assert len(set(numbers)) == 100
+    assert sorted(os.listdir("/dev/fd")) == before
+    assert len(children) == 0
+    assert [number for number in numbers if exists(number)] == []
+
+
+def test_a_hundred_children_at_once_are_all_noticed(
+    loop: hive.Loop, children: hive.Children, script: Script
+) -> None:
+    outcomes: list[hive.Outcome] = []
+    job = hive.Job(script("echo $$"), os.environ, PATIENCE)
+    for _ in range(100):
+        children.start(job, outcomes.append)
+    turn_until(loop, "all outcomes", lambda: len(outcomes) == 100)
+    assert all(outcome.ok for outcome in outcomes)
+    assert [o for o in outcomes if exists(int(o.stdout))] == []
+
+
+def exists(number: int) -> bool:
+    """Is there a process of this number, be it a zombie?"""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,138 @@
+"""When handlers run by themselves: times in, what is due out; no clock is asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hive import FIRST_RUN, ScheduleConfig, Sentinel, next_at
+
+NOON = 1_800_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def every(seconds: float, **more: object) -> Sentinel:
+    return Sentinel(
+        ScheduleConfig.read({"action": "check", "every": seconds, **more}, "schedule[0]")
+    )
+
+
+def local(text: str) -> float:
+    return time.mktime(time.strptime(text, "%Y-%m-%d %H:%M"))
+
+
+def test_what_has_never_run_runs_soon_after_the_start_and_then_every_so_often() -> None:
+    sentinel = every(300)
+    sentinel.plan(NOON, chance=0)
+    assert sentinel.next == NOON + FIRST_RUN
+    assert not sentinel.due(NOON) and sentinel.due(NOON + FIRST_RUN)
+    sentinel.begin(NOON + 10)
+    sentinel.plan(NOON + 10, chance=0)
+    assert sentinel.next == NOON + 310
+
+
+def test_a_restart_does_not_run_it_again_before_its_time() -> None:
+    sentinel = every(86400)
+    sentinel.last = NOON - 100
+    sentinel.plan(NOON, chance=0)
+    assert sentinel.next == NOON - 100 + 86400
+
+
+def test_a_machine_that_slept_runs_what_it_missed_once() -> None:
+    sentinel = every(300)
+    sentinel.last = NOON - 10 * 300
+    sentinel.plan(NOON, chance=0)
+    assert sentinel.due(NOON)
+    sentinel.begin(NOON)
+    sentinel.plan(NOON, chance=0)
+    sentinel.end(ok=True)
+    assert not sentinel.due(NOON + 299) and sentinel.due(NOON + 300)
+
+
+def test_a_run_that_is_still_going_is_not_started_again() -> None:
+    sentinel = every(60)
+    sentinel.begin(NOON)
+    sentinel.plan(NOON, chance=0)
+    assert not sentinel.due(NOON + 1000)
+    sentinel.end(ok=True)
+    assert sentinel.due(NOON + 1000)
+
+
+def test_a_clock_that_is_put_back_does_not_silence_it() -> None:
+    sentinel = every(60)
+    sentinel.begin(NOON)
+    sentinel.plan(NOON, chance=0)
+    sentinel.end(ok=True)
+    assert sentinel.due(NOON - 86400)
+
+
+@given(st.floats(0, 1))
+def test_jitter_only_delays_and_never_beyond_its_bound(chance: float) -> None:
+    sentinel = every(300, jitter="30s")
+    sentinel.last = NOON
+    sentinel.plan(NOON, chance)
+    assert NOON + 300 <= sentinel.next <= NOON + 330
+
+
+@pytest.mark.parametrize(
+    ("now", "due"),
+    [
+        ("2026-11-22 06:00", "2026-11-22 07:30"),
+        ("2026-11-22 07:30", "2026-11-23 07:30"),
+        ("2026-12-31 08:00", "2027-01-01 07:30"),
+        ("2026-03-28 08:00", "2026-03-29 07:30"),  # a day of 23 hours
+        ("2026-10-24 08:00", "2026-10-25 07:30"),  # a day of 25 hours
+    ],
+)
+def test_a_time_of_day_is_the_local_clocks(now: str, due: str) -> None:
+    assert next_at("07:30", local(now)) == local(due)
+
+
+@given(st.integers(1_600_000_000, 2_000_000_000), st.integers(0, 23), st.integers(0, 59))
+def test_the_next_time_of_day_is_always_within_a_day_or_so(
+    now: int, hour: int, minute: int
+) -> None:
+    assert 0 < next_at(f"{hour:02}:{minute:02}", now) - now <= 26 * 3600
+
+
+def test_a_time_of_day_that_was_missed_runs_once() -> None:
+    sentinel = Sentinel(ScheduleConfig(action="check", at="07:30"))
+    sentinel.last = local("2026-11-20 07:30")
+    now = local("2026-11-22 12:00")
+    sentinel.plan(now, chance=0)
+    assert sentinel.due(now)
+    sentinel.begin(now)
+    sentinel.plan(now, chance=0)
+    assert sentinel.next == local("2026-11-23 07:30")
+
+
+@pytest.mark.parametrize(
+    ("notify", "told"),
+    [
+        ("change", [None, "is failing", None, "is well again", None]),
+        ("failure", [None, "is failing", "is failing", None, None]),
+        ("always", ["is well", "is failing", "is failing", "is well again", "is well"]),
+        ("never", [None] * 5),
+    ],
+)
+def test_the_agent_hears_of_the_outcomes_that_are_asked_for(
+    notify: str, told: list[str | None]
+) -> None:
+    sentinel = every(60, notify=notify)
+    assert [sentinel.end(ok) for ok in (True, False, False, True, True)] == told
+
+
+def test_a_first_run_that_fails_is_a_change() -> None:
+    assert every(60).end(ok=False) == "is failing"
