@@ -1,0 +1,88 @@
+"""The README promises nothing that is not so."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Hive
+
+import hive as module
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+CONSOLE = "".join(body for kind, body in BLOCKS if kind == "console")
+COMMANDS = [
+    line.removesuffix("&").split("#")[0].split(">")[0].split("|")[0].strip()
+    for line in re.findall(r"^\$ (?:.*?(?=python3? hive\.py|hive-cli))(.*)$", CONSOLE, re.M)
+    if line.startswith(("python", "hive-cli"))
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_that_it_shows_can_be_typed(line: str) -> None:
+    words = shlex.split(line)
+    arguments = words[2:] if words[0].startswith("python") else words[1:]
+    assert module.make_parser().parse_args(arguments).run
+
+
+def test_it_shows_commands() -> None:
+    assert len(COMMANDS) >= 8
+
+
+def test_its_first_screen_is_what_comes_back(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("ping", (ROOT / "hive-daemon.d" / "ping").read_text())
+    alpha.start()
+    first = BLOCKS[0][1].splitlines()
+    asked = first.index("$ hive-cli send --to all --action ping --text hello --wait 5")
+    answered = hive.cli("alpha", *shlex.split(first[asked])[2:])
+    assert answered.stdout == first[asked + 1] + "\n"
+    listed = first.index("$ hive-cli roster")
+    shown = hive.cli("alpha", "roster").stdout.splitlines()
+    assert shown[0].split() == first[listed + 1].split()
+    assert shown[1].split()[:3] == first[listed + 2].split()[:3]
+
+
+def test_its_configuration_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "mqtt-password").write_text("x\n")
+    for kind, body in BLOCKS:
+        if kind == "toml":
+            module.make_config(tomllib.loads(body), tmp_path / "hive.toml", {})
+
+
+def test_its_error_line_is_the_real_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hive.toml").write_text('[mqtt]\nhots = "broker.lan"\n')
+    with pytest.raises(module.ConfigError) as raised:
+        module.load_config()
+    assert f"hive: {raised.value}" in CONSOLE
+
+
+def test_its_envelope_is_one() -> None:
+    (body,) = (body for kind, body in BLOCKS if kind == "json")
+    assert module.Envelope.check(json.loads(body)).to == "beta"
+
+
+def test_it_names_every_channel_exit_code_command_and_variable() -> None:
+    for channel in module.CHANNELS.values():
+        assert f"| `{channel.name}` | {channel.meaning} |" in README
+    for code in module.Exit:
+        assert f"| {code.value} |" in README
+    for name in module.COMMANDS:
+        assert re.search(rf"(hive-cli|hive\.py) {name}\b", README), name
+    envelope = module.Envelope.new("a", "b", "command", "x")
+    instance = module.InstanceConfig(name="main")
+    environment = module.handler_environment(envelope, "b", "hive", instance, {})
+    for variable in environment:
+        assert variable in README
+
+
+def test_it_says_how_long_the_file_is() -> None:
+    (said,) = re.findall(r"about (\d+) lines", README)
+    lines = len((ROOT / "hive.py").read_text().splitlines())
+    assert abs(lines - int(said)) < 300
