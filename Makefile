@@ -1,29 +1,55 @@
 # make          what every change passes: lint, types, tests
 # make test     the tests alone; sets up everything on a fresh machine
+# make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
 # make bench    how long things take, beside their peers, in one run
+# make install  hive and hive-cli into ~/.local/bin, a unit, ~/.config/hive; START=1 starts it.
+#               PREFIX=/usr/local, as root: for the whole machine.  DESTDIR=... for packages.
 #
 # Needs Python 3.11 or newer with venv, and git.  Everything else goes into .venv/, except
-# Mosquitto, which comes from the system's package manager where that is allowed (root, or
-# Homebrew); without it the tests that need a broker are skipped, and fail where CI is set.
+# Mosquitto and the checkers of the units, which come from the system's package manager where
+# that is allowed (root, or Homebrew); without them the tests that need them are skipped, and
+# fail where CI is set.
 
 PYTHON ?= python3
 VENV   := .venv
 python := $(VENV)/bin/python
 
+OPENCLAW := .cache/openclaw
 RUNTIME := 'paho-mqtt>=2,<3'
 TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
+
+SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check
+SOURCES := hive.py tests $(SCRIPTS)
 
 check: lint types test  ## what every change passes
 
 lint: $(VENV)/ready
-	$(VENV)/bin/ruff check --quiet --line-length 100 --select E,F,I,B,UP,SIM,RUF --ignore RUF009 hive.py tests
-	$(VENV)/bin/ruff format --quiet --line-length 100 --check hive.py tests
+	$(VENV)/bin/ruff check --quiet --line-length 100 --select E,F,I,B,UP,SIM,RUF --ignore RUF009 $(SOURCES)
+	$(VENV)/bin/ruff format --quiet --line-length 100 --check $(SOURCES)
 
 types: $(VENV)/ready
 	$(VENV)/bin/mypy --strict hive.py tests
+	$(foreach script,$(SCRIPTS),$(VENV)/bin/mypy --strict $(script) &&) true
 
-test: $(VENV)/ready mosquitto
+test: $(VENV)/ready mosquitto checkers
 	$(python) -m pytest -q --timeout 120 tests
+
+test-openclaw: $(VENV)/ready mosquitto $(OPENCLAW)/ready
+	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin \
+	  $(python) -m pytest -q --timeout 300 tests/real_openclaw.py
+
+bench-openclaw: $(VENV)/ready mosquitto $(OPENCLAW)/ready
+	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin $(python) tests/bench_openclaw.py
+
+$(OPENCLAW)/ready:
+	@command -v npm >/dev/null || { echo "npm is missing (apt-get install npm): OpenClaw comes from there"; exit 1; }
+	@mkdir -p $(OPENCLAW)
+	cd $(OPENCLAW) && npm install --silent --no-fund --no-audit node@26.10.0
+	cd $(OPENCLAW) && PATH="$$PWD/node_modules/.bin:$$PATH" npm install --silent --no-fund --no-audit openclaw@2026.9.6
+	@touch $@
+
+install uninstall:  ## see contrib/install.sh
+	@PYTHON='$(PYTHON)' PAHO=$(RUNTIME) sh contrib/install.sh $@
 
 bench: $(VENV)/ready mosquitto
 	$(python) tests/bench.py
@@ -51,7 +77,21 @@ mosquitto:
 	  echo "installing Mosquitto with Homebrew"; brew install --quiet mosquitto >/dev/null || true; \
 	else echo "Mosquitto is missing: tests that need a broker will be skipped (apt-get install mosquitto)"; fi
 
+# systemd-analyze and plistutil for tests/test_units.py, openssl for test_link.py, pgrep.
+checkers:
+	@missing=; \
+	command -v systemd-analyze >/dev/null || missing="systemd"; \
+	command -v openssl >/dev/null || missing="$$missing openssl"; \
+	command -v pgrep >/dev/null || missing="$$missing procps"; \
+	command -v plutil >/dev/null || command -v plistutil >/dev/null || missing="$$missing libplist-utils"; \
+	if [ -z "$$missing" ] || ! command -v apt-get >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ]; then \
+	  echo "installing with apt-get: $$missing"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends $$missing; } >/dev/null || true; \
+	else echo "some tests of the units will be skipped (apt-get install $$missing)"; fi
+
 clean:  ## remove what make has made
 	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: check lint types test bench venv mosquitto clean
+.PHONY: check lint types test test-openclaw bench-openclaw install uninstall bench venv mosquitto checkers clean

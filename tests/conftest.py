@@ -221,8 +221,12 @@ class Hive:
     def close(self) -> None:
         for node in self.nodes.values():
             if node.process and node.process.poll() is None:
-                node.process.kill()
-                node.process.wait()
+                for _ in range(2):  # once to ask, once more to hurry: no handler outlives it
+                    node.process.terminate()
+                    time.sleep(0.01)
+        for node in self.nodes.values():
+            if node.process:
+                node.process.wait(PATIENCE)
         bugs = [row for node in self.nodes.values() for row in node.events("bug")]
         assert not bugs, bugs
 

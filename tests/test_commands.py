@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, ROOT, Broker, Hive, eventually, free_port, need_mosquitto
+from conftest import PATIENCE, ROOT, Broker, Hive, calls_of, eventually, free_port, need_mosquitto
 
 import hive as module
 
@@ -60,8 +60,8 @@ def run(
             "--to-msg and --text cannot both be read from stdin",
         ),
         (
-            ["reply", "--to-msg", "nope", "--text", "x"],
-            "--to-msg 'nope': neither JSON nor a file: No such file or directory",
+            ["reply", "--to-msg", "no/such.json", "--text", "x"],
+            "--to-msg 'no/such.json': neither JSON nor a file: No such file or directory",
         ),
         (["reply", "--to-msg", '{"v": 1}', "--text", "x"], "id: missing"),
         (["reply", "--to-msg", "{", "--text", "x"], "payload: not JSON: '{'"),
@@ -345,3 +345,25 @@ def test_handler_test_runs_one_as_the_daemon_would(hive: Hive) -> None:
     assert missing.stderr == f"hive: {alpha.handlers.resolve()}/nope: No such file or directory\n"
     unnamed = hive.cli("alpha", "handler", "test", code=2)
     assert unnamed.stderr == "hive: handler test: which one? there are: fail, slow, who\n"
+
+
+def test_a_message_is_shown_and_answered_by_its_id(hive: Hive, fast_agent: Path) -> None:
+    alpha = hive.node("alpha").start()
+    beta = hive.node("beta", f'[[oc_instances]]\nname = "main"\nopenclaw_cmd = "{fast_agent}"\n')
+    beta.start()
+    text = "lang " * 10_000 + "Ende"
+    id = hive.cli("alpha", "send", "--to", "beta", "--text", "-", stdin=text).stdout.split()[1]
+    beta.logged("agent woken", id=id)
+    (call,) = calls_of(fast_agent)
+    assert f"[cut; all 50004 characters: hive-cli show {id}]" in call["argv"][3]
+
+    shown = json.loads(hive.cli("beta", "show", id).stdout)
+    assert (shown["text"], shown["from"]) == (text, "alpha")
+    hive.cli("beta", "reply", "--to-msg", id, "--text", "verstanden")
+    answer = alpha.logged("received", ch="response")
+    assert alpha.logged("text", id=answer["id"])["text"] == "verstanden"
+    unknown = hive.cli("beta", "show", "no-such-id", code=1)
+    assert unknown.stderr == "hive: no-such-id: not known here; the last 500 messages are kept\n"
+    beta.stop()
+    absent = hive.cli("beta", "reply", "--to-msg", id, "--text", "x", code=1)
+    assert absent.stderr.startswith("hive: no daemon of beta runs on this machine (no ")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hive
@@ -236,13 +236,20 @@ def test_an_exchange_is_named_after_its_first_message() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["HIVE_CONFIG", "HIVE_PASSWORD", "HIVE_AGENT", "NOTIFY_SOCKET", "WATCHDOG_USEC"],
+    ["HIVE_AGENT", "HIVE_PROFILE", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"],
 )
 def test_the_daemons_own_affairs_are_not_handed_on(name: str) -> None:
     inherited = {name: "the daemon's", "HOME": "/home/me"}
     environment = hive.handler_environment(ASKED, "beta", "hive", None, inherited)
     assert name not in environment
     assert environment["HOME"] == "/home/me"
+
+
+def test_a_handlers_own_settings_reach_it() -> None:
+    inherited = {"HIVE_GIT_SYNC_CONFIG": "/etc/sync.toml", "HIVE_CONFIG": "/etc/hive.toml"}
+    assert (
+        inherited.items() <= hive.handler_environment(ASKED, "b", "hive", None, inherited).items()
+    )
 
 
 # What is made of an outcome
@@ -391,6 +398,7 @@ outcomes = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(outcomes)
 @example(outcome_of(b"\x00" * 256 * 1024, truncated=True))
 def test_any_outcome_fits_into_an_envelope_and_a_document(outcome: hive.Outcome) -> None:

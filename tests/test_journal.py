@@ -244,6 +244,71 @@ def test_a_note_is_kept_without_a_disk_too(open_journal: Open, tmp_path: Path) -
     assert journal.recall("a key") == {"ok": True}
 
 
+def test_what_is_kept_is_found_by_its_kind_and_id(open_journal: Open) -> None:
+    journal = open_journal()
+    journal.keep("told", "a", '{"text": "ä \u2028\\n😀"}')
+    journal.keep("asked", "a", "")
+    journal.keep("told", "A", "x" * 1_600_000)
+    found = [journal.kept("told", "a"), journal.kept("asked", "a"), journal.kept("asked", "b")]
+    assert found == ['{"text": "ä \u2028\\n😀"}', "", None]
+    assert journal.kept("told", "A") == "x" * 1_600_000
+
+
+def test_what_is_kept_again_is_replaced(open_journal: Open) -> None:
+    journal = open_journal()
+    for content in ("first", "second"):
+        journal.keep("told", "a", content)
+    assert journal.kept("told", "a") == "second"
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_what_is_kept_survives_a_restart(open_journal: Open, committed: bool) -> None:
+    journal = open_journal()
+    journal.remember("a")  # so that a transaction is under way
+    journal.keep("told", "a", "hello")
+    if committed:
+        journal.commit()
+    journal.close()
+    assert open_journal().kept("told", "a") == "hello"
+
+
+def test_of_each_kind_the_latest_are_kept(
+    open_journal: Open, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_KEPT", 10)
+    journal = open_journal()
+    journal.keep("asked", "a", "a question")
+    journal.keep("told", "old", "old")
+    for i in range(100):
+        journal.keep("told", f"m-{i}", str(i))
+        journal.keep("told", "again", str(i))
+    with closing(sqlite3.connect(folder / "journal.sqlite3")) as database:
+        counts = dict(database.execute("SELECT kind, count(*) FROM kept GROUP BY kind"))
+    assert counts["told"] <= 10
+    assert journal.kept("told", "old") is None
+    assert [journal.kept("told", id) for id in ("m-99", "again")] == ["99", "99"]
+    assert journal.kept("asked", "a") == "a question", "one kind does not push out another"
+
+
+def test_many_messages_of_one_kind_leave_as_many_of_another(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_KEPT", 10)
+    journal = open_journal()
+    for i in range(10):
+        journal.keep("asked", f"q-{i}", "a question")
+        for j in range(20):
+            journal.keep("told", f"m-{i}-{j}", "hello")
+    assert all(journal.kept("asked", f"q-{i}") for i in range(10))
+
+
+def test_messages_are_kept_without_a_disk_too(open_journal: Open, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    journal = open_journal(tmp_path / "file" / "x")
+    journal.keep("told", "a", "hello")
+    assert journal.kept("told", "a") == "hello"
+
+
 def test_an_empty_file_is_a_new_journal(open_journal: Open, folder: Path, log: io.StringIO) -> None:
     folder.mkdir()
     (folder / "journal.sqlite3").touch()

@@ -2,62 +2,66 @@
 
 from __future__ import annotations
 
-from hive import COMPLAINTS, LONGEST_WAIT, MAX_WAITING, Complaints, Waiting
+from hive import COMPLAINTS, SETTLING, Complaints, Waiting
 
 
-def test_an_answer_is_expected_until_its_time_is_over() -> None:
+def test_an_answer_is_expected_for_as_long_as_somebody_waits() -> None:
     waiting = Waiting()
-    waiting.add("m-1", 10, now=100)
-    assert [waiting.expects("m-1", now) for now in (100, 109, 110, 111)] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    waiting.add("m-1")
+    assert waiting.expects("m-1", 100) and waiting.expects("m-1", 1e9)
+    waiting.drop("m-1")
+    assert not waiting.expects("m-1", 100)
 
 
 def test_nobody_waits_for_what_nobody_asked() -> None:
     waiting = Waiting()
-    waiting.add("m-1", 10, now=100)
+    waiting.add("m-1")
+    waiting.drop("m-2")
+    assert waiting.expects("m-1", 100)
     assert not waiting.expects("m-2", 100) and not waiting.expects(None, 100)
 
 
-def test_whoever_stops_waiting_expects_nothing_more() -> None:
+def test_an_answer_that_was_just_read_is_no_news_though_nobody_waits_any_more() -> None:
     waiting = Waiting()
-    waiting.add("m-1", 10, now=100)
+    waiting.add("m-1")
+    waiting.settle("m-1", now=100)
     waiting.drop("m-1")
-    waiting.drop("m-2")
-    assert not waiting.expects("m-1", 101)
+    times = (100, 100 + SETTLING - 1, 100 + SETTLING, 1e9)
+    assert [waiting.expects("m-1", now) for now in times] == [True, True, False, False]
+
+
+def test_a_question_to_everyone_is_open_until_its_asker_leaves() -> None:
+    waiting = Waiting()
+    waiting.add("m-1")
+    waiting.settle("m-1", now=100)  # the first of several answers
+    assert waiting.expects("m-1", 100 + 5 * SETTLING)
+    waiting.drop("m-1")
+    assert not waiting.expects("m-1", 100 + 5 * SETTLING)
 
 
 def test_asking_again_waits_anew() -> None:
     waiting = Waiting()
-    waiting.add("m-1", 10, now=100)
-    waiting.add("m-1", 10, now=105)
-    assert waiting.expects("m-1", 112)
+    waiting.settle("m-1", now=100)
+    waiting.add("m-1")
+    assert waiting.expects("m-1", 1e9)
 
 
-def test_nobody_waits_for_ever() -> None:
+def test_two_who_wait_for_the_same_are_two() -> None:
     waiting = Waiting()
-    waiting.add("m-1", 1e12, now=0)
-    assert waiting.expects("m-1", LONGEST_WAIT - 1) and not waiting.expects("m-1", LONGEST_WAIT + 1)
+    waiting.add("m-1")
+    waiting.add("m-1")
+    waiting.drop("m-1")
+    assert waiting.expects("m-1", 100)
+    waiting.drop("m-1")
+    assert not waiting.expects("m-1", 100)
 
 
-def test_of_too_many_who_wait_the_oldest_is_forgotten() -> None:
+def test_one_exchange_does_not_settle_another() -> None:
     waiting = Waiting()
-    for i in range(MAX_WAITING + 1):
-        waiting.add(f"m-{i}", 10, now=0)
-    expected = [waiting.expects(f"m-{i}", 1) for i in range(MAX_WAITING + 1)]
-    assert expected == [False] + [True] * MAX_WAITING
-
-
-def test_those_whose_time_is_over_make_room() -> None:
-    waiting = Waiting()
-    waiting.add("m-old", 1000, now=0)
-    for i in range(MAX_WAITING - 1):
-        waiting.add(f"m-{i}", 1, now=0)
-    waiting.add("m-new", 10, now=5)
-    assert waiting.expects("m-old", 6) and waiting.expects("m-new", 6)
+    waiting.add("m-1")
+    waiting.settle("m-2", now=100)
+    waiting.settle("m-3", now=1e9)
+    assert waiting.expects("m-1", 1e9) and not waiting.expects("m-2", 1e9)
 
 
 def test_a_fault_is_complained_about_a_few_times_a_minute() -> None:

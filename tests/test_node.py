@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -148,6 +149,14 @@ class Rig:
 
     # What comes in
 
+    def ask(self, knock: hive.Knock, **request: object) -> dict[str, Any]:
+        """What a command on this machine is told at the door."""
+        answers: list[dict[str, Any]] = []
+        asking = threading.Thread(target=lambda: answers.append(knock.ask(request)))
+        asking.start()
+        self.until("an answer at the door", lambda: not asking.is_alive())
+        return answers[0]
+
     def handler(self, action: str, lines: str) -> None:
         made = self.handler_dir.parent / f"{action}.new"
         made.write_text(f"#!/bin/sh\n{lines}\n")
@@ -231,8 +240,9 @@ class Rig:
 
 
 @pytest.fixture
-def rig_of(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
     """Make a node with these handlers (name: lines of sh); it is ended with the test."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # no OpenClaw of this user is looked for
     made: list[Rig] = []
 
     def make(
@@ -405,12 +415,14 @@ def test_a_handler_reads_the_envelope_as_one_line(rig_of: Callable[..., Rig]) ->
 def test_a_handler_finds_its_agent_in_the_environment_and_no_secret(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HIVE_PASSWORD", "x-y-z")
-    other = hive.InstanceConfig("other", profile="work", token="x-y-z")
-    rig = rig_of([main, other], show="env | grep HIVE_ | sort; env | grep -c x-y-z; true")
+    for key in hive.NOT_INHERITED:
+        monkeypatch.setenv(key, "of the daemon")
+    monkeypatch.setenv("EDITOR", "ed")
+    other = hive.InstanceConfig("other", profile="work", token="x-y-z", hook_token="x-y-z")
+    rig = rig_of([main, other], show="env")
     lines = rig.answer_to(rig.say("command", "show", to="other")).text.splitlines()
-    assert lines[-1] == "0"
-    assert {"HIVE_AGENT=other", "HIVE_PROFILE=work", "HIVE_TO=other"} <= set(lines)
+    assert {"HIVE_AGENT=other", "HIVE_PROFILE=work", "HIVE_TO=other", "EDITOR=ed"} <= set(lines)
+    assert not [line for line in lines if "x-y-z" in line or "of the daemon" in line]
     assert "HIVE_AGENT=main" in rig.answer_to(rig.say("command", "show")).text
 
 
@@ -540,31 +552,80 @@ def test_the_answer_that_somebody_waits_for_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    rig.say("status", sender="beta", text="waiting", corr="c-1", ttl=60, urgency="later")
+    knock = hive.Knock(rig.state_dir / "door")
+    assert rig.ask(knock, do="ask", id="c-1", text="well?", wait=True) == {"ok": True}
     rig.say("response", corr="c-1")
     rig.say("response", corr="c-1")  # of a question to everyone
-    rig.turn()
+    rig.advance(120)
     assert rig.started() == []
     rig.say("response", corr="c-2")
     rig.until("the agent hears of another", lambda: rig.started() == ["main"])
-    rig.say("status", sender="beta", text="not waiting", corr="c-1", urgency="later")
+    knock.close()
+    rig.advance(5)
     rig.say("response", corr="c-1")
     rig.until("the agent hears it after all", lambda: rig.started() == ["main"] * 2)
 
 
-def test_nobody_waits_for_ever(rig_of: Callable[..., Rig], main: hive.InstanceConfig) -> None:
-    rig = rig_of([main])
-    rig.say("status", sender="beta", text="waiting", corr="c-1", ttl=60, urgency="later")
-    rig.advance(61)
-    rig.say("response", corr="c-1")
-    rig.until("the agent hears it", lambda: rig.started() == ["main"])
-
-
-def test_a_peer_cannot_silence_the_agent(
+def test_the_answer_that_somebody_has_just_read_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    rig.say("status", sender="alpha", text="waiting", corr="c-1", ttl=60, urgency="later")
+    knock = hive.Knock(rig.state_dir / "door")
+    rig.ask(knock, do="ask", id="c-1", text="well?", wait=True)
+    rig.ask(knock, do="settle", id="c-1")
+    knock.close()
+    rig.turn()
+    rig.say("response", corr="c-1")
+    rig.turn()
+    assert rig.started() == []
+    rig.advance(hive.SETTLING)
+    rig.say("response", corr="c-1")
+    rig.until("the agent hears a late one", lambda: rig.started() == ["main"])
+
+
+def test_the_answer_to_a_question_that_nobody_waits_for_wakes_the_agent_with_the_question(
+    rig_of: Callable[..., Rig], main: hive.InstanceConfig, fast_agent: Path
+) -> None:
+    rig = rig_of([main])
+    knock = hive.Knock(rig.state_dir / "door")
+    rig.ask(knock, do="ask", id="c-1", text="is the backup\ndone?" + " " * 1000)
+    knock.close()
+    rig.say("response", corr="c-1", text="yes")
+    (call,) = rig.until("the agent is called", lambda: calls_of(fast_agent))
+    header, said, _ = call["argv"][3].split("\n")
+    assert header.partition(" re: ")[2].startswith(r'"is the backup\ndone?')
+    assert said == '"yes"'
+
+
+@pytest.mark.parametrize(
+    ("ch", "text", "answers"),
+    [
+        ("command", "42", ["42"]),
+        ("command", "half a pair: \ud83d", ["half a pair: \ufffd"]),
+        ("alert", "42", []),
+        ("response", "42", []),
+    ],
+)
+def test_the_reply_of_an_agents_turn_is_the_answer(
+    rig_of: Callable[..., Rig], tmp_path: Path, ch: str, text: str, answers: list[str]
+) -> None:
+    turn = {"status": "ok", "result": {"payloads": [{"text": text}]}}
+    (tmp_path / "out").write_text(json.dumps(turn))
+    command = ("sh", "-c", 'cat "$0"', str(tmp_path / "out"))
+    rig = rig_of([hive.InstanceConfig("main", via="agent", openclaw_cmd=command)])
+    asked = rig.say(ch, corr="c-1")
+    rig.until("the turn has ended", lambda: rig.events("agent woken") and rig.works())
+    heard = [(e.ch, e.text, e.corr, e.to) for e in rig.answers_to(asked)]
+    assert [text.replace("?", "\ufffd") for _, text, *_ in heard] == answers
+    assert {(ch, corr, to) for ch, _, corr, to in heard} <= {("response", "c-1", "alpha")}
+
+
+@pytest.mark.parametrize("sender", ["alpha", "beta"])
+def test_nothing_on_the_bus_can_silence_the_agent(
+    rig_of: Callable[..., Rig], main: hive.InstanceConfig, sender: str
+) -> None:
+    rig = rig_of([main])
+    rig.say("status", sender=sender, text="waiting", corr="c-1", ttl=60, urgency="later")
     rig.say("response", corr="c-1")
     rig.until("the agent hears it", lambda: rig.started() == ["main"])
 
@@ -1263,10 +1324,10 @@ def test_sighup_makes_a_node_look_at_its_handlers(rig: Rig) -> None:
 
 
 def test_a_file_that_is_no_handler_is_told_once(rig: Rig) -> None:
-    (rig.handler_dir / "README").write_text("how to deploy")
+    (rig.handler_dir / "notes.txt").write_text("how to deploy")
     rig.advance(60)
     (line,) = rig.events("not a handler")
-    assert (line["level"], line["file"]) == ("warning", "README")
+    assert (line["level"], line["file"]) == ("warning", "notes.txt")
 
 
 # The end

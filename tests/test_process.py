@@ -336,6 +336,7 @@ time.sleep(float(sys.argv[1]))
 def test_a_grandchild_that_left_the_group_does_not_hold_up_the_result(
     loop: hive.Loop, children: hive.Children, clock: Clock, tmp_path: Path, how: str
 ) -> None:
+    before = sorted(os.listdir("/dev/fd"))
     outcomes: list[hive.Outcome] = []
     argv = [sys.executable, "-c", FUGITIVE, "0" if "end" in how else "60"]
     child = children.start(hive.Job(argv, os.environ, PATIENCE, cwd=tmp_path), outcomes.append)
@@ -350,6 +351,7 @@ def test_a_grandchild_that_left_the_group_does_not_hold_up_the_result(
             child.stop()
         clock.skipped += PATIENCE if how == "late" else 0
         turn_until(loop, "the outcome", lambda: outcomes, patience=5.0)
+        assert sorted(os.listdir("/dev/fd")) == before
     finally:
         os.kill(fugitive, signal.SIGKILL)
     assert [outcome.exit for outcome in outcomes] == [0 if "end" in how else -signal.SIGTERM]

@@ -17,9 +17,8 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 CONSOLE = "".join(body for kind, body in BLOCKS if kind == "console")
 COMMANDS = [
-    line.removesuffix("&").split("#")[0].split(">")[0].split("|")[0].strip()
-    for line in re.findall(r"^\$ (?:.*?(?=python3? hive\.py|hive-cli))(.*)$", CONSOLE, re.M)
-    if line.startswith(("python", "hive-cli"))
+    re.split(r" [&#>|]", line)[0]
+    for line in re.findall(r"^\$ (?:.* )?((?:python3? hive\.py|hive-cli) .*)$", CONSOLE, re.M)
 ]
 
 
@@ -49,7 +48,8 @@ def test_its_first_screen_is_what_comes_back(hive: Hive) -> None:
 
 
 def test_its_configuration_is_accepted(tmp_path: Path) -> None:
-    (tmp_path / "mqtt-password").write_text("x\n")
+    for file in ("mqtt-password", "hook-token"):
+        (tmp_path / file).write_text("x\n")
     for kind, body in BLOCKS:
         if kind == "toml":
             module.make_config(tomllib.loads(body), tmp_path / "hive.toml", {})
@@ -86,3 +86,7 @@ def test_it_says_how_long_the_file_is() -> None:
     (said,) = re.findall(r"about (\d+) lines", README)
     lines = len((ROOT / "hive.py").read_text().splitlines())
     assert abs(lines - int(said)) < 300
+
+
+def test_it_names_every_way_to_an_agent() -> None:
+    assert all(f"| `{via}`" in README for via in module.VIA)

@@ -10,7 +10,6 @@ from hive import (
     CHANNELS,
     Drop,
     Envelope,
-    Expect,
     Hear,
     Note,
     Refuse,
@@ -104,19 +103,15 @@ def test_a_message_for_another_node_is_dropped(ch: str) -> None:
     assert isinstance(decide(envelope(ch, "gamma", action="git-sync"), situation()), Drop)
 
 
-@pytest.mark.parametrize(("text", "waits"), [("waiting", True), ("not waiting", False)])
-def test_a_command_line_tells_its_own_node_that_it_waits(text: str, waits: bool) -> None:
-    notice = Envelope.new("beta", "beta", "status", text, corr="m-1", urgency="later")
-    assert decide(notice, situation()) == Expect("m-1", waits)
-    foreign = Envelope.new("alpha", "beta", "status", text, corr="m-1", urgency="later")
-    assert isinstance(decide(foreign, situation()), Note)
-
-
-@pytest.mark.parametrize("ch", ["command", "sync", "response", "alert"])
-def test_a_node_may_say_waiting_to_itself_like_any_other_word(ch: str) -> None:
-    texts = ("hello", "waiting", "not waiting")
-    said = [Envelope.new("beta", "beta", ch, text, corr="m-1") for text in texts]
-    assert [decide(one, situation()) for one in said] == [WakeAgents(("main",), True)] * 3
+@pytest.mark.parametrize("text", ["waiting", "not waiting"])
+@pytest.mark.parametrize("sender", ["alpha", "beta"])
+@pytest.mark.parametrize("ch", TABLE)
+def test_no_word_on_the_bus_means_anything_to_a_node(ch: str, sender: str, text: str) -> None:
+    said, plain = (
+        Envelope.new(sender, "beta", ch, words, corr="m-1", urgency="later")
+        for words in (text, "hello")
+    )
+    assert decide(said, situation()) == decide(plain, situation())
 
 
 @pytest.mark.parametrize(
