@@ -3454,7 +3454,6 @@ class Link:
         self.protocol_errors = paho_errors()
         if settings.tls:
             tls_context(settings)
-        self.dropped = 0
         self._user: LinkUser | None = None
         self._connection: Connection | None = None
         self._protocol = settings.protocol
@@ -3480,7 +3479,10 @@ class Link:
 
     def _connect(self) -> None:
         if self._user:
-            self._connection = Connection(self, self._protocol)
+            try:
+                self._connection = Connection(self, self._protocol)
+            except ConfigError as error:  # a certificate that was there at the start
+                self._retry_later(str(error))
 
     def publish(self, publication: Publication) -> None:
         """Publish now, or when the broker is back."""
@@ -3489,7 +3491,6 @@ class Link:
         self._outbox.append(publication)
         if len(self._outbox) > MAX_OUTBOX:
             self._outbox.popleft().done(-1, "too much waits for the broker")
-            self.dropped += 1
         self._pump()
 
     def _pump(self) -> None:
@@ -3566,11 +3567,15 @@ class Link:
         self._protocol = "3.1.1" if no_v5 else self.settings.protocol
         if no_v5:
             return self._connect()
+        self._retry_later(reason)
+
+    def _retry_later(self, reason: str) -> None:
         first, longest = RETRY
         delay = min(first * 2 ** min(self._failures, 20), longest) * random.uniform(0.5, 1.0)
         self._failures += 1
         self._retry = self.loop.after(delay, self._try_again)
-        self._user.link_down(reason)
+        if self._user:
+            self._user.link_down(reason)
 
 
 class Survey:
