@@ -163,7 +163,13 @@ install_programs() {
 install_configuration() {
   folder "$config" "$folder_mode"
   folder "$config/hive-daemon.d" "$folder_mode"
-  "$python" hive.py config --example >"$scratch/hive.toml"
+  "$python" hive.py config --example >"$scratch/example.toml"
+  # The daemon learns its state directory from systemd; hive-cli, which speaks to it there, does not.
+  if [ "$for" = system ]; then
+    sed "s|^# state_dir = [^#]*|state_dir = \"$state\"  |" "$scratch/example.toml" >"$scratch/hive.toml"
+  else
+    cp "$scratch/example.toml" "$scratch/hive.toml"
+  fi
   put_once "$scratch/hive.toml" "$config/hive.toml" "$file_mode"
   put_once hive-daemon.d/ping "$config/hive-daemon.d/ping" 755
   if [ "$for" = system ]; then share_configuration; fi

@@ -456,3 +456,12 @@ def test_whoami_shows_how_to_refuse() -> None:
     done = answer("whoami", ch="sync")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "whoami only answers commands\n"
+
+
+def test_the_systems_daemon_and_its_command_line_meet_in_one_state_directory(
+    machine: Machine,
+) -> None:
+    system_unit(machine)
+    config = machine.inside("/etc/hive/hive.toml")
+    shown = machine.run(sys.executable, str(ROOT / "hive.py"), "--config", str(config), "config")
+    assert 'state_dir = "/var/lib/hive"' in shown.stdout, shown.stderr
