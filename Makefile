@@ -44,8 +44,11 @@ bench-openclaw: $(VENV)/ready mosquitto $(OPENCLAW)/ready
 $(OPENCLAW)/ready:
 	@command -v npm >/dev/null || { echo "npm is missing (apt-get install npm): OpenClaw comes from there"; exit 1; }
 	@mkdir -p $(OPENCLAW)
-	cd $(OPENCLAW) && npm install --silent --no-fund --no-audit node@26.10.0
-	cd $(OPENCLAW) && PATH="$$PWD/node_modules/.bin:$$PATH" npm install --silent --no-fund --no-audit openclaw@2026.9.6
+	cd $(OPENCLAW) && PATH="$$PWD/node_modules/.bin:$$PATH" && \
+	for package in node@26.10.0 openclaw@2026.9.6; do \
+	  for try in 1 2 3; do npm install --loglevel=error --no-fund --no-audit $$package && break; sleep 5; done; \
+	done
+	test -x $(OPENCLAW)/node_modules/.bin/openclaw
 	@touch $@
 
 install uninstall:  ## see contrib/install.sh
