@@ -43,12 +43,12 @@ bench-openclaw: $(VENV)/ready mosquitto $(OPENCLAW)/ready
 
 $(OPENCLAW)/ready:
 	@command -v npm >/dev/null || { echo "npm is missing (apt-get install npm): OpenClaw comes from there"; exit 1; }
-	@mkdir -p $(OPENCLAW)
+	@mkdir -p $(OPENCLAW) && echo '{"private": true}' >$(OPENCLAW)/package.json
 	cd $(OPENCLAW) && PATH="$$PWD/node_modules/.bin:$$PATH" && \
 	for package in node@26.10.0 openclaw@2026.9.6; do \
 	  for try in 1 2 3; do npm install --loglevel=error --no-fund --no-audit $$package && break; sleep 5; done; \
 	done
-	test -x $(OPENCLAW)/node_modules/.bin/openclaw
+	test -x $(OPENCLAW)/node_modules/.bin/openclaw && test -x $(OPENCLAW)/node_modules/.bin/node
 	@touch $@
 
 install uninstall:  ## see contrib/install.sh
