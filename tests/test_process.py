@@ -237,6 +237,9 @@ def test_the_end_of_stderr_is_kept(
     assert len(outcome.stderr) == 8 * 1024
 
 
+ONCE_STOPPED = "until ps -o stat= -p $$ | grep -q T; do :; done"
+
+
 @pytest.mark.parametrize(
     ("lines", "exit"),
     [
@@ -248,7 +251,7 @@ def test_the_end_of_stderr_is_kept(
         ("(trap '' TERM; READY; sleep 60) & exec sleep 60", -signal.SIGTERM),
         ("(trap '' TERM; READY; sleep 60) >/dev/null 2>&1 & exec sleep 60", -signal.SIGTERM),
         ("exec >&- 2>&-; READY; sleep 60", -signal.SIGTERM),
-        ("(kill -STOP $$; READY) & wait", -signal.SIGKILL),
+        (f"(kill -STOP $$; {ONCE_STOPPED}; READY) & wait", -signal.SIGKILL),
     ],
 )
 @pytest.mark.usefixtures("impatient")
