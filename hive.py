@@ -3661,6 +3661,7 @@ class Survey:
 STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
 GOODBYE = 2.0  # seconds for the last messages
 CHALLENGE_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
+LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 MAX_STATE = 64 * KIB  # bytes of a peer's state document
 DOUBT = 1.0  # seconds between a loss and its alert: when a broker stops, everyone seems to die
@@ -3797,7 +3798,7 @@ class Node:
         self._service = Service(loop, os.environ)
         self._door: Door | None = None
         self._seq = 0
-        self._beaten = float("-inf")
+        self._beaten = self._looked = float("-inf")
         self._connected = self._outage = self._stopping = False
         self._link = link(config, self._will())
 
@@ -3906,6 +3907,8 @@ class Node:
         reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
         if not reason and delivery.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
+        if envelope.action and envelope.action not in self._catalogue.handlers and not reason:
+            self._look_again()
         step = Drop(reason) if reason else decide(envelope, self._situation())
         if isinstance(step, Run | WakeAgents | Refuse | Note) and not self._journal.remember(
             envelope.id
@@ -4055,6 +4058,14 @@ class Node:
             self._send(answer_to(envelope, self.name, outcome, deadline))
         if not self._stopping:
             self._run_handlers()
+
+    def _look_again(self) -> None:
+        """An action is not known: a handler for it may have been put there just now."""
+        now = self.loop.clock()
+        if now - self._looked >= LOOK_GAP:
+            self._looked = now
+            if self._look_for_handlers():
+                self._publish_roster()
 
     def _look_for_handlers(self) -> bool:
         """Read the handler directory again; is anything different?"""

@@ -458,6 +458,11 @@ def test_a_new_handler_is_known_without_being_asked_and_on_sighup(
     beta.handler("two", PONG)
     os.kill(beta.pid, signal.SIGHUP)
     beta.logged("handlers", actions="two")
+    beta.handler("three", PONG)
+    answer = slow.cli(
+        "beta", "send", "--to", "beta", "--action", "three", "--text", "x", "--wait", "20"
+    )
+    assert answer.stdout == "pong\n"
 
 
 def test_stopping_gives_a_running_handler_its_moment_and_tells_those_who_wait(hive: Hive) -> None:
