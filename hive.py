@@ -2788,7 +2788,8 @@ def hook_url(instance: InstanceConfig, port: int | None) -> str:
 
 MAX_IDS = 100_000
 PRUNE_EVERY = 1000  # ids
-MAX_KEPT = 500  # messages that agents were told, questions that were asked; at most 800 KiB each
+MAX_KEPT = 500  # messages that agents were told, questions that were asked
+MAX_KEPT_SIZE = 32 * KIB * KIB  # characters of each of the two
 
 
 class Journal:
@@ -2860,7 +2861,8 @@ class Journal:
         database.execute("CREATE TABLE IF NOT EXISTS notes (key TEXT PRIMARY KEY, value TEXT)")
         database.execute(
             "CREATE TABLE IF NOT EXISTS kept"
-            " (n INTEGER PRIMARY KEY, kind TEXT, id TEXT, content TEXT, UNIQUE (kind, id))"
+            " (n INTEGER PRIMARY KEY, kind TEXT, id TEXT, size INTEGER, content TEXT,"
+            " UNIQUE (kind, id))"
         )
         return database
 
@@ -2908,12 +2910,17 @@ class Journal:
         self._execute("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(value)))
 
     def keep(self, kind: str, id: str, content: str) -> None:
-        """Keep a text of a kind under an id, for as long as it is one of the last MAX_KEPT."""
-        self._execute("REPLACE INTO kept (kind, id, content) VALUES (?, ?, ?)", (kind, id, content))
+        """Keep a text of a kind under an id, for as long as it is one of the last."""
         self._execute(
-            "DELETE FROM kept WHERE kind = ? AND n <="
-            " (SELECT n FROM kept WHERE kind = ? ORDER BY n DESC LIMIT 1 OFFSET ?)",
-            (kind, kind, MAX_KEPT),
+            "REPLACE INTO kept (kind, id, size, content) VALUES (?, ?, ?, ?)",
+            (kind, id, len(content), content),
+        )
+        self._execute(
+            "DELETE FROM kept WHERE n IN (SELECT n FROM (SELECT n,"
+            " row_number() OVER latest AS place, sum(size) OVER latest AS total FROM kept"
+            " WINDOW latest AS (PARTITION BY kind ORDER BY n DESC))"
+            " WHERE place > ? OR total > ?)",
+            (MAX_KEPT, MAX_KEPT_SIZE),
         )
 
     def kept(self, kind: str, id: str) -> str | None:

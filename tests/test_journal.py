@@ -375,3 +375,16 @@ def test_nobody_else_may_read_it(folder: Path, open_journal: Open) -> None:
 
 def test_missing_folders_are_made(open_journal: Open, tmp_path: Path) -> None:
     assert open_journal(tmp_path / "a" / "b" / "c").on_disk
+
+
+def test_a_peers_long_messages_do_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_KEPT_SIZE", 10_000)
+    journal = hive.Journal(tmp_path / "state", "this-run", hive.Log("error"))
+    for i in range(20):
+        journal.keep("told", f"m-{i}", "x" * 3000)
+    journal.keep("asked", "m-1", "short")
+    assert [i for i in range(20) if journal.kept("told", f"m-{i}")] == [17, 18, 19]
+    assert journal.kept("asked", "m-1") == "short"
+    journal.close()
