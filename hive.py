@@ -4769,6 +4769,8 @@ class Asking(Errand):
             return
         if answer.corr != self._envelope.exchange or answer.ch not in ("response", "alert"):
             return
+        if answer.reply_to not in (None, self._envelope.id):
+            return  # it answers an earlier message of the exchange
         self.refused |= answer.ch == "alert"
         self._tell_own_daemon("settle")
         self._heard(answer)

@@ -482,9 +482,25 @@ def test_stopping_gives_a_running_handler_its_moment_and_tells_those_who_wait(hi
     alpha.logged("received", ch="alert")
 
 
+def test_an_answer_to_an_earlier_message_of_the_exchange_is_not_this_one(hive: Hive) -> None:
+    hive.node("alpha").start()
+    beta = hive.node("beta")
+    go = beta.home / "go"
+    beta.handler("slow", f"#!/bin/sh\nwhile [ ! -e {go} ]; do sleep 0.05; done\necho first\n")
+    beta.handler("quick", f"#!/bin/sh\ntouch {go}\nsleep 0.3\necho second\n")
+    beta.start()
+    message = ("send", "--to", "beta", "--text", "x", "--corr", "exchange-1", "--action")
+    hive.cli("alpha", *message, "slow")
+    beta.logged("handler started", action="slow")
+
+    assert hive.cli("alpha", *message, "quick", "--wait", "20").stdout == "second\n"
+
+
 ODD_VALUES: list[object] = [
     *([], {}, 1.5, True, -1, "", "+/#", "a\0b", "\ud800", "x" * 70_000, 10**400),
 ]
+
+
 HOSTILE = [
     b"",
     b"\xff\xfe\x00",
