@@ -53,6 +53,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum, IntEnum
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, TypeVar, assert_never
 
@@ -4883,7 +4884,7 @@ def daemon(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as ending:
         ending.callback(journal.close)
         ending.callback(loop.close)
-        node = Node(config, loop, log, journal, instance, session_link(loop))
+        node = Node(config, loop, log, journal, instance, partial(session_link, loop))
         ending.callback(node.abandon)
         source = config.source or "defaults"
         log.info("starting", node=node.name, version=__version__, build=build(), config=source)
@@ -4893,18 +4894,15 @@ def daemon(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def session_link(loop: Loop) -> Callable[[Config, Publication], Transport]:
+def session_link(loop: Loop, config: Config, will: Publication) -> Link:
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
-
-    def make(config: Config, will: Publication) -> Transport:
-        node, topics = config.node.id, config.topics
-        names = dict.fromkeys([node, *config.agents, EVERYONE])
-        subscriptions = [(topics.to(name), 1) for name in names]
-        subscriptions.append((topics.meta("+", "state"), 0))  # QoS 0: not kept while we are away
-        client_id = f"{topics.prefix}-{node}".replace("/", "-")
-        return Link(loop, config.mqtt, client_id, subscriptions, will)
-
-    return make
+    node, topics = config.node.id, config.topics
+    names = dict.fromkeys([node, *config.agents, EVERYONE])
+    subscriptions = [(topics.to(name), 1) for name in names]
+    subscriptions.append((topics.meta("+", "state"), 0))  # QoS 0: not kept while we are away
+    # A colon is in no name and in no level, so no two hives of a broker have one client id.
+    client_id = f"{topics.prefix}/{node}".replace("/", ":")
+    return Link(loop, config.mqtt, client_id, subscriptions, will)
 
 
 @command(

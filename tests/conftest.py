@@ -258,6 +258,21 @@ def hive(hive_of: Callable[..., Hive], shared_broker: Broker) -> Hive:
     return hive_of(shared_broker)
 
 
+class Clock:
+    """Real time, and what was skipped of it."""
+
+    def __init__(self) -> None:
+        self.skipped = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.skipped
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
 @pytest.fixture
 def fast_agent(tmp_path: Path) -> Path:
     """A stand-in for the openclaw command that writes down how it was called."""

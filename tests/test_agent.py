@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, free_port
+from conftest import PATIENCE, Clock, free_port
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -414,21 +414,6 @@ def log() -> io.StringIO:
     return io.StringIO()
 
 
-class Clock:
-    """Real time, and what was skipped of it."""
-
-    def __init__(self) -> None:
-        self.skipped = 0.0
-
-    def __call__(self) -> float:
-        return time.monotonic() + self.skipped
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
 @pytest.fixture
 def loop(log: io.StringIO, clock: Clock) -> Iterator[hive.Loop]:
     loop = hive.Loop(hive.Log("debug", "json", log), clock)
@@ -685,7 +670,10 @@ def test_an_agent_that_stays_away_is_tried_less_and_less_often(
         for expected in (0, 1):
             clock.skipped += min(first * 2**failures, longest) / 2
             settle(loop)
-            assert len(children) == expected, "too early" if expected == 0 else "too late"
+            ended = len(stand_in.groups()) - failures - 1  # a quick one may be over already
+            assert max(len(children), ended) == expected, (
+                "too early" if expected == 0 else "too late"
+            )
 
 
 def test_a_call_that_hangs_is_ended_and_made_again(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, Clock
 
 import hive
 
@@ -22,21 +22,6 @@ Script = Callable[[str], list[str]]
 @pytest.fixture
 def log() -> io.StringIO:
     return io.StringIO()
-
-
-class Clock:
-    """Real time, and what was skipped of it."""
-
-    def __init__(self) -> None:
-        self.skipped = 0.0
-
-    def __call__(self) -> float:
-        return time.monotonic() + self.skipped
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
