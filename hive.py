@@ -23,6 +23,7 @@ tokens; only what needs judgment wakes an agent.
 #           Service    what systemd wants to hear
 #           Handlers   which executables there are, and the contract with them
 #           Agent      ways to wake one, one call at a time, tried again
+#           Store      an SQLite file that may fail, and come back
 #           Journal    what must not be forgotten, on disk
 #           Door       a socket where this node's command line speaks to its daemon
 #           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
@@ -58,6 +59,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, Self, TypeVar, assert_never
 
 if TYPE_CHECKING:
+    import sqlite3
     import subprocess
     from ssl import SSLSocket
 
@@ -2780,6 +2782,161 @@ class Agent:
 
 def hook_url(instance: InstanceConfig, port: int | None) -> str:
     return instance.hook_url or f"http://127.0.0.1:{port or OPENCLAW_PORT}/hooks/wake"
+
+
+# ---- Store: an SQLite file that may fail -------------------------------------------------
+#
+# One file with one user, and one transaction a turn of the loop.  Where the disk fails it goes
+# on in memory, and goes back when the disk does.  Knows no table.
+
+STORE_CACHE = 1024  # KiB of memory
+STORE_LOG = 8 * KIB * KIB  # bytes that its write-ahead log keeps on disk when it is idle
+
+
+class Store:
+    """An SQLite database in the file, or for the time being in memory."""
+
+    def __init__(self, file: Path, tables: Sequence[str], log: Log, risk: str) -> None:
+        """`tables` are statements that make them; `risk` is what it means to have no disk."""
+        import sqlite3
+
+        self.on_disk = True
+        self._sqlite, self._file, self._tables = sqlite3, file, tables
+        self._log, self._risk = log, risk
+        self._turn: list[tuple[str, tuple[object, ...]]] = []  # what was written since commit()
+        try:
+            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._database = self._open_file()
+        except (OSError, sqlite3.Error) as error:
+            self._go_on_in_memory(None, reason_of(error))
+
+    def _open_file(self) -> sqlite3.Connection:
+        """Open it; what is damaged is set aside.  Raises OSError, sqlite3.Error."""
+        try:
+            return self._prepare(self._file)
+        except self._sqlite.DatabaseError as error:
+            if not self._damaged(error):
+                raise
+            return self._set_aside(error)
+
+    def _damaged(self, error: Exception) -> bool:
+        codes = (self._sqlite.SQLITE_CORRUPT, self._sqlite.SQLITE_NOTADB)
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes  # the rest is detail
+
+    def _set_aside(self, error: Exception) -> sqlite3.Connection:
+        """Begin anew beside a damaged file."""
+        aside = self._file.with_name(f"{self._file.name}.damaged-{int(time.time())}")
+        os.replace(self._file, aside)
+        for suffix in ("-wal", "-shm"):
+            self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
+        self._log.error("file is damaged, set aside", file=aside, why=reason_of(error))
+        return self._prepare(self._file)
+
+    def _prepare(self, file: Path | None) -> sqlite3.Connection:
+        if file:
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        database = self._sqlite.connect(file or ":memory:", isolation_level=None, timeout=0.2)
+        try:
+            for setting in (
+                "journal_mode=WAL",
+                "synchronous=NORMAL",  # outlives any crash but that of the whole machine
+                f"cache_size=-{STORE_CACHE}",
+                f"journal_size_limit={STORE_LOG}",
+            ):
+                database.execute(f"PRAGMA {setting}")
+            for table in self._tables:
+                database.execute(table)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _recover(self, error: Exception) -> None:
+        """The disk has failed us: go on with what there is, this turn's writing included."""
+        failed, turn = self._database, self._turn
+        try:
+            if self.on_disk and self._damaged(error):
+                failed.close()
+                self._database = self._set_aside(error)
+            else:
+                self._go_on_in_memory(failed, reason_of(error))
+        except (OSError, self._sqlite.Error) as again:
+            self._go_on_in_memory(None, reason_of(again))
+        self._database.execute("BEGIN")
+        for statement, values in turn:
+            self._database.execute(statement, values)
+
+    def _go_on_in_memory(self, failed: sqlite3.Connection | None, why: str) -> None:
+        """With all that can still be read of the file."""
+        self._log.error("cannot write, going on in memory", file=self._file, why=why, so=self._risk)
+        self.on_disk = False
+        self._database = self._prepare(None)
+        if failed:
+            try:
+                if failed.in_transaction:
+                    failed.execute("ROLLBACK")
+                failed.backup(self._database)
+            except self._sqlite.Error:
+                self._database = self._prepare(None)
+            failed.close()
+
+    def go_back_to_disk(self) -> None:
+        """Try whether the disk is well again; all that is in memory goes there."""
+        if self.on_disk:
+            return
+        self.commit()
+        try:
+            database = self._open_file()
+        except (OSError, self._sqlite.Error):
+            return
+        try:
+            self._database.backup(database)
+        except self._sqlite.Error:
+            database.close()
+            return
+        self._database.close()
+        self._database, self.on_disk = database, True
+        self._log.info("can write again", file=self._file)
+
+    def read(self, question: str, values: tuple[object, ...] = ()) -> list[Any]:
+        """All rows of the answer."""
+        try:
+            return self._database.execute(question, values).fetchall()
+        except self._sqlite.OperationalError as error:
+            self._recover(error)
+        except self._sqlite.DatabaseError as error:
+            if not self._damaged(error):
+                raise
+            self._recover(error)
+        return self._database.execute(question, values).fetchall()
+
+    def write(self, statement: str, values: tuple[object, ...] = ()) -> int:
+        """Execute it, to last from commit() on; how many rows it touched."""
+        try:
+            if not self._database.in_transaction:
+                self._database.execute("BEGIN")
+            rows = self._database.execute(statement, values).rowcount
+        except self._sqlite.DatabaseError as error:
+            if not (isinstance(error, self._sqlite.OperationalError) or self._damaged(error)):
+                raise
+            self._recover(error)
+            rows = self._database.execute(statement, values).rowcount
+        self._turn.append((statement, values))
+        return rows
+
+    def commit(self) -> None:
+        """Make what was written last."""
+        if self._database.in_transaction:
+            try:
+                self._database.execute("COMMIT")
+            except self._sqlite.DatabaseError as error:
+                self._recover(error)
+                self._database.execute("COMMIT")
+        self._turn.clear()
+
+    def close(self) -> None:
+        self.commit()
+        self._database.close()
 
 
 # ---- Journal: what must not be forgotten -------------------------------------------------

@@ -1,0 +1,177 @@
+"""Store: an SQLite file that may fail, on a real disk."""
+
+from __future__ import annotations
+
+import io
+import sqlite3
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import hive
+
+TABLES = ("CREATE TABLE IF NOT EXISTS words (n INTEGER PRIMARY KEY, word TEXT UNIQUE)",)
+INSERT = "INSERT OR IGNORE INTO words (word) VALUES (?)"
+
+Open = Callable[[], hive.Store]
+
+
+@pytest.fixture
+def log() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "words.sqlite3"
+
+
+@pytest.fixture
+def open_store(file: Path, log: io.StringIO) -> Iterator[Open]:
+    """Open it; one that is open already is closed before."""
+    opened: list[hive.Store] = []
+
+    def open_one() -> hive.Store:
+        while opened:
+            opened.pop().close()
+        opened.append(hive.Store(file, TABLES, hive.Log("debug", "text", log), "words are lost"))
+        return opened[-1]
+
+    yield open_one
+    for store in opened:
+        store.close()
+
+
+def words(store: hive.Store) -> list[str]:
+    return [word for (word,) in store.read("SELECT word FROM words ORDER BY n")]
+
+
+def on_disk(file: Path) -> list[str]:
+    """What somebody else would read: what a crash leaves."""
+    with closing(sqlite3.connect(file)) as database:
+        return [word for (word,) in database.execute("SELECT word FROM words ORDER BY n")]
+
+
+def fill(store: hive.Store) -> None:
+    """Let the file take no page more, as on a full disk."""
+    (pages,) = store.read("PRAGMA page_count")[0]
+    store.read(f"PRAGMA max_page_count={pages}")
+
+
+def test_only_its_user_may_read_it(open_store: Open, file: Path) -> None:
+    open_store()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+def test_what_was_committed_is_on_the_disk_and_nothing_before(open_store: Open, file: Path) -> None:
+    store = open_store()
+    store.write(INSERT, ("one",))
+    assert on_disk(file) == []
+    store.commit()
+    assert on_disk(file) == ["one"]
+    assert store.on_disk
+
+
+def test_writing_tells_how_many_rows_it_touched(open_store: Open) -> None:
+    store = open_store()
+    assert store.write(INSERT, ("one",)) == 1
+    assert store.write(INSERT, ("one",)) == 0
+
+
+def test_a_bug_of_ours_is_no_fault_of_the_disk(open_store: Open) -> None:
+    store = open_store()
+    store.write(INSERT, ("one",))
+    with pytest.raises(sqlite3.IntegrityError):
+        store.write("INSERT INTO words (word) VALUES (?)", ("one",))
+    assert store.on_disk
+
+
+def test_a_full_disk_loses_nothing_while_it_lives(open_store: Open, log: io.StringIO) -> None:
+    store = open_store()
+    store.write(INSERT, ("before",))
+    store.commit()
+    store.write(INSERT, ("same turn",))
+    fill(store)
+    for n in range(200):
+        store.write(INSERT, (f"{n} {'x' * 200}",))
+    store.commit()
+    assert not store.on_disk
+    assert words(store)[:2] == ["before", "same turn"]
+    assert len(words(store)) == 202
+    assert log.getvalue().count("going on in memory") == 1
+    assert "words are lost" in log.getvalue()
+
+
+def test_it_goes_back_when_the_disk_does(open_store: Open, file: Path, log: io.StringIO) -> None:
+    store = open_store()
+    store.write(INSERT, ("before",))
+    fill(store)
+    for n in range(100):
+        store.write(INSERT, (f"{n} {'x' * 200}",))
+    store.commit()
+    store.go_back_to_disk()
+    assert store.on_disk
+    store.write(INSERT, ("after",))
+    store.commit()
+    assert on_disk(file) == words(store)
+    assert len(on_disk(file)) == 102
+    assert log.getvalue().count("can write again") == 1
+    assert open_store().on_disk
+
+
+def test_it_stays_in_memory_as_long_as_the_disk_is_away(
+    tmp_path: Path, file: Path, open_store: Open, log: io.StringIO
+) -> None:
+    file.parent.write_text("a file where the directory should be")
+    store = open_store()
+    store.write(INSERT, ("one",))
+    for _ in range(3):
+        store.go_back_to_disk()
+    assert not store.on_disk
+    file.parent.unlink()
+    file.parent.mkdir(mode=0o700)
+    store.go_back_to_disk()
+    assert store.on_disk
+    assert on_disk(file) == ["one"]
+    assert log.getvalue().count("going on in memory") == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"no database at all, for sure" * 50, b"SQLite format 3\0" * 99]
+)
+def test_a_damaged_file_is_set_aside(
+    open_store: Open, file: Path, log: io.StringIO, content: bytes
+) -> None:
+    file.parent.mkdir()
+    file.write_bytes(content)
+    store = open_store()
+    assert store.on_disk
+    store.write(INSERT, ("one",))
+    store.commit()
+    assert on_disk(file) == ["one"]
+    (aside,) = file.parent.glob("*.damaged-*")
+    assert aside.read_bytes() == content
+    assert log.getvalue().count("damaged, set aside") == 1
+
+
+def test_damage_while_it_runs_loses_nothing_of_this_turn(
+    open_store: Open, file: Path, log: io.StringIO
+) -> None:
+    store = open_store()
+    for n in range(5000):
+        store.write(INSERT, (f"{n} {'x' * 100}",))
+    store.commit()
+    store = open_store()
+    content = bytearray(file.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    file.write_bytes(content)
+    store.write(INSERT, ("this turn",))
+    store.commit()
+    assert words(store) == ["this turn"]
+    assert store.on_disk
+    assert on_disk(file) == ["this turn"]
+    assert "damaged, set aside" in log.getvalue()
