@@ -24,10 +24,13 @@ tokens; only what needs judgment wakes an agent.
 #           Handlers   which executables there are, and the contract with them
 #           Agent      ways to wake one, one call at a time, tried again
 #           Store      an SQLite file that may fail, and come back
-#           Journal    what must not be forgotten, on disk
+#           Journal    what came, what went, what is still owed
 #           Door       a socket where this node's command line speaks to its daemon
 #           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
-#   node    Node       wires the above; owns all state that changes
+#   node    Outbox     what the broker has yet to take
+#           Membership who is there, and who is missed
+#           Reception  what this node's command line asks of its daemon
+#           Node       wires the above; owns all state that changes
 #   doors   Output     rows to a table or to JSON; returns strings
 #           Client     one question from the shell: publish, wait, collect
 #           Commands   one function for each subcommand, its options beside it
@@ -766,6 +769,7 @@ class HandlerConfig(Table):
 
     timeout: float | None = key(None, seconds, "seconds until it is ended", 120.0)
     workers: int = key(1, count, "how many of it may run at once")
+    retry: bool = key(False, boolean, "run it again if the daemon ended while it ran")
 
 
 NOTIFY = ("change", "failure", "always", "never")
@@ -783,6 +787,14 @@ class ScheduleConfig(Table):
     jitter: float = key(0.0, jitter, "up to this much later, by chance", "30s")
     text: str = key("scheduled", message_text, "the text of its message")
     notify: str = key("change", choice(*NOTIFY), "which outcomes wake the agent")
+
+
+@dataclass(frozen=True, slots=True)
+class JournalConfig(Table):
+    """What this node received, sent and did, in its state directory."""
+
+    keep_days: int = key(7, count, "days until it is forgotten")
+    max_mb: int = key(64, count, "megabytes of it; beyond, the oldest texts go first")
 
 
 @dataclass(frozen=True, slots=True)
@@ -805,6 +817,7 @@ class Config:
     oc_instances: tuple[InstanceConfig, ...] = ()
     handlers: Mapping[str, HandlerConfig] = field(default_factory=dict)
     schedule: tuple[ScheduleConfig, ...] = ()
+    journal: JournalConfig = JournalConfig()
     logging: LoggingConfig = LoggingConfig()
     source: Path | None = None  # None: no file, the defaults hold
     origin: Mapping[str, str] = field(default_factory=dict)  # "mqtt.port": who set it
@@ -839,6 +852,7 @@ SINGLE_TABLES: Mapping[str, type[Table]] = {
     "node": NodeConfig,
     "mqtt": MqttConfig,
     "heartbeat": HeartbeatConfig,
+    "journal": JournalConfig,
     "logging": LoggingConfig,
 }
 ALL_TABLES: Mapping[str, type[Table]] = {
@@ -848,6 +862,7 @@ ALL_TABLES: Mapping[str, type[Table]] = {
     "[oc_instances]": InstanceConfig,
     "handlers.NAME": HandlerConfig,
     "[schedule]": ScheduleConfig,
+    "journal": JournalConfig,
     "logging": LoggingConfig,
 }
 
@@ -2104,12 +2119,12 @@ def result_value(outcome: Outcome) -> object:
 
 def failure(outcome: Outcome, deadline: float) -> str:
     """Why a run failed, in a few words; the end of its stderr follows."""
-    if outcome.exit is None:
+    if outcome.stopped:
+        reason = f"interrupted: {outcome.fault or 'the node was stopped'}; it may have done a part"
+    elif outcome.exit is None:
         reason = f"could not be started: {outcome.fault}"
     elif outcome.late:
         reason = f"took longer than {deadline:g} s and was ended"
-    elif outcome.stopped:
-        reason = "was ended because the node is stopping"
     elif outcome.exit < 0:
         reason = f"was ended by signal {-outcome.exit}"
     else:
@@ -2117,6 +2132,13 @@ def failure(outcome: Outcome, deadline: float) -> str:
     detail = outcome.stderr.decode(errors="replace").strip()
     end = detail.encode(errors="replace")[-(MAX_ERROR - 200) :].decode(errors="ignore")
     return cut(f"{reason}: {end}" if end else reason, MAX_ERROR)
+
+
+def outcome_status(outcome: Outcome) -> str:
+    """In one word, as results have it."""
+    if outcome.stopped:
+        return "interrupted"
+    return "ok" if outcome.ok else "timeout" if outcome.late else "error"
 
 
 def result_document(
@@ -2129,7 +2151,7 @@ def result_document(
         "id": envelope.id,
         "corr": envelope.exchange,
         "from": envelope.sender,
-        "status": "ok" if outcome.ok else "timeout" if outcome.late else "error",
+        "status": outcome_status(outcome),
         "exit": outcome.exit,
         "ts": int(now),
         "duration_ms": round(outcome.seconds * 1000),
@@ -2155,6 +2177,7 @@ class Turn:
     envelope: Envelope
     action: str
     until: float = float("inf")  # monotonic; then it is stale
+    task: int = 0  # its number in the journal, if somebody else waits for it
     sentinel: Sentinel | None = None  # who asked, if nobody did from outside
 
 
@@ -2260,6 +2283,7 @@ class Waking:
     note: str = ""  # of hive's own: why it comes here
     question: str = ""  # of this node's own, which it answers
     until: float = float("inf")  # monotonic; then it is given up
+    task: int = 0  # its number in the journal
 
 
 def spoken(waking: Waking) -> str:
@@ -2563,6 +2587,22 @@ class Health(Enum):
     DOWN = "down"
 
 
+class AgentUser(Protocol):
+    """Who hears what became of messages for an agent."""
+
+    def agent_begins(self, group: Sequence[Waking]) -> None:
+        """It is about to be told these."""
+
+    def agent_failed(self, group: Sequence[Waking]) -> None:
+        """It was not, and will be again."""
+
+    def agent_told(self, agent: str, waking: Waking, reply: str | None) -> None:
+        """It was; `reply` is what it said, where the way to it has one."""
+
+    def agent_gave_up(self, agent: str, waking: Waking, reason: str) -> None:
+        """It never will be."""
+
+
 class Agent:
     """One agent of this node, and what is still to be said to it."""
 
@@ -2573,13 +2613,12 @@ class Agent:
         instance: InstanceConfig,
         log: Log,
         patience: float,
-        gave_up: Callable[[Envelope, str], None],
-        replied: Callable[[Envelope, str], None],
+        user: AgentUser,
     ) -> None:
         """`patience`: seconds that a message without ttl waits at most."""
         self.instance, self.health, self.reason = instance, Health.UNKNOWN, ""
         self._loop, self._children, self._log = loop, children, log
-        self._patience, self._gave_up, self._replied = patience, gave_up, replied
+        self._patience, self._user = patience, user
         self._port = gateway_port(instance, Path(os.path.expanduser("~")))
         self._probing = False
         self._closed = False  # nothing listens on the gateway's port: a call would be in vain
@@ -2621,13 +2660,13 @@ class Agent:
             self._give_up(oldest, f"more than {MAX_AGENT_QUEUE} messages wait for it")
         self._next()
 
-    def stop(self) -> None:
-        """Give up whatever was not said yet; a call that is under way may end."""
+    def stop(self) -> list[Waking]:
+        """Say no more; what was not said yet.  A call that is under way may end."""
         self._stopping = True
         for timer in filter(None, (self._retry, self._slot, self._look)):
             timer.cancel()
-        while self._waiting:
-            self._give_up(self._waiting.popleft(), "the node is stopping")
+        left, self._waiting = [*self._waiting], deque()
+        return left
 
     # -- whose turn it is --
 
@@ -2642,6 +2681,7 @@ class Agent:
         if groups and self._too_soon():
             return
         self._calling = self._take(groups)
+        self._user.agent_begins(self._calling)
         self._try(ways)
 
     def _too_soon(self) -> bool:
@@ -2700,9 +2740,9 @@ class Agent:
         if told.ok:
             self._events.append((self._loop.clock(), saying.now))
             self._succeeded(way, group, told)
-        elif self._stopping or told.final:
+        elif told.final:
             for waking in group:
-                self._give_up(waking, "the node is stopping" if self._stopping else told.why)
+                self._give_up(waking, told.why)
         else:
             self._failed(group, told.why)
         self._next()
@@ -2715,11 +2755,14 @@ class Agent:
         self._set_health(Health.OK, "")
         for waking in group:
             self._log.info("agent woken", agent=self.instance.name, id=waking.envelope.id)
-            if WAYS[way].replies:
-                self._replied(waking.envelope, told.reply or "(no words)")
+            reply = (told.reply or "(no words)") if WAYS[way].replies else None
+            self._user.agent_told(self.instance.name, waking, reply)
 
     def _failed(self, group: Sequence[Waking], reason: str) -> None:
         """Try again later, unless it is too late."""
+        self._user.agent_failed(group)
+        if self._stopping:
+            return
         self._waiting.extendleft(reversed(group))
         self._set_health(Health.DOWN, reason)
         self._expire()
@@ -2745,7 +2788,7 @@ class Agent:
         self._log.error(
             "agent not told", agent=self.instance.name, id=waking.envelope.id, why=reason
         )
-        self._gave_up(waking.envelope, f"agent {self.instance.name} was not told: {reason}")
+        self._user.agent_gave_up(self.instance.name, waking, reason)
 
     # -- how it is --
 
@@ -2939,177 +2982,404 @@ class Store:
         self._database.close()
 
 
-# ---- Journal: what must not be forgotten -------------------------------------------------
+# ---- Journal: what came, what went, what is still owed -----------------------------------
 #
-# The ids of messages that were acted upon, and the last ones that agents were told, in one
-# SQLite file of which this daemon is the only user.  Without a disk it goes on in memory.
+# What this node received, sent and did in the last days: rows that are written once.  Beside
+# them what is not finished: work, questions, and what the broker has yet to take.  Times are
+# Unix seconds, which outlive a restart.  One daemon is its only user; it is read with its help.
 
-MAX_IDS = 100_000
-PRUNE_EVERY = 1000  # ids
-MAX_KEPT = 500  # messages that agents were told, questions that were asked
-MAX_KEPT_SIZE = 32 * KIB * KIB  # characters of each of the two
+MAX_QUESTIONS = 10_000  # that nobody has answered
+MAX_ROWS = 100  # that are read at once
+PRUNE_STEP = 500  # rows that are forgotten at once
+PRUNE_AFTER = 1000  # rows written, or ...
+PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
+
+JOURNAL_TABLES = (
+    "CREATE TABLE IF NOT EXISTS notes (key TEXT PRIMARY KEY, value TEXT)",
+    # event: in, out, did; content: the envelope, NULL where its text is kept no longer
+    "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
+    " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
+    " content TEXT, UNIQUE (id, event))",
+    "CREATE INDEX IF NOT EXISTS exchanges ON log (exchange)",
+    # agent: who is to be told; '' is a handler's run.  began: perhaps done, if we crashed
+    "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
+    " agent TEXT, until REAL, urgent INTEGER, note TEXT, began INTEGER DEFAULT 0)",
+    "CREATE TABLE IF NOT EXISTS outbox (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
+    " topic TEXT, payload BLOB, retain INTEGER, until REAL)",
+    "CREATE TABLE IF NOT EXISTS questions (exchange TEXT PRIMARY KEY, message INTEGER, due REAL)",
+)
 
 
-class Journal:
-    """One file in the state directory, and the lock on it."""
+class Event(Enum):
+    """What a row of the journal is about."""
 
-    def __init__(self, directory: Path, instance: str, log: Log) -> None:
-        """Open it, or raise BrokerError if another daemon of this name has it.
+    RECEIVED = "in"
+    SENT = "out"
+    DID = "did"
 
-        `instance` is written down; `predecessor` is what stood there before.
-        """
-        import sqlite3
 
-        self._sqlite, self._log = sqlite3, log
-        self._added = 0
-        self.predecessor = ""
-        self.on_disk = True
-        self._lock: IO[str] | None = None
-        self._file = directory / "journal.sqlite3"
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of what happened."""
+
+    n: int
+    time: float
+    event: Event
+    id: str | None
+    ch: str
+    sender: str
+    recipient: str
+    action: str | None
+    exchange: str
+    note: str
+    content: str | None
+
+    @property
+    def envelope(self) -> Envelope | None:
+        """The message itself, if it is one and its text is still kept."""
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._take_lock(directory / "lock", instance)
-            self._database = self._open()
-        except BlockingIOError:
-            raise BrokerError(
-                f"another daemon runs with {directory}; stop it, or give this one another --node"
-            ) from None
-        except (OSError, sqlite3.Error) as error:
-            self._go_on_in_memory(f"{directory}: {reason_of(error)}")
-        self._prune()
+            return Envelope.parse(self.content.encode()) if self.content else None
+        except EnvelopeError:
+            return None
 
-    def _take_lock(self, file: Path, instance: str) -> None:
-        """Lock for as long as the process lives; kill -9 frees it."""
+
+ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
+
+
+def row_of(values: Sequence[Any]) -> Row:
+    n, at, event, *rest = values
+    return Row(n, at, Event(event), *rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What this node owes to a message: a handler's run, or a word to an agent."""
+
+    n: int
+    envelope: Envelope
+    agent: str  # nobody: it is a handler's run
+    until: float | None  # then it is stale
+    urgent: bool
+    note: str
+    began: bool  # was it under way when we crashed?
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message that the broker has not acknowledged."""
+
+    n: int
+    topic: str
+    payload: bytes
+    retain: bool
+    until: float | None  # then it is of no use any more
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A message of ours that nobody has answered."""
+
+    exchange: str
+    asked: float
+    due: float | None  # when the answer is of no use any more
+    recipient: str
+    action: str | None
+    content: str | None
+
+
+class Lock:
+    """A file that one process has at a time, as long as it lives; kill -9 frees it."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises BlockingIOError if another process has it, OSError if there is no such place."""
         import fcntl
 
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        lock = os.fdopen(descriptor, "r+", errors="replace")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.predecessor = lock.read(64).strip()
-        lock.seek(0)
-        lock.truncate()
-        lock.write(instance)
-        lock.flush()
-        self._lock = lock
-
-    def _open(self) -> Any:
+        self._file = os.fdopen(descriptor, "r+", errors="replace")
         try:
-            return self._prepare(self._file)
-        except self._sqlite.OperationalError:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
             raise
-        except self._sqlite.DatabaseError as error:
-            return self._set_aside(error)
+        self.before = self._file.read(64).strip()  # what the last one wrote into it
 
-    def _set_aside(self, error: Exception) -> Any:
-        """Begin anew beside a damaged file."""
-        aside = self._file.with_name(f"{self._file.name}.damaged-{int(time.time())}")
-        os.replace(self._file, aside)
-        for suffix in ("-wal", "-shm"):
-            self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
-        self._log.error("journal is damaged, set aside", file=aside, why=reason_of(error))
-        return self._prepare(self._file)
+    def write(self, words: str) -> None:
+        """Leave word for the next one."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(words)
+        self._file.flush()
 
-    def _prepare(self, file: Path | str) -> Any:
-        if isinstance(file, Path):
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-        database = self._sqlite.connect(file, isolation_level=None, timeout=0.2)
-        database.execute("PRAGMA journal_mode=WAL")
-        database.execute("PRAGMA synchronous=NORMAL")
-        database.execute("CREATE TABLE IF NOT EXISTS seen (n INTEGER PRIMARY KEY, id TEXT UNIQUE)")
-        database.execute("CREATE TABLE IF NOT EXISTS notes (key TEXT PRIMARY KEY, value TEXT)")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS kept"
-            " (n INTEGER PRIMARY KEY, kind TEXT, id TEXT, size INTEGER, content TEXT,"
-            " UNIQUE (kind, id))"
-        )
-        return database
+    def close(self) -> None:
+        self._file.close()
 
-    def _recover(self, error: Exception) -> None:
-        """The file has failed us: begin a new one if it is damaged, else go on without."""
-        damaged = not isinstance(error, self._sqlite.OperationalError)
-        try:
-            if damaged and self.on_disk:
-                self._database = self._set_aside(error)
-                return
-        except (OSError, self._sqlite.Error) as again:
-            error = again
-        self._go_on_in_memory(reason_of(error))
 
-    def _go_on_in_memory(self, why: str) -> None:
-        self._log.error(
-            "no journal on disk; after a restart messages may be acted upon twice", why=why
-        )
-        self.on_disk = False
-        self._database = self._prepare(":memory:")
+class Journal:
+    """The tables, and what they are asked."""
 
-    def _prune(self) -> None:
-        """Forget the oldest ids."""
-        self._added = 0
-        self._execute("DELETE FROM seen WHERE n <= (SELECT max(n) FROM seen) - ?", (MAX_IDS,))
+    def __init__(self, directory: Path, log: Log, keep: float, max_size: int) -> None:
+        """`keep`: seconds that a row is kept; `max_size`: bytes of them all."""
+        risk = "what a crash interrupts is lost, or done twice"
+        self._store = Store(directory / "journal.sqlite3", JOURNAL_TABLES, log, risk)
+        self._keep, self._max_size = keep, max_size
+        self._rows = self._size = 0  # written since the last look
+        self.full = False  # of what is not finished: no room is left to accept more
 
-    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> Any:
-        """Execute it; on a fault once more, on whatever there is to go on with."""
-        try:
-            return self._database.execute(statement, values)
-        except self._sqlite.Error as error:
-            self._recover(error)
-            return self._database.execute(statement, values)
+    @property
+    def on_disk(self) -> bool:
+        return self._store.on_disk
 
-    def remember(self, id: str) -> bool:
-        """Take note of a message's id; False if it was there already.  commit() makes it last."""
-        if not self._database.in_transaction:
-            self._execute("BEGIN")
-        new = self._execute("INSERT OR IGNORE INTO seen (id) VALUES (?)", (id,)).rowcount == 1
-        self._added += new
-        return bool(new)
+    def commit(self) -> None:
+        """Make it last, before anybody is told that it is safe with us."""
+        if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
+            self.prune(time.time())
+        self._store.commit()
+
+    def go_back_to_disk(self) -> None:
+        self._store.go_back_to_disk()
+
+    def close(self) -> None:
+        self._store.close()
 
     def note(self, key: str, value: object) -> None:
         """Write down a JSON value under a key, in place of what was there."""
-        self._execute("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(value)))
-
-    def keep(self, kind: str, id: str, content: str) -> None:
-        """Keep a text of a kind under an id, for as long as it is one of the last."""
-        self._execute(
-            "REPLACE INTO kept (kind, id, size, content) VALUES (?, ?, ?, ?)",
-            (kind, id, len(content), content),
-        )
-        self._execute(
-            "DELETE FROM kept WHERE n IN (SELECT n FROM (SELECT n,"
-            " row_number() OVER latest AS place, sum(size) OVER latest AS total FROM kept"
-            " WINDOW latest AS (PARTITION BY kind ORDER BY n DESC))"
-            " WHERE place > ? OR total > ?)",
-            (MAX_KEPT, MAX_KEPT_SIZE),
-        )
-
-    def kept(self, kind: str, id: str) -> str | None:
-        """What was kept of a kind under an id."""
-        row = self._execute(
-            "SELECT content FROM kept WHERE kind = ? AND id = ?", (kind, id)
-        ).fetchone()
-        return str(row[0]) if row else None
+        self._store.write("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(value)))
 
     def recall(self, key: str) -> dict[str, Any]:
         """What was written down under a key; nothing if nothing was."""
-        row = self._execute("SELECT value FROM notes WHERE key = ?", (key,)).fetchone()
-        return (read_json_object(row[0]) if row else None) or {}
+        rows = self._store.read("SELECT value FROM notes WHERE key = ?", (key,))
+        return (read_json_object(rows[0][0]) if rows else None) or {}
 
-    def commit(self) -> None:
-        """Make it last, before the broker is told that it need not send it again."""
-        if self._added > PRUNE_EVERY:
-            self._prune()
-        if self._database.in_transaction:
-            try:
-                self._database.execute("COMMIT")
-            except self._sqlite.Error as error:
-                self._recover(error)
+    # -- what happened --
 
-    def close(self) -> None:
-        if self._database:
-            self.commit()
-            self._database.close()
-        if self._lock:
-            self._lock.close()
-        self._database = self._lock = None
+    def record(
+        self,
+        event: Event,
+        envelope: Envelope,
+        now: float,
+        note: str = "",
+        content: str | None = None,
+    ) -> int | None:
+        """Write down a message that came or went; its row, or None if it is there already."""
+        content = None if self.full else content or envelope.encode().decode()
+        return self._append(now, event, envelope.id, envelope, note, content)
+
+    def sent(self, envelope: Envelope, now: float) -> None:
+        """A message went out without our doing; an answer to it may come."""
+        row = self.record(Event.SENT, envelope, now)
+        if row and CHANNELS[envelope.ch].handler:
+            self.ask(envelope, row)
+
+    def did(self, envelope: Envelope, now: float, note: str) -> None:
+        """Write down what came of a message, in words."""
+        self._append(now, Event.DID, None, envelope, note, None)
+
+    def _append(
+        self,
+        now: float,
+        event: Event,
+        id: str | None,
+        about: Envelope,
+        note: str,
+        content: str | None,
+    ) -> int | None:
+        new = self._store.write(
+            f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(now, event.value, id, about.ch, about.sender, about.to, about.action),
+                *(about.exchange, note, content),
+            ),
+        )
+        if new != 1:
+            return None
+        self._rows, self._size = self._rows + 1, self._size + len(content or "")
+        return self._last()
+
+    def _last(self) -> int:
+        return int(self._store.read("SELECT last_insert_rowid()")[0][0])
+
+    def message(self, id: str) -> Row | None:
+        """The message with this id; what came in before what went out."""
+        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event"
+        rows = self._store.read(question, (id,))
+        return row_of(rows[0]) if rows else None
+
+    def exchange(self, id: str) -> list[Row]:
+        """All of the exchange that a message belongs to, oldest first."""
+        message = self.message(id)
+        values = (message.exchange if message else id, MAX_ROWS)
+        question = f"SELECT {ROW} FROM log WHERE exchange = ? ORDER BY n LIMIT ?"
+        return [row_of(row) for row in self._store.read(question, values)]
+
+    def rows(self, filters: Mapping[str, object], after: int = 0, last: int = 0) -> list[Row]:
+        """The next MAX_ROWS after a row; `filters` as in LOG_FILTERS.  Where `last` is given, of
+        the last so many."""
+        where = " AND ".join(["n > ?", *(LOG_FILTERS[name] for name in filters)])
+        values = (after, *filters.values())
+        if last:
+            question = f"SELECT n FROM log WHERE {where} ORDER BY n DESC LIMIT 1 OFFSET {last}"
+            before = self._store.read(question, values)
+            values = (before[0][0] if before else after, *filters.values())
+        question = f"SELECT {ROW} FROM log WHERE {where} ORDER BY n LIMIT {MAX_ROWS}"
+        return [row_of(row) for row in self._store.read(question, values)]
+
+    # -- what is still to be done --
+
+    def owe(
+        self,
+        message: int,
+        agent: str = "",
+        until: float | None = None,
+        urgent: bool = False,
+        note: str = "",
+    ) -> int:
+        """Take on a task for a received message; its number."""
+        self._store.write(
+            "INSERT INTO tasks (message, agent, until, urgent, note) VALUES (?, ?, ?, ?, ?)",
+            (message, agent, until, urgent, note),
+        )
+        return self._last()
+
+    def begin(self, tasks: Iterable[int]) -> None:
+        """From now on a crash leaves open whether these are done.  That is committed at once."""
+        for n in tasks:
+            self._store.write("UPDATE tasks SET began = 1 WHERE n = ?", (n,))
+        self._store.commit()
+
+    def retract(self, tasks: Iterable[int]) -> None:
+        """It has come to nothing, for certain: these are as before they began."""
+        for n in tasks:
+            self._store.write("UPDATE tasks SET began = 0 WHERE n = ?", (n,))
+
+    def finish(self, task: int) -> None:
+        self._store.write("DELETE FROM tasks WHERE n = ?", (task,))
+
+    def tasks(self) -> list[Task]:
+        """All that is owed, in order."""
+        rows = self._store.read(
+            "SELECT content, tasks.n, agent, until, urgent, tasks.note, began"
+            " FROM tasks JOIN log ON log.n = message ORDER BY tasks.n"
+        )
+        found = []
+        for content, n, agent, until, urgent, note, began in rows:
+            with contextlib.suppress(EnvelopeError):
+                envelope = Envelope.parse((content or "").encode())
+                found.append(Task(n, envelope, agent, until, bool(urgent), note, bool(began)))
+        return found
+
+    # -- what is still to be sent --
+
+    def post(
+        self,
+        topic: str,
+        payload: bytes,
+        retain: bool = False,
+        message: int | None = None,
+        until: float | None = None,
+    ) -> None:
+        """Put something into the outbox, behind all that is there."""
+        self._store.write(
+            "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
+            (message, topic, payload, retain, until),
+        )
+        self._size += len(payload)
+
+    def outgoing(self, after: int, limit: int) -> list[Outgoing]:
+        """The next that wait for the broker, in order."""
+        rows = self._store.read(
+            "SELECT n, topic, payload, retain, until FROM outbox WHERE n > ? ORDER BY n LIMIT ?",
+            (after, limit),
+        )
+        return [
+            Outgoing(n, topic, pay, bool(retain), until) for n, topic, pay, retain, until in rows
+        ]
+
+    def posted(self, n: int) -> Row | None:
+        """The broker has it, or never will: forget it.  The row of the message that it was."""
+        rows = self._store.read(
+            f"SELECT {', '.join(f'log.{column}' for column in ROW.split(', '))}"
+            " FROM outbox JOIN log ON log.n = message WHERE outbox.n = ?",
+            (n,),
+        )
+        self._store.write("DELETE FROM outbox WHERE n = ?", (n,))
+        return row_of(rows[0]) if rows else None
+
+    @property
+    def outbox_size(self) -> int:
+        return int(self._store.read("SELECT count(*) FROM outbox")[0][0])
+
+    # -- what was asked --
+
+    def ask(self, envelope: Envelope, message: int) -> None:
+        """An answer to this is expected."""
+        due = envelope.ts + envelope.ttl if envelope.ttl else None
+        values = (envelope.exchange, message, due)
+        self._store.write("REPLACE INTO questions VALUES (?, ?, ?)", values)
+        self._store.write(
+            "DELETE FROM questions WHERE message <= (SELECT message FROM questions"
+            " ORDER BY message DESC LIMIT 1 OFFSET ?)",
+            (MAX_QUESTIONS,),
+        )
+
+    def answered(self, exchange: str | None) -> None:
+        self._store.write("DELETE FROM questions WHERE exchange = ?", (exchange,))
+
+    def questions(self, due: float | None = None) -> list[Question]:
+        """Those that nobody has answered, oldest first; or those that were due by then."""
+        rows = self._store.read(
+            "SELECT questions.exchange, time, due, recipient, action, content FROM questions"
+            " JOIN log ON log.n = message WHERE ? IS NULL OR due <= ? ORDER BY message LIMIT ?",
+            (due, due, MAX_ROWS),
+        )
+        return [Question(*row) for row in rows]
+
+    def next_due(self) -> float | None:
+        """When the next question is overdue."""
+        value = self._store.read("SELECT min(due) FROM questions")[0][0]
+        return None if value is None else float(value)
+
+    # -- bounds --
+
+    @property
+    def size(self) -> int:
+        """Bytes in use."""
+        pages, free, size = (
+            self._store.read(f"PRAGMA {name}")[0][0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def prune(self, now: float) -> bool:
+        """Forget a few rows that are too old, or too much; was there anything to forget?"""
+        self._rows = self._size = 0
+        forgotten = self._forget("DELETE FROM log", "time < ?", now - self._keep)
+        too_large = self.size > self._max_size
+        if too_large:
+            forgotten += self._forget("UPDATE log SET content = NULL", "content IS NOT NULL")
+            if self.size > self._max_size:
+                forgotten += self._forget("DELETE FROM log", "content IS NULL")
+        self.full = too_large and not forgotten
+        return bool(forgotten)
+
+    def _forget(self, how: str, which: str, *values: object) -> int:
+        """The oldest ones that nothing unfinished belongs to."""
+        return self._store.write(
+            f"{how} WHERE n IN (SELECT n FROM log WHERE {which}"
+            " AND n NOT IN (SELECT message FROM tasks)"
+            " AND n NOT IN (SELECT message FROM outbox WHERE message IS NOT NULL)"
+            f" ORDER BY n LIMIT {PRUNE_STEP})",
+            values,
+        )
+
+
+LOG_FILTERS = {  # how --from and the others choose rows
+    "ch": "ch = ?",
+    "from": "sender = ?",
+    "to": "recipient = ?",
+    "action": "action = ?",
+    "corr": "exchange = ?",
+    "since": "time >= ?",
+}
 
 
 # ---- Door: this node's command line speaks to its daemon ---------------------------------
@@ -3118,7 +3388,8 @@ class Journal:
 # forge on the bus cannot be forged here.  Knows no request.
 
 MAX_VISITORS = 100
-MAX_LINE = 2 * MAX_PAYLOAD  # bytes
+MAX_LINE = 4 * MAX_PAYLOAD  # bytes
+MAX_UNREAD = 4 * MAX_LINE  # bytes that a visitor may leave unread
 DOOR_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
 SHORT_PLACE = Path("/tmp")
@@ -3147,7 +3418,7 @@ class Visitor:
     """One command that has come in, until it goes."""
 
     def __init__(self, door: Door, sock: socket.socket) -> None:
-        self.leaving: list[Callable[[], None]] = []  # what to do when it goes
+        self.leaving: list[Callable[[], object]] = []  # what to do when it goes
         self._door, self._sock = door, sock
         self._in, self._out = bytearray(), bytearray()
         sock.setblocking(False)
@@ -3164,17 +3435,41 @@ class Visitor:
             self._in = bytearray(rest)
             for line in lines:
                 answer = self._door.answer(read_json_object(line) or {}, self)
-                self._out += encode_json(answer) + b"\n"
+                if answer is not None:
+                    self._out += encode_json(answer) + b"\n"
+        except BlockingIOError:
+            pass
+        except OSError:
+            return self.close()
+        self._flush()
+
+    def say(self, document: Mapping[str, Any]) -> None:
+        """Send it one more line."""
+        if self in self._door.visitors:
+            self._out += encode_json(document) + b"\n"
+            self._flush()
+
+    @property
+    def busy(self) -> bool:
+        """Has it yet to read what it was sent?"""
+        return bool(self._out)
+
+    def _flush(self) -> None:
+        try:
             if self._out:
                 del self._out[: self._sock.send(self._out)]
         except BlockingIOError:
             pass
         except OSError:
             return self.close()
+        if len(self._out) > MAX_UNREAD:
+            return self.close()
         write = selectors.EVENT_WRITE if self._out else 0
         self._door.loop.watch(self._sock, selectors.EVENT_READ | write, self._ready)
 
     def close(self) -> None:
+        if self not in self._door.visitors:
+            return
         self._door.loop.forget(self._sock)
         self._sock.close()
         self._door.visitors.discard(self)
@@ -3186,9 +3481,15 @@ class Door:
     """The daemon's side."""
 
     def __init__(
-        self, loop: Loop, file: Path, answer: Callable[[dict[str, Any], Visitor], dict[str, Any]]
+        self,
+        loop: Loop,
+        file: Path,
+        answer: Callable[[dict[str, Any], Visitor], dict[str, Any] | None],
     ) -> None:
-        """Open it; raises OSError.  Whoever holds the journal's lock may replace an old socket."""
+        """Open it; raises OSError.  Whoever holds the daemon's lock may replace an old socket.
+
+        `answer` gives None where it will say() something later.
+        """
         self.loop, self.answer, self._file = loop, answer, file
         self.visitors: set[Visitor] = set()
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -3234,15 +3535,29 @@ class Knock:
         except OSError:
             self._sock.close()
             raise
-        self._lines = self._sock.makefile("rb")
+        self._in = bytearray()
 
     def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
         """Send a request and give the answer; raises OSError."""
         self._sock.sendall(encode_json(request) + b"\n")
-        return read_json_object(self._lines.readline(MAX_LINE)) or {}
+        return self.hear(DOOR_TIMEOUT) or {}
+
+    def hear(self, within: float | None) -> dict[str, Any] | None:
+        """The next line; None if none comes in so many seconds.  Raises OSError at its end."""
+        self._sock.settimeout(within)
+        while b"\n" not in self._in:
+            try:
+                data = self._sock.recv(PIPE_CHUNK)
+            except TimeoutError:
+                return None
+            if not data:
+                raise ConnectionResetError(errno.ECONNRESET, "it has ended")
+            self._in += data
+        line, _, rest = bytes(self._in).partition(b"\n")
+        self._in = bytearray(rest)
+        return read_json_object(line) or {}
 
     def close(self) -> None:
-        self._lines.close()
         self._sock.close()
 
 
@@ -3818,35 +4133,80 @@ class Survey:
             self._complete()
 
 
-# ---- Node: wires the above ---------------------------------------------------------------
+# ---- Outbox: what the broker has yet to take ---------------------------------------------
 #
-# Owns all state that changes.  Decides nothing about a message by itself: asks decide(), then
-# performs the step.
+# The journal keeps all of it; the link gets the next few, in order.  So what a daemon had to
+# say survives it, and a broker that was long away is not flooded.
 
-STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
-GOODBYE = 2.0  # seconds for the last messages
-CHALLENGE_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
-LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
+HANDED_OVER = 40  # messages that the link has at once; the broker's window is smaller
+
+
+class Outbox:
+    """Messages on their way to the broker, until it has acknowledged them."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        link: Transport,
+        clock: Callable[[], float],
+        gone: Callable[[Row | None, int, str], None],
+    ) -> None:
+        """Calls `gone` with the row of a message, and the broker's reason code and words."""
+        self._journal, self._link, self._clock, self._gone = journal, link, clock, gone
+        self._size = journal.outbox_size
+        self._last = self._handed = 0
+        self._more = True  # is something in the journal that the link has not got?
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def full(self) -> bool:
+        return self._size >= MAX_OUTBOX or self._journal.full
+
+    def post(
+        self,
+        topic: str,
+        payload: bytes,
+        retain: bool = False,
+        message: int | None = None,
+        until: float | None = None,
+    ) -> None:
+        """Send it, once it is committed; `until` (Unix seconds) it is of use."""
+        self._journal.post(topic, payload, retain, message, until)
+        self._size += 1
+        self._more = True
+
+    def pump(self) -> None:
+        """Hand the next ones to the link.  To be called when they are committed."""
+        room = HANDED_OVER - self._handed
+        if not self._more or room <= 0:
+            return
+        batch = self._journal.outgoing(self._last, room)
+        self._more = len(batch) == room
+        for one in batch:
+            self._last, self._handed = one.n, self._handed + 1
+            left = None if one.until is None else self._clock() + one.until - time.time()
+            done = partial(self._done, one.n)
+            self._link.publish(
+                Publication(one.topic, one.payload, retain=one.retain, expires=left, done=done)
+            )
+
+    def _done(self, n: int, code: int, words: str) -> None:
+        self._handed, self._size = self._handed - 1, self._size - 1
+        self._gone(self._journal.posted(n), code, words)
+
+
+# ---- Membership: who is there, and who is missed -----------------------------------------
+#
+# Heartbeats and states of other nodes come in; a loss is logged by everyone, and announced by
+# one.  Does not show that this node is alive.
+
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 MAX_STATE = 64 * KIB  # bytes of a peer's state document
+CHALLENGE_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
+MAX_STATES = 5 * MAX_PEERS  # of nodes and agents
 DOUBT = 1.0  # seconds between a loss and its alert: when a broker stops, everyone seems to die
-
-
-def build() -> str:
-    """The first digits of this file's own hash: copies of one file drift apart."""
-    import hashlib
-
-    try:
-        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    except OSError:
-        return "unknown"
-
-
-def load_1m() -> float | None:
-    try:
-        return round(os.getloadavg()[0], 2)
-    except OSError:
-        return None
 
 
 def status_of(state: Mapping[str, Any]) -> str:
@@ -3922,6 +4282,342 @@ class Challenge:
         )
 
 
+class Membership:
+    """The other nodes, as this one knows them."""
+
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        log: Log,
+        send: Callable[[Envelope], None],
+        correct: Callable[[str, dict[str, Any]], None],
+    ) -> None:
+        """`correct` replaces a lost peer's retained state."""
+        self.roster = Roster(
+            config.node.id, config.heartbeat.interval, config.heartbeat.miss_threshold
+        )
+        self.states: dict[str, dict[str, Any]] = {}  # the last word of each name, in short
+        self._me, self._interval = config.node.id, config.heartbeat.interval
+        self._loop, self._log, self._send, self._correct = loop, log, send, correct
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Announce nothing any more."""
+        self._stopping = True
+
+    def hear(self, envelope: Envelope) -> None:
+        """A peer's heartbeat: whoever sent it lives."""
+        said = read_json_object(envelope.text) or {}
+        boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
+        boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
+        news = self.roster.hear(
+            envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
+        )
+        if news:
+            self._log.info(news.value, peer=envelope.sender)
+        if news is News.BACK and self.roster.rank(about=envelope.sender) == 0:
+            text = f"{envelope.sender} is back"
+            self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
+
+    def hear_state(self, name: str, delivery: Delivery) -> None:
+        """A state: retained, it tells who should be there; else, who has just gone."""
+        content = read_json_object(delivery.payload) if len(delivery.payload) <= MAX_STATE else None
+        if not NAME.fullmatch(name):
+            return
+        state = content or {}
+        self._remember(name, state)
+        if name == self._me or state.get("daemon_node", name) != name:
+            return  # our own; an agent's: its node speaks for it
+        now, status = self._loop.clock(), status_of(state)
+        if delivery.retained:
+            if status in ("online", "degraded"):
+                seen = int(bounded_number(state.get("last_seen"), 1, MAX_TS) or 0)
+                interval = bounded_number(state.get("interval"), *PEER_INTERVAL)
+                self.roster.learn(name, now, seen=seen, interval=interval)
+        elif status == "offline" and state.get("reason") == "connection lost":
+            if self.roster.lose(name):
+                self._lost(name, "its connection died")
+        elif status == "offline" and state.get("reason") == "lost":
+            if self.roster.lose(name):
+                self._log.warning("peer is lost", peer=name, why="another node says so")
+        elif status == "offline" and self.roster.leave(name):
+            self._log.info("peer has stopped", peer=name)
+
+    def _remember(self, name: str, state: Mapping[str, Any]) -> None:
+        """What tells whether somebody can be expected to answer."""
+        self.states.pop(name, None)
+        if state:
+            keys = ("status", "last_seen", "daemon_node", "interval", "miss_threshold")
+            self.states[name] = {
+                key: value
+                for key, value in ((key, state.get(key)) for key in keys)
+                if isinstance(value, int | float) or (isinstance(value, str) and len(value) < 64)
+            }
+        if len(self.states) > MAX_STATES:
+            self.states.pop(next(iter(self.states)))
+
+    def miss(self, now: float) -> None:
+        """See who has been silent for too long."""
+        for name in self.roster.drop_silent(now):
+            peer = self.roster.peer(name)
+            silence = f"no heartbeat for {now - peer.heard:.0f} s" if peer else "no heartbeat"
+            self._lost(name, silence)
+
+    def _lost(self, name: str, why: str) -> None:
+        """A peer is lost: the living take turns to say so, and one is enough."""
+        self._log.warning("peer is lost", peer=name, why=why)
+        turn = self.roster.rank(about=name) * max(1.0, self._interval / 2)
+        peer = self.roster.peer(name)
+        self._loop.after(DOUBT + turn, lambda: self._announce(name, peer, why))
+
+    def _announce(self, name: str, peer: Peer | None, why: str) -> None:
+        """Our turn to speak of a loss, unless somebody did, or it was none."""
+        if self._stopping or peer is None or self.roster.peer(name) is not peer:
+            return
+        if peer.presence is not Presence.LOST or peer.announced:
+            return
+        seen = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(peer.seen)) if peer.seen else "-"
+        text = f"{name} is lost: {why}; last seen {seen}"
+        self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
+        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
+        self._correct(name, {**state, "last_seen": peer.seen, "reported_by": self._me})
+
+
+# ---- Reception: what this node's command line asks of it ---------------------------------
+#
+# The daemon's side of each request that comes through the door.  Reads the journal; what is to
+# be sent it hands to the node.
+
+
+def row_document(row: Row) -> dict[str, Any]:
+    """A row of the journal as JSON."""
+    envelope = row.envelope
+    return {
+        "n": row.n,
+        "time": row.time,
+        "event": row.event.value,
+        "id": row.id,
+        "ch": row.ch,
+        "from": row.sender,
+        "to": row.recipient,
+        "action": row.action,
+        "exchange": row.exchange,
+        "note": row.note,
+        "envelope": envelope.document() if envelope else None,
+    }
+
+
+def documents_of(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """As many of these rows as fit into one line at the door."""
+    documents, size = [], 0
+    for row in rows:
+        documents.append(row_document(row))
+        size += len(row.content or "") + KIB
+        if size > MAX_PAYLOAD:
+            break
+    return documents
+
+
+def pending_document(journal: Journal) -> dict[str, Any]:
+    """All that is not finished."""
+    tasks = [
+        {
+            "id": task.envelope.id,
+            "from": task.envelope.sender,
+            "ch": task.envelope.ch,
+            "action": task.envelope.action,
+            "agent": task.agent or None,
+            "began": task.began,
+            "since": task.envelope.ts,
+        }
+        for task in journal.tasks()[:MAX_ROWS]
+        if task.envelope
+    ]
+    questions = [
+        {
+            "id": one.exchange,
+            "to": one.recipient,
+            "action": one.action,
+            "asked": one.asked,
+            "due": one.due,
+        }
+        for one in journal.questions()
+    ]
+    outbox = [
+        {"topic": one.topic, "bytes": len(one.payload)} for one in journal.outgoing(0, MAX_ROWS)
+    ]
+    return {
+        "questions": questions,
+        "tasks": tasks,
+        "outbox": outbox,
+        "outbox_size": journal.outbox_size,
+    }
+
+
+def look_up(journal: Journal, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer a question about what is in the journal; {"error": ...} if it makes no sense."""
+    id, filters = request.get("id"), request.get("filters", {})
+    if request.get("do") in ("message", "exchange") and (
+        not isinstance(id, str) or not ID.fullmatch(id)
+    ):
+        return {"error": "id: missing"}
+    match request.get("do"):
+        case "message":
+            row = journal.message(str(id))
+            return row_document(row) if row else {"error": "not known here"}
+        case "exchange":
+            return {"rows": documents_of(journal.exchange(str(id)))}
+        case "pending":
+            return pending_document(journal)
+        case "log" if isinstance(filters, dict) and filters.keys() <= LOG_FILTERS.keys():
+            after, last = (whole(request.get(key, 0), 0, MAX_TS) for key in ("after", "last"))
+            rows = journal.rows(filters, after, last)
+            return {"rows": documents_of(rows)}
+    return {"error": f"no such request: {shown(request.get('do'))}"}
+
+
+def do_nothing() -> None:
+    """For whoever only wants a turn to end once more."""
+
+
+class Reception:
+    """Answers the commands that come in, some of them later."""
+
+    def __init__(
+        self,
+        node: str,
+        journal: Journal,
+        waiting: Waiting,
+        clock: Callable[[], float],
+        send: Callable[[Envelope], str],
+        when_safe: Callable[[Callable[[], None]], None],
+        situation: Callable[[], dict[str, Any]],
+    ) -> None:
+        """`send` gives why not, or nothing; `when_safe` calls back when the journal has it all."""
+        self._node, self._journal, self._waiting, self._clock = node, journal, waiting, clock
+        self._send, self._when_safe, self._situation = send, when_safe, situation
+        self._senders: dict[str, Visitor] = {}  # who wants to know whether an id was published
+        self._listeners: dict[str, list[Visitor]] = {}  # who waits for answers, by exchange
+        self._followers: dict[Visitor, tuple[dict[str, Any], int]] = {}  # filters, last row seen
+
+    def answer(self, request: dict[str, Any], visitor: Visitor) -> dict[str, Any] | None:
+        """Answer one request; None if that comes later."""
+        match request.get("do"):
+            case "send" | "sent":
+                return self._take_in(request, visitor)
+            case "settle":  # a command that listens by itself has read an answer
+                self._waiting.settle(str(request.get("id")), self._clock())
+                return {"ok": True}
+            case "follow":
+                return self._follow(request, visitor)
+        try:
+            return look_up(self._journal, request)
+        except ValueError:
+            return {"error": "a number is no number"}
+
+    def _take_in(self, request: Mapping[str, Any], visitor: Visitor) -> dict[str, Any] | None:
+        """A message to be sent; or one that the command is about to publish itself."""
+        try:
+            envelope = Envelope.check(dict(request.get("envelope") or {}))
+        except (EnvelopeError, TypeError, ValueError) as error:
+            return {"error": str(error)}
+        if envelope.sender != self._node:
+            return {"error": f"this is the daemon of {self._node}, not of {envelope.sender}"}
+        if request.get("wait"):
+            self._listen(envelope.exchange, visitor, forward=request["do"] == "send")
+        if request["do"] == "sent":
+            self._journal.sent(envelope, time.time())
+            self._when_safe(lambda: visitor.say({"ok": True}))
+            return None
+        fault = self._send(envelope)
+        if fault:
+            return {"error": fault}
+        self._senders[envelope.id] = visitor
+        visitor.leaving.append(lambda: self._senders.pop(envelope.id, None))
+        self._when_safe(lambda: visitor.say({"queued": True, **self._situation()}))
+        return None
+
+    def _listen(self, exchange: str, visitor: Visitor, forward: bool) -> None:
+        self._waiting.add(exchange)
+        visitor.leaving.append(lambda: self._waiting.drop(exchange))
+        if forward:
+            self._listeners.setdefault(exchange, []).append(visitor)
+            visitor.leaving.append(lambda: self._deaf(exchange, visitor))
+
+    def _deaf(self, exchange: str, visitor: Visitor) -> None:
+        listeners = self._listeners[exchange]
+        listeners.remove(visitor)
+        if not listeners:
+            del self._listeners[exchange]
+
+    def _follow(self, request: Mapping[str, Any], visitor: Visitor) -> dict[str, Any]:
+        """Show what there is, and from now on whatever is new."""
+        answer = look_up(self._journal, {**request, "do": "log"})
+        if "rows" in answer:
+            last = answer["rows"][-1]["n"] if answer["rows"] else request.get("after", 0)
+            self._followers[visitor] = (request.get("filters", {}), last)
+            visitor.leaving.append(lambda: self._followers.pop(visitor, None))
+            self._when_safe(do_nothing)
+        return answer
+
+    def published(self, id: str, code: int, words: str) -> None:
+        """The broker has a message, or refused it; whoever sent it may still be there."""
+        visitor = self._senders.pop(id, None)
+        if visitor:
+            visitor.say({"published": code, "words": words})
+
+    def heard(self, answer: Envelope) -> None:
+        """An answer has come, and is in the journal."""
+        for visitor in [*self._listeners.get(answer.corr or "", ())]:
+            visitor.say({"answer": answer.document()})
+
+    def waits(self, exchange: str) -> bool:
+        return self._waiting.expects(exchange, self._clock())
+
+    def show_news(self) -> None:
+        """Something was committed: whoever follows the log wants to see it."""
+        for visitor, (filters, last) in [*self._followers.items()]:
+            if visitor.busy:
+                continue  # it does not read; what it has not seen stays in the journal
+            rows = documents_of(self._journal.rows(filters, after=last))
+            if rows:
+                self._followers[visitor] = (filters, rows[-1]["n"])
+                visitor.say({"rows": rows})
+                self._when_safe(do_nothing)  # look again: there may be more than one page
+
+
+# ---- Node: wires the above ---------------------------------------------------------------
+#
+# Owns all state that changes.  Decides nothing about a message by itself: asks decide(), then
+# performs the step.  What came in one turn of the loop is committed at its end; only then is it
+# acknowledged, answered or published.
+
+STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
+GOODBYE = 2.0  # seconds for the last messages
+LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
+TEND_EVERY = 30.0  # seconds between looks at the journal: too old, too large, no disk
+
+MAYBE_TOLD = "perhaps told before: the daemon died meanwhile"
+
+
+def build() -> str:
+    """The first digits of this file's own hash: copies of one file drift apart."""
+    import hashlib
+
+    try:
+        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    except OSError:
+        return "unknown"
+
+
+def load_1m() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
+
+
 class Node:
     """One machine's daemon."""
 
@@ -3932,6 +4628,7 @@ class Node:
         log: Log,
         journal: Journal,
         instance: str,
+        predecessor: str,
         link: Callable[[Config, Publication], Transport],
     ) -> None:
         """`instance` tells this run of the daemon from all others; `link` makes the transport."""
@@ -3939,33 +4636,38 @@ class Node:
         self.name, self.topics = config.node.id, config.topics
         self._build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
-        self._journal = journal
+        self._journal, self._predecessor = journal, predecessor
         self._children = Children(loop)
-        self._roster = Roster(self.name, config.heartbeat.interval, config.heartbeat.miss_threshold)
         self._waiting, self._complaints = Waiting(), Complaints()
         self._catalogue = Catalogue()
         self._queue = Queue(config.node.handler_workers, self._workers_of)
+        patience = config.node.agent_patience
         self._agents = {
-            name: Agent(
-                loop,
-                self._children,
-                one,
-                log,
-                config.node.agent_patience,
-                self._agent_gave_up,
-                self._agent_replied,
-            )
+            name: Agent(loop, self._children, one, log, patience, self)
             for name, one in config.agents.items()
         }
-        self._acks: list[Callable[[], None]] = []
+        self._settling = False
+        self._when_safe: list[Callable[[], None]] = []
         self._counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self._sentinels = [Sentinel(one) for one in config.schedule]
         self._service = Service(loop, os.environ)
+        self._membership = Membership(config, loop, log, self._send, self._correct_state)
+        self._reception = Reception(
+            self.name,
+            journal,
+            self._waiting,
+            loop.clock,
+            self._send_for_command,
+            self._settle_soon,
+            lambda: {"connected": self._connected, "states": self._membership.states},
+        )
         self._door: Door | None = None
+        self._overdue: Timer | None = None
         self._seq = 0
         self._beaten = self._looked = float("-inf")
         self._connected = self._outage = self._stopping = False
         self._link = link(config, self._will())
+        self._outbox = Outbox(journal, self._link, loop.clock, self._published)
 
     # -- coming and going --
 
@@ -3979,24 +4681,29 @@ class Node:
         self._open_door()
         for agent in self._agents.values():
             agent.start()
+        self._take_up()
         self._link.open(self)
         self._beat_again()
         self._start_sentinels()
+        self._tend_journal()
+        self._watch_questions()
         self._service.ready("looking for the broker")
 
     def stop(self) -> None:
-        """End in order: running handlers get a moment, whoever waits is told, then goodbye."""
+        """End in order: running handlers get a moment; what waits goes on at the next start."""
         if self._stopping:
             self._children.stop()
             return
         self._stopping = True
         self._service.stopping()
+        self._membership.stop()
         self.log.info("stopping", handlers=self._queue.running)
-        for turn in self._queue.clear():
-            if not turn.sentinel:
-                self._refuse(turn.envelope, "the node is stopping")
+        waiting = [turn.envelope for turn in self._queue.clear() if turn.task]
         for agent in self._agents.values():
-            agent.stop()
+            waiting += [waking.envelope for waking in agent.stop()]
+        if not self._journal.on_disk:
+            for envelope in waiting:
+                self._refuse(envelope, "the node is stopping")
         self.loop.after(STOP_GRACE, self._children.stop)
         self._leave_when_idle()
 
@@ -4010,24 +4717,26 @@ class Node:
         if self._queue.running or any(agent.calling for agent in self._agents.values()):
             self.loop.after(0.05, self._leave_when_idle)
             return
+        self._settle()
         self._publish_state("offline", "stopped")
         self._link.close(self.loop.stop, within=GOODBYE)
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
-        ours = (self.instance, self._journal.predecessor)
+        ours = (self.instance, self._predecessor)
         Challenge(self.loop, self.config, ours, self._heartbeat, go_on, self.link_down)
 
     def link_up(self) -> None:
         self.log.info("connected", broker=self.config.mqtt.address, node=self.name)
         self._connected, self._outage = True, False
         self._service.status(f"{self.name} is connected to {self.config.mqtt.address}")
-        self._roster.grant_grace(self.loop.clock())
+        self._membership.roster.grant_grace(self.loop.clock())
         self._publish_roster()
         self._beat()
+        self._settle_soon()
 
     def link_down(self, reason: str) -> None:
         self._connected = False
-        self._roster.doubt_losses()
+        self._membership.roster.doubt_losses()
         self._service.status(f"no broker at {self.config.mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self.config.mqtt.address, why=reason)
@@ -4040,6 +4749,33 @@ class Node:
         self._publish_roster()
         self._service.reloaded()
 
+    # -- the end of a turn --
+
+    def _settle_soon(self, then: Callable[[], None] | None = None) -> None:
+        """Commit at the end of this turn of the loop, and call back when that is done."""
+        if then:
+            self._when_safe.append(then)
+        if not self._settling:
+            self._settling = True
+            self.loop.after(0, self._settle)
+
+    def _settle(self) -> None:
+        """Make it last; then tell the broker and others that it is safe with us."""
+        self._settling = False
+        self._journal.commit()
+        calls, self._when_safe = self._when_safe, []
+        for call in calls:
+            call()
+        self._outbox.pump()
+        self._reception.show_news()
+
+    def _tend_journal(self) -> None:
+        """Now and then, in small steps."""
+        self._journal.go_back_to_disk()
+        more = self._journal.prune(time.time())
+        self._settle_soon()
+        self.loop.after(0.1 if more else TEND_EVERY, self._tend_journal)
+
     # -- what comes in --
 
     def deliver(self, delivery: Delivery) -> None:
@@ -4047,12 +4783,12 @@ class Node:
             return  # not acknowledged: it comes again when this node does
         meta = self.topics.meta_of(delivery.topic)
         if meta:
-            self._hear_state(*meta, delivery)
+            name, document = meta
+            if document == "state":
+                self._membership.hear_state(name, delivery)
             return
         self._counts["received"] += 1
-        if not self._acks:
-            self.loop.after(0, self._settle)
-        self._acks.append(delivery.ack)
+        self._settle_soon(delivery.ack)
         try:
             envelope = Envelope.parse(delivery.payload)
         except EnvelopeError as error:
@@ -4061,13 +4797,6 @@ class Node:
             return
         self._receive(envelope, delivery)
 
-    def _settle(self) -> None:
-        """At the end of a turn: make it last, then tell the broker that it is safe with us."""
-        self._journal.commit()
-        acks, self._acks = self._acks, []
-        for ack in acks:
-            ack()
-
     def _receive(self, envelope: Envelope, delivery: Delivery) -> None:
         reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
         if not reason and delivery.expires_in is None and envelope.stale(time.time()):
@@ -4075,14 +4804,23 @@ class Node:
         if envelope.action and envelope.action not in self._catalogue.handlers and not reason:
             self._look_again()
         step = Drop(reason) if reason else decide(envelope, self._situation())
-        if isinstance(step, Run | WakeAgents | Refuse | Note) and not self._journal.remember(
-            envelope.id
-        ):
-            step = Drop("seen before")
+        row = 0
+        if isinstance(step, Run | WakeAgents | Refuse | Note):
+            note, content = getattr(step, "reason", ""), delivery.payload.decode()
+            row = self._journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
+            step = step if row else Drop("seen before")
         self._log_message(envelope, step)
-        if envelope.ch == "alert" and envelope.to == EVERYONE and not isinstance(step, Drop):
-            self._roster.announced(envelope.exchange)
-        self._perform(step, envelope, delivery)
+        if row:
+            self._take_note(envelope)
+        self._perform(step, envelope, row, self._time_left(envelope, delivery))
+
+    def _take_note(self, envelope: Envelope) -> None:
+        """What a new message means to those who wait, whatever is done with it."""
+        if envelope.ch == "alert" and envelope.to == EVERYONE:
+            self._membership.roster.announced(envelope.exchange)
+        if CHANNELS[envelope.ch].wake is Wake.UNLESS_AWAITED and envelope.corr:
+            self._journal.answered(envelope.corr)
+            self._settle_soon(lambda: self._reception.heard(envelope))
 
     def _situation(self) -> Situation:
         now = self.loop.clock()
@@ -4113,20 +4851,19 @@ class Node:
         )
         say(event, **facts)
 
-    def _perform(self, step: Step, envelope: Envelope, delivery: Delivery) -> None:
+    def _perform(self, step: Step, envelope: Envelope, row: int, left: float | None) -> None:
+        """Do it, within the seconds that are left."""
+        until = None if left is None else time.time() + left
         match step:
-            case Run(action):
-                left = self._time_left(envelope, delivery) or float("inf")
-                if self._queue.put(Turn(envelope, action, self.loop.clock() + left)):
-                    self._run_handlers()
-                else:
-                    self._refuse(envelope, f"busy: {MAX_JOBS_WAITING} messages wait for handlers")
-            case WakeAgents(agents, now, note):
-                patience = self._time_left(envelope, delivery)
-                self._journal.keep("told", envelope.id, envelope.encode().decode())
-                question = self._journal.kept("asked", envelope.exchange) or ""
+            case Run(action) if not self._journal.full:
+                task = self._journal.owe(row, until=until)
+                self._enqueue(Turn(envelope, action, self._deadline(until), task))
+            case WakeAgents(agents, now, note) if not self._journal.full:
                 for agent in agents:
-                    self._agents[agent].wake(Waking(envelope, now, note, question), patience)
+                    task = self._journal.owe(row, agent, until, now, note)
+                    self._wake(agent, envelope, now, note, until, task)
+            case Run() | WakeAgents():
+                self._refuse(envelope, "busy: the journal is full of what is not done yet")
             case Hear():
                 self._hear(envelope)
             case Refuse(reason):
@@ -4144,21 +4881,94 @@ class Node:
             return max(1.0, delivery.expires_in)
         return max(1.0, envelope.ts + envelope.ttl - time.time())
 
+    def _deadline(self, until: float | None) -> float:
+        """Unix seconds as seconds of the loop's clock."""
+        return float("inf") if until is None else self.loop.clock() + until - time.time()
+
+    def _hear(self, envelope: Envelope) -> None:
+        """A heartbeat; in our own name, another daemon asks whether that is taken."""
+        if envelope.sender != self.name:
+            self._membership.hear(envelope)
+        elif (read_json_object(envelope.text) or {}).get("boot") != self.instance:
+            self._beat_if_due()
+
+    def _take_up(self) -> None:
+        """Go on with what was not finished when the daemon ended."""
+        tasks = self._journal.tasks()
+        if tasks:
+            self.log.info("taking up what was not finished", tasks=len(tasks))
+        for task in tasks:
+            if task.agent:
+                self._tell_again(task)
+            else:
+                self._run_again(task)
+
+    def _tell_again(self, task: Task) -> None:
+        note = MAYBE_TOLD if task.began else task.note
+        if task.agent in self._agents:
+            self._wake(task.agent, task.envelope, task.urgent, note, task.until, task.n)
+        else:
+            self._journal.finish(task.n)
+            self._refuse(task.envelope, f"{self.name} has no agent {task.agent} any more")
+
+    def _run_again(self, task: Task) -> None:
+        """Run it, unless it may have run: that is for whoever sent it to decide."""
+        envelope = task.envelope
+        turn = Turn(envelope, envelope.action or "", self._deadline(task.until), task.n)
+        if task.began and not self._handler_config(turn.action).retry:
+            self._finish(turn, Outcome(exit=None, stopped=True, fault="the daemon ended meanwhile"))
+        else:
+            self._enqueue(turn)
+
     # -- what goes out --
 
     def _send(self, envelope: Envelope) -> None:
         """Publish an envelope, now or when the broker is back."""
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+        fault = self._post(envelope)
+        if fault:
+            self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
 
-        def done(code: int, words: str) -> None:
-            if code < 0 or code >= 0x80:  # MQTT 5, 2.4: the failures
-                self.log.error("not published", **facts, why=words)
+    def _send_for_command(self, envelope: Envelope) -> str:
+        """The same for somebody at the command line, who may expect an answer."""
+        if self._stopping:
+            return "the daemon is stopping"
+        if self._outbox.full:
+            return f"{len(self._outbox)} messages wait for the broker already"
+        fault = self._post(envelope, ask=CHANNELS[envelope.ch].handler)
+        if envelope.ttl:
+            self._watch_questions()
+        return fault
 
-        expires = self.loop.clock() + envelope.ttl if envelope.ttl else None
-        self.log.info("sent", **facts, corr=envelope.corr)
-        self._link.publish(
-            Publication(self.topics.of(envelope), envelope.encode(), expires=expires, done=done)
-        )
+    def _post(self, envelope: Envelope, ask: bool = False) -> str:
+        """Into the journal and the outbox, once; why not, if so."""
+        if self._outbox.full:
+            return "too much waits for the broker"
+        now, payload = time.time(), envelope.encode()
+        row = self._journal.record(Event.SENT, envelope, now, content=payload.decode())
+        if row:
+            until = now + envelope.ttl if envelope.ttl else None
+            self._outbox.post(self.topics.of(envelope), payload, message=row, until=until)
+            if ask:
+                self._journal.ask(envelope, row)
+            facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+            self.log.info("sent", **facts, corr=envelope.corr)
+        self._settle_soon()
+        return ""
+
+    def _published(self, row: Row | None, code: int, words: str) -> None:
+        """The broker has it, or never will."""
+        self._settle_soon()
+        if row is None:
+            return
+        failed = code < 0 or code >= 0x80  # MQTT 5, 2.4
+        if failed:
+            facts: dict[str, object] = {"id": row.id, "ch": row.ch, "to": row.recipient}
+            self.log.error("not published", **facts, why=words)
+        if (failed or code == NO_SUBSCRIBERS) and row.envelope:
+            what = f"not published: {words.lower()}" if failed else "nobody listens there"
+            self._journal.did(row.envelope, time.time(), what)
+            self._journal.answered(row.exchange)  # nobody will
+        self._reception.published(row.id or "", code, words)
 
     def _refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if its message may cause an answer at all."""
@@ -4174,10 +4984,23 @@ class Node:
             Publication(self.topics.meta(name, document), payload, retain=True, keep=keep)
         )
 
+    def _correct_state(self, name: str, state: dict[str, Any]) -> None:
+        self._publish_meta(name, "state", state, keep=True)
+
     # -- handlers --
 
+    def _handler_config(self, action: str) -> HandlerConfig:
+        return self.config.handlers.get(action, HandlerConfig())
+
     def _workers_of(self, action: str) -> int:
-        return self.config.handlers.get(action, HandlerConfig()).workers
+        return self._handler_config(action).workers
+
+    def _enqueue(self, turn: Turn) -> None:
+        if self._queue.put(turn):
+            self._run_handlers()
+        else:
+            self._journal.finish(turn.task)
+            self._refuse(turn.envelope, f"busy: {MAX_JOBS_WAITING} messages wait for handlers")
 
     def _run_handlers(self) -> None:
         while turn := self._queue.take():
@@ -4198,31 +5021,47 @@ class Node:
         agents = self._situation().addressed(turn.envelope.to)
         agent = self.config.agents[agents[0]] if agents else None
         self.log.info("handler started", action=turn.action, id=turn.envelope.id)
+        if turn.task:
+            self._journal.begin([turn.task])
         self._children.start(handler_job(self.config, file, turn.envelope, agent), done)
 
     def _ran(self, turn: Turn, outcome: Outcome) -> None:
         self._queue.done(turn.action)
-        envelope, deadline = turn.envelope, handler_deadline(self.config, turn.action)
         self._counts["runs"] += 1
         self._counts["failures"] += not outcome.ok
+        if outcome.stopped and turn.task and self._handler_config(turn.action).retry:
+            self._journal.retract([turn.task])  # it runs again at the next start
+        else:
+            self._finish(turn, outcome)
+        if not self._stopping:
+            self._run_handlers()
+
+    def _finish(self, turn: Turn, outcome: Outcome) -> None:
+        """Tell everyone whom it concerns how a handler ended."""
+        envelope, deadline = turn.envelope, handler_deadline(self.config, turn.action)
         result = result_document(envelope, self.name, outcome, deadline, time.time())
+        status, took = result["status"], result["duration_ms"]
         say = self.log.info if outcome.ok else self.log.warning
         say(
             "handler ended",
             action=turn.action,
             id=envelope.id,
-            status=result["status"],
+            status=status,
             exit=outcome.exit,
-            ms=result["duration_ms"],
+            ms=took,
             why=result["error"] or None,
         )
-        self._publish_meta(self.name, turn.action, result, keep=True)
+        words = f"{status}, {took} ms" if outcome.ok else f"{status}: {result['error']}"
+        self._journal.did(envelope, time.time(), words)
+        payload = encode_json(result)
+        self._outbox.post(self.topics.meta(self.name, turn.action), payload, retain=True)
         if turn.sentinel:
             self._sentinel_ended(turn.sentinel, envelope, outcome, deadline)
         else:
             self._send(answer_to(envelope, self.name, outcome, deadline))
-        if not self._stopping:
-            self._run_handlers()
+        if turn.task:
+            self._journal.finish(turn.task)
+        self._settle_soon()
 
     def _look_again(self) -> None:
         """An action is not known: a handler for it may have been put there just now."""
@@ -4292,113 +5131,91 @@ class Node:
             said = printed(outcome) if outcome.ok else failure(outcome, deadline)
             text = cut(f"{sentinel.config.action} {words}: {said}", MAX_ERROR)
             ch = "status" if outcome.ok else "alert"
-            news = envelope.reply(self.name, text, ch=ch)
-            for agent in self._situation().addressed(self.name):
-                self._agents[agent].wake(Waking(news, True, "scheduled"))
+            self._tell_own_agents(envelope.reply(self.name, text, ch=ch), "scheduled")
 
     # -- agents --
 
-    def _agent_gave_up(self, envelope: Envelope, reason: str) -> None:
-        self._refuse(envelope, reason)
+    def _wake(
+        self,
+        agent: str,
+        envelope: Envelope,
+        now: bool,
+        note: str,
+        until: float | None,
+        task: int,
+    ) -> None:
+        """Let an agent know, with the question of ours that it answers."""
+        asked = self._journal.message(envelope.exchange) if envelope.corr else None
+        question = asked.envelope.text[:MAX_QUESTION] if asked and asked.envelope else ""
+        waking = Waking(envelope, now, note, question, task=task)
+        patience = None if until is None else self._deadline(until) - self.loop.clock()
+        self._agents[agent].wake(waking, patience)
 
-    def _agent_replied(self, envelope: Envelope, text: str) -> None:
-        """A turn has ended, and its reply is the answer, if the message may have one."""
-        if CHANNELS[envelope.ch].handler:
-            self._send(envelope.reply(self.name, text))
+    def _tell_own_agents(self, envelope: Envelope, note: str) -> None:
+        """Something that this node itself has to say."""
+        row = self._journal.record(Event.RECEIVED, envelope, time.time(), note)
+        agents = self._situation().addressed(self.name)
+        if row and agents:
+            self._perform(WakeAgents(agents, True, note), envelope, row, None)
+        self._settle_soon()
+
+    def agent_begins(self, group: Sequence[Waking]) -> None:
+        """It is being told: if we crash now, nobody knows whether it was."""
+        self._journal.begin(waking.task for waking in group if waking.task)
+
+    def agent_failed(self, group: Sequence[Waking]) -> None:
+        """It was not told, for certain, and will be."""
+        self._journal.retract(waking.task for waking in group if waking.task)
+        self._settle_soon()
+
+    def agent_told(self, agent: str, waking: Waking, reply: str | None) -> None:
+        """It was; its reply, where the way to it has one, is the answer."""
+        self._journal.did(waking.envelope, time.time(), f"told {agent}")
+        if waking.task:
+            self._journal.finish(waking.task)
+        if reply is not None and CHANNELS[waking.envelope.ch].handler:
+            self._send(waking.envelope.reply(self.name, reply))
+        self._settle_soon()
+
+    def agent_gave_up(self, agent: str, waking: Waking, reason: str) -> None:
+        self._journal.did(waking.envelope, time.time(), f"{agent} not told: {reason}")
+        if waking.task:
+            self._journal.finish(waking.task)
+        self._refuse(waking.envelope, f"agent {agent} was not told: {reason}")
+        self._settle_soon()
 
     # -- the command line of this node --
 
     def _open_door(self) -> None:
         file = door_path(self.config)
         try:
-            self._door = Door(self.loop, file, self._at_the_door)
+            self._door = Door(self.loop, file, self._reception.answer)
         except OSError as error:
             self.log.error("no door for the command line", file=file, why=reason_of(error))
 
-    def _at_the_door(self, request: dict[str, Any], visitor: Visitor) -> dict[str, Any]:
-        """Answer one request of a command on this machine."""
-        id = request.get("id")
-        if not isinstance(id, str) or not ID.fullmatch(id):
-            return {"error": "id: missing"}
-        match request.get("do"):
-            case "ask":  # it is about to send this; `wait` if it reads the answer itself
-                self._journal.keep("asked", id, mended(str(request.get("text"))[:MAX_QUESTION]))
-                if request.get("wait"):
-                    self._waiting.add(id)
-                    visitor.leaving.append(lambda: self._waiting.drop(id))
-                return {"ok": True}
-            case "settle":  # it has read the answer
-                self._waiting.settle(id, self.loop.clock())
-                return {"ok": True}
-            case "show":
-                kept = self._journal.kept("told", id)
-                return {"envelope": json.loads(kept)} if kept else {"error": "not known here"}
-        return {"error": f"no such request: {shown(request.get('do'))}"}
+    def _watch_questions(self) -> None:
+        """Look at the questions again when the next one is overdue, or in a minute."""
+        if self._overdue:
+            self._overdue.cancel()
+            self._overdue = None
+        due = self._journal.next_due()
+        if due is not None and not self._stopping:
+            wait = min(max(due - time.time(), 0.0) + 0.1, 60.0)
+            self._overdue = self.loop.after(wait, self._check_questions)
 
-    # -- membership --
-
-    def _hear(self, envelope: Envelope) -> None:
-        """A heartbeat: whoever sent it lives."""
-        said = read_json_object(envelope.text) or {}
-        boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
-        boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
-        if envelope.sender == self.name:
-            if boot != self.instance:  # another daemon asks whether this name is taken
-                self._beat_if_due()
-            return
-        news = self._roster.hear(
-            envelope.sender, self.loop.clock(), seen=int(time.time()), interval=interval, boot=boot
-        )
-        if news:
-            self.log.info(news.value, peer=envelope.sender)
-        if news is News.BACK and self._roster.rank(about=envelope.sender) == 0:
-            text = f"{envelope.sender} is back"
-            self._send(Envelope.new(self.name, EVERYONE, "status", text, urgency="later"))
-
-    def _hear_state(self, name: str, document: str, delivery: Delivery) -> None:
-        """A state: retained, it tells who should be there; else, who has just gone."""
-        state = (
-            read_json_object(delivery.payload) if len(delivery.payload) <= MAX_STATE else None
-        ) or {}
-        if document != "state" or name == self.name or not NAME.fullmatch(name):
-            return
-        if state.get("daemon_node", name) != name:
-            return  # an agent's: its node speaks for it
-        now, status = self.loop.clock(), status_of(state)
-        if delivery.retained:
-            if status in ("online", "degraded"):
-                seen = int(bounded_number(state.get("last_seen"), 1, MAX_TS) or 0)
-                interval = bounded_number(state.get("interval"), *PEER_INTERVAL)
-                self._roster.learn(name, now, seen=seen, interval=interval)
-        elif status == "offline" and state.get("reason") == "connection lost":
-            if self._roster.lose(name):
-                self._lost(name, "its connection died")
-        elif status == "offline" and state.get("reason") == "lost":
-            if self._roster.lose(name):
-                self.log.warning("peer is lost", peer=name, why="another node says so")
-        elif status == "offline" and self._roster.leave(name):
-            self.log.info("peer has stopped", peer=name)
-
-    def _lost(self, name: str, why: str) -> None:
-        """A peer is lost: the living take turns to say so, and one is enough."""
-        self.log.warning("peer is lost", peer=name, why=why)
-        turn = self._roster.rank(about=name) * max(1.0, self.config.heartbeat.interval / 2)
-        peer = self._roster.peer(name)
-        self.loop.after(DOUBT + turn, lambda: self._announce(name, peer, why))
-
-    def _announce(self, name: str, peer: Peer | None, why: str) -> None:
-        """Our turn to speak of a loss, unless somebody did, or it was none."""
-        if self._stopping or peer is None or self._roster.peer(name) is not peer:
-            return
-        if peer.presence is not Presence.LOST or peer.announced:
-            return
-        seen = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(peer.seen)) if peer.seen else "-"
-        text = f"{name} is lost: {why}; last seen {seen}"
-        self._send(Envelope.new(self.name, EVERYONE, "alert", text, corr=loss_of(name)))
-        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
-        self._publish_meta(
-            name, "state", {**state, "last_seen": peer.seen, "reported_by": self.name}, keep=True
-        )
+    def _check_questions(self) -> None:
+        """Whoever asked, and does not wait any more, is told that nobody answered in time."""
+        now = time.time()
+        for question in self._journal.questions(due=now):
+            self._journal.answered(question.exchange)
+            if not self._reception.waits(question.exchange):
+                asked = f"{now - question.asked:.0f} s ago"
+                text = f"no answer from {question.recipient} to what was asked {asked}"
+                alert = Envelope.new(self.name, self.name, "alert", text, corr=question.exchange)
+                self.log.warning("no answer", id=question.exchange, to=question.recipient)
+                self._tell_own_agents(alert, "its time to live was over")
+        self._settle_soon()
+        self._watch_questions()
 
     # -- showing that we are alive --
 
@@ -4416,12 +5233,8 @@ class Node:
             return
         self._beat()
         if late:  # we were asleep ourselves: do not blame the others
-            self._roster.grant_grace(now)
-        for name in self._roster.drop_silent(now):
-            peer = self._roster.peer(name)
-            self._lost(
-                name, f"no heartbeat for {now - peer.heard:.0f} s" if peer else "no heartbeat"
-            )
+            self._membership.roster.grant_grace(now)
+        self._membership.miss(now)
 
     def _beat_if_due(self) -> None:
         if self.loop.clock() - self._beaten >= MIN_BEAT_GAP:
@@ -4469,7 +5282,7 @@ class Node:
             "status": status,
             "last_seen": int(time.time()),
             "uptime_s": round(self.loop.clock() - self._started, 1),
-            "known_peers": self._roster.alive(),
+            "known_peers": self._membership.roster.alive(),
             "daemon_node": self.name,
             "version": f"{__version__} ({self._build})",
             "load_1m": load_1m(),
@@ -4717,12 +5530,91 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
     return table(("NODE", "AGENTS", "HANDLERS", "VERSION", "SYSTEM"), cells, colour)
 
 
+def clock_time(at: object) -> str:
+    """A moment of the last days, by this machine's clock."""
+    known = bounded_number(at, 0, MAX_TS)
+    return "-" if known is None else time.strftime("%m-%d %H:%M:%S", time.localtime(known))
+
+
+def row_text(row: Mapping[str, Any]) -> str:
+    """What was said, or done."""
+    envelope = row.get("envelope")
+    said = envelope.get("text", "") if isinstance(envelope, dict) and row["event"] != "did" else ""
+    return str(said or row["note"])
+
+
+def log_line(row: Mapping[str, Any], width: int) -> str:
+    """A row of the journal: when, in or out or did, the other side, what; cut to `width`."""
+    peer = row["to"] if row["event"] == "out" else row["from"]
+    id = str(row["id"] or row["exchange"])[:8]
+    when, action = clock_time(row["time"]), f"{row['action']}: " if row["action"] else ""
+    line = f"{when} {row['event']:<3} {peer:<10} {row['ch']:<8} {id:<8} {action}{row_text(row)}"
+    return printable(line, width)
+
+
+def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
+    """An exchange from its first message to its last answer; no text can pass for another line."""
+    lines = []
+    for row in rows:
+        action = f", {row['action']}" if row["action"] else ""
+        if row["event"] == "did":
+            lines.append(f"{clock_time(row['time'])} did: {printable(row['note'], MAX_ERROR)}")
+            continue
+        whom = f"from {row['from']} to {row['to']}"
+        note = f" ({printable(row['note'], 200)})" if row["note"] else ""
+        lines.append(f"{clock_time(row['time'])} {row['event']}: {row['ch']} {whom}{action}{note}")
+        lines.append(f"  id {row['id']}")
+        text = (row["envelope"] or {"text": "(its text is kept no longer)"})["text"]
+        text = for_terminal(text) if terminal else text
+        lines += [f"  | {line}" for line in text.splitlines() or [""]]
+    return "\n".join(lines) + "\n"
+
+
+def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
+    """What is not finished, in three parts."""
+
+    def ago(at: float) -> str:
+        return f"{for_people(max(0.0, now - at))} ago"
+
+    parts = []
+    asked = [
+        (q["id"], q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
+        for q in document["questions"]
+    ]
+    if asked:
+        parts.append(table(("NOT ANSWERED", "BY", "ACTION", "ASKED", "DUE"), asked, colour))
+    todo = [
+        (
+            t["id"],
+            t["from"],
+            t["agent"] or t["action"],
+            ago(t["since"]),
+            "yes" if t["began"] else "no",
+        )
+        for t in document["tasks"]
+    ]
+    if todo:
+        parts.append(table(("TO DO", "FROM", "FOR", "SENT", "BEGUN"), todo, colour))
+    mail = [(one["topic"], str(one["bytes"])) for one in document["outbox"]]
+    if mail:
+        parts.append(table(("NOT DELIVERED", "BYTES"), mail, colour))
+    more = document["outbox_size"] - len(mail)
+    if more > 0:
+        parts.append(f"and {more} more to be delivered\n")
+    return "\n".join(parts) or "nothing is pending\n"
+
+
+def for_due(due: float | None, now: float) -> str:
+    return "-" if due is None else f"in {for_people(due - now)}" if due > now else "over"
+
+
 # ---- Client: one question from the shell -------------------------------------------------
 #
 # Publish and wait for the acknowledgement; publish and wait for answers; collect what is
 # retained.  Each on a connection of its own, each with an end.  Prints nothing.
 
 PUBACK_DEADLINE = 10.0  # seconds
+PUBLISHED_DEADLINE = 2.0  # seconds that a command waits for the broker, once its daemon has it all
 HINTS = (  # what is in the reason, what to try
     (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
     (r"name or service|nodename|name resolution|not known", "is [mqtt] host spelled right?"),
@@ -4767,6 +5659,104 @@ def ask_daemon(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
         raise HiveError(f"the daemon of {config.node.id}: {reason_of(error)}") from None
     finally:
         visit.close()
+
+
+def ask_journal(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
+    """Look something up: the daemon does it, or, where none runs, we do.  Raises HiveError."""
+    visit = knock(config)
+    if visit:
+        visit.close()
+        answer = ask_daemon(config, request)
+    else:
+        answer = look_up_alone(config, request)
+    if "error" in answer:
+        raise HiveError(str(answer["error"]))
+    return answer
+
+
+def look_up_alone(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
+    """In the journal that a daemon left behind."""
+    directory = config.state_dir
+    if not (directory / "journal.sqlite3").exists():
+        raise HiveError(f"no daemon of {config.node.id} has run here yet (nothing in {directory})")
+    try:
+        lock = Lock(directory / "lock")
+    except BlockingIOError:
+        raise HiveError(
+            f"the daemon of {config.node.id} runs, but not at {door_path(config)}; see its log"
+        ) from None
+    except OSError as error:
+        raise HiveError(f"{directory}: {reason_of(error)}") from None
+    with (
+        contextlib.closing(lock),
+        contextlib.closing(open_journal(config, Log("error"))) as journal,
+    ):
+        return look_up(journal, request)
+
+
+def open_journal(config: Config, log: Log) -> Journal:
+    keep, size = config.journal.keep_days * 86400.0, config.journal.max_mb * 1_000_000
+    return Journal(config.state_dir, log, keep, size)
+
+
+def read_log(
+    config: Config, request: Mapping[str, Any], write: Callable[[Sequence[Mapping[str, Any]]], None]
+) -> None:
+    """All rows that a request is about, page after page."""
+    while rows := ask_journal(config, request)["rows"]:
+        write(rows)
+        request = {**request, "last": 0, "after": rows[-1]["n"]}
+
+
+def follow_log(
+    config: Config, request: Mapping[str, Any], write: Callable[[Sequence[Mapping[str, Any]]], None]
+) -> None:
+    """The same, and what is new from then on, until the daemon ends."""
+    visit = knock(config)
+    if visit is None:
+        raise HiveError(f"no daemon of {config.node.id} runs on this machine: nothing to follow")
+    with contextlib.closing(visit):
+        try:
+            said: dict[str, Any] | None = visit.ask({**request, "do": "follow"})
+            while True:
+                if said and "error" in said:
+                    raise HiveError(str(said["error"]))
+                write((said or {}).get("rows", ()))
+                said = visit.hear(None)
+        except OSError as error:
+            raise HiveError(f"the daemon of {config.node.id}: {reason_of(error)}") from None
+
+
+class Answers:
+    """Whose answers to a message are still missing."""
+
+    def __init__(self, envelope: Envelope, heartbeat: HeartbeatConfig) -> None:
+        self.silent = {envelope.to}  # who has not answered
+        self.refused = False  # did an alert come?
+        self.states: dict[str, dict[str, Any]] = {}
+        self._envelope, self._heartbeat = envelope, heartbeat
+
+    def expect(self, states: dict[str, dict[str, Any]]) -> None:
+        """These are the nodes and agents; from all, everyone who is online shall answer."""
+        self.states = states
+        if self._envelope.to == EVERYONE:
+            rows = self.rows()
+            self.silent = {row.name for row in rows if row.is_node and row.alive}
+            if not self.silent:
+                raise SilenceError("no node is online; see: hive-cli status")
+
+    def rows(self) -> list[StatusRow]:
+        return status_rows(self.states, self._heartbeat, time.time())
+
+    def take(self, answer: Envelope) -> bool:
+        """Is it one to our message?  Then there is one less to wait for."""
+        if answer.corr != self._envelope.exchange or answer.ch not in ("response", "alert"):
+            return False
+        if answer.reply_to not in (None, self._envelope.id):
+            return False  # it answers an earlier message of the exchange
+        self.refused |= answer.ch == "alert"
+        self.silent.discard(answer.sender if self._envelope.to == EVERYONE else self._envelope.to)
+        return True
 
 
 class Errand:
@@ -4865,16 +5855,16 @@ class Asking(Errand):
     ) -> None:
         """Calls `heard` with each response and each alert of the exchange, as they come."""
         super().__init__(config)
-        self.states: dict[str, dict[str, Any]] = {}
-        self.silent: set[str] = set()  # who has not answered
-        self.refused = self.heard_by_nobody = False  # did an alert come?  nobody subscribed?
+        self.answers = Answers(envelope, config.heartbeat)
+        self.heard_by_nobody = False
+        self._states: dict[str, dict[str, Any]] = {}
         self._envelope, self._wait, self._heard = envelope, wait, heard
-        self._answers = [self.topics.to(self.node, ch) for ch in ("response", "alert")]
+        self._topics = [self.topics.to(self.node, ch) for ch in ("response", "alert")]
         whose = "+" if envelope.to == EVERYONE else envelope.to
         self._survey = Survey(
             self.loop,
             config.mqtt,
-            [*self._answers, self.topics.meta(whose, "state")],
+            [*self._topics, self.topics.meta(whose, "state")],
             self.topics.private(self.node, new_id()),
             self._found,
             self._ask,
@@ -4883,13 +5873,7 @@ class Asking(Errand):
 
     def _ask(self) -> None:
         """Everyone's state is in."""
-        self.silent = {self._envelope.to}
-        if self._envelope.to == EVERYONE:
-            now = time.time()
-            rows = status_rows(self.states, self.config.heartbeat, now)
-            self.silent = {row.name for row in rows if row.is_node and row.alive}
-            if not self.silent:
-                raise SilenceError("no node is online; see: hive-cli status")
+        self.answers.expect(self._states)
         self.publish(self._survey.link, self._envelope, self._asked)
         self.loop.after(self._wait, self._leave)
 
@@ -4902,42 +5886,92 @@ class Asking(Errand):
         """As long as the door stays open, answers do not wake this node's own agent."""
         self._knock = knock(self.config)
         try:
-            self._tell_own_daemon("ask")
+            self._tell_own_daemon(
+                {"do": "sent", "envelope": self._envelope.document(), "wait": True}
+            )
             super().run()
         finally:
             if self._knock:
                 self._knock.close()
 
-    def _tell_own_daemon(self, do: str) -> None:
+    def _tell_own_daemon(self, request: Mapping[str, object]) -> None:
         """Say what we do; without a daemon there is no agent to be woken either."""
         if self._knock:
             with contextlib.suppress(OSError):
-                request = {"do": do, "id": self._envelope.exchange, "text": self._envelope.text}
-                self._knock.ask({**request, "wait": True})
+                self._knock.ask(request)
 
     def _found(self, delivery: Delivery) -> None:
-        if delivery.topic not in self._answers:
+        if delivery.topic not in self._topics:
             meta = self.topics.meta_of(delivery.topic)
             if meta and len(delivery.payload) <= MAX_STATE:
-                self.states[meta[0]] = read_json_object(delivery.payload) or {}
+                self._states[meta[0]] = read_json_object(delivery.payload) or {}
             return
         try:
             answer = Envelope.parse(delivery.payload)
         except EnvelopeError:
             return
-        if answer.corr != self._envelope.exchange or answer.ch not in ("response", "alert"):
-            return
-        if answer.reply_to not in (None, self._envelope.id):
-            return  # it answers an earlier message of the exchange
-        self.refused |= answer.ch == "alert"
-        self._tell_own_daemon("settle")
-        self._heard(answer)
-        self.silent.discard(answer.sender if self._envelope.to == EVERYONE else self._envelope.to)
-        if not self.silent:
-            self._leave()
+        if self.answers.take(answer):
+            self._tell_own_daemon({"do": "settle", "id": self._envelope.exchange})
+            self._heard(answer)
+            if not self.answers.silent:
+                self._leave()
 
     def _leave(self) -> None:
         self._survey.link.close(self.finish, within=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class HandedIn:
+    """A message that is in the daemon's journal."""
+
+    connected: bool  # is there a broker at the moment?
+    states: dict[str, dict[str, Any]]
+
+
+class Mail:
+    """The way through the local daemon: what it has taken is not lost."""
+
+    def __init__(self, config: Config, visit: Knock, envelope: Envelope) -> None:
+        self._mqtt, self._visit, self._envelope = config.mqtt, visit, envelope
+        self._ends = 0.0
+
+    def hand_in(self, wait: bool) -> HandedIn:
+        """Give it to the daemon.  Raises OSError if that does not answer, HiveError if it won't."""
+        document = self._envelope.document()
+        said = self._visit.ask({"do": "send", "envelope": document, "wait": wait})
+        if "error" in said:
+            raise HiveError(f"the daemon of {self._envelope.sender}: {said['error']}")
+        if not said.get("queued"):
+            raise OSError(errno.EPROTO, "it does not understand; is it of another version?")
+        return HandedIn(bool(said.get("connected")), said.get("states") or {})
+
+    def published(self) -> bool | None:
+        """Wait a moment for the broker: did anybody hear it?  None if that is not known yet."""
+        said = self._visit.hear(PUBLISHED_DEADLINE)
+        if said is None or "published" not in said:
+            return None
+        code, words = int(said["published"]), str(said.get("words"))
+        if code < 0 or code >= 0x80:
+            raise broker_fault(self._mqtt, f"refused to publish: {words.lower()}")
+        return code != NO_SUBSCRIBERS
+
+    def wait(self, answers: Answers, seconds: float, heard: Callable[[Envelope], None]) -> bool:
+        """Until all have answered, or it is too late; False if nobody can hear the question."""
+        ends = time.monotonic() + seconds
+        while answers.silent and (left := ends - time.monotonic()) > 0:
+            said = self._visit.hear(left)
+            if said is None:
+                break
+            code = said.get("published", 0)
+            if code < 0 or code >= 0x80:
+                raise broker_fault(self._mqtt, f"refused to publish: {said.get('words')}".lower())
+            if code == NO_SUBSCRIBERS and self._envelope.to != EVERYONE:
+                return False
+            if "answer" in said:
+                answer = Envelope.check(said["answer"])
+                if answers.take(answer):
+                    heard(answer)
+        return True
 
 
 # ---- Commands: one function for each subcommand ------------------------------------------
@@ -5027,6 +6061,7 @@ def ttl_seconds(said: str) -> int:
     return time_to_live(number(said))
 
 
+DIRECT = option("--direct", action="store_true", help="publish without this node's daemon")
 AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON instead of text")
 
 
@@ -5036,12 +6071,14 @@ def daemon(args: argparse.Namespace) -> int:
     config = config_of(args)
     log = Log(config.logging.level, config.logging.format)
     instance = new_id()
-    journal = Journal(config.state_dir, instance, log)
-    loop = Loop(log)
     with contextlib.ExitStack() as ending:
+        predecessor = take_the_name(config, instance, log, ending)
+        journal = open_journal(config, log)
         ending.callback(journal.close)
+        loop = Loop(log)
         ending.callback(loop.close)
-        node = Node(config, loop, log, journal, instance, partial(session_link, loop))
+        link = partial(session_link, loop)
+        node = Node(config, loop, log, journal, instance, predecessor, link)
         ending.callback(node.abandon)
         source = config.source or "defaults"
         log.info("starting", node=node.name, version=__version__, build=build(), config=source)
@@ -5049,6 +6086,24 @@ def daemon(args: argparse.Namespace) -> int:
         loop.run()
     log.info("stopped")
     return Exit.DONE
+
+
+def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.ExitStack) -> str:
+    """Be the one daemon of this state directory; who was it before?  Raises BrokerError."""
+    directory = config.state_dir
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = Lock(directory / "lock")
+        ending.callback(lock.close)
+        lock.write(instance)
+    except BlockingIOError:
+        raise BrokerError(
+            f"another daemon runs with {directory}; stop it, or give this one another --node"
+        ) from None
+    except OSError as error:
+        log.error("no lock", dir=directory, why=reason_of(error))
+        return ""
+    return lock.before
 
 
 def session_link(loop: Loop, config: Config, will: Publication) -> Link:
@@ -5077,6 +6132,7 @@ def session_link(loop: Loop, config: Config, will: Publication) -> Link:
     ),
     option("--corr", type=identifier, metavar="ID", help="the exchange that this belongs to"),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
+    DIRECT,
     AS_JSON,
     examples="""hive.py send --to beta --ch command --text "is the backup done?" --wait 60
 hive.py send --to all --ch sync --action git-sync --text now --wait 20
@@ -5095,45 +6151,112 @@ def send(args: argparse.Namespace) -> int:
         ttl=args.ttl,
         corr=args.corr,
     )
-    return send_and_wait(config, envelope, args) if args.wait else send_only(config, envelope, args)
+    return deliver(config, envelope, args, args.wait)
 
 
-def send_only(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
+def deliver(
+    config: Config, envelope: Envelope, args: argparse.Namespace, wait: float | None = None
+) -> int:
+    """Through the daemon where one runs; directly where none does, or if that is asked for."""
+    visit = None if args.direct else knock(config)
+    if visit:
+        with contextlib.closing(visit):
+            mail = Mail(config, visit, envelope)
+            try:
+                handed_in = mail.hand_in(bool(wait))
+            except OSError as error:  # at worst it goes out twice, and is acted upon once
+                why = reason_of(error)
+                print(
+                    f"hive: the daemon of {envelope.sender}: {why}; sending directly",
+                    file=sys.stderr,
+                )
+            else:
+                if wait:
+                    return wait_through(config, envelope, args, mail, handed_in)
+                return say_sent(config, envelope, args, mail, handed_in)
+    return ask_directly(config, envelope, args) if wait else send_directly(config, envelope, args)
+
+
+def say_sent(
+    config: Config, envelope: Envelope, args: argparse.Namespace, mail: Mail, handed_in: HandedIn
+) -> int:
+    """It is in the journal: what else is known of it?"""
+    heard = None
+    why = "no broker at the moment"
+    if handed_in.connected:
+        heard, why = mail.published(), "the broker has not taken it yet"
+    topic = config.topics.of(envelope)
+    if args.as_json:
+        print(envelope.encode().decode())
+    elif heard is None:
+        print(f"queued {envelope.id}, {why}")
+    else:
+        print(f"sent {envelope.id} -> {topic}")
+    if heard is False:
+        say_unheard(topic)
+    return Exit.DONE
+
+
+def say_unheard(topic: str) -> None:
+    print(f"hive: nobody listens on {topic}; who is there: hive-cli status", file=sys.stderr)
+
+
+def send_directly(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
     """Publish, and say so once the broker has acknowledged it."""
     if CHANNELS[envelope.ch].handler:
         # so that the daemon can tell its agent what an answer is about
         with contextlib.suppress(HiveError):
-            ask_daemon(config, {"do": "ask", "id": envelope.exchange, "text": envelope.text})
+            ask_daemon(config, {"do": "sent", "envelope": envelope.document()})
     sending = Sending(config, envelope)
     sending.run()
     topic = config.topics.of(envelope)
     print(envelope.encode().decode() if args.as_json else f"sent {envelope.id} -> {topic}")
     if sending.heard_by_nobody:
-        print(f"hive: nobody listens on {topic}; who is there: hive-cli status", file=sys.stderr)
+        say_unheard(topic)
     return Exit.DONE
 
 
-def send_and_wait(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
-    """Publish, print the answers as they come, and say who kept silent."""
-    everyone = envelope.to == EVERYONE
-    asking = Asking(
-        config, envelope, args.wait, lambda answer: write_answer(answer, args.as_json, everyone)
-    )
+def wait_through(
+    config: Config, envelope: Envelope, args: argparse.Namespace, mail: Mail, handed_in: HandedIn
+) -> int:
+    """Print the answers that the daemon hands on."""
+    answers = Answers(envelope, config.heartbeat)
+    answers.expect(handed_in.states)
+    if not handed_in.connected:
+        print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
+    write = partial(write_answer, as_json=args.as_json, label=envelope.to == EVERYONE)
+    try:
+        heard = mail.wait(answers, args.wait, write)
+    except OSError as error:
+        raise HiveError(
+            f"the daemon of {config.node.id}: {reason_of(error)}; it has {envelope.id},"
+            " and tells the agent of the answer"
+        ) from None
+    return verdict(config, envelope, args.wait, answers, heard)
+
+
+def ask_directly(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
+    """Publish, and print the answers as they come."""
+    write = partial(write_answer, as_json=args.as_json, label=envelope.to == EVERYONE)
+    asking = Asking(config, envelope, args.wait, write)
     asking.run()
-    if asking.heard_by_nobody:
-        raise SilenceError(f"nobody listens on {config.topics.of(envelope)}{why(asking)}")
-    if asking.silent:
-        raise SilenceError(
-            f"no answer from {', '.join(sorted(asking.silent))} in {args.wait:g} s{why(asking)}"
-        )
-    return Exit.REFUSED if asking.refused else Exit.DONE
+    return verdict(config, envelope, args.wait, asking.answers, not asking.heard_by_nobody)
 
 
-def why(asking: Asking) -> str:
+def verdict(config: Config, envelope: Envelope, wait: float, answers: Answers, heard: bool) -> int:
+    """How the waiting ended; raises SilenceError with those who kept silent."""
+    if not heard:
+        raise SilenceError(f"nobody listens on {config.topics.of(envelope)}{why(answers)}")
+    if answers.silent:
+        silent = ", ".join(sorted(answers.silent))
+        raise SilenceError(f"no answer from {silent} in {wait:g} s{why(answers)}")
+    return Exit.REFUSED if answers.refused else Exit.DONE
+
+
+def why(answers: Answers) -> str:
     """What is known of those who did not answer."""
-    known = status_rows(asking.states, asking.config.heartbeat, time.time())
-    rows = {row.name: row for row in known}
-    for name in sorted(asking.silent):
+    rows = {row.name: row for row in answers.rows()}
+    for name in sorted(answers.silent):
         if name not in rows:
             return f"; no node or agent {name} has been seen, is it spelled right?"
         if not rows[name].alive:
@@ -5144,6 +6267,7 @@ def why(asking: Asking) -> str:
 @command(
     option("--to-msg", required=True, metavar="ID", help="the message: its id, JSON, a file, or -"),
     option("--text", required=True, help="what to say; - reads it from stdin"),
+    DIRECT,
     AS_JSON,
     examples="""hive.py reply --to-msg 83c8d4fd-f072-412d-b526-731db047b231 --text "done, 6 files"
 hive.py reply --to-msg message.json --text -""",
@@ -5154,7 +6278,7 @@ def reply(args: argparse.Namespace) -> int:
     if args.to_msg == args.text == "-":
         raise UsageError("--to-msg and --text cannot both be read from stdin")
     original = find_original(config, args.to_msg)
-    return send_only(config, original.reply(config.node.id, read_text(args.text)), args)
+    return deliver(config, original.reply(config.node.id, read_text(args.text)), args)
 
 
 def find_original(config: Config, said: str) -> Envelope:
@@ -5165,22 +6289,77 @@ def find_original(config: Config, said: str) -> Envelope:
 
 
 def known_envelope(config: Config, id: str) -> Envelope:
-    """An envelope that this node has told its agent, whole; or HiveError."""
-    answer = ask_daemon(config, {"do": "show", "id": id})
+    """An envelope that this node has received or sent, whole; or HiveError."""
+    answer = ask_journal(config, {"do": "message", "id": id})
     if not isinstance(answer.get("envelope"), dict):
-        raise HiveError(f"{id}: {answer.get('error')}; the last {MAX_KEPT} messages are kept")
+        raise HiveError(f"{id}: its text is kept no longer; see [journal] in hive.toml")
     return Envelope.check(answer["envelope"])
 
 
 @command(
-    option("id", type=identifier, metavar="ID", help="the message's id"),
+    option("id", type=identifier, metavar="ID", help="the id of any message of it"),
+    AS_JSON,
     examples="hive.py show 83c8d4fd-f072-412d-b526-731db047b231",
 )
 def show(args: argparse.Namespace) -> int:
-    """Show a message that this node's agent was told, whole, as JSON."""
-    envelope = known_envelope(config_of(args), args.id)
-    content = json.dumps(envelope.document(), indent=2, ensure_ascii=False)
-    print(for_terminal(content) if sys.stdout.isatty() else content)
+    """Show one exchange whole: question, who got it, what was done, answers."""
+    config = config_of(args)
+    rows = ask_journal(config, {"do": "exchange", "id": args.id})["rows"]
+    if not rows:
+        raise HiveError(f"{args.id}: not known here; the last days are: hive-cli log")
+    if args.as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        print(exchange_story(rows, sys.stdout.isatty()), end="")
+    return Exit.DONE
+
+
+@command(
+    option("--follow", "-f", action="store_true", help="go on with what is new, until Ctrl-C"),
+    option("--ch", choices=CHANNELS, help="only this kind"),
+    option("--from", dest="sender", type=name, metavar="NAME", help="only from this one"),
+    option("--to", type=recipient, metavar="NAME", help="only to this one"),
+    option("--action", type=action_name, help="only with this action"),
+    option("--corr", type=identifier, metavar="ID", help="only of this exchange"),
+    option("--since", type=duration, metavar="AGE", help="not older than this, as in 2h or 30m"),
+    option("--lines", "-n", type=count, default=100, help="how many, without --since (100)"),
+    AS_JSON,
+    examples="""hive.py log --follow
+hive.py log --from beta --since 2h --json""",
+)
+def log(args: argparse.Namespace) -> int:
+    """Show what this node received, sent and did, a line each, newest last."""
+    import shutil
+
+    config = config_of(args)
+    said = {"ch": args.ch, "from": args.sender, "to": args.to, "action": args.action}
+    filters = {name: value for name, value in (said | {"corr": args.corr}).items() if value}
+    request: dict[str, Any] = {"do": "log", "filters": filters, "last": args.lines}
+    if args.since:
+        filters["since"], request["last"] = time.time() - args.since, 0
+
+    width = shutil.get_terminal_size().columns
+
+    def write(rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False) if args.as_json else log_line(row, width))
+        sys.stdout.flush()
+
+    if args.follow:
+        follow_log(config, request, write)
+    else:
+        read_log(config, request, write)
+    return Exit.DONE
+
+
+@command(AS_JSON)
+def pending(args: argparse.Namespace) -> int:
+    """Show what was asked and is not answered, and what this node still has to do or deliver."""
+    document = ask_journal(config_of(args), {"do": "pending"})
+    if args.as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        print(pending_table(document, time.time(), colourful(sys.stdout)), end="")
     return Exit.DONE
 
 

@@ -81,9 +81,9 @@ class Rig:
         self.clock, self.log, self.acked = Clock(), io.StringIO(), 0
         log = hive.Log(level, "json", self.log)
         self.loop = hive.Loop(log, self.clock)
-        self.journal = hive.Journal(self.state_dir, "this-run", log)
+        self.journal = hive.Journal(self.state_dir, log, 7 * 86400, 64_000_000)
         self.node = hive.Node(
-            self.config, self.loop, log, self.journal, "this-run", self._make_wire
+            self.config, self.loop, log, self.journal, "this-run", "", self._make_wire
         )
         self.node.start()
         self.connect()
