@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +448,10 @@ exit 1
 """
 
 
+def ids_of(group: Sequence[hive.Waking]) -> str:
+    return " ".join(waking.envelope.id for waking in group)
+
+
 class StandIn:
     """An openclaw command in a folder of its own, and the agent that calls it."""
 
@@ -467,15 +471,38 @@ class StandIn:
         keys = {"openclaw_cmd": (str(command),), "token": TOKEN, **keys}
         self.given_up: list[tuple[str, str]] = []
         self.replied: list[tuple[str, str]] = []
+        self.heard: list[str] = []  # what the agent's user heard, in order
+        self.tasks: list[int] = []  # whose number it heard when they began
         self.agent = hive.Agent(
             loop,
             children,
             hive.InstanceConfig(name="main", **keys),
             hive.Log("debug", "json", log),
             3600.0,
-            lambda envelope, reason: self.given_up.append((envelope.id, reason)),
-            lambda envelope, text: self.replied.append((envelope.id, text)),
+            self,
         )
+
+    # What the agent's user hears
+
+    def agent_begins(self, group: Sequence[hive.Waking]) -> None:
+        self.heard.append(f"begins {ids_of(group)}")
+        self.tasks += [waking.task for waking in group]
+
+    def agent_failed(self, group: Sequence[hive.Waking]) -> None:
+        self.heard.append(f"failed {ids_of(group)}")
+
+    def agent_told(self, agent: str, waking: hive.Waking, reply: str | None) -> None:
+        assert agent == "main"
+        self.heard.append(f"told {waking.envelope.id}")
+        if reply is not None:
+            self.replied.append((waking.envelope.id, reply))
+
+    def agent_gave_up(self, agent: str, waking: hive.Waking, reason: str) -> None:
+        assert agent == "main"
+        self.heard.append(f"gave up {waking.envelope.id}")
+        self.given_up.append((waking.envelope.id, reason))
+
+    # What the test does, and sees
 
     def wake(
         self, *ids: str, patience: float | None = None, text: str = "hello", **how: Any
@@ -635,7 +662,7 @@ def test_a_message_is_given_up_once_when_its_time_is_over(
     clock.skipped += 20
     turn_until(loop, "it is given up", lambda: stand_in.given_up)
     turn_until(loop, "the next one is tried", lambda: ["long"] in stand_in.groups())
-    reason = "agent main was not told: exit 1: Gateway not reachable token=***"
+    reason = "exit 1: Gateway not reachable token=***"
     assert stand_in.given_up == [("short", reason)]
     clock.skipped += 3600
     turn_until(loop, "all is given up", stand_in.idle)
@@ -718,7 +745,7 @@ def test_a_missing_program_is_told_and_given_up_in_the_end(
     assert stand_in.agent.reason == f"{command}: {why}"
     clock.skipped += 60
     turn_until(loop, "it is given up", lambda: stand_in.given_up)
-    assert stand_in.given_up == [("a", f"agent main was not told: {command}: {why}")]
+    assert stand_in.given_up == [("a", f"{command}: {why}")]
     assert stand_in.idle()
 
 
@@ -735,19 +762,23 @@ def test_the_oldest_message_goes_when_too_many_wait(
     assert stand_in.told() == ["first", "b", "c", "d"]
 
 
-def test_what_waits_is_given_up_when_the_node_stops(loop: hive.Loop, stand_in: StandIn) -> None:
+def test_what_was_not_said_when_the_node_stops_is_given_back_in_order(
+    loop: hive.Loop, stand_in: StandIn
+) -> None:
     stand_in.set("hung")
     stand_in.wake("a", "b", "c")
-    stand_in.agent.stop()
-    assert [id for id, _ in stand_in.given_up] == ["b", "c"]
+    stand_in.wake("d", ch="alert")
+    assert ids_of(stand_in.agent.stop()) == "d b c"
+    assert stand_in.agent.stop() == [], "once"
     stand_in.set("hung", False)
     turn_until(loop, "the call has ended", stand_in.idle)
     assert stand_in.told() == ["a"]
-    assert [id for id, _ in stand_in.given_up] == ["b", "c"]
+    assert stand_in.heard == ["begins a", "told a"], "the others are left for the next start"
+    assert stand_in.given_up == [] and stand_in.logged("error") == []
 
 
 @pytest.mark.parametrize("ended_by", ["the node", "itself"])
-def test_a_call_that_fails_while_the_node_stops_is_given_up(
+def test_a_call_that_fails_while_the_node_stops_is_left_for_the_next_start(
     loop: hive.Loop, children: hive.Children, stand_in: StandIn, ended_by: str
 ) -> None:
     stand_in.set("hung")
@@ -760,7 +791,8 @@ def test_a_call_that_fails_while_the_node_stops_is_given_up(
     else:
         stand_in.set("hung", False)
     turn_until(loop, "the call has ended", lambda: not len(children))
-    assert [id for id, _ in stand_in.given_up] == ["a"]
+    assert stand_in.heard == ["begins a", "failed a"]
+    assert stand_in.idle(), "the node need not wait for it"
 
 
 @pytest.mark.parametrize("state", ["down", "hung"])
@@ -774,14 +806,118 @@ def test_nothing_is_tried_any_more_when_the_node_has_stopped(
     turn_until(loop, "it is called", stand_in.told)
     if state == "down":
         turn_until(loop, "it is down", lambda: stand_in.agent.health is hive.Health.DOWN)
-    stand_in.agent.stop()
+    left = stand_in.agent.stop()
+    assert ids_of(left) == ("a" if state == "down" else ""), "the one that is being told is not"
     children.stop()
-    turn_until(loop, "it is given up", lambda: stand_in.given_up)
+    turn_until(loop, "nothing is left", lambda: stand_in.idle() and not len(children))
     calls = len(stand_in.groups())
     clock.skipped += hive.AGENT_RETRY[1]
+    stand_in.wake("b")
     settle(loop)
     assert not len(children) and len(stand_in.groups()) == calls
-    assert [id for id, _ in stand_in.given_up] == ["a"]
+    assert stand_in.heard == ["begins a", "failed a"]
+
+
+# What its user hears: it writes down what is owed, and what a crash leaves open
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_is_about_to_be_told_is_announced_before_the_call_and_each_end_after_it(
+    loop: hive.Loop, children: hive.Children, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = children.start
+
+    def started(job: hive.Job, done: Callable[[hive.Outcome], None]) -> None:
+        stand_in.heard.append("call")
+        start(job, done)
+
+    monkeypatch.setattr(children, "start", started)
+    stand_in.set("down")
+    stand_in.wake("a", "b", "c")
+    turn_until(loop, "two tries", lambda: stand_in.heard.count("call") >= 2)
+    stand_in.set("hung")
+    turn_until(loop, "one hangs", lambda: stand_in.heard[-1] == "call" and stand_in.agent.calling)
+    stand_in.set("down", False)
+    stand_in.set("hung", False)
+    turn_until(loop, "all are told", stand_in.idle)
+    first, *more = [stand_in.heard[i : i + 3] for i in range(0, len(stand_in.heard) - 5, 3)]
+    assert first == ["begins a", "call", "failed a"]
+    assert all(one == ["begins a b c", "call", "failed a b c"] for one in more)
+    assert stand_in.heard[-5:] == ["begins a b c", "call", "told a", "told b", "told c"]
+
+
+def test_a_group_is_announced_together_and_told_one_by_one(
+    loop: hive.Loop, stand_in: StandIn
+) -> None:
+    stand_in.set("hung")
+    stand_in.wake("a", "b", "c")
+    stand_in.set("hung", False)
+    turn_until(loop, "all are told", stand_in.idle)
+    assert stand_in.heard == ["begins a", "told a", "begins b c", "told b", "told c"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_every_way_of_one_try_is_one_beginning(loop: hive.Loop, stand_in_of: Make) -> None:
+    stand_in = stand_in_of(via="auto")
+    stand_in.set("down-gateway")
+    stand_in.wake("a")
+    turn_until(loop, "it is told", stand_in.idle)
+    assert stand_in.lines("subcommands") == ["gateway", "system"]
+    assert stand_in.heard == ["begins a", "told a"]
+
+
+def test_what_grows_stale_between_two_tries_has_failed_and_is_given_up(
+    loop: hive.Loop, clock: Clock, stand_in: StandIn
+) -> None:
+    stand_in.set("down")
+    stand_in.wake("a", patience=20)
+    turn_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
+    clock.skipped += 20
+    turn_until(loop, "it is given up", stand_in.idle)
+    assert stand_in.heard == ["begins a", "failed a", "gave up a"]
+
+
+def test_a_turn_that_ended_badly_has_begun_and_is_given_up(
+    loop: hive.Loop, stand_in_of: Make
+) -> None:
+    stand_in = stand_in_of(via="agent")
+    stand_in.wake("a")
+    turn_until(loop, "the turn has ended", stand_in.idle)
+    assert stand_in.heard == ["begins a", "gave up a"], "never failed: it is not told again"
+
+
+def test_what_never_had_its_turn_never_began(
+    loop: hive.Loop, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_AGENT_QUEUE", 1)
+    stand_in.set("hung")
+    stand_in.wake("a", "b", "c")
+    assert stand_in.heard == ["begins a", "gave up b"]
+    stand_in.set("hung", False)
+    turn_until(loop, "all are told", stand_in.idle)
+    assert stand_in.heard[2:] == ["told a", "begins c", "told c"]
+
+
+@pytest.mark.parametrize("patience", [-100.0, -0.001, 0.001])
+def test_what_is_stale_when_it_is_taken_up_again_is_given_up_and_never_begins(
+    loop: hive.Loop, clock: Clock, stand_in: StandIn, patience: float
+) -> None:
+    stand_in.set("hung")
+    stand_in.wake("first")
+    stand_in.wake("late", patience=patience)
+    clock.skipped += 1
+    stand_in.set("hung", False)
+    turn_until(loop, "nothing waits", stand_in.idle)
+    assert sorted(stand_in.heard) == ["begins first", "gave up late", "told first"]
+
+
+def test_the_number_of_a_task_comes_back_with_it(loop: hive.Loop, stand_in: StandIn) -> None:
+    stand_in.set("hung")
+    for task in (7, 0, 9):
+        stand_in.agent.wake(hive.Waking(envelope(id=f"m-{task}"), True, task=task))
+    stand_in.set("hung", False)
+    turn_until(loop, "all are told", stand_in.idle)
+    assert stand_in.tasks == [7, 0, 9]
 
 
 # Grouped and paced
@@ -972,7 +1108,7 @@ def test_a_turn_that_ended_badly_is_not_run_again(
     (stand_in.home / "out").write_text(out)
     stand_in.wake("a")
     turn_until(loop, "the turn has ended", stand_in.idle)
-    assert stand_in.given_up == [("a", f"agent main was not told: {why}")]
+    assert stand_in.given_up == [("a", why)]
     assert stand_in.told() == ["a"] and stand_in.replied == []
 
 
@@ -985,7 +1121,7 @@ def test_a_turn_that_takes_too_long_is_not_run_again(
     turn_until(loop, "it is called", stand_in.told)
     clock.skipped += 300
     turn_until(loop, "it is given up", stand_in.idle)
-    why = "agent main was not told: took longer than 300 s and was ended"
+    why = "took longer than 300 s and was ended"
     assert stand_in.given_up == [("a", why)]
     (stand_in.home / "calling").rmdir()
     stand_in.set("hung", False)
@@ -1319,7 +1455,7 @@ def test_what_is_said_while_the_gateway_is_away_waits_for_its_port_to_open(
     stand_in.wake("a", "b")
     clock.skipped += 25
     turn_until(loop, "the first one is given up", lambda: stand_in.given_up)
-    assert stand_in.given_up == [("short", f"agent main was not told: {stand_in.agent.reason}")]
+    assert stand_in.given_up == [("short", stand_in.agent.reason)]
     assert stand_in.groups() == []
     with socket.create_server(("127.0.0.1", port)):
         turn_until(loop, "all are told", stand_in.idle)

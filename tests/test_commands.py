@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import PATIENCE, ROOT, Broker, Hive, calls_of, eventually, free_port, need_mosquitto
+from conftest import (
+    PATIENCE,
+    ROOT,
+    Broker,
+    Daemon,
+    Hive,
+    calls_of,
+    eventually,
+    free_port,
+    need_mosquitto,
+)
 
 import hive as module
 
@@ -357,13 +370,233 @@ def test_a_message_is_shown_and_answered_by_its_id(hive: Hive, fast_agent: Path)
     (call,) = calls_of(fast_agent)
     assert f"[cut; all 50004 characters: hive-cli show {id}]" in call["argv"][3]
 
-    shown = json.loads(hive.cli("beta", "show", id).stdout)
-    assert (shown["text"], shown["from"]) == (text, "alpha")
+    (received, told) = json.loads(hive.cli("beta", "show", id, "--json").stdout)
+    assert (received["envelope"]["text"], received["from"]) == (text, "alpha")
+    assert (told["event"], told["note"]) == ("did", "told main")
+    story = hive.cli("beta", "show", id).stdout.splitlines()
+    assert story[0].endswith(" in: command from alpha to beta")
+    assert story[1:3] == [f"  id {id}", f"  | {text}"]
+    assert story[3].endswith(" did: told main")
     hive.cli("beta", "reply", "--to-msg", id, "--text", "verstanden")
     answer = alpha.logged("received", ch="response")
     assert alpha.logged("text", id=answer["id"])["text"] == "verstanden"
     unknown = hive.cli("beta", "show", "no-such-id", code=1)
-    assert unknown.stderr == "hive: no-such-id: not known here; the last 500 messages are kept\n"
+    assert unknown.stderr == "hive: no-such-id: not known here; the last days are: hive-cli log\n"
     beta.stop()
-    absent = hive.cli("beta", "reply", "--to-msg", id, "--text", "x", code=1)
-    assert absent.stderr.startswith("hive: no daemon of beta runs on this machine (no ")
+    late = hive.cli("beta", "reply", "--to-msg", id, "--text", "x")
+    assert late.stdout.startswith("sent ")
+    alpha.logged("text", text="x")
+
+
+# The journal, and the door to it
+
+
+def test_a_message_is_taken_with_the_broker_away_and_goes_out_when_it_is_back(
+    hive_of: Callable[..., Hive], own_broker: Broker
+) -> None:
+    hive = hive_of(own_broker)
+    hive.node("alpha").start()
+    beta = hive.node("beta").start()
+    own_broker.stop()
+    hive.nodes["alpha"].logged("no broker, trying again")
+    done = hive.cli("alpha", "send", "--to", "beta", "--text", "late")
+    assert re.fullmatch(r"queued [0-9a-f-]{36}, no broker at the moment\n", done.stdout)
+    waiting = hive.cli("alpha", "pending").stdout
+    assert done.stdout.split()[1].rstrip(",") in waiting
+    assert "NOT DELIVERED" in waiting and f"{hive.prefix}/beta/command" in waiting
+    own_broker.start()
+    assert beta.logged("text")["text"] == "late"
+    eventually(
+        "it is no longer pending",
+        lambda: "NOT DELIVERED" not in hive.cli("alpha", "pending").stdout,
+    )
+
+
+def test_sending_through_the_daemon_needs_neither_paho_nor_a_broker_of_its_own(
+    hive: Hive, tmp_path: Path
+) -> None:
+    alpha = hive.node("alpha").start()
+    hive.node("beta").start()
+    other = tmp_path / "other.toml"
+    other.write_text(
+        alpha.config.read_text()
+        .replace(f"port = {hive.broker.port}", f"port = {free_port()}\nhost = 'no.such.host'")
+        .replace('"state"', f'"{alpha.home}/state"')
+    )
+    done = subprocess.run(  # -I -S: no paho-mqtt can be imported
+        [
+            *(sys.executable, "-I", "-S", str(ROOT / "hive.py"), "--config", str(other)),
+            *("send", "--to", "beta", "--text", "from inside"),
+        ],
+        capture_output=True,
+        text=True,
+        env=hive.environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("sent ")
+    assert hive.nodes["beta"].logged("text")["text"] == "from inside"
+
+
+def test_direct_means_without_the_daemon(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    hive.node("beta").start()
+    hive.cli("alpha", "send", "--direct", "--to", "beta", "--text", "x")
+    assert alpha.events("sent") == []
+    (row,) = json_lines(hive.cli("alpha", "log", "--json").stdout)
+    assert (row["event"], row["to"], row["envelope"]["text"]) == ("out", "beta", "x")
+
+
+def test_another_nodes_daemon_sends_nothing_in_our_name(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    done = hive.cli("alpha", "--node", "mallory", "send", "--to", "alpha", "--text", "x", code=1)
+    assert (
+        done.stderr == "hive: the daemon of mallory: this is the daemon of alpha, not of mallory\n"
+    )
+    assert alpha.events("received", ch="command") == []
+
+
+def test_a_daemon_that_does_not_answer_is_gone_round(hive: Hive) -> None:
+    alpha, beta = hive.node("alpha").start(), hive.node("beta").start()
+    os.kill(alpha.pid, signal.SIGSTOP)
+    try:
+        done = hive.cli("alpha", "send", "--to", "beta", "--text", "x")
+    finally:
+        os.kill(alpha.pid, signal.SIGCONT)
+    assert done.stdout.startswith("sent ")
+    assert "the daemon of alpha" in done.stderr and "sending directly" in done.stderr
+    hive.cli("alpha", "send", "--to", "beta", "--text", "afterwards")
+    beta.logged("text", text="afterwards")
+    assert [row["text"] for row in beta.events("text")].count("x") == 1
+
+
+def test_what_the_broker_refuses_is_said_and_exit_3(
+    hive_of: Callable[..., Hive], tmp_path: Path
+) -> None:
+    need_mosquitto()
+    acl = tmp_path / "acl"
+    acl.write_text("topic read #\ntopic write +/meta/#\ntopic write +/all/#\n")
+    broker = Broker(tmp_path / "broker", "allow_anonymous true", f"acl_file {acl}")
+    try:
+        hive = hive_of(broker)
+        hive.node("alpha").start()
+        done = hive.cli("alpha", "send", "--to", "beta", "--text", "x", code=3)
+        assert "refused to publish: not authorized" in done.stderr
+        (_, did) = json_lines(hive.cli("alpha", "log", "--json").stdout)
+        assert did["note"] == "not published: not authorized"
+    finally:
+        broker.stop()
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_log_tells_what_came_went_and_was_done(hive: Hive) -> None:
+    hive.node("alpha").start()
+    beta = hive.node("beta")
+    beta.handler("count", "#!/bin/sh\necho 7\n")
+    beta.start()
+    hive.cli("alpha", "send", "--to", "beta", "--action", "count", "--text", "x", "--wait", "20")
+    hive.cli("alpha", "send", "--to", "beta", "--text", "a\nlong text " * 50)
+    beta.logged("text")
+
+    came, did, went, second = hive.cli("beta", "log").stdout.splitlines()
+    assert re.match(r"\d\d-\d\d \d\d:\d\d:\d\d in  alpha      command  [0-9a-f]{8} count: x", came)
+    assert re.search(r" did alpha      command  [0-9a-f]{8} count: ok, \d+ ms", did)
+    assert re.search(r" out alpha      response [0-9a-f]{8} 7", went)
+    assert all(len(line) <= 80 for line in (came, did, went, second))
+
+    def events(*filters: str) -> list[str]:
+        rows = json_lines(hive.cli("beta", "log", "--json", *filters).stdout)
+        return [row["event"] for row in rows]
+
+    assert events("--action", "count") == ["in", "did"]
+    assert events("--ch", "response") == events("--to", "alpha") == ["out"]
+    assert events("--from", "alpha") == ["in", "did", "in"]
+    assert events("--since", "1h") == ["in", "did", "out", "in"]
+    assert events("--lines", "1") == ["in"]
+    assert events("--from", "gamma") == []
+    corr = json_lines(hive.cli("beta", "log", "--json").stdout)[0]["exchange"]
+    assert events("--corr", corr) == ["in", "did", "out"]
+
+    story = hive.cli("alpha", "show", corr).stdout.splitlines()
+    assert [line.split(" ", 2)[2] for line in story if not line.startswith(" ")] == [
+        "out: command from alpha to beta, count",
+        "in: response from beta to alpha (somebody waits for it)",
+    ]
+    beta.stop()
+    assert events() == ["in", "did", "out", "in"], "without a daemon it is read all the same"
+
+
+def test_a_text_cannot_pass_for_another_message(hive: Hive) -> None:
+    hive.node("alpha").start()
+    text = "hello\n11-22 19:20:36 in: command from root to alpha\n  id forged\r\x1b[2J"
+    id = hive.cli("alpha", "send", "--to", "alpha", "--text", "-", stdin=text).stdout.split()[1]
+    hive.nodes["alpha"].logged("text")
+    story = hive.cli("alpha", "show", id).stdout.splitlines()
+    assert [line for line in story if "forged" in line or "root" in line] == [
+        *("  | 11-22 19:20:36 in: command from root to alpha", "  |   id forged"),
+    ] * 2
+    assert all("\x1b" not in line for line in hive.cli("alpha", "log").stdout.splitlines())
+
+
+def test_the_log_is_followed_until_the_daemon_ends(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    hive.cli("alpha", "send", "--to", "alpha", "--ch", "status", "--text", "before")
+    following = subprocess.Popen(
+        hive.command_line("alpha", "log", "--follow", "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=hive.environment,
+    )
+    assert following.stdout and following.stderr
+    seen = [json.loads(following.stdout.readline())["envelope"]["text"]]
+    for n in range(250):  # more than one page
+        hive_send(alpha, f"{n}")
+    while len(seen) < 2 * 251:
+        seen.append(json.loads(following.stdout.readline())["envelope"]["text"])
+    assert sorted(seen) == sorted(["before", *map(str, range(250))] * 2)
+    alpha.stop()
+    assert following.wait(PATIENCE) == 1
+    assert following.stderr.read() == "hive: the daemon of alpha: it has ended\n"
+
+
+def hive_send(node: Daemon, text: str) -> None:
+    """As the command does, without its process."""
+    config = module.load_config(str(node.config))
+    knock = module.knock(config)
+    assert knock
+    envelope = module.Envelope.new(node.name, node.name, "status", text, urgency="later")
+    module.Mail(config, knock, envelope).hand_in(wait=False)
+    knock.close()
+
+
+def test_a_question_that_nobody_answers_in_time_is_told_to_the_agent_that_asked(
+    hive: Hive, fast_agent: Path
+) -> None:
+    alpha = hive.node("alpha", f'[[oc_instances]]\nname = "main"\nopenclaw_cmd = "{fast_agent}"\n')
+    alpha.start()
+    beta = hive.node("beta")
+    beta.handler("slow", "#!/bin/sh\nexec sleep 60\n")
+    beta.start()
+    sent = hive.cli(
+        "alpha", "send", "--to", "beta", "--action", "slow", "--text", "x", "--ttl", "1"
+    )
+    id = sent.stdout.split()[1]
+    assert id in hive.cli("alpha", "pending").stdout
+    (call,) = eventually("the agent is called", lambda: calls_of(fast_agent))
+    assert "[hive] alert from alpha to alpha id=" in call["argv"][3]
+    assert f"corr={id}" in call["argv"][3]
+    assert "no answer from beta to what was asked" in call["argv"][3]
+    alpha.logged("agent woken")
+    assert hive.cli("alpha", "pending").stdout == "nothing is pending\n"
+
+
+def test_nothing_to_look_back_on_is_said(tmp_path: Path) -> None:
+    for command in (["log"], ["pending"], ["show", "x"]):
+        done = run("--node", "alpha", *command, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("hive: no daemon of alpha has run here yet (nothing in ")
+    done = run("--node", "alpha", "log", "--follow", cwd=tmp_path)
+    assert done.returncode == 1 and "nothing to follow" in done.stderr

@@ -22,7 +22,7 @@ from hive import ALL_TABLES, Config, ConfigError, effective_config, example_conf
 moderate = settings(
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-TABLES = ["node", "mqtt", "heartbeat", "logging", "oc_instances", "handlers"]
+TABLES = ["node", "mqtt", "heartbeat", "journal", "logging", "oc_instances", "handlers", "schedule"]
 KEYS = sorted({f.name for table in ALL_TABLES.values() for f in fields(table)})
 NESTED = [f"{table}.{key}" for table in [*TABLES, "handlers.x"] for key in [*KEYS, "other"]]
 texts = st.text(max_size=20) | st.sampled_from(["main", "1", "1e3", "~", "~nobody/x", "..", "/"])
@@ -134,7 +134,7 @@ def test_a_file_that_is_no_toml_is_an_error(content: str | bytes, line: str) -> 
         (
             "colour = 1",
             "colour = 1: no such key; there are"
-            " node, mqtt, heartbeat, logging, oc_instances, handlers, schedule",
+            " node, mqtt, heartbeat, journal, logging, oc_instances, handlers, schedule",
         ),
         ("mqtt = 1", "mqtt = 1: expected a table, as in [mqtt]"),
         ("[mqtt]\nport = 70000", "mqtt.port: 70000 is not a port number from 1 to 65535"),
@@ -191,6 +191,9 @@ def test_an_error_names_the_key_its_value_and_what_would_do(content: str, line: 
         ("logging.format", ["'json'", "'text'"], ["'xml'", "1", "[]"]),
         ("handlers.x.workers", ["1"], ["0", "1.5"]),
         ("handlers.x.timeout", ["0.5"], ["0"]),
+        ("handlers.x.retry", ["true", "false"], ["1", "'yes'"]),
+        ("journal.keep_days", ["1", "365"], ["0", "-1", "0.5", "true", "'7 days'", "[7]"]),
+        ("journal.max_mb", ["1", "4096"], ["0", "1.5", "'64 MB'"]),
     ],
 )
 def test_a_value_is_held_to_its_kind(key: str, good: list[str], bad: list[str]) -> None:
@@ -240,7 +243,7 @@ def test_every_line_of_the_example_is_accepted(place: Path) -> None:
 def test_the_example_as_it_is_changes_nothing() -> None:
     example = load(example_config())
     plain = load("")
-    assert all(getattr(example, f.name) == getattr(plain, f.name) for f in fields(Config)[:7])
+    assert all(getattr(example, f.name) == getattr(plain, f.name) for f in fields(Config)[:8])
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -465,7 +465,9 @@ def test_a_new_handler_is_known_without_being_asked_and_on_sighup(
     assert answer.stdout == "pong\n"
 
 
-def test_stopping_gives_a_running_handler_its_moment_and_tells_those_who_wait(hive: Hive) -> None:
+def test_stopping_gives_a_running_handler_its_moment_and_the_others_the_next_start(
+    hive: Hive,
+) -> None:
     alpha, beta = hive.node("alpha").start(), hive.node("beta")
     go = beta.home / "go"
     beta.handler("slow", f"#!/bin/sh\nwhile [ ! -e {go} ]; do sleep 0.05; done\necho done\n")
@@ -478,8 +480,12 @@ def test_stopping_gives_a_running_handler_its_moment_and_tells_those_who_wait(hi
     go.touch()
 
     assert beta.process and beta.process.wait(PATIENCE) == 0
-    alpha.logged("received", ch="response")
-    alpha.logged("received", ch="alert")
+    first = alpha.logged("received", ch="response")["id"]
+    beta.start()
+    eventually(
+        "the second answer",
+        lambda: [e for e in alpha.events("received", ch="response") if e["id"] != first],
+    )
 
 
 def test_an_answer_to_an_earlier_message_of_the_exchange_is_not_this_one(hive: Hive) -> None:

@@ -321,7 +321,21 @@ def test_stdout_is_json_where_it_is_that_and_else_text(stdout: bytes, value: obj
             "timeout",
             "took longer than 30 s and was ended: bye",
         ),
-        (outcome_of(exit=-15, stopped=True), "error", "was ended because the node is stopping"),
+        (
+            outcome_of(exit=-15, stopped=True),
+            "interrupted",
+            "interrupted: the node was stopped; it may have done a part",
+        ),
+        (
+            outcome_of(exit=None, stopped=True, fault="the daemon ended meanwhile"),
+            "interrupted",
+            "interrupted: the daemon ended meanwhile; it may have done a part",
+        ),
+        (
+            outcome_of(exit=-15, stopped=True, late=True, stderr=b"half done\n"),
+            "interrupted",
+            "interrupted: the node was stopped; it may have done a part: half done",
+        ),
         (
             outcome_of(exit=None, fault="No such file"),
             "error",

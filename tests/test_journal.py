@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -10,16 +11,21 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, eventually
 
 import hive
+from hive import Event
 
+NOW = time.time()
+DAY = 86400.0
+LARGE = 64_000_000  # bytes: no test comes near
 Open = Callable[..., hive.Journal]
 
 
@@ -38,13 +44,21 @@ def open_journal(folder: Path, log: io.StringIO) -> Iterator[Open]:
     """Open the journal of a folder; it is closed when the test ends, or before that."""
     opened: list[hive.Journal] = []
 
-    def open_one(directory: Path = folder, instance: str = "this-run") -> hive.Journal:
-        opened.append(hive.Journal(directory, instance, hive.Log("debug", "json", log)))
+    def open_one(
+        directory: Path = folder, keep: float = 7 * DAY, max_size: int = LARGE
+    ) -> hive.Journal:
+        opened.append(hive.Journal(directory, hive.Log("debug", "json", log), keep, max_size))
         return opened[-1]
 
     yield open_one
     for journal in opened:
-        journal.close()
+        with contextlib.suppress(sqlite3.ProgrammingError):  # closed already
+            journal.close()
+
+
+@pytest.fixture
+def journal(open_journal: Open) -> hive.Journal:
+    return open_journal()
 
 
 def errors(log: io.StringIO) -> list[dict[str, Any]]:
@@ -52,179 +66,99 @@ def errors(log: io.StringIO) -> list[dict[str, Any]]:
     return [row for row in rows if row["level"] in ("warning", "error")]
 
 
-def rows(folder: Path) -> int:
+def count(folder: Path, table: str = "log") -> int:
+    """What somebody else would read: what a crash leaves."""
     with closing(sqlite3.connect(folder / "journal.sqlite3")) as database:
-        return int(database.execute("SELECT count(*) FROM seen").fetchone()[0])
+        return int(database.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
-def fill(journal: hive.Journal, ids: range) -> None:
-    for i in ids:
-        assert journal.remember(f"id-{i}")
-        journal.commit()
+def message(id: str, ch: str = "command", text: str = "hello", **more: Any) -> hive.Envelope:
+    more = {"sender": "alpha", "to": "beta", **more}
+    return hive.Envelope.new(ch=ch, text=text, id=id, **more)
 
 
-def test_an_id_is_new_once(open_journal: Open) -> None:
-    journal = open_journal()
-    answers = [journal.remember(id) for id in ("a", "b", "a", "b", "c")]
+def receive(journal: hive.Journal, id: str, at: float = NOW, **fields: Any) -> int:
+    """Write down that a new message came; its row."""
+    row = journal.record(Event.RECEIVED, message(id, **fields), at)
+    assert row
+    return row
+
+
+def is_new(journal: hive.Journal, id: str) -> bool:
+    return journal.record(Event.RECEIVED, message(id), NOW) is not None
+
+
+def ids(journal: hive.Journal, **filters: object) -> list[str | None]:
+    return [row.id for row in journal.rows(filters)]
+
+
+# A message that comes again
+
+
+def test_a_message_is_new_once(journal: hive.Journal) -> None:
+    answers = [is_new(journal, id) for id in ("a", "b", "a", "b", "c")]
     assert answers == [True, True, False, False, True]
     assert journal.on_disk
 
 
-def test_ids_differ_in_every_character(open_journal: Open) -> None:
-    journal = open_journal()
-    assert all(journal.remember(id) for id in ("a", "A", "1", "01", "1.0", "a.", "a:", "a" * 64))
+def test_ids_differ_in_every_character(journal: hive.Journal) -> None:
+    assert all(is_new(journal, id) for id in ("a", "A", "1", "01", "1.0", "a.", "a:", "a" * 64))
 
 
-def test_ids_survive_a_restart(open_journal: Open, log: io.StringIO) -> None:
+def test_the_same_id_in_another_message_is_no_new_message(journal: hive.Journal) -> None:
+    receive(journal, "a", text="first")
+    assert journal.record(Event.RECEIVED, message("a", "alert", "forged"), NOW) is None
+    row = journal.message("a")
+    assert row and row.envelope and row.envelope.text == "first"
+
+
+def test_a_message_to_oneself_goes_out_and_comes_in_once_each(journal: hive.Journal) -> None:
+    own = message("a", sender="beta")
+    events = [Event.SENT, Event.RECEIVED, Event.SENT, Event.RECEIVED]
+    assert [bool(journal.record(one, own, NOW)) for one in events] == [True, True, False, False]
+    assert [row.event for row in journal.exchange("a")] == [Event.SENT, Event.RECEIVED]
+    row = journal.message("a")
+    assert row and row.event is Event.RECEIVED
+
+
+def test_what_is_done_about_one_message_may_be_several_things(journal: hive.Journal) -> None:
+    receive(journal, "a")
+    for note in ("told main", "told ops", "told ops"):
+        journal.did(message("a"), NOW, note)
+    assert [row.note for row in journal.exchange("a")] == ["", "told main", "told ops", "told ops"]
+
+
+def test_messages_survive_a_restart(open_journal: Open, log: io.StringIO) -> None:
     journal = open_journal()
-    fill(journal, range(3))
+    for id in ("a", "b"):
+        receive(journal, id)
+    journal.commit()
     journal.close()
     journal = open_journal()
-    assert [journal.remember(id) for id in ("id-0", "id-2", "id-3")] == [False, False, True]
+    assert [is_new(journal, id) for id in ("a", "b", "c")] == [False, False, True]
     assert errors(log) == []
 
 
 def test_what_was_not_committed_is_committed_at_the_end(open_journal: Open) -> None:
     journal = open_journal()
-    journal.remember("a")
+    receive(journal, "a")
     journal.close()
-    assert not open_journal().remember("a")
+    assert not is_new(open_journal(), "a")
 
 
-def test_a_committed_id_can_be_read_by_others_at_once(open_journal: Open, folder: Path) -> None:
-    journal = open_journal()
-    journal.remember("a")
-    assert rows(folder) == 0
+def test_a_turn_is_committed_whole(journal: hive.Journal, folder: Path) -> None:
+    row = receive(journal, "a")
+    journal.owe(row)
+    journal.post("t", b"x", message=row)
+    journal.ask(message("a"), row)
+    journal.note("key", 1)
+    tables = ("log", "tasks", "outbox", "questions", "notes")
+    assert [count(folder, table) for table in tables] == [0] * 5
     journal.commit()
-    assert rows(folder) == 1
+    assert [count(folder, table) for table in tables] == [1] * 5
 
 
-CHILD = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import hive, pathlib
-journal = hive.Journal(pathlib.Path(sys.argv[2]), "that-run", hive.Log())
-journal.remember("kept")
-journal.commit()
-journal.remember("half")
-print("ready", flush=True)
-time.sleep(60)
-"""
-
-
-def test_ids_survive_kill_9_and_the_lock_does_not(
-    open_journal: Open, folder: Path, log: io.StringIO
-) -> None:
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(ROOT), str(folder)], stdout=subprocess.PIPE
-    )
-    assert child.stdout
-    with child.stdout:
-        assert child.stdout.readline() == b"ready\n"
-        with pytest.raises(hive.BrokerError, match="another daemon runs with"):
-            open_journal()
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    journal = open_journal()
-    assert journal.predecessor == "that-run"
-    assert not journal.remember("kept")
-    assert journal.remember("half")
-    assert errors(log) == []
-
-
-def test_a_second_daemon_is_turned_away_and_the_first_is_undisturbed(
-    open_journal: Open, folder: Path
-) -> None:
-    first = open_journal(instance="first")
-    with pytest.raises(hive.BrokerError) as refused:
-        open_journal(instance="second")
-    assert str(folder) in str(refused.value)
-    assert refused.value.exit == hive.Exit.BROKER
-    assert first.remember("a")
-    first.close()
-    assert open_journal(instance="third").predecessor == "first"
-
-
-def test_each_run_learns_the_name_of_the_one_before(open_journal: Open) -> None:
-    seen = []
-    for instance in ("a-long-name-of-the-first-run", "second", "third"):
-        journal = open_journal(instance=instance)
-        seen.append(journal.predecessor)
-        journal.close()
-    assert seen == ["", "a-long-name-of-the-first-run", "second"]
-
-
-def test_the_latest_ids_are_kept_and_the_oldest_forgotten(
-    open_journal: Open, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hive, "MAX_IDS", 50)
-    monkeypatch.setattr(hive, "PRUNE_EVERY", 10)
-    journal = open_journal()
-    fill(journal, range(1000))
-    assert 50 <= rows(folder) <= 61
-    assert not any(journal.remember(f"id-{i}") for i in range(950, 1000))
-    assert journal.remember("id-0")
-
-
-def test_a_daemon_that_is_often_restarted_forgets_too(
-    open_journal: Open, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hive, "MAX_IDS", 50)
-    monkeypatch.setattr(hive, "PRUNE_EVERY", 10)
-    for run in range(20):
-        journal = open_journal()
-        fill(journal, range(run * 8, run * 8 + 8))
-        journal.close()
-    assert rows(folder) <= 70
-
-
-@pytest.mark.parametrize(
-    "damage", [b"this is no database" * 1000, b"\0" * 8192, b"SQLite format 3\0" + b"\xff" * 4080]
-)
-def test_a_damaged_file_is_set_aside(
-    open_journal: Open, folder: Path, log: io.StringIO, damage: bytes
-) -> None:
-    journal = open_journal()
-    fill(journal, range(3))
-    journal.close()
-    (folder / "journal.sqlite3").write_bytes(damage)
-    journal = open_journal()
-    assert journal.on_disk
-    assert [error["event"] for error in errors(log)] == ["journal is damaged, set aside"]
-    aside = Path(errors(log)[0]["file"])
-    assert aside.parent == folder and aside.read_bytes() == damage
-    fill(journal, range(3))
-    journal.close()
-    assert not open_journal().remember("id-0")
-    assert len(errors(log)) == 1
-
-
-RUN = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import hive, pathlib
-journal = hive.Journal(pathlib.Path(sys.argv[2]), "a-run", hive.Log())
-assert journal.recall("never written") == {}
-print(journal.remember("again"))
-journal.close()
-"""
-
-
-def test_damage_that_shows_only_later_does_not_last_for_ever(
-    open_journal: Open, folder: Path
-) -> None:
-    journal = open_journal()
-    fill(journal, range(2000))
-    journal.close()
-    file = folder / "journal.sqlite3"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
-    command = [sys.executable, "-c", RUN, str(ROOT), str(folder)]
-    runs = [subprocess.run(command, capture_output=True, text=True) for _ in range(3)]
-    assert [run.returncode for run in runs] == [0, 0, 0]
-    assert runs[0].stdout == "True\n", "whatever happens, a message is acted upon"
-    assert runs[0].stderr.count("level=error") == 1
-    assert [run.stdout for run in runs[1:]] == ["False\n", "False\n"]
+# Notes
 
 
 def test_a_note_survives_a_restart(open_journal: Open) -> None:
@@ -244,108 +178,651 @@ def test_a_note_is_kept_without_a_disk_too(open_journal: Open, tmp_path: Path) -
     assert journal.recall("a key") == {"ok": True}
 
 
-def test_what_is_kept_is_found_by_its_kind_and_id(open_journal: Open) -> None:
+# What happened
+
+
+TEXTS = ["ä \u2028\\n😀", "\0\x01\x7f", "x" * hive.MAX_TEXT, "\x01" * hive.MAX_TEXT]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(4))
+def test_a_message_is_found_whole(open_journal: Open, text: str) -> None:
+    said = message("a", text=text, corr="c", ttl=60, action="deploy", urgency="later")
     journal = open_journal()
-    journal.keep("told", "a", '{"text": "ä \u2028\\n😀"}')
-    journal.keep("asked", "a", "")
-    journal.keep("told", "A", "x" * 1_600_000)
-    found = [journal.kept("told", "a"), journal.kept("asked", "a"), journal.kept("asked", "b")]
-    assert found == ['{"text": "ä \u2028\\n😀"}', "", None]
-    assert journal.kept("told", "A") == "x" * 1_600_000
-
-
-def test_what_is_kept_again_is_replaced(open_journal: Open) -> None:
-    journal = open_journal()
-    for content in ("first", "second"):
-        journal.keep("told", "a", content)
-    assert journal.kept("told", "a") == "second"
-
-
-@pytest.mark.parametrize("committed", [True, False])
-def test_what_is_kept_survives_a_restart(open_journal: Open, committed: bool) -> None:
-    journal = open_journal()
-    journal.remember("a")  # so that a transaction is under way
-    journal.keep("told", "a", "hello")
-    if committed:
-        journal.commit()
+    journal.record(Event.RECEIVED, said, NOW, "no handler for action deploy")
     journal.close()
-    assert open_journal().kept("told", "a") == "hello"
+    row = open_journal().message("a")
+    assert row and row.envelope == said
+    facts = (row.time, row.event, row.id, row.ch, row.sender, row.recipient, row.action)
+    assert facts == (NOW, Event.RECEIVED, "a", "command", "alpha", "beta", "deploy")
+    assert (row.exchange, row.note) == ("c", "no handler for action deploy")
 
 
-def test_of_each_kind_the_latest_are_kept(
-    open_journal: Open, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_was_received_is_kept_as_it_came(journal: hive.Journal) -> None:
+    said = message("a")
+    came = said.encode().decode().replace('":', '" : ')
+    journal.record(Event.RECEIVED, said, NOW, content=came)
+    row = journal.message("a")
+    assert row and row.content == came and row.envelope == said
+
+
+def test_nothing_is_known_of_a_message_that_never_came(journal: hive.Journal) -> None:
+    assert journal.message("a") is None and journal.exchange("a") == []
+
+
+@pytest.mark.parametrize("of", ["q", "a-1", "a-2", "r"])
+def test_an_exchange_is_told_from_any_of_its_messages(journal: hive.Journal, of: str) -> None:
+    journal.record(Event.SENT, message("q", sender="beta", to="alpha"), NOW)
+    receive(journal, "other")
+    for answer in ("a-1", "a-2"):
+        receive(journal, answer, ch="response", corr="q")
+    journal.did(message("a-2", "response", corr="q"), NOW, "told main")
+    journal.record(Event.SENT, message("r", corr="q", sender="beta", to="alpha"), NOW)
+    assert [row.id for row in journal.exchange(of)] == ["q", "a-1", "a-2", None, "r"]
+
+
+def test_an_exchange_is_found_though_its_first_message_is_not_known_here(
+    journal: hive.Journal,
 ) -> None:
-    monkeypatch.setattr(hive, "MAX_KEPT", 10)
+    receive(journal, "answer", ch="response", corr="elsewhere")
+    assert [row.id for row in journal.exchange("elsewhere")] == ["answer"]
+
+
+@pytest.fixture
+def busy(journal: hive.Journal) -> hive.Journal:
+    """Ten messages, one a second."""
+    for i in range(10):
+        ch, action = ("alert", None) if i % 5 == 0 else ("command", f"do-{i % 2}")
+        fields = {"ch": ch, "action": action, "sender": f"node{i % 3}", "corr": f"c-{i // 4}"}
+        receive(journal, f"m-{i}", NOW + i, **fields)
+    return journal
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, range(10)),
+        ({"ch": "alert"}, [0, 5]),
+        ({"from": "node1"}, [1, 4, 7]),
+        ({"to": "beta"}, range(10)),
+        ({"to": "all"}, []),
+        ({"action": "do-1"}, [1, 3, 7, 9]),
+        ({"corr": "c-1"}, [4, 5, 6, 7]),
+        ({"since": NOW + 7}, [7, 8, 9]),
+        ({"since": 0}, range(10)),
+        ({"ch": "command", "from": "node0", "since": NOW + 4}, [6, 9]),
+        ({"from": "node1' OR '1'='1"}, []),
+        ({"from": None}, []),
+    ],
+)
+def test_rows_are_chosen_by_what_is_asked(
+    busy: hive.Journal, filters: dict[str, Any], expected: Any
+) -> None:
+    assert ids(busy, **filters) == [f"m-{i}" for i in expected]
+
+
+@pytest.mark.parametrize(
+    ("last", "after", "expected"),
+    [
+        (3, 0, [7, 8, 9]),
+        (10, 0, range(10)),
+        (11, 0, range(10)),
+        (10**9, 0, range(10)),
+        (3, 9, [9]),
+        (3, 10, []),
+        (0, 7, [7, 8, 9]),
+    ],
+)
+def test_the_last_rows_can_be_asked_for(
+    busy: hive.Journal, last: int, after: int, expected: Any
+) -> None:
+    seen = busy.rows({})[after - 1].n if after else 0
+    assert [row.id for row in busy.rows({}, seen, last)] == [f"m-{i}" for i in expected]
+
+
+def test_the_last_rows_are_the_last_of_those_that_are_chosen(busy: hive.Journal) -> None:
+    chosen = [row.id for row in busy.rows({"from": "node1"}, last=2)]
+    assert chosen == ["m-4", "m-7"]
+
+
+@pytest.mark.parametrize("last", [0, 250, 101, 100, 99])
+def test_pages_follow_each_other_without_gap(
+    journal: hive.Journal, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    monkeypatch.setattr(hive, "MAX_ROWS", 10)
+    for i in range(250):
+        receive(journal, f"m-{i}")
+    found, after, skip = [], 0, last
+    while page := journal.rows({}, after, skip):
+        assert len(page) <= hive.MAX_ROWS
+        found += [row.id for row in page]
+        after, skip = page[-1].n, 0
+    assert found == [f"m-{i}" for i in range(250 - (last or 250), 250)]
+
+
+def test_a_row_whose_number_was_seen_is_never_given_again(open_journal: Open) -> None:
+    journal = open_journal(keep=10)
+    seen = [receive(journal, id, NOW) for id in ("a", "b")]
+    journal.prune(NOW + 60)
+    assert ids(journal) == []
+    new = receive(journal, "c", NOW + 60)
+    assert new > seen[1] > seen[0], "who follows the log asks for what is after the last one"
+
+
+# What is owed
+
+
+def test_what_is_owed_is_given_in_order_after_a_restart(open_journal: Open) -> None:
     journal = open_journal()
-    journal.keep("asked", "a", "a question")
-    journal.keep("told", "old", "old")
-    for i in range(100):
-        journal.keep("told", f"m-{i}", str(i))
-        journal.keep("told", "again", str(i))
+    rows = {id: receive(journal, id) for id in ("a", "b", "c")}
+    owed = [
+        journal.owe(rows["b"]),
+        journal.owe(rows["a"], "main", NOW + 60, True, "scheduled"),
+        journal.owe(rows["a"], "ops"),
+        journal.owe(rows["c"]),
+    ]
+    journal.finish(owed[2])
+    journal.close()
+    first, second, third = open_journal().tasks()
+    assert [task.n for task in (first, second, third)] == [owed[0], owed[1], owed[3]]
+    assert [task.envelope.id for task in (first, second, third)] == ["b", "a", "c"]
+    assert (first.agent, first.until, first.urgent, first.note) == ("", None, False, "")
+    assert (second.agent, second.until, second.urgent) == ("main", NOW + 60, True)
+    assert second.note == "scheduled"
+
+
+def test_what_had_begun_is_known_after_a_crash_and_at_once(
+    journal: hive.Journal, folder: Path
+) -> None:
+    tasks = [journal.owe(receive(journal, id)) for id in ("a", "b", "c", "d")]
+    journal.begin(tasks[1:3])
     with closing(sqlite3.connect(folder / "journal.sqlite3")) as database:
-        counts = dict(database.execute("SELECT kind, count(*) FROM kept GROUP BY kind"))
-    assert counts["told"] <= 10
-    assert journal.kept("told", "old") is None
-    assert [journal.kept("told", id) for id in ("m-99", "again")] == ["99", "99"]
-    assert journal.kept("asked", "a") == "a question", "one kind does not push out another"
+        began = database.execute("SELECT began FROM tasks ORDER BY n").fetchall()
+    assert began == [(0,), (1,), (1,), (0,)], "without a commit() of the whole turn"
+    journal.retract(tasks[1:2])
+    assert [task.began for task in journal.tasks()] == [False, False, True, False]
 
 
-def test_many_messages_of_one_kind_leave_as_many_of_another(
+def test_to_finish_twice_or_what_never_was_harms_nobody(journal: hive.Journal) -> None:
+    task = journal.owe(receive(journal, "a"))
+    for n in (task, task, 0, 4711):
+        journal.finish(n)
+        journal.begin([n])
+        journal.retract([n])
+    assert journal.tasks() == []
+    journal.begin([])
+
+
+def test_the_number_of_a_task_is_never_given_again(journal: hive.Journal) -> None:
+    row = receive(journal, "a")
+    first = journal.owe(row)
+    journal.finish(first)
+    assert journal.owe(row) > first
+
+
+# What the broker has yet to take
+
+
+def test_the_outbox_keeps_its_order_over_a_restart(open_journal: Open) -> None:
+    journal = open_journal()
+    sent = {}
+    for i in range(5):
+        row = journal.record(Event.SENT, message(f"m-{i}", to=f"node{i}"), NOW)
+        sent[f"t/{i}"] = row
+        journal.post(f"t/{i}", f"payload {i}".encode(), bool(i % 2), row, NOW + i if i else None)
+    journal.post("meta", b"\0\xff", retain=True)
+    journal.close()
+    journal = open_journal()
+    waiting = journal.outgoing(0, 100)
+    assert [one.topic for one in waiting] == ["t/0", "t/1", "t/2", "t/3", "t/4", "meta"]
+    assert [one.payload for one in waiting][4:] == [b"payload 4", b"\0\xff"]
+    assert [one.retain for one in waiting] == [False, True, False, True, False, True]
+    assert [one.until for one in waiting[:2]] == [None, NOW + 1]
+    assert journal.outbox_size == 6
+    assert [one.topic for one in journal.outgoing(waiting[1].n, 2)] == ["t/2", "t/3"]
+
+
+def test_what_the_broker_has_is_forgotten_and_which_message_it_was_is_told(
+    journal: hive.Journal,
+) -> None:
+    for i in range(3):
+        row = journal.record(Event.SENT, message(f"m-{i}"), NOW)
+        journal.post("t", b"x", message=row)
+    journal.post("meta", b"x")
+    first, second, third, meta = journal.outgoing(0, 100)
+    row = journal.posted(second.n)
+    assert row and row.id == "m-1"
+    assert journal.posted(second.n) is None and journal.posted(meta.n) is None
+    assert [one.n for one in journal.outgoing(0, 100)] == [first.n, third.n]
+    journal.post("t", b"y")
+    assert journal.outgoing(third.n, 100)[0].n > meta.n, "a number is never given again"
+
+
+# What was asked
+
+
+def questions(journal: hive.Journal, due: float | None = None) -> list[str]:
+    return [question.exchange for question in journal.questions(due)]
+
+
+def ask(journal: hive.Journal, id: str, **fields: Any) -> None:
+    asked = message(id, sender="beta", to="alpha", **fields)
+    row = journal.record(Event.SENT, asked, NOW)
+    assert row
+    journal.ask(asked, row)
+
+
+def test_a_question_is_open_until_it_is_answered(open_journal: Open) -> None:
+    journal = open_journal()
+    for id in ("a", "b", "c"):
+        ask(journal, id, action="ping")
+    journal.answered("b")
+    journal.answered("never asked")
+    journal.answered(None)
+    journal.close()
+    journal = open_journal()
+    assert questions(journal) == ["a", "c"]
+    (first, _) = journal.questions()
+    assert (first.asked, first.due, first.recipient, first.action) == (NOW, None, "alpha", "ping")
+
+
+def test_questions_are_due_when_their_time_to_live_is_over(journal: hive.Journal) -> None:
+    assert journal.next_due() is None
+    ask(journal, "never")
+    assert journal.next_due() is None
+    for id, ttl in (("late", 900), ("soon", 60)):
+        ask(journal, id, ttl=ttl, now=NOW)
+    soon, late = int(NOW) + 60, int(NOW) + 900
+    assert journal.next_due() == soon
+    moments = (soon - 1, soon, late - 1, late)
+    assert [questions(journal, due) for due in moments] == [
+        [],
+        ["soon"],
+        ["soon"],
+        ["late", "soon"],
+    ]
+    journal.answered("soon")
+    assert journal.next_due() == late
+    journal.answered("late")
+    assert journal.next_due() is None and questions(journal) == ["never"]
+
+
+def test_to_ask_again_in_the_same_exchange_is_one_question(journal: hive.Journal) -> None:
+    ask(journal, "a", ttl=60, now=NOW)
+    ask(journal, "again", corr="a")
+    assert questions(journal) == ["a"] and journal.next_due() is None
+
+
+def test_the_oldest_questions_go_when_there_are_too_many(
+    journal: hive.Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_QUESTIONS", 10)
+    for i in range(25):
+        ask(journal, f"q-{i}")
+    assert questions(journal) == [f"q-{i}" for i in range(15, 25)]
+
+
+def test_what_went_out_without_our_doing_may_be_answered(journal: hive.Journal) -> None:
+    journal.sent(message("a", sender="beta", to="alpha"), NOW)
+    journal.sent(message("a", sender="beta", to="alpha"), NOW)
+    journal.sent(message("b", "response", sender="beta", to="alpha", corr="x"), NOW)
+    assert ids(journal) == ["a", "b"] and questions(journal) == ["a"]
+
+
+@pytest.mark.parametrize("why", ["age", "size"])
+def test_a_question_does_not_outlive_its_message_and_is_not_due_for_ever(
+    open_journal: Open, why: str
+) -> None:
+    journal = open_journal(keep=100) if why == "age" else open_journal(max_size=1)
+    ask(journal, "a", ttl=4000, now=NOW)
+    ask(journal, "b")
+    while journal.prune(NOW + 200):
+        pass
+    due = journal.next_due()
+    assert due is None or questions(journal, due) == ["a"], "a daemon would look for it for ever"
+    assert count_of(journal, "questions") == len(questions(journal))
+
+
+def count_of(journal: hive.Journal, table: str) -> int:
+    journal.commit()
+    return int(journal._store.read(f"SELECT count(*) FROM {table}")[0][0])
+
+
+# Bounds
+
+
+def test_what_is_older_than_its_time_is_forgotten_in_small_steps(
     open_journal: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hive, "MAX_KEPT", 10)
+    monkeypatch.setattr(hive, "PRUNE_STEP", 10)
+    journal = open_journal(keep=100)
+    for i in range(50):
+        receive(journal, f"m-{i}", NOW + i)
+    now, left = NOW + 100 + 25, []
+    assert journal.prune(NOW + 100) is False, "to the second"
+    while journal.prune(now):
+        left.append(len(ids(journal)))
+    assert left == [40, 30, 25]
+    assert ids(journal)[0] == "m-25" and is_new(journal, "m-0")
+    assert not journal.full
+
+
+def test_the_oldest_texts_go_before_the_oldest_rows(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "PRUNE_STEP", 5)
+    journal = open_journal(max_size=300_000)
+    for i in range(60):
+        receive(journal, f"m-{i}", text="x" * 10_000)
+        journal.prune(NOW)
+    while journal.prune(NOW):
+        pass
+    assert journal.size <= 300_000 and not journal.full
+    kept = [row.content is not None for row in journal.rows({})]
+    assert kept == sorted(kept), "the texts of the last ones are still there"
+    assert 10 <= sum(kept) < 30 and len(kept) >= 1.5 * sum(kept)
+    assert not is_new(journal, "m-59")
+
+
+def test_a_message_whose_text_is_gone_is_still_no_new_one(open_journal: Open) -> None:
+    journal = open_journal(max_size=100_000)
+    receive(journal, "a", text="x" * 200_000)
+    assert journal.prune(NOW)
+    row = journal.message("a")
+    assert row is not None and row.envelope is None and row.sender == "alpha"
+    assert not is_new(journal, "a")
+
+
+@pytest.mark.parametrize("bound", ["age", "size"])
+def test_nothing_that_is_not_finished_is_forgotten(open_journal: Open, bound: str) -> None:
+    journal = open_journal(keep=1) if bound == "age" else open_journal(max_size=1)
+    run = journal.owe(receive(journal, "to-run", text="x" * 5000))
+    word = journal.owe(receive(journal, "to-tell", text="x" * 5000), "main")
+    row = journal.record(Event.SENT, message("to-send"), NOW)
+    journal.post("t", b"x", message=row)
+    receive(journal, "done")
+    while journal.prune(NOW + 100):
+        pass
+    assert ids(journal) == ["to-run", "to-tell", "to-send"]
+    assert [task.envelope.text[:3] for task in journal.tasks()] == ["xxx", "xxx"]
+    assert journal.full == (bound == "size")
+    for task in (run, word):
+        journal.finish(task)
+    (waiting,) = journal.outgoing(0, 10)
+    assert journal.posted(waiting.n)
+    while journal.prune(NOW + 100):
+        pass
+    assert ids(journal) == []
+
+
+def test_a_journal_that_is_full_of_work_keeps_no_more_texts_until_some_is_done(
+    open_journal: Open,
+) -> None:
+    journal = open_journal(max_size=200_000)
+    tasks = [journal.owe(receive(journal, f"m-{i}", text="x" * 50_000)) for i in range(8)]
+    while journal.prune(NOW):
+        pass
+    assert journal.full and len(journal.tasks()) == 8
+    size = journal.size
+    for i in range(20):
+        receive(journal, f"more-{i}", text="x" * 50_000)
+    assert journal.size < size + 50_000, "but it knows them when they come again"
+    assert not is_new(journal, "more-19")
+    for task in tasks:
+        journal.finish(task)
+    while journal.prune(NOW):
+        pass
+    assert not journal.full
+    receive(journal, "after")
+    row = journal.message("after")
+    assert row and row.envelope
+
+
+@pytest.mark.parametrize(("text", "messages"), [("x" * 50, 6000), ("x" * 20_000, 300)])
+def test_a_flood_does_not_grow_it_far_beyond_its_size(
+    open_journal: Open, folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, messages: int
+) -> None:
+    monkeypatch.setattr(hive, "PRUNE_AFTER", 100)
+    monkeypatch.setattr(hive, "PRUNE_STEP", 100)
+    monkeypatch.setattr(hive, "PRUNE_SIZE", 100_000)
+    journal = open_journal(max_size=1_000_000)
+    largest = 0
+    for i in range(messages):
+        receive(journal, f"m-{i}", text=text)
+        if i % 20 == 0:
+            journal.commit()
+            largest = max(largest, journal.size)
+    assert largest < 1_500_000
+    assert not is_new(journal, f"m-{messages - 1}")
+
+
+def test_a_daemon_that_is_often_restarted_forgets_too(open_journal: Open) -> None:
+    for run in range(20):
+        journal = open_journal(keep=100)
+        receive(journal, f"m-{run}", NOW + run * 60)
+        journal.prune(NOW + run * 60)
+        journal.close()
+    assert ids(open_journal()) == ["m-18", "m-19"]
+
+
+def test_a_large_journal_delays_nobody_for_long(journal: hive.Journal) -> None:
+    for i in range(20_000):
+        receive(journal, f"m-{i}", NOW + i / 1000, sender=f"node{i % 9}")
+    journal.commit()
+    looks: dict[str, Callable[[], object]] = {
+        "prune": lambda: journal.prune(NOW),
+        "filter": lambda: journal.rows({"from": "nobody"}),
+        "last": lambda: journal.rows({}, last=19_000),
+        "message": lambda: journal.message("m-100"),
+        "exchange": lambda: journal.exchange("m-100"),
+        "tasks": journal.tasks,
+    }
+    for what, look in looks.items():
+        started = time.monotonic()
+        look()
+        assert time.monotonic() - started < 1, what
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    "damage", [b"this is no database" * 1000, b"\0" * 8192, b"SQLite format 3\0" + b"\xff" * 4080]
+)
+def test_a_damaged_file_is_set_aside(
+    open_journal: Open, folder: Path, log: io.StringIO, damage: bytes
+) -> None:
     journal = open_journal()
-    for i in range(10):
-        journal.keep("asked", f"q-{i}", "a question")
-        for j in range(20):
-            journal.keep("told", f"m-{i}-{j}", "hello")
-    assert all(journal.kept("asked", f"q-{i}") for i in range(10))
+    receive(journal, "a")
+    journal.close()
+    (folder / "journal.sqlite3").write_bytes(damage)
+    journal = open_journal()
+    assert journal.on_disk
+    assert [error["event"] for error in errors(log)] == ["file is damaged, set aside"]
+    aside = Path(errors(log)[0]["file"])
+    assert aside.parent == folder and aside.read_bytes() == damage
+    receive(journal, "a")
+    journal.close()
+    assert not is_new(open_journal(), "a")
+    assert len(errors(log)) == 1
 
 
-def test_messages_are_kept_without_a_disk_too(open_journal: Open, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    journal = open_journal(tmp_path / "file" / "x")
-    journal.keep("told", "a", "hello")
-    assert journal.kept("told", "a") == "hello"
+RUN = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import hive, pathlib
+journal = hive.Journal(pathlib.Path(sys.argv[2]), hive.Log(), 1e6, 10**8)
+assert journal.recall("never written") == {}
+said = hive.Envelope.new("alpha", "beta", "command", "x", id="again")
+print(journal.record(hive.Event.RECEIVED, said, time.time()) is not None)
+journal.close()
+"""
+
+
+def test_damage_that_shows_only_later_does_not_last_for_ever(
+    open_journal: Open, folder: Path
+) -> None:
+    journal = open_journal()
+    for i in range(2000):
+        receive(journal, f"m-{i}")
+    journal.close()
+    file = folder / "journal.sqlite3"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    command = [sys.executable, "-c", RUN, str(ROOT), str(folder)]
+    runs = [subprocess.run(command, capture_output=True, text=True) for _ in range(3)]
+    assert [run.returncode for run in runs] == [0, 0, 0], runs[0].stderr
+    assert runs[0].stdout == "True\n", "whatever happens, a message is acted upon"
+    assert runs[0].stderr.count("level=error") == 1
+    assert [run.stdout for run in runs[1:]] == ["False\n", "False\n"]
+
+
+def test_after_damage_while_it_runs_no_number_is_given_twice(
+    open_journal: Open, folder: Path
+) -> None:
+    journal = open_journal()
+    for i in range(2000):
+        row = receive(journal, f"m-{i}", text="x" * 100)
+        journal.owe(row)
+        journal.post("t", b"x", message=row)
+    journal.close()
+    journal = open_journal()
+    last, tasks = journal.outgoing(0, 10_000)[-1].n, [task.n for task in journal.tasks()]
+    file = folder / "journal.sqlite3"
+    file.write_bytes(file.read_bytes()[:4096] + b"\xff" * (file.stat().st_size - 4096))
+    opened = int(time.time())
+    eventually("the next second", lambda: time.time() > opened + 1)
+    row = receive(journal, "new")
+    owed = journal.owe(row)
+    journal.post("t", b"new", message=row)
+    journal.commit()
+    assert journal.on_disk
+    assert [one.payload for one in journal.outgoing(last, 10)] == [b"new"], "or it waits for ever"
+    for task in tasks:  # of the old file, which the daemon still works on
+        journal.finish(task)
+    assert [task.n for task in journal.tasks()] == [owed]
 
 
 def test_an_empty_file_is_a_new_journal(open_journal: Open, folder: Path, log: io.StringIO) -> None:
     folder.mkdir()
     (folder / "journal.sqlite3").touch()
-    (folder / "lock").touch()
     journal = open_journal()
-    assert journal.on_disk and journal.predecessor == ""
+    assert journal.on_disk and ids(journal) == []
     assert errors(log) == []
 
 
-def test_a_lock_file_full_of_rubbish_does_no_harm(open_journal: Open, folder: Path) -> None:
-    folder.mkdir()
-    (folder / "lock").write_bytes(b"\xff\xfe\0" * 100_000)
-    assert open_journal(instance="this-run").remember("a")
+# No disk, and back again
 
 
-def test_without_a_disk_it_goes_on_in_memory(
+def owing(journal: hive.Journal, *names: str) -> None:
+    """Take in messages that each leave a task and something to be sent."""
+    for name in names:
+        row = receive(journal, name, text="x" * 2000)
+        journal.owe(row)
+        journal.post("t", name.encode(), message=row)
+    journal.commit()
+
+
+def assert_owing(journal: hive.Journal, *names: str) -> None:
+    assert [task.envelope.id for task in journal.tasks()] == [*names]
+    assert [one.payload.decode() for one in journal.outgoing(0, 1000)] == [*names]
+    assert all(journal.message(name) for name in names)
+    assert not any(is_new(journal, name) for name in names)
+
+
+def test_without_a_disk_it_goes_on_in_memory_and_tells_the_risk_once(
     open_journal: Open, tmp_path: Path, log: io.StringIO
 ) -> None:
     (tmp_path / "file").touch()
     journal = open_journal(tmp_path / "file" / "x")
     assert not journal.on_disk
-    assert [journal.remember(id) for id in ("a", "b", "a")] == [True, True, False]
-    journal.commit()
-    assert not journal.remember("b")
+    owing(journal, "a", "b")
+    journal.go_back_to_disk()
+    assert_owing(journal, "a", "b")
     (error,) = errors(log)
-    assert error["level"] == "error"
-    assert str(tmp_path / "file" / "x") in error["why"]
+    assert error["level"] == "error" and "lost, or done twice" in error["so"]
+    assert str(tmp_path / "file" / "x") in error["file"] and error["why"] == "Not a directory"
+
+
+def test_when_the_disk_is_full_nothing_is_lost_and_all_of_it_goes_back(
+    open_journal: Open, folder: Path, log: io.StringIO
+) -> None:
+    journal = open_journal()
+    owing(journal, "a", "b")
+    (pages,) = journal._store.read("PRAGMA page_count")[0]
+    journal._store.read(f"PRAGMA max_page_count={pages}")
+    more = [f"m-{i}" for i in range(100)]
+    owing(journal, *more)
+    assert not journal.on_disk
+    tasks, waiting = journal.tasks(), journal.outgoing(0, 1000)
+    assert_owing(journal, "a", "b", *more)
+    journal.go_back_to_disk()
+    assert journal.on_disk and (journal.tasks(), journal.outgoing(0, 1000)) == (tasks, waiting)
+    owing(journal, "after")
+    journal.close()
+    assert_owing(open_journal(), "a", "b", *more, "after")
+    assert [error["event"] for error in errors(log)] == ["cannot write, going on in memory"]
+
+
+@contextlib.contextmanager
+def small_disk(place: Path) -> Iterator[None]:
+    """A file system of one megabyte, where this user may mount one."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("this user may mount nothing")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a file system")
+def test_a_disk_that_is_really_full_and_has_room_again(
+    folder: Path, open_journal: Open, log: io.StringIO
+) -> None:
+    with small_disk(folder):
+        journal = open_journal()
+        owing(journal, "a")
+        with (folder / "other").open("wb", 0) as other, contextlib.suppress(OSError):
+            while other.write(b"x" * 4096):
+                pass
+        names = [f"m-{i}" for i in range(200)]
+        owing(journal, *names)
+        assert not journal.on_disk
+        assert_owing(journal, "a", *names)
+        journal.go_back_to_disk()
+        assert not journal.on_disk, "it is full still"
+        (folder / "other").unlink()
+        journal.go_back_to_disk()
+        journal.commit()
+        if not journal.on_disk:
+            pytest.fail(log.getvalue())
+        journal.close()
+        journal = open_journal()
+        assert journal.on_disk
+        assert_owing(journal, "a", *names)
+        journal.close()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_in_a_folder_that_is_read_only_it_goes_on_in_memory(
+def test_a_folder_that_is_read_only_and_is_writable_again(
     open_journal: Open, folder: Path, log: io.StringIO
 ) -> None:
     folder.mkdir(mode=0o500)
     journal = open_journal()
     assert not journal.on_disk
-    assert [journal.remember(id) for id in ("a", "a")] == [True, False]
+    owing(journal, "a", "b")
+    journal.go_back_to_disk()
+    assert not journal.on_disk
+    folder.chmod(0o700)
+    journal.go_back_to_disk()
+    assert journal.on_disk
+    journal.close()
+    assert_owing(open_journal(), "a", "b")
     assert len(errors(log)) == 1
 
 
@@ -355,20 +832,36 @@ def test_a_folder_in_place_of_the_file_does_not_keep_a_daemon_from_starting(
     (folder / "journal.sqlite3").mkdir(parents=True)
     journal = open_journal()
     assert not journal.on_disk
-    assert [journal.remember(id) for id in ("a", "a")] == [True, False]
+    assert [is_new(journal, id) for id in ("a", "a")] == [True, False]
+    (folder / "journal.sqlite3").rmdir()
+    journal.go_back_to_disk()
+    assert journal.on_disk
     assert len(errors(log)) == 1
+
+
+def test_in_memory_it_is_bounded_too(
+    open_journal: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "PRUNE_STEP", 5)
+    (tmp_path / "file").touch()
+    journal = open_journal(tmp_path / "file" / "x", max_size=200_000)
+    for i in range(100):
+        receive(journal, f"m-{i}", text="x" * 10_000)
+    while journal.prune(NOW):
+        pass
+    assert journal.size <= 200_000 and not is_new(journal, "m-99")
 
 
 def test_nobody_else_may_read_it(folder: Path, open_journal: Open) -> None:
     before = os.umask(0)
     try:
         journal = open_journal()
-        journal.remember("a")
+        receive(journal, "a")
         journal.commit()
     finally:
         os.umask(before)
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
-    assert modes["journal.sqlite3"] == modes["lock"] == 0o600
+    assert modes["journal.sqlite3"] == 0o600
     assert {mode & 0o077 for mode in modes.values()} == {0}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
@@ -377,14 +870,174 @@ def test_missing_folders_are_made(open_journal: Open, tmp_path: Path) -> None:
     assert open_journal(tmp_path / "a" / "b" / "c").on_disk
 
 
-def test_a_peers_long_messages_do_not_fill_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# What a kill -9 leaves
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import hive, pathlib
+journal = hive.Journal(pathlib.Path(sys.argv[2]), hive.Log(), 1e6, 10**8)
+
+def take(id):
+    said = hive.Envelope.new("alpha", "beta", "command", "x" * 500, id=id)
+    row = journal.record(hive.Event.RECEIVED, said, time.time())
+    task = journal.owe(row)
+    journal.post("t", id.encode(), message=row)
+    journal.ask(said, row)
+    return task
+
+def ready(word="ready"):
+    print(word, flush=True)
+"""
+WAIT = "ready(); time.sleep(60)\n"
+
+
+@pytest.fixture
+def child_of(folder: Path) -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """Run a process that has the journal open, and these lines to do."""
+    made: list[subprocess.Popen[bytes]] = []
+
+    def make(lines: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", CHILD + lines, str(ROOT), str(folder)]
+        made.append(subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE))
+        return made[-1]
+
+    yield make
+    for child in made:
+        child.kill()
+        child.communicate()
+
+
+def heard(child: subprocess.Popen[bytes]) -> str:
+    assert child.stdout
+    return child.stdout.readline().decode().strip()
+
+
+def killed(child: subprocess.Popen[bytes]) -> None:
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+
+
+def test_a_kill_leaves_what_was_committed_and_nothing_of_the_rest(
+    open_journal: Open,
+    log: io.StringIO,
+    child_of: Callable[[str], subprocess.Popen[bytes]],
 ) -> None:
-    monkeypatch.setattr(hive, "MAX_KEPT_SIZE", 10_000)
-    journal = hive.Journal(tmp_path / "state", "this-run", hive.Log("error"))
-    for i in range(20):
-        journal.keep("told", f"m-{i}", "x" * 3000)
-    journal.keep("asked", "m-1", "short")
-    assert [i for i in range(20) if journal.kept("told", f"m-{i}")] == [17, 18, 19]
-    assert journal.kept("asked", "m-1") == "short"
-    journal.close()
+    child = child_of("take('kept'); journal.commit(); take('half')\n" + WAIT)
+    assert heard(child) == "ready"
+    killed(child)
+    journal = open_journal()
+    assert [task.envelope.id for task in journal.tasks()] == ["kept"]
+    assert [one.payload for one in journal.outgoing(0, 10)] == [b"kept"]
+    assert questions(journal) == ids(journal) == ["kept"]
+    assert is_new(journal, "half")
+    assert errors(log) == []
+
+
+def test_a_kill_leaves_open_what_had_begun_and_only_that(
+    open_journal: Open, child_of: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    child = child_of(
+        "a, b, c, d = map(take, 'abcd'); journal.begin([b, c, d])\n"
+        "journal.retract([c]); journal.finish(d); journal.commit()\n"
+        "journal.retract([b]); journal.finish(a)  # too late\n" + WAIT
+    )
+    assert heard(child) == "ready"
+    killed(child)
+    tasks = open_journal().tasks()
+    assert [(task.envelope.id, task.began) for task in tasks] == [
+        ("a", False),
+        ("b", True),
+        ("c", False),
+    ]
+
+
+def test_a_kill_at_any_moment_leaves_whole_turns(
+    open_journal: Open, folder: Path, child_of: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    for life in range(5):
+        child = child_of(
+            f"for i in range(10**6):\n"
+            f"    take(f'{life}-{{i}}-a'); take(f'{life}-{{i}}-b')\n"
+            f"    journal.commit(); ready(i)\n"
+        )
+        for _ in range(7 * life + 1):
+            last = int(heard(child))
+        killed(child)
+        journal = open_journal()
+        tables = [count_of(journal, table) for table in ("log", "tasks", "outbox", "questions")]
+        assert len({*tables}) == 1 and tables[0] % 2 == 0
+        assert not is_new(journal, f"{life}-{last}-b"), "whoever was told so may rely on it"
+        journal.close()
+
+
+# One daemon at a time
+
+HOLD = """
+lock = hive.Lock(pathlib.Path(sys.argv[2]) / "lock")
+lock.write("that-run")
+import subprocess
+other = subprocess.Popen(["sleep", "60"], close_fds=False)
+ready(other.pid); time.sleep(60)
+"""
+
+
+def test_a_lock_is_one_process_and_kill_9_frees_it(
+    folder: Path, child_of: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    child = child_of(HOLD)
+    grandchild = int(heard(child))
+    try:
+        before = len(os.listdir("/dev/fd"))
+        for _ in range(3):
+            with pytest.raises(BlockingIOError):
+                hive.Lock(folder / "lock")
+        assert len(os.listdir("/dev/fd")) == before
+        killed(child)
+        lock = eventually("it is free", lambda: try_lock(folder / "lock"))
+        assert lock.before == "that-run", "who was killed left word"
+        os.kill(grandchild, 0)  # a handler that outlives its daemon does not keep the lock
+        lock.close()
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
+
+
+def try_lock(file: Path) -> hive.Lock | None:
+    with contextlib.suppress(BlockingIOError):
+        return hive.Lock(file)
+    return None
+
+
+def test_each_run_learns_what_the_one_before_left(tmp_path: Path) -> None:
+    seen = []
+    for words in ("a-long-name-of-the-first-run", "second", "third"):
+        lock = hive.Lock(tmp_path / "lock")
+        seen.append(lock.before)
+        lock.write(words)
+        with pytest.raises(BlockingIOError):
+            hive.Lock(tmp_path / "lock")
+        lock.close()
+    assert seen == ["", "a-long-name-of-the-first-run", "second"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0" * 100_000, "ä\n\n😀".encode()])
+def test_a_lock_file_full_of_rubbish_does_no_harm(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "lock").write_bytes(content)
+    lock = hive.Lock(tmp_path / "lock")
+    assert len(lock.before) <= 64
+    lock.write("this-run")
+    lock.close()
+    assert (tmp_path / "lock").read_text() == "this-run"
+
+
+def test_a_lock_is_private_and_needs_its_folder(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        hive.Lock(tmp_path / "lock").close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o600
+    for place in (tmp_path / "missing" / "lock", tmp_path):
+        with pytest.raises(OSError):
+            hive.Lock(place)

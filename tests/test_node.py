@@ -40,6 +40,7 @@ class Wire:
         self.will = will
         self.published: list[hive.Publication] = []
         self.echoes: list[hive.Publication] = []
+        self.unacknowledged: list[hive.Publication] = []
         self.up = self.closed = False
 
     def open(self, user: hive.LinkUser) -> None:
@@ -48,6 +49,7 @@ class Wire:
     def publish(self, publication: hive.Publication) -> None:
         if self.up or publication.keep:
             self.published.append(publication)
+            self.unacknowledged.append(publication)
             if "/all/" in publication.topic:
                 self.echoes.append(publication)
 
@@ -114,6 +116,8 @@ class Rig:
     def turn(self) -> None:
         """Do whatever is due by now."""
         for _ in range(3):
+            while self.wire.up and self.wire.unacknowledged:
+                self.wire.unacknowledged.pop(0).done(0, "Success")
             for echo in self.wire.echoes[:]:
                 self.wire.echoes.remove(echo)
                 self.node.deliver(
@@ -553,7 +557,8 @@ def test_the_answer_that_somebody_waits_for_does_not_wake_the_agent(
 ) -> None:
     rig = rig_of([main])
     knock = hive.Knock(rig.state_dir / "door")
-    assert rig.ask(knock, do="ask", id="c-1", text="well?", wait=True) == {"ok": True}
+    asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
+    assert rig.ask(knock, do="sent", envelope=asked, wait=True) == {"ok": True}
     rig.say("response", corr="c-1")
     rig.say("response", corr="c-1")  # of a question to everyone
     rig.advance(120)
@@ -571,7 +576,8 @@ def test_the_answer_that_somebody_has_just_read_does_not_wake_the_agent(
 ) -> None:
     rig = rig_of([main])
     knock = hive.Knock(rig.state_dir / "door")
-    rig.ask(knock, do="ask", id="c-1", text="well?", wait=True)
+    asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
+    rig.ask(knock, do="sent", envelope=asked, wait=True)
     rig.ask(knock, do="settle", id="c-1")
     knock.close()
     rig.turn()
@@ -588,7 +594,9 @@ def test_the_answer_to_a_question_that_nobody_waits_for_wakes_the_agent_with_the
 ) -> None:
     rig = rig_of([main])
     knock = hive.Knock(rig.state_dir / "door")
-    rig.ask(knock, do="ask", id="c-1", text="is the backup\ndone?" + " " * 1000)
+    text = "is the backup\ndone?" + " " * 1000
+    asked = hive.Envelope.new("beta", "alpha", "command", text, id="c-1").document()
+    assert rig.ask(knock, do="send", envelope=asked)["queued"]
     knock.close()
     rig.say("response", corr="c-1", text="yes")
     (call,) = rig.until("the agent is called", lambda: calls_of(fast_agent))
@@ -927,7 +935,7 @@ def test_a_message_is_acknowledged_once_it_is_on_disk(rig: Rig) -> None:
 
     def look() -> None:
         with closing(sqlite3.connect(rig.state_dir / "journal.sqlite3")) as database:
-            query = "SELECT count(*) FROM seen WHERE id = ?"
+            query = "SELECT count(*) FROM log WHERE id = ?"
             found.append(database.execute(query, ("the-id",)).fetchone()[0])
 
     rig.tell(hive.Envelope.new("alpha", "beta", "command", "x", id="the-id"), ack=look)
@@ -1381,17 +1389,51 @@ def test_a_running_handler_may_end_before_the_node_does(rig_of: Callable[..., Ri
     assert last_words(rig) == [OFFLINE]
 
 
-def test_whoever_waits_when_a_node_stops_is_told(rig_of: Callable[..., Rig]) -> None:
+def test_what_waits_when_a_node_stops_is_done_at_its_next_start(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(hang=HANGS)
+    running, queued = rig.say("command", "hang"), rig.say("command", "hang")
+    rig.until("it runs", rig.started)
+    rig.node.stop()
+    rig.until("it has stopped", lambda: rig.wire.closed, tick=0.5)
+    answer = rig.answer_to(running)
+    assert answer.ch == "alert" and "interrupted: the node was stopped" in answer.text
+    assert rig.kept("beta", "hang")[-1]["status"] == "interrupted"
+    assert rig.started() == ["hang"] and rig.answers_to(queued) == []
+    assert last_words(rig) == [OFFLINE]
+    (task,) = rig.journal.tasks()
+    assert (task.envelope.id, task.began) == (queued.id, False)
+
+
+def test_without_a_disk_whoever_waits_when_a_node_stops_is_told(
+    rig_of: Callable[..., Rig], tmp_path: Path
+) -> None:
+    (tmp_path / "state").write_text("no directory")
     rig = rig_of(hang=HANGS)
     running, queued = rig.say("command", "hang"), rig.say("command", "hang")
     rig.until("it runs", rig.started)
     rig.node.stop()
     assert "the node is stopping" in rig.answer_to(queued).text
     rig.until("it has stopped", lambda: rig.wire.closed, tick=0.5)
-    answer = rig.answer_to(running)
-    assert answer.ch == "alert" and "the node is stopping" in answer.text
-    assert rig.started() == ["hang"]
-    assert last_words(rig) == [OFFLINE]
+    assert rig.answer_to(running).ch == "alert"
+
+
+def test_what_a_crash_left_is_taken_up(rig_of: Callable[..., Rig]) -> None:
+    settings = {"again": hive.HandlerConfig(retry=True)}
+    rig = rig_of(settings=settings, count="echo done", lost="echo done", again="echo done")
+    asked = {}
+    for action in ("count", "lost", "again"):
+        asked[action] = hive.Envelope.new("alpha", "beta", "command", "x", action=action)
+        row = rig.journal.record(hive.Event.RECEIVED, asked[action], 1.0)
+        task = rig.journal.owe(row or 0)
+        if action != "count":
+            rig.journal.begin([task])
+    rig.node._take_up()
+    assert rig.answer_to(asked["count"]).text == "done"
+    assert rig.answer_to(asked["again"]).text == "done"
+    alert = rig.answer_to(asked["lost"])
+    assert (alert.ch, "lost failed: interrupted: the daemon ended" in alert.text) == ("alert", True)
+    assert sorted(rig.started()) == ["again", "count"]
+    assert rig.journal.tasks() == []
 
 
 def test_a_message_that_comes_too_late_is_left_for_the_next_run(rig_of: Callable[..., Rig]) -> None:
@@ -1416,7 +1458,7 @@ def test_a_handler_that_could_not_be_started_is_told_before_the_goodbye(rig: Rig
 
 
 @pytest.mark.parametrize("how", ["waits", "fails meanwhile", "hangs"])
-def test_a_message_that_the_agent_never_heard_is_told_at_the_end(
+def test_a_message_that_the_agent_never_heard_waits_for_the_next_start(
     rig_of: Callable[..., Rig], tmp_path: Path, how: str
 ) -> None:
     script = tmp_path / "openclaw"
@@ -1434,4 +1476,5 @@ def test_a_message_that_the_agent_never_heard_is_told_at_the_end(
         gate.touch()
     tick = 0.01 if how == "fails meanwhile" else 0.5
     rig.until("it has stopped", lambda: rig.wire.closed, tick)
-    assert [e.ch for e in rig.answers_to(asked)] == ["alert"]
+    assert rig.answers_to(asked) == []
+    assert rig.journal.tasks()[-1].envelope.id == asked.id
