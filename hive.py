@@ -29,6 +29,7 @@ tokens; only what needs judgment wakes an agent.
 #   node    Node       wires the above; owns all state that changes
 #   doors   Output     rows to a table or to JSON; returns strings
 #           Client     one question from the shell: publish, wait, collect
+#           Setup      a hive.toml for this machine, asked for or taken from options
 #           Commands   one function for each subcommand, its options beside it
 #           Main       arguments in, exit code out
 
@@ -850,6 +851,16 @@ ALL_TABLES: Mapping[str, type[Table]] = {
 }
 
 
+USER_CONFIG = "~/.config/hive/hive.toml"
+CONFIG_PLACES = ("hive.toml", USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
+
+
+def key_of(dotted: str) -> Any:
+    """The declaration of a key, as in "mqtt.port"."""
+    title, _, key = dotted.partition(".")
+    return next(f for f in fields(SINGLE_TABLES[title]) if f.name == key)
+
+
 def find_config(explicit: str | None) -> Path | None:
     """Where the configuration is; None if there is none.  One that is named must exist."""
     for named, by in ((explicit, "--config"), (os.environ.get("HIVE_CONFIG"), "$HIVE_CONFIG")):
@@ -857,7 +868,7 @@ def find_config(explicit: str | None) -> Path | None:
             if not os.path.isfile(os.path.expanduser(named)):
                 raise ConfigError(f"{shown(named)}: no such file (named by {by})")
             return Path(os.path.expanduser(named))
-    for place in ("hive.toml", "~/.config/hive/hive.toml", "/etc/hive/hive.toml"):
+    for place in CONFIG_PLACES:
         candidate = os.path.expanduser(place)
         if os.path.isfile(candidate):  # Path.is_file() raises where a folder is closed to us
             return Path(candidate)
@@ -1043,21 +1054,31 @@ def toml_value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def example_config() -> str:
-    """A commented hive.toml, made from the declarations."""
+def example_config(chosen: Mapping[str, Any] | None = None) -> str:
+    """A commented hive.toml, made from the declarations; what is `chosen`, as parsed, is set."""
     lines = ["# hive.toml: every key, with its default or an example.  Uncomment what you change."]
     for title, table in ALL_TABLES.items():
         lines += [
             "",
             *(f"# {line.strip()}" for line in (table.__doc__ or "").splitlines() if line.strip()),
         ]
-        lines.append(f"[{title}]" if title in SINGLE_TABLES else f"# [{title}]")
-        for f in fields(table):
-            shown = f.default if f.metadata["example"] is None else f.metadata["example"]
-            lines.append(
-                f"# {f.name} = {toml_value(shown)}".ljust(38) + f"  # {f.metadata['help']}"
-            )
+        said = (chosen or {}).get(title.strip("[]"), {})
+        first, *others = said if isinstance(said, list) else [said]
+        lines.append(f"[{title}]" if title in SINGLE_TABLES or first else f"# [{title}]")
+        lines += [example_line(f, first) for f in fields(table)]
+        for one in others:
+            lines += ["", f"[{title}]"]
+            lines += [example_line(f, one) for f in fields(table) if f.name in one]
     return "\n".join(lines) + "\n"
+
+
+def example_line(declared: Any, chosen: Mapping[str, Any]) -> str:
+    """One key with its line of help: set if it is chosen, else in a comment."""
+    example = declared.metadata["example"]
+    value = chosen.get(declared.name, declared.default if example is None else example)
+    mark = "" if declared.name in chosen else "# "
+    line = f"{mark}{declared.name} = {toml_value(value)}".ljust(38)
+    return f"{line}  # {declared.metadata['help']}"
 
 
 def effective_config(config: Config) -> str:
@@ -2510,16 +2531,20 @@ def ways_of(instance: InstanceConfig) -> tuple[str, ...]:
     return ("hook", "call", "cli") if instance.hook_token else ("call", "cli")
 
 
+def openclaw_file(profile: str | None, home: Path) -> Path:
+    """The configuration of an OpenClaw profile."""
+    named = profile not in (None, "default")
+    return home / (f".openclaw-{profile}" if named else ".openclaw") / "openclaw.json"
+
+
 def gateway_port(instance: InstanceConfig, home: Path) -> int | None:
     """The local port of an instance's gateway; None if it cannot be known."""
     if instance.port:
         return instance.port
     if instance.command or instance.hook_url:
         return None
-    named = instance.profile not in (None, "default")
-    folder = f".openclaw-{instance.profile}" if named else ".openclaw"
     try:
-        content = (home / folder / "openclaw.json").read_bytes()[:MAX_TEXT]
+        content = openclaw_file(instance.profile, home).read_bytes()[:MAX_TEXT]
     except OSError:
         return None
     gateway = (read_json_object(content) or {}).get("gateway")  # it may be JSON5: not known then
@@ -4783,6 +4808,257 @@ class Asking(Errand):
         self._survey.link.close(self.finish, within=1.0)
 
 
+# ---- Setup: a hive.toml for this machine -------------------------------------------------
+#
+# What hive.toml shall say is a mapping of dotted keys ("mqtt.port"), from options, from answers
+# on a terminal, or by default; it is written whole or not at all.  Whether a broker lives where
+# the answers say is Doctor's to find out.
+
+MAX_ANSWER = 4 * KIB  # bytes of one line
+TLS_PORT = 8883  # where the broker's port is not said
+MAIN_AGENT = "main"  # the agent of OpenClaw's default profile
+
+Answer = TypeVar("Answer")
+
+
+class Abandoned(HiveError):
+    """The person who was asked has gone."""
+
+    exit = Exit.INTERRUPTED
+
+
+def broker_address(value: object) -> tuple[str, int | None]:
+    """a host or host:port; with IPv6 [host]:port"""
+    said = text(value)
+    if said.count(":") > 1 and re.fullmatch(r"[0-9A-Fa-f:.]+", said):
+        return said, None
+    parts = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/@\[\]]+))(?::(\d+))?", said, re.ASCII)
+    if not parts:
+        raise ValueError
+    return parts[1] or parts[2], port(parts[3]) if parts[3] else None
+
+
+def yes_or_no(value: object) -> bool:
+    """y or n"""
+    said = text(value).lower()
+    if said not in ("y", "yes", "n", "no"):
+        raise ValueError
+    return said.startswith("y")
+
+
+def user_name(value: object) -> str:
+    """a string that can be printed"""
+    if not text(value).isprintable():
+        raise ValueError
+    return text(value)
+
+
+def password_line(value: object) -> str:
+    """one line of text, not empty"""
+    said = text(value)
+    if said.splitlines() != [said]:
+        raise ValueError
+    return said
+
+
+def existing_file(value: object) -> Path:
+    """a file that is there"""
+    file = Path(os.path.abspath(path(value)))
+    if not os.path.isfile(file):
+        raise ValueError
+    return file
+
+
+class Interview:
+    """Asks a person on a terminal; where nobody is to be asked, each answer is the default."""
+
+    def __init__(self, asking: bool) -> None:
+        self.asking = asking
+
+    def ask(
+        self, question: str, kind: Callable[[Any], Answer], default: Answer, instead: str = ""
+    ) -> Answer:
+        """The answer, once it is of that kind; no answer is the default, shown as `instead`."""
+        while self.asking:
+            print(f"{question} [{instead or default}]: ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.buffer.readline(MAX_ANSWER)
+            if not line.endswith(b"\n"):
+                raise EOFError
+            said = os.fsdecode(line).strip()
+            if not said:
+                break
+            try:
+                return kind(said)
+            except ValueError:
+                print(f"  {shown(said)} is not {kind.__doc__}", file=sys.stderr)
+        return default
+
+    def agree(self, question: str, default: bool) -> bool:
+        return self.ask(question, yes_or_no, default, "Y/n" if default else "y/N")
+
+    def password(self, question: str) -> str | None:
+        """A password, which is not shown; None if there is none."""
+        import getpass
+
+        while self.asking:
+            try:
+                said = getpass.getpass(f"{question} (not shown) [none]: ")
+                return password_line(said) if said else None
+            except ValueError:
+                print(f"  that is not {password_line.__doc__}", file=sys.stderr)
+        return None
+
+
+def interview(ask: Interview, said: dict[str, Any]) -> None:
+    """Add to what is said already what node and broker need besides."""
+    if "node.id" not in said:
+        said["node.id"] = ask.ask("This node's name", name, short_host_name())
+    if "mqtt.host" not in said:
+        meant = key_of("mqtt.host").default if any(one.startswith("mqtt.") for one in said) else ""
+        question = "Broker where the nodes meet, as host or host:port"
+        instead = meant or "none: this machine alone"
+        nothing: tuple[str, int | None] = (meant, None)
+        host, number = ask.ask(question, broker_address, nothing, instead)
+        said |= {"mqtt.host": host} if host else {}
+        said |= {"mqtt.port": number} if number else {}
+    if "mqtt.host" in said:
+        ask_login(ask, said)
+    if said.get("mqtt.tls") and "mqtt.host" in said:
+        said.setdefault("mqtt.port", TLS_PORT)
+
+
+def ask_login(ask: Interview, said: dict[str, Any]) -> None:
+    """What the broker wants to know, and how the way there is protected."""
+    if "mqtt.username" not in said:
+        user = ask.ask("User name there", user_name, "", "none")
+        said |= {"mqtt.username": user} if user else {}
+    if "mqtt.username" in said and not {"mqtt.password", "mqtt.password_file"} & said.keys():
+        password = ask.password("Password there")
+        said |= {"mqtt.password": password} if password else {}
+    if "mqtt.tls" not in said and ask.agree("Encrypt (TLS)?", False):
+        said["mqtt.tls"] = True
+    if said.get("mqtt.tls") and "mqtt.ca_file" not in said:
+        question = "Certificate of who signs the broker's"
+        file = ask.ask(question, existing_file, None, "the system's list")
+        said |= {"mqtt.ca_file": file} if file else {}
+
+
+def find_agents(home: Path) -> dict[str, str | None]:
+    """The OpenClaw agents of a user, by name, with their profiles; None is the default one."""
+    found: dict[str, str | None] = {}
+    unnamed = "default" if openclaw_file(MAIN_AGENT, home).exists() else MAIN_AGENT
+    for file in sorted(home.glob(".openclaw*/openclaw.json")):
+        profile = file.parent.name.removeprefix(".openclaw").removeprefix("-")
+        if openclaw_file(profile or None, home) != file:
+            continue  # .openclaw-default: OpenClaw reads another file for that; .openclaw.old
+        with contextlib.suppress(ValueError):
+            found[name(profile or unnamed)] = profile or None
+    return found
+
+
+def choose_agents(
+    ask: Interview, found: Mapping[str, str | None], wanted: Sequence[str] | None
+) -> list[dict[str, str]]:
+    """The tables of [[oc_instances]]: those that are `wanted`; None: those that are agreed to."""
+    for agent in wanted or ():
+        if agent not in found:
+            there = ", ".join(found) or "none"
+            raise UsageError(
+                f"--agent {shown(agent)}: no such OpenClaw profile; there are: {there}"
+            )
+    tables = []
+    for agent, profile in found.items():
+        question = f"Wake the OpenClaw agent {agent}?"
+        if ask.agree(question, True) if wanted is None else agent in wanted:
+            tables.append({"name": agent} | ({"profile": profile} if profile else {}))
+    return tables
+
+
+def keep_handlers(file: Path, said: dict[str, Any]) -> None:
+    """Name the handlers beside hive.py, where a new hive.toml would put them out of sight."""
+    folder = key_of("node.handler_dir").metadata["example"]
+    beside = Path(__file__).resolve().parent / folder
+    if beside.is_dir() and not (file.parent / folder).is_dir():
+        said.setdefault("node.handler_dir", beside)
+
+
+def setup_files(
+    file: Path, said: Mapping[str, Any], agents: Sequence[Mapping[str, str]]
+) -> dict[Path, str]:
+    """What is to be written where: hive.toml, and the password beside it; or ConfigError."""
+    import tomllib
+
+    document: dict[str, Any] = {"oc_instances": agents} if agents else {}
+    for dotted, value in said.items():
+        table, _, key = dotted.partition(".")
+        document.setdefault(table, {})[key] = value
+    password = document.get("mqtt", {}).pop("password", None)
+    config = make_config(tomllib.loads(example_config(document)), file, {})
+    if config.mqtt.tls:
+        tls_context(config.mqtt)
+    if password is None:
+        return {file: example_config(document)}
+    beside = key_of("mqtt.password_file").metadata["example"]
+    if file.name != CONFIG_PLACES[0]:
+        beside = f"{file.stem}-{beside}"  # several nodes may have their files in one folder
+    document["mqtt"]["password_file"] = beside
+    return {file.parent / beside: f"{password}\n", file: example_config(document)}
+
+
+def said_against(place: Path, objection: str) -> str:
+    """What is wrong with a file or folder; where the advice is to change it, naming it."""
+    unnamed = "; try: chmod" in objection and str(place) not in objection
+    return f"{place}: {objection}" + (f" {place}" if unnamed else "")
+
+
+def refuse_to_write(file: Path, force: bool) -> None:
+    """Raise HiveError where a file must not be written, or could be changed by others."""
+    folder = next(one for one in file.parents if one.exists())
+    status = folder.stat()
+    sticky = status.st_mode & stat.S_ISVTX and status.st_uid in (0, os.geteuid())
+    objection = None if sticky else writable_by_others(status)
+    if objection:
+        raise HiveError(f"{file}: not written: {said_against(folder, objection)}")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise HiveError(f"{file}: not written: it is no regular file (a link, a folder?)")
+        if not force:
+            raise HiveError(f"{file}: is there already, and stays as it is; --force replaces it")
+
+
+def write_privately(files: Mapping[Path, str], force: bool) -> None:
+    """Write files that only this user may read: all of them whole, or none; raises HiveError."""
+    with contextlib.ExitStack() as undo:
+        try:
+            made = [
+                (write_beside(file, content, force, undo), file) for file, content in files.items()
+            ]
+            for _, file in [] if force else made:  # of two at once one fails here
+                os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                undo.callback(file.unlink, missing_ok=True)
+            for temporary, file in made:
+                os.replace(temporary, file)
+        except OSError as error:
+            where = error.filename if isinstance(error, FileExistsError) else [*files][-1]
+            raise HiveError(f"{where}: {reason_of(error)}; nothing was written") from None
+        undo.pop_all()
+
+
+def write_beside(file: Path, content: str, force: bool, undo: contextlib.ExitStack) -> str:
+    """Write a file's content to the disk, under a name that `undo` removes; its name."""
+    import tempfile
+
+    refuse_to_write(file, force)
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    undo.callback(Path(temporary).unlink, missing_ok=True)
+    with os.fdopen(descriptor, "wb") as out:  # mkstemp makes it 0600
+        out.write(content.encode())
+        out.flush()
+        os.fsync(out.fileno())
+    return temporary
+
+
 # ---- Commands: one function for each subcommand ------------------------------------------
 #
 # Options stand beside the function that reads them; Main builds the parser from COMMANDS.
@@ -4825,14 +5101,18 @@ def command(
     return file
 
 
-def config_of(args: argparse.Namespace) -> Config:
-    """Load the configuration that the command line asks for; warn of what is unsafe in it."""
-    overrides = {
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of keys of hive.toml."""
+    return {
         dotted: getattr(args, dest)
         for dest, dotted in OVERRIDES.items()
         if getattr(args, dest, None) is not None
     }
-    config = load_config(getattr(args, "config", None), overrides)
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """Load the configuration that the command line asks for; warn of what is unsafe in it."""
+    config = load_config(getattr(args, "config", None), overrides_of(args))
     for warning in config.warnings:
         print(f"hive: warning: {warning}", file=sys.stderr)
     return config
@@ -5168,6 +5448,95 @@ def config(args: argparse.Namespace) -> int:
     """Show the configuration in force, and where each key was set; secrets are masked."""
     print(example_config() if args.example else effective_config(config_of(args)), end="")
     return Exit.DONE
+
+
+def option_for(dotted: str) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """An option that sets a key of hive.toml: kind and help are the key's own."""
+    metadata, key = key_of(dotted).metadata, dotted.partition(".")[2]
+    flag = f"--{key.replace('_', '-')}"
+    return option(flag, type=metadata["kind"], metavar=key.upper(), help=metadata["help"])
+
+
+SETUP_KEYS = ("node.handler_dir", "mqtt.username", "mqtt.password_file", "mqtt.ca_file")
+
+
+@command(
+    *map(option_for, SETUP_KEYS),
+    option(
+        "--tls", action=argparse.BooleanOptionalAction, help=key_of("mqtt.tls").metadata["help"]
+    ),
+    option(
+        "--agent",
+        action="append",
+        metavar="NAME",
+        help="an OpenClaw profile to wake; may be repeated",
+    ),
+    option("--no-agents", action="store_const", const=[], dest="agent", help="wake none"),
+    option("--yes", action="store_true", help="ask nothing: what no option says is the default"),
+    option("--force", action="store_true", help="replace a hive.toml that is there"),
+    examples="""hive.py init
+hive.py init --node beta --host broker.lan --tls --username beta
+hive.py init --yes --no-agents --password-file - --username beta --host broker.lan <password""",
+)
+def init(args: argparse.Namespace) -> int:
+    """Write a commented hive.toml for this machine, asking for what no option says."""
+    place = getattr(args, "config", None) or os.environ.get("HIVE_CONFIG") or USER_CONFIG
+    file = Path(os.path.abspath(os.path.expanduser(place)))
+    refuse_to_write(file, args.force)
+    terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+    ask = Interview(asking=terminal and not args.yes)
+    try:
+        said = said_by_options(args, ask)
+        interview(ask, said)
+        agents = choose_agents(ask, find_agents(Path(os.path.expanduser("~"))), args.agent)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise Abandoned("interrupted; nothing was written") from None
+    except EOFError:
+        print(file=sys.stderr)
+        raise UsageError("end of input; nothing was written; --yes asks nothing") from None
+    keep_handlers(file, said)
+    write_privately(setup_files(file, said, agents), args.force)
+    broker = said.get("mqtt.host") or "this machine alone"
+    print(f"wrote {file}: node {said['node.id']}, broker: {broker}", end="")
+    print(f", agents: {', '.join(one['name'] for one in agents) or 'none'}")
+    print(next_commands(file), end="")
+    return Exit.DONE
+
+
+def said_by_options(args: argparse.Namespace, ask: Interview) -> dict[str, Any]:
+    """What the options say, by dotted key; paths are meant from where we are."""
+    said = overrides_of(args)
+    for dotted in SETUP_KEYS:
+        value = getattr(args, dotted.partition(".")[2])
+        if value is not None:
+            said[dotted] = Path(os.path.abspath(value)) if isinstance(value, Path) else value
+    tls = bool(args.ca_file) if args.tls is None else args.tls
+    said |= {"mqtt.tls": tls} if tls or args.tls is not None else {}
+    if args.password_file == Path("-"):
+        del said["mqtt.password_file"]
+        password = ask.password("Password there") if ask.asking else read_text("-")
+        try:
+            said["mqtt.password"] = password_line(password)
+        except ValueError:
+            raise UsageError(f"--password-file -: not {password_line.__doc__}") from None
+    return said
+
+
+def next_commands(file: Path) -> str:
+    """What to do next, so that it can be copied; `file` is named where it would not be found."""
+    import shlex
+    import shutil
+
+    me = os.path.basename(sys.argv[0])
+    if shutil.which(me) != sys.argv[0]:
+        me = f"python3 {shlex.quote(sys.argv[0])}"
+    found = None
+    with contextlib.suppress(ConfigError):  # $HIVE_CONFIG names another, which is not there
+        found = find_config(None)
+    known = found is not None and found.resolve() == file.resolve()
+    named = "" if known else f" --config {shlex.quote(str(file))}"
+    return f"next: {me} doctor{named}\n      {me} daemon{named}\n"
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------
