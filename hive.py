@@ -30,6 +30,7 @@ tokens; only what needs judgment wakes an agent.
 #   doors   Output     rows to a table or to JSON; returns strings
 #           Client     one question from the shell: publish, wait, collect
 #           Setup      a hive.toml for this machine, asked for or taken from options
+#           Doctor     is everything as it must be: one small check after the other
 #           Commands   one function for each subcommand, its options beside it
 #           Main       arguments in, exit code out
 
@@ -460,6 +461,10 @@ class Topics:
     def meta(self, name: str, document: str) -> str:
         """Where a state (`state`), a roster (`roster`) or an action's latest result is kept."""
         return f"{self.prefix}/meta/{name}/{document}"
+
+    def for_node(self, names: Iterable[str]) -> list[str]:
+        """What a node subscribes to: what is for it, its agents and everyone."""
+        return [self.to(name) for name in dict.fromkeys([*names, EVERYONE])]
 
     def private(self, name: str, token: str) -> str:
         """A topic below a node's own name that no daemon subscribes to."""
@@ -4406,6 +4411,8 @@ COLOURS = {
     "ok": 32,
     "stale": 33,
     "degraded": 33,
+    "warn": 33,
+    "fail": 31,
     "offline": 31,
     "down": 31,
     "lost": 31,
@@ -5059,6 +5066,469 @@ def write_beside(file: Path, content: str, force: bool, undo: contextlib.ExitSta
     return temporary
 
 
+# ---- Doctor: is everything as it must be -------------------------------------------------
+#
+# CHECKS says what is looked at, in which order, and what must be well before.  Each check yields
+# findings and has a deadline.  Changes nothing, wakes nobody, prints nothing; what it publishes
+# goes to topics that no daemon acts upon.
+
+DOCTOR_DEADLINE = 14.0  # seconds, all in all
+BROKER_DEADLINE = 4.0  # seconds for one connection, and what is asked on it
+PROBE_PATIENCE = 1.5  # seconds until a message to ourselves must be back
+CLOCK_PATIENCE = 6.0  # seconds to wait for the nodes that are said to be alive
+CLOCK_TOLERANCE = 5.0  # seconds; a ttl shorter than that is rare
+CLOCK_ADVICE = "let NTP set it (Linux: timedatectl set-ntp true)"
+
+
+class Level(Enum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+    SKIPPED = "--"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check has found, and what to do about it."""
+
+    level: Level
+    what: str
+    todo: str = ""
+
+
+class Visit(Errand):
+    """An errand that has an end whatever the broker does."""
+
+    def __init__(self, config: Config, deadline: float) -> None:
+        super().__init__(config)
+        self._deadline = deadline
+        self.loop.after(deadline, self._late)
+
+    def _late(self) -> None:
+        raise broker_fault(self.config.mqtt, f"no answer in {self._deadline:.0f} s")
+
+
+class Greeting(Visit):
+    """Connect, log in, go."""
+
+    def __init__(self, config: Config, deadline: float) -> None:
+        super().__init__(config, deadline)
+        self._link = Link(self.loop, config.mqtt)
+        self._link.open(self)
+
+    def link_up(self) -> None:
+        self._link.close(self.finish, within=0.0)
+
+
+class Probing(Visit):
+    """Subscribe to what this node reads; publish where it writes, and see what comes back.
+
+    The probes go to topics below the node's own that nobody subscribes to, but one: a heartbeat
+    to ourselves, as a daemon sends it that looks for another of its name.
+    """
+
+    def __init__(self, config: Config, deadline: float) -> None:
+        super().__init__(config, deadline)
+        self.not_subscribed = ""  # why, if the broker said no
+        self.refused: dict[str, str] = {}  # topic: why
+        token, names = new_id(), [self.node, *config.agents]
+        private = dict.fromkeys((self.topics.private(one, token) for one in names), b"doctor")
+        unread = dict.fromkeys((self.topics.meta(one, f"doctor-{token}") for one in names), b"{}")
+        beat = Envelope.new(self.node, self.node, "heartbeat", "{}", urgency="later", id=token)
+        self._beat = Publication(self.topics.of(beat), beat.encode(), qos=0)  # so it isn't queued
+        self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
+        self._unanswered = deque((private | unread).items())
+        read = [*self.topics.for_node(names), self.topics.meta("+", "state"), *private]
+        self._link = Link(self.loop, config.mqtt, subscriptions=[(topic, 0) for topic in read])
+        self._link.open(self)
+        self._up = False
+
+    def link_up(self) -> None:
+        self._up = True
+        self._link.publish(self._beat)
+        self._next()
+
+    def _next(self) -> None:
+        """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
+        if not self._unanswered:
+            self.loop.after(PROBE_PATIENCE, self._leave)
+            return self._end_if_complete()
+        topic, payload = self._unanswered[0]
+        self._link.publish(Publication(topic, payload, keep=False, done=self._answered))
+
+    def _answered(self, code: int, words: str) -> None:
+        topic, _ = self._unanswered.popleft()
+        if code < 0 or code >= 0x80:
+            self.refused[topic] = words.lower()
+        self._next()
+
+    def link_down(self, reason: str) -> None:
+        if self._up:
+            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
+            self.refused[topic] = reason
+        elif reason.startswith("subscribing"):
+            self.not_subscribed = reason
+        else:
+            super().link_down(reason)
+        self.finish()
+
+    def deliver(self, delivery: Delivery) -> None:
+        if self.missing.get(delivery.topic) == delivery.payload:
+            del self.missing[delivery.topic]
+            self._end_if_complete()
+
+    def _end_if_complete(self) -> None:
+        if not self._unanswered and not self.missing.keys() - self.refused.keys():
+            self._leave()
+
+    def _leave(self) -> None:
+        self._link.close(self.finish, within=0.0)
+
+
+class Listening(Visit):
+    """Hear of the other nodes, and compare their clocks with ours.
+
+    Only what is said now tells the time; what was retained may be old, so it tells who should
+    speak soon, and only a time that is still to come is wrong for certain.
+    """
+
+    def __init__(self, config: Config, deadline: float) -> None:
+        super().__init__(config, deadline)
+        self.ahead: dict[str, float] = {}  # name: seconds that its clock is ahead of ours
+        self._awaited: set[str] = set()
+        self._patience, self._settled = 0.0, False
+        filters = [self.topics.meta("+", "state"), self.topics.to(EVERYONE, "heartbeat")]
+        marker = self.topics.private(self.node, new_id())
+        self._survey = Survey(
+            self.loop, config.mqtt, filters, marker, self._found, self._complete, self.link_down
+        )
+
+    def _found(self, delivery: Delivery) -> None:
+        meta = self.topics.meta_of(delivery.topic)
+        if len(delivery.payload) > MAX_STATE:
+            return
+        said = read_json_object(delivery.payload) or {}
+        peer = meta[0] if meta else said.get("from")
+        alive = not meta or status_of(said) in ("online", "degraded")
+        then = bounded_number(said.get("last_seen" if meta else "ts"), 1, MAX_TS)
+        if said.get("daemon_node", peer) != peer or peer == self.node or not alive or not then:
+            return
+        if not isinstance(peer, str) or not NAME.fullmatch(peer) or len(self.ahead) >= MAX_PEERS:
+            return
+        ahead = int(then) + 0.5 - time.time()  # they are whole seconds
+        if not delivery.retained or ahead > CLOCK_TOLERANCE:
+            self.ahead[peer] = ahead
+        elif meta and len(self._awaited) < MAX_PEERS:
+            self._awaited.add(peer)
+            interval = bounded_number(said.get("interval"), *PEER_INTERVAL)
+            interval = interval or self.config.heartbeat.interval
+            self._patience = min(max(self._patience, interval + 1.0), self._deadline - 1.0)
+        self._end_if_complete()
+
+    def _complete(self) -> None:
+        self._settled = True
+        self.loop.after(self._patience, self._leave)
+        self._end_if_complete()
+
+    def _end_if_complete(self) -> None:
+        if self._settled and self._awaited <= self.ahead.keys():
+            self._leave()
+
+    def _leave(self) -> None:
+        self._survey.link.close(self.finish, within=0.0)
+
+
+class Examination:
+    """What the checks share: the configuration, once it is read, and how long there is."""
+
+    config: Config
+    probing: Probing
+
+    def __init__(self, load: Callable[[], Config], now: float) -> None:
+        self.load, self._until = load, now + DOCTOR_DEADLINE
+
+    def left(self, at_most: float) -> float:
+        """Seconds that the next thing may take."""
+        return max(0.5, min(at_most, self._until - time.monotonic()))
+
+
+def check_python(exam: Examination) -> Iterator[Finding]:
+    import platform
+
+    system = f"{platform.system()} {platform.machine()}"
+    what = f"{platform.python_version()} on {system}; hive {__version__} ({build()})"
+    yield Finding(Level.OK, what)
+
+
+def check_paho(exam: Examination) -> Iterator[Finding]:
+    load_paho()
+    yield Finding(
+        Level.OK, str(getattr(sys.modules["paho.mqtt"], "__version__", "of some version"))
+    )
+
+
+def check_config(exam: Examination) -> Iterator[Finding]:
+    exam.config = exam.load()
+    source = exam.config.source or "no file, the defaults hold (hive.py init writes one)"
+    yield Finding(Level.OK, f"node {exam.config.node.id}: {source}")
+
+
+def check_files(exam: Examination) -> Iterator[Finding]:
+    config = exam.config
+    findings = [objected(Level.WARN, warning) for warning in config.warnings]
+    named = [config.source, config.mqtt.password_file, config.mqtt.key_file]
+    for file in filter(None, [*named, *(one.hook_token_file for one in config.oc_instances)]):
+        if objection := writable_by_others(file.stat()):
+            findings.append(objected(Level.WARN, said_against(file, objection)))
+    findings += check_folder(config.state_dir)
+    well = Finding(Level.OK, f"only you can change them; state is in {config.state_dir}")
+    yield from findings or [well]
+
+
+def objected(level: Level, said: str) -> Finding:
+    """A finding of an objection; its advice is apart."""
+    what, _, todo = said.partition("; try: ")
+    return Finding(level, what, todo)
+
+
+def check_folder(folder: Path) -> Iterator[Finding]:
+    """Can the state directory be used, or be made, and by us alone?"""
+    there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    status, what = there.stat(), f"state directory {there}"
+    if not stat.S_ISDIR(status.st_mode) or not os.access(there, os.W_OK | os.X_OK):
+        yield Finding(Level.FAIL, f"{what}: you may not write to it", "see [node] state_dir")
+    elif there == folder and (objection := writable_by_others(status)):
+        yield objected(Level.FAIL, f"state directory {said_against(there, objection)}")
+    elif there == folder and status.st_mode & 0o077:
+        yield Finding(Level.WARN, f"{what}: others may look into it", f"chmod 700 {there}")
+
+
+def check_handlers(exam: Examination) -> Iterator[Finding]:
+    folder = exam.config.handler_dir
+    catalogue = discover(folder)
+    why = catalogue.refused.get(str(folder))
+    if why:
+        yield objected(Level.FAIL, f"none: {said_against(folder, why)}")
+        return
+    for file, why in catalogue.refused.items():
+        yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
+    names = ", ".join(catalogue.handlers) or "none"
+    if folder.is_dir() or not exam.config.node.handler_dir:
+        yield Finding(Level.OK, f"{names}, in {folder}")
+    else:
+        yield Finding(Level.WARN, f"none: no directory {folder}", f"mkdir {folder}")
+
+
+def check_daemon(exam: Examination) -> Iterator[Finding]:
+    node, door = exam.config.node.id, door_path(exam.config)
+    visit = knock(exam.config)
+    if visit is None:
+        yield Finding(
+            Level.WARN, f"{node}'s does not run on this machine", "start it: hive.py daemon"
+        )
+        return
+    with contextlib.closing(visit):
+        try:
+            answer = visit.ask({"do": "doctor", "id": new_id()})
+            why = "" if answer else "no answer"
+        except OSError as error:
+            why = reason_of(error)
+    if why:
+        yield Finding(Level.FAIL, f"{node}'s does not answer at {door}: {why}", "restart it")
+    else:
+        yield Finding(Level.OK, f"{node}'s runs, and answers at {door}")
+
+
+def check_agents(exam: Examination) -> Iterator[Finding]:
+    home = Path(os.path.expanduser("~"))
+    agents = exam.config.oc_instances
+    ports = {one.name: gateway_port(one, home) for one in agents}
+    silent = knock_on_ports({number for number in ports.values() if number})
+    for one in agents:
+        yield agent_finding(one, home, ports[one.name], silent)
+    if not agents:
+        found = ", ".join(find_agents(home))
+        hint = f"; found here: {found}" if found else ""
+        yield Finding(Level.OK, f"none configured, so messages wake nobody{hint}")
+
+
+def knock_on_ports(ports: Collection[int]) -> dict[int, str]:
+    """Does anything listen there?  Why not; nothing where something does."""
+    loop = Loop(Log("error"))
+    heard: dict[int, str] = {}
+    for number in ports:
+        Probe(loop, number, partial(heard.__setitem__, number))
+    while len(heard) < len(ports):
+        loop.step()
+    loop.close()
+    return heard
+
+
+def agent_finding(
+    one: InstanceConfig, home: Path, number: int | None, silent: Mapping[int, str]
+) -> Finding:
+    """How an agent is, as far as one can tell without waking it."""
+    import shutil
+
+    command, ways = (one.command or one.openclaw_cmd)[0], ways_of(one)
+    if set(ways) != {"hook"} and not shutil.which(command):
+        return Finding(
+            Level.FAIL, f"{one.name}: no program {command}", "install it, or see [[oc_instances]]"
+        )
+    if one.command:
+        return Finding(Level.OK, f"{one.name}: {command} is there; more would wake it")
+    file = openclaw_file(one.profile, home)
+    if not file.is_file() and not one.hook_url:
+        default = one.openclaw_cmd == InstanceConfig().openclaw_cmd
+        level = Level.FAIL if default and not one.port else Level.WARN
+        return Finding(
+            level, f"{one.name}: no {file}", "see [[oc_instances]] profile, or openclaw setup"
+        )
+    if number is None:
+        return Finding(
+            Level.OK, f"{one.name}: its gateway's port cannot be known without waking it"
+        )
+    if silent[number]:
+        what = f"{one.name}: nothing listens on 127.0.0.1:{number}: {silent[number]}"
+        return Finding(Level.WARN, what, "start its gateway; messages wait for it meanwhile")
+    return Finding(Level.OK, f"{one.name}: its gateway listens on 127.0.0.1:{number}")
+
+
+def check_broker(exam: Examination) -> Iterator[Finding]:
+    mqtt, begun = exam.config.mqtt, time.monotonic()
+    Greeting(exam.config, exam.left(BROKER_DEADLINE)).run()
+    how = f"as {mqtt.username}" if mqtt.username else "without a name"
+    took = 1000 * (time.monotonic() - begun)
+    yield Finding(Level.OK, f"{mqtt.address} lets us in {how}, in {took:.0f} ms")
+
+
+def check_subscribing(exam: Examination) -> Iterator[Finding]:
+    exam.probing = Probing(exam.config, exam.left(BROKER_DEADLINE))
+    exam.probing.run()
+    if exam.probing.not_subscribed:
+        yield Finding(Level.FAIL, exam.probing.not_subscribed, acl_for(exam.config))
+    else:
+        yield Finding(Level.OK, "the broker takes every subscription of this node")
+
+
+def check_publishing(exam: Examination) -> Iterator[Finding]:
+    refused = exam.probing.refused
+    if refused:
+        why = f"to {and_more(refused)}: {next(iter(refused.values()))}"
+        yield Finding(Level.FAIL, why, acl_for(exam.config))
+    else:
+        always = ", as MQTT 3.1.1 always says" if exam.config.mqtt.protocol != "5" else ""
+        yield Finding(Level.OK, f"messages to ourselves are taken{always}")
+
+
+def check_receiving(exam: Examination) -> Iterator[Finding]:
+    missing = exam.probing.missing
+    if missing:
+        what = f"what goes to {and_more(missing)} never arrives: no right to read?"
+        yield Finding(Level.FAIL, what, acl_for(exam.config))
+    else:
+        yield Finding(Level.OK, "they come back")
+
+
+def and_more(names: Collection[str], limit: int = 1) -> str:
+    """The first few of many."""
+    more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(itertools.islice(names, limit)) + more
+
+
+def acl_for(config: Config) -> str:
+    """What the broker must allow."""
+    user, prefix = config.mqtt.username or "anonymous clients", config.topics.prefix
+    names = ", ".join(f"{prefix}/{one}/#" for one in [config.node.id, *config.agents])
+    return (
+        f"in the broker's ACL let {user} read {names}, {prefix}/all/# and {prefix}/meta/#,"
+        f" and write {prefix}/#"
+    )
+
+
+def check_clock(exam: Examination) -> Iterator[Finding]:
+    listening = Listening(exam.config, exam.left(CLOCK_PATIENCE + 1.0))
+    listening.run()
+    wrong = [
+        f"{peer}'s is {for_people(abs(ahead))} {'ahead' if ahead > 0 else 'behind'}"
+        for peer, ahead in sorted(listening.ahead.items())
+        if abs(ahead) > CLOCK_TOLERANCE
+    ]
+    heard = len(listening.ahead)
+    if not heard:
+        yield Finding(Level.SKIPPED, "not compared: no other node was heard")
+    elif not wrong:
+        yield Finding(Level.OK, f"that of {heard} other node(s) says the same")
+    else:
+        ours = heard > 1 and len(wrong) > heard / 2
+        whose = "this machine's clock is the odd one" if ours else "one of the two is wrong"
+        yield Finding(Level.WARN, f"{and_more(wrong, 3)}: {whose}", CLOCK_ADVICE)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing to look at, and what must be well before."""
+
+    name: str
+    look: Callable[[Examination], Iterator[Finding]]
+    needs: tuple[str, ...] = ()
+
+
+CHECKS = (
+    Check("python", check_python),
+    Check("paho", check_paho),
+    Check("config", check_config),
+    Check("files", check_files, ("config",)),
+    Check("handlers", check_handlers, ("config",)),
+    Check("daemon", check_daemon, ("config",)),
+    Check("agents", check_agents, ("config",)),
+    Check("broker", check_broker, ("paho", "config")),
+    Check("subscribe", check_subscribing, ("broker",)),
+    Check("publish", check_publishing, ("subscribe",)),
+    Check("receive", check_receiving, ("publish",)),
+    Check("clock", check_clock, ("receive",)),
+)
+
+
+def examine(load: Callable[[], Config], now: float) -> Iterator[tuple[str, Finding]]:
+    """Every check with what it finds, as soon as that is known; `load` reads the configuration."""
+    exam, failed = Examination(load, now), dict[str, str]()  # check: whose fault it is
+    for check in CHECKS:
+        cause = next((failed[one] for one in check.needs if one in failed), None)
+        if cause:
+            failed[check.name] = cause
+            yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause} failed")
+            continue
+        for finding in look(check, exam):
+            if finding.level is Level.FAIL:
+                failed[check.name] = check.name
+            yield check.name, finding
+
+
+def look(check: Check, exam: Examination) -> Iterator[Finding]:
+    """Make one check; an error is a finding too."""
+    try:
+        yield from check.look(exam)
+    except HiveError as error:
+        what, _, todo = str(error).partition("; ")
+        yield Finding(Level.FAIL, what.removeprefix(f"{check.name} "), todo)
+    except OSError as error:
+        yield Finding(Level.FAIL, f"{error.filename or 'input/output'}: {reason_of(error)}")
+
+
+def finding_line(check: str, finding: Finding, colour: bool) -> str:
+    """One line: how it is, what it is about, what to do."""
+    word = finding.level.value
+    mark = word.ljust(max(len(level.value) for level in Level))
+    if colour and word in COLOURS:
+        mark = f"\033[{COLOURS[word]}m{mark}\033[0m"
+    column = max(len(one.name) for one in CHECKS)
+    todo = f"; {finding.todo}" if finding.todo else ""
+    return f"{mark}  {check.ljust(column)}  {printable(finding.what + todo, 1000)}"
+
+
 # ---- Commands: one function for each subcommand ------------------------------------------
 #
 # Options stand beside the function that reads them; Main builds the parser from COMMANDS.
@@ -5177,8 +5647,7 @@ def daemon(args: argparse.Namespace) -> int:
 def session_link(loop: Loop, config: Config, will: Publication) -> Link:
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
     node, topics = config.node.id, config.topics
-    names = dict.fromkeys([node, *config.agents, EVERYONE])
-    subscriptions = [(topics.to(name), 1) for name in names]
+    subscriptions = [(topic, 1) for topic in topics.for_node([node, *config.agents])]
     subscriptions.append((topics.meta("+", "state"), 0))  # QoS 0: not kept while we are away
     # A colon is in no name and in no level, so no two hives of a broker have one client id.
     client_id = f"{topics.prefix}/{node}".replace("/", ":")
@@ -5537,6 +6006,22 @@ def next_commands(file: Path) -> str:
     known = found is not None and found.resolve() == file.resolve()
     named = "" if known else f" --config {shlex.quote(str(file))}"
     return f"next: {me} doctor{named}\n      {me} daemon{named}\n"
+
+
+@command(AS_JSON, examples="hive.py doctor && hive.py daemon")
+def doctor(args: argparse.Namespace) -> int:
+    """Check that everything is as it must be, a line for each thing; exit 1 on a fail."""
+    load = partial(load_config, getattr(args, "config", None), overrides_of(args))
+    rows, failed = [], False
+    for check, finding in examine(load, time.monotonic()):
+        level = finding.level.name.lower()
+        rows.append({"check": check, "level": level, "what": finding.what, "todo": finding.todo})
+        failed |= finding.level is Level.FAIL
+        if not args.as_json:
+            print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
+    if args.as_json:
+        print(json.dumps(rows, indent=2))
+    return Exit.REFUSED if failed else Exit.DONE
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------
