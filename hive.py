@@ -5919,18 +5919,24 @@ def config(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def option_for(dotted: str) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+def option_for(dotted: str, more: str = "") -> tuple[tuple[str, ...], Mapping[str, Any]]:
     """An option that sets a key of hive.toml: kind and help are the key's own."""
     metadata, key = key_of(dotted).metadata, dotted.partition(".")[2]
     flag = f"--{key.replace('_', '-')}"
-    return option(flag, type=metadata["kind"], metavar=key.upper(), help=metadata["help"])
+    about = metadata["help"] + more
+    return option(flag, type=metadata["kind"], metavar=key.upper(), help=about)
 
 
-SETUP_KEYS = ("node.handler_dir", "mqtt.username", "mqtt.password_file", "mqtt.ca_file")
+SETUP_KEYS = {  # and what init makes of them besides
+    "node.handler_dir": "",
+    "mqtt.username": "",
+    "mqtt.password_file": "; - takes it from stdin",
+    "mqtt.ca_file": "; means --tls",
+}
 
 
 @command(
-    *map(option_for, SETUP_KEYS),
+    *(option_for(dotted, more) for dotted, more in SETUP_KEYS.items()),
     option(
         "--tls", action=argparse.BooleanOptionalAction, help=key_of("mqtt.tls").metadata["help"]
     ),
@@ -5938,7 +5944,7 @@ SETUP_KEYS = ("node.handler_dir", "mqtt.username", "mqtt.password_file", "mqtt.c
         "--agent",
         action="append",
         metavar="NAME",
-        help="an OpenClaw profile to wake; may be repeated",
+        help="an OpenClaw profile to wake, not all that are found; may be repeated",
     ),
     option("--no-agents", action="store_const", const=[], dest="agent", help="wake none"),
     option("--yes", action="store_true", help="ask nothing: what no option says is the default"),
@@ -6050,7 +6056,7 @@ def common_options() -> Parser:
     """Options that may stand before or after the subcommand."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("configuration")
-    group.add_argument("--config", metavar="FILE", help="hive.toml to read")
+    group.add_argument("--config", metavar="FILE", help="hive.toml to read; init writes it")
     tables = {title: {f.name: f for f in fields(one)} for title, one in SINGLE_TABLES.items()}
     for dest, dotted in OVERRIDES.items():
         title, _, key = dotted.partition(".")
