@@ -33,6 +33,8 @@ tokens; only what needs judgment wakes an agent.
 #           Node       wires the above; owns all state that changes
 #   doors   Output     rows to a table or to JSON; returns strings
 #           Client     one question from the shell: publish, wait, collect
+#           Setup      a hive.toml for this machine, asked for or taken from options
+#           Doctor     is everything as it must be: one small check after the other
 #           Commands   one function for each subcommand, its options beside it
 #           Main       arguments in, exit code out
 
@@ -465,6 +467,10 @@ class Topics:
         """Where a state (`state`), a roster (`roster`) or an action's latest result is kept."""
         return f"{self.prefix}/meta/{name}/{document}"
 
+    def for_node(self, names: Iterable[str]) -> list[str]:
+        """What a node subscribes to: what is for it, its agents and everyone."""
+        return [self.to(name) for name in dict.fromkeys([*names, EVERYONE])]
+
     def private(self, name: str, token: str) -> str:
         """A topic below a node's own name that no daemon subscribes to."""
         return f"{self.prefix}/{name}/response/{token}"
@@ -867,6 +873,16 @@ ALL_TABLES: Mapping[str, type[Table]] = {
 }
 
 
+USER_CONFIG = "~/.config/hive/hive.toml"
+CONFIG_PLACES = ("hive.toml", USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
+
+
+def key_of(dotted: str) -> Any:
+    """The declaration of a key, as in "mqtt.port"."""
+    title, _, key = dotted.partition(".")
+    return next(f for f in fields(SINGLE_TABLES[title]) if f.name == key)
+
+
 def find_config(explicit: str | None) -> Path | None:
     """Where the configuration is; None if there is none.  One that is named must exist."""
     for named, by in ((explicit, "--config"), (os.environ.get("HIVE_CONFIG"), "$HIVE_CONFIG")):
@@ -874,7 +890,7 @@ def find_config(explicit: str | None) -> Path | None:
             if not os.path.isfile(os.path.expanduser(named)):
                 raise ConfigError(f"{shown(named)}: no such file (named by {by})")
             return Path(os.path.expanduser(named))
-    for place in ("hive.toml", "~/.config/hive/hive.toml", "/etc/hive/hive.toml"):
+    for place in CONFIG_PLACES:
         candidate = os.path.expanduser(place)
         if os.path.isfile(candidate):  # Path.is_file() raises where a folder is closed to us
             return Path(candidate)
@@ -1060,21 +1076,31 @@ def toml_value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def example_config() -> str:
-    """A commented hive.toml, made from the declarations."""
+def example_config(chosen: Mapping[str, Any] | None = None) -> str:
+    """A commented hive.toml, made from the declarations; what is `chosen`, as parsed, is set."""
     lines = ["# hive.toml: every key, with its default or an example.  Uncomment what you change."]
     for title, table in ALL_TABLES.items():
         lines += [
             "",
             *(f"# {line.strip()}" for line in (table.__doc__ or "").splitlines() if line.strip()),
         ]
-        lines.append(f"[{title}]" if title in SINGLE_TABLES else f"# [{title}]")
-        for f in fields(table):
-            shown = f.default if f.metadata["example"] is None else f.metadata["example"]
-            lines.append(
-                f"# {f.name} = {toml_value(shown)}".ljust(38) + f"  # {f.metadata['help']}"
-            )
+        said = (chosen or {}).get(title.strip("[]"), {})
+        first, *others = said if isinstance(said, list) else [said]
+        lines.append(f"[{title}]" if title in SINGLE_TABLES or first else f"# [{title}]")
+        lines += [example_line(f, first) for f in fields(table)]
+        for one in others:
+            lines += ["", f"[{title}]"]
+            lines += [example_line(f, one) for f in fields(table) if f.name in one]
     return "\n".join(lines) + "\n"
+
+
+def example_line(declared: Any, chosen: Mapping[str, Any]) -> str:
+    """One key with its line of help: set if it is chosen, else in a comment."""
+    example = declared.metadata["example"]
+    value = chosen.get(declared.name, declared.default if example is None else example)
+    mark = "" if declared.name in chosen else "# "
+    line = f"{mark}{declared.name} = {toml_value(value)}".ljust(38)
+    return f"{line}  # {declared.metadata['help']}"
 
 
 def effective_config(config: Config) -> str:
@@ -2536,16 +2562,20 @@ def ways_of(instance: InstanceConfig) -> tuple[str, ...]:
     return ("hook", "call", "cli") if instance.hook_token else ("call", "cli")
 
 
+def openclaw_file(profile: str | None, home: Path) -> Path:
+    """The configuration of an OpenClaw profile."""
+    named = profile not in (None, "default")
+    return home / (f".openclaw-{profile}" if named else ".openclaw") / "openclaw.json"
+
+
 def gateway_port(instance: InstanceConfig, home: Path) -> int | None:
     """The local port of an instance's gateway; None if it cannot be known."""
     if instance.port:
         return instance.port
     if instance.command or instance.hook_url:
         return None
-    named = instance.profile not in (None, "default")
-    folder = f".openclaw-{instance.profile}" if named else ".openclaw"
     try:
-        content = (home / folder / "openclaw.json").read_bytes()[:MAX_TEXT]
+        content = openclaw_file(instance.profile, home).read_bytes()[:MAX_TEXT]
     except OSError:
         return None
     gateway = (read_json_object(content) or {}).get("gateway")  # it may be JSON5: not known then
@@ -5397,6 +5427,8 @@ COLOURS = {
     "ok": 32,
     "stale": 33,
     "degraded": 33,
+    "warn": 33,
+    "fail": 31,
     "offline": 31,
     "down": 31,
     "lost": 31,
@@ -5979,7 +6011,6 @@ class Mail:
 
     def __init__(self, config: Config, visit: Knock, envelope: Envelope) -> None:
         self._mqtt, self._visit, self._envelope = config.mqtt, visit, envelope
-        self._ends = 0.0
 
     def hand_in(self, wait: bool) -> HandedIn:
         """Give it to the daemon.  Raises OSError if that does not answer, HiveError if it won't."""
@@ -6018,6 +6049,720 @@ class Mail:
                 if answers.take(answer):
                     heard(answer)
         return True
+
+
+# ---- Setup: a hive.toml for this machine -------------------------------------------------
+#
+# What hive.toml shall say is a mapping of dotted keys ("mqtt.port"), from options, from answers
+# on a terminal, or by default; it is written whole or not at all.  Whether a broker lives where
+# the answers say is Doctor's to find out.
+
+MAX_ANSWER = 4 * KIB  # bytes of one line
+TLS_PORT = 8883  # where the broker's port is not said
+MAIN_AGENT = "main"  # the agent of OpenClaw's default profile
+
+Answer = TypeVar("Answer")
+
+
+class Abandoned(HiveError):
+    """The person who was asked has gone."""
+
+    exit = Exit.INTERRUPTED
+
+
+def broker_address(value: object) -> tuple[str, int | None]:
+    """a host or host:port; with IPv6 [host]:port"""
+    said = text(value)
+    if said.count(":") > 1 and re.fullmatch(r"[0-9A-Fa-f:.]+", said):
+        return said, None
+    parts = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/@\[\]]+))(?::(\d+))?", said, re.ASCII)
+    if not parts:
+        raise ValueError
+    return parts[1] or parts[2], port(parts[3]) if parts[3] else None
+
+
+def yes_or_no(value: object) -> bool:
+    """y or n"""
+    said = text(value).lower()
+    if said not in ("y", "yes", "n", "no"):
+        raise ValueError
+    return said.startswith("y")
+
+
+def user_name(value: object) -> str:
+    """a string that can be printed"""
+    if not text(value).isprintable():
+        raise ValueError
+    return text(value)
+
+
+def password_line(value: object) -> str:
+    """one line of text, not empty"""
+    said = text(value)
+    if said.splitlines() != [said]:
+        raise ValueError
+    return said
+
+
+def existing_file(value: object) -> Path:
+    """a file that is there"""
+    file = Path(os.path.abspath(path(value)))
+    if not os.path.isfile(file):
+        raise ValueError
+    return file
+
+
+class Interview:
+    """Asks a person on a terminal; where nobody is to be asked, each answer is the default."""
+
+    def __init__(self, asking: bool) -> None:
+        self.asking = asking
+
+    def ask(
+        self, question: str, kind: Callable[[Any], Answer], default: Answer, instead: str = ""
+    ) -> Answer:
+        """The answer, once it is of that kind; no answer is the default, shown as `instead`."""
+        while self.asking:
+            print(f"{question} [{instead or default}]: ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.buffer.readline(MAX_ANSWER)
+            if not line.endswith(b"\n"):
+                raise EOFError
+            said = os.fsdecode(line).strip()
+            if not said:
+                break
+            try:
+                return kind(said)
+            except ValueError:
+                print(f"  {shown(said)} is not {kind.__doc__}", file=sys.stderr)
+        return default
+
+    def agree(self, question: str, default: bool) -> bool:
+        return self.ask(question, yes_or_no, default, "Y/n" if default else "y/N")
+
+    def password(self, question: str) -> str | None:
+        """A password, which is not shown; None if there is none."""
+        import getpass
+
+        while self.asking:
+            try:
+                said = getpass.getpass(f"{question} (not shown) [none]: ")
+                return password_line(said) if said else None
+            except ValueError:
+                print(f"  that is not {password_line.__doc__}", file=sys.stderr)
+        return None
+
+
+def interview(ask: Interview, said: dict[str, Any]) -> None:
+    """Add to what is said already what node and broker need besides."""
+    if "node.id" not in said:
+        said["node.id"] = ask.ask("This node's name", name, short_host_name())
+    if "mqtt.host" not in said:
+        meant = key_of("mqtt.host").default if any(one.startswith("mqtt.") for one in said) else ""
+        question = "Broker where the nodes meet, as host or host:port"
+        instead = meant or "none: this machine alone"
+        nothing: tuple[str, int | None] = (meant, None)
+        host, number = ask.ask(question, broker_address, nothing, instead)
+        said |= {"mqtt.host": host} if host else {}
+        said |= {"mqtt.port": number} if number else {}
+    if "mqtt.host" in said:
+        ask_login(ask, said)
+    if said.get("mqtt.tls") and "mqtt.host" in said:
+        said.setdefault("mqtt.port", TLS_PORT)
+
+
+def ask_login(ask: Interview, said: dict[str, Any]) -> None:
+    """What the broker wants to know, and how the way there is protected."""
+    if "mqtt.username" not in said:
+        user = ask.ask("User name there", user_name, "", "none")
+        said |= {"mqtt.username": user} if user else {}
+    if "mqtt.username" in said and not {"mqtt.password", "mqtt.password_file"} & said.keys():
+        password = ask.password("Password there")
+        said |= {"mqtt.password": password} if password else {}
+    if "mqtt.tls" not in said and ask.agree("Encrypt (TLS)?", False):
+        said["mqtt.tls"] = True
+    if said.get("mqtt.tls") and "mqtt.ca_file" not in said:
+        question = "Certificate of who signs the broker's"
+        file = ask.ask(question, existing_file, None, "the system's list")
+        said |= {"mqtt.ca_file": file} if file else {}
+
+
+def find_agents(home: Path) -> dict[str, str | None]:
+    """The OpenClaw agents of a user, by name, with their profiles; None is the default one."""
+    found: dict[str, str | None] = {}
+    unnamed = "default" if openclaw_file(MAIN_AGENT, home).exists() else MAIN_AGENT
+    for file in sorted(home.glob(".openclaw*/openclaw.json")):
+        profile = file.parent.name.removeprefix(".openclaw").removeprefix("-")
+        if openclaw_file(profile or None, home) != file:
+            continue  # .openclaw-default: OpenClaw reads another file for that; .openclaw.old
+        with contextlib.suppress(ValueError):
+            found[name(profile or unnamed)] = profile or None
+    return found
+
+
+def choose_agents(
+    ask: Interview, found: Mapping[str, str | None], wanted: Sequence[str] | None
+) -> list[dict[str, str]]:
+    """The tables of [[oc_instances]]: those that are `wanted`; None: those that are agreed to."""
+    for agent in wanted or ():
+        if agent not in found:
+            there = ", ".join(found) or "none"
+            raise UsageError(
+                f"--agent {shown(agent)}: no such OpenClaw profile; there are: {there}"
+            )
+    tables = []
+    for agent, profile in found.items():
+        question = f"Wake the OpenClaw agent {agent}?"
+        if ask.agree(question, True) if wanted is None else agent in wanted:
+            tables.append({"name": agent} | ({"profile": profile} if profile else {}))
+    return tables
+
+
+def keep_handlers(file: Path, said: dict[str, Any]) -> None:
+    """Name the handlers beside hive.py, where a new hive.toml would put them out of sight."""
+    folder = key_of("node.handler_dir").metadata["example"]
+    beside = Path(__file__).resolve().parent / folder
+    if beside.is_dir() and not (file.parent / folder).is_dir():
+        said.setdefault("node.handler_dir", beside)
+
+
+def setup_files(
+    file: Path, said: Mapping[str, Any], agents: Sequence[Mapping[str, str]]
+) -> dict[Path, str]:
+    """What is to be written where: hive.toml, and the password beside it; or ConfigError."""
+    import tomllib
+
+    document: dict[str, Any] = {"oc_instances": agents} if agents else {}
+    for dotted, value in said.items():
+        table, _, key = dotted.partition(".")
+        document.setdefault(table, {})[key] = value
+    password = document.get("mqtt", {}).pop("password", None)
+    config = make_config(tomllib.loads(example_config(document)), file, {})
+    if config.mqtt.tls:
+        tls_context(config.mqtt)
+    if password is None:
+        return {file: example_config(document)}
+    beside = key_of("mqtt.password_file").metadata["example"]
+    if file.name != CONFIG_PLACES[0]:
+        beside = f"{file.stem}-{beside}"  # several nodes may have their files in one folder
+    document["mqtt"]["password_file"] = beside
+    return {file.parent / beside: f"{password}\n", file: example_config(document)}
+
+
+def said_against(place: Path, objection: str) -> str:
+    """What is wrong with a file or folder; where the advice is to change it, naming it."""
+    unnamed = "; try: chmod" in objection and str(place) not in objection
+    return f"{place}: {objection}" + (f" {place}" if unnamed else "")
+
+
+def refuse_to_write(file: Path, force: bool) -> None:
+    """Raise HiveError where a file must not be written, or could be changed by others."""
+    folder = next(one for one in file.parents if one.exists())
+    status = folder.stat()
+    sticky = status.st_mode & stat.S_ISVTX and status.st_uid in (0, os.geteuid())
+    objection = None if sticky else writable_by_others(status)
+    if objection:
+        raise HiveError(f"{file}: not written: {said_against(folder, objection)}")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise HiveError(f"{file}: not written: it is no regular file (a link, a folder?)")
+        if not force:
+            raise HiveError(f"{file}: is there already, and stays as it is; --force replaces it")
+
+
+def write_privately(files: Mapping[Path, str], force: bool) -> None:
+    """Write files that only this user may read: all of them whole, or none; raises HiveError."""
+    with contextlib.ExitStack() as undo:
+        try:
+            made = [
+                (write_beside(file, content, force, undo), file) for file, content in files.items()
+            ]
+            for _, file in [] if force else made:  # of two at once one fails here
+                os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                undo.callback(file.unlink, missing_ok=True)
+            for temporary, file in made:
+                os.replace(temporary, file)
+        except OSError as error:
+            where = error.filename if isinstance(error, FileExistsError) else [*files][-1]
+            raise HiveError(f"{where}: {reason_of(error)}; nothing was written") from None
+        undo.pop_all()
+
+
+def write_beside(file: Path, content: str, force: bool, undo: contextlib.ExitStack) -> str:
+    """Write a file's content to the disk, under a name that `undo` removes; its name."""
+    import tempfile
+
+    refuse_to_write(file, force)
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    undo.callback(Path(temporary).unlink, missing_ok=True)
+    with os.fdopen(descriptor, "wb") as out:  # mkstemp makes it 0600
+        out.write(content.encode())
+        out.flush()
+        os.fsync(out.fileno())
+    return temporary
+
+
+# ---- Doctor: is everything as it must be -------------------------------------------------
+#
+# CHECKS says what is looked at, in which order, and what must be well before.  Each check yields
+# findings and has a deadline.  Changes nothing, wakes nobody, prints nothing; what it publishes
+# goes to topics that no daemon acts upon.
+
+DOCTOR_DEADLINE = 14.0  # seconds, all in all
+BROKER_DEADLINE = 4.0  # seconds for one connection, and what is asked on it
+PROBE_PATIENCE = 1.5  # seconds until a message to ourselves must be back
+CLOCK_PATIENCE = 6.0  # seconds to wait for the nodes that are said to be alive
+CLOCK_TOLERANCE = 5.0  # seconds; a ttl shorter than that is rare
+CLOCK_ADVICE = "let NTP set it (Linux: timedatectl set-ntp true)"
+
+
+class Level(Enum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+    SKIPPED = "--"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check has found, and what to do about it."""
+
+    level: Level
+    what: str
+    todo: str = ""
+
+
+class Visit(Errand):
+    """An errand that has an end whatever the broker does."""
+
+    def __init__(self, config: Config, deadline: float) -> None:
+        super().__init__(config)
+        self._deadline = deadline
+        self.loop.after(deadline, self._late)
+
+    def _late(self) -> None:
+        raise broker_fault(self.config.mqtt, f"no answer in {self._deadline:.0f} s")
+
+
+class Greeting(Visit):
+    """Connect, log in, go."""
+
+    def __init__(self, config: Config, deadline: float) -> None:
+        super().__init__(config, deadline)
+        self._link = Link(self.loop, config.mqtt)
+        self._link.open(self)
+
+    def link_up(self) -> None:
+        self._link.close(self.finish, within=0.0)
+
+
+class Probing(Visit):
+    """Subscribe to what this node reads; publish where it writes, and see what comes back.
+
+    The probes go to topics below the node's own that nobody subscribes to, but one: a heartbeat
+    to ourselves, as a daemon sends it that looks for another of its name.
+    """
+
+    def __init__(self, config: Config, deadline: float) -> None:
+        super().__init__(config, deadline)
+        self.not_subscribed = ""  # why, if the broker said no
+        self.refused: dict[str, str] = {}  # topic: why
+        token, names = new_id(), [self.node, *config.agents]
+        private = dict.fromkeys((self.topics.private(one, token) for one in names), b"doctor")
+        unread = dict.fromkeys((self.topics.meta(one, f"doctor-{token}") for one in names), b"{}")
+        beat = Envelope.new(self.node, self.node, "heartbeat", "{}", urgency="later", id=token)
+        self._beat = Publication(self.topics.of(beat), beat.encode(), qos=0)  # so it isn't queued
+        self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
+        self._unanswered = deque((private | unread).items())
+        read = [*self.topics.for_node(names), self.topics.meta("+", "state"), *private]
+        self._link = Link(self.loop, config.mqtt, subscriptions=[(topic, 0) for topic in read])
+        self._link.open(self)
+        self._up = False
+
+    def link_up(self) -> None:
+        self._up = True
+        self._link.publish(self._beat)
+        self._next()
+
+    def _next(self) -> None:
+        """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
+        if not self._unanswered:
+            self.loop.after(PROBE_PATIENCE, self._leave)
+            return self._end_if_complete()
+        topic, payload = self._unanswered[0]
+        self._link.publish(Publication(topic, payload, keep=False, done=self._answered))
+
+    def _answered(self, code: int, words: str) -> None:
+        topic, _ = self._unanswered.popleft()
+        if code < 0 or code >= 0x80:
+            self.refused[topic] = words.lower()
+        self._next()
+
+    def link_down(self, reason: str) -> None:
+        if self._up:
+            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
+            self.refused[topic] = reason
+        elif reason.startswith("subscribing"):
+            self.not_subscribed = reason
+        else:
+            super().link_down(reason)
+        self.finish()
+
+    def deliver(self, delivery: Delivery) -> None:
+        if self.missing.get(delivery.topic) == delivery.payload:
+            del self.missing[delivery.topic]
+            self._end_if_complete()
+
+    def _end_if_complete(self) -> None:
+        if not self._unanswered and not self.missing.keys() - self.refused.keys():
+            self._leave()
+
+    def _leave(self) -> None:
+        self._link.close(self.finish, within=0.0)
+
+
+class Listening(Visit):
+    """Hear of the other nodes, and compare their clocks with ours.
+
+    Only what is said now tells the time; what was retained may be old, so it tells who should
+    speak soon, and only a time that is still to come is wrong for certain.
+    """
+
+    def __init__(self, config: Config, deadline: float) -> None:
+        super().__init__(config, deadline)
+        self.ahead: dict[str, float] = {}  # name: seconds that its clock is ahead of ours
+        self._awaited: set[str] = set()
+        self._patience, self._settled = 0.0, False
+        filters = [self.topics.meta("+", "state"), self.topics.to(EVERYONE, "heartbeat")]
+        marker = self.topics.private(self.node, new_id())
+        self._survey = Survey(
+            self.loop, config.mqtt, filters, marker, self._found, self._complete, self.link_down
+        )
+
+    def _found(self, delivery: Delivery) -> None:
+        meta = self.topics.meta_of(delivery.topic)
+        if len(delivery.payload) > MAX_STATE:
+            return
+        said = read_json_object(delivery.payload) or {}
+        peer = meta[0] if meta else said.get("from")
+        alive = not meta or status_of(said) in ("online", "degraded")
+        then = bounded_number(said.get("last_seen" if meta else "ts"), 1, MAX_TS)
+        if said.get("daemon_node", peer) != peer or peer == self.node or not alive or not then:
+            return
+        if not isinstance(peer, str) or not NAME.fullmatch(peer) or len(self.ahead) >= MAX_PEERS:
+            return
+        ahead = int(then) + 0.5 - time.time()  # they are whole seconds
+        if not delivery.retained or ahead > CLOCK_TOLERANCE:
+            self.ahead[peer] = ahead
+        elif meta and len(self._awaited) < MAX_PEERS:
+            self._awaited.add(peer)
+            interval = bounded_number(said.get("interval"), *PEER_INTERVAL)
+            interval = interval or self.config.heartbeat.interval
+            self._patience = min(max(self._patience, interval + 1.0), self._deadline - 1.0)
+        self._end_if_complete()
+
+    def _complete(self) -> None:
+        self._settled = True
+        self.loop.after(self._patience, self._leave)
+        self._end_if_complete()
+
+    def _end_if_complete(self) -> None:
+        if self._settled and self._awaited <= self.ahead.keys():
+            self._leave()
+
+    def _leave(self) -> None:
+        self._survey.link.close(self.finish, within=0.0)
+
+
+class Examination:
+    """What the checks share: the configuration, once it is read, and how long there is."""
+
+    config: Config
+    probing: Probing
+
+    def __init__(self, load: Callable[[], Config], now: float) -> None:
+        self.load, self._until = load, now + DOCTOR_DEADLINE
+
+    def left(self, at_most: float) -> float:
+        """Seconds that the next thing may take."""
+        return max(0.5, min(at_most, self._until - time.monotonic()))
+
+
+def check_python(exam: Examination) -> Iterator[Finding]:
+    import platform
+
+    system = f"{platform.system()} {platform.machine()}"
+    what = f"{platform.python_version()} on {system}; hive {__version__} ({build()})"
+    yield Finding(Level.OK, what)
+
+
+def check_paho(exam: Examination) -> Iterator[Finding]:
+    load_paho()
+    yield Finding(
+        Level.OK, str(getattr(sys.modules["paho.mqtt"], "__version__", "of some version"))
+    )
+
+
+def check_config(exam: Examination) -> Iterator[Finding]:
+    exam.config = exam.load()
+    source = exam.config.source or "no file, the defaults hold (hive.py init writes one)"
+    yield Finding(Level.OK, f"node {exam.config.node.id}: {source}")
+
+
+def check_files(exam: Examination) -> Iterator[Finding]:
+    config = exam.config
+    findings = [objected(Level.WARN, warning) for warning in config.warnings]
+    named = [config.source, config.mqtt.password_file, config.mqtt.key_file]
+    for file in filter(None, [*named, *(one.hook_token_file for one in config.oc_instances)]):
+        if objection := writable_by_others(file.stat()):
+            findings.append(objected(Level.WARN, said_against(file, objection)))
+    findings += check_folder(config.state_dir)
+    well = Finding(Level.OK, f"only you can change them; state is in {config.state_dir}")
+    yield from findings or [well]
+
+
+def objected(level: Level, said: str) -> Finding:
+    """A finding of an objection; its advice is apart."""
+    what, _, todo = said.partition("; try: ")
+    return Finding(level, what, todo)
+
+
+def check_folder(folder: Path) -> Iterator[Finding]:
+    """Can the state directory be used, or be made, and by us alone?"""
+    there = next(one for one in (folder, *folder.absolute().parents) if os.path.lexists(one))
+    status, what = there.stat(), f"state directory {there}"
+    if not stat.S_ISDIR(status.st_mode) or not os.access(there, os.W_OK | os.X_OK):
+        yield Finding(Level.FAIL, f"{what}: you may not write to it", "see [node] state_dir")
+    elif there == folder and (objection := writable_by_others(status)):
+        yield objected(Level.FAIL, f"state directory {said_against(there, objection)}")
+    elif there == folder and status.st_mode & 0o077:
+        yield Finding(Level.WARN, f"{what}: others may look into it", f"chmod 700 {there}")
+
+
+def check_handlers(exam: Examination) -> Iterator[Finding]:
+    folder = exam.config.handler_dir
+    catalogue = discover(folder)
+    why = catalogue.refused.get(str(folder))
+    if why:
+        yield objected(Level.FAIL, f"none: {said_against(folder, why)}")
+        return
+    for file, why in catalogue.refused.items():
+        yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
+    names = ", ".join(catalogue.handlers) or "none"
+    if folder.is_dir() or not exam.config.node.handler_dir:
+        yield Finding(Level.OK, f"{names}, in {folder}")
+    else:
+        yield Finding(Level.WARN, f"none: no directory {folder}", f"mkdir {folder}")
+
+
+def check_daemon(exam: Examination) -> Iterator[Finding]:
+    node, door = exam.config.node.id, door_path(exam.config)
+    visit = knock(exam.config)
+    if visit is None:
+        yield Finding(
+            Level.WARN, f"{node}'s does not run on this machine", "start it: hive.py daemon"
+        )
+        return
+    with contextlib.closing(visit):
+        try:
+            answer = visit.ask({"do": "doctor", "id": new_id()})
+            why = "" if answer else "no answer"
+        except OSError as error:
+            why = reason_of(error)
+    if why:
+        yield Finding(Level.FAIL, f"{node}'s does not answer at {door}: {why}", "restart it")
+    else:
+        yield Finding(Level.OK, f"{node}'s runs, and answers at {door}")
+
+
+def check_agents(exam: Examination) -> Iterator[Finding]:
+    home = Path(os.path.expanduser("~"))
+    agents = exam.config.oc_instances
+    ports = {one.name: gateway_port(one, home) for one in agents}
+    silent = knock_on_ports({number for number in ports.values() if number})
+    for one in agents:
+        yield agent_finding(one, home, ports[one.name], silent)
+    if not agents:
+        found = ", ".join(find_agents(home))
+        hint = f"; found here: {found}" if found else ""
+        yield Finding(Level.OK, f"none configured, so messages wake nobody{hint}")
+
+
+def knock_on_ports(ports: Collection[int]) -> dict[int, str]:
+    """Does anything listen there?  Why not; nothing where something does."""
+    loop = Loop(Log("error"))
+    heard: dict[int, str] = {}
+    for number in ports:
+        Probe(loop, number, partial(heard.__setitem__, number))
+    while len(heard) < len(ports):
+        loop.step()
+    loop.close()
+    return heard
+
+
+def agent_finding(
+    one: InstanceConfig, home: Path, number: int | None, silent: Mapping[int, str]
+) -> Finding:
+    """How an agent is, as far as one can tell without waking it."""
+    import shutil
+
+    command, ways = (one.command or one.openclaw_cmd)[0], ways_of(one)
+    if set(ways) != {"hook"} and not shutil.which(command):
+        return Finding(
+            Level.FAIL, f"{one.name}: no program {command}", "install it, or see [[oc_instances]]"
+        )
+    if one.command:
+        return Finding(Level.OK, f"{one.name}: {command} is there; more would wake it")
+    file = openclaw_file(one.profile, home)
+    if not file.is_file() and not one.hook_url:
+        default = one.openclaw_cmd == InstanceConfig().openclaw_cmd
+        level = Level.FAIL if default and not one.port else Level.WARN
+        return Finding(
+            level, f"{one.name}: no {file}", "see [[oc_instances]] profile, or openclaw setup"
+        )
+    if number is None:
+        return Finding(
+            Level.OK, f"{one.name}: its gateway's port cannot be known without waking it"
+        )
+    if silent[number]:
+        what = f"{one.name}: nothing listens on 127.0.0.1:{number}: {silent[number]}"
+        return Finding(Level.WARN, what, "start its gateway; messages wait for it meanwhile")
+    return Finding(Level.OK, f"{one.name}: its gateway listens on 127.0.0.1:{number}")
+
+
+def check_broker(exam: Examination) -> Iterator[Finding]:
+    mqtt, begun = exam.config.mqtt, time.monotonic()
+    Greeting(exam.config, exam.left(BROKER_DEADLINE)).run()
+    how = f"as {mqtt.username}" if mqtt.username else "without a name"
+    took = 1000 * (time.monotonic() - begun)
+    yield Finding(Level.OK, f"{mqtt.address} lets us in {how}, in {took:.0f} ms")
+
+
+def check_subscribing(exam: Examination) -> Iterator[Finding]:
+    exam.probing = Probing(exam.config, exam.left(BROKER_DEADLINE))
+    exam.probing.run()
+    if exam.probing.not_subscribed:
+        yield Finding(Level.FAIL, exam.probing.not_subscribed, acl_for(exam.config))
+    else:
+        yield Finding(Level.OK, "the broker takes every subscription of this node")
+
+
+def check_publishing(exam: Examination) -> Iterator[Finding]:
+    refused = exam.probing.refused
+    if refused:
+        why = f"to {and_more(refused)}: {next(iter(refused.values()))}"
+        yield Finding(Level.FAIL, why, acl_for(exam.config))
+    else:
+        always = ", as MQTT 3.1.1 always says" if exam.config.mqtt.protocol != "5" else ""
+        yield Finding(Level.OK, f"messages to ourselves are taken{always}")
+
+
+def check_receiving(exam: Examination) -> Iterator[Finding]:
+    missing = exam.probing.missing
+    if missing:
+        what = f"what goes to {and_more(missing)} never arrives: no right to read?"
+        yield Finding(Level.FAIL, what, acl_for(exam.config))
+    else:
+        yield Finding(Level.OK, "they come back")
+
+
+def and_more(names: Collection[str], limit: int = 1) -> str:
+    """The first few of many."""
+    more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(itertools.islice(names, limit)) + more
+
+
+def acl_for(config: Config) -> str:
+    """What the broker must allow."""
+    user, prefix = config.mqtt.username or "anonymous clients", config.topics.prefix
+    names = ", ".join(f"{prefix}/{one}/#" for one in [config.node.id, *config.agents])
+    return (
+        f"in the broker's ACL let {user} read {names}, {prefix}/all/# and {prefix}/meta/#,"
+        f" and write {prefix}/#"
+    )
+
+
+def check_clock(exam: Examination) -> Iterator[Finding]:
+    listening = Listening(exam.config, exam.left(CLOCK_PATIENCE + 1.0))
+    listening.run()
+    wrong = [
+        f"{peer}'s is {for_people(abs(ahead))} {'ahead' if ahead > 0 else 'behind'}"
+        for peer, ahead in sorted(listening.ahead.items())
+        if abs(ahead) > CLOCK_TOLERANCE
+    ]
+    heard = len(listening.ahead)
+    if not heard:
+        yield Finding(Level.SKIPPED, "not compared: no other node was heard")
+    elif not wrong:
+        yield Finding(Level.OK, f"that of {heard} other node(s) says the same")
+    else:
+        ours = heard > 1 and len(wrong) > heard / 2
+        whose = "this machine's clock is the odd one" if ours else "one of the two is wrong"
+        yield Finding(Level.WARN, f"{and_more(wrong, 3)}: {whose}", CLOCK_ADVICE)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing to look at, and what must be well before."""
+
+    name: str
+    look: Callable[[Examination], Iterator[Finding]]
+    needs: tuple[str, ...] = ()
+
+
+CHECKS = (
+    Check("python", check_python),
+    Check("paho", check_paho),
+    Check("config", check_config),
+    Check("files", check_files, ("config",)),
+    Check("handlers", check_handlers, ("config",)),
+    Check("daemon", check_daemon, ("config",)),
+    Check("agents", check_agents, ("config",)),
+    Check("broker", check_broker, ("paho", "config")),
+    Check("subscribe", check_subscribing, ("broker",)),
+    Check("publish", check_publishing, ("subscribe",)),
+    Check("receive", check_receiving, ("publish",)),
+    Check("clock", check_clock, ("receive",)),
+)
+
+
+def examine(load: Callable[[], Config], now: float) -> Iterator[tuple[str, Finding]]:
+    """Every check with what it finds, as soon as that is known; `load` reads the configuration."""
+    exam, failed = Examination(load, now), dict[str, str]()  # check: whose fault it is
+    for check in CHECKS:
+        cause = next((failed[one] for one in check.needs if one in failed), None)
+        if cause:
+            failed[check.name] = cause
+            yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause} failed")
+            continue
+        for finding in look(check, exam):
+            if finding.level is Level.FAIL:
+                failed[check.name] = check.name
+            yield check.name, finding
+
+
+def look(check: Check, exam: Examination) -> Iterator[Finding]:
+    """Make one check; an error is a finding too."""
+    try:
+        yield from check.look(exam)
+    except HiveError as error:
+        what, _, todo = str(error).partition("; ")
+        yield Finding(Level.FAIL, what.removeprefix(f"{check.name} "), todo)
+    except OSError as error:
+        yield Finding(Level.FAIL, f"{error.filename or 'input/output'}: {reason_of(error)}")
+
+
+def finding_line(check: str, finding: Finding, colour: bool) -> str:
+    """One line: how it is, what it is about, what to do."""
+    word = finding.level.value
+    mark = word.ljust(max(len(level.value) for level in Level))
+    if colour and word in COLOURS:
+        mark = f"\033[{COLOURS[word]}m{mark}\033[0m"
+    column = max(len(one.name) for one in CHECKS)
+    todo = f"; {finding.todo}" if finding.todo else ""
+    return f"{mark}  {check.ljust(column)}  {printable(finding.what + todo, 1000)}"
 
 
 # ---- Commands: one function for each subcommand ------------------------------------------
@@ -6062,14 +6807,18 @@ def command(
     return file
 
 
-def config_of(args: argparse.Namespace) -> Config:
-    """Load the configuration that the command line asks for; warn of what is unsafe in it."""
-    overrides = {
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of keys of hive.toml."""
+    return {
         dotted: getattr(args, dest)
         for dest, dotted in OVERRIDES.items()
         if getattr(args, dest, None) is not None
     }
-    config = load_config(getattr(args, "config", None), overrides)
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """Load the configuration that the command line asks for; warn of what is unsafe in it."""
+    config = load_config(getattr(args, "config", None), overrides_of(args))
     for warning in config.warnings:
         print(f"hive: warning: {warning}", file=sys.stderr)
     return config
@@ -6155,8 +6904,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
 def session_link(loop: Loop, config: Config, will: Publication) -> Link:
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
     node, topics = config.node.id, config.topics
-    names = dict.fromkeys([node, *config.agents, EVERYONE])
-    subscriptions = [(topics.to(name), 1) for name in names]
+    subscriptions = [(topic, 1) for topic in topics.for_node([node, *config.agents])]
     subscriptions.append((topics.meta("+", "state"), 0))  # QoS 0: not kept while we are away
     # A colon is in no name and in no level, so no two hives of a broker have one client id.
     client_id = f"{topics.prefix}/{node}".replace("/", ":")
@@ -6555,6 +7303,117 @@ def config(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
+def option_for(dotted: str, more: str = "") -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """An option that sets a key of hive.toml: kind and help are the key's own."""
+    metadata, key = key_of(dotted).metadata, dotted.partition(".")[2]
+    flag = f"--{key.replace('_', '-')}"
+    about = metadata["help"] + more
+    return option(flag, type=metadata["kind"], metavar=key.upper(), help=about)
+
+
+SETUP_KEYS = {  # and what init makes of them besides
+    "node.handler_dir": "",
+    "mqtt.username": "",
+    "mqtt.password_file": "; - takes it from stdin",
+    "mqtt.ca_file": "; means --tls",
+}
+
+
+@command(
+    *(option_for(dotted, more) for dotted, more in SETUP_KEYS.items()),
+    option(
+        "--tls", action=argparse.BooleanOptionalAction, help=key_of("mqtt.tls").metadata["help"]
+    ),
+    option(
+        "--agent",
+        action="append",
+        metavar="NAME",
+        help="an OpenClaw profile to wake, not all that are found; may be repeated",
+    ),
+    option("--no-agents", action="store_const", const=[], dest="agent", help="wake none"),
+    option("--yes", action="store_true", help="ask nothing: what no option says is the default"),
+    option("--force", action="store_true", help="replace a hive.toml that is there"),
+    examples="""hive.py init
+hive.py init --node beta --host broker.lan --tls --username beta
+hive.py init --yes --no-agents --password-file - --username beta --host broker.lan <password""",
+)
+def init(args: argparse.Namespace) -> int:
+    """Write a commented hive.toml for this machine, asking for what no option says."""
+    place = getattr(args, "config", None) or os.environ.get("HIVE_CONFIG") or USER_CONFIG
+    file = Path(os.path.abspath(os.path.expanduser(place)))
+    refuse_to_write(file, args.force)
+    terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+    ask = Interview(asking=terminal and not args.yes)
+    try:
+        said = said_by_options(args, ask)
+        interview(ask, said)
+        agents = choose_agents(ask, find_agents(Path(os.path.expanduser("~"))), args.agent)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        raise Abandoned("interrupted; nothing was written") from None
+    except EOFError:
+        print(file=sys.stderr)
+        raise UsageError("end of input; nothing was written; --yes asks nothing") from None
+    keep_handlers(file, said)
+    write_privately(setup_files(file, said, agents), args.force)
+    broker = said.get("mqtt.host") or "this machine alone"
+    print(f"wrote {file}: node {said['node.id']}, broker: {broker}", end="")
+    print(f", agents: {', '.join(one['name'] for one in agents) or 'none'}")
+    print(next_commands(file), end="")
+    return Exit.DONE
+
+
+def said_by_options(args: argparse.Namespace, ask: Interview) -> dict[str, Any]:
+    """What the options say, by dotted key; paths are meant from where we are."""
+    said = overrides_of(args)
+    for dotted in SETUP_KEYS:
+        value = getattr(args, dotted.partition(".")[2])
+        if value is not None:
+            said[dotted] = Path(os.path.abspath(value)) if isinstance(value, Path) else value
+    tls = bool(args.ca_file) if args.tls is None else args.tls
+    said |= {"mqtt.tls": tls} if tls or args.tls is not None else {}
+    if args.password_file == Path("-"):
+        del said["mqtt.password_file"]
+        password = ask.password("Password there") if ask.asking else read_text("-")
+        try:
+            said["mqtt.password"] = password_line(password)
+        except ValueError:
+            raise UsageError(f"--password-file -: not {password_line.__doc__}") from None
+    return said
+
+
+def next_commands(file: Path) -> str:
+    """What to do next, so that it can be copied; `file` is named where it would not be found."""
+    import shlex
+    import shutil
+
+    me = os.path.basename(sys.argv[0])
+    if shutil.which(me) != sys.argv[0]:
+        me = f"python3 {shlex.quote(sys.argv[0])}"
+    found = None
+    with contextlib.suppress(ConfigError):  # $HIVE_CONFIG names another, which is not there
+        found = find_config(None)
+    known = found is not None and found.resolve() == file.resolve()
+    named = "" if known else f" --config {shlex.quote(str(file))}"
+    return f"next: {me} doctor{named}\n      {me} daemon{named}\n"
+
+
+@command(AS_JSON, examples="hive.py doctor && hive.py daemon")
+def doctor(args: argparse.Namespace) -> int:
+    """Check that everything is as it must be, a line for each thing; exit 1 on a fail."""
+    load = partial(load_config, getattr(args, "config", None), overrides_of(args))
+    rows, failed = [], False
+    for check, finding in examine(load, time.monotonic()):
+        level = finding.level.name.lower()
+        rows.append({"check": check, "level": level, "what": finding.what, "todo": finding.todo})
+        failed |= finding.level is Level.FAIL
+        if not args.as_json:
+            print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
+    if args.as_json:
+        print(json.dumps(rows, indent=2))
+    return Exit.REFUSED if failed else Exit.DONE
+
+
 # ---- Main: arguments in, exit code out ---------------------------------------------------
 
 
@@ -6581,7 +7440,7 @@ def common_options() -> Parser:
     """Options that may stand before or after the subcommand."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("configuration")
-    group.add_argument("--config", metavar="FILE", help="hive.toml to read")
+    group.add_argument("--config", metavar="FILE", help="hive.toml to read; init writes it")
     tables = {title: {f.name: f for f in fields(one)} for title, one in SINGLE_TABLES.items()}
     for dest, dotted in OVERRIDES.items():
         title, _, key = dotted.partition(".")

@@ -1,0 +1,469 @@
+"""doctor: each fault that a user can have is named on its line, and no line is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import (
+    PATIENCE,
+    ROOT,
+    Broker,
+    Daemon,
+    Hive,
+    calls_of,
+    find_program,
+    free_port,
+    need_mosquitto,
+)
+
+import hive as module
+
+NAMES = [check.name for check in module.CHECKS]
+ASK_BROKER = ["subscribe", "publish", "receive", "clock"]
+Rows = dict[str, dict[str, str]]
+
+
+def doctor(node: Daemon, *arguments: str) -> Rows:
+    """Run it: what it says of each thing."""
+    done = node.hive.cli(node.name, "doctor", "--json", *arguments, code=None)
+    assert done.stderr == ""
+    rows = json.loads(done.stdout)
+    assert done.returncode == any(row["level"] == "fail" for row in rows)
+    assert [*dict.fromkeys(row["check"] for row in rows)] == NAMES
+    return {row["check"]: row for row in rows}
+
+
+def levels(rows: Rows, *checks: str) -> list[str]:
+    return [rows[check]["level"] for check in checks]
+
+
+class Peer(module.Errand):
+    """Another node, with a clock of its own: says one thing at the broker."""
+
+    def __init__(self, config: module.Config, topic: str, said: object, retain: bool) -> None:
+        super().__init__(config)
+        self._publication = module.Publication(
+            topic, module.encode_json(said), retain=retain, done=lambda *_: self.finish()
+        )
+        self._link = module.Link(self.loop, config.mqtt)
+        self._link.open(self)
+
+    def link_up(self) -> None:
+        self._link.publish(self._publication)
+
+
+def state(node: Daemon, peer: str, ahead: float, **more: object) -> None:
+    """Leave a retained state as a peer does whose clock is ahead."""
+    config = module.load_config(str(node.config))
+    said = {"status": "online", "last_seen": int(time.time() + ahead), "interval": 0.5} | more
+    Peer(config, config.topics.meta(peer, "state"), said, retain=True).run()
+
+
+@pytest.fixture
+def beating(hive: Hive) -> Iterator[Callable[[str, float], None]]:
+    """Peers that show that they are alive, until the test ends."""
+    stop, threads = threading.Event(), list[threading.Thread]()
+
+    def beat(peer: str, ahead: float) -> None:
+        config = module.load_config(str(next(iter(hive.nodes.values())).config))
+        topic = config.topics.to("all", "heartbeat")
+        while not stop.wait(0.1):
+            now = time.time() + ahead
+            said = module.Envelope.new(peer, "all", "heartbeat", "{}", now=now)
+            Peer(config, topic, said.document(), retain=False).run()
+
+    def start(peer: str, ahead: float) -> None:
+        state(next(iter(hive.nodes.values())), peer, 0)
+        threads.append(threading.Thread(target=beat, args=(peer, ahead)))
+        threads[-1].start()
+
+    yield start
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.fixture
+def guarded(
+    tmp_path: Path, hive_of: Callable[..., Hive]
+) -> Iterator[Callable[[str], tuple[Hive, Daemon]]]:
+    """A node alpha at a broker that wants a password; its rights are given, {} is the prefix."""
+    need_mosquitto()
+    brokers: list[Broker] = []
+
+    def make(acl: str) -> tuple[Hive, Daemon]:
+        passwd, home = find_program("mosquitto_passwd"), tmp_path / "guarded"
+        assert passwd
+        home.mkdir(0o755)
+        subprocess.run([passwd, "-c", "-b", home / "users", "alpha", "hunter2"], check=True)
+        (home / "acl").write_text("")
+        settings = ("allow_anonymous false", f"password_file {home}/users", f"acl_file {home}/acl")
+        brokers.append(Broker(home, *settings))
+        hive = hive_of(brokers[0])
+        lines = "".join(f"topic {line.format(hive.prefix)}\n" for line in acl.split(", "))
+        (home / "acl").write_text(f"user alpha\n{lines}")
+        brokers[0].stop()
+        brokers[0].start()
+        alpha = hive.node("alpha")
+        (alpha.home / "secret").write_text("hunter2\n")
+        (alpha.home / "secret").chmod(0o600)
+        login = '[mqtt]\nusername = "alpha"\npassword_file = "secret"'
+        alpha.config.write_text(alpha.config.read_text().replace("[mqtt]", login))
+        return hive, alpha
+
+    yield make
+    for broker in brokers:
+        broker.stop()
+
+
+FULL = "read {0}/alpha/#, read {0}/all/#, read {0}/meta/#, write {0}/#"
+
+
+def test_a_healthy_node_is_ok_line_by_line(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    alpha.handler("ping", "#!/bin/sh\necho pong\n")
+    done = hive.cli("alpha", "doctor")
+    assert done.stderr == ""
+    lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [["ok", name] for name in NAMES[:-1]] + [["--", "clock"]]
+    said = {check: what for _, check, what in lines}
+    assert said["config"] == f"node alpha: {alpha.config}"
+    assert said["handlers"] == f"ping, in {alpha.handlers}"
+    assert said["daemon"] == f"alpha's runs, and answers at {alpha.home}/state/door"
+    assert said["broker"].startswith(f"localhost:{hive.broker.port} lets us in without a name, in ")
+    assert said["clock"] == "not compared: no other node was heard"
+
+
+def test_it_harms_nobody(hive: Hive, fast_agent: Path) -> None:
+    agent = f'[[oc_instances]]\nname = "main"\nopenclaw_cmd = "{fast_agent}"\n'
+    alpha, beta = hive.node("alpha", agent).start(), hive.node("beta").start()
+    alpha.logged("peer is up", peer="beta")
+    rows = doctor(alpha)
+    assert levels(rows, *ASK_BROKER) == ["ok"] * 4
+    assert rows["clock"]["what"] == "that of 1 other node(s) says the same"
+    hive.cli("beta", "send", "--to", "alpha", "--ch", "status", "--text", "the next message")
+    alpha.logged("received", ch="status")
+    for node in (alpha, beta):
+        assert not [row for row in node.events() if row["level"] in ("warning", "error")]
+    assert [row["ch"] for row in alpha.events("received", level="info")] == ["status"]
+    assert len(calls_of(fast_agent)) <= 1  # the status
+    assert sorted(
+        row["name"] for row in json.loads(hive.cli("beta", "status", "--json").stdout)
+    ) == [*("alpha", "beta", "main")]
+
+
+def test_a_dead_node_is_not_shown_as_alive_by_it(hive: Hive) -> None:
+    alpha, beta = hive.node("alpha"), hive.node("beta").start()
+    assert doctor(alpha)["daemon"]["level"] == "warn"
+    hive.cli("beta", "send", "--to", "beta", "--ch", "status", "--text", "the next message")
+    beta.logged("received", ch="status")
+    assert not [row for row in beta.events() if row.get("peer") == "alpha"]
+
+
+def test_a_login_that_is_right_and_rights_that_suffice_are_ok(
+    guarded: Callable[[str], tuple[Hive, Daemon]],
+) -> None:
+    _, alpha = guarded(FULL)
+    rows = doctor(alpha)
+    assert levels(rows, "files", "broker", *ASK_BROKER) == ["ok"] * 5 + ["skipped"]
+    assert " lets us in as alpha, in " in rows["broker"]["what"]
+    assert "hunter2" not in json.dumps(rows)
+
+
+def test_a_wrong_password_is_the_brokers_line_and_the_rest_is_said_to_be_skipped(
+    guarded: Callable[[str], tuple[Hive, Daemon]],
+) -> None:
+    hive, alpha = guarded(FULL)
+    (alpha.home / "secret").write_text("wrong\n")
+    rows = doctor(alpha)
+    assert rows["broker"] == {
+        "check": "broker",
+        "level": "fail",
+        "what": f"localhost:{hive.broker.port}: refused: not authorized",
+        "todo": "check [mqtt] username and password, and the broker's ACL",
+    }
+    assert levels(rows, *ASK_BROKER) == ["skipped"] * 4
+    assert {rows[one]["what"] for one in ASK_BROKER} == {"skipped, because broker failed"}
+
+
+@pytest.mark.parametrize(
+    ("acl", "failing", "words"),
+    [
+        ("read {0}/#, write {0}/meta/#", "publish", "/alpha/response/"),
+        ("read {0}/#, write {0}/alpha/#", "publish", "/meta/alpha/doctor-"),
+        ("read {0}/all/#, read {0}/meta/#, write {0}/#", "receive", "/alpha/response/"),
+        ("read {0}/alpha/response/#, read {0}/meta/#, write {0}/#", "receive", "/alpha/heartbeat "),
+    ],
+)
+def test_a_right_that_is_missing_is_named(
+    guarded: Callable[[str], tuple[Hive, Daemon]], acl: str, failing: str, words: str
+) -> None:
+    """Mosquitto's ACL refuses no subscription, it only delivers nothing."""
+    hive, alpha = guarded(acl)
+    rows = doctor(alpha)
+    assert levels(rows, "broker", "subscribe", failing) == ["ok", "ok", "fail"]
+    assert words in rows[failing]["what"]
+    assert f"let alpha read {hive.prefix}/alpha/#, " in rows[failing]["todo"]
+    assert rows["clock"]["what"] == f"skipped, because {failing} failed"
+
+
+def test_a_refused_subscription_is_its_line(
+    own_broker: Broker, hive_of: Callable[..., Hive]
+) -> None:
+    alpha = hive_of(own_broker).node("alpha")
+    own_broker.stop()
+    broker = RefusingBroker(own_broker.port)
+    try:
+        rows = doctor(alpha)
+    finally:
+        broker.close()
+    assert levels(rows, "broker", "subscribe", "publish") == ["ok", "fail", "skipped"]
+    assert rows["subscribe"]["what"].endswith("/alpha/+ refused: not authorized")
+
+
+class RefusingBroker:
+    """Takes every connection and refuses every subscription, in MQTT 5."""
+
+    def __init__(self, port: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            sock.settimeout(PATIENCE)
+            sock.recv(4096)
+            sock.sendall(b"\x20\x03\0\0\0")  # CONNACK
+            packet = sock.recv(4096)
+            if packet[:1] == b"\x82":  # SUBSCRIBE of less than 16 KiB: the id is at 2 or 3
+                id = packet[3:5] if packet[1] & 0x80 else packet[2:4]
+                sock.sendall(b"\x90\x04" + id + b"\0\x87")
+                sock.recv(4096)
+            sock.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_a_broker_that_is_not_there_is_a_fail_and_so_is_one_that_never_speaks(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    rows = doctor(alpha, "--port", str(free_port()))
+    assert rows["broker"]["what"].endswith(": Connection refused")
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        begun = time.monotonic()
+        rows = doctor(alpha, "--host", "127.0.0.1", "--port", str(hole.getsockname()[1]))
+    assert time.monotonic() - begun < 15
+    assert rows["broker"]["what"].endswith(": no answer in 4 s")
+    assert rows["broker"]["todo"].startswith("are host and port right")
+    assert levels(rows, *ASK_BROKER) == ["skipped"] * 4
+
+
+def test_each_line_comes_when_it_is_known(hive: Hive) -> None:
+    hive.node("alpha")
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        where = ("--host", "127.0.0.1", "--port", str(hole.getsockname()[1]))
+        line = hive.command_line("alpha", "doctor", *where)
+        with subprocess.Popen(
+            line, stdout=subprocess.PIPE, text=True, env=hive.environment
+        ) as child:
+            assert child.stdout
+            for name in NAMES[: NAMES.index("broker")]:
+                assert child.stdout.readline().split()[1] == name
+            assert child.poll() is None
+            child.send_signal(signal.SIGINT)
+            assert child.wait(PATIENCE) == 130
+
+
+def test_a_broken_configuration_is_a_fail_and_what_does_not_need_it_is_checked(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.config.write_text('[mqtt]\nhots = "broker.lan"\npassword = "hunter2"\n')
+    rows = doctor(alpha)
+    assert levels(rows, "python", "paho", "config") == ["ok", "ok", "fail"]
+    assert rows["config"]["what"] == f"{alpha.config}: mqtt.hots = 'broker.lan': no such key"
+    assert rows["config"]["todo"] == "did you mean host?"
+    assert levels(rows, *NAMES[3:]) == ["skipped"] * len(NAMES[3:])
+    assert rows["files"]["what"] == "skipped, because config failed"
+    assert "hunter2" not in json.dumps(rows)
+
+
+def test_without_paho_it_still_looks_at_the_rest(tmp_path: Path) -> None:
+    clean = {"HOME": str(tmp_path), "PATH": os.defpath}
+    command = [sys.executable, "-S", str(ROOT / "hive.py"), "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    said = {line.split()[1]: line for line in done.stdout.splitlines()}
+    assert said["paho"].startswith("fail  paho       paho-mqtt is missing; in a virtual env")
+    assert said["config"].startswith("ok ") and said["handlers"].startswith("ok ")
+    assert said["broker"].endswith("skipped, because paho failed")
+
+
+def test_files_that_others_may_read_or_change_are_named(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    secret, folder = alpha.home / "secret", alpha.home / "state"
+    secret.write_text("hunter2\n")
+    secret.chmod(0o644)
+    alpha.config.write_text(
+        alpha.config.read_text().replace("[mqtt]", "[mqtt]\npassword_file = 'secret'")
+    )
+    rows = doctor(alpha)
+    assert (rows["files"]["level"], rows["files"]["todo"]) == ("warn", f"chmod 600 {secret}")
+    secret.chmod(0o600)
+    folder.mkdir(0o755)
+    assert doctor(alpha)["files"]["todo"] == f"chmod 700 {folder}"
+    folder.chmod(0o777)
+    rows = doctor(alpha)
+    assert rows["files"] == {
+        "check": "files",
+        "level": "fail",
+        "what": f"state directory {folder}: is writable by everyone",
+        "todo": f"chmod o-w {folder}",
+    }
+    folder.rmdir()
+    folder.write_text("a file")
+    assert doctor(alpha)["files"]["what"] == f"state directory {folder}: you may not write to it"
+
+
+def test_handlers_that_are_refused_are_named_and_why(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("ping", "#!/bin/sh\n")
+    alpha.handler("odd", "#!/bin/sh\n").chmod(0o644)
+    done = hive.cli("alpha", "doctor", code=None)
+    lines = [line for line in done.stdout.splitlines() if line.split()[1] == "handlers"]
+    odd = alpha.handlers / "odd"
+    assert lines == [
+        f"warn  handlers   refused: {odd}: not executable; chmod +x {odd}",
+        f"ok    handlers   ping, in {alpha.handlers}",
+    ]
+    alpha.handlers.chmod(0o777)
+    rows = doctor(alpha)
+    assert rows["handlers"]["level"] == "fail"
+    assert rows["handlers"]["todo"] == f"chmod o-w {alpha.handlers}"
+
+
+def test_a_daemon_that_hangs_is_a_fail(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    os.kill(alpha.pid, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        rows = doctor(alpha)
+        assert time.monotonic() - begun < 15
+    finally:
+        os.kill(alpha.pid, signal.SIGCONT)
+    assert (rows["daemon"]["level"], rows["daemon"]["todo"]) == ("fail", "restart it")
+    assert rows["daemon"]["what"].startswith(
+        f"alpha's does not answer at {alpha.home}/state/door: "
+    )
+
+
+def test_each_agent_is_looked_at_and_none_is_woken(hive: Hive, fast_agent: Path) -> None:
+    def openclaw(profile: str, **gateway: Any) -> None:
+        folder = hive.home / f".openclaw-{profile}"
+        folder.mkdir()
+        (folder / "openclaw.json").write_text(json.dumps({"gateway": gateway}))
+
+    closed = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as gateway:
+        openclaw("up", port=gateway.getsockname()[1])
+        openclaw("down", port=closed)
+        openclaw("far", mode="remote")
+        agents = {
+            "up": f'openclaw_cmd = "{fast_agent}"',
+            "down": f'openclaw_cmd = "{fast_agent}"',
+            "far": f'openclaw_cmd = "{fast_agent}"',
+            "gone": f'openclaw_cmd = "{fast_agent}"',
+            "bare": 'openclaw_cmd = "no-such-openclaw"',
+        }
+        lines = [
+            f'[[oc_instances]]\nname = "{a}"\nprofile = "{a}"\n{x}\n' for a, x in agents.items()
+        ]
+        lines.append(f'[[oc_instances]]\nname = "own"\ncommand = "{fast_agent}"\n')
+        hive.node("alpha", "".join(lines))
+        done = hive.cli("alpha", "doctor", code=1)
+    said = [line for line in done.stdout.splitlines() if line.split()[1] == "agents"]
+    assert [line.split()[0] for line in said] == ["ok", "warn", "ok", "warn", "fail", "ok"]
+    assert f"down: nothing listens on 127.0.0.1:{closed}: Connection refused; start" in said[1]
+    assert f"gone: no {hive.home}/.openclaw-gone/openclaw.json; " in said[3]
+    assert "bare: no program no-such-openclaw; " in said[4]
+    assert calls_of(fast_agent) == [] and not (hive.home / ".openclaw-gone").exists()
+
+
+def test_a_peer_whose_clock_is_wrong_is_named(
+    hive: Hive, beating: Callable[[str, float], None]
+) -> None:
+    alpha = hive.node("alpha")
+    beating("beta", -3600)
+    rows = doctor(alpha)
+    assert rows["clock"]["level"] == "warn"
+    said = rows["clock"]["what"]
+    assert said.startswith("beta's is 1h") or said.startswith("beta's is 59m")
+    assert said.endswith("behind: one of the two is wrong") and "NTP" in rows["clock"]["todo"]
+
+
+def test_where_most_disagree_the_fault_is_here(
+    hive: Hive, beating: Callable[[str, float], None]
+) -> None:
+    alpha = hive.node("alpha")
+    for peer in ("beta", "gamma"):
+        beating(peer, 120)
+    what = doctor(alpha)["clock"]["what"]
+    assert what.startswith("beta's is 2m ahead, gamma's is 2m ahead") or "1m 59s ahead" in what
+    assert what.endswith(": this machine's clock is the odd one")
+
+
+def test_an_old_state_is_no_wrong_clock_but_one_from_the_future_is(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    state(alpha, "beta", -7200)
+    state(alpha, "gone", -7200, status="offline")
+    assert doctor(alpha)["clock"]["what"] == "not compared: no other node was heard"
+    state(alpha, "gamma", 7200)
+    rows = doctor(alpha)
+    assert rows["clock"]["level"] == "warn"
+    assert rows["clock"]["what"].startswith(("gamma's is 2h ahead", "gamma's is 1h 59m ahead"))
+
+
+def test_rubbish_at_the_broker_is_no_trouble(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    config = module.load_config(str(alpha.config))
+    for peer, said in (("a", [1]), ("b", {"status": [], "last_seen": "x"}), ("c", "x" * 70000)):
+        Peer(config, config.topics.meta(peer, "state"), said, retain=True).run()
+    odd: list[object] = [True, [], -1, 1e30]
+    for seen in odd:
+        state(alpha, "d", 0, last_seen=seen)
+        assert doctor(alpha)["clock"]["level"] == "skipped"
+
+
+def test_it_is_coloured_on_a_terminal_alone(hive: Hive) -> None:
+    hive.node("alpha")
+    parent, child = pty.openpty()
+    environment = hive.environment | {"TERM": "xterm"}
+    line = hive.command_line("alpha", "doctor", "--port", str(free_port()))
+    done = subprocess.Popen(line, stdout=child, env=environment)
+    os.close(child)
+    seen = b""
+    while True:
+        try:
+            data = os.read(parent, 4096)
+        except OSError:
+            break
+        if not data:
+            break
+        seen += data
+    os.close(parent)
+    assert done.wait(PATIENCE) == 1
+    assert b"\x1b[32mok  \x1b[0m  python" in seen and b"\x1b[31mfail\x1b[0m  broker" in seen
+    assert "\x1b" not in hive.cli("alpha", "doctor", code=0).stdout
