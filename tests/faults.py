@@ -42,6 +42,9 @@ LONG = 90.0  # seconds until a fault must be over; broker and nodes are quicker,
 HANDLER = '#!/bin/sh\necho "$HIVE_ID" >>{file}\n'
 AGENT = '#!/bin/sh\nprintf "%s\\n" "${{1%%\n*}}" >>{file}\n'
 
+# In alpha's journal; beta has more to say, to all: that alpha was lost, for one.
+ANSWERS = "log WHERE event = 'in' AND sender = 'beta' AND recipient = 'alpha'"
+
 # hive.py with something about it changed, as its daemon's own process sees it.
 CHANGED = "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import hive; {change}\n"
 CHANGED += "sys.exit(hive.main())"
@@ -269,8 +272,7 @@ class Trial:
     def answers(self) -> dict[str, list[str]]:
         """What alpha has been answered to each id: the kind of message, and why if that says so."""
         found: dict[str, list[str]] = {}
-        question = "SELECT exchange, ch, content FROM log WHERE event = 'in' AND sender = 'beta'"
-        for id, ch, content in self.alpha.ask(question):
+        for id, ch, content in self.alpha.ask(f"SELECT exchange, ch, content FROM {ANSWERS}"):
             interrupted = ch == "alert" and " failed: interrupted: " in (content or "")
             found.setdefault(id, []).append("interrupted" if interrupted else ch)
         return found
@@ -301,7 +303,7 @@ class Trial:
         """Is nothing under way any more?"""
         expected = len(self.commands) - len(self.stale)
         return (
-            self.alpha.count("log WHERE event = 'in' AND sender = 'beta'") >= expected
+            self.alpha.count(ANSWERS) >= expected
             and self.alpha.count("outbox") == 0
             and self.beta.count("outbox") == 0
             and self.beta.count("tasks") == 0
