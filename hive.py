@@ -4882,7 +4882,7 @@ allow_anonymous false
 password_file $etc/hive/passwords
 acl_file $etc/hive/acl
 
-# What was acknowledged is written to disk at once, not in half an hour.
+# What was acknowledged is on disk a moment later, not in half an hour.
 persistence true
 persistence_location $data/
 autosave_interval 1
@@ -4956,8 +4956,6 @@ base=
 case $(uname -s) in Darwin) base=$(brew --prefix) ;; esac
 etc=${ETC:-$base/etc/mosquitto} data=${DATA:-$base/var/lib/mosquitto}
 PATH=$PATH:/usr/local/bin:/usr/local/sbin:/opt/homebrew/bin:/opt/homebrew/sbin
-trap 'rm -f "$etc/hive/new"' EXIT
-trap 'exit 130' HUP INT PIPE TERM
 
 fail() {
   echo "$0: $1" >&2
@@ -4990,6 +4988,10 @@ for node in "$@"; do
 done
 if [ ! -d "$etc" ]; then mkdir -p "$etc" && chmod 755 "$etc"; fi
 mkdir -p "$data" "$etc/hive" && touch "$etc/hive/passwords" || fail "try again with sudo"
+mkdir "$etc/hive/lock" 2>/dev/null ||
+  fail "another one is at work here; if that is not so: rmdir $etc/hive/lock"
+trap 'rm -f "$etc/hive/new"; rmdir "$etc/hive/lock"' EXIT
+trap 'exit 130' HUP INT PIPE TERM
 chmod 711 "$etc/hive" # Mosquitto goes through it, and only who runs this writes there
 if [ -e "$etc/mosquitto.conf" ] && ! grep -q mosquitto-conf "$etc/mosquitto.conf"; then
   cp -p "$etc/mosquitto.conf" "$etc/mosquitto.conf.before-hive"
@@ -4997,7 +4999,7 @@ fi
 """
 
 SCRIPT_PASSWORDS = """
-# ---- Passwords: random ones, each in NODE.password until the node has it ----
+# == Passwords: random ones, each in NODE.password until the node has it
 
 # Built-in commands alone see it, so it is in no list of processes.
 password() {
@@ -5014,7 +5016,7 @@ give "$etc/hive/passwords" "$etc/hive/acl" "$data"
 """
 
 SCRIPT_TLS = """
-# ---- Certificates: an authority of this hive's own, and the server's, which it signs ----
+# == Certificates: an authority of this hive's own, and the server's, which it signs
 
 cd "$etc/hive"
 key() { openssl ecparam -name prime256v1 -genkey -noout; }
@@ -5061,7 +5063,7 @@ give server.key server.pem
 """
 
 SCRIPT_TAIL = """
-# ---- What is next ----
+# == What is next
 
 sudo=${SUDO_USER:+sudo }
 case $(uname -s) in
@@ -5101,12 +5103,12 @@ def mosquitto_script(site: Site) -> str:
     """The whole script: several files in one stream, which can be read, kept and run."""
     config, acl = mosquitto_conf(site), mosquitto_acl(site)
     files = f"""
-# ---- The configuration ----
+# == The configuration
 
 put "$etc/mosquitto.conf" 644 <<END
 {config}END
 
-# ---- Who may do what ----
+# == Who may do what
 
 put "$etc/hive/acl" 600 <<'END'
 {acl}END

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -376,6 +377,30 @@ def test_a_name_that_no_node_has_is_refused_by_the_script(place: Path, bad: str)
     )
     assert (done.returncode, done.stderr) == (1, f"sh: {bad}: not a node's name\n")
     assert not [*place.iterdir()]
+
+
+def test_two_at_once_do_not_write_into_each_others_files(place: Path) -> None:
+    where = {"PATH": path_with_mosquitto(), "ETC": f"{place}/etc", "DATA": f"{place}/data"}
+    text = script(*NODES)
+    several = [
+        subprocess.Popen(
+            ["sh", "-s"], stdin=-1, stdout=-1, stderr=subprocess.PIPE, text=True, env=where
+        )
+        for _ in range(4)
+    ]
+    for each in several:
+        with contextlib.suppress(BrokenPipeError):
+            assert each.stdin
+            each.stdin.write(text)
+            each.stdin.close()
+            each.stdin = None
+    for each in several:
+        errors = each.communicate(timeout=PATIENCE)[1]
+        refused = f"sh: another one is at work here; if that is not so: rmdir {place}/etc/hive/lock"
+        assert (each.returncode, errors) in ((0, ""), (1, refused + "\n"))
+    passwords = (place / "etc" / "hive" / "passwords").read_text()
+    assert [line.partition(":")[0] for line in passwords.splitlines()] == ["alpha", "beta"]
+    assert not (place / "etc" / "hive" / "lock").exists()
 
 
 # ---- Life under it -----------------------------------------------------------------------
