@@ -4838,28 +4838,42 @@ def node_and_agents(value: object) -> tuple[str, tuple[str, ...]]:
     return name(node), tuple(name(agent) for agent in agents.split(",")) if colon else ()
 
 
-def mosquitto_site(config: Config, said: Sequence[tuple[str, Sequence[str]]], tls: bool) -> Site:
-    """Work out whom Mosquitto serves and where it listens, or raise UsageError."""
-    own = {config.node.id: tuple(config.agents)}
-    nodes = {node: agents or own.get(node, ()) for node, agents in said} or own
-    for node, agents in nodes.items():
-        for agent in agents:
-            if agent in nodes and agent != node:
-                raise UsageError(f"{node}:{agent}: {agent} is a node, whose messages are its own")
-    host, port = config.mqtt.host, config.mqtt.port
+def mosquitto_site(
+    config: Config, said: Sequence[tuple[str, Sequence[str]]], tls: bool, here: str
+) -> Site:
+    """Work out whom Mosquitto serves and where it listens, or raise UsageError.
+
+    `here` is this machine's name, for where nobody said how the nodes find it.
+    """
+    host = config.mqtt.host
+    if host == MqttConfig().host:
+        host = here if tls else "127.0.0.1"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+", host):
         raise UsageError(f"--host {shown(host)}: neither a host's name nor an address")
-    if host == MqttConfig().host:
-        host = socket.gethostname() if tls else "127.0.0.1"
+    if re.fullmatch("[0.:]+", host):
+        raise UsageError(f"--host {host}: say the one address or name that the nodes will use")
     if not tls and not is_address(host):
         raise UsageError(
             f"{host} may be anywhere, and without TLS everyone on the way reads along;"
             " say --tls, or the address of this machine in your VPN: --host 100.64.0.7"
         )
-    if re.fullmatch("[0.:]+", host):
-        raise UsageError(f"--host {host}: say the one address or name that the nodes will use")
-    port = TLS_PORT if tls and "mqtt.port" not in config.origin else port
-    return Site(config.topics, host, port, tls, nodes)
+    port = TLS_PORT if tls and "mqtt.port" not in config.origin else config.mqtt.port
+    return Site(config.topics, host, port, tls, nodes_with_agents(config, said))
+
+
+def nodes_with_agents(
+    config: Config, said: Sequence[tuple[str, Sequence[str]]]
+) -> dict[str, tuple[str, ...]]:
+    """Who may come in: those that were named, else this node; of its agents the config knows."""
+    own = {config.node.id: tuple(config.agents)}
+    nodes = {} if said else own
+    for node, agents in said:
+        nodes[node] = (*nodes.get(node, ()), *(agents or own.get(node, ())))
+    for node, agents in nodes.items():
+        for agent in agents:
+            if agent in nodes and agent != node:
+                raise UsageError(f"{node}:{agent}: {agent} is a node, whose messages are its own")
+    return nodes
 
 
 def mosquitto_conf(site: Site) -> str:
@@ -4910,13 +4924,13 @@ def mosquitto_acl(site: Site) -> str:
     )
     lines = [
         "# A user is a node, and %u stands for its name.  A further node needs no line here, only",
-        "# a password; a further agent needs one at the end.  Mosquitto warns of patterns without",
-        "# %u: these are meant for every node.",
+        "# a password; a further agent needs one at the end, below its node.  Mosquitto warns of",
+        "# patterns without %u: these are meant for every node.",
     ]
     for access, topic, why in general:
         lines += [f"# {why}", f"pattern {access} {topic}"]
     for node, agents in site.nodes.items():
-        others = [agent for agent in agents if agent != node]
+        others = [agent for agent in dict.fromkeys(agents) if agent != node]
         if others:
             lines += ["", f"user {node}", *(f"topic read {topics.to(one)}" for one in others)]
     return "\n".join(lines) + "\n"
@@ -5539,7 +5553,8 @@ def broker(args: argparse.Namespace) -> int:
     """Set up Mosquitto as the broker where nodes on several machines meet."""
     if not args.mosquitto_conf:
         raise UsageError("broker: say --mosquitto-conf, and perhaps --tls")
-    print(mosquitto_script(mosquitto_site(config_of(args), args.nodes, args.tls)), end="")
+    site = mosquitto_site(config_of(args), args.nodes, args.tls, socket.gethostname())
+    print(mosquitto_script(site), end="")
     return Exit.DONE
 
 

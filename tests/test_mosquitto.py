@@ -301,12 +301,21 @@ def test_without_names_it_serves_this_node_and_its_agents() -> None:
     text = script(config=config)
     assert "\nuser alpha\ntopic read a/b/main/+\nEND\n" in text
     assert text == script("alpha", config=config)
+    more = script("alpha:main", "alpha:zed", "alpha:zed", config=config)
+    assert "\nuser alpha\ntopic read a/b/main/+\ntopic read a/b/zed/+\nEND\n" in more
     assert "\nuser " not in script("beta", config=config)
 
 
 def test_a_largest_message_goes_through() -> None:
     longest = 200 + 63 + 9 + 64 * module.KIB  # prefix, name, channel; then what else there may be
     assert module.MAX_PAYLOAD + longest <= module.MAX_PACKET
+
+
+def test_a_machine_whose_name_is_no_hosts_needs_another() -> None:
+    config = module.make_config({"node": {"id": "alpha"}}, None, {})
+    assert module.mosquitto_site(config, [], True, "mini.lan").host == "mini.lan"
+    with pytest.raises(module.UsageError, match="neither a host's name"):
+        module.mosquitto_site(config, [], True, "it's my mac")
 
 
 # ---- What is written ---------------------------------------------------------------------
