@@ -1,6 +1,7 @@
 # make          what every change passes: lint, types, tests
 # make test     the tests alone; sets up everything on a fresh machine
 # make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
+# make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed
 # make bench    how long things take, beside their peers, in one run
 # make install  hive and hive-cli into ~/.local/bin, a unit, ~/.config/hive; START=1 starts it.
 #               PREFIX=/usr/local, as root: for the whole machine.  DESTDIR=... for packages.
@@ -18,7 +19,7 @@ OPENCLAW := .cache/openclaw
 RUNTIME := 'paho-mqtt>=2,<3'
 TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
 
-SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check
+SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py
 SOURCES := hive.py tests $(SCRIPTS)
 
 check: lint types test  ## what every change passes
@@ -53,6 +54,9 @@ $(OPENCLAW)/ready:
 
 install uninstall:  ## see contrib/install.sh
 	@PYTHON='$(PYTHON)' PAHO=$(RUNTIME) sh contrib/install.sh $@
+
+dist: $(VENV)/ready  ## then: scp dist/hive node: && ssh node python3 hive daemon
+	$(python) contrib/dist.py
 
 bench: $(VENV)/ready mosquitto
 	$(python) tests/bench.py
@@ -96,6 +100,6 @@ checkers:
 	else echo "some tests of the units will be skipped (apt-get install $$missing)"; fi
 
 clean:  ## remove what make has made
-	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: check lint types test test-openclaw bench-openclaw install uninstall bench venv mosquitto checkers clean
+.PHONY: check lint types test test-openclaw bench-openclaw install uninstall dist bench venv mosquitto checkers clean

@@ -35,6 +35,7 @@ tokens; only what needs judgment wakes an agent.
 #           Client     one question from the shell: publish, wait, collect
 #           Setup      a hive.toml for this machine, asked for or taken from options
 #           Doctor     is everything as it must be: one small check after the other
+#           Mosquitto  a configuration for it that serves one hive and nobody else
 #           Commands   one function for each subcommand, its options beside it
 #           Main       arguments in, exit code out
 
@@ -599,6 +600,12 @@ def program(value: object) -> tuple[str, ...]:
     return (os.path.expanduser(words[0].strip()), *words[1:])
 
 
+def own_file() -> Path:
+    """Where this program lies: hive.py, or the one file that `make dist` puts it into."""
+    file = Path(__file__).resolve()
+    return file.parent if file.parent.is_file() else file  # a zip is a folder to Python alone
+
+
 def short_host_name() -> str:
     """This machine's name up to the first dot, made fit to be a node's name."""
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().partition(".")[0]).lstrip("._-")[
@@ -839,8 +846,8 @@ class Config:
 
     @property
     def handler_dir(self) -> Path:
-        home = (self.source or Path(__file__)).resolve().parent
-        return self.node.handler_dir or home / "hive-daemon.d"
+        home = self.source.resolve() if self.source else own_file()
+        return self.node.handler_dir or home.parent / "hive-daemon.d"
 
     @property
     def state_dir(self) -> Path:
@@ -3618,6 +3625,11 @@ MAX_OUTBOX = 10_000  # messages that wait for the broker
 PACKETS_A_TURN = 200  # so that a flood does not starve the timers
 READ_SIZE = 64 * KIB  # bytes that are read at once
 CLIENT_ID_PREFIX = "hive-"
+WAYS_TO_PAHO = (
+    "either python3 -m pip install 'paho-mqtt>=2' in a virtual environment (in a checkout: make"
+    " venv), or the system's python3-paho-mqtt where that is 2, or dist/hive, one file with paho"
+    " inside (in a checkout: make dist)"
+)
 
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
 NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
@@ -3686,14 +3698,12 @@ def load_paho() -> Any:
     try:
         import paho.mqtt.client as mqtt
     except ImportError:
-        raise UsageError(
-            "paho-mqtt is missing; in a virtual environment: python3 -m pip install 'paho-mqtt>=2'"
-        ) from None
+        raise UsageError(f"paho-mqtt is missing; {WAYS_TO_PAHO}") from None
     finally:
         if absent:
             del sys.modules[unused]
     if not hasattr(mqtt, "CallbackAPIVersion"):
-        raise UsageError("paho-mqtt is older than 2; try: python3 -m pip install -U 'paho-mqtt>=2'")
+        raise UsageError(f"paho-mqtt is older than 2; {WAYS_TO_PAHO}")
     return mqtt
 
 
@@ -4682,8 +4692,9 @@ def build() -> str:
     import hashlib
 
     try:
-        return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    except OSError:
+        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
+        return hashlib.sha256(source.encode()).hexdigest()[:8]
+    except (OSError, ImportError):
         return "unknown"
 
 
@@ -6765,6 +6776,356 @@ def finding_line(check: str, finding: Finding, colour: bool) -> str:
     return f"{mark}  {check.ljust(column)}  {printable(finding.what + todo, 1000)}"
 
 
+# ---- Mosquitto: a configuration that serves one hive -------------------------------------
+#
+# Pure: names to the text of a shell script, which a person reads and runs on the broker's
+# machine.  It needs no hive there.  What nodes may do follows the topics that Node, Link and
+# Client use.  Knows neither the network nor this machine's files.
+
+MAX_PACKET = 2 * KIB * KIB  # bytes: an envelope of the largest size, its topic and properties
+SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones when they are gone
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What a Mosquitto is set up for."""
+
+    topics: Topics
+    host: str  # where the nodes find it
+    port: int
+    tls: bool
+    nodes: Mapping[str, Sequence[str]]  # a node's name, and its agents'
+
+    @property
+    def address(self) -> str:
+        """The one address to listen on; empty for all of them."""
+        return self.host if is_address(self.host) else ""
+
+
+def is_address(host: str) -> bool:
+    """Is it an IP address, and no name?"""
+    import ipaddress
+
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def node_and_agents(value: object) -> tuple[str, tuple[str, ...]]:
+    """a node's name, or NODE:AGENT,AGENT"""
+    node, colon, agents = str(value).partition(":")
+    return name(node), tuple(name(agent) for agent in agents.split(",")) if colon else ()
+
+
+def mosquitto_site(
+    config: Config, said: Sequence[tuple[str, Sequence[str]]], tls: bool, here: str
+) -> Site:
+    """Work out whom Mosquitto serves and where it listens, or raise UsageError.
+
+    `here` is this machine's name, for where nobody said how the nodes find it.
+    """
+    host = config.mqtt.host
+    if host == MqttConfig().host:
+        host = here if tls else "127.0.0.1"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+", host):
+        raise UsageError(f"--host {shown(host)}: neither a host's name nor an address")
+    if re.fullmatch("[0.:]+", host):
+        raise UsageError(f"--host {host}: say the one address or name that the nodes will use")
+    if not tls and not is_address(host):
+        raise UsageError(
+            f"{host} may be anywhere, and without TLS everyone on the way reads along;"
+            " say --tls, or the address of this machine in your VPN: --host 100.64.0.7"
+        )
+    port = TLS_PORT if tls and "mqtt.port" not in config.origin else config.mqtt.port
+    return Site(config.topics, host, port, tls, nodes_with_agents(config, said))
+
+
+def nodes_with_agents(
+    config: Config, said: Sequence[tuple[str, Sequence[str]]]
+) -> dict[str, tuple[str, ...]]:
+    """Who may come in: those that were named, else this node; of its agents the config knows."""
+    own = {config.node.id: tuple(config.agents)}
+    nodes = {} if said else own
+    for node, agents in said:
+        nodes[node] = (*nodes.get(node, ()), *(agents or own.get(node, ())))
+    for node, agents in nodes.items():
+        for agent in agents:
+            if agent in nodes and agent != node:
+                raise UsageError(f"{node}:{agent}: {agent} is a node, whose messages are its own")
+    return nodes
+
+
+def mosquitto_conf(site: Site) -> str:
+    """mosquitto.conf; the shell fills in $etc and $data."""
+    tls = """\
+certfile $etc/hive/server.pem
+keyfile $etc/hive/server.key
+tls_version tlsv1.2
+"""
+    plain = """\
+# No TLS: whoever is on the way reads passwords and messages.  For a VPN or loopback, not a LAN.
+"""
+    return f"""\
+# Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
+
+{f"listener {site.port} {site.address}".strip()}
+{tls if site.tls else plain}
+# Nobody without a password, and each node only what is its own.
+allow_anonymous false
+password_file $etc/hive/passwords
+acl_file $etc/hive/acl
+
+# What was acknowledged is on disk a moment later, not in half an hour.
+persistence true
+persistence_location $data/
+autosave_interval 1
+autosave_on_changes true
+
+# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
+max_queued_messages 0
+persistent_client_expiration {SESSION_EXPIRY // 86400}d
+max_packet_size {MAX_PACKET}
+"""
+
+
+def mosquitto_acl(site: Site) -> str:
+    """The ACL file: general rules for whoever has a password, and one for each agent."""
+    topics, me = site.topics, "%u"
+    state = topics.meta("+", "state")
+    general = (
+        ("read", topics.to(me), "what is addressed to it"),
+        ("readwrite", topics.private(me, "+"), "its own short-lived commands"),
+        ("read", topics.to(EVERYONE), "what is addressed to all"),
+        ("write", topics.to("+"), "to anybody"),
+        ("read", topics.meta("+", "+"), "how the others are, what they can do, what came of it"),
+        ("write", topics.meta(me, "+"), "the same of itself"),
+        ("write", state, "that a peer is lost; that its agents are well"),
+    )
+    lines = [
+        "# A user is a node, and %u stands for its name.  A further node needs no line here, only",
+        "# a password; a further agent needs one at the end, below its node.  Mosquitto warns of",
+        "# patterns without %u: these are meant for every node.",
+    ]
+    for access, topic, why in general:
+        lines += [f"# {why}", f"pattern {access} {topic}"]
+    for node, agents in site.nodes.items():
+        others = [agent for agent in dict.fromkeys(agents) if agent != node]
+        if others:
+            lines += ["", f"user {node}", *(f"topic read {topics.to(one)}" for one in others)]
+    return "\n".join(lines) + "\n"
+
+
+def node_toml(site: Site, node: str) -> str:
+    """What a node's hive.toml says about the broker."""
+    lines = [
+        "[mqtt]",
+        f'host = "{site.host}"',
+        f"port = {site.port}",
+        f'username = "{node}"',
+        'password_file = "mqtt-password"',
+    ]
+    return "\n".join([*lines, *(["tls = true", 'ca_file = "mqtt-ca.pem"'] if site.tls else [])])
+
+
+SCRIPT_HEAD = """\
+#!/bin/sh
+# Sets up Mosquitto for the hive whose topics begin with @PREFIX@/, and for its nodes
+#   @NODES@
+# which will reach it at @HOST@:@PORT@.
+#
+# Read it, then run it on the machine that shall host Mosquitto:
+#
+#   Debian, Ubuntu:   sudo apt-get install mosquitto@OPENSSL@ && sudo sh @SCRIPT@
+#   macOS, Homebrew:  brew install mosquitto && sh @SCRIPT@
+#
+# It writes mosquitto.conf (the one that was there is kept beside it) and, in the folder hive/
+# next to that, the access rules and a password for each node.  It starts nothing, and says what
+# to do next.  Run again it keeps passwords and certificates; "sh @SCRIPT@ gamma" adds a node.
+# ETC and DATA may name other folders for the configuration and for what Mosquitto keeps.
+
+set -eu
+umask 077
+base=
+case $(uname -s) in Darwin) base=$(brew --prefix) ;; esac
+etc=${ETC:-$base/etc/mosquitto} data=${DATA:-$base/var/lib/mosquitto}
+PATH=$PATH:/usr/local/bin:/usr/local/sbin:/opt/homebrew/bin:/opt/homebrew/sbin
+
+fail() {
+  echo "$0: $1" >&2
+  exit 1
+}
+
+# put FILE MODE: stdin becomes the file, all at once.
+put() {
+  cat >"$1.new"
+  [ -s "$1.new" ] || fail "$1 is not made, see above"
+  chmod "$2" "$1.new"
+  mv -f "$1.new" "$1"
+}
+
+# give FILE...: to Mosquitto, which root starts, and which reads them as a user of its own.
+give() { if [ "$(id -u)" = 0 ]; then chown mosquitto: "$@"; fi; }
+
+case $etc:$data in /*:/*) ;; *) fail "ETC and DATA begin with /" ;; esac
+for program in mosquitto_passwd@OPENSSL@; do
+  command -v "$program" >/dev/null || fail "$program is missing: install it first, see above"
+done
+if [ "$(id -u)" = 0 ] && ! id mosquitto >/dev/null 2>&1; then
+  fail "there is no user mosquitto, whom Mosquitto runs as: was it installed as a package?"
+fi
+set -- @NODES@ "$@"
+for node in "$@"; do
+  case $node in
+    "" | all | meta | [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*) fail "$node: not a node's name" ;;
+  esac
+done
+if [ ! -d "$etc" ]; then mkdir -p "$etc" && chmod 755 "$etc"; fi
+mkdir -p "$data" "$etc/hive" && touch "$etc/hive/passwords" || fail "try again with sudo"
+mkdir "$etc/hive/lock" 2>/dev/null ||
+  fail "another one is at work here; if that is not so: rmdir $etc/hive/lock"
+trap 'rm -f "$etc/hive/new"; rmdir "$etc/hive/lock"' EXIT
+trap 'exit 130' HUP INT PIPE TERM
+chmod 711 "$etc/hive" # Mosquitto goes through it, and only who runs this writes there
+if [ -e "$etc/mosquitto.conf" ] && ! grep -q mosquitto-conf "$etc/mosquitto.conf"; then
+  cp -p "$etc/mosquitto.conf" "$etc/mosquitto.conf.before-hive"
+fi
+"""
+
+SCRIPT_PASSWORDS = """
+# == Passwords: random ones, each in NODE.password until the node has it
+
+# Built-in commands alone see it, so it is in no list of processes.
+password() {
+  if cut -d: -f1 "$etc/hive/passwords" | grep -qxF "$1"; then return; fi
+  secret=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \\n')
+  printf '%s\\n' "$secret" | put "$etc/hive/$1.password" 600
+  printf '%s:%s\\n' "$1" "$secret" >"$etc/hive/new"
+  mosquitto_passwd -U "$etc/hive/new"
+  cat "$etc/hive/passwords" "$etc/hive/new" | put "$etc/hive/passwords" 600
+  rm "$etc/hive/new"
+}
+for node in "$@"; do password "$node"; done
+give "$etc/hive/passwords" "$etc/hive/acl" "$data"
+"""
+
+SCRIPT_TLS = """
+# == Certificates: an authority of this hive's own, and the server's, which it signs
+
+cd "$etc/hive"
+key() { openssl ecparam -name prime256v1 -genkey -noout; }
+if [ ! -e ca.pem ]; then
+  key | put ca.key 600
+  cat >new <<'END'
+[req]
+distinguished_name = name
+x509_extensions = authority
+prompt = no
+[name]
+CN = hive @PREFIX@
+[authority]
+basicConstraints = critical,CA:TRUE
+keyUsage = critical,keyCertSign,cRLSign
+subjectKeyIdentifier = hash
+END
+  openssl req -x509 -new -sha256 -days @DAYS@ -config new -key ca.key | put ca.pem 644
+  rm -f server.pem
+fi
+names='@NAMES@'
+if [ ! -e server.pem ] || [ "$names" != "$(cat server.names)" ]; then
+  key | put server.key 600
+  cat >new <<END
+[req]
+distinguished_name = name
+prompt = no
+[name]
+CN = @CN@
+[server]
+basicConstraints = critical,CA:FALSE
+keyUsage = critical,digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
+subjectAltName = $names
+END
+  openssl req -new -sha256 -config new -key server.key |
+    openssl x509 -req -sha256 -days @DAYS@ -extfile new -extensions server -CA ca.pem \\
+      -CAkey ca.key -set_serial "0x$(openssl rand -hex 16)" | put server.pem 644
+  echo "$names" >server.names
+fi
+give server.key server.pem
+"""
+
+SCRIPT_TAIL = """
+# == What is next
+
+sudo=${SUDO_USER:+sudo }
+case $(uname -s) in
+  Darwin) restart='brew services restart mosquitto' ;;
+  *) restart="${sudo}systemctl restart mosquitto" ;;
+esac
+echo "Written: $etc/mosquitto.conf and $etc/hive/.  Next:"
+echo
+echo "  $restart"
+for node in "$@"; do
+  if [ ! -e "$etc/hive/$node.password" ]; then continue; fi
+  echo
+  echo "Then for $node (if that is this machine: sh -c instead of ssh $node):"
+  echo
+  give_to="ssh $node 'umask 077; mkdir -p ~/.config/hive; cat >~/.config/hive"
+  echo "  ${sudo}cat '$etc/hive/$node.password' | $give_to/mqtt-password'"
+@CA@
+  cat <<END
+
+and in its ~/.config/hive/hive.toml:
+
+@TOML@
+END
+done
+echo
+echo "When a node has its password: ${sudo}rm $etc/hive/NODE.password"
+"""
+
+
+def certificate_names(host: str) -> str:
+    """The subjectAltName of the server: the name that the nodes use, and this machine itself."""
+    names = [f"IP:{host}" if is_address(host) else f"DNS:{host}", "DNS:localhost", "IP:127.0.0.1"]
+    return ",".join(dict.fromkeys(names))
+
+
+def mosquitto_script(site: Site) -> str:
+    """The whole script: several files in one stream, which can be read, kept and run."""
+    config, acl = mosquitto_conf(site), mosquitto_acl(site)
+    files = f"""
+# == The configuration
+
+put "$etc/mosquitto.conf" 644 <<END
+{config}END
+
+# == Who may do what
+
+put "$etc/hive/acl" 600 <<'END'
+{acl}END
+"""
+    ca = """  echo "  ${sudo}cat '$etc/hive/ca.pem' | $give_to/mqtt-ca.pem'\""""
+    words = {
+        "PREFIX": site.topics.prefix,
+        "NODES": " ".join(site.nodes),
+        "HOST": f"[{site.host}]" if ":" in site.host else site.host,
+        "PORT": str(site.port),
+        "SCRIPT": "setup.sh",
+        "OPENSSL": " openssl" if site.tls else "",
+        "DAYS": str(SURE_DAYS),
+        "CN": site.host[:64],  # X.509's limit; the names that count are in subjectAltName
+        "NAMES": certificate_names(site.host),
+        "CA": ca if site.tls else "  :",
+        "TOML": node_toml(site, "$node"),
+    }
+    parts = [SCRIPT_HEAD, files, SCRIPT_PASSWORDS, SCRIPT_TLS if site.tls else "", SCRIPT_TAIL]
+    return re.sub(r"@([A-Z]+)@", lambda found: words[found[1]], "".join(parts))
+
+
 # ---- Commands: one function for each subcommand ------------------------------------------
 #
 # Options stand beside the function that reads them; Main builds the parser from COMMANDS.
@@ -7412,6 +7773,32 @@ def doctor(args: argparse.Namespace) -> int:
     if args.as_json:
         print(json.dumps(rows, indent=2))
     return Exit.REFUSED if failed else Exit.DONE
+
+
+@command(
+    option(
+        "nodes",
+        nargs="*",
+        type=node_and_agents,
+        metavar="NODE[:AGENT,...]",
+        help="who may come in; without any: this node, with its agents",
+    ),
+    option(
+        "--mosquitto-conf",
+        action="store_true",
+        help="print a script that sets up Mosquitto for this hive",
+    ),
+    option("--tls", action="store_true", help="with certificates; --host is the broker's name"),
+    examples="""hive.py broker --mosquitto-conf --tls --host alpha.lan alpha beta:main > setup.sh
+hive.py broker --mosquitto-conf --host 100.64.0.7 alpha beta > setup.sh""",
+)
+def broker(args: argparse.Namespace) -> int:
+    """Set up Mosquitto as the broker where nodes on several machines meet."""
+    if not args.mosquitto_conf:
+        raise UsageError("broker: say --mosquitto-conf, and perhaps --tls")
+    site = mosquitto_site(config_of(args), args.nodes, args.tls, socket.gethostname())
+    print(mosquitto_script(site), end="")
+    return Exit.DONE
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------
