@@ -3587,12 +3587,16 @@ class Knock:
     def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
         """Send a request and give the answer; raises OSError."""
         self._sock.sendall(encode_json(request) + b"\n")
-        return self.hear(DOOR_TIMEOUT) or {}
+        answer = self.hear(DOOR_TIMEOUT)
+        if answer is None:
+            raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
+        return answer
 
     def hear(self, within: float | None) -> dict[str, Any] | None:
         """The next line; None if none comes in so many seconds.  Raises OSError at its end."""
-        self._sock.settimeout(within)
+        ends = None if within is None else time.monotonic() + within
         while b"\n" not in self._in:
+            self._sock.settimeout(None if ends is None else max(0.001, ends - time.monotonic()))
             try:
                 data = self._sock.recv(PIPE_CHUNK)
             except TimeoutError:
@@ -3622,6 +3626,7 @@ SESSION_EXPIRY = 7 * 86400  # seconds that the broker keeps what came while we w
 RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
 SEND_WINDOW = 20  # messages we send before the broker acknowledges one
 MAX_OUTBOX = 10_000  # messages that wait for the broker
+MAX_HANG_UPS = 5  # of the broker at one message, until it is given up
 PACKETS_A_TURN = 200  # so that a flood does not starve the timers
 READ_SIZE = 64 * KIB  # bytes that are read at once
 CLIENT_ID_PREFIX = "hive-"
@@ -3631,6 +3636,7 @@ WAYS_TO_PAHO = (
     " inside (in a checkout: make dist)"
 )
 
+HANG_UP = "the broker closed the connection"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
 NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 
@@ -3907,7 +3913,7 @@ class Connection:
             self.end(*self._refusal)
         elif self._client.socket() is None:
             self.hung_up = not self.welcome
-            self.end("the broker closed the connection")
+            self.end(HANG_UP)
 
     # What paho calls.  An exception here would make it handle the same packet again for ever,
     # so these only take note.
@@ -4049,6 +4055,7 @@ class Link:
         self._protocol = settings.protocol
         self._outbox: deque[Publication] = deque()
         self._inflight: dict[int, Publication] = {}
+        self._hang_ups = 0  # in a row, with nothing acknowledged between
         self._failures = 0
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
@@ -4087,7 +4094,8 @@ class Link:
         """Send what may be sent, in order, within the broker's window."""
         connection = self._connection
         while connection and connection.up and self._outbox:
-            if self._outbox[0].qos and len(self._inflight) >= connection.window:
+            window = 1 if self._hang_ups else connection.window
+            if self._outbox[0].qos and len(self._inflight) >= window:
                 return
             publication = self._outbox.popleft()
             left = None
@@ -4142,6 +4150,7 @@ class Link:
     def acknowledged(self, connection: Connection, mid: int, code: int, words: str) -> None:
         publication = self._inflight.pop(mid, None) if connection is self._connection else None
         if publication:
+            self._hang_ups = 0
             publication.done(code, words)
             self._pump()
 
@@ -4150,6 +4159,7 @@ class Link:
             return
         self._connection = None
         self._outbox.extendleft(reversed([p for p in self._inflight.values() if p.keep]))
+        self._suspect(reason)
         self._inflight.clear()
         if self._user is None:
             return
@@ -4158,6 +4168,18 @@ class Link:
         if no_v5:
             return self._connect()
         self._retry_later(reason)
+
+    def _suspect(self, reason: str) -> None:
+        """A broker may hang up at a message, for ever: Mosquitto 2.0.11 does at some refusals.
+
+        After the first time they are sent one by one, to find it.
+        """
+        if not self._inflight or reason != HANG_UP:
+            return
+        self._hang_ups += 1
+        if self._hang_ups >= MAX_HANG_UPS and self._outbox:
+            self._hang_ups = 0
+            self._outbox.popleft().done(-1, f"{HANG_UP} at it {MAX_HANG_UPS} times")
 
     def _retry_later(self, reason: str) -> None:
         first, longest = RETRY
@@ -4539,6 +4561,18 @@ def pending_document(journal: Journal) -> dict[str, Any]:
     }
 
 
+def are_filters(said: object) -> bool:
+    """Is it something that a log can be filtered by?"""
+    return (
+        isinstance(said, dict)
+        and said.keys() <= LOG_FILTERS.keys()
+        and all(
+            isinstance(value, str) or bounded_number(value, 0, MAX_TS) is not None
+            for value in said.values()
+        )
+    )
+
+
 def look_up(journal: Journal, request: Mapping[str, Any]) -> dict[str, Any]:
     """Answer a question about what is in the journal; {"error": ...} if it makes no sense."""
     id, filters = request.get("id"), request.get("filters", {})
@@ -4554,7 +4588,7 @@ def look_up(journal: Journal, request: Mapping[str, Any]) -> dict[str, Any]:
             return {"rows": documents_of(journal.exchange(str(id)))}
         case "pending":
             return pending_document(journal)
-        case "log" if isinstance(filters, dict) and filters.keys() <= LOG_FILTERS.keys():
+        case "log" if are_filters(filters):
             after, last = (whole(request.get(key, 0), 0, sys.maxsize) for key in ("after", "last"))
             rows = journal.rows(filters, after, last)
             return {"rows": documents_of(rows)}
@@ -5032,13 +5066,14 @@ class Node:
             return "too much waits for the broker"
         now, payload = time.time(), envelope.encode()
         row = self._journal.record(Event.SENT, envelope, now, content=payload.decode())
-        if row:
-            until = now + envelope.ttl if envelope.ttl else None
-            self._outbox.post(self.topics.of(envelope), payload, message=row, until=until)
-            if ask:
-                self._journal.ask(envelope, row)
-            facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
-            self.log.info("sent", **facts, corr=envelope.corr)
+        if row is None:
+            return f"{envelope.id} was handed in before"
+        until = now + envelope.ttl if envelope.ttl else None
+        self._outbox.post(self.topics.of(envelope), payload, message=row, until=until)
+        if ask:
+            self._journal.ask(envelope, row)
+        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+        self.log.info("sent", **facts, corr=envelope.corr)
         self._settle_soon()
         return ""
 

@@ -459,7 +459,7 @@ class Pair:
 class SmallDisk:
     """A file system of a few megabytes; only root can have one."""
 
-    SIZE = 8  # megabytes
+    SIZE = 32  # megabytes
 
     def __init__(self, folder: Path) -> None:
         """Raises OSError where it cannot be had."""

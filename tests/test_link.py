@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import shutil
 import signal
 import socket
@@ -153,6 +154,30 @@ def test_after_kill_9_of_the_broker_the_link_returns_and_publishes_what_waited(
     turn(loop, lambda: all(kept))
     assert not dropped
     closed(loop, link)
+
+
+def test_a_message_at_which_the_broker_hangs_up_does_not_keep_the_others(
+    loop: Loop, shared_broker: Broker, quick: None
+) -> None:
+    def touchy(client: socket.socket) -> None:
+        """Mosquitto behind a proxy that hangs up at the word poison."""
+        with socket.create_connection(("127.0.0.1", shared_broker.port)) as broker, client:
+            while True:
+                for ready in select.select([client, broker], [], [])[0]:
+                    data = ready.recv(65536)
+                    if not data or b"poison" in data:
+                        return
+                    (broker if ready is client else client).sendall(data)
+
+    with server(touchy) as port:
+        link, user = opened(loop, MqttConfig(port=port, protocol="5"))
+        texts = [b"a", b"b", b"poison", b"c", b"d"]
+        said = [published(link, "link/touchy", text) for text in texts]
+        turn(loop, lambda: all(said))
+        assert [code for ((code, _),) in said] == [0x10, 0x10, -1, 0x10, 0x10]
+        assert said[2] == [(-1, "the broker closed the connection at it 5 times")]
+        closed(loop, link)
+    assert len(user.downs) < 10
 
 
 def test_a_message_whose_time_is_over_while_the_broker_is_away_is_not_published(
