@@ -3777,6 +3777,7 @@ class Connection:
         self._refusal: tuple[str, int] | None = None
         self.window, self.max_packet = SEND_WINDOW, sys.maxsize
         self._inbox: deque[mqtt.MQTTMessage] = deque()
+        self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
         self._client = self._make_client()
         self._ahead = read_ahead(self._client)
         self._timer = self._loop.after(
@@ -3886,6 +3887,8 @@ class Connection:
             if sock is None or self.ended:
                 return
             self._client.loop_read()
+            while self._acknowledged:
+                self._link.acknowledged(self, *self._acknowledged.popleft())
             while self._inbox:
                 self._hand_over(self._inbox.popleft())
             if not (self._ahead or has_more(self._client.socket())):
@@ -3947,7 +3950,7 @@ class Connection:
     def _on_publish(
         self, client: object, userdata: object, mid: int, code: Any, properties: object
     ) -> None:
-        self._loop.post(lambda: self._link.acknowledged(self, mid, code.value, str(code)))
+        self._acknowledged.append((mid, code.value, str(code)))
 
     def _subscribe(self) -> None:
         if self.ended:

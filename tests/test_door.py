@@ -446,7 +446,7 @@ def test_a_daemon_that_hangs_is_an_error_and_not_a_wait_for_ever(
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.bind(str(tmp_path / "door"))
         deaf.listen()
-        with pytest.raises(hive.HiveError, match="the daemon of beta: timed out"):
+        with pytest.raises(hive.HiveError, match="the daemon of beta: it does not answer"):
             hive.ask_daemon(config_for(tmp_path), {"do": "message", "id": "m-1"})
 
 

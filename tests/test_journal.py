@@ -389,8 +389,8 @@ def test_what_the_broker_has_is_forgotten_and_which_message_it_was_is_told(
         journal.post("t", b"x", message=row)
     journal.post("meta", b"x")
     first, second, third, meta = journal.outgoing(0, 100)
-    row = journal.posted(second.n)
-    assert row and row.id == "m-1"
+    sent = journal.posted(second.n)
+    assert sent and sent.id == "m-1"
     assert journal.posted(second.n) is None and journal.posted(meta.n) is None
     assert [one.n for one in journal.outgoing(0, 100)] == [first.n, third.n]
     journal.post("t", b"y")
@@ -996,7 +996,7 @@ def test_a_lock_is_one_process_and_kill_9_frees_it(
         assert len(os.listdir("/dev/fd")) == before
         killed(child)
         lock = eventually("it is free", lambda: try_lock(folder / "lock"))
-        assert lock.before == "that-run", "who was killed left word"
+        assert lock and lock.before == "that-run", "who was killed left word"
         os.kill(grandchild, 0)  # a handler that outlives its daemon does not keep the lock
         lock.close()
     finally:
