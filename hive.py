@@ -2285,6 +2285,8 @@ TURN_WINDOW = 60.0
 MAX_ALERTS = 10  # events within the window that an alert may still be the last of
 LATER_WINDOW, MAX_LATER = 1800.0, 15
 
+PERHAPS_TOLD = "perhaps told before"  # the note of a message whose first call had no end
+
 PROBE_EVERY, PROBE_SOON, PROBE_DEADLINE = 30.0, 2.0, 3.0  # seconds; soon: while messages wait
 OPENCLAW_PORT = 18789  # where a gateway listens unless it is told otherwise
 
@@ -2387,6 +2389,7 @@ class Told:
     why: str = ""  # not
     reply: str = ""  # the agent's own words, where the way gives them
     final: bool = False  # trying again would do harm
+    perhaps: bool = False  # it may have been told all the same
 
 
 def openclaw(instance: InstanceConfig, *arguments: str, deadline: float = AGENT_DEADLINE) -> Job:
@@ -2453,7 +2456,8 @@ def told_by(job: Job, instance: InstanceConfig, outcome: Outcome, replies: bool)
         for hidden in filter(None, (instance.token, instance.hook_token)):
             why = why.replace(hidden, "***")
         # A turn that was ended half-way may have done half its work.
-        return Told(False, cut(why, 300), final=replies and outcome.late)
+        final = replies and outcome.late
+        return Told(False, cut(why, 300), final=final, perhaps=outcome.late)
     if not replies:
         return Told(True)
     answer = turn_result(outcome.stdout.decode(errors="replace"))
@@ -2523,7 +2527,7 @@ class HookCall:
         if self._sock:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)  # the thread ends with it
-        self._end(Told(False, f"the hook: no answer in {HOOK_DEADLINE:g} s"))
+        self._end(Told(False, f"the hook: no answer in {HOOK_DEADLINE:g} s", perhaps=True))
 
     def _end(self, told: Told) -> None:
         if not self._ended:
@@ -2630,8 +2634,8 @@ class AgentUser(Protocol):
     def agent_begins(self, group: Sequence[Waking]) -> None:
         """It is about to be told these."""
 
-    def agent_failed(self, group: Sequence[Waking]) -> None:
-        """It was not, and will be again."""
+    def agent_failed(self, group: Sequence[Waking], perhaps: bool) -> None:
+        """It was not, or only perhaps, and will be again."""
 
     def agent_told(self, agent: str, waking: Waking, reply: str | None) -> None:
         """It was; `reply` is what it said, where the way to it has one."""
@@ -2756,6 +2760,8 @@ class Agent:
         saying = saying_of(self._calling, way.replies)
 
         def told(result: Told) -> None:
+            if result.perhaps:
+                self._calling = [replace(one, note=PERHAPS_TOLD) for one in self._calling]
             if not result.ok and not result.final and len(ways) > 1 and not self._stopping:
                 self._try(ways[1:], before or result.why)
             else:
@@ -2781,7 +2787,7 @@ class Agent:
             for waking in group:
                 self._give_up(waking, told.why)
         else:
-            self._failed(group, told.why)
+            self._failed(group, told)
         self._next()
 
     def _succeeded(self, way: str, group: Sequence[Waking], told: Told) -> None:
@@ -2795,13 +2801,13 @@ class Agent:
             reply = (told.reply or "(no words)") if WAYS[way].replies else None
             self._user.agent_told(self.instance.name, waking, reply)
 
-    def _failed(self, group: Sequence[Waking], reason: str) -> None:
+    def _failed(self, group: Sequence[Waking], told: Told) -> None:
         """Try again later, unless it is too late."""
-        self._user.agent_failed(group)
+        self._user.agent_failed(group, told.perhaps)
         if self._stopping:
             return
         self._waiting.extendleft(reversed(group))
-        self._set_health(Health.DOWN, reason)
+        self._set_health(Health.DOWN, told.why)
         self._expire()
         first, longest = AGENT_RETRY
         delay = min(first * 2**self._failures, longest) * random.uniform(0.75, 1.0)
@@ -2992,17 +2998,25 @@ class Store:
 
     def write(self, statement: str, values: tuple[object, ...] = ()) -> int:
         """Execute it, to last from commit() on; how many rows it touched."""
+        return self._execute(statement, values).rowcount
+
+    def insert(self, statement: str, values: tuple[object, ...]) -> int | None:
+        """The same for one new row: its number, or None if it was ignored."""
+        cursor = self._execute(statement, values)
+        return cursor.lastrowid if cursor.rowcount == 1 else None
+
+    def _execute(self, statement: str, values: tuple[object, ...]) -> sqlite3.Cursor:
         try:
             if not self._database.in_transaction:
                 self._database.execute("BEGIN")
-            rows = self._database.execute(statement, values).rowcount
+            cursor = self._database.execute(statement, values)
         except self._sqlite.DatabaseError as error:
             if not (isinstance(error, self._sqlite.OperationalError) or self._damaged(error)):
                 raise
             self._recover(error)
-            rows = self._database.execute(statement, values).rowcount
+            cursor = self._database.execute(statement, values)
         self._turn.append((statement, values))
-        return rows
+        return cursor
 
     def commit(self) -> None:
         """Make what was written last."""
@@ -3028,6 +3042,7 @@ class Store:
 MAX_QUESTIONS = 10_000  # that nobody has answered
 MAX_ROWS = 100  # that are read at once
 PRUNE_STEP = 500  # rows that are forgotten at once
+PRUNE_TEXTS = 50  # texts that are
 PRUNE_AFTER = 1000  # rows written, or ...
 PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
 
@@ -3167,6 +3182,7 @@ class Journal:
         self._store = Store(directory / "journal.sqlite3", JOURNAL_TABLES, log, risk)
         self._keep, self._max_size = keep, max_size
         self._rows = self._size = 0  # written since the last look
+        self._newest = int(self._store.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
         self.full = False  # of what is not finished: no room is left to accept more
 
     @property
@@ -3227,20 +3243,17 @@ class Journal:
         note: str,
         content: str | None,
     ) -> int | None:
-        new = self._store.write(
+        row = self._store.insert(
             f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(now, event.value, id, about.ch, about.sender, about.to, about.action),
                 *(about.exchange, note, content),
             ),
         )
-        if new != 1:
-            return None
-        self._rows, self._size = self._rows + 1, self._size + len(content or "")
-        return self._last()
-
-    def _last(self) -> int:
-        return int(self._store.read("SELECT last_insert_rowid()")[0][0])
+        if row:
+            self._rows, self._size = self._rows + 1, self._size + len(content or "")
+            self._newest = row
+        return row
 
     def message(self, id: str) -> Row | None:
         """The message with this id; what came in before what went out."""
@@ -3248,12 +3261,17 @@ class Journal:
         rows = self._store.read(question, (id,))
         return row_of(rows[0]) if rows else None
 
-    def exchange(self, id: str) -> list[Row]:
-        """All of the exchange that a message belongs to, oldest first."""
+    def exchange(self, id: str, after: int = 0) -> list[Row]:
+        """The next MAX_ROWS of the exchange that a message belongs to."""
         message = self.message(id)
-        values = (message.exchange if message else id, MAX_ROWS)
-        question = f"SELECT {ROW} FROM log WHERE exchange = ? ORDER BY n LIMIT ?"
+        values = (message.exchange if message else id, after, MAX_ROWS)
+        question = f"SELECT {ROW} FROM log WHERE exchange = ? AND n > ? ORDER BY n LIMIT ?"
         return [row_of(row) for row in self._store.read(question, values)]
+
+    @property
+    def newest(self) -> int:
+        """The number of the last row."""
+        return self._newest
 
     def rows(self, filters: Mapping[str, object], after: int = 0, last: int = 0) -> list[Row]:
         """The next MAX_ROWS after a row; `filters` as in LOG_FILTERS.  Where `last` is given, of
@@ -3278,11 +3296,11 @@ class Journal:
         note: str = "",
     ) -> int:
         """Take on a task for a received message; its number."""
-        self._store.write(
+        task = self._store.insert(
             "INSERT INTO tasks (message, agent, until, urgent, note) VALUES (?, ?, ?, ?, ?)",
             (message, agent, until, urgent, note),
         )
-        return self._last()
+        return task or 0
 
     def begin(self, tasks: Iterable[int]) -> None:
         """From now on a crash leaves open whether these are done.  That is committed at once."""
@@ -3396,29 +3414,30 @@ class Journal:
     def prune(self, now: float) -> bool:
         """Forget a few rows that are too old, or too much; was there anything to forget?"""
         self._rows = self._size = 0
-        forgotten = self._forget("DELETE FROM log", "time < ?", now - self._keep)
+        forgotten = self._forget_rows("time < ?", now - self._keep)
         too_large = self.size > self._max_size
         if too_large:
-            forgotten += self._forget("UPDATE log SET content = NULL", "content IS NOT NULL")
+            texts = f"SELECT n FROM log WHERE content IS NOT NULL AND {FINISHED} ORDER BY n LIMIT ?"
+            forget = f"UPDATE log SET content = NULL WHERE n IN ({texts})"
+            forgotten += self._store.write(forget, (PRUNE_TEXTS,))
             if self.size > self._max_size:
-                forgotten += self._forget("DELETE FROM log", "content IS NULL")
+                forgotten += self._forget_rows("content IS NULL")
         self.full = too_large and not forgotten
         if forgotten:
             self._store.write("DELETE FROM questions WHERE message NOT IN (SELECT n FROM log)")
         return bool(forgotten)
 
-    def _forget(self, how: str, which: str, *values: object) -> int:
+    def _forget_rows(self, which: str, *values: object) -> int:
         """The oldest ones that nothing unfinished belongs to."""
-        return self._store.write(
-            f"{how} WHERE n IN (SELECT n FROM log WHERE {which}"
-            " AND n NOT IN (SELECT message FROM tasks)"
-            " AND n NOT IN (SELECT message FROM outbox WHERE message IS NOT NULL)"
-            " AND n NOT IN (SELECT message FROM questions WHERE due IS NOT NULL)"
-            f" ORDER BY n LIMIT {PRUNE_STEP})",
-            values,
-        )
+        unasked = "n NOT IN (SELECT message FROM questions WHERE due IS NOT NULL)"
+        rows = f"SELECT n FROM log WHERE {which} AND {FINISHED} AND {unasked} ORDER BY n LIMIT ?"
+        return self._store.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
 
 
+FINISHED = (  # nothing is still to be done with these rows
+    "n NOT IN (SELECT message FROM tasks)"
+    " AND n NOT IN (SELECT message FROM outbox WHERE message IS NOT NULL)"
+)
 LOG_FILTERS = {  # how --from and the others choose rows
     "ch": "ch = ?",
     "from": "sender = ?",
@@ -3478,17 +3497,24 @@ class Visitor:
                 self._in += data
                 if not data or len(self._in) > MAX_LINE:
                     return self.close()
-            *lines, rest = bytes(self._in).split(b"\n")
-            self._in = bytearray(rest)
-            for line in lines:
-                answer = self._door.answer(read_json_object(line) or {}, self)
-                if answer is not None:
-                    self._out += encode_json(answer) + b"\n"
         except BlockingIOError:
             pass
         except OSError:
             return self.close()
         self._flush()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Answer one request a turn, and none before it has read the last answer."""
+        line, complete, rest = self._in.partition(b"\n")
+        if not complete or self.busy or self not in self._door.visitors:
+            return
+        self._in = rest
+        answer = self._door.answer(read_json_object(bytes(line)) or {}, self)
+        if answer is not None:
+            self.say(answer)
+        if rest:
+            self._door.loop.post(self._serve)
 
     def say(self, document: Mapping[str, Any]) -> None:
         """Send it one more line."""
@@ -3627,7 +3653,7 @@ RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
 SEND_WINDOW = 20  # messages we send before the broker acknowledges one
 MAX_OUTBOX = 10_000  # messages that wait for the broker
 MAX_HANG_UPS = 5  # of the broker at one message, until it is given up
-PACKETS_A_TURN = 200  # so that a flood does not starve the timers
+READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
 CLIENT_ID_PREFIX = "hive-"
 WAYS_TO_PAHO = (
@@ -3710,7 +3736,35 @@ def load_paho() -> Any:
             del sys.modules[unused]
     if not hasattr(mqtt, "CallbackAPIVersion"):
         raise UsageError(f"paho-mqtt is older than 2; {WAYS_TO_PAHO}")
+    if absent:
+        lighten_paho()
     return mqtt
+
+
+def lighten_paho() -> None:
+    """Let paho not build its tables of properties anew for each message: a third of all time.
+
+    The modules that use them are not public; where they are others, nothing is changed.
+    """
+    from paho.mqtt.properties import Properties
+
+    begin: Any = Properties.__init__
+    read: Any = Properties.unpack
+    tables: dict[int, dict[str, Any]] = {}
+
+    class Light(Properties):
+        def __init__(self, packet_type: int) -> None:
+            if packet_type not in tables:
+                begin(self, packet_type)
+                tables[packet_type] = {**vars(self)}
+            vars(self).update(tables[packet_type])
+
+        def unpack(self, buffer: Any) -> Any:
+            return (self, 1) if buffer[0] == 0 else read(self, buffer)
+
+    for module in ("paho.mqtt._packet", "paho.mqtt.client"):
+        if hasattr(sys.modules.get(module), "Properties"):
+            vars(sys.modules[module])["Properties"] = Light
 
 
 def paho_errors() -> tuple[type[Exception], ...]:
@@ -3882,7 +3936,8 @@ class Connection:
         self._check()
 
     def _read(self) -> None:
-        for _ in range(PACKETS_A_TURN):
+        until = self._loop.clock() + READ_TURN
+        while self._loop.clock() < until:
             sock = self._client.socket()
             if sock is None or self.ended:
                 return
@@ -4570,7 +4625,9 @@ def are_filters(said: object) -> bool:
         isinstance(said, dict)
         and said.keys() <= LOG_FILTERS.keys()
         and all(
-            isinstance(value, str) or bounded_number(value, 0, MAX_TS) is not None
+            NAME.fullmatch(value) or ID.fullmatch(value)
+            if isinstance(value, str)
+            else bounded_number(value, 0, MAX_TS) is not None
             for value in said.values()
         )
     )
@@ -4579,6 +4636,7 @@ def are_filters(said: object) -> bool:
 def look_up(journal: Journal, request: Mapping[str, Any]) -> dict[str, Any]:
     """Answer a question about what is in the journal; {"error": ...} if it makes no sense."""
     id, filters = request.get("id"), request.get("filters", {})
+    after, last = (bounded_number(request.get(key, 0), 0, 2**53) for key in ("after", "last"))
     if request.get("do") in ("message", "exchange") and (
         not isinstance(id, str) or not ID.fullmatch(id)
     ):
@@ -4588,13 +4646,11 @@ def look_up(journal: Journal, request: Mapping[str, Any]) -> dict[str, Any]:
             row = journal.message(str(id))
             return row_document(row) if row else {"error": "not known here"}
         case "exchange":
-            return {"rows": documents_of(journal.exchange(str(id)))}
+            return {"rows": documents_of(journal.exchange(str(id), int(after or 0)))}
         case "pending":
             return pending_document(journal)
         case "log" if are_filters(filters):
-            after, last = (whole(request.get(key, 0), 0, sys.maxsize) for key in ("after", "last"))
-            rows = journal.rows(filters, after, last)
-            return {"rows": documents_of(rows)}
+            return {"rows": documents_of(journal.rows(filters, int(after or 0), int(last or 0)))}
     return {"error": f"no such request: {shown(request.get('do'))}"}
 
 
@@ -4634,10 +4690,7 @@ class Reception:
                 return self._situation()
             case "follow":
                 return self._follow(request, visitor)
-        try:
-            return look_up(self._journal, request)
-        except ValueError:
-            return {"error": "a number is no number"}
+        return look_up(self._journal, request)
 
     def _take_in(self, request: Mapping[str, Any], visitor: Visitor) -> dict[str, Any] | None:
         """A message to be sent; or one that the command is about to publish itself."""
@@ -4678,7 +4731,8 @@ class Reception:
         """Show what there is, and from now on whatever is new."""
         answer = look_up(self._journal, {**request, "do": "log"})
         if "rows" in answer:
-            last = answer["rows"][-1]["n"] if answer["rows"] else request.get("after", 0)
+            asked_for = bounded_number(request.get("after"), 0, 2**53)
+            last = answer["rows"][-1]["n"] if answer["rows"] else int(asked_for or 0)
             self._followers[visitor] = (request.get("filters", {}), last)
             visitor.leaving.append(lambda: self._followers.pop(visitor, None))
             self._when_safe(do_nothing)
@@ -4703,9 +4757,10 @@ class Reception:
         for visitor, (filters, last) in [*self._followers.items()]:
             if visitor.busy:
                 continue  # it does not read; what it has not seen stays in the journal
-            rows = documents_of(self._journal.rows(filters, after=last))
+            newest = self._journal.newest
+            rows = documents_of(self._journal.rows(filters, last)) if newest > last else []
+            self._followers[visitor] = (filters, rows[-1]["n"] if rows else newest)
             if rows:
-                self._followers[visitor] = (filters, rows[-1]["n"])
                 visitor.say({"rows": rows})
                 self._when_safe(do_nothing)  # look again: there may be more than one page
 
@@ -4720,8 +4775,6 @@ STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to
 GOODBYE = 2.0  # seconds for the last messages
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 TEND_EVERY = 30.0  # seconds between looks at the journal: too old, too large, no disk
-
-MAYBE_TOLD = "perhaps told before: the daemon died meanwhile"
 
 
 def build() -> str:
@@ -4961,11 +5014,12 @@ class Node:
         if isinstance(step, Drop):
             self._counts["dropped"] += 1
             self._complain("dropped", **facts, why=step.reason)
-        elif isinstance(step, Hear):
-            self.log.debug("received", **facts)
         else:
-            self.log.info("received", **facts, note=getattr(step, "reason", None))
-            self.log.debug("text", id=envelope.id, text=envelope.text)
+            idle = isinstance(step, Hear | Note)  # nothing is done; the journal has it
+            say = self.log.debug if idle else self.log.info
+            say("received", **facts, note=getattr(step, "reason", None))
+            if not isinstance(step, Hear):
+                self.log.debug("text", id=envelope.id, text=envelope.text)
 
     def _complain(self, event: str, **facts: object) -> None:
         """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
@@ -5028,7 +5082,7 @@ class Node:
                 self._run_again(task)
 
     def _tell_again(self, task: Task) -> None:
-        note = MAYBE_TOLD if task.began else task.note
+        note = PERHAPS_TOLD if task.began else task.note
         if task.agent in self._agents:
             self._wake(task.agent, task.envelope, task.urgent, note, task.until, task.n)
         else:
@@ -5288,9 +5342,13 @@ class Node:
         """It is being told: if we crash now, nobody knows whether it was."""
         self._journal.begin(waking.task for waking in group if waking.task)
 
-    def agent_failed(self, group: Sequence[Waking]) -> None:
-        """It was not told, for certain, and will be."""
-        self._journal.retract(waking.task for waking in group if waking.task)
+    def agent_failed(self, group: Sequence[Waking], perhaps: bool) -> None:
+        """It will be told again: now, or at the next start if there is a disk."""
+        if not perhaps:
+            self._journal.retract(waking.task for waking in group if waking.task)
+        if self._stopping and not self._journal.on_disk:
+            for waking in group:
+                self._refuse(waking.envelope, "the node is stopping")
         self._settle_soon()
 
     def agent_told(self, agent: str, waking: Waking, reply: str | None) -> None:
@@ -5827,7 +5885,7 @@ def open_journal(config: Config, log: Log) -> Journal:
 
 
 def read_log(
-    config: Config, request: Mapping[str, Any], write: Callable[[Sequence[Mapping[str, Any]]], None]
+    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
 ) -> None:
     """All rows that a request is about, page after page."""
     while rows := ask_journal(config, request)["rows"]:
@@ -5836,7 +5894,7 @@ def read_log(
 
 
 def follow_log(
-    config: Config, request: Mapping[str, Any], write: Callable[[Sequence[Mapping[str, Any]]], None]
+    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
 ) -> None:
     """The same, and what is new from then on, until the daemon ends."""
     visit = knock(config)
@@ -5848,7 +5906,7 @@ def follow_log(
             while True:
                 if said and "error" in said:
                     raise HiveError(str(said["error"]))
-                write((said or {}).get("rows", ()))
+                write((said or {}).get("rows", []))
                 said = visit.hear(None)
         except OSError as error:
             raise HiveError(f"the daemon of {config.node.id}: {reason_of(error)}") from None
@@ -7500,7 +7558,8 @@ def known_envelope(config: Config, id: str) -> Envelope:
 def show(args: argparse.Namespace) -> int:
     """Show one exchange whole: question, who got it, what was done, answers."""
     config = config_of(args)
-    rows = ask_journal(config, {"do": "exchange", "id": args.id})["rows"]
+    rows: list[dict[str, Any]] = []
+    read_log(config, {"do": "exchange", "id": args.id}, rows.extend)
     if not rows:
         raise HiveError(f"{args.id}: not known here; the last days are: hive-cli log")
     if args.as_json:

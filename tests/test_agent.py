@@ -488,7 +488,7 @@ class StandIn:
         self.heard.append(f"begins {ids_of(group)}")
         self.tasks += [waking.task for waking in group]
 
-    def agent_failed(self, group: Sequence[hive.Waking]) -> None:
+    def agent_failed(self, group: Sequence[hive.Waking], perhaps: bool) -> None:
         self.heard.append(f"failed {ids_of(group)}")
 
     def agent_told(self, agent: str, waking: hive.Waking, reply: str | None) -> None:

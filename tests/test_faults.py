@@ -6,6 +6,7 @@ Each test counts its messages; make faults prints the table of them.  See faults
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -140,8 +141,10 @@ def test_the_network_is_cut_without_a_reset(begin: Begin, broker: Broker, kind: 
             time.sleep(2.0)
             wire.mend(forget=kind == "and is forgotten")
         trial.settle()
-        if kind == "and is forgotten":
-            assert trial.beta.events("no broker, trying again"), "it noticed"
+        noticed = [
+            bool(node.events("no broker, trying again")) for node in (trial.alpha, trial.beta)
+        ]
+        assert noticed == [kind == "and is forgotten"] * 2
 
 
 @pytest.mark.parametrize("hours", [1, -1])
@@ -203,6 +206,16 @@ def test_the_disk_is_full_for_a_while(begin: Begin, disk: str) -> None:
             room.fill()
             for node in nodes:
                 node.logged("cannot write, going on in memory")
-            trial.reached(COUNT // 2)
+            eventually("both say so", lambda: statuses(trial) == {"degraded"})
+        trial.reached(COUNT)
         room.free()
+        for node in nodes:
+            node.logged("can write again")
         trial.settle()
+        eventually("both are well", lambda: statuses(trial) == {"online"})
+        trial.unchanged()
+
+
+def statuses(trial: Trial) -> set[str]:
+    rows = json.loads(trial.hive.cli("alpha", "status", "--json").stdout)
+    return {row["status"] for row in rows if row["name"] in trial.hive.nodes}
