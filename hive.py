@@ -4333,7 +4333,7 @@ class Guest:
                 if self._loop.clock() >= until:
                     self.resume()
                     break
-                found = frame(self._in, at, MAX_PACKET)
+                found = self._next(at)
                 if not found:
                     break
                 first, body = self._in[at], bytes(memoryview(self._in)[found[0] : found[1]])
@@ -4343,6 +4343,12 @@ class Guest:
             self._broker.complain("packet refused", self, str(error))
             self.fail(error.reason)
         self._heard(at, began)
+
+    def _next(self, at: int) -> tuple[int, int] | None:
+        """Where the next packet is, if all of it is there."""
+        if not self.session and at < len(self._in) and self._in[at] != Kind.CONNECT << 4:
+            raise Malformed(Reason.PROTOCOL_ERROR, "the first packet is not CONNECT")
+        return frame(self._in, at, MAX_PACKET)
 
     def _heard(self, at: int, now: float) -> None:
         """So many bytes of what came in are done with."""
@@ -4512,26 +4518,24 @@ class Guest:
     # Packets in.
 
     def _handle(self, first: int, body: bytes) -> None:
-        kind = Kind(first >> 4) if first >> 4 else None
+        session, kind = self.session, Kind(first >> 4) if first >> 4 else None
         if not kind or FIXED_FLAGS.get(kind, first & 15) != first & 15:
             raise Malformed(Reason.MALFORMED, "flags that no packet has")
-        if kind is Kind.PUBLISH and self.session:
-            self._on_publish(Publish.parse(first & 15, body, self.version), self.session)
-        elif kind is Kind.CONNECT and not self.session:
+        if not session:
             self._on_connect(body)
-        elif not self.session:
-            raise Malformed(Reason.PROTOCOL_ERROR, "the first packet is not CONNECT")
+        elif kind is Kind.PUBLISH:
+            self._on_publish(Publish.parse(first & 15, body, self.version), session)
         elif kind in ACKED:
-            self._on_ack(kind, *parse_ack(kind, body, self.version), self.session)
+            self._on_ack(kind, *parse_ack(kind, body, self.version), session)
         elif kind is Kind.SUBSCRIBE:
-            self._on_subscribe(*parse_subscribe(body, self.version), self.session)
+            self._on_subscribe(*parse_subscribe(body, self.version), session)
         elif kind is Kind.UNSUBSCRIBE:
-            self._on_unsubscribe(*parse_unsubscribe(body, self.version), self.session)
+            self._on_unsubscribe(*parse_unsubscribe(body, self.version), session)
         elif kind is Kind.PINGREQ:
             Reader(body).end()
             self.send(packet(Kind.PINGRESP))
         elif kind is Kind.DISCONNECT:
-            self._on_disconnect(*parse_disconnect(body, self.version), self.session)
+            self._on_disconnect(*parse_disconnect(body, self.version), session)
         else:
             raise Malformed(Reason.PROTOCOL_ERROR, f"{kind.name} is out of place")
 

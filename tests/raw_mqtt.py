@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -11,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import PATIENCE, Clock, eventually
+from conftest import PATIENCE, ROOT, Clock, eventually
 
 import hive
 from hive import Kind, Publish, Reader, Reason, encode_properties, packet, string, two, with_length
@@ -299,3 +302,64 @@ class Hosted:
             client.close()
         self.stop()
         assert "event=bug" not in self.log.getvalue(), self.log.getvalue()
+
+
+class OwnBroker:
+    """`hive.py broker` as a process of its own."""
+
+    def __init__(self, home: Path, *arguments: str, extra: str = "") -> None:
+        self.home, self.socket, self._arguments = home, home / "s" / "socket", arguments
+        home.mkdir(parents=True, exist_ok=True)
+        home.chmod(0o700)
+        self.config = home / "hive.toml"
+        self.config.write_text(
+            f"[broker]\nsocket = {str(self.socket)!r}\nstate_dir = 'state'\n{extra}"
+        )
+        self.process: subprocess.Popen[str] | None = None
+
+    def command(self) -> list[str]:
+        line = [sys.executable, f"{ROOT}/hive-cli", "broker", "--config", str(self.config)]
+        return [*line, *self._arguments]
+
+    def start(self) -> OwnBroker:
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command(), stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        assert line.startswith("broker listens on "), (line, self.log)
+        return self
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        assert self.process and self.process.stdout
+        self.process.send_signal(number)
+        code = self.process.wait(PATIENCE)
+        self.process.stdout.close()
+        self.process = None
+        return code
+
+    def client(self, version: int = 5) -> Raw:
+        return Raw(self.socket, version)
+
+    @property
+    def log(self) -> str:
+        file = self.home / "log"
+        return file.read_text() if file.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        assert self.process
+        return self.process.pid
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are resident (Linux only)."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) * 1024
+
+    def close(self) -> None:
+        if self.process:
+            self.stop(signal.SIGKILL)
+        assert "event=bug" not in self.log and "Traceback" not in self.log, self.log
