@@ -3724,6 +3724,13 @@ class Connect:
     password: bytes | None
     properties: Mapping[str, Any]
 
+    @property
+    def session_expiry(self) -> int:
+        """Seconds that its session outlives the connection."""
+        if self.version == 5:
+            return int(self.properties.get("session_expiry", 0))
+        return 0 if self.clean else NEVER
+
     @staticmethod
     def version_of(body: bytes) -> int:
         """Which MQTT it speaks; Malformed if it is none."""
@@ -4270,6 +4277,7 @@ class Guest:
         self._half: float | None = None  # since when a packet is half here
         self._farewell: float | None = None  # it has been told to go, and has until then
         self._watched = 0
+        self._full = False  # the socket takes no more for now
         self._timer: Timer | None = None
         sock.setblocking(False)
         self._watch()
@@ -4280,7 +4288,7 @@ class Guest:
         """Read unless it shall wait; write if there is something to write."""
         if self.closed:
             return
-        events = selectors.EVENT_WRITE if self._out else 0
+        events = selectors.EVENT_WRITE if self._full else 0
         if self._farewell is not None or not self._held():
             events |= selectors.EVENT_READ
         if events == self._watched:
@@ -4406,13 +4414,14 @@ class Guest:
 
     def flush(self) -> None:
         """Write what the socket takes."""
+        self._full = False
         try:
             while self._out:
                 if len(self._out) > 1 and self.out_size < READ_CHUNK:
                     self._out = deque([b"".join(self._out)])
                 self._written(self._sock.sendmsg(itertools.islice(self._out, 64)))
         except (BlockingIOError, InterruptedError):
-            pass
+            self._full = True
         except OSError:
             return self.close()
         if self._farewell is not None and not self._out:
@@ -4551,10 +4560,6 @@ class Guest:
             return self.refuse(objection)
         given = not said.client_id
         client_id = f"hive-{new_id()}" if given else said.client_id
-        if self.version == 5:
-            expiry = said.properties.get("session_expiry", 0)
-        else:
-            expiry = 0 if said.clean else NEVER
         self.window = min(WINDOW, said.properties.get("receive_maximum", WINDOW))
         self.max_packet = said.properties.get("maximum_packet_size", NEVER)
         self._keepalive = said.keepalive
@@ -4566,7 +4571,7 @@ class Guest:
             message.expires = None  # its life begins when it is published
             named = said.will.properties
             self.will = Will(message, named.get("will_delay", 0), named.get("message_expiry"))
-        session, present = self._broker.attach(self, client_id, said.clean, expiry)
+        session, present = self._broker.attach(self, client_id, said.clean, said.session_expiry)
         self.session = session
         self.send(connack(present, Reason.SUCCESS, answer, self.version))
         self._broker.take_up(session)
@@ -4594,7 +4599,7 @@ class Guest:
             return Reason.BAD_CLIENT_ID
         if said.will and not properly_formatted(said.will):
             return Reason.BAD_PAYLOAD
-        if self._broker.is_full_for(said.client_id):
+        if said.session_expiry and self._broker.is_full_for(said.client_id):
             return Reason.QUOTA
         return None
 
@@ -4957,6 +4962,7 @@ class Broker:
         return settings.password is not None and named and right
 
     def is_full_for(self, client_id: str) -> bool:
+        """Are there too many sessions to keep one more?  The others end with their connection."""
         return len(self.sessions) >= MAX_SESSIONS and client_id not in self.sessions
 
     def attach(
@@ -5142,9 +5148,9 @@ class Broker:
 
     def pump(self, session: Session) -> None:
         """Send what a session waits for, as far as its client takes it."""
-        guest, now = session.guest, self.clock()
-        while guest and guest.under_way < guest.window and guest.roomy:
-            if not (session.again or session.queue):
+        guest = session.guest
+        while guest and (session.again or session.queue):
+            if guest.under_way >= guest.window or not guest.roomy:
                 break
             again = bool(session.again)
             parcel = (session.again or session.queue).popleft()
@@ -5153,7 +5159,7 @@ class Broker:
             if not again:
                 parcel.id = session.new_id()
                 session.inflight[parcel.id] = parcel
-            if parcel.message.expired(now) and not again:
+            if not again and parcel.message.expired(self.clock()):
                 self.drop(session, parcel)
             elif not guest.publish(parcel, again):
                 self.complain("message dropped", guest, "larger than the client takes")

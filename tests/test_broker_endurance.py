@@ -345,8 +345,9 @@ def test_sessions_subscriptions_and_connections_are_bounded(
     client = hosted.connected("a", **KEPT)
     assert client.subscribe("1", "2", "3", "4", "1") == [2, 2, 2, Reason.QUOTA, 2]
     hosted.connected("b", **KEPT)
-    assert hosted.client().connect("c").reason == Reason.QUOTA
-    assert hosted.client(4).connect("c").reason == 3
+    assert hosted.client().connect("c", **KEPT).reason == Reason.QUOTA
+    assert hosted.client(4).connect("c", clean=False).reason == 3
+    assert hosted.client().connect("c").reason == 0
     assert hosted.client().connect("b", **KEPT).present
     monkeypatch.setattr(hive, "MAX_BRANCHES", 10)
     assert client.unsubscribe("1") == [0]
