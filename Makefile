@@ -1,8 +1,10 @@
-# make          what every change passes: lint, types, tests
+# make          what every change passes: lint, types, tests, 20 s of fuzzing
 # make test     the tests alone; sets up everything on a fresh machine
 # make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
 # make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed
+# make fuzz     mutated traffic against the embedded broker, for SECONDS=3600 (20 of it in check)
 # make bench    how long things take, beside their peers, in one run
+# make bench-broker   what the embedded broker does, beside Mosquitto
 # make install  hive and hive-cli into ~/.local/bin, a unit, ~/.config/hive; START=1 starts it.
 #               PREFIX=/usr/local, as root: for the whole machine.  DESTDIR=... for packages.
 #
@@ -22,7 +24,7 @@ TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15 ruff==0.17.6
 SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py
 SOURCES := hive.py tests $(SCRIPTS)
 
-check: lint types test  ## what every change passes
+check: lint types test fuzz-check  ## what every change passes
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check --quiet --line-length 100 --select E,F,I,B,UP,SIM,RUF --ignore RUF009 $(SOURCES)
@@ -60,6 +62,16 @@ dist: $(VENV)/ready  ## then: scp dist/hive node: && ssh node python3 hive daemo
 
 bench: $(VENV)/ready mosquitto
 	$(python) tests/bench.py
+
+bench-broker: $(VENV)/ready mosquitto
+	$(python) tests/bench_broker.py
+
+fuzz-check: $(VENV)/ready  ## twenty seconds with a fixed seed
+	$(python) tests/fuzz_broker.py --seconds 20 --seed 1
+
+SECONDS ?= 3600
+fuzz: $(VENV)/ready  ## another seed each time; SEED=... to choose it
+	$(python) tests/fuzz_broker.py --seconds $(SECONDS) --seed $(or $(SEED),$$(date +%s))
 
 venv: $(VENV)/ready  ## a virtual environment with paho-mqtt; then: . .venv/bin/activate
 
@@ -102,4 +114,5 @@ checkers:
 clean:  ## remove what make has made
 	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: check lint types test test-openclaw bench-openclaw install uninstall dist bench venv mosquitto checkers clean
+.PHONY: check lint types test test-openclaw bench-openclaw install uninstall dist bench bench-broker \
+  fuzz fuzz-check venv mosquitto checkers clean

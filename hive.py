@@ -26,6 +26,8 @@ tokens; only what needs judgment wakes an agent.
 #           Store      an SQLite file that may fail, and come back
 #           Journal    what came, what went, what is still owed
 #           Door       a socket where this node's command line speaks to its daemon
+#           Packets    MQTT on the wire: bytes to packets and back
+#           Broker     a small one of our own, for one user on one machine
 #           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
 #   node    Outbox     what the broker has yet to take
 #           Membership who is there, and who is missed
@@ -561,12 +563,29 @@ def count(value: object) -> int:
     return int(given)
 
 
+def many(value: object) -> int:
+    """a whole number from 1 to 1000000"""
+    given = number(value)
+    if not (1 <= given <= 1_000_000 and given == int(given)):
+        raise ValueError
+    return int(given)
+
+
 def port(value: object) -> int:
     """a port number from 1 to 65535"""
     given = number(value)
     if not (1 <= given <= 65535 and given == int(given)):
         raise ValueError
     return int(given)
+
+
+def listen_address(value: object) -> str:
+    """HOST:PORT, as in "127.0.0.1:1883\""""
+    host, _, number = text(value).rpartition(":")
+    if not host.strip("[]") or (":" in host) != (host[0] + host[-1] == "[]"):
+        raise ValueError
+    port(number)
+    return text(value)
 
 
 def keepalive(value: object) -> int:
@@ -728,6 +747,31 @@ class MqttConfig(Table):
 
 
 @dataclass(frozen=True, slots=True)
+class BrokerConfig(Table):
+    """The embedded broker: a socket that only you can open, and TCP on loopback if asked for."""
+
+    listen: str | None = key(
+        None, listen_address, "a loopback address for TCP as well", "127.0.0.1:1883"
+    )
+    anonymous: bool = key(False, boolean, "let anybody on this machine in over TCP")
+    username: str | None = key(None, text, "else who may come in over TCP", "hive")
+    password: str | None = key(None, secret, "better in password_file, or keep this file 0600", "…")
+    password_file: Path | None = key(
+        None, path, "a file with the password in its first line", "broker-password"
+    )
+    socket: Path | None = key(
+        None, path, "its socket, if not $XDG_RUNTIME_DIR/hive/broker", "broker"
+    )
+    state_dir: Path | None = key(
+        None, path, "what it keeps, if not in ~/.local/state/hive", "state"
+    )
+    queue_messages: int = key(10_000, many, "messages that may wait for one client")
+    queue_mib: int = key(64, count, "and MiB of them")
+    total_mib: int = key(256, count, "MiB of all messages that it keeps")
+    retained_mib: int = key(64, count, "and MiB of those that are retained")
+
+
+@dataclass(frozen=True, slots=True)
 class HeartbeatConfig(Table):
     """How this node shows that it is alive."""
 
@@ -826,6 +870,7 @@ class Config:
 
     node: NodeConfig
     mqtt: MqttConfig = MqttConfig()
+    broker: BrokerConfig = BrokerConfig()
     heartbeat: HeartbeatConfig = HeartbeatConfig()
     oc_instances: tuple[InstanceConfig, ...] = ()
     handlers: Mapping[str, HandlerConfig] = field(default_factory=dict)
@@ -864,6 +909,7 @@ T = TypeVar("T", bound=Table)
 SINGLE_TABLES: Mapping[str, type[Table]] = {
     "node": NodeConfig,
     "mqtt": MqttConfig,
+    "broker": BrokerConfig,
     "heartbeat": HeartbeatConfig,
     "journal": JournalConfig,
     "logging": LoggingConfig,
@@ -871,6 +917,7 @@ SINGLE_TABLES: Mapping[str, type[Table]] = {
 ALL_TABLES: Mapping[str, type[Table]] = {
     "node": NodeConfig,
     "mqtt": MqttConfig,
+    "broker": BrokerConfig,
     "heartbeat": HeartbeatConfig,
     "[oc_instances]": InstanceConfig,
     "handlers.NAME": HandlerConfig,
@@ -965,6 +1012,7 @@ def make_config(
         tables["node"] = replace(tables["node"], id=short_host_name())
         origin["node.id"] = "this machine's name"
     tables["mqtt"] = read_password(tables["mqtt"])
+    tables["broker"] = read_broker_password(tables["broker"])
     config = Config(
         **tables,
         oc_instances=read_instances(document.get("oc_instances", []), base),
@@ -1044,6 +1092,14 @@ def read_password(mqtt: MqttConfig) -> MqttConfig:
     )
 
 
+def read_broker_password(broker: BrokerConfig) -> BrokerConfig:
+    """Take it from its file, where it is in one; a name without one would let nobody in."""
+    password = read_secret("broker", "password", broker.password, broker.password_file)
+    if (password is None) != (broker.username is None):
+        raise ConfigError("broker.username and broker.password_file: one is of no use alone")
+    return replace(broker, password=password)
+
+
 def read_secret(where: str, key: str, said: str | None, file: Path | None) -> str | None:
     """A secret as it is said, or the first line of its file."""
     if not file:
@@ -1066,8 +1122,10 @@ def exposed_secrets(config: Config) -> Iterator[str]:
     """Warn of files that hold a secret and that others may read."""
     agents = config.oc_instances
     in_file = config.mqtt.password is not None and not config.mqtt.password_file
+    in_file |= config.broker.password is not None and not config.broker.password_file
     in_file |= any(one.token or (one.hook_token and not one.hook_token_file) for one in agents)
     files = [config.source if in_file else None, config.mqtt.password_file, config.mqtt.key_file]
+    files.append(config.broker.password_file)
     for file in [*files, *(one.hook_token_file for one in agents)]:
         with contextlib.suppress(OSError):
             if file and file.stat().st_mode & 0o077:
@@ -3033,6 +3091,36 @@ class Store:
         self._database.close()
 
 
+MAX_LOCK = 4 * KIB  # bytes that are left for the next one
+
+
+class Lock:
+    """A file that one process has at a time, as long as it lives; kill -9 frees it."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises BlockingIOError if another process has it, OSError if there is no such place."""
+        import fcntl
+
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = os.fdopen(descriptor, "r+", errors="replace")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise
+        self.before = self._file.read(MAX_LOCK).strip()  # what the last one wrote into it
+
+    def write(self, words: str) -> None:
+        """Leave word for the next one."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(words)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 # ---- Journal: what came, what went, what is still owed -----------------------------------
 #
 # What this node received, sent and did in the last days: rows that are written once.  Beside
@@ -3144,33 +3232,6 @@ class Question:
     recipient: str
     action: str | None
     content: str | None
-
-
-class Lock:
-    """A file that one process has at a time, as long as it lives; kill -9 frees it."""
-
-    def __init__(self, file: Path) -> None:
-        """Raises BlockingIOError if another process has it, OSError if there is no such place."""
-        import fcntl
-
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._file = os.fdopen(descriptor, "r+", errors="replace")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise
-        self.before = self._file.read(64).strip()  # what the last one wrote into it
-
-    def write(self, words: str) -> None:
-        """Leave word for the next one."""
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(words)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class Journal:
@@ -3636,6 +3697,1980 @@ class Knock:
 
     def close(self) -> None:
         self._sock.close()
+
+
+# ---- Packets: MQTT on the wire -----------------------------------------------------------
+#
+# Bytes to packets and back as a broker needs them, MQTT 5 and 3.1.1.  Whatever bytes arrive,
+# that ends in a packet or in Malformed, which has the reason code.  Knows no socket, no session.
+
+MAX_PACKET = MAX_PAYLOAD + 64 * KIB  # bytes: the largest envelope, its topic and properties
+MAX_LEVELS = 128  # of one topic or filter
+MAX_FILTERS = 10_000  # in one packet
+MAX_PROPERTIES = 64 * KIB  # bytes, of one packet
+MAX_CLIENT_ID = 1024  # bytes
+NEVER = 0xFFFF_FFFF  # MQTT 5, 3.1.2.11.2: a session that does not expire
+
+
+class Kind(IntEnum):
+    """The first four bits of a packet."""
+
+    CONNECT = 1
+    CONNACK = 2
+    PUBLISH = 3
+    PUBACK = 4
+    PUBREC = 5
+    PUBREL = 6
+    PUBCOMP = 7
+    SUBSCRIBE = 8
+    SUBACK = 9
+    UNSUBSCRIBE = 10
+    UNSUBACK = 11
+    PINGREQ = 12
+    PINGRESP = 13
+    DISCONNECT = 14
+    AUTH = 15
+
+
+class Reason(IntEnum):
+    """Why, in MQTT 5, 2.4; only those that a broker like this one says or hears."""
+
+    SUCCESS = 0x00
+    NO_SUBSCRIBERS = 0x10
+    NO_SUBSCRIPTION = 0x11
+    REFUSED = 0x80
+    MALFORMED = 0x81
+    PROTOCOL_ERROR = 0x82
+    UNSUPPORTED_VERSION = 0x84
+    BAD_CLIENT_ID = 0x85
+    BAD_LOGIN = 0x86
+    SHUTTING_DOWN = 0x8B
+    BAD_AUTHENTICATION = 0x8C
+    KEEP_ALIVE = 0x8D
+    TAKEN_OVER = 0x8E
+    BAD_FILTER = 0x8F
+    BAD_TOPIC = 0x90
+    UNKNOWN_ID = 0x92
+    RECEIVE_MAXIMUM = 0x93
+    BAD_ALIAS = 0x94
+    TOO_LARGE = 0x95
+    QUOTA = 0x97
+    BAD_PAYLOAD = 0x99
+    NO_SHARED = 0x9E
+
+
+# What CONNACK says in MQTT 3.1.1, 3.2.2.3; all else is "server unavailable".
+OLD_REASONS = {
+    Reason.UNSUPPORTED_VERSION: 1,
+    Reason.BAD_CLIENT_ID: 2,
+    Reason.BAD_LOGIN: 4,
+    Reason.BAD_AUTHENTICATION: 5,
+}
+SERVER_UNAVAILABLE = 3
+
+FIXED_FLAGS: Mapping[Kind, int] = dict.fromkeys(set(Kind) - {Kind.PUBLISH}, 0) | {
+    Kind.PUBREL: 2,
+    Kind.SUBSCRIBE: 2,
+    Kind.UNSUBSCRIBE: 2,
+}
+
+
+class Malformed(Exception):
+    """These bytes are not what MQTT allows."""
+
+    def __init__(self, reason: Reason, why: str) -> None:
+        super().__init__(why)
+        self.reason = reason
+
+
+class Reader:
+    """Takes the body of a packet apart, never past its end."""
+
+    __slots__ = ("_at", "_data")
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self._at
+
+    def take(self, size: int) -> bytes:
+        end = self._at + size
+        if end > len(self._data):
+            raise Malformed(Reason.MALFORMED, "it ends too early")
+        taken, self._at = self._data[self._at : end], end
+        return taken
+
+    def byte(self) -> int:
+        return self.take(1)[0]
+
+    def flag(self) -> int:
+        value = self.byte()
+        if value > 1:
+            raise Malformed(Reason.PROTOCOL_ERROR, "a flag is neither 0 nor 1")
+        return value
+
+    def two(self) -> int:
+        return int.from_bytes(self.take(2), "big")
+
+    def positive(self) -> int:
+        value = self.two()
+        if not value:
+            raise Malformed(Reason.PROTOCOL_ERROR, "a number is 0")
+        return value
+
+    def four(self) -> int:
+        return int.from_bytes(self.take(4), "big")
+
+    def positive_four(self) -> int:
+        value = self.four()
+        if not value:
+            raise Malformed(Reason.PROTOCOL_ERROR, "a number is 0")
+        return value
+
+    def variable(self) -> int:
+        """A number of one to four bytes, no more than it needs (MQTT 5, 1.5.5)."""
+        value = 0
+        for shift in (0, 7, 14, 21):
+            byte = self.byte()
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                if shift and not byte:
+                    break
+                return value
+        raise Malformed(Reason.MALFORMED, "a number has too many bytes")
+
+    def positive_variable(self) -> int:
+        value = self.variable()
+        if not value:
+            raise Malformed(Reason.PROTOCOL_ERROR, "a number is 0")
+        return value
+
+    def binary(self) -> bytes:
+        return self.take(self.two())
+
+    def text(self) -> str:
+        try:
+            said = self.binary().decode()
+        except UnicodeDecodeError:
+            raise Malformed(Reason.MALFORMED, "a string is not UTF-8") from None
+        if "\0" in said:
+            raise Malformed(Reason.MALFORMED, "a string holds NUL")
+        return said
+
+    def pair(self) -> tuple[str, str]:
+        return self.text(), self.text()
+
+    def packet_id(self) -> int:
+        id = self.two()
+        if not id:
+            raise Malformed(Reason.MALFORMED, "its packet identifier is 0")
+        return id
+
+    def properties(self, packet: str) -> dict[str, Any]:
+        """The properties of a packet by name; those that may be repeated are lists."""
+        size = self.variable()
+        if not size:
+            return {}
+        if size > MAX_PROPERTIES:
+            raise Malformed(Reason.TOO_LARGE, f"properties of {size} bytes")
+        reader, found = Reader(self.take(size)), dict[str, Any]()
+        while reader.left:
+            known = PROPERTIES.get(reader.variable())
+            if not known or packet not in known.packets:
+                raise Malformed(Reason.PROTOCOL_ERROR, f"a property that {packet} has not")
+            value = WIRE[known.wire][0](reader)
+            if known.repeated:
+                found.setdefault(known.name, []).append(value)
+            elif known.name in found:
+                raise Malformed(Reason.PROTOCOL_ERROR, f"{known.name} is there twice")
+            else:
+                found[known.name] = value
+        return found
+
+    def end(self) -> None:
+        if self.left:
+            raise Malformed(Reason.MALFORMED, "there is more in it than belongs there")
+
+
+def variable(value: int) -> bytes:
+    """A number in one to four bytes."""
+    said = bytearray()
+    while value > 0x7F:
+        said.append(value & 0x7F | 0x80)
+        value >>= 7
+    said.append(value)
+    return bytes(said)
+
+
+def two(value: int) -> bytes:
+    return value.to_bytes(2, "big")
+
+
+def four(value: int) -> bytes:
+    return value.to_bytes(4, "big")
+
+
+def binary(value: bytes) -> bytes:
+    return two(len(value)) + value
+
+
+def string(value: str) -> bytes:
+    return binary(value.encode())
+
+
+def single(value: int) -> bytes:
+    return bytes((value,))
+
+
+def pair(value: tuple[str, str]) -> bytes:
+    return string(value[0]) + string(value[1])
+
+
+WIRE: Mapping[str, tuple[Callable[[Reader], Any], Callable[[Any], bytes]]] = {
+    "byte": (Reader.byte, single),
+    "flag": (Reader.flag, single),
+    "two": (Reader.two, two),
+    "positive": (Reader.positive, two),
+    "four": (Reader.four, four),
+    "positive four": (Reader.positive_four, four),
+    "variable": (Reader.positive_variable, variable),
+    "text": (Reader.text, string),
+    "binary": (Reader.binary, binary),
+    "pair": (Reader.pair, pair),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Property:
+    """A property of MQTT 5: its id, its form on the wire, the packets that may have it."""
+
+    id: int
+    name: str
+    wire: str
+    packets: tuple[str, ...]
+    forwarded: bool = False  # with a message, unaltered, to whoever gets it
+    repeated: bool = False
+
+
+ACKS = ("PUBACK", "PUBREC", "PUBREL", "PUBCOMP")
+ANSWERS = ("CONNACK", *ACKS, "SUBACK", "UNSUBACK", "DISCONNECT", "AUTH")
+MESSAGES = ("PUBLISH", "WILL")
+ANY_PACKET = (*ANSWERS, *MESSAGES, "CONNECT", "SUBSCRIBE", "UNSUBSCRIBE")
+
+PROPERTIES = {
+    one.id: one
+    for one in (
+        Property(0x01, "payload_format", "flag", MESSAGES, forwarded=True),
+        Property(0x02, "message_expiry", "four", MESSAGES),
+        Property(0x03, "content_type", "text", MESSAGES, forwarded=True),
+        Property(0x08, "response_topic", "text", MESSAGES, forwarded=True),
+        Property(0x09, "correlation_data", "binary", MESSAGES, forwarded=True),
+        Property(0x0B, "subscription_id", "variable", ("PUBLISH", "SUBSCRIBE"), repeated=True),
+        Property(0x11, "session_expiry", "four", ("CONNECT", "CONNACK", "DISCONNECT")),
+        Property(0x12, "assigned_client_id", "text", ("CONNACK",)),
+        Property(0x13, "server_keep_alive", "two", ("CONNACK",)),
+        Property(0x15, "authentication_method", "text", ("CONNECT", "CONNACK", "AUTH")),
+        Property(0x16, "authentication_data", "binary", ("CONNECT", "CONNACK", "AUTH")),
+        Property(0x17, "request_problem_information", "flag", ("CONNECT",)),
+        Property(0x18, "will_delay", "four", ("WILL",)),
+        Property(0x19, "request_response_information", "flag", ("CONNECT",)),
+        Property(0x1A, "response_information", "text", ("CONNACK",)),
+        Property(0x1C, "server_reference", "text", ("CONNACK", "DISCONNECT")),
+        Property(0x1F, "reason_string", "text", ANSWERS),
+        Property(0x21, "receive_maximum", "positive", ("CONNECT", "CONNACK")),
+        Property(0x22, "topic_alias_maximum", "two", ("CONNECT", "CONNACK")),
+        Property(0x23, "topic_alias", "two", ("PUBLISH",)),
+        Property(0x24, "maximum_qos", "flag", ("CONNACK",)),
+        Property(0x25, "retain_available", "flag", ("CONNACK",)),
+        Property(0x26, "user", "pair", ANY_PACKET, forwarded=True, repeated=True),
+        Property(0x27, "maximum_packet_size", "positive four", ("CONNECT", "CONNACK")),
+        Property(0x28, "wildcards_available", "flag", ("CONNACK",)),
+        Property(0x29, "subscription_ids_available", "flag", ("CONNACK",)),
+        Property(0x2A, "shared_available", "flag", ("CONNACK",)),
+    )
+}
+FORWARDED = tuple(one.name for one in PROPERTIES.values() if one.forwarded)
+PROPERTIES_BY_NAME = {one.name: one for one in PROPERTIES.values()}
+
+
+def encode_properties(said: Mapping[str, Any]) -> bytes:
+    """Properties by name as they stand in a packet, without the length before them."""
+    parts = []
+    for name, value in said.items():
+        one = PROPERTIES_BY_NAME[name]
+        for each in value if one.repeated else (value,):
+            parts.append(single(one.id) + WIRE[one.wire][1](each))
+    return b"".join(parts)
+
+
+def with_length(properties: bytes) -> bytes:
+    return variable(len(properties)) + properties
+
+
+def packet(kind: Kind, body: bytes = b"", flags: int = 0) -> bytes:
+    """A whole packet."""
+    return single(kind << 4 | flags) + variable(len(body)) + body
+
+
+def frame(data: bytearray, at: int, limit: int) -> tuple[int, int] | None:
+    """Where the body of the packet at `at` begins and ends; None if it is not all there yet."""
+    size = 0
+    for place in range(at + 1, min(at + 5, len(data))):
+        byte = data[place]
+        size |= (byte & 0x7F) << 7 * (place - at - 1)
+        if byte < 0x80:
+            end = place + 1 + size
+            if end - at > limit:
+                raise Malformed(Reason.TOO_LARGE, f"a packet of {size} bytes")
+            return (place + 1, end) if end <= len(data) else None
+    if len(data) > at + 4:
+        raise Malformed(Reason.MALFORMED, "its length has more than four bytes")
+    return None
+
+
+def check_topic(topic: str, reason: Reason = Reason.BAD_TOPIC) -> str:
+    """A topic to publish to, or Malformed."""
+    if not topic or "+" in topic or "#" in topic or topic.count("/") >= MAX_LEVELS:
+        raise Malformed(reason, f"{shown(topic)} is no topic to publish to")
+    return topic
+
+
+def check_filter(filter: str) -> str:
+    """A filter to subscribe to, or Malformed."""
+    levels = filter.split("/")
+    wild = any(("+" in level or "#" in level) and level not in ("+", "#") for level in levels)
+    if not filter or wild or "#" in levels[:-1] or len(levels) > MAX_LEVELS:
+        raise Malformed(Reason.BAD_FILTER, f"{shown(filter)} is no topic filter")
+    return filter
+
+
+def matches(filter: str, topic: str) -> bool:
+    """Is a topic among those that a filter means?  (MQTT 5, 4.7)"""
+    levels, wanted = topic.split("/"), filter.split("/")
+    if topic.startswith("$") and wanted[0] in ("+", "#"):
+        return False
+    if wanted[-1] == "#":
+        wanted.pop()
+        levels = levels[: len(wanted)]
+    return len(levels) == len(wanted) and all(
+        want in ("+", level) for want, level in zip(wanted, levels, strict=True)
+    )
+
+
+@dataclass(slots=True)
+class Publish:
+    """A message on its way, to the broker or from it."""
+
+    topic: str  # empty where an alias stands for it
+    payload: bytes
+    qos: int = 0
+    retain: bool = False
+    id: int = 0
+    properties: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, flags: int, body: bytes, version: int) -> Self:
+        qos = flags >> 1 & 3
+        if qos == 3 or (flags & 8 and not qos):
+            raise Malformed(Reason.MALFORMED, "flags that no PUBLISH has")
+        reader = Reader(body)
+        topic = reader.text()
+        id = reader.packet_id() if qos else 0
+        properties = reader.properties("PUBLISH") if version == 5 else {}
+        if "subscription_id" in properties:
+            raise Malformed(Reason.PROTOCOL_ERROR, "only a broker names subscriptions")
+        if topic or "topic_alias" not in properties:
+            check_topic(topic)
+        if "response_topic" in properties:
+            check_topic(properties["response_topic"], Reason.PROTOCOL_ERROR)
+        return cls(topic, reader.take(reader.left), qos, bool(flags & 1), id, properties)
+
+
+def publish_head(topic: bytes, flags: int, id: int, properties: bytes | None, size: int) -> bytes:
+    """All of a PUBLISH before its payload of `size` bytes; MQTT 3.1.1 has no properties."""
+    middle = two(len(topic)) + topic + (two(id) if flags & 6 else b"")
+    if properties is not None:
+        middle += with_length(properties)
+    return single(Kind.PUBLISH << 4 | flags) + variable(len(middle) + size) + middle
+
+
+def properly_formatted(message: Publish) -> bool:
+    """Is the payload what its payload format indicator says?"""
+    if message.properties.get("payload_format"):
+        try:
+            message.payload.decode()
+        except UnicodeDecodeError:
+            return False
+    return True
+
+
+@dataclass(slots=True)
+class Connect:
+    """The first packet of a connection."""
+
+    version: int
+    clean: bool
+    keepalive: int  # seconds; 0: none
+    client_id: str
+    will: Publish | None
+    username: str | None
+    password: bytes | None
+    properties: Mapping[str, Any]
+
+    @property
+    def session_expiry(self) -> int:
+        """Seconds that its session outlives the connection."""
+        if self.version == 5:
+            return int(self.properties.get("session_expiry", 0))
+        return 0 if self.clean else NEVER
+
+    @staticmethod
+    def version_of(body: bytes) -> int:
+        """Which MQTT it speaks; Malformed if it is none."""
+        reader = Reader(body)
+        if reader.text() != "MQTT":
+            raise Malformed(Reason.UNSUPPORTED_VERSION, "the protocol's name is not MQTT")
+        return reader.byte()
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        reader = Reader(body)
+        reader.text()
+        version, flags, keepalive = reader.byte(), reader.byte(), reader.two()
+        v5, has_will = version == 5, bool(flags & 4)
+        if flags & 1 or flags & 0x18 == 0x18 or (flags & 0x38 and not has_will):
+            raise Malformed(Reason.MALFORMED, "flags that no CONNECT has")
+        if not v5 and flags & 0xC0 == 0x40:
+            raise Malformed(Reason.MALFORMED, "a password without a user name")
+        properties = reader.properties("CONNECT") if v5 else {}
+        if "authentication_data" in properties and "authentication_method" not in properties:
+            raise Malformed(Reason.PROTOCOL_ERROR, "authentication data without a method")
+        client_id = reader.text()
+        will = cls._will(reader, flags, v5) if has_will else None
+        username = reader.text() if flags & 0x80 else None
+        password = reader.binary() if flags & 0x40 else None
+        reader.end()
+        clean = bool(flags & 2)
+        return cls(version, clean, keepalive, client_id, will, username, password, properties)
+
+    @staticmethod
+    def _will(reader: Reader, flags: int, v5: bool) -> Publish:
+        properties = reader.properties("WILL") if v5 else {}
+        topic = check_topic(reader.text())
+        qos, retain = flags >> 3 & 3, bool(flags & 0x20)
+        return Publish(topic, reader.binary(), qos, retain, properties=properties)
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """One filter of a session, and how it wants what matches."""
+
+    filter: str
+    options: int
+    identifier: int = 0
+
+    @property
+    def qos(self) -> int:
+        return self.options & 3
+
+    @property
+    def no_local(self) -> bool:
+        return bool(self.options & 4)
+
+    @property
+    def as_published(self) -> bool:
+        return bool(self.options & 8)
+
+    @property
+    def retain_handling(self) -> int:
+        return self.options >> 4
+
+    @property
+    def shared(self) -> bool:
+        return self.filter.startswith("$share/")
+
+
+def parse_subscribe(body: bytes, version: int) -> tuple[int, list[Subscription]]:
+    """The packet id and the subscriptions that a SUBSCRIBE asks for."""
+    reader = Reader(body)
+    id = reader.packet_id()
+    named = reader.properties("SUBSCRIBE").get("subscription_id", [0]) if version == 5 else [0]
+    if len(named) > 1:
+        raise Malformed(Reason.PROTOCOL_ERROR, "two subscription identifiers")
+    wanted = list[Subscription]()
+    while reader.left:
+        if len(wanted) == MAX_FILTERS:
+            raise Malformed(Reason.QUOTA, f"more than {MAX_FILTERS} filters at once")
+        filter, options = check_filter(reader.text()), reader.byte()
+        if options & 3 == 3 or options & (0xC0 if version == 5 else 0xFC):
+            raise Malformed(Reason.MALFORMED, "options that no subscription has")
+        if options & 0x30 == 0x30:
+            raise Malformed(Reason.PROTOCOL_ERROR, "retain handling 3")
+        wanted.append(Subscription(filter, options, named[0]))
+    if not wanted:
+        raise Malformed(Reason.PROTOCOL_ERROR, "SUBSCRIBE to nothing")
+    return id, wanted
+
+
+def parse_unsubscribe(body: bytes, version: int) -> tuple[int, list[str]]:
+    """The packet id and the filters that an UNSUBSCRIBE names."""
+    reader = Reader(body)
+    id = reader.packet_id()
+    if version == 5:
+        reader.properties("UNSUBSCRIBE")
+    filters = list[str]()
+    while reader.left:
+        if len(filters) == MAX_FILTERS:
+            raise Malformed(Reason.QUOTA, f"more than {MAX_FILTERS} filters at once")
+        filters.append(check_filter(reader.text()))
+    if not filters:
+        raise Malformed(Reason.PROTOCOL_ERROR, "UNSUBSCRIBE from nothing")
+    return id, filters
+
+
+def parse_ack(kind: Kind, body: bytes, version: int) -> tuple[int, int]:
+    """The packet id and the reason code of a PUBACK, PUBREC, PUBREL or PUBCOMP."""
+    reader = Reader(body)
+    id = reader.packet_id()
+    reason = reader.byte() if version == 5 and reader.left else 0
+    if version == 5 and reader.left:
+        reader.properties(kind.name)
+    reader.end()
+    return id, reason
+
+
+def parse_disconnect(body: bytes, version: int) -> tuple[int, Mapping[str, Any]]:
+    """The reason code and the properties of a DISCONNECT."""
+    reader = Reader(body)
+    reason = reader.byte() if version == 5 and reader.left else 0
+    properties = reader.properties("DISCONNECT") if version == 5 and reader.left else {}
+    reader.end()
+    return reason, properties
+
+
+def ack(kind: Kind, id: int, reason: int, version: int) -> bytes:
+    """A PUBACK, PUBREC, PUBREL or PUBCOMP."""
+    said = single(reason) if reason and version == 5 else b""
+    return packet(kind, two(id) + said, FIXED_FLAGS[kind])
+
+
+def suback(kind: Kind, id: int, reasons: bytes, version: int) -> bytes:
+    """A SUBACK or UNSUBACK; in MQTT 3.1.1 a failure is 0x80, and UNSUBACK has no codes."""
+    if version == 5:
+        return packet(kind, two(id) + b"\0" + reasons)
+    old = bytes(min(reason, Reason.REFUSED) for reason in reasons)
+    return packet(kind, two(id) + (old if kind is Kind.SUBACK else b""))
+
+
+def connack(present: bool, reason: int, properties: Mapping[str, Any], version: int) -> bytes:
+    if version == 5:
+        said = single(reason) + with_length(encode_properties(properties))
+    else:
+        said = single(OLD_REASONS.get(Reason(reason), SERVER_UNAVAILABLE) if reason else 0)
+    return packet(Kind.CONNACK, single(present) + said)
+
+
+# ---- Broker: a small one of our own ------------------------------------------------------
+#
+# For one user on one machine: a unix socket that only they can open, and TCP on loopback where
+# that is asked for.  Nothing leaves before what it promises is on disk: what a turn of the loop
+# brings goes into one transaction, and then to the sockets.  Each client has its slice of a turn
+# and its bounds; one that does not read is not waited for.  Knows no envelope and no node.
+
+CONNECT_DEADLINE = 10.0  # seconds until a connection must have said CONNECT
+STALLED = 60.0  # seconds for the rest of a packet, or for a socket to take something
+FAREWELL = 1.0  # seconds that a client has to read why it was ended
+BROKER_TICK = 0.5  # seconds between looks at deadlines
+MAX_KEEPALIVE = 60  # seconds; MQTT 5 lets a broker set it
+WILL_GRACE = 60.0  # seconds after a start: whoever was connected before it may come back
+DISK_AGAIN = 30.0  # seconds between attempts to go back to the disk
+
+READ_CHUNK = 64 * KIB  # bytes of one client in a turn
+SLICE = 0.002  # seconds of a turn for the packets of one client
+MAX_CLIENTS = 1000
+MAX_SESSIONS = 5000
+MAX_SUBSCRIPTIONS = 10_000  # of one session
+MAX_BRANCHES = 200_000  # levels of filters with wildcards, of all sessions: some 60 MB
+MAX_RETAINED = 10_000
+WINDOW = 1000  # messages under way to one client, at most
+QOS_2_WINDOW = 100  # messages of QoS 2 under way from one client
+MAX_ALIASES = 16  # topic aliases of one client
+MAX_OUT = 1024 * KIB  # bytes that wait for one socket; beyond it QoS 0 is dropped, the rest queued
+MAX_BUFFERED = 128 * KIB * KIB  # bytes half read or not yet written, of all clients
+CROWD = (1000, 4 * KIB * KIB)  # messages and bytes waiting for a client: whoever sends more waits
+CROWD_PATIENCE = 1.0  # seconds that senders wait for it; then it is left behind
+
+BROKER_TABLES = (
+    "CREATE TABLE IF NOT EXISTS sessions"
+    " (n INTEGER PRIMARY KEY, client TEXT UNIQUE, expiry INTEGER, ends REAL)",
+    "CREATE TABLE IF NOT EXISTS subscriptions (session INTEGER, filter TEXT, options INTEGER,"
+    " identifier INTEGER, PRIMARY KEY (session, filter)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS messages (n INTEGER PRIMARY KEY, topic TEXT, payload BLOB,"
+    " qos INTEGER, retain INTEGER, properties BLOB, publisher TEXT, expires REAL)",
+    "CREATE TABLE IF NOT EXISTS parcels (session INTEGER, n INTEGER, message INTEGER, qos INTEGER,"
+    " retain INTEGER, identifiers TEXT, id INTEGER, received INTEGER,"
+    " PRIMARY KEY (session, n)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS incoming"
+    " (session INTEGER, id INTEGER, PRIMARY KEY (session, id)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS retained (topic TEXT PRIMARY KEY, message INTEGER) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS wills (client TEXT PRIMARY KEY, message INTEGER, delay INTEGER,"
+    " life INTEGER, due REAL) WITHOUT ROWID",
+)
+
+
+@dataclass(slots=True, eq=False)
+class Message:
+    """What was published; all who shall have it share it."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+    properties: bytes  # to be handed on unaltered
+    publisher: str
+    expires: float | None  # wall clock
+    n: int = 0  # its row in the file; 0: it has none
+    holders: int = 0  # queues, retained topics and wills that need it
+
+    @classmethod
+    def of(cls, said: Publish, publisher: str, now: float) -> Self:
+        forwarded = {name: said.properties[name] for name in FORWARDED if name in said.properties}
+        life = said.properties.get("message_expiry")
+        return cls(
+            said.topic,
+            said.payload,
+            said.qos,
+            said.retain,
+            encode_properties(forwarded) if forwarded else b"",
+            publisher,
+            None if life is None else now + life,
+        )
+
+    @property
+    def size(self) -> int:
+        return len(self.topic) + len(self.payload) + len(self.properties) + 200
+
+    def expired(self, now: float) -> bool:
+        return self.expires is not None and now >= self.expires
+
+
+@dataclass(slots=True, eq=False)
+class Parcel:
+    """A message for one session."""
+
+    message: Message
+    qos: int
+    retain: bool
+    identifiers: tuple[int, ...]  # of the subscriptions that it matched
+    n: int = 0  # its row in the file; 0: it has none
+    id: int = 0  # its packet identifier, once it was sent
+    received: bool = False  # PUBREC has come; what is left to send is PUBREL
+
+
+@dataclass(slots=True, eq=False)
+class Will:
+    """What is said of a client that goes without goodbye."""
+
+    message: Message
+    delay: int  # seconds
+    life: int | None  # seconds from its publication
+    due: float | None = None  # wall clock; None while it is connected
+
+
+class Branch(dict[str, "Branch"]):
+    """A level of the filters that have wildcards: the levels below it, and who ends here."""
+
+    __slots__ = ("takers",)
+
+    def __init__(self) -> None:
+        self.takers: dict[Session, Subscription] = {}
+
+
+class Filters:
+    """Who has subscribed to what: plain filters in a dict, those with wildcards in a tree."""
+
+    def __init__(self) -> None:
+        self._plain: dict[str, dict[Session, Subscription]] = {}
+        self._root = Branch()
+        self.branches = 0
+
+    def add(self, session: Session, subscription: Subscription) -> None:
+        filter = subscription.filter
+        if "+" not in filter and "#" not in filter:
+            self._plain.setdefault(filter, {})[session] = subscription
+            return
+        branch = self._root
+        for level in filter.split("/"):
+            if level not in branch:
+                branch[level] = Branch()
+                self.branches += 1
+            branch = branch[level]
+        branch.takers[session] = subscription
+
+    def remove(self, session: Session, filter: str) -> None:
+        if "+" not in filter and "#" not in filter:
+            takers = self._plain[filter]
+            del takers[session]
+            if not takers:
+                del self._plain[filter]
+            return
+        way = [self._root]
+        levels = filter.split("/")
+        for level in levels:
+            way.append(way[-1][level])
+        del way[-1].takers[session]
+        for level in reversed(levels):
+            if way[-1] or way[-1].takers:
+                break
+            way.pop()
+            del way[-1][level]
+            self.branches -= 1
+
+    def matching(self, topic: str) -> Iterator[tuple[Session, Subscription]]:
+        """Each subscription that means this topic (MQTT 5, 4.7)."""
+        yield from self._plain.get(topic, {}).items()
+        branches = [self._root]
+        hidden = topic.startswith("$")
+        for level in topic.split("/"):
+            below = []
+            for branch in branches:
+                if level in branch:
+                    below.append(branch[level])
+                if not hidden:
+                    if "+" in branch:
+                        below.append(branch["+"])
+                    if "#" in branch:
+                        yield from branch["#"].takers.items()
+            branches, hidden = below, False
+            if not branches:
+                return
+        for branch in branches:
+            yield from branch.takers.items()
+            if "#" in branch:
+                yield from branch["#"].takers.items()
+
+
+class Session:
+    """What is kept for a client, whether it is connected or not."""
+
+    def __init__(self, client_id: str, expiry: int, bounds: tuple[int, int]) -> None:
+        self.client_id, self.expiry = client_id, expiry
+        self.n = 0  # its row in the file; 0: it has none
+        self.guest: Guest | None = None
+        self.ends: float | None = None  # wall clock; None while it is connected, or for ever
+        self.subscriptions: dict[str, Subscription] = {}
+        self.queue: deque[Parcel] = deque()  # not sent yet
+        self.again: deque[Parcel] = deque()  # sent over an earlier connection
+        self.inflight: dict[int, Parcel] = {}  # by packet identifier; those in `again` too
+        self.incoming: set[int] = set()  # packet identifiers of QoS 2, until PUBREL
+        self.size = 0  # bytes in queue and inflight
+        self._bounds = bounds
+        self._last_id = 0
+        self._crowded_since: float | None = None
+        self.waiting: set[Guest] = set()  # clients who send to it, and wait until it has read
+
+    def room_for(self, message: Message) -> bool:
+        messages, size = self._bounds
+        waiting = len(self.queue) + len(self.inflight)
+        return waiting < messages and (not waiting or self.size + message.size <= size)
+
+    def new_id(self) -> int:
+        while True:
+            self._last_id = self._last_id % 0xFFFF + 1
+            if self._last_id not in self.inflight:
+                return self._last_id
+
+    def crowded(self, now: float) -> bool:
+        """Is more waiting for it than is good, and has it not been so for long?"""
+        messages, size = CROWD
+        out = self.guest.out_size if self.guest else 0
+        load = max(len(self.queue) / messages, self.size / size, out / (MAX_OUT / 2))
+        if load > 1:
+            if self._crowded_since is None:
+                self._crowded_since = now
+        elif load < 0.5:
+            self._crowded_since = None
+        since = self._crowded_since
+        return self.guest is not None and since is not None and now - since < CROWD_PATIENCE
+
+
+class Ledger:
+    """The broker's file: sessions and what they wait for, retained messages, wills.
+
+    What has no row, because it need not outlive the process, is passed over.
+    """
+
+    def __init__(self, file: Path, log: Log) -> None:
+        risk = "a restart loses sessions and retained messages"
+        self.store = Store(file, BROKER_TABLES, log, risk)
+        self._rows = itertools.count(1)
+
+    def session(self, session: Session) -> None:
+        if not session.n:
+            session.n = next(self._rows)
+        self.store.write(
+            "REPLACE INTO sessions VALUES (?, ?, ?, ?)",
+            (session.n, session.client_id, session.expiry, session.ends),
+        )
+
+    def end(self, session: Session) -> None:
+        for table in ("parcels", "subscriptions", "incoming") if session.n else ():
+            self.store.write(f"DELETE FROM {table} WHERE session = ?", (session.n,))
+        self.store.write("DELETE FROM sessions WHERE n = ?", (session.n,))
+
+    def subscribed(self, session: Session, said: Subscription) -> None:
+        if session.n:
+            self.store.write(
+                "REPLACE INTO subscriptions VALUES (?, ?, ?, ?)",
+                (session.n, said.filter, said.options, said.identifier),
+            )
+
+    def unsubscribed(self, session: Session, filter: str) -> None:
+        if session.n:
+            self.store.write(
+                "DELETE FROM subscriptions WHERE session = ? AND filter = ?", (session.n, filter)
+            )
+
+    def _message(self, message: Message) -> int:
+        """Its row; it is written once, whoever needs it."""
+        if not message.n:
+            message.n = next(self._rows)
+            self.store.write(
+                "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    message.n,
+                    message.topic,
+                    message.payload,
+                    message.qos,
+                    message.retain,
+                    message.properties,
+                    message.publisher,
+                    message.expires,
+                ),
+            )
+        return message.n
+
+    def forget(self, message: Message) -> None:
+        if message.n:
+            self.store.write("DELETE FROM messages WHERE n = ?", (message.n,))
+            message.n = 0
+
+    def queued(self, session: Session, parcel: Parcel) -> None:
+        if session.n:
+            parcel.n = next(self._rows)
+            identifiers = ",".join(map(str, parcel.identifiers))
+            self.store.write(
+                "INSERT INTO parcels VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    session.n,
+                    parcel.n,
+                    self._message(parcel.message),
+                    parcel.qos,
+                    parcel.retain,
+                    identifiers,
+                    parcel.id,
+                    parcel.received,
+                ),
+            )
+
+    def moved(self, session: Session, parcel: Parcel) -> None:
+        """It was sent, or PUBREC has come."""
+        if parcel.n:
+            self.store.write(
+                "UPDATE parcels SET id = ?, received = ? WHERE session = ? AND n = ?",
+                (parcel.id, parcel.received, session.n, parcel.n),
+            )
+
+    def done(self, session: Session, parcel: Parcel) -> None:
+        if parcel.n:
+            self.store.write(
+                "DELETE FROM parcels WHERE session = ? AND n = ?", (session.n, parcel.n)
+            )
+
+    def incoming(self, session: Session, id: int) -> None:
+        if session.n:
+            self.store.write("INSERT OR IGNORE INTO incoming VALUES (?, ?)", (session.n, id))
+
+    def released(self, session: Session, id: int) -> None:
+        if session.n:
+            self.store.write("DELETE FROM incoming WHERE session = ? AND id = ?", (session.n, id))
+
+    def retained(self, topic: str, message: Message | None) -> None:
+        if message:
+            self.store.write("REPLACE INTO retained VALUES (?, ?)", (topic, self._message(message)))
+        else:
+            self.store.write("DELETE FROM retained WHERE topic = ?", (topic,))
+
+    def will(self, client_id: str, will: Will | None) -> None:
+        if will:
+            self.store.write(
+                "REPLACE INTO wills VALUES (?, ?, ?, ?, ?)",
+                (client_id, self._message(will.message), will.delay, will.life, will.due),
+            )
+        else:
+            self.store.write("DELETE FROM wills WHERE client = ?", (client_id,))
+
+    def messages(self) -> dict[int, Message]:
+        """All messages by row.  Call it first when loading."""
+        used = self.store.read(
+            "SELECT max(n) FROM (SELECT max(n) AS n FROM sessions UNION ALL"
+            " SELECT max(n) FROM messages UNION ALL SELECT max(n) FROM parcels)"
+        )
+        self._rows = itertools.count((used[0][0] or 0) + 1)
+        rows = self.store.read(
+            "SELECT topic, payload, qos, retain, properties, publisher, expires, n FROM messages"
+        )
+        return {
+            n: Message(topic, payload, qos, bool(retain), properties, publisher, expires, n)
+            for topic, payload, qos, retain, properties, publisher, expires, n in rows
+        }
+
+    def fill(self, session: Session, messages: Mapping[int, Message]) -> None:
+        """Give a session what its rows say."""
+        for said in self.store.read(
+            "SELECT filter, options, identifier FROM subscriptions WHERE session = ?", (session.n,)
+        ):
+            session.subscriptions[said[0]] = Subscription(*said)
+        for (id,) in self.store.read("SELECT id FROM incoming WHERE session = ?", (session.n,)):
+            session.incoming.add(id)
+        for message, qos, retain, identifiers, n, id, received in self.store.read(
+            "SELECT message, qos, retain, identifiers, n, id, received FROM parcels"
+            " WHERE session = ? ORDER BY n",
+            (session.n,),
+        ):
+            if message in messages:
+                named = tuple(int(one) for one in identifiers.split(",") if one)
+                parcel = Parcel(messages[message], qos, bool(retain), named, n, id, bool(received))
+                if id:
+                    session.inflight[id] = parcel
+                else:
+                    session.queue.append(parcel)
+
+
+class Guest:
+    """A connection that has come in, until it goes."""
+
+    def __init__(self, broker: Broker, sock: socket.socket, trusted: bool) -> None:
+        self.session: Session | None = None
+        self.version = 0  # not known yet: it would not understand an answer
+        self.window, self.max_packet = WINDOW, NEVER
+        self.under_way = 0  # messages sent on this connection and not acknowledged
+        self.out_size = 0  # bytes that wait for the socket
+        self.closed = False
+        self.waits_for: Session | None = None
+        self.will: Will | None = None
+        self._broker, self._loop, self._sock = broker, broker.loop, sock
+        self._trusted = trusted  # needs no password
+        self._keepalive = 0
+        self._aliases: dict[int, str] = {}
+        self._in, self._out = bytearray(), deque[bytes | memoryview]()
+        self._retained: deque[Iterator[tuple[Message, Subscription] | None]] = deque()
+        self._due = self._loop.clock() + CONNECT_DEADLINE  # when it must have been heard
+        self._wrote = self._loop.clock()  # when the socket last took something
+        self._half: float | None = None  # since when a packet is half here
+        self._farewell: float | None = None  # it has been told to go, and has until then
+        self._watched = 0
+        self._full = False  # the socket takes no more for now
+        self._timer: Timer | None = None
+        sock.setblocking(False)
+        self._watch()
+
+    # Bytes in.
+
+    def _watch(self) -> None:
+        """Read unless it shall wait; write if there is something to write."""
+        if self.closed:
+            return
+        events = selectors.EVENT_WRITE if self._full else 0
+        if self._farewell is not None or not self._held():
+            events |= selectors.EVENT_READ
+        if events == self._watched:
+            return
+        self._watched = events
+        if events:
+            self._loop.watch(self._sock, events, self._ready)
+        else:
+            self._loop.forget(self._sock)
+
+    def _held(self) -> bool:
+        """Shall it not be heard for now: others must read first, or it must itself?"""
+        waiting_to_read = self.out_size > MAX_OUT / 2 or self._telling()
+        return self.closed or waiting_to_read or self.waits_for is not None
+
+    def _telling(self) -> bool:
+        """Are retained messages on their way to it, and not held up by its own acknowledgements?"""
+        return bool(self._retained) and not (self.session and self.session.queue)
+
+    def _ready(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self.flush()
+        if events & selectors.EVENT_READ and not self.closed:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            data = self._sock.recv(READ_CHUNK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif self._farewell is None:
+            self._in += data
+            self._broker.buffered += len(data)
+            self._work()
+
+    def _work(self) -> None:
+        """Handle what has come in, for a slice of this turn."""
+        self._timer = None
+        if self.closed or self._farewell is not None:
+            return
+        began, at = self._loop.clock(), 0
+        until = began + SLICE
+        try:
+            self._tell(until)
+            while self._farewell is None and not self._held():
+                if self._loop.clock() >= until:
+                    self.resume()
+                    break
+                found = self._next(at)
+                if not found:
+                    break
+                first, body = self._in[at], bytes(memoryview(self._in)[found[0] : found[1]])
+                at = found[1]
+                self._handle(first, body)
+        except Malformed as error:
+            self._broker.complain("packet refused", self, str(error))
+            self.fail(error.reason)
+        self._heard(at, began)
+
+    def _next(self, at: int) -> tuple[int, int] | None:
+        """Where the next packet is, if all of it is there."""
+        if not self.session and at < len(self._in) and self._in[at] != Kind.CONNECT << 4:
+            raise Malformed(Reason.PROTOCOL_ERROR, "the first packet is not CONNECT")
+        return frame(self._in, at, MAX_PACKET)
+
+    def _heard(self, at: int, now: float) -> None:
+        """So many bytes of what came in are done with."""
+        if self.closed:
+            return
+        if at:
+            del self._in[:at]
+            self._broker.buffered -= at
+            if self.session:
+                self._due = now + self._keepalive * 1.5 if self._keepalive else float("inf")
+        if not self._in:
+            self._half = None
+        elif at or self._half is None:
+            self._half = now
+        if self._in and self._broker.buffered > MAX_BUFFERED:
+            self.fail(Reason.QUOTA)
+        self._watch()
+
+    def resume(self) -> None:
+        """Go on with what has come in already, in the next turn."""
+        self._watch()
+        if not self._timer and not self.closed:
+            self._timer = self._loop.after(0, self._work)
+
+    def check(self, now: float) -> None:
+        """Has a deadline passed?"""
+        if self._farewell is not None:
+            if now >= self._farewell:
+                self.close()
+        elif self._out and now - self._wrote > STALLED:
+            self._broker.complain("client ended", self, "it does not read")
+            self.close()
+        elif self._held():  # it is we who do not listen
+            self._due, self._half = max(self._due, now + CONNECT_DEADLINE), None
+            if self._retained:
+                self.resume()
+        elif now >= self._due or (self._half is not None and now - self._half > STALLED):
+            self.fail(Reason.KEEP_ALIVE)
+
+    # Bytes out.
+
+    def send(self, head: bytes, payload: bytes = b"") -> None:
+        """To be written when this turn is on disk."""
+        if self.closed or self._farewell is not None:
+            return
+        if not self._out:
+            self._wrote = self._loop.clock()
+        self._out.append(head)
+        if payload:
+            self._out.append(payload)
+        size = len(head) + len(payload)
+        self.out_size += size
+        self._broker.buffered += size
+        self._broker.settle_soon(self)
+
+    def flush(self) -> None:
+        """Write what the socket takes."""
+        self._full = False
+        try:
+            while self._out:
+                if len(self._out) > 1 and self.out_size < READ_CHUNK:
+                    self._out = deque([b"".join(self._out)])
+                self._written(self._sock.sendmsg(itertools.islice(self._out, 64)))
+        except (BlockingIOError, InterruptedError):
+            self._full = True
+        except OSError:
+            return self.close()
+        if self._farewell is not None and not self._out:
+            # It may still be sending: to close now would be a reset, and the reason lost with it.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+        elif self.session and self.out_size < MAX_OUT / 4:
+            self._broker.pump(self.session)
+            if self._retained or self._in:
+                self.resume()
+        self._watch()
+
+    def _written(self, size: int) -> None:
+        self._wrote = self._loop.clock()
+        self.out_size -= size
+        self._broker.buffered -= size
+        while size:
+            chunk = self._out[0]
+            if len(chunk) > size:
+                self._out[0] = memoryview(chunk)[size:]
+                return
+            size -= len(chunk)
+            self._out.popleft()
+
+    @property
+    def roomy(self) -> bool:
+        """May more be sent to it now?"""
+        return self.out_size < MAX_OUT / 4 and self._broker.buffered < MAX_BUFFERED
+
+    def publish(self, parcel: Parcel, again: bool = False) -> bool:
+        """Send a message; False if it is larger than this client takes."""
+        message, properties = parcel.message, None
+        if self.version == 5:
+            properties = message.properties
+            if message.expires is not None:
+                left = max(1, round(message.expires - self._broker.clock()))
+                properties += encode_properties({"message_expiry": left})
+            if parcel.identifiers:
+                properties += encode_properties({"subscription_id": parcel.identifiers})
+        flags = parcel.qos << 1 | parcel.retain | (8 if again else 0)
+        size = len(message.payload)
+        head = publish_head(message.topic.encode(), flags, parcel.id, properties, size)
+        if len(head) + size > self.max_packet:
+            return False
+        self.send(head, message.payload)
+        return True
+
+    # Its end.
+
+    def fail(self, reason: Reason) -> None:
+        """Tell it why (MQTT 5 can), and hang up; its will is published."""
+        if self.closed or self._farewell is not None:
+            return
+        if not self.session:
+            # MQTT 3.1.1, 3.1.4: no CONNACK where CONNECT is malformed.
+            return self.refuse(reason if self.version == 5 or reason in OLD_REASONS else None)
+        self.goodbye(reason)
+        self.leave(with_will=True)
+        self._say_farewell()
+
+    def goodbye(self, reason: Reason) -> None:
+        if self.version == 5:
+            self.send(packet(Kind.DISCONNECT, single(reason) + b"\0"))
+
+    def refuse(self, reason: Reason | None) -> None:
+        """Answer CONNECT with no, where it can be understood."""
+        if self.version and reason:
+            self.send(connack(False, reason, {}, self.version))
+        self._say_farewell()
+
+    def _say_farewell(self) -> None:
+        self._farewell = self._loop.clock() + FAREWELL
+        self._broker.settle_soon(self)
+        self._retained.clear()
+        self._forget_input()
+        self._watch()
+
+    def _forget_input(self) -> None:
+        self._broker.buffered -= len(self._in)
+        self._in = bytearray()
+        self.wait_for(None)
+
+    def close(self) -> None:
+        """The connection is gone."""
+        if self.closed:
+            return
+        self.leave(with_will=True)
+        self._forget_input()
+        self.closed = True
+        self._broker.buffered -= self.out_size
+        self.out_size = 0
+        self._out.clear()
+        self._loop.forget(self._sock)
+        self._sock.close()
+        self._broker.guests.discard(self)
+
+    def leave(self, with_will: bool) -> None:
+        """Its session is on its own from now on."""
+        session, self.session = self.session, None
+        if session:
+            self._broker.detach(session, self.will if with_will else None)
+
+    # Packets in.
+
+    def _handle(self, first: int, body: bytes) -> None:
+        session, kind = self.session, Kind(first >> 4) if first >> 4 else None
+        if not kind or FIXED_FLAGS.get(kind, first & 15) != first & 15:
+            raise Malformed(Reason.MALFORMED, "flags that no packet has")
+        if not session:
+            self._on_connect(body)
+        elif kind is Kind.PUBLISH:
+            self._on_publish(Publish.parse(first & 15, body, self.version), session)
+        elif kind in ACKED:
+            self._on_ack(kind, *parse_ack(kind, body, self.version), session)
+        elif kind is Kind.SUBSCRIBE:
+            self._on_subscribe(*parse_subscribe(body, self.version), session)
+        elif kind is Kind.UNSUBSCRIBE:
+            self._on_unsubscribe(*parse_unsubscribe(body, self.version), session)
+        elif kind is Kind.PINGREQ:
+            Reader(body).end()
+            self.send(packet(Kind.PINGRESP))
+        elif kind is Kind.DISCONNECT:
+            self._on_disconnect(*parse_disconnect(body, self.version), session)
+        else:
+            raise Malformed(Reason.PROTOCOL_ERROR, f"{kind.name} is out of place")
+
+    def _on_connect(self, body: bytes) -> None:
+        version = Connect.version_of(body)
+        self.version = 5 if version >= 5 else 4
+        if version not in (4, 5):
+            raise Malformed(Reason.UNSUPPORTED_VERSION, f"MQTT version {version}")
+        said = Connect.parse(body)
+        objection = self._objection(said)
+        if objection:
+            self._broker.complain("client refused", self, objection.name.lower())
+            return self.refuse(objection)
+        given = not said.client_id
+        client_id = f"hive-{new_id()}" if given else said.client_id
+        self.window = min(WINDOW, said.properties.get("receive_maximum", WINDOW))
+        self.max_packet = said.properties.get("maximum_packet_size", NEVER)
+        self._keepalive = said.keepalive
+        answer: dict[str, Any] = {"assigned_client_id": client_id} if given else {}
+        if self.version == 5:
+            answer |= self._terms()
+        if said.will:
+            message = Message.of(said.will, client_id, self._broker.clock())
+            message.expires = None  # its life begins when it is published
+            named = said.will.properties
+            self.will = Will(message, named.get("will_delay", 0), named.get("message_expiry"))
+        session, present = self._broker.attach(self, client_id, said.clean, said.session_expiry)
+        self.session = session
+        self.send(connack(present, Reason.SUCCESS, answer, self.version))
+        self._broker.take_up(session)
+
+    def _terms(self) -> dict[str, Any]:
+        """What MQTT 5 tells a client of our bounds."""
+        terms: dict[str, Any] = {
+            "receive_maximum": QOS_2_WINDOW,
+            "maximum_packet_size": MAX_PACKET,
+            "topic_alias_maximum": MAX_ALIASES,
+            "shared_available": 0,
+        }
+        if not 0 < self._keepalive <= MAX_KEEPALIVE:
+            self._keepalive = terms["server_keep_alive"] = MAX_KEEPALIVE
+        return terms
+
+    def _objection(self, said: Connect) -> Reason | None:
+        """Why this client may not come in."""
+        if "authentication_method" in said.properties:
+            return Reason.BAD_AUTHENTICATION
+        if not self._trusted and not self._broker.knows(said.username, said.password):
+            return Reason.BAD_LOGIN
+        nameless = not said.client_id and not said.clean and self.version == 4
+        if nameless or len(said.client_id) > MAX_CLIENT_ID:
+            return Reason.BAD_CLIENT_ID
+        if said.will and not properly_formatted(said.will):
+            return Reason.BAD_PAYLOAD
+        if said.session_expiry and self._broker.is_full_for(said.client_id):
+            return Reason.QUOTA
+        return None
+
+    def _on_publish(self, said: Publish, session: Session) -> None:
+        if "topic_alias" in said.properties:
+            self._resolve(said, said.properties["topic_alias"])
+        if said.qos == 2:
+            if said.id in session.incoming:  # it is safe with us already
+                return self.send(ack(Kind.PUBREC, said.id, 0, self.version))
+            if self.version == 5 and len(session.incoming) >= QOS_2_WINDOW:
+                raise Malformed(Reason.RECEIVE_MAXIMUM, "more at QoS 2 than receive maximum")
+        reason = Reason.BAD_PAYLOAD
+        if properly_formatted(said):
+            message = Message.of(said, session.client_id, self._broker.clock())
+            reason = self._broker.route(message, self)
+        if reason >= Reason.REFUSED:
+            self._broker.complain("message refused", self, reason.name.lower())
+            if self.version == 4 and said.qos:  # it cannot be told, and must not believe it is safe
+                return self.fail(reason)
+        if said.qos == 2 and reason < Reason.REFUSED:
+            session.incoming.add(said.id)
+            self._broker.ledger.incoming(session, said.id)
+        if said.qos:
+            kind = Kind.PUBACK if said.qos == 1 else Kind.PUBREC
+            self.send(ack(kind, said.id, reason, self.version))
+
+    def _resolve(self, said: Publish, alias: int) -> None:
+        """Put the topic in the place of its alias (MQTT 5, 3.3.2.3.4)."""
+        if not 0 < alias <= MAX_ALIASES:
+            raise Malformed(Reason.BAD_ALIAS, f"topic alias {alias}")
+        if said.topic:
+            self._aliases[alias] = said.topic
+        elif alias in self._aliases:
+            said.topic = self._aliases[alias]
+        else:
+            raise Malformed(Reason.PROTOCOL_ERROR, f"topic alias {alias} stands for nothing")
+
+    def _on_ack(self, kind: Kind, id: int, reason: int, session: Session) -> None:
+        if kind is Kind.PUBREL:
+            known = id in session.incoming
+            if known:
+                session.incoming.discard(id)
+                self._broker.ledger.released(session, id)
+            code = Reason.SUCCESS if known else Reason.UNKNOWN_ID
+            return self.send(ack(Kind.PUBCOMP, id, code, self.version))
+        parcel = session.inflight.get(id)
+        expected = parcel and (kind is Kind.PUBACK) == (parcel.qos == 1)
+        if kind is Kind.PUBREC and reason < Reason.REFUSED:
+            code = Reason.SUCCESS if expected else Reason.UNKNOWN_ID
+            self.send(ack(Kind.PUBREL, id, code, self.version))
+            if expected and parcel and not parcel.received:
+                parcel.received = True
+                self._broker.ledger.moved(session, parcel)
+        elif expected and parcel:
+            self.under_way = max(0, self.under_way - 1)
+            self._broker.drop(session, parcel)
+            self._broker.pump(session)
+            if self._retained:
+                self.resume()
+
+    def _on_subscribe(self, id: int, wanted: Sequence[Subscription], session: Session) -> None:
+        reasons = bytearray()
+        for subscription in wanted:
+            new = subscription.filter not in session.subscriptions
+            reason = self._broker.subscribe(session, subscription)
+            reasons.append(reason or subscription.qos)
+            if not reason and (subscription.retain_handling, new) in RETAINED_WANTED:
+                self._retained.append(self._broker.retained_for(subscription))
+        self.send(suback(Kind.SUBACK, id, bytes(reasons), self.version))
+        if self._retained:
+            self.resume()
+
+    def _on_unsubscribe(self, id: int, filters: Sequence[str], session: Session) -> None:
+        reasons = bytes(self._broker.unsubscribe(session, filter) for filter in filters)
+        self.send(suback(Kind.UNSUBACK, id, reasons, self.version))
+
+    def _on_disconnect(self, reason: int, properties: Mapping[str, Any], session: Session) -> None:
+        expiry = properties.get("session_expiry", session.expiry)
+        if expiry and not session.expiry:
+            raise Malformed(Reason.PROTOCOL_ERROR, "a session expiry where there was none")
+        session.expiry = expiry
+        self.leave(with_will=bool(reason))
+        self._say_farewell()
+
+    def _tell(self, until: float) -> None:
+        """Send retained messages that it has subscribed to, as long as there is room."""
+        while self._retained and self.session and self.roomy and not self.session.queue:
+            for found in self._retained[0]:
+                if found:
+                    self._broker.tell(self.session, *found)
+                if self.session.queue or not self.roomy or self._loop.clock() >= until:
+                    break
+            else:
+                self._retained.popleft()
+                continue
+            if self.roomy and not self.session.queue:
+                self.resume()
+            return
+
+    def wait_for(self, session: Session | None) -> None:
+        """Hear no more of this client until a session that it sends to has read."""
+        if self.waits_for:
+            self.waits_for.waiting.discard(self)
+        self.waits_for = session
+        if session:
+            session.waiting.add(self)
+
+
+ACKED = (Kind.PUBACK, Kind.PUBREC, Kind.PUBREL, Kind.PUBCOMP)
+RETAINED_WANTED = {(0, False), (0, True), (1, True)}  # retain handling, is the subscription new?
+
+
+LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|::1|localhost")
+
+
+def broker_home(settings: BrokerConfig) -> Path:
+    """Where this user's broker keeps its file, whatever the node is called."""
+    if settings.state_dir:
+        return settings.state_dir
+    if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
+        return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(home) / "hive"
+
+
+def broker_socket(settings: BrokerConfig) -> Path:
+    """Where this user's broker listens: with what ends at logout, or else beside its file."""
+    if settings.socket:
+        return settings.socket
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    with contextlib.suppress(OSError):
+        if runtime and os.stat(runtime).st_uid == os.geteuid():
+            return short_socket_path(Path(runtime) / "hive" / "broker")
+    return short_socket_path(broker_home(settings) / "broker")
+
+
+def short_socket_path(direct: Path) -> Path:
+    """This path, or one nearby if it is too long for a socket."""
+    if len(os.fsencode(direct)) <= MAX_SOCKET_PATH:
+        return direct
+    import hashlib
+
+    digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
+    return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
+
+
+def unix_listener(file: Path) -> socket.socket:
+    """A socket that only this user can open; the lock's holder may replace an old one."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(file.lstat().st_mode):
+            raise BrokerError(f"{file}: is no socket, and is left alone; name another --socket")
+        file.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(file))
+    finally:
+        os.umask(before)
+    return listener
+
+
+def tcp_listener(settings: BrokerConfig) -> socket.socket:
+    """A socket on loopback; whoever asks for more, or for no password, is told what to do."""
+    host, _, number = str(settings.listen).rpartition(":")
+    host = host.strip("[]")
+    if not LOOPBACK.fullmatch(host):
+        raise ConfigError(
+            f"broker.listen: {settings.listen} is not loopback; for other machines use Mosquitto:"
+            " hive.py broker --mosquitto-conf prints its configuration"
+        )
+    if settings.password is None and not settings.anonymous:
+        raise ConfigError(
+            f"broker.listen: {settings.listen} needs username and password_file in [broker], or"
+            " anonymous = true; for other users than yourself use Mosquitto:"
+            " hive.py broker --mosquitto-conf"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1" if host == "localhost" else host, int(number)))
+    except OSError as error:
+        listener.close()
+        raise BrokerError(f"broker.listen: {settings.listen}: {reason_of(error)}") from None
+    return listener
+
+
+class Broker:
+    """Sessions, what is retained, and who gets what; hosted on anybody's loop."""
+
+    def __init__(
+        self, loop: Loop, log: Log, settings: BrokerConfig, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Take the locks, open the file; raises BrokerError if another broker has them."""
+        self.loop, self.clock = loop, clock  # the wall clock: deadlines outlive the process
+        self.file = broker_home(settings) / "broker.sqlite3"
+        self.socket_path = broker_socket(settings)
+        self.guests: set[Guest] = set()
+        self.sessions: dict[str, Session] = {}
+        self.retained: dict[str, Message] = {}
+        self.wills: dict[str, Will] = {}
+        self.filters = Filters()
+        self.buffered = 0  # bytes half read or not yet written
+        self._log, self._settings = log, settings
+        self._held = self._retained_size = 0  # bytes
+        self._complaints = Complaints()
+        self._touched: set[Guest] = set()
+        self._settling = False
+        self._ticks = itertools.count(1)
+        self._timer: Timer | None = None
+        self._again: Timer | None = None  # when the door opens again
+        self._max_guests = most_guests()
+        with contextlib.ExitStack() as ending:
+            self._take(ending)
+            self.ledger = Ledger(self.file, log)
+            ending.callback(self.ledger.store.close)
+            self._load()
+            self._ending = ending.pop_all()
+
+    def _take(self, ending: contextlib.ExitStack) -> None:
+        """Make the two directories, and lock what is in them."""
+        if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
+            raise BrokerError(f"{self.socket_path}: a socket's path has {MAX_SOCKET_PATH} bytes")
+        for place, other in ((self.file, "state_dir in [broker]"), (self.socket_path, "--socket")):
+            try:
+                place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                objection = door_objection(place)
+                if objection:
+                    raise BrokerError(objection)
+                lock = Lock(place.with_name(f"{place.name}.lock"))
+                ending.callback(lock.close)
+                lock.write(str(self.socket_path))
+            except BlockingIOError:
+                raise BrokerError(
+                    f"another broker has {place}; stop it, or give this one another {other}"
+                ) from None
+            except OSError as error:
+                raise BrokerError(f"{place}: {reason_of(error)}") from None
+
+    def start(self) -> None:
+        """Let clients in.  Raises BrokerError, ConfigError."""
+        tcp = tcp_listener(self._settings) if self._settings.listen else None
+        if tcp:
+            self._listen(tcp, trusted=self._settings.anonymous)
+        try:
+            unix = unix_listener(self.socket_path)
+        except OSError as error:
+            raise BrokerError(f"{self.socket_path}: {reason_of(error)}") from None
+        self._ending.callback(self.socket_path.unlink, missing_ok=True)
+        self._listen(unix, trusted=True)
+        self._tick()
+
+    @property
+    def places(self) -> str:
+        """Where it listens, in words."""
+        tcp = self._settings.listen
+        return f"{self.socket_path}" + (f" and {tcp}" if tcp else "")
+
+    def _listen(self, listener: socket.socket, trusted: bool) -> None:
+        self._ending.callback(listener.close)
+        self._ending.callback(self.loop.forget, listener)
+        listener.setblocking(False)
+        listener.listen(128)
+        accept = partial(self._accept, listener, trusted)
+        self.loop.watch(listener, selectors.EVENT_READ, accept)
+
+    def _accept(self, listener: socket.socket, trusted: bool, events: int) -> None:
+        try:
+            for _ in range(32):
+                sock, _address = listener.accept()
+                if len(self.guests) >= self._max_guests:
+                    self.complain("client refused", None, f"{len(self.guests)} are connected")
+                    sock.close()
+                    continue
+                if sock.family != socket.AF_UNIX:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.guests.add(Guest(self, sock, trusted))
+        except BlockingIOError:
+            pass
+        except OSError as error:  # no file left: to try again at once would be a busy loop
+            self.complain("client refused", None, reason_of(error))
+            self.loop.forget(listener)
+            accept = partial(self._accept, listener, trusted)
+            self._again = self.loop.after(
+                1.0, partial(self.loop.watch, listener, selectors.EVENT_READ, accept)
+            )
+
+    def close(self) -> None:
+        """Say goodbye.  Wills wait: whoever was connected may come back after a restart."""
+        for timer in (self._timer, self._again):
+            if timer:
+                timer.cancel()
+        for guest in [*self.guests]:
+            if guest.session:
+                guest.goodbye(Reason.SHUTTING_DOWN)
+        self._settle()
+        for guest in [*self.guests]:
+            guest.session = None
+            guest.close()
+        self._ending.close()
+
+    # Turns and time.
+
+    def settle_soon(self, guest: Guest) -> None:
+        """At the end of this turn, make it last, and then write to this client."""
+        self._touched.add(guest)
+        if not self._settling:
+            self._settling = True
+            self.loop.after(0, self._settle)
+
+    def _settle(self) -> None:
+        self._settling = False
+        touched, self._touched = self._touched, set()
+        self.ledger.store.commit()
+        for guest in touched:
+            if not guest.closed:
+                guest.flush()
+
+    def _tick(self) -> None:
+        """Look at every deadline."""
+        now = self.clock()
+        for guest in [*self.guests]:
+            guest.check(self.loop.clock())
+        for session in [one for one in self.sessions.values() if one.ends and now >= one.ends]:
+            self._end(session)
+        for client_id in [id for id, will in self.wills.items() if will.due and now >= will.due]:
+            self._publish_will(client_id)
+        for session in [one for one in self.sessions.values() if one.guest]:
+            self.pump(session)
+        if next(self._ticks) % (DISK_AGAIN / BROKER_TICK) == 0:
+            for topic in [one for one, kept in self.retained.items() if kept.expired(now)]:
+                self._unretain(topic)
+            self.ledger.store.go_back_to_disk()
+        self.ledger.store.commit()
+        self._timer = self.loop.after(BROKER_TICK, self._tick)
+
+    def complain(self, event: str, guest: Guest | None, why: str) -> None:
+        """Say what was refused or dropped; a few times a minute of each kind."""
+        if self._complaints.admit(event, self.loop.clock()):
+            session = guest.session if guest else None
+            self._log.warning(event, client=session and shown(session.client_id), why=why)
+
+    # Sessions.
+
+    def knows(self, username: str | None, password: bytes | None) -> bool:
+        """Is this the user who may come in?  Takes as long for a near miss as for a far one."""
+        import hmac
+
+        settings = self._settings
+        named = hmac.compare_digest((username or "").encode(), (settings.username or "").encode())
+        right = hmac.compare_digest(password or b"", (settings.password or "").encode())
+        return settings.password is not None and named and right
+
+    def is_full_for(self, client_id: str) -> bool:
+        """Are there too many sessions to keep one more?  The others end with their connection."""
+        return len(self.sessions) >= MAX_SESSIONS and client_id not in self.sessions
+
+    def attach(
+        self, guest: Guest, client_id: str, clean: bool, expiry: int
+    ) -> tuple[Session, bool]:
+        """The session of a client that has connected, and whether it was there before."""
+        session = self.sessions.get(client_id)
+        if session and session.guest:
+            old = session.guest
+            if not clean and old.will and old.will.delay:
+                old.will = None  # MQTT 5, 3.1.3.2.2: its session goes on
+            old.fail(Reason.TAKEN_OVER)
+            session = self.sessions.get(client_id)
+        if session and clean:
+            self._end(session)
+            session = None
+        self._forget_will(client_id)
+        present = session is not None
+        if not session:
+            bounds = (self._settings.queue_messages, self._settings.queue_mib * KIB * KIB)
+            session = self.sessions[client_id] = Session(client_id, expiry, bounds)
+        session.guest, session.expiry, session.ends = guest, expiry, None
+        if session.n:
+            self.ledger.session(session)
+        elif expiry:
+            self._begin_to_keep(session)
+        if guest.will:
+            self.hold(guest.will.message)
+            self.wills[client_id] = guest.will
+            self.ledger.will(client_id, guest.will)
+        return session, present
+
+    def _begin_to_keep(self, session: Session) -> None:
+        self.ledger.session(session)
+        for subscription in session.subscriptions.values():
+            self.ledger.subscribed(session, subscription)
+        for id in session.incoming:
+            self.ledger.incoming(session, id)
+        for parcel in (*session.inflight.values(), *session.queue):
+            self.ledger.queued(session, parcel)
+
+    def take_up(self, session: Session) -> None:
+        """Go on where the last connection ended (MQTT 5, 4.4)."""
+        guest = session.guest
+        session.again = deque(one for one in session.inflight.values() if not one.received)
+        for parcel in session.inflight.values():
+            if guest and parcel.received:
+                guest.send(ack(Kind.PUBREL, parcel.id, 0, guest.version))
+                guest.under_way += 1
+        self.pump(session)
+
+    def detach(self, session: Session, will: Will | None) -> None:
+        """Its connection is gone."""
+        session.guest = None
+        for guest in [*session.waiting]:
+            guest.wait_for(None)
+            guest.resume()
+        now = self.clock()
+        if session.expiry not in (0, NEVER):
+            session.ends = now + session.expiry
+        if session.n:
+            self.ledger.session(session)
+        if not will:
+            self._forget_will(session.client_id)
+        elif will.delay and session.expiry:
+            will.due = now + will.delay
+            self.ledger.will(session.client_id, will)
+        else:
+            self._publish_will(session.client_id)
+        if not session.expiry:
+            self._end(session)
+
+    def _end(self, session: Session) -> None:
+        """Nobody will come back for it."""
+        del self.sessions[session.client_id]
+        for filter in session.subscriptions:
+            self.filters.remove(session, filter)
+        for parcel in (*session.queue, *session.inflight.values()):
+            self.release(parcel.message)
+        if session.n:
+            self.ledger.end(session)
+        self._publish_will(session.client_id)
+
+    def _forget_will(self, client_id: str) -> Will | None:
+        will = self.wills.pop(client_id, None)
+        if will:
+            self.ledger.will(client_id, None)
+            self.release(will.message)
+        return will
+
+    def _publish_will(self, client_id: str) -> None:
+        will = self._forget_will(client_id)
+        if will:
+            expires = None if will.life is None else self.clock() + will.life
+            reason = self.route(replace(will.message, n=0, holders=0, expires=expires))
+            if reason >= Reason.REFUSED:
+                self.complain("will dropped", None, f"{client_id}: {reason.name.lower()}")
+
+    def subscribe(self, session: Session, said: Subscription) -> Reason:
+        """File a subscription in the place of an older one."""
+        if said.shared:
+            return Reason.NO_SHARED
+        new = said.filter not in session.subscriptions
+        wide = self.filters.branches + said.filter.count("/") >= MAX_BRANCHES
+        if new and (len(session.subscriptions) >= MAX_SUBSCRIPTIONS or wide):
+            return Reason.QUOTA
+        session.subscriptions[said.filter] = said
+        self.filters.add(session, said)
+        self.ledger.subscribed(session, said)
+        return Reason.SUCCESS
+
+    def unsubscribe(self, session: Session, filter: str) -> Reason:
+        if not session.subscriptions.pop(filter, None):
+            return Reason.NO_SUBSCRIPTION
+        self.filters.remove(session, filter)
+        self.ledger.unsubscribed(session, filter)
+        return Reason.SUCCESS
+
+    # Messages.
+
+    def route(self, message: Message, sender: Guest | None = None) -> Reason:
+        """Hand a message to all who want it; what to say to its sender."""
+        parcels = self._parcels(message)
+        full = {
+            one for one, parcel in parcels.items() if parcel.qos and not self._room(one, message)
+        }
+        if full and sender and sender.version == 4:
+            return Reason.QUOTA  # it will send it again: so to all or to none
+        if message.retain and not self._retain(message):
+            return Reason.QUOTA
+        for session, parcel in parcels.items():
+            if session not in full:
+                self._deliver(session, parcel)
+        now = self.loop.clock()
+        for session in parcels:
+            if sender and session.guest is not sender and session.crowded(now):
+                sender.wait_for(session)
+                break
+        if full:
+            return Reason.QUOTA
+        return Reason.SUCCESS if parcels else Reason.NO_SUBSCRIBERS
+
+    def _parcels(self, message: Message) -> dict[Session, Parcel]:
+        """One for each session that wants it, however many of its filters say so."""
+        parcels: dict[Session, Parcel] = {}
+        for session, wanted in self.filters.matching(message.topic):
+            if wanted.no_local and session.client_id == message.publisher:
+                continue
+            qos, retain = min(wanted.qos, message.qos), message.retain and wanted.as_published
+            parcel = parcels.get(session)
+            if not parcel:
+                parcel = parcels[session] = Parcel(message, qos, retain, ())
+            else:
+                parcel.qos, parcel.retain = max(parcel.qos, qos), parcel.retain or retain
+            if wanted.identifier:
+                parcel.identifiers += (wanted.identifier,)
+        return parcels
+
+    def _room(self, session: Session, message: Message) -> bool:
+        """May this session have one more; is there memory for it?"""
+        wanted = 0 if message.holders else message.size
+        bound = self._settings.total_mib * KIB * KIB
+        return session.room_for(message) and self._held + wanted <= bound
+
+    def _deliver(self, session: Session, parcel: Parcel) -> None:
+        guest = session.guest
+        if parcel.qos:
+            self.queue(session, parcel)
+        elif guest and guest.out_size < MAX_OUT and self.buffered < MAX_BUFFERED:
+            guest.publish(parcel)
+        elif guest:
+            self.complain("message at QoS 0 dropped", guest, "the client does not read")
+
+    def queue(self, session: Session, parcel: Parcel) -> None:
+        """Keep a message for a session, and send it if it may have it now."""
+        self.hold(parcel.message)
+        session.size += parcel.message.size
+        session.queue.append(parcel)
+        self.pump(session)
+        waiting = bool(session.queue) and session.queue[-1] is parcel
+        if waiting or session.inflight.get(parcel.id) is parcel:
+            self.ledger.queued(session, parcel)
+
+    def pump(self, session: Session) -> None:
+        """Send what a session waits for, as far as its client takes it."""
+        guest = session.guest
+        while guest and (session.again or session.queue):
+            if guest.under_way >= guest.window or not guest.roomy:
+                break
+            again = bool(session.again)
+            parcel = (session.again or session.queue).popleft()
+            if again and session.inflight.get(parcel.id) is not parcel:
+                continue  # it was acknowledged after all
+            if not again:
+                parcel.id = session.new_id()
+                session.inflight[parcel.id] = parcel
+            if not again and parcel.message.expired(self.clock()):
+                self.drop(session, parcel)
+            elif not guest.publish(parcel, again):
+                self.complain("message dropped", guest, "larger than the client takes")
+                self.drop(session, parcel)
+            else:
+                guest.under_way += 1
+                if not again:
+                    self.ledger.moved(session, parcel)
+        if session.waiting and not session.crowded(self.loop.clock()):
+            for sender in [*session.waiting]:
+                sender.wait_for(None)
+                sender.resume()
+
+    def drop(self, session: Session, parcel: Parcel) -> None:
+        """A session is done with a message that it was sent."""
+        del session.inflight[parcel.id]
+        session.size -= parcel.message.size
+        self.ledger.done(session, parcel)
+        self.release(parcel.message)
+
+    def hold(self, message: Message) -> None:
+        if not message.holders:
+            self._held += message.size
+        message.holders += 1
+
+    def release(self, message: Message) -> None:
+        """One who needed it needs it no more; the last one puts out the light."""
+        message.holders -= 1
+        if not message.holders:
+            self._held -= message.size
+            self.ledger.forget(message)
+
+    # Retained messages.
+
+    def _retain(self, message: Message) -> bool:
+        """Keep it in the place of an earlier one; an empty one only removes that."""
+        topic = message.topic
+        before = self.retained.get(topic)
+        size = self._retained_size - (before.size if before else 0) + message.size
+        if message.payload:
+            bound = self._settings.retained_mib * KIB * KIB
+            if size > bound or (not before and len(self.retained) >= MAX_RETAINED):
+                return False
+            self.hold(message)
+        if before:
+            self._unretain(topic)
+        if message.payload:
+            self.retained[topic] = message
+            self._retained_size += message.size
+            self.ledger.retained(topic, message)
+        return True
+
+    def _unretain(self, topic: str) -> None:
+        message = self.retained.pop(topic)
+        self._retained_size -= message.size
+        self.ledger.retained(topic, None)
+        self.release(message)
+
+    def retained_for(self, wanted: Subscription) -> Iterator[tuple[Message, Subscription] | None]:
+        """The retained messages that a subscription means, and None now and then on the way."""
+        plain = "+" not in wanted.filter and "#" not in wanted.filter
+        for topic in (wanted.filter,) if plain else tuple(self.retained):
+            message = self.retained.get(topic)
+            fits = message and matches(wanted.filter, topic)
+            yield (message, wanted) if message and fits else None
+
+    def tell(self, session: Session, message: Message, wanted: Subscription) -> None:
+        """Send a retained message to a new subscriber."""
+        if message.expired(self.clock()):
+            return
+        named = (wanted.identifier,) if wanted.identifier else ()
+        parcel = Parcel(message, min(message.qos, wanted.qos), True, named)
+        if parcel.qos:
+            self.queue(session, parcel)
+        elif session.guest:
+            session.guest.publish(parcel)
+
+    # The file.
+
+    def _load(self) -> None:
+        """Take up what an earlier process has left."""
+        now, store = self.clock(), self.ledger.store
+        messages = self.ledger.messages()
+        bounds = (self._settings.queue_messages, self._settings.queue_mib * KIB * KIB)
+        for n, client_id, expiry, ends in store.read(
+            "SELECT n, client, expiry, ends FROM sessions"
+        ):
+            session = self.sessions[client_id] = Session(client_id, expiry, bounds)
+            session.n, session.ends = n, ends
+            if ends is None and expiry not in (0, NEVER):  # it was connected
+                session.ends = now + expiry
+                self.ledger.session(session)
+            self.ledger.fill(session, messages)
+            for subscription in session.subscriptions.values():
+                self.filters.add(session, subscription)
+            for parcel in (*session.inflight.values(), *session.queue):
+                self.hold(parcel.message)
+                session.size += parcel.message.size
+        for session in [one for one in self.sessions.values() if not one.expiry]:
+            self._end(session)
+        for topic, n in store.read("SELECT topic, message FROM retained"):
+            if n in messages:
+                self.hold(messages[n])
+                self.retained[topic] = messages[n]
+                self._retained_size += messages[n].size
+        for client_id, n, delay, life, due in store.read(
+            "SELECT client, message, delay, life, due FROM wills"
+        ):
+            if n in messages:
+                self.hold(messages[n])
+                due = now + max(delay, WILL_GRACE) if due is None else due
+                self.wills[client_id] = Will(messages[n], delay, life, due)
+        for message in messages.values():
+            if not message.holders:
+                self.ledger.forget(message)
+        store.commit()
+
+
+def most_guests() -> int:
+    """How many may be connected, and leave this process files for its other work."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_CLIENTS if soft < 0 else min(MAX_CLIENTS, max(soft // 2, soft - 200))
 
 
 # ---- Link: MQTT --------------------------------------------------------------------------
@@ -7314,6 +9349,7 @@ def ttl_seconds(said: str) -> int:
 
 
 DIRECT = option("--direct", action="store_true", help="publish without this node's daemon")
+BROKER_HELP = {f.name: f.metadata["help"] for f in fields(BrokerConfig)}
 AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON instead of text")
 
 
@@ -7873,29 +9909,55 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 @command(
+    option("--socket", type=path, metavar="PATH", help=BROKER_HELP["socket"]),
+    option("--listen", type=listen_address, metavar="HOST:PORT", help=BROKER_HELP["listen"]),
+    option("--anonymous", action="store_true", help=BROKER_HELP["anonymous"]),
+    option(
+        "--mosquitto-conf",
+        action="store_true",
+        help="instead, print a script that sets up Mosquitto for a hive on several machines",
+    ),
+    option("--tls", action="store_true", help="that with certificates; --host is its name"),
     option(
         "nodes",
         nargs="*",
         type=node_and_agents,
         metavar="NODE[:AGENT,...]",
-        help="who may come in; without any: this node, with its agents",
+        help="and who may come in there; without any: this node, with its agents",
     ),
-    option(
-        "--mosquitto-conf",
-        action="store_true",
-        help="print a script that sets up Mosquitto for this hive",
-    ),
-    option("--tls", action="store_true", help="with certificates; --host is the broker's name"),
-    examples="""hive.py broker --mosquitto-conf --tls --host alpha.lan alpha beta:main > setup.sh
+    examples="""hive.py broker
+hive.py broker --listen 127.0.0.1:1883 --anonymous
+hive.py broker --mosquitto-conf --tls --host alpha.lan alpha beta:main > setup.sh
 hive.py broker --mosquitto-conf --host 100.64.0.7 alpha beta > setup.sh""",
 )
 def broker(args: argparse.Namespace) -> int:
-    """Set up Mosquitto as the broker where nodes on several machines meet."""
-    if not args.mosquitto_conf:
-        raise UsageError("broker: say --mosquitto-conf, and perhaps --tls")
-    site = mosquitto_site(config_of(args), args.nodes, args.tls, socket.gethostname())
-    print(mosquitto_script(site), end="")
+    """Run the embedded broker alone, in the foreground; or set up Mosquitto."""
+    config = config_of(args)
+    if args.mosquitto_conf:
+        site = mosquitto_site(config, args.nodes, args.tls, socket.gethostname())
+        print(mosquitto_script(site), end="")
+        return Exit.DONE
+    if args.nodes or args.tls:
+        raise UsageError("broker: --tls and names of nodes belong to --mosquitto-conf")
+    run_broker(config, args)
     return Exit.DONE
+
+
+def run_broker(config: Config, args: argparse.Namespace) -> None:
+    """Until SIGTERM or Ctrl-C."""
+    said = {key: getattr(args, key) for key in ("socket", "listen", "anonymous")}
+    settings = replace(config.broker, **{key: value for key, value in said.items() if value})
+    log = Log(config.logging.level, config.logging.format)
+    loop = Loop(log)
+    with contextlib.ExitStack() as ending:
+        ending.callback(loop.close)
+        hosted = Broker(loop, log, settings)
+        ending.callback(hosted.close)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.on_signal(number, loop.stop)
+        hosted.start()
+        print(f"broker listens on {hosted.places}", flush=True)
+        loop.run()
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------

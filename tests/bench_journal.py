@@ -19,7 +19,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bench import show, timed
 from conftest import Broker, Daemon, Hive, eventually
@@ -82,7 +84,7 @@ def flood_of(topic: str, run: str) -> bytes:
             "flood", "beta", "sync", "x", id=f"{run}-{number}", urgency="later"
         )
         missing = SIZE - len(envelope.encode())
-        payload = hive.replace(envelope, text="x" * (missing + 1)).encode()
+        payload = replace(envelope, text="x" * (missing + 1)).encode()
         mid = (number % 65535 + 1).to_bytes(2, "big")
         packets.append(packet(0x32, field(topic.encode()) + mid + payload))
     return b"".join(packets)
@@ -105,7 +107,7 @@ def flood(port: int, packets: bytes) -> None:
         reader.join()
 
 
-def rows(daemon: Daemon, **request: int) -> list[dict[str, float]]:
+def rows(daemon: Daemon, **request: int) -> list[dict[str, Any]]:
     """Rows of its journal, wherever that is."""
     config = hive.load_config(str(daemon.config))
     answer = hive.ask_daemon(config, {"do": "log", "filters": {"from": "flood"}, **request})
@@ -122,12 +124,13 @@ def into_daemon(daemon: Daemon, run: str) -> float:
     def complete() -> float:
         time.sleep(0.2)  # asking costs it time
         last = rows(daemon, last=1)
-        return last[0]["time"] if last and last[0]["id"] == f"{run}-{MESSAGES - 1}" else 0.0
+        whole = bool(last) and last[0]["id"] == f"{run}-{MESSAGES - 1}"
+        return float(last[0]["time"]) if whole else 0.0
 
     ended = eventually("all have arrived", complete)
     first = rows(daemon, after=seen)[0]
     assert first["id"] == f"{run}-0", first
-    return (MESSAGES - 1) / (ended - first["time"])
+    return (MESSAGES - 1) / (ended - float(first["time"]))
 
 
 def into_paho(hive_: Hive, run: str) -> float:

@@ -23,10 +23,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import paho.mqtt.client as mqtt
 from conftest import PATIENCE, ROOT, Daemon, Hive, eventually
+from paho.mqtt.enums import CallbackAPIVersion
 
 import hive
 
@@ -60,11 +61,12 @@ class Victim(Daemon):
         code = CHANGED.format(change=self.change)
         way = ["-c", code, str(ROOT)] if self.change else [str(ROOT / "hive-cli")]
         with contextlib.ExitStack() as ending:
-            log = ending.enter_context(self.log_file.open("ab"))
+            log: IO[bytes] = ending.enter_context(self.log_file.open("ab"))
             if self.far_log:
                 self.writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
                 assert self.writer.stdin
-                log = ending.enter_context(self.writer.stdin)
+                log = self.writer.stdin
+                ending.callback(log.close)
             self.process = subprocess.Popen(
                 [sys.executable, *way, "daemon", "--config", self.config],
                 stderr=log,
@@ -76,6 +78,12 @@ class Victim(Daemon):
         if wait:
             self.logged("connected")
         return self
+
+    def start_again(self) -> None:
+        """Wait until it is connected, as it was before."""
+        seen = len(self.events("connected"))
+        self.start(wait=False)
+        eventually(f"{self.name} is back", lambda: len(self.events("connected")) > seen)
 
     def kill(self) -> None:
         assert self.process and self.process.poll() is None, f"{self.name} has ended by itself"
@@ -356,9 +364,8 @@ class Trial:
         """Nothing is done again when both have been started once more."""
         before = len(self.done()), len(self.told())
         for node in (self.alpha, self.beta):
-            seen = len(node.events("connected"))
-            node.restart()
-            eventually("it is back", lambda: len(node.events("connected")) > seen)
+            node.kill()
+            node.start_again()
         self.wait("nothing is owed", self._settled)
         assert before == (len(self.done()), len(self.told()))
 
@@ -369,7 +376,7 @@ class Witness:
     def __init__(self, trial: Trial) -> None:
         topic, subscribed = f"{trial.hive.prefix}/meta/beta/note", threading.Event()
         self._results: list[dict[str, Any]] = []
-        self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2)
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2)
         self._client.on_message = lambda client, userdata, message: self._results.append(
             json.loads(message.payload)
         )

@@ -134,7 +134,7 @@ def test_a_file_that_is_no_toml_is_an_error(content: str | bytes, line: str) -> 
         (
             "colour = 1",
             "colour = 1: no such key; there are"
-            " node, mqtt, heartbeat, journal, logging, oc_instances, handlers, schedule",
+            " node, mqtt, broker, heartbeat, journal, logging, oc_instances, handlers, schedule",
         ),
         ("mqtt = 1", "mqtt = 1: expected a table, as in [mqtt]"),
         ("[mqtt]\nport = 70000", "mqtt.port: 70000 is not a port number from 1 to 65535"),
@@ -228,7 +228,7 @@ def uncommented(example: str) -> str:
 
 
 def test_every_line_of_the_example_is_accepted(place: Path) -> None:
-    for file in ("mqtt-password", "hook"):
+    for file in ("mqtt-password", "broker-password", "hook"):
         (place / file).write_text("x\n")
     content = uncommented(example_config())
     config = load(content)

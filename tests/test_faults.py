@@ -67,8 +67,7 @@ def test_the_receiver_is_killed_ten_times(begin: Begin) -> None:
             for kill in range(KILLS):
                 if kill % 3:  # while it works ...
                     ahead = chance.randrange(COUNT // KILLS)
-                    goal = min(len(trial.done()) + ahead, COUNT * 9 // 10)
-                    trial.wait(f"{goal} are done", lambda goal=goal: len(trial.done()) >= goal)
+                    trial.reached(min(len(trial.done()) + ahead, COUNT * 9 // 10))
                 else:  # ... and while it starts
                     time.sleep(chance.random() * 0.4)
                 beta.restart()
@@ -161,13 +160,11 @@ def test_the_clock_of_one_node_is_an_hour_off(
     clock = off if node == "alpha" else 0.0  # of the command that sends
     for _ in range(COUNT // 4):
         trial.send(ttl=60, clock=clock)
-    seen = len(trial.beta.events("connected"))
-    trial.beta.stop(signal.SIGKILL)
+    trial.beta.kill()
     for number in range(COUNT // 4):
         trial.send(ttl=1 if number % 3 == 0 else 60, stale=number % 3 == 0, clock=clock)
     time.sleep(2.1)  # MQTT counts in whole seconds
-    trial.beta.start(wait=False)
-    eventually("beta is back", lambda: len(trial.beta.events("connected")) > seen)
+    trial.beta.start_again()
     while len(trial.commands) < COUNT:
         trial.send(ttl=60, clock=clock)
     trial.settle()

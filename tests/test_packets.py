@@ -1,0 +1,347 @@
+"""Packets: bytes to packets and back, and whatever else may come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from raw_mqtt import connect_packet, publish_packet, subscribe_packet, unsubscribe_packet
+
+import hive
+from hive import (
+    PROPERTIES,
+    Connect,
+    Kind,
+    Malformed,
+    Publish,
+    Reader,
+    Reason,
+    Subscription,
+    encode_properties,
+    frame,
+    matches,
+    packet,
+    string,
+    two,
+    variable,
+    with_length,
+)
+
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
+topics = texts.filter(lambda said: said and not set("+#") & set(said))
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "byte": st.integers(0, 255),
+    "flag": st.integers(0, 1),
+    "two": st.integers(0, 0xFFFF),
+    "positive": st.integers(1, 0xFFFF),
+    "four": st.integers(0, 0xFFFF_FFFF),
+    "positive four": st.integers(1, 0xFFFF_FFFF),
+    "variable": st.integers(1, 0x0FFF_FFFF),
+    "text": texts,
+    "binary": st.binary(max_size=30),
+    "pair": st.tuples(texts, texts),
+}
+
+
+def properties_of(kind: str, *without: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Any properties that a kind of packet may have."""
+    allowed = {}
+    for one in PROPERTIES.values():
+        if kind in one.packets and one.name not in without:
+            value = VALUES[one.wire]
+            allowed[one.name] = st.lists(value, min_size=1, max_size=3) if one.repeated else value
+    return st.fixed_dictionaries({}, optional=allowed)
+
+
+def body_of(whole: bytes) -> bytes:
+    found = frame(bytearray(whole), 0, 1 << 28)
+    assert found and found[1] == len(whole)
+    return whole[found[0] :]
+
+
+def reason_of(call: Any, *given: Any) -> Reason:
+    with pytest.raises(Malformed) as raised:
+        call(*given)
+    assert str(raised.value)
+    return raised.value.reason
+
+
+@given(st.integers(0, 0x0FFF_FFFF))
+def test_a_number_survives_the_wire_in_as_few_bytes_as_it_needs(value: int) -> None:
+    said = variable(value)
+    assert Reader(said).variable() == value
+    assert len(said) == 1 + sum(value >= 1 << bits for bits in (7, 14, 21))
+
+
+@pytest.mark.parametrize("kind", sorted({kind for p in PROPERTIES.values() for kind in p.packets}))
+def test_properties_survive_the_wire(kind: str) -> None:
+    @given(properties_of(kind))
+    def check(said: dict[str, Any]) -> None:
+        assert Reader(with_length(encode_properties(said))).properties(kind) == said
+
+    check()
+
+
+@given(
+    topics,
+    st.binary(max_size=300),
+    st.integers(0, 2),
+    st.booleans(),
+    st.sampled_from([4, 5]),
+    properties_of("PUBLISH", "subscription_id", "response_topic"),
+)
+def test_a_message_survives_the_wire(
+    topic: str, payload: bytes, qos: int, retain: bool, version: int, said: dict[str, Any]
+) -> None:
+    said = said if version == 5 else {}
+    id = 7 if qos else 0
+    whole = publish_packet(topic, payload, qos, id, retain, version=version, **said)
+    parsed = Publish.parse(whole[0] & 15, body_of(whole), version)
+    assert parsed == Publish(topic, payload, qos, retain, id, said)
+
+
+@given(
+    st.sampled_from([4, 5]),
+    texts,
+    st.booleans(),
+    st.integers(0, 0xFFFF),
+    st.none() | st.builds(Publish, topics, st.binary(), st.integers(0, 2), st.booleans()),
+    st.none() | texts,
+    st.binary(),
+    properties_of("CONNECT", "authentication_data"),
+)
+def test_a_connect_survives_the_wire(
+    version: int,
+    client_id: str,
+    clean: bool,
+    keepalive: int,
+    will: Publish | None,
+    user: str | None,
+    password: bytes,
+    said: dict[str, Any],
+) -> None:
+    said = said if version == 5 else {}
+    secret = None if user is None else password
+    whole = connect_packet(version, client_id, clean, keepalive, will, user, secret, **said)
+    parsed = Connect.parse(body_of(whole))
+    assert parsed == Connect(version, clean, keepalive, client_id, will, user, secret, said)
+
+
+@given(st.sampled_from([4, 5]), st.lists(st.tuples(topics, st.integers(0, 2)), min_size=1))
+def test_subscribe_and_unsubscribe_survive_the_wire(
+    version: int, wanted: list[tuple[str, int]]
+) -> None:
+    said = hive.parse_subscribe(body_of(subscribe_packet(*wanted, version=version)), version)
+    assert said == (1, [Subscription(name, options, 0) for name, options in wanted])
+    names = [name for name, _ in wanted]
+    whole = unsubscribe_packet(*names, id=9, version=version)
+    assert hive.parse_unsubscribe(body_of(whole), version) == (9, names)
+
+
+@given(
+    st.sampled_from([Kind.PUBACK, Kind.PUBREC, Kind.PUBREL, Kind.PUBCOMP]), st.sampled_from([4, 5])
+)
+def test_an_acknowledgement_survives_the_wire(kind: Kind, version: int) -> None:
+    whole = hive.ack(kind, 7, Reason.UNKNOWN_ID, version)
+    expected = Reason.UNKNOWN_ID if version == 5 else 0
+    assert hive.parse_ack(kind, body_of(whole), version) == (7, expected)
+    assert whole[0] & 15 == (2 if kind is Kind.PUBREL else 0)
+
+
+@given(st.binary(max_size=60), st.sampled_from([4, 5]), st.integers(0, 15))
+def test_whatever_bytes_arrive_they_end_in_a_packet_or_in_malformed(
+    noise: bytes, version: int, flags: int
+) -> None:
+    for parse in (
+        lambda: Publish.parse(flags, noise, version),
+        lambda: Connect.parse(string("MQTT") + bytes([version]) + noise),
+        lambda: Connect.version_of(noise),
+        lambda: hive.parse_subscribe(noise, version),
+        lambda: hive.parse_unsubscribe(noise, version),
+        lambda: hive.parse_ack(Kind.PUBREL, noise, version),
+        lambda: hive.parse_disconnect(noise, version),
+        lambda: frame(bytearray(noise), 0, 1000),
+    ):
+        try:
+            parse()
+        except Malformed as error:
+            assert error.reason >= Reason.REFUSED
+
+
+def test_a_packet_is_there_once_all_of_it_is() -> None:
+    whole = packet(Kind.PUBLISH, b"x" * 200)
+    assert all(frame(bytearray(whole[:n]), 0, 1000) is None for n in range(len(whole)))
+    assert frame(bytearray(whole + b"more"), 0, 1000) == (3, len(whole))
+    assert frame(bytearray(b"??" + whole), 2, 1000) == (5, 2 + len(whole))
+
+
+def test_a_packet_that_is_too_large_is_refused_by_its_first_bytes() -> None:
+    assert reason_of(frame, bytearray(b"\x30\xff\xff\x7f"), 0, 1000) is Reason.TOO_LARGE
+    assert reason_of(frame, bytearray(b"\x30\xff\xff\xff\xff"), 0, 1000) is Reason.MALFORMED
+
+
+MALFORMED, PROTOCOL = Reason.MALFORMED, Reason.PROTOCOL_ERROR
+HEAD = string("MQTT") + b"\x05"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"\x80\x00", MALFORMED),  # [MQTT-1.5.5-1] more bytes than it needs
+        (b"\xff\xff\xff\xff\x7f", MALFORMED),
+        (b"\x05\x01", MALFORMED),  # ends before it should
+        (b"\x02\x7f\x00", PROTOCOL),  # no such property
+        (b"\x02\x24\x01", PROTOCOL),  # of CONNACK only
+        (b"\x04\x01\x01\x01\x01", PROTOCOL),  # twice
+        (b"\x02\x01\x02", PROTOCOL),  # neither 0 nor 1
+        (b"\x02\x0b\x00", PROTOCOL),  # [MQTT-3.8.2.1.2] subscription identifier 0
+        (b"\x03\x03\x00\x05", MALFORMED),  # a string longer than the properties
+        (b"\x05\x03\x00\x02\xff\xff", MALFORMED),  # [MQTT-1.5.4-1]
+        (b"\x06\x03\x00\x03\xed\xa0\x80", MALFORMED),  # [MQTT-1.5.4-1] a surrogate
+        (b"\x04\x03\x00\x01\x00", MALFORMED),  # [MQTT-1.5.4-2]
+        (variable(hive.MAX_PROPERTIES + 1), Reason.TOO_LARGE),
+    ],
+)
+def test_properties_that_are_not_allowed(data: bytes, reason: Reason) -> None:
+    assert reason_of(Reader(data).properties, "PUBLISH") is reason
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (HEAD + b"\x03\x00\x00\x00\x00\x00", MALFORMED),  # [MQTT-3.1.2-3] the reserved flag
+        (HEAD + b"\x1e\x00\x00\x00\x00\x00", MALFORMED),  # [MQTT-3.1.2-12] a will of QoS 3
+        (HEAD + b"\x0a\x00\x00\x00\x00\x00", MALFORMED),  # [MQTT-3.1.2-11] QoS without a will
+        (HEAD + b"\x22\x00\x00\x00\x00\x00", MALFORMED),  # [MQTT-3.1.2-13] retain without one
+        (string("MQTT") + b"\x04\x42\x00\x00\x00\x00", MALFORMED),  # 3.1.1 [MQTT-3.1.2-22]
+        (HEAD + b"\x02\x00\x00\x00", MALFORMED),  # [MQTT-3.1.3-3] no client identifier
+        (HEAD + b"\x82\x00\x00\x00\x00\x00", MALFORMED),  # [MQTT-3.1.2-17] no user name
+        (HEAD + b"\x02\x00\x00\x00\x00\x00more", MALFORMED),
+        (HEAD + b"\x02\x00\x00\x03\x21\x00\x00\x00\x00", PROTOCOL),  # receive maximum 0
+        (HEAD + b"\x02\x00\x00\x05\x27\x00\x00\x00\x00\x00\x00", PROTOCOL),  # packet size 0
+        (HEAD + b"\x02\x00\x00\x04\x16\x00\x01x\x00\x00", PROTOCOL),  # data without method
+        (HEAD + b"\x06\x00\x00\x00\x00\x00\x00\x00\x01#\x00\x00", Reason.BAD_TOPIC),
+    ],
+)
+def test_a_connect_that_is_not_allowed(body: bytes, reason: Reason) -> None:
+    assert reason_of(Connect.parse, body) is reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "body", "reason"),
+    [
+        (6, string("t") + two(1) + b"\0", MALFORMED),  # [MQTT-3.3.1-4] QoS 3
+        (8, string("t") + b"\0", MALFORMED),  # [MQTT-3.3.1-2] DUP at QoS 0
+        (2, string("t") + two(0) + b"\0", MALFORMED),  # [MQTT-2.2.1-3]
+        (0, b"\x00\x05t", MALFORMED),
+        (0, string("") + b"\0", Reason.BAD_TOPIC),  # [MQTT-4.7.3-1]
+        (0, string("a/+") + b"\0", Reason.BAD_TOPIC),  # [MQTT-3.3.2-2]
+        (0, string("a#") + b"\0", Reason.BAD_TOPIC),
+        (0, string("a/" * hive.MAX_LEVELS) + b"\0", Reason.BAD_TOPIC),
+        (0, string("a\0b") + b"\0", MALFORMED),  # [MQTT-4.7.3-2]
+        (0, string("t") + b"\x02\x0b\x01", PROTOCOL),  # [MQTT-3.3.4-6]
+        (0, string("t") + b"\x04\x08\x00\x01#", PROTOCOL),  # [MQTT-3.3.2-14]
+    ],
+)
+def test_a_message_that_is_not_allowed(flags: int, body: bytes, reason: Reason) -> None:
+    assert reason_of(Publish.parse, flags, body, 5) is reason
+
+
+@pytest.mark.parametrize(
+    ("version", "body", "reason"),
+    [
+        (5, two(0) + b"\0" + string("a") + b"\0", MALFORMED),  # [MQTT-2.2.1-3]
+        (5, two(1) + b"\0", PROTOCOL),  # [MQTT-3.8.3-2] no filter
+        (4, two(1), PROTOCOL),
+        (5, two(1) + b"\0" + string("a"), MALFORMED),  # no options
+        (5, two(1) + b"\0" + string("a") + b"\x03", MALFORMED),  # [MQTT-3.8.3-5] QoS 3
+        (5, two(1) + b"\0" + string("a") + b"\x40", MALFORMED),  # [MQTT-3.8.3-5] reserved bits
+        (4, two(1) + string("a") + b"\x04", MALFORMED),  # 3.1.1 [MQTT-3-8.3-4]
+        (5, two(1) + b"\0" + string("a") + b"\x30", PROTOCOL),  # retain handling 3
+        (5, two(1) + b"\x04\x0b\x01\x0b\x02" + string("a") + b"\0", PROTOCOL),
+        (5, two(1) + b"\0" + string("") + b"\0", Reason.BAD_FILTER),  # [MQTT-4.7.3-1]
+        (5, two(1) + b"\0" + string("a/#/b") + b"\0", Reason.BAD_FILTER),  # [MQTT-4.7.1-1]
+        (5, two(1) + b"\0" + string("a#") + b"\0", Reason.BAD_FILTER),
+        (5, two(1) + b"\0" + string("a+") + b"\0", Reason.BAD_FILTER),  # [MQTT-4.7.1-2]
+        (5, two(1) + b"\0" + string("/" * 200) + b"\0", Reason.BAD_FILTER),
+        (5, two(1) + b"\0" + (string("a") + b"\0") * 10_001, Reason.QUOTA),
+    ],
+)
+def test_a_subscribe_that_is_not_allowed(version: int, body: bytes, reason: Reason) -> None:
+    assert reason_of(hive.parse_subscribe, body, version) is reason
+
+
+def test_an_unsubscribe_that_is_not_allowed() -> None:
+    assert reason_of(hive.parse_unsubscribe, two(1) + b"\0", 5) is PROTOCOL  # [MQTT-3.10.3-2]
+    assert reason_of(hive.parse_unsubscribe, two(0) + string("a"), 4) is MALFORMED
+    many = two(1) + string("a") * 10_001
+    assert reason_of(hive.parse_unsubscribe, many, 4) is Reason.QUOTA
+
+
+def test_an_acknowledgement_or_goodbye_that_is_not_allowed() -> None:
+    assert reason_of(hive.parse_ack, Kind.PUBACK, b"\x00", 5) is MALFORMED
+    assert reason_of(hive.parse_ack, Kind.PUBACK, two(0), 5) is MALFORMED
+    assert reason_of(hive.parse_ack, Kind.PUBACK, two(1) + b"\0", 4) is MALFORMED
+    assert reason_of(hive.parse_ack, Kind.PUBACK, two(1) + b"\0\0more", 5) is MALFORMED
+    assert reason_of(hive.parse_disconnect, b"\0\0more", 5) is MALFORMED
+    assert reason_of(hive.parse_disconnect, b"\0", 4) is MALFORMED
+
+
+@pytest.mark.parametrize(
+    ("filter", "yes", "no"),
+    [
+        ("a/b", ["a/b"], ["a", "a/b/c", "A/b", "/a/b", "a/b/"]),  # [MQTT-4.7.3-4]
+        ("a/+", ["a/b", "a/"], ["a", "a/b/c"]),
+        ("+/b", ["a/b", "/b"], ["$a/b", "b"]),  # [MQTT-4.7.2-1]
+        ("a/#", ["a", "a/b", "a/b/c", "a/"], ["b", "ab"]),
+        ("#", ["a", "a/b", "/"], ["$SYS", "$SYS/x"]),  # [MQTT-4.7.2-1]
+        ("+", ["a"], ["/a", "a/", "$a"]),
+        ("/+", ["/a", "/"], ["a"]),
+        ("$SYS/#", ["$SYS", "$SYS/x"], ["SYS"]),
+        ("a/+/c/#", ["a/b/c", "a//c/d"], ["a/c", "a/b/d"]),
+    ],
+)
+def test_what_a_filter_means(filter: str, yes: list[str], no: list[str]) -> None:
+    assert hive.check_filter(filter) == filter
+    tree: hive.Filters = hive.Filters()
+    session = hive.Session("x", 0, (1, 1))
+    tree.add(session, Subscription(filter, 0))
+    for topic in yes + no:
+        assert matches(filter, topic) is (topic in yes), topic
+        assert bool([*tree.matching(topic)]) is (topic in yes), topic
+
+
+levels = st.sampled_from(["a", "b", "", "+", "#", "$x"])
+filters = st.lists(levels, min_size=1, max_size=4).map("/".join)
+
+
+def is_filter(said: str) -> bool:
+    try:
+        return bool(hive.check_filter(said))
+    except Malformed:
+        return False
+
+
+@given(
+    st.lists(filters.filter(is_filter), unique=True, max_size=12),
+    st.lists(filters.filter(is_filter), max_size=4),
+    st.lists(st.sampled_from(["a", "b", "", "$x"]), min_size=1, max_size=4)
+    .map("/".join)
+    .filter(bool),
+)
+def test_the_tree_of_filters_means_what_each_filter_means(
+    added: list[str], removed: list[str], topic: str
+) -> None:
+    tree, session = hive.Filters(), hive.Session("x", 0, (1, 1))
+    for filter in added:
+        tree.add(session, Subscription(filter, 0))
+    kept = [filter for filter in added if filter not in removed]
+    for filter in set(added) - set(kept):
+        tree.remove(session, filter)
+    found = sorted(one.filter for _, one in tree.matching(topic))
+    assert found == sorted(filter for filter in kept if matches(filter, topic))
+    for filter in kept:
+        tree.remove(session, filter)
+    assert tree.branches == 0
