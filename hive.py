@@ -29,6 +29,7 @@ tokens; only what needs judgment wakes an agent.
 #           Packets    MQTT on the wire: bytes to packets and back
 #           Broker     a small one of our own, for one user on one machine
 #           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
+#           Hosting    which broker, and whose turn it is to be one
 #   node    Outbox     what the broker has yet to take
 #           Membership who is there, and who is missed
 #           Reception  what this node's command line asks of its daemon
@@ -716,12 +717,17 @@ class NodeConfig(Table):
     )
 
 
+LOCALHOST, MQTT_PORT = "localhost", 1883  # where a broker is that nobody named
+
+
 @dataclass(frozen=True, slots=True)
 class MqttConfig(Table):
     """The broker where the nodes meet."""
 
-    host: str = key("localhost", text, "the broker's host name or address")
-    port: int = key(1883, port, "its port (8883 is usual with TLS)")
+    host: str | None = key(
+        None, text, "the broker's host name or address; without it one is looked for", "broker.lan"
+    )
+    port: int | None = key(None, port, "its port, if not 1883 (8883 is usual with TLS)", 8883)
     username: str | None = key(None, text, "who we are to the broker", "alpha")
     password: str | None = key(None, secret, "better in password_file, or keep this file 0600", "…")
     password_file: Path | None = key(
@@ -741,9 +747,25 @@ class MqttConfig(Table):
     key_file: Path | None = key(None, path, "and its private key", "node.key")
 
     @property
+    def named(self) -> bool:
+        """Did anybody say which broker?"""
+        return self.host is not None or self.port is not None
+
+    @property
+    def unix(self) -> bool:
+        """Is it a socket of this machine, and `host` its path?"""
+        return self.host is not None and self.host.startswith("/")
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        return self.host or LOCALHOST, self.port or MQTT_PORT
+
+    @property
     def address(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}"
+        host, number = self.endpoint
+        if self.unix:
+            return host
+        return f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -3704,7 +3726,7 @@ class Knock:
 # Bytes to packets and back as a broker needs them, MQTT 5 and 3.1.1.  Whatever bytes arrive,
 # that ends in a packet or in Malformed, which has the reason code.  Knows no socket, no session.
 
-MAX_PACKET = MAX_PAYLOAD + 64 * KIB  # bytes: the largest envelope, its topic and properties
+MAX_PACKET = MAX_PAYLOAD + 68 * KIB  # bytes: the largest envelope, its topic and properties
 MAX_LEVELS = 128  # of one topic or filter
 MAX_FILTERS = 10_000  # in one packet
 MAX_PROPERTIES = 64 * KIB  # bytes, of one packet
@@ -5226,7 +5248,8 @@ class Broker:
                     raise BrokerError(objection)
                 lock = Lock(place.with_name(f"{place.name}.lock"))
                 ending.callback(lock.close)
-                lock.write(str(self.socket_path))
+                with contextlib.suppress(OSError):  # a full disk
+                    lock.write(str(self.socket_path))
             except BlockingIOError:
                 raise BrokerError(
                     f"another broker has {place}; stop it, or give this one another {other}"
@@ -5747,6 +5770,7 @@ class LinkUser(Protocol):
 class Transport(Protocol):
     """What Node needs of a link."""
 
+    def aim(self, settings: MqttConfig) -> None: ...
     def open(self, user: LinkUser) -> None: ...
     def publish(self, publication: Publication) -> None: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
@@ -5887,6 +5911,7 @@ class Connection:
             paho.CallbackAPIVersion.VERSION2,
             self._link.client_id,
             protocol=paho.MQTTv5 if self.v5 else paho.MQTTv311,
+            transport="unix" if settings.unix else "tcp",
             clean_session=None if self.v5 else not persistent,
             reconnect_on_failure=False,
             manual_ack=True,
@@ -5907,7 +5932,7 @@ class Connection:
                 SessionExpiryInterval=SESSION_EXPIRY if persistent else None,
                 ReceiveMaximum=RECEIVE_MAXIMUM,
             )
-        client.connect_async(settings.host, settings.port, settings.keepalive, **connect)
+        client.connect_async(*settings.endpoint, settings.keepalive, **connect)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
@@ -5945,9 +5970,8 @@ class Connection:
         elif fault or sock is None:
             self.end(fault or "closed while connecting")
         else:
-            sock.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NODELAY, 1
-            )  # 0.4 instead of 44 ms a turn
+            if sock.family != socket.AF_UNIX:  # 0.4 instead of 44 ms a turn
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             acknowledge_at_once(sock)
             self._client.on_socket_register_write = lambda *_: self._watch(write=True)
             self._client.on_socket_unregister_write = lambda *_: self._watch(write=False)
@@ -6157,6 +6181,10 @@ class Link:
     def up(self) -> bool:
         return self._connection is not None and self._connection.up
 
+    def aim(self, settings: MqttConfig) -> None:
+        """From the next connection on, this is the broker."""
+        self.settings = settings
+
     def open(self, user: LinkUser) -> None:
         """Begin to connect; `user` hears of everything from now on."""
         self._user = user
@@ -6330,6 +6358,136 @@ class Survey:
         if not self._done:
             self._done = True
             self._complete()
+
+
+# ---- Hosting: which broker, and whose turn it is to be one -------------------------------
+#
+# The one that is configured, always.  Else this user's embedded broker if one listens; else what
+# answers at localhost; else a daemon hosts the embedded one, until it ends: then another does.
+
+LOOK_TIMEOUT = 1.0  # seconds for each place that is looked at
+LOOK_AGAIN = 1.0  # seconds, where another daemon is about to host it
+NO_BROKER = (
+    "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
+    f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
+)
+
+
+def embedded_socket(settings: BrokerConfig) -> Path:
+    """Where this user's broker listens: where it says itself, if it ever ran."""
+    with contextlib.suppress(OSError):
+        lock = (broker_home(settings) / "broker.sqlite3.lock").read_bytes()[:MAX_LOCK]
+        if lock and not settings.socket:
+            return Path(os.fsdecode(lock))
+    return broker_socket(settings)
+
+
+def embedded_listens(place: Path) -> bool:
+    """Does a broker of ours listen there, and of nobody else?"""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(LOOK_TIMEOUT)
+        probe.connect(str(place))
+        return door_objection(place) is None
+    return False
+
+
+def speaks_mqtt(host: str, port: int) -> bool:
+    """Is what listens there a broker?  Whether it would let us in is another question."""
+    words = WIRE["text"][1]
+    hello = words("MQTT") + bytes((4, 2, 0, 10)) + words("")  # 3.1.1, clean, 10 s
+    try:
+        with socket.create_connection((host, port), LOOK_TIMEOUT) as probe:
+            probe.sendall(packet(Kind.CONNECT, hello))
+            return probe.recv(1) == bytes((Kind.CONNACK << 4,))
+    except OSError:
+        return False
+
+
+def find_broker(config: Config) -> MqttConfig | None:
+    """The broker to use now, or None if there is none.  It takes a moment."""
+    if config.mqtt.named:
+        return config.mqtt
+    place = embedded_socket(config.broker)
+    if embedded_listens(place):
+        return embedded_as(config, place)
+    if speaks_mqtt(LOCALHOST, MQTT_PORT):
+        return replace(config.mqtt, host=LOCALHOST)
+    return None
+
+
+def embedded_as(config: Config, place: Path) -> MqttConfig:
+    """How to connect to this user's broker: it asks for nothing."""
+    protocol, keepalive = config.mqtt.protocol, config.mqtt.keepalive
+    return MqttConfig(host=str(place), protocol=protocol, keepalive=keepalive)
+
+
+def with_broker(config: Config) -> Config:
+    """The configuration with a broker in it; raises BrokerError if there is none."""
+    mqtt = find_broker(config)
+    if mqtt is None:
+        raise BrokerError(NO_BROKER)
+    return replace(config, mqtt=mqtt)
+
+
+class Hosting:
+    """A daemon's broker: found, or hosted by itself."""
+
+    def __init__(self, config: Config, loop: Loop, log: Log) -> None:
+        self._config, self._loop, self._log = config, loop, log
+        self._broker: Broker | None = None
+        self._stays: MqttConfig | None = config.mqtt if config.mqtt.named else None
+        self._why = ""  # why not, as was said last
+
+    def find(self, then: Callable[[MqttConfig], None]) -> None:
+        """Call back as soon as there is a broker."""
+        if self._broker:
+            then(embedded_as(self._config, self._broker.socket_path))
+        elif self._stays:  # if that one is away it comes back; a second one would part the hive
+            then(self._stays)
+        else:
+            import threading
+
+            threading.Thread(target=self._look, args=(then,), name="look", daemon=True).start()
+
+    def _look(self, then: Callable[[MqttConfig], None]) -> None:
+        """In a thread: it takes a moment."""
+        found = find_broker(self._config)
+        self._loop.post(lambda: self._found(found, then))
+
+    def _found(self, found: MqttConfig | None, then: Callable[[MqttConfig], None]) -> None:
+        if found is None:
+            found = self._host()
+        elif not found.unix:
+            self._stays = found
+        if found:
+            then(found)
+        else:
+            self._loop.after(LOOK_AGAIN, lambda: self.find(then))
+
+    def _host(self) -> MqttConfig | None:
+        """Be the broker, unless another daemon has just become it."""
+        try:
+            broker = Broker(self._loop, self._log, self._config.broker)
+            try:
+                broker.start()
+            except BaseException:
+                broker.close()
+                raise
+        except BrokerError as error:
+            say = self._log.debug if str(error) == self._why else self._log.warning
+            self._why = str(error)
+            say("cannot host the broker, looking again", why=error)
+            return None
+        self._broker = broker
+        advice = "for other machines set up Mosquitto: hive.py broker --mosquitto-conf"
+        self._log.info("hosting the broker of this machine", at=broker.places, note=advice)
+        return embedded_as(self._config, broker.socket_path)
+
+    def close(self) -> None:
+        """Another daemon takes over, if there is one."""
+        if self._broker:
+            self._broker.close()
+            self._broker = None
 
 
 # ---- Outbox: what the broker has yet to take ---------------------------------------------
@@ -6878,6 +7036,7 @@ class Node:
         self._seq = 0
         self._beaten = self._looked = float("-inf")
         self._connected = self._outage = self._stopping = False
+        self._hosting, self._mqtt = Hosting(config, loop, log), config.mqtt
         self._link = link(config, self._will())
         self._outbox = Outbox(journal, self._link, loop.clock, self._published)
 
@@ -6922,6 +7081,7 @@ class Node:
     def abandon(self) -> None:
         """Leave nothing running behind, whatever ended the loop."""
         self._children.kill()
+        self._hosting.close()
         if self._door:
             self._door.close()
 
@@ -6934,13 +7094,18 @@ class Node:
         self._link.close(self.loop.stop, within=GOODBYE)
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
-        ours = (self.instance, self._predecessor)
-        Challenge(self.loop, self.config, ours, self._heartbeat, go_on, self.link_down)
+        self._hosting.find(lambda mqtt: self._challenge(mqtt, go_on))
+
+    def _challenge(self, mqtt: MqttConfig, go_on: Callable[[], None]) -> None:
+        self._mqtt = mqtt
+        self._link.aim(mqtt)
+        ours, config = (self.instance, self._predecessor), replace(self.config, mqtt=mqtt)
+        Challenge(self.loop, config, ours, self._heartbeat, go_on, self.link_down)
 
     def link_up(self) -> None:
-        self.log.info("connected", broker=self.config.mqtt.address, node=self.name)
+        self.log.info("connected", broker=self._mqtt.address, node=self.name)
         self._connected, self._outage = True, False
-        self._service.status(f"{self.name} is connected to {self.config.mqtt.address}")
+        self._service.status(f"{self.name} is connected to {self._mqtt.address}")
         self._membership.roster.grant_grace(self.loop.clock())
         self._publish_roster()
         self._beat()
@@ -6949,9 +7114,9 @@ class Node:
     def link_down(self, reason: str) -> None:
         self._connected = False
         self._membership.roster.doubt_losses()
-        self._service.status(f"no broker at {self.config.mqtt.address}, trying again")
+        self._service.status(f"no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
-        say("no broker, trying again", broker=self.config.mqtt.address, why=reason)
+        say("no broker, trying again", broker=self._mqtt.address, why=reason)
         self._outage = True
 
     def _reread(self) -> None:
@@ -7050,8 +7215,8 @@ class Node:
             self._counts["dropped"] += 1
             self._complain("dropped", **facts, why=step.reason)
         else:
-            idle = isinstance(step, Hear | Note)  # nothing is done; the journal has it
-            say = self.log.debug if idle else self.log.info
+            idle = isinstance(step, Hear | Note) and not envelope.urgent  # the journal has it
+            say = self.log.debug if idle or isinstance(step, Hear) else self.log.info
             say("received", **facts, note=getattr(step, "reason", None))
             if not isinstance(step, Hear):
                 self.log.debug("text", id=envelope.id, text=envelope.text)
@@ -7983,7 +8148,8 @@ class Errand:
     """What one command wants from the broker; ends by finish() or by an error."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.topics, self.node = config, config.topics, config.node.id
+        self.config = with_broker(config)
+        self.topics, self.node = config.topics, config.node.id
         self.loop = Loop(Log("error"))
         self._finished = False
 
@@ -8034,7 +8200,7 @@ class Sending(Errand):
         super().__init__(config)
         self.heard_by_nobody = False
         self._envelope = envelope
-        self._link = Link(self.loop, config.mqtt)
+        self._link = Link(self.loop, self.config.mqtt)
         self._link.open(self)
 
     def link_up(self) -> None:
@@ -8054,7 +8220,7 @@ class Collecting(Errand):
         topics = [self.topics.meta("+", document)]
         marker = self.topics.private(self.node, new_id())
         self.survey = Survey(
-            self.loop, config.mqtt, topics, marker, self._found, self._complete, self.link_down
+            self.loop, self.config.mqtt, topics, marker, self._found, self._complete, self.link_down
         )
 
     def _found(self, delivery: Delivery) -> None:
@@ -8083,7 +8249,7 @@ class Asking(Errand):
         whose = "+" if envelope.to == EVERYONE else envelope.to
         self._survey = Survey(
             self.loop,
-            config.mqtt,
+            self.config.mqtt,
             [*self._topics, self.topics.meta(whose, "state")],
             self.topics.private(self.node, new_id()),
             self._found,
@@ -8299,7 +8465,7 @@ def interview(ask: Interview, said: dict[str, Any]) -> None:
     if "node.id" not in said:
         said["node.id"] = ask.ask("This node's name", name, short_host_name())
     if "mqtt.host" not in said:
-        meant = key_of("mqtt.host").default if any(one.startswith("mqtt.") for one in said) else ""
+        meant = LOCALHOST if any(one.startswith("mqtt.") for one in said) else ""
         question = "Broker where the nodes meet, as host or host:port"
         instead = meant or "none: this machine alone"
         nothing: tuple[str, int | None] = (meant, None)
@@ -8493,7 +8659,7 @@ class Greeting(Visit):
 
     def __init__(self, config: Config, deadline: float) -> None:
         super().__init__(config, deadline)
-        self._link = Link(self.loop, config.mqtt)
+        self._link = Link(self.loop, self.config.mqtt)
         self._link.open(self)
 
     def link_up(self) -> None:
@@ -8519,7 +8685,7 @@ class Probing(Visit):
         self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
         self._unanswered = deque((private | unread).items())
         read = [*self.topics.for_node(names), self.topics.meta("+", "state"), *private]
-        self._link = Link(self.loop, config.mqtt, subscriptions=[(topic, 0) for topic in read])
+        self._link = Link(self.loop, self.config.mqtt, subscriptions=[(topic, 0) for topic in read])
         self._link.open(self)
         self._up = False
 
@@ -8580,7 +8746,13 @@ class Listening(Visit):
         filters = [self.topics.meta("+", "state"), self.topics.to(EVERYONE, "heartbeat")]
         marker = self.topics.private(self.node, new_id())
         self._survey = Survey(
-            self.loop, config.mqtt, filters, marker, self._found, self._complete, self.link_down
+            self.loop,
+            self.config.mqtt,
+            filters,
+            marker,
+            self._found,
+            self._complete,
+            self.link_down,
         )
 
     def _found(self, delivery: Delivery) -> None:
@@ -8775,6 +8947,11 @@ def agent_finding(
 
 
 def check_broker(exam: Examination) -> Iterator[Finding]:
+    if find_broker(exam.config) is None:
+        what = f"none is named, hosted, or at {LOCALHOST}:{MQTT_PORT}: the daemon will host one"
+        yield Finding(Level.SKIPPED, what)
+        return
+    exam.config = with_broker(exam.config)
     mqtt, begun = exam.config.mqtt, time.monotonic()
     Greeting(exam.config, exam.left(BROKER_DEADLINE)).run()
     how = f"as {mqtt.username}" if mqtt.username else "without a name"
@@ -8877,11 +9054,12 @@ def examine(load: Callable[[], Config], now: float) -> Iterator[tuple[str, Findi
         cause = next((failed[one] for one in check.needs if one in failed), None)
         if cause:
             failed[check.name] = cause
-            yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause} failed")
+            yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause}")
             continue
         for finding in look(check, exam):
-            if finding.level is Level.FAIL:
-                failed[check.name] = check.name
+            if finding.level in (Level.FAIL, Level.SKIPPED):
+                how = "failed" if finding.level is Level.FAIL else "was skipped"
+                failed[check.name] = f"{check.name} {how}"
             yield check.name, finding
 
 
@@ -8913,7 +9091,6 @@ def finding_line(check: str, finding: Finding, colour: bool) -> str:
 # machine.  It needs no hive there.  What nodes may do follows the topics that Node, Link and
 # Client use.  Knows neither the network nor this machine's files.
 
-MAX_PACKET = 2 * KIB * KIB  # bytes: an envelope of the largest size, its topic and properties
 SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones when they are gone
 
 
@@ -8957,9 +9134,7 @@ def mosquitto_site(
 
     `here` is this machine's name, for where nobody said how the nodes find it.
     """
-    host = config.mqtt.host
-    if host == MqttConfig().host:
-        host = here if tls else "127.0.0.1"
+    host = config.mqtt.host or (here if tls else "127.0.0.1")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+", host):
         raise UsageError(f"--host {shown(host)}: neither a host's name nor an address")
     if re.fullmatch("[0.:]+", host):
@@ -8969,7 +9144,7 @@ def mosquitto_site(
             f"{host} may be anywhere, and without TLS everyone on the way reads along;"
             " say --tls, or the address of this machine in your VPN: --host 100.64.0.7"
         )
-    port = TLS_PORT if tls and "mqtt.port" not in config.origin else config.mqtt.port
+    port = config.mqtt.port or (TLS_PORT if tls else MQTT_PORT)
     return Site(config.topics, host, port, tls, nodes_with_agents(config, said))
 
 
@@ -9703,10 +9878,9 @@ def roster(args: argparse.Namespace) -> int:
 
 
 def say_nobody(config: Config) -> None:
+    where = f"at {with_broker(config).mqtt.address} under {config.topics.prefix}/"
     print(
-        f"hive: no node has been seen at {config.mqtt.address} under {config.topics.prefix}/ yet;"
-        " start one with: hive.py daemon",
-        file=sys.stderr,
+        f"hive: no node has been seen {where} yet; start one with: hive.py daemon", file=sys.stderr
     )
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import paho.mqtt.client as mqtt
-from conftest import PATIENCE, ROOT, Daemon, Hive, eventually
+from conftest import PATIENCE, ROOT, Broker, Daemon, Hive, answers, eventually, free_port
 from paho.mqtt.enums import CallbackAPIVersion
 
 import hive
@@ -49,6 +49,27 @@ ANSWERS = "log WHERE event = 'in' AND sender = 'beta' AND recipient = 'alpha'"
 # hive.py with something about it changed, as its daemon's own process sees it.
 CHANGED = "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import hive; {change}\n"
 CHANGED += "sys.exit(hive.main())"
+
+
+class OwnBroker(Broker):
+    """Hive's own broker, in place of Mosquitto."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True)
+        self.home, self.port = home, free_port()
+        self.start()
+
+    def start(self) -> None:
+        environment = {"HOME": str(self.home), "XDG_STATE_HOME": str(self.home)}
+        listen = (f"--socket={self.home}/socket", f"--listen=127.0.0.1:{self.port}", "--anonymous")
+        with (self.home / "broker.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, ROOT / "hive-cli", "broker", *listen],
+                stdout=log,
+                stderr=log,
+                env=os.environ | environment,
+            )
+        eventually("the broker listens", lambda: answers(self.port))
 
 
 class Victim(Daemon):

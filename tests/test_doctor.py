@@ -307,7 +307,7 @@ def test_without_paho_it_still_looks_at_the_rest(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     said = {line.split()[1]: line for line in done.stdout.splitlines()}
-    assert said["paho"].startswith("fail  paho       paho-mqtt is missing; in a virtual env")
+    assert said["paho"].startswith("fail  paho       paho-mqtt is missing; either python3 -m pip")
     assert said["config"].startswith("ok ") and said["handlers"].startswith("ok ")
     assert said["broker"].endswith("skipped, because paho failed")
 

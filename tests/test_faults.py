@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Broker, Hive, eventually, need_mosquitto
-from faults import COUNT, TABLE, Quota, SmallDisk, Tally, Trial, Wire, Witness, table_of
+from faults import COUNT, TABLE, OwnBroker, Quota, SmallDisk, Tally, Trial, Wire, Witness, table_of
 
 KILLS = 10
 HOUR = 3600.0
-BROKERS = {"mosquitto": Broker}
+BROKERS: dict[str, Callable[[Path], Broker]] = {"mosquitto": Broker, "hive": OwnBroker}
+BOTH = pytest.mark.parametrize("broker", BROKERS, indirect=True)  # else Mosquitto alone
 TALLIES: list[Tally] = []
 
 Begin = Callable[..., Trial]
@@ -38,25 +39,27 @@ def table(request: pytest.FixtureRequest) -> Iterator[None]:
             print(f"\n\n{table_of(TALLIES)}\n")
 
 
-@pytest.fixture(params=BROKERS)
+@pytest.fixture
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker]:
-    """A durable broker of the test's own, of each kind."""
-    need_mosquitto()
-    broker = BROKERS[request.param](tmp_path / "broker")
+    """A durable broker of the test's own."""
+    kind = getattr(request, "param", "mosquitto")
+    if kind == "mosquitto":
+        need_mosquitto()
+    broker = BROKERS[kind](tmp_path / "broker")
     yield broker
     broker.stop()
 
 
 @pytest.fixture
-def begin(broker: Broker, hive_of: Callable[..., Hive]) -> Iterator[Begin]:
+def begin(broker: Broker, hive_of: Callable[..., Hive]) -> Begin:
     """Two nodes; what became of their messages is in the table, whatever became of the test."""
 
-    def make(fault: str, **how: int | str) -> Trial:
-        trial = Trial(hive_of(broker), fault, **how)  # type: ignore[arg-type]
+    def make(fault: str, **how: int) -> Trial:
+        trial = Trial(hive_of(broker), fault, **how)
         TALLIES.append(trial.tally)
         return trial
 
-    yield make
+    return make
 
 
 def test_the_receiver_is_killed_ten_times(begin: Begin) -> None:
@@ -97,8 +100,10 @@ def test_the_senders_daemon_is_killed_right_after_send_returned(begin: Begin) ->
     trial.unchanged()
 
 
+@BOTH
 def test_the_broker_is_killed_and_comes_back(begin: Begin, broker: Broker) -> None:
-    trial = begin("broker killed").start()
+    own = " (hive's own)" if isinstance(broker, OwnBroker) else ""
+    trial = begin(f"broker killed{own}").start()
     with trial.sending():
         for _ in range(5):
             ahead = trial.chance.randrange(COUNT // 10)

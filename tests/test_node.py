@@ -43,6 +43,9 @@ class Wire:
         self.unacknowledged: list[hive.Publication] = []
         self.up = self.closed = False
 
+    def aim(self, settings: hive.MqttConfig) -> None:
+        pass
+
     def open(self, user: hive.LinkUser) -> None:
         pass
 

@@ -18,6 +18,8 @@ class Wire:
     def __init__(self) -> None:
         self.given: list[hive.Publication] = []
 
+    def aim(self, settings: hive.MqttConfig) -> None: ...
+
     def open(self, user: hive.LinkUser) -> None: ...
 
     def publish(self, publication: hive.Publication) -> None:
