@@ -1509,6 +1509,8 @@ class Drop:
 
 Step = Run | WakeAgents | Hear | Refuse | Note | Drop
 
+SEEN_BEFORE = Drop("seen before")  # the one that is nobody's fault: it came twice to be sure
+
 
 @dataclass(frozen=True, slots=True)
 class Situation:
@@ -3056,8 +3058,10 @@ class Store:
         except (OSError, self._sqlite.Error):
             return
         try:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # room for what comes
             self._database.backup(database)
-        except self._sqlite.Error:
+        except self._sqlite.Error as error:
+            self._log.debug("still in memory", file=self._file, why=reason_of(error))
             database.close()
             return
         self._database.close()
@@ -5720,6 +5724,8 @@ WAYS_TO_PAHO = (
     " inside (in a checkout: make dist)"
 )
 
+UNSAVED = 2.0  # seconds in which a crash of the broker may lose what it has acknowledged
+MAX_UNSAVED = 8 * KIB * KIB  # bytes of that which are kept
 HANG_UP = "the broker closed the connection"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
 NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
@@ -5746,6 +5752,7 @@ class Publication:
     retain: bool = False
     expires: float | None = None  # monotonic; not sent after it
     keep: bool = True  # until the broker is back, if it is away
+    again: bool = False  # it was acknowledged once, but perhaps not saved
     done: Callable[[int, str], None] = lambda code, words: (
         None
     )  # the broker's reason, 0 for success
@@ -5888,6 +5895,7 @@ class Connection:
         self.up = self.ended = False
         self.welcome = self.hung_up = False  # CONNACK has come; it ended before that
         self._refusal: tuple[str, int] | None = None
+        self.heard = link.loop.clock()  # when the broker last said something
         self.window, self.max_packet = SEND_WINDOW, sys.maxsize
         self._inbox: deque[mqtt.MQTTMessage] = deque()
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
@@ -5989,6 +5997,7 @@ class Connection:
             if events & selectors.EVENT_WRITE:
                 self._client.loop_write()
             if events & selectors.EVENT_READ:
+                self.heard = self._loop.clock()
                 self._read()
         except self._link.protocol_errors as error:
             self.end(f"the broker sent what is no MQTT: {shown(str(error))}")
@@ -6144,6 +6153,32 @@ def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
         return False
 
 
+class Recent:
+    """What was acknowledged a moment ago: Mosquitto acknowledges first, and saves then.
+
+    It goes out again where the connection ends, since nobody can tell whether the broker died.
+    Receivers drop ids that they have seen, so nothing is acted upon twice.
+    """
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[float, Publication]] = deque()
+        self._size = 0
+
+    def add(self, publication: Publication, now: float) -> None:
+        again = replace(publication, again=True, done=lambda code, words: None)
+        self._kept.append((now, again))
+        self._size += len(again.payload)
+        while self._kept[0][0] < now - UNSAVED or self._size > MAX_UNSAVED:
+            self._size -= len(self._kept.popleft()[1].payload)
+            if not self._kept:
+                return
+
+    def take(self, heard: float) -> list[Publication]:
+        """All that the broker acknowledged shortly before it was last `heard`, in order."""
+        kept, self._kept, self._size = self._kept, deque(), 0
+        return [publication for at, publication in kept if at >= heard - UNSAVED]
+
+
 class Link:
     """The way to the broker: comes back by itself, and loses nothing that it was given."""
 
@@ -6172,6 +6207,7 @@ class Link:
         self._protocol = settings.protocol
         self._outbox: deque[Publication] = deque()
         self._inflight: dict[int, Publication] = {}
+        self._recent = Recent()
         self._hang_ups = 0  # in a row, with nothing acknowledged between
         self._failures = 0
         self._closing: Callable[[], None] | None = None
@@ -6271,7 +6307,10 @@ class Link:
     def acknowledged(self, connection: Connection, mid: int, code: int, words: str) -> None:
         publication = self._inflight.pop(mid, None) if connection is self._connection else None
         if publication:
-            self._hang_ups = 0
+            if not publication.again:
+                self._hang_ups = 0
+            if publication.keep and code == 0:
+                self._recent.add(publication, self.loop.clock())
             publication.done(code, words)
             self._pump()
 
@@ -6279,7 +6318,8 @@ class Link:
         if connection is not self._connection:
             return
         self._connection = None
-        self._outbox.extendleft(reversed([p for p in self._inflight.values() if p.keep]))
+        again = [*self._recent.take(connection.heard), *self._inflight.values()]
+        self._outbox.extendleft(reversed([p for p in again if p.keep]))
         self._suspect(reason)
         self._inflight.clear()
         if self._user is None:
@@ -6298,9 +6338,12 @@ class Link:
         if not self._inflight or reason != HANG_UP:
             return
         self._hang_ups += 1
-        if self._hang_ups >= MAX_HANG_UPS and self._outbox:
+        if self._hang_ups >= MAX_HANG_UPS:
             self._hang_ups = 0
-            self._outbox.popleft().done(-1, f"{HANG_UP} at it {MAX_HANG_UPS} times")
+            culprit = next(iter(self._inflight.values()))
+            if culprit in self._outbox:
+                self._outbox.remove(culprit)
+            culprit.done(-1, f"{HANG_UP} at it {MAX_HANG_UPS} times")
 
     def _retry_later(self, reason: str) -> None:
         first, longest = RETRY
@@ -7185,7 +7228,7 @@ class Node:
         if isinstance(step, Run | WakeAgents | Refuse | Note):
             note, content = getattr(step, "reason", ""), delivery.payload.decode()
             row = self._journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
-            step = step if row else Drop("seen before")
+            step = step if row else SEEN_BEFORE
         self._log_message(envelope, step)
         if row:
             self._take_note(envelope)
@@ -7213,7 +7256,8 @@ class Node:
         facts |= {"to": envelope.to, "action": envelope.action}
         if isinstance(step, Drop):
             self._counts["dropped"] += 1
-            self._complain("dropped", **facts, why=step.reason)
+            say = self.log.debug if step == SEEN_BEFORE else self._complain
+            say("dropped", **facts, why=step.reason)
         else:
             idle = isinstance(step, Hear | Note) and not envelope.urgent  # the journal has it
             say = self.log.debug if idle or isinstance(step, Hear) else self.log.info
@@ -8148,6 +8192,7 @@ class Errand:
     """What one command wants from the broker; ends by finish() or by an error."""
 
     def __init__(self, config: Config) -> None:
+        load_paho()
         self.config = with_broker(config)
         self.topics, self.node = config.topics, config.node.id
         self.loop = Loop(Log("error"))
