@@ -4,6 +4,8 @@
 # make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed
 # make fuzz     mutated traffic against the embedded broker, for SECONDS=3600 (20 of it in check)
 # make bench    how long things take, beside their peers, in one run
+# make bench-journal  the same for messages a second, and for send
+# make faults   what survives which fault, counted, as a table
 # make bench-broker   what the embedded broker does, beside Mosquitto
 # make install  hive and hive-cli into ~/.local/bin, a unit, ~/.config/hive; START=1 starts it.
 #               PREFIX=/usr/local, as root: for the whole machine.  DESTDIR=... for packages.
@@ -73,6 +75,12 @@ SECONDS ?= 3600
 fuzz: $(VENV)/ready  ## another seed each time; SEED=... to choose it
 	$(python) tests/fuzz_broker.py --seconds $(SECONDS) --seed $(or $(SEED),$$(date +%s))
 
+faults: $(VENV)/ready mosquitto  ## what survives which fault, as a table
+	HIVE_FAULTS_TABLE=- $(python) -m pytest -q --timeout 150 tests/test_faults.py
+
+bench-journal: $(VENV)/ready mosquitto
+	$(python) tests/bench_journal.py
+
 venv: $(VENV)/ready  ## a virtual environment with paho-mqtt; then: . .venv/bin/activate
 
 $(VENV)/ready: Makefile
@@ -114,5 +122,5 @@ checkers:
 clean:  ## remove what make has made
 	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: check lint types test test-openclaw bench-openclaw install uninstall dist bench bench-broker \
+.PHONY: check lint types test test-openclaw bench-openclaw install uninstall dist bench bench-broker bench-journal faults \
   fuzz fuzz-check venv mosquitto checkers clean

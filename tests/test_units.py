@@ -151,6 +151,15 @@ def test_systemd_has_nothing_to_say_about_the_systems_unit(machine: Machine) -> 
     assert complaints(machine, str(system_unit(machine))) == []
 
 
+def test_systemd_has_nothing_to_say_about_the_brokers_unit(installed: Machine) -> None:
+    unit = (ROOT / "units/systemd/hive-broker.service").read_text()
+    put = installed.put(
+        ".config/systemd/user/hive-broker.service",
+        unit.replace("@BINDIR@", str(installed.home / ".local/bin").replace("%", "%%")),
+    )
+    assert complaints(installed, "--user", str(put)) == []
+
+
 def test_systemd_would_have_said_something(machine: Machine) -> None:
     unit = system_unit(machine)
     unit.write_text(unit.read_text().replace("[Service]", "[Service]\nRestartTheSteps=5"))
