@@ -3361,8 +3361,10 @@ class Journal:
         return self._newest
 
     def rows(self, filters: Mapping[str, object], after: int = 0, last: int = 0) -> list[Row]:
-        """The next MAX_ROWS after a row; `filters` as in LOG_FILTERS.  Where `last` is given, of
-        the last so many."""
+        """The next MAX_ROWS after a row, or the first of the `last` so many.
+
+        `filters` choose by what is in LOG_FILTERS.
+        """
         where = " AND ".join(["n > ?", *(LOG_FILTERS[name] for name in filters)])
         values = (after, *filters.values())
         if last:
@@ -3501,7 +3503,10 @@ class Journal:
     def prune(self, now: float) -> bool:
         """Forget a few rows that are too old, or too much; was there anything to forget?"""
         self._rows = self._size = 0
-        forgotten = self._forget_rows("time < ?", now - self._keep)
+        oldest = self._store.read("SELECT time FROM log ORDER BY n LIMIT 1")
+        forgotten, too_old = 0, now - self._keep
+        if oldest and oldest[0][0] < too_old:
+            forgotten += self._forget_rows("time < ?", too_old)
         too_large = self.size > self._max_size
         if too_large:
             texts = f"SELECT n FROM log WHERE content IS NOT NULL AND {FINISHED} ORDER BY n LIMIT ?"
@@ -6947,7 +6952,9 @@ class Reception:
             return {"error": fault}
         self._senders[envelope.id] = visitor
         visitor.leaving.append(lambda: self._senders.pop(envelope.id, None))
-        self._when_safe(lambda: visitor.say({"queued": True, **self._situation()}))
+        here = self._situation()
+        said = here if request.get("wait") else {"connected": here["connected"]}
+        self._when_safe(lambda: visitor.say({"queued": True, **said}))
         return None
 
     def _listen(self, exchange: str, visitor: Visitor, forward: bool) -> None:
