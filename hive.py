@@ -3373,6 +3373,7 @@ OLD_REASONS = {
 }
 SERVER_UNAVAILABLE = 3
 
+KINDS = {kind.value: kind for kind in Kind}
 FIXED_FLAGS: Mapping[Kind, int] = dict.fromkeys(set(Kind) - {Kind.PUBLISH}, 0) | {
     Kind.PUBREL: 2,
     Kind.SUBSCRIBE: 2,
@@ -3417,7 +3418,10 @@ class Reader:
         return value
 
     def two(self) -> int:
-        return int.from_bytes(self.take(2), "big")
+        at, self._at = self._at, self._at + 2
+        if self._at > len(self._data):
+            raise Malformed(Reason.MALFORMED, "it ends too early")
+        return self._data[at] << 8 | self._data[at + 1]
 
     def positive(self) -> int:
         value = self.two()
@@ -3501,6 +3505,8 @@ class Reader:
 
 def variable(value: int) -> bytes:
     """A number in one to four bytes."""
+    if value < 0x80:
+        return single(value)
     said = bytearray()
     while value > 0x7F:
         said.append(value & 0x7F | 0x80)
@@ -3839,6 +3845,8 @@ def parse_ack(kind: Kind, body: bytes, version: int) -> tuple[int, int]:
     """The packet id and the reason code of a PUBACK, PUBREC, PUBREL or PUBCOMP."""
     reader = Reader(body)
     id = reader.packet_id()
+    if not reader.left:
+        return id, Reason.SUCCESS
     reason = reader.byte() if version == 5 and reader.left else 0
     if version == 5 and reader.left:
         reader.properties(kind.name)
@@ -3899,6 +3907,7 @@ MAX_SESSIONS = 5000
 MAX_SUBSCRIPTIONS = 10_000  # of one session
 MAX_BRANCHES = 200_000  # levels of filters with wildcards, of all sessions: some 60 MB
 MAX_RETAINED = 10_000
+SMALL = 4 * KIB  # bytes that are copied rather than shared
 WINDOW = 1000  # messages under way to one client, at most
 QOS_2_WINDOW = 100  # messages of QoS 2 under way from one client
 MAX_ALIASES = 16  # topic aliases of one client
@@ -3938,6 +3947,10 @@ class Message:
     expires: float | None  # wall clock
     n: int = 0  # its row in the file; 0: it has none
     holders: int = 0  # queues, retained topics and wills that need it
+    size: int = 0  # bytes of memory, about
+
+    def __post_init__(self) -> None:
+        self.size = len(self.topic) + len(self.payload) + len(self.properties) + 200
 
     @classmethod
     def of(cls, said: Publish, publisher: str, now: float) -> Self:
@@ -3952,10 +3965,6 @@ class Message:
             publisher,
             None if life is None else now + life,
         )
-
-    @property
-    def size(self) -> int:
-        return len(self.topic) + len(self.payload) + len(self.properties) + 200
 
     def expired(self, now: float) -> bool:
         return self.expires is not None and now >= self.expires
@@ -4402,12 +4411,13 @@ class Guest:
         """To be written when this turn is on disk."""
         if self.closed or self._farewell is not None:
             return
+        size = len(head) + len(payload)
         if not self._out:
             self._wrote = self._loop.clock()
-        self._out.append(head)
-        if payload:
-            self._out.append(payload)
-        size = len(head) + len(payload)
+        if size < SMALL:
+            self._out.append(head + payload)
+        else:
+            self._out += (head, payload)  # many may share this payload
         self.out_size += size
         self._broker.buffered += size
         self._broker.settle_soon(self)
@@ -4527,8 +4537,8 @@ class Guest:
     # Packets in.
 
     def _handle(self, first: int, body: bytes) -> None:
-        session, kind = self.session, Kind(first >> 4) if first >> 4 else None
-        if not kind or FIXED_FLAGS.get(kind, first & 15) != first & 15:
+        session, kind = self.session, KINDS.get(first >> 4)
+        if not kind or (kind is not Kind.PUBLISH and FIXED_FLAGS[kind] != first & 15):
             raise Malformed(Reason.MALFORMED, "flags that no packet has")
         if not session:
             self._on_connect(body)
@@ -4820,7 +4830,7 @@ class Broker:
         self._held = self._retained_size = 0  # bytes
         self._complaints = Complaints()
         self._touched: set[Guest] = set()
-        self._settling = False
+        self._settling: Timer | None = None
         self._ticks = itertools.count(1)
         self._timer: Timer | None = None
         self._again: Timer | None = None  # when the door opens again
@@ -4897,9 +4907,6 @@ class Broker:
 
     def close(self) -> None:
         """Say goodbye.  Wills wait: whoever was connected may come back after a restart."""
-        for timer in (self._timer, self._again):
-            if timer:
-                timer.cancel()
         for guest in [*self.guests]:
             if guest.session:
                 guest.goodbye(Reason.SHUTTING_DOWN)
@@ -4907,6 +4914,9 @@ class Broker:
         for guest in [*self.guests]:
             guest.session = None
             guest.close()
+        for timer in (self._timer, self._again, self._settling):
+            if timer:
+                timer.cancel()
         self._ending.close()
 
     # Turns and time.
@@ -4915,11 +4925,12 @@ class Broker:
         """At the end of this turn, make it last, and then write to this client."""
         self._touched.add(guest)
         if not self._settling:
-            self._settling = True
-            self.loop.after(0, self._settle)
+            self._settling = self.loop.after(0, self._settle)
 
     def _settle(self) -> None:
-        self._settling = False
+        if self._settling:  # it may be called before its time
+            self._settling.cancel()
+        self._settling = None
         touched, self._touched = self._touched, set()
         self.ledger.store.commit()
         for guest in touched:
@@ -4985,24 +4996,13 @@ class Broker:
             bounds = (self._settings.queue_messages, self._settings.queue_mib * KIB * KIB)
             session = self.sessions[client_id] = Session(client_id, expiry, bounds)
         session.guest, session.expiry, session.ends = guest, expiry, None
-        if session.n:
+        if session.n or expiry:
             self.ledger.session(session)
-        elif expiry:
-            self._begin_to_keep(session)
         if guest.will:
             self.hold(guest.will.message)
             self.wills[client_id] = guest.will
             self.ledger.will(client_id, guest.will)
         return session, present
-
-    def _begin_to_keep(self, session: Session) -> None:
-        self.ledger.session(session)
-        for subscription in session.subscriptions.values():
-            self.ledger.subscribed(session, subscription)
-        for id in session.incoming:
-            self.ledger.incoming(session, id)
-        for parcel in (*session.inflight.values(), *session.queue):
-            self.ledger.queued(session, parcel)
 
     def take_up(self, session: Session) -> None:
         """Go on where the last connection ended (MQTT 5, 4.4)."""

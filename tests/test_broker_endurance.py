@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -546,6 +547,54 @@ def test_a_fast_sender_waits_for_a_reader_that_reads(host: Make) -> None:
     thread.join()
     assert got == [*range(total)]
     assert {one.reason for one in acks} == {0}
+
+
+def test_a_sender_goes_on_when_the_reader_that_it_waits_for_has_gone(hosted: Hosted) -> None:
+    reader, sender = hosted.connected("r", receive_maximum=1), hosted.connected("s")
+    reader.subscribe(("t", 1))
+    sender.send(*(publish_packet("t", b"x", 1, n + 1) for n in range(1500)))
+    eventually("it waits", lambda: any(guest.waits_for for guest in [*hosted.broker.guests]))
+    reader.close()
+    codes = {sender.expect(Kind.PUBACK).reason for _ in range(1500)}
+    assert codes == {0, Reason.NO_SUBSCRIBERS}
+
+
+def test_a_loop_that_hosted_one_may_do_other_things_afterwards(tmp_path: Path) -> None:
+    log = io.StringIO()
+    loop = hive.Loop(hive.Log("debug", "text", log))
+    settings = hive.BrokerConfig(socket=tmp_path / "socket", state_dir=tmp_path / "state")
+    for _ in range(3):
+        broker = hive.Broker(loop, hive.Log("debug", "text", log), settings)
+        broker.start()
+        client = Raw(tmp_path / "socket")
+        client.send(connect_packet(5, "a", **KEPT), publish_packet("t", b"x", 1, 1))
+        while not any(guest.session for guest in broker.guests):
+            loop.step()
+        broker.close()
+        client.close()
+    loop.after(0.01, loop.stop)
+    loop.run()
+    loop.close()
+    assert "bug" not in log.getvalue()
+
+
+def test_more_connections_than_there_are_files(tmp_path: Path) -> None:
+    few = ("sh", "-c", 'ulimit -n 40; exec "$@"', "sh")
+    broker = OwnBroker(tmp_path / "own", before=few).start()
+    crowd = [broker.client() for _ in range(80)]
+    crowd[-1].ended()
+    for one in crowd:
+        one.close()
+
+    def comes_in() -> bool:
+        client = broker.client()
+        client.send(connect_packet(5, "a"))
+        got = client.read()
+        client.close()
+        return got is not None and got.reason == 0
+
+    eventually("those that went are forgotten", comes_in)
+    broker.close()
 
 
 # The command.
