@@ -4359,7 +4359,8 @@ class Guest:
         except Malformed as error:
             self._broker.complain("packet refused", self, str(error))
             self.fail(error.reason)
-        self._heard(at, began)
+        finally:  # whatever happened, no packet is handled twice
+            self._heard(at, began)
 
     def _next(self, at: int) -> tuple[int, int] | None:
         """Where the next packet is, if all of it is there."""
@@ -4369,7 +4370,7 @@ class Guest:
 
     def _heard(self, at: int, now: float) -> None:
         """So many bytes of what came in are done with."""
-        if self.closed:
+        if self.closed or self._farewell is not None:
             return
         if at:
             del self._in[:at]
@@ -4851,7 +4852,7 @@ class Broker:
                 place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 objection = door_objection(place)
                 if objection:
-                    raise BrokerError(objection)
+                    raise BrokerError(f"{objection}, or use a directory of your own")
                 refusal = f"another broker has {place}; stop it, or give this one another {other}"
                 ending.callback(hold_lock(place.with_name(f"{place.name}.lock"), refusal).close)
             except OSError as error:
@@ -4939,6 +4940,7 @@ class Broker:
 
     def _tick(self) -> None:
         """Look at every deadline."""
+        self._timer = self.loop.after(BROKER_TICK, self._tick)
         now = self.clock()
         for guest in [*self.guests]:
             guest.check(self.loop.clock())
@@ -4953,7 +4955,6 @@ class Broker:
                 self._unretain(topic)
             self.ledger.store.go_back_to_disk()
         self.ledger.store.commit()
-        self._timer = self.loop.after(BROKER_TICK, self._tick)
 
     def complain(self, event: str, guest: Guest | None, why: str) -> None:
         """Say what was refused or dropped; a few times a minute of each kind."""

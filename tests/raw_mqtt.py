@@ -302,6 +302,7 @@ class Hosted:
             client.close()
         self.stop()
         assert "event=bug" not in self.log.getvalue(), self.log.getvalue()
+        assert self.broker.buffered == 0  # every byte was counted once
 
 
 class OwnBroker:

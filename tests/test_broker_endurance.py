@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import random
 import signal
 import socket
 import sqlite3
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, ROOT, Clock, eventually, free_port
+from fuzz_broker import conversations, mutated
 from raw_mqtt import (
     Got,
     Hosted,
@@ -595,6 +598,44 @@ def test_more_connections_than_there_are_files(tmp_path: Path) -> None:
 
     eventually("those that went are forgotten", comes_in)
     broker.close()
+
+
+def test_after_any_traffic_the_books_balance(host: Make) -> None:
+    hosted, chance = host(queue_messages=50, queue_mib=1), random.Random(4)
+    known = conversations()
+    for _ in range(600):
+        client = hosted.client()
+        client.sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            client.sock.send(mutated(chance, chance.choice(known)))
+        if chance.random() < 0.8:
+            client.close()
+    hosted.connected("witness").quiet()
+    for client in hosted.clients:
+        client.close()
+    eventually("all are gone", lambda: not hosted.broker.guests)
+    hosted.stop()
+    broker = hosted.broker
+    parcels = [
+        parcel
+        for session in broker.sessions.values()
+        for parcel in (*session.queue, *session.inflight.values())
+    ]
+    holding = [parcel.message for parcel in parcels]
+    holding += [*broker.retained.values(), *(will.message for will in broker.wills.values())]
+    assert holding
+    assert broker._held == sum(message.size for message in {*holding})
+    assert broker._retained_size == sum(message.size for message in broker.retained.values())
+    for message in {*holding}:
+        assert message.holders == holding.count(message)
+    for session in broker.sessions.values():
+        mine = (*session.queue, *session.inflight.values())
+        assert session.size == sum(parcel.message.size for parcel in mine)
+    with closing(sqlite3.connect(broker.file)) as file:
+        rows = {n for (n,) in file.execute("SELECT n FROM messages")}
+        assert rows == {message.n for message in holding}
+        (count,) = file.execute("SELECT count(*) FROM parcels").fetchone()
+        assert count == len(parcels)
 
 
 # The command.
