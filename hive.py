@@ -4279,7 +4279,7 @@ class Guest:
         self._trusted = trusted  # needs no password
         self._keepalive = 0
         self._aliases: dict[int, str] = {}
-        self._in, self._out = bytearray(), deque[bytes | memoryview]()
+        self._in, self._out = bytearray(), deque[bytes | bytearray | memoryview]()
         self._retained: deque[Iterator[tuple[Message, Subscription] | None]] = deque()
         self._due = self._loop.clock() + CONNECT_DEADLINE  # when it must have been heard
         self._wrote = self._loop.clock()  # when the socket last took something
@@ -4298,7 +4298,7 @@ class Guest:
         if self.closed:
             return
         events = selectors.EVENT_WRITE if self._full else 0
-        if self._farewell is not None or not self._held():
+        if self._farewell is not None or not (self._held() or self._timer):
             events |= selectors.EVENT_READ
         if events == self._watched:
             return
@@ -4386,10 +4386,10 @@ class Guest:
         self._watch()
 
     def resume(self) -> None:
-        """Go on with what has come in already, in the next turn."""
-        self._watch()
+        """Go on with what has come in already, in the next turn; read no more before that."""
         if not self._timer and not self.closed:
             self._timer = self._loop.after(0, self._work)
+            self._watch()
 
     def check(self, now: float) -> None:
         """Has a deadline passed?"""
@@ -4415,10 +4415,12 @@ class Guest:
         size = len(head) + len(payload)
         if not self._out:
             self._wrote = self._loop.clock()
-        if size < SMALL:
-            self._out.append(head + payload)
+        if size >= SMALL:
+            self._out += filter(None, (head, payload))  # many may share this payload
+        elif self._out and isinstance(self._out[-1], bytearray):
+            self._out[-1] += head + payload
         else:
-            self._out += (head, payload)  # many may share this payload
+            self._out.append(bytearray(head + payload))
         self.out_size += size
         self._broker.buffered += size
         self._broker.settle_soon(self)
@@ -4428,8 +4430,6 @@ class Guest:
         self._full = False
         try:
             while self._out:
-                if len(self._out) > 1 and self.out_size < READ_CHUNK:
-                    self._out = deque([b"".join(self._out)])
                 self._written(self._sock.sendmsg(itertools.islice(self._out, 64)))
         except (BlockingIOError, InterruptedError):
             self._full = True

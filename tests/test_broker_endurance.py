@@ -439,9 +439,31 @@ def test_a_flood_delays_nobody_and_fills_no_memory(own: Own, flood: str) -> None
     hostile = broker.client()
     hostile.connect("hostile")
     with witness(broker):
-        push(hostile, FLOODS[flood], 1.0)
+        push(hostile, FLOODS[flood], 0.7)
     assert broker.memory < 300 << 20
     hostile.close()
+
+
+@pytest.mark.parametrize("flood", ["pings", "small at QoS 1", "one at QoS 2", "60 levels"])
+def test_no_more_is_read_than_has_its_turn(hosted: Hosted, flood: str) -> None:
+    hostile = [hosted.connected(f"hostile{n}") for n in range(4)]
+    most, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            most.extend(len(guest._in) for guest in [*hosted.broker.guests])
+            time.sleep(0.001)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    floods = [threading.Thread(target=push, args=(one, FLOODS[flood], 0.5)) for one in hostile]
+    for each in floods:
+        each.start()
+    for each in floods:
+        each.join()
+    done.set()
+    looking.join()
+    assert max(most) < 2 * hive.READ_CHUNK
 
 
 def test_ten_thousand_subscriptions_of_sixty_levels(own: Own) -> None:
