@@ -3553,15 +3553,19 @@ MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
 SHORT_PLACE = Path("/tmp")
 
 
-def door_path(config: Config) -> Path:
-    """Where a node's door is: in its state directory, or nearby if that path is too long."""
-    direct = config.state_dir / "door"
+def short_socket_path(direct: Path) -> Path:
+    """This path, or one nearby if it is too long for a socket."""
     if len(os.fsencode(direct)) <= MAX_SOCKET_PATH:
         return direct
     import hashlib
 
     digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
     return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
+
+
+def door_path(config: Config) -> Path:
+    """Where a node's door is: in its state directory, or nearby if that path is too long."""
+    return short_socket_path(config.state_dir / "door")
 
 
 def door_objection(file: Path) -> str | None:
@@ -3799,6 +3803,7 @@ OLD_REASONS = {
 }
 SERVER_UNAVAILABLE = 3
 
+KINDS = {kind.value: kind for kind in Kind}
 FIXED_FLAGS: Mapping[Kind, int] = dict.fromkeys(set(Kind) - {Kind.PUBLISH}, 0) | {
     Kind.PUBREL: 2,
     Kind.SUBSCRIBE: 2,
@@ -3843,7 +3848,10 @@ class Reader:
         return value
 
     def two(self) -> int:
-        return int.from_bytes(self.take(2), "big")
+        at, self._at = self._at, self._at + 2
+        if self._at > len(self._data):
+            raise Malformed(Reason.MALFORMED, "it ends too early")
+        return self._data[at] << 8 | self._data[at + 1]
 
     def positive(self) -> int:
         value = self.two()
@@ -3927,6 +3935,8 @@ class Reader:
 
 def variable(value: int) -> bytes:
     """A number in one to four bytes."""
+    if value < 0x80:
+        return single(value)
     said = bytearray()
     while value > 0x7F:
         said.append(value & 0x7F | 0x80)
@@ -4265,6 +4275,8 @@ def parse_ack(kind: Kind, body: bytes, version: int) -> tuple[int, int]:
     """The packet id and the reason code of a PUBACK, PUBREC, PUBREL or PUBCOMP."""
     reader = Reader(body)
     id = reader.packet_id()
+    if not reader.left:
+        return id, Reason.SUCCESS
     reason = reader.byte() if version == 5 and reader.left else 0
     if version == 5 and reader.left:
         reader.properties(kind.name)
@@ -4325,6 +4337,7 @@ MAX_SESSIONS = 5000
 MAX_SUBSCRIPTIONS = 10_000  # of one session
 MAX_BRANCHES = 200_000  # levels of filters with wildcards, of all sessions: some 60 MB
 MAX_RETAINED = 10_000
+SMALL = 4 * KIB  # bytes that are copied rather than shared
 WINDOW = 1000  # messages under way to one client, at most
 QOS_2_WINDOW = 100  # messages of QoS 2 under way from one client
 MAX_ALIASES = 16  # topic aliases of one client
@@ -4364,6 +4377,10 @@ class Message:
     expires: float | None  # wall clock
     n: int = 0  # its row in the file; 0: it has none
     holders: int = 0  # queues, retained topics and wills that need it
+    size: int = 0  # bytes of memory, about
+
+    def __post_init__(self) -> None:
+        self.size = len(self.topic) + len(self.payload) + len(self.properties) + 200
 
     @classmethod
     def of(cls, said: Publish, publisher: str, now: float) -> Self:
@@ -4378,10 +4395,6 @@ class Message:
             publisher,
             None if life is None else now + life,
         )
-
-    @property
-    def size(self) -> int:
-        return len(self.topic) + len(self.payload) + len(self.properties) + 200
 
     def expired(self, now: float) -> bool:
         return self.expires is not None and now >= self.expires
@@ -4696,7 +4709,7 @@ class Guest:
         self._trusted = trusted  # needs no password
         self._keepalive = 0
         self._aliases: dict[int, str] = {}
-        self._in, self._out = bytearray(), deque[bytes | memoryview]()
+        self._in, self._out = bytearray(), deque[bytes | bytearray | memoryview]()
         self._retained: deque[Iterator[tuple[Message, Subscription] | None]] = deque()
         self._due = self._loop.clock() + CONNECT_DEADLINE  # when it must have been heard
         self._wrote = self._loop.clock()  # when the socket last took something
@@ -4715,7 +4728,7 @@ class Guest:
         if self.closed:
             return
         events = selectors.EVENT_WRITE if self._full else 0
-        if self._farewell is not None or not self._held():
+        if self._farewell is not None or not (self._held() or self._timer):
             events |= selectors.EVENT_READ
         if events == self._watched:
             return
@@ -4776,7 +4789,8 @@ class Guest:
         except Malformed as error:
             self._broker.complain("packet refused", self, str(error))
             self.fail(error.reason)
-        self._heard(at, began)
+        finally:  # whatever happened, no packet is handled twice
+            self._heard(at, began)
 
     def _next(self, at: int) -> tuple[int, int] | None:
         """Where the next packet is, if all of it is there."""
@@ -4786,7 +4800,7 @@ class Guest:
 
     def _heard(self, at: int, now: float) -> None:
         """So many bytes of what came in are done with."""
-        if self.closed:
+        if self.closed or self._farewell is not None:
             return
         if at:
             del self._in[:at]
@@ -4802,10 +4816,10 @@ class Guest:
         self._watch()
 
     def resume(self) -> None:
-        """Go on with what has come in already, in the next turn."""
-        self._watch()
+        """Go on with what has come in already, in the next turn; read no more before that."""
         if not self._timer and not self.closed:
             self._timer = self._loop.after(0, self._work)
+            self._watch()
 
     def check(self, now: float) -> None:
         """Has a deadline passed?"""
@@ -4828,12 +4842,15 @@ class Guest:
         """To be written when this turn is on disk."""
         if self.closed or self._farewell is not None:
             return
+        size = len(head) + len(payload)
         if not self._out:
             self._wrote = self._loop.clock()
-        self._out.append(head)
-        if payload:
-            self._out.append(payload)
-        size = len(head) + len(payload)
+        if size >= SMALL:
+            self._out += filter(None, (head, payload))  # many may share this payload
+        elif self._out and isinstance(self._out[-1], bytearray):
+            self._out[-1] += head + payload
+        else:
+            self._out.append(bytearray(head + payload))
         self.out_size += size
         self._broker.buffered += size
         self._broker.settle_soon(self)
@@ -4843,8 +4860,6 @@ class Guest:
         self._full = False
         try:
             while self._out:
-                if len(self._out) > 1 and self.out_size < READ_CHUNK:
-                    self._out = deque([b"".join(self._out)])
                 self._written(self._sock.sendmsg(itertools.islice(self._out, 64)))
         except (BlockingIOError, InterruptedError):
             self._full = True
@@ -4953,8 +4968,8 @@ class Guest:
     # Packets in.
 
     def _handle(self, first: int, body: bytes) -> None:
-        session, kind = self.session, Kind(first >> 4) if first >> 4 else None
-        if not kind or FIXED_FLAGS.get(kind, first & 15) != first & 15:
+        session, kind = self.session, KINDS.get(first >> 4)
+        if not kind or (kind is not Kind.PUBLISH and FIXED_FLAGS[kind] != first & 15):
             raise Malformed(Reason.MALFORMED, "flags that no packet has")
         if not session:
             self._on_connect(body)
@@ -5162,16 +5177,6 @@ def broker_socket(settings: BrokerConfig) -> Path:
     return short_socket_path(broker_home(settings) / "broker")
 
 
-def short_socket_path(direct: Path) -> Path:
-    """This path, or one nearby if it is too long for a socket."""
-    if len(os.fsencode(direct)) <= MAX_SOCKET_PATH:
-        return direct
-    import hashlib
-
-    digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
-    return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
-
-
 def unix_listener(file: Path) -> socket.socket:
     """A socket that only this user can open; the lock's holder may replace an old one."""
     with contextlib.suppress(FileNotFoundError):
@@ -5233,7 +5238,7 @@ class Broker:
         self._held = self._retained_size = 0  # bytes
         self._complaints = Complaints()
         self._touched: set[Guest] = set()
-        self._settling = False
+        self._settling: Timer | None = None
         self._ticks = itertools.count(1)
         self._timer: Timer | None = None
         self._again: Timer | None = None  # when the door opens again
@@ -5254,7 +5259,7 @@ class Broker:
                 place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 objection = door_objection(place)
                 if objection:
-                    raise BrokerError(objection)
+                    raise BrokerError(f"{objection}, or use a directory of your own")
                 lock = Lock(place.with_name(f"{place.name}.lock"))
                 ending.callback(lock.close)
                 with contextlib.suppress(OSError):  # a full disk
@@ -5316,9 +5321,6 @@ class Broker:
 
     def close(self) -> None:
         """Say goodbye.  Wills wait: whoever was connected may come back after a restart."""
-        for timer in (self._timer, self._again):
-            if timer:
-                timer.cancel()
         for guest in [*self.guests]:
             if guest.session:
                 guest.goodbye(Reason.SHUTTING_DOWN)
@@ -5326,6 +5328,9 @@ class Broker:
         for guest in [*self.guests]:
             guest.session = None
             guest.close()
+        for timer in (self._timer, self._again, self._settling):
+            if timer:
+                timer.cancel()
         self._ending.close()
 
     # Turns and time.
@@ -5334,11 +5339,12 @@ class Broker:
         """At the end of this turn, make it last, and then write to this client."""
         self._touched.add(guest)
         if not self._settling:
-            self._settling = True
-            self.loop.after(0, self._settle)
+            self._settling = self.loop.after(0, self._settle)
 
     def _settle(self) -> None:
-        self._settling = False
+        if self._settling:  # it may be called before its time
+            self._settling.cancel()
+        self._settling = None
         touched, self._touched = self._touched, set()
         self.ledger.store.commit()
         for guest in touched:
@@ -5347,6 +5353,7 @@ class Broker:
 
     def _tick(self) -> None:
         """Look at every deadline."""
+        self._timer = self.loop.after(BROKER_TICK, self._tick)
         now = self.clock()
         for guest in [*self.guests]:
             guest.check(self.loop.clock())
@@ -5361,7 +5368,6 @@ class Broker:
                 self._unretain(topic)
             self.ledger.store.go_back_to_disk()
         self.ledger.store.commit()
-        self._timer = self.loop.after(BROKER_TICK, self._tick)
 
     def complain(self, event: str, guest: Guest | None, why: str) -> None:
         """Say what was refused or dropped; a few times a minute of each kind."""
@@ -5404,24 +5410,13 @@ class Broker:
             bounds = (self._settings.queue_messages, self._settings.queue_mib * KIB * KIB)
             session = self.sessions[client_id] = Session(client_id, expiry, bounds)
         session.guest, session.expiry, session.ends = guest, expiry, None
-        if session.n:
+        if session.n or expiry:
             self.ledger.session(session)
-        elif expiry:
-            self._begin_to_keep(session)
         if guest.will:
             self.hold(guest.will.message)
             self.wills[client_id] = guest.will
             self.ledger.will(client_id, guest.will)
         return session, present
-
-    def _begin_to_keep(self, session: Session) -> None:
-        self.ledger.session(session)
-        for subscription in session.subscriptions.values():
-            self.ledger.subscribed(session, subscription)
-        for id in session.incoming:
-            self.ledger.incoming(session, id)
-        for parcel in (*session.inflight.values(), *session.queue):
-            self.ledger.queued(session, parcel)
 
     def take_up(self, session: Session) -> None:
         """Go on where the last connection ended (MQTT 5, 4.4)."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from conftest import ROOT, answers, eventually, find_program, free_port
+from conftest import ROOT, find_program, free_port
 from raw_mqtt import Raw, publish_packet
 
 import hive
@@ -30,8 +30,8 @@ PAYLOAD = b"x" * 300  # bytes, as of an envelope
 class Subject:
     """A broker as a process, with a unix socket and a TCP port, in a folder of its own."""
 
-    def __init__(self, name: str, home: Path, *command: str) -> None:
-        self.name, self.home, self.command = name, home, command
+    def __init__(self, home: Path, *command: str) -> None:
+        self.home, self.command = home, command
         self.port, self.socket = free_port(), home / "socket"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -67,20 +67,26 @@ class Subject:
         return int(line.split()[1]) / 1024
 
 
-def ours(home: Path, command: tuple[str, ...]) -> Subject:
-    subject = Subject("hive.py broker", home)
+def ours(home: Path) -> Subject:
+    subject = Subject(home)
     (home / "hive.toml").write_text(
         f'[broker]\nsocket = "socket"\nstate_dir = "state"\n'
         f'listen = "127.0.0.1:{subject.port}"\nanonymous = true\n'
     )
-    subject.command = (sys.executable, *command, "broker", "--config", str(home / "hive.toml"))
+    subject.command = (
+        sys.executable,
+        f"{ROOT}/hive-cli",
+        "broker",
+        "--config",
+        str(home / "hive.toml"),
+    )
     return subject
 
 
-def mosquitto(name: str, home: Path, *settings: str) -> Subject:
+def mosquitto(home: Path, *settings: str) -> Subject:
     program = find_program("mosquitto")
     assert program, "Mosquitto is missing (apt-get install mosquitto)"
-    subject = Subject(name, home, program, "-c", str(home / "mosquitto.conf"))
+    subject = Subject(home, program, "-c", str(home / "mosquitto.conf"))
     lines = [
         f"listener {subject.port} 127.0.0.1",
         f"listener 0 {subject.socket}",
@@ -176,11 +182,11 @@ def kept_after_kill(subject: Subject, total: int = 2000) -> tuple[int, int, int]
     return total, acknowledged, found
 
 
-def subjects(seconds: float) -> dict[str, Callable[[Path], Subject]]:
+def subjects() -> dict[str, Callable[[Path], Subject]]:
     return {
-        "hive.py broker": lambda home: ours(home, (f"{ROOT}/hive-cli",)),
-        "mosquitto": lambda home: mosquitto("mosquitto", home),
-        "mosquitto, durable": lambda home: mosquitto("mosquitto, durable", home, *DURABLE),
+        "hive.py broker": ours,
+        "mosquitto": mosquitto,
+        "mosquitto, durable": lambda home: mosquitto(home, *DURABLE),
     }
 
 
@@ -192,7 +198,6 @@ def measure(name: str, make: Callable[[Path], Subject], seconds: float) -> None:
             starts.append(subject.start())
             subject.stop()
     with running(make) as subject:
-        eventually("it listens", lambda subject=subject: answers(subject.port))  # type: ignore[misc]
         memory = subject.memory if Path("/proc").exists() else 0.0
         figures = [
             round_trips(subject.socket, seconds),
@@ -216,7 +221,7 @@ def main() -> None:
         "a kept session; messages a second, without and with one; kill -9: sent, acked, found"
     )
     print(f"{'':20} start   idle     unix      TCP  +kept    flow    +kept   kill -9")
-    for name, make in subjects(seconds).items():
+    for name, make in subjects().items():
         measure(name, make, seconds)
 
 

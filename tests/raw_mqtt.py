@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,7 +236,7 @@ class Raw:
         assert self.read() is None
 
     def next_id(self) -> int:
-        self._last_id += 1
+        self._last_id = self._last_id % 0xFFFF + 1
         return self._last_id
 
     def close(self) -> None:
@@ -302,13 +302,17 @@ class Hosted:
             client.close()
         self.stop()
         assert "event=bug" not in self.log.getvalue(), self.log.getvalue()
+        assert self.broker.buffered == 0  # every byte was counted once
 
 
 class OwnBroker:
     """`hive.py broker` as a process of its own."""
 
-    def __init__(self, home: Path, *arguments: str, extra: str = "") -> None:
-        self.home, self.socket, self._arguments = home, home / "s" / "socket", arguments
+    def __init__(
+        self, home: Path, *arguments: str, extra: str = "", before: Sequence[str] = ()
+    ) -> None:
+        self.home, self.socket = home, home / "s" / "socket"
+        self._arguments, self._before = arguments, before
         home.mkdir(parents=True, exist_ok=True)
         home.chmod(0o700)
         self.config = home / "hive.toml"
@@ -319,7 +323,7 @@ class OwnBroker:
 
     def command(self) -> list[str]:
         line = [sys.executable, f"{ROOT}/hive-cli", "broker", "--config", str(self.config)]
-        return [*line, *self._arguments]
+        return [*self._before, *line, *self._arguments]
 
     def start(self) -> OwnBroker:
         with (self.home / "log").open("ab") as log:

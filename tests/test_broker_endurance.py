@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import random
 import signal
 import socket
 import sqlite3
@@ -17,6 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, ROOT, Clock, eventually, free_port
+from fuzz_broker import conversations, mutated
 from raw_mqtt import (
     Got,
     Hosted,
@@ -435,9 +439,31 @@ def test_a_flood_delays_nobody_and_fills_no_memory(own: Own, flood: str) -> None
     hostile = broker.client()
     hostile.connect("hostile")
     with witness(broker):
-        push(hostile, FLOODS[flood], 1.0)
+        push(hostile, FLOODS[flood], 0.7)
     assert broker.memory < 300 << 20
     hostile.close()
+
+
+@pytest.mark.parametrize("flood", ["pings", "small at QoS 1", "one at QoS 2", "60 levels"])
+def test_no_more_is_read_than_has_its_turn(hosted: Hosted, flood: str) -> None:
+    hostile = [hosted.connected(f"hostile{n}") for n in range(4)]
+    most, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            most.extend(len(guest._in) for guest in [*hosted.broker.guests])
+            time.sleep(0.001)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    floods = [threading.Thread(target=push, args=(one, FLOODS[flood], 0.5)) for one in hostile]
+    for each in floods:
+        each.start()
+    for each in floods:
+        each.join()
+    done.set()
+    looking.join()
+    assert max(most) < 2 * hive.READ_CHUNK
 
 
 def test_ten_thousand_subscriptions_of_sixty_levels(own: Own) -> None:
@@ -546,6 +572,92 @@ def test_a_fast_sender_waits_for_a_reader_that_reads(host: Make) -> None:
     thread.join()
     assert got == [*range(total)]
     assert {one.reason for one in acks} == {0}
+
+
+def test_a_sender_goes_on_when_the_reader_that_it_waits_for_has_gone(hosted: Hosted) -> None:
+    reader, sender = hosted.connected("r", receive_maximum=1), hosted.connected("s")
+    reader.subscribe(("t", 1))
+    sender.send(*(publish_packet("t", b"x", 1, n + 1) for n in range(1500)))
+    eventually("it waits", lambda: any(guest.waits_for for guest in [*hosted.broker.guests]))
+    reader.close()
+    codes = {sender.expect(Kind.PUBACK).reason for _ in range(1500)}
+    assert codes == {0, Reason.NO_SUBSCRIBERS}
+
+
+def test_a_loop_that_hosted_one_may_do_other_things_afterwards(tmp_path: Path) -> None:
+    log = io.StringIO()
+    loop = hive.Loop(hive.Log("debug", "text", log))
+    settings = hive.BrokerConfig(socket=tmp_path / "socket", state_dir=tmp_path / "state")
+    for _ in range(3):
+        broker = hive.Broker(loop, hive.Log("debug", "text", log), settings)
+        broker.start()
+        client = Raw(tmp_path / "socket")
+        client.send(connect_packet(5, "a", **KEPT), publish_packet("t", b"x", 1, 1))
+        while not any(guest.session for guest in broker.guests):
+            loop.step()
+        broker.close()
+        client.close()
+    loop.after(0.01, loop.stop)
+    loop.run()
+    loop.close()
+    assert "bug" not in log.getvalue()
+
+
+def test_more_connections_than_there_are_files(tmp_path: Path) -> None:
+    few = ("sh", "-c", 'ulimit -n 40; exec "$@"', "sh")
+    broker = OwnBroker(tmp_path / "own", before=few).start()
+    crowd = [broker.client() for _ in range(80)]
+    crowd[-1].ended()
+    for one in crowd:
+        one.close()
+
+    def comes_in() -> bool:
+        client = broker.client()
+        client.send(connect_packet(5, "a"))
+        got = client.read()
+        client.close()
+        return got is not None and got.reason == 0
+
+    eventually("those that went are forgotten", comes_in)
+    broker.close()
+
+
+def test_after_any_traffic_the_books_balance(host: Make) -> None:
+    hosted, chance = host(queue_messages=50, queue_mib=1), random.Random(4)
+    known = conversations()
+    for _ in range(600):
+        client = hosted.client()
+        client.sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            client.sock.send(mutated(chance, chance.choice(known)))
+        if chance.random() < 0.8:
+            client.close()
+    hosted.connected("witness").quiet()
+    for client in hosted.clients:
+        client.close()
+    eventually("all are gone", lambda: not hosted.broker.guests)
+    hosted.stop()
+    broker = hosted.broker
+    parcels = [
+        parcel
+        for session in broker.sessions.values()
+        for parcel in (*session.queue, *session.inflight.values())
+    ]
+    holding = [parcel.message for parcel in parcels]
+    holding += [*broker.retained.values(), *(will.message for will in broker.wills.values())]
+    assert holding
+    assert broker._held == sum(message.size for message in {*holding})
+    assert broker._retained_size == sum(message.size for message in broker.retained.values())
+    for message in {*holding}:
+        assert message.holders == holding.count(message)
+    for session in broker.sessions.values():
+        mine = (*session.queue, *session.inflight.values())
+        assert session.size == sum(parcel.message.size for parcel in mine)
+    with closing(sqlite3.connect(broker.file)) as file:
+        rows = {n for (n,) in file.execute("SELECT n FROM messages")}
+        assert rows == {message.n for message in holding}
+        (count,) = file.execute("SELECT count(*) FROM parcels").fetchone()
+        assert count == len(parcels)
 
 
 # The command.
