@@ -3123,17 +3123,26 @@ MAX_LOCK = 4 * KIB  # bytes that are left for the next one
 class Lock:
     """A file that one process has at a time, as long as it lives; kill -9 frees it."""
 
-    def __init__(self, file: Path) -> None:
-        """Raises BlockingIOError if another process has it, OSError if there is no such place."""
+    def __init__(self, file: Path, patience: float = 0.0) -> None:
+        """Raises BlockingIOError if another process has it, OSError if there is no such place.
+
+        `patience`: seconds to wait for those who have it but for a moment.
+        """
         import fcntl
+
+        until = time.monotonic() + patience
 
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._file = os.fdopen(descriptor, "r+", errors="replace")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not isinstance(error, BlockingIOError) or time.monotonic() >= until:
+                    self._file.close()
+                    raise
+            time.sleep(0.02)
         self.before = self._file.read(MAX_LOCK).strip()  # what the last one wrote into it
 
     def write(self, words: str) -> None:
@@ -3145,6 +3154,18 @@ class Lock:
 
     def close(self) -> None:
         self._file.close()
+
+
+def is_locked(file: Path) -> bool:
+    """Has another process this lock?"""
+    try:
+        if file.exists():
+            Lock(file).close()
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 # ---- Journal: what came, what went, what is still owed -----------------------------------
@@ -6409,7 +6430,7 @@ class Survey:
 # answers at localhost; else a daemon hosts the embedded one, until it ends: then another does.
 
 LOOK_TIMEOUT = 1.0  # seconds for each place that is looked at
-LOOK_AGAIN = 1.0  # seconds, where another daemon is about to host it
+LOOK_AGAIN = 1.0  # seconds, where another daemon may be about to host it
 NO_BROKER = (
     "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
     f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
@@ -6466,9 +6487,11 @@ def embedded_as(config: Config, place: Path) -> MqttConfig:
 
 def with_broker(config: Config) -> Config:
     """The configuration with a broker in it; raises BrokerError if there is none."""
-    mqtt = find_broker(config)
-    if mqtt is None:
-        raise BrokerError(NO_BROKER)
+    until = time.monotonic() + LOOK_AGAIN  # a daemon may be about to host one
+    while (mqtt := find_broker(config)) is None:
+        if time.monotonic() > until:
+            raise BrokerError(NO_BROKER)
+        time.sleep(0.05)
     return replace(config, mqtt=mqtt)
 
 
@@ -8045,6 +8068,8 @@ def for_due(due: float | None, now: float) -> str:
 # retained.  Each on a connection of its own, each with an end.  Prints nothing.
 
 PUBACK_DEADLINE = 10.0  # seconds
+LOOKING_BACK = 1.0  # seconds that a command may have the lock of a daemon that does not run
+STARTING = 3.0  # seconds that a daemon may take until it can be spoken to, and is connected
 PUBLISHED_DEADLINE = 2.0  # seconds that a command waits for the broker, once its daemon has it all
 HINTS = (  # what is in the reason, what to try
     (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
@@ -8075,6 +8100,20 @@ def knock(config: Config) -> Knock | None:
         return None if door_objection(file) else Knock(file)
     except OSError:
         return None
+
+
+def meet(config: Config) -> Knock | None:
+    """The same, with some patience for a daemon that has just been started."""
+    begun = time.monotonic()
+    while True:
+        visit = knock(config)
+        if visit:
+            return visit
+        starting = is_locked(config.state_dir / "lock")
+        patience = STARTING if starting else 0.0 if find_broker(config) else LOOK_AGAIN
+        if time.monotonic() - begun >= patience:
+            return None
+        time.sleep(0.05)
 
 
 def ask_daemon(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
@@ -8360,6 +8399,11 @@ class HandedIn:
     connected: bool  # is there a broker at the moment?
     states: dict[str, dict[str, Any]]
 
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> Self:
+        """What the daemon said of its situation."""
+        return cls(bool(said.get("connected")), said.get("states") or {})
+
 
 class Mail:
     """The way through the local daemon: what it has taken is not lost."""
@@ -8375,7 +8419,7 @@ class Mail:
             raise HiveError(f"the daemon of {self._envelope.sender}: {said['error']}")
         if not said.get("queued"):
             raise OSError(errno.EPROTO, "it does not understand; is it of another version?")
-        return HandedIn(bool(said.get("connected")), said.get("states") or {})
+        return HandedIn.of(said)
 
     def published(self) -> bool | None:
         """Wait a moment for the broker: did anybody hear it?  None if that is not known yet."""
@@ -9603,7 +9647,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
     directory = config.state_dir
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = Lock(directory / "lock")
+        lock = Lock(directory / "lock", LOOKING_BACK)
         ending.callback(lock.close)
         lock.write(instance)
     except BlockingIOError:
@@ -9667,7 +9711,7 @@ def deliver(
     config: Config, envelope: Envelope, args: argparse.Namespace, wait: float | None = None
 ) -> int:
     """Through the daemon where one runs; directly where none does, or if that is asked for."""
-    visit = None if args.direct else knock(config)
+    visit = None if args.direct else meet(config)
     if visit:
         with contextlib.closing(visit):
             mail = Mail(config, visit, envelope)
@@ -9730,6 +9774,10 @@ def wait_through(
 ) -> int:
     """Print the answers that the daemon hands on."""
     answers = Answers(envelope, config.heartbeat)
+    until = time.monotonic() + min(STARTING, args.wait)
+    while envelope.to == EVERYONE and not handed_in.states and time.monotonic() < until:
+        time.sleep(0.05)  # it is on its way to the broker, and has heard of nobody yet
+        handed_in = HandedIn.of(ask_daemon(config, {"do": "states"}))
     answers.expect(handed_in.states)
     if not handed_in.connected:
         print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)

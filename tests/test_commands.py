@@ -107,7 +107,9 @@ def test_every_command_has_help_that_shows_its_options_and_an_example_that_parse
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     options = module.COMMANDS[name].options
-    assert all((flags[-1] if flags[-1][0] == "-" else how["help"][:20]) in shown for flags, how in options)
+    assert all(
+        (flags[-1] if flags[-1][0] == "-" else how["help"][:20]) in shown for flags, how in options
+    )
 
 
 def test_the_version_has_the_files_own_hash(tmp_path: Path) -> None:
