@@ -2959,6 +2959,13 @@ STORE_CACHE = 1024  # KiB of memory
 STORE_LOG = 8 * KIB * KIB  # bytes that its write-ahead log keeps on disk when it is idle
 
 
+def make_private(folder: Path) -> None:
+    """Make a directory, and those above it that are missing, for this user alone."""
+    for one in (*reversed(folder.parents), folder):
+        if not one.exists():
+            one.mkdir(mode=0o700, exist_ok=True)
+
+
 class Store:
     """An SQLite database in the file, or for the time being in memory."""
 
@@ -2971,7 +2978,7 @@ class Store:
         self._log, self._risk = log, risk
         self._turn: list[tuple[str, tuple[object, ...]]] = []  # what was written since commit()
         try:
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(file.parent)
             self._database = self._open_file()
         except (OSError, sqlite3.Error) as error:
             self._go_on_in_memory(None, reason_of(error))
@@ -5242,7 +5249,7 @@ class Broker:
             raise BrokerError(f"{self.socket_path}: a socket's path has {MAX_SOCKET_PATH} bytes")
         for place, other in ((self.file, "state_dir in [broker]"), (self.socket_path, "--socket")):
             try:
-                place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(place.parent)
                 objection = door_objection(place)
                 if objection:
                     raise BrokerError(objection)
@@ -9555,7 +9562,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
     """Be the one daemon of this state directory; who was it before?  Raises BrokerError."""
     directory = config.state_dir
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(directory)
         lock = Lock(directory / "lock")
         ending.callback(lock.close)
         lock.write(instance)
