@@ -5231,7 +5231,7 @@ class Broker:
         self._held = self._retained_size = 0  # bytes
         self._complaints = Complaints()
         self._touched: set[Guest] = set()
-        self._settling = False
+        self._settling: Timer | None = None
         self._ticks = itertools.count(1)
         self._timer: Timer | None = None
         self._again: Timer | None = None  # when the door opens again
@@ -5324,6 +5324,7 @@ class Broker:
         for guest in [*self.guests]:
             guest.session = None
             guest.close()
+        self._settle()  # the loop may go on without us, and nothing may be due then
         self._ending.close()
 
     # Turns and time.
@@ -5332,11 +5333,12 @@ class Broker:
         """At the end of this turn, make it last, and then write to this client."""
         self._touched.add(guest)
         if not self._settling:
-            self._settling = True
-            self.loop.after(0, self._settle)
+            self._settling = self.loop.after(0, self._settle)
 
     def _settle(self) -> None:
-        self._settling = False
+        if self._settling:
+            self._settling.cancel()
+            self._settling = None
         touched, self._touched = self._touched, set()
         self.ledger.store.commit()
         for guest in touched:
