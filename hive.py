@@ -6339,16 +6339,21 @@ class Survey:
         found: Callable[[Delivery], None],
         complete: Callable[[], None],
         link_down: Callable[[str], None],
+        prepare: Callable[[Link, Callable[[], None]], None] = lambda link, go_on: go_on(),
     ) -> None:
-        """`marker` is a topic that nobody else uses; messages go on coming after `complete`."""
+        """`marker` is a topic that nobody else uses; messages go on coming after `complete`.
+
+        `prepare` is called before each connection, and goes on when one may be made.
+        """
         self.link = Link(loop, settings, subscriptions=[(topic, 0) for topic in (*filters, marker)])
+        self._prepare = prepare
         self.link_down = link_down
         self._loop, self._marker, self._found, self._complete = loop, marker, found, complete
         self._any = self._done = False
         self.link.open(self)
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
-        go_on()
+        self._prepare(self.link, go_on)
 
     def link_up(self) -> None:
         self.link.publish(Publication(self._marker, b"end", qos=0, keep=False))
@@ -6595,6 +6600,7 @@ class Challenge:
         heartbeat: Callable[[str], bytes],
         free: Callable[[], None],
         link_down: Callable[[str], None],
+        prepare: Callable[[Link, Callable[[], None]], None],
     ) -> None:
         """`ours` are instance ids of this daemon and its predecessor, which is dead.
 
@@ -6613,6 +6619,7 @@ class Challenge:
             self._found,
             self._complete,
             link_down,
+            prepare,
         )
 
     def _found(self, delivery: Delivery) -> None:
@@ -7103,13 +7110,19 @@ class Node:
         self._link.close(self.loop.stop, within=GOODBYE)
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
-        self._hosting.find(lambda mqtt: self._challenge(mqtt, go_on))
+        ours = (self.instance, self._predecessor)
+        Challenge(self.loop, self.config, ours, self._heartbeat, go_on, self.link_down, self._aim)
 
-    def _challenge(self, mqtt: MqttConfig, go_on: Callable[[], None]) -> None:
-        self._mqtt = mqtt
-        self._link.aim(mqtt)
-        ours, config = (self.instance, self._predecessor), replace(self.config, mqtt=mqtt)
-        Challenge(self.loop, config, ours, self._heartbeat, go_on, self.link_down)
+    def _aim(self, link: Link, go_on: Callable[[], None]) -> None:
+        """Find the broker before each connection: the one that was there may be gone for good."""
+
+        def found(mqtt: MqttConfig) -> None:
+            self._mqtt = mqtt
+            link.aim(mqtt)
+            self._link.aim(mqtt)
+            go_on()
+
+        self._hosting.find(found)
 
     def link_up(self) -> None:
         self.log.info("connected", broker=self._mqtt.address, node=self.name)
