@@ -5185,8 +5185,8 @@ def unix_listener(file: Path) -> socket.socket:
     return listener
 
 
-def tcp_listener(settings: BrokerConfig) -> socket.socket:
-    """A socket on loopback; whoever asks for more, or for no password, is told what to do."""
+def check_listen(settings: BrokerConfig) -> tuple[str, int]:
+    """Host and port on loopback; whoever asks for more, or for no password, is told what to do."""
     host, _, number = str(settings.listen).rpartition(":")
     host = host.strip("[]")
     if not LOOPBACK.fullmatch(host):
@@ -5200,11 +5200,17 @@ def tcp_listener(settings: BrokerConfig) -> socket.socket:
             " anonymous = true; for other users than yourself use Mosquitto:"
             " hive.py broker --mosquitto-conf"
         )
+    return "127.0.0.1" if host == "localhost" else host, int(number)
+
+
+def tcp_listener(settings: BrokerConfig) -> socket.socket:
+    """A socket on loopback.  Raises ConfigError, BrokerError."""
+    host, number = check_listen(settings)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1" if host == "localhost" else host, int(number)))
+        listener.bind((host, number))
     except OSError as error:
         listener.close()
         raise BrokerError(f"broker.listen: {settings.listen}: {reason_of(error)}") from None
@@ -6381,19 +6387,20 @@ class Survey:
 
 LOOK_TIMEOUT = 1.0  # seconds for each place that is looked at
 LOOK_AGAIN = 1.0  # seconds, where another daemon is about to host it
+MANY_LOOKS = 3  # with the same result: no daemon takes as long to begin
 NO_BROKER = (
     "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
     f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
 )
 
 
-def embedded_socket(settings: BrokerConfig) -> Path:
-    """Where this user's broker listens: where it says itself, if it ever ran."""
+def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
+    """Where this user's broker may listen: where it said itself, then where it should."""
     with contextlib.suppress(OSError):
         lock = (broker_home(settings) / "broker.sqlite3.lock").read_bytes()[:MAX_LOCK]
-        if lock and not settings.socket:
-            return Path(os.fsdecode(lock))
-    return broker_socket(settings)
+        if lock.startswith(b"/") and b"\0" not in lock:  # a crash may leave anything
+            yield Path(os.fsdecode(lock))
+    yield broker_socket(settings)
 
 
 def embedded_listens(place: Path) -> bool:
@@ -6421,12 +6428,17 @@ def find_broker(config: Config) -> MqttConfig | None:
     """The broker to use now, or None if there is none.  It takes a moment."""
     if config.mqtt.named:
         return config.mqtt
-    place = embedded_socket(config.broker)
-    if embedded_listens(place):
-        return embedded_as(config, place)
-    if speaks_mqtt(LOCALHOST, MQTT_PORT):
-        return replace(config.mqtt, host=LOCALHOST)
-    return None
+    found = embedded_broker(config)
+    if found or not speaks_mqtt(LOCALHOST, MQTT_PORT):
+        return found
+    # Meanwhile a daemon may have begun to host ours, and that is what answered over TCP.
+    return embedded_broker(config) or replace(config.mqtt, host=LOCALHOST)
+
+
+def embedded_broker(config: Config) -> MqttConfig | None:
+    """This user's own one, if it listens."""
+    places = embedded_places(config.broker)
+    return next((embedded_as(config, one) for one in places if embedded_listens(one)), None)
 
 
 def embedded_as(config: Config, place: Path) -> MqttConfig:
@@ -6447,17 +6459,20 @@ class Hosting:
     """A daemon's broker: found, or hosted by itself."""
 
     def __init__(self, config: Config, loop: Loop, log: Log) -> None:
+        """Raises ConfigError where this daemon might have to host what may not be."""
         self._config, self._loop, self._log = config, loop, log
         self._broker: Broker | None = None
-        self._stays: MqttConfig | None = config.mqtt if config.mqtt.named else None
-        self._why = ""  # why not, as was said last
+        self._stays: MqttConfig | None = None  # what answered at localhost
+        self._why, self._times = "", 0  # why it could not be hosted, and how often in a row
+        if config.broker.listen and not config.mqtt.named:
+            check_listen(config.broker)
 
     def find(self, then: Callable[[MqttConfig], None]) -> None:
         """Call back as soon as there is a broker."""
-        if self._broker:
+        if self._config.mqtt.named:
+            then(self._config.mqtt)
+        elif self._broker:
             then(embedded_as(self._config, self._broker.socket_path))
-        elif self._stays:  # if that one is away it comes back; a second one would part the hive
-            then(self._stays)
         else:
             import threading
 
@@ -6469,14 +6484,13 @@ class Hosting:
         self._loop.post(lambda: self._found(found, then))
 
     def _found(self, found: MqttConfig | None, then: Callable[[MqttConfig], None]) -> None:
-        if found is None:
-            found = self._host()
-        elif not found.unix:
-            self._stays = found
+        again = self._loop.after(LOOK_AGAIN, lambda: self.find(then))
+        # What answered at localhost comes back: a second broker would part the hive.
+        found = found or self._stays or self._host()
         if found:
+            again.cancel()
+            self._stays = None if found.unix else found
             then(found)
-        else:
-            self._loop.after(LOOK_AGAIN, lambda: self.find(then))
 
     def _host(self) -> MqttConfig | None:
         """Be the broker, unless another daemon has just become it."""
@@ -6488,14 +6502,30 @@ class Hosting:
                 broker.close()
                 raise
         except BrokerError as error:
-            say = self._log.debug if str(error) == self._why else self._log.warning
-            self._why = str(error)
-            say("cannot host the broker, looking again", why=error)
+            self._failed(str(error))
             return None
-        self._broker = broker
+        self._broker, self._why = broker, ""
         advice = "for other machines set up Mosquitto: hive.py broker --mosquitto-conf"
         self._log.info("hosting the broker of this machine", at=broker.places, note=advice)
+        self._watch()
         return embedded_as(self._config, broker.socket_path)
+
+    def _failed(self, why: str) -> None:
+        """Say why not, once; and not if another daemon is only quicker."""
+        self._times = self._times + 1 if why == self._why else 1
+        self._why = why
+        say = self._log.warning if self._times == MANY_LOOKS else self._log.debug
+        say("cannot host the broker, looking again", why=why)
+
+    def _watch(self) -> None:
+        """Sockets are taken away, at a logout or with a service's directory: host it anew."""
+        if not self._broker:
+            return
+        if os.path.lexists(self._broker.socket_path):
+            self._loop.after(LOOK_AGAIN, self._watch)
+        else:
+            self._log.warning("the broker's socket is gone", at=self._broker.socket_path)
+            self.close()
 
     def close(self) -> None:
         """Another daemon takes over, if there is one."""
