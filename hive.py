@@ -2961,6 +2961,13 @@ STORE_CACHE = 1024  # KiB of memory
 STORE_LOG = 8 * KIB * KIB  # bytes that its write-ahead log keeps on disk when it is idle
 
 
+def make_private(folder: Path) -> None:
+    """Make a directory, and those above it that are missing, for this user alone."""
+    for one in (*reversed(folder.parents), folder):
+        if not one.exists():
+            one.mkdir(mode=0o700, exist_ok=True)
+
+
 class Store:
     """An SQLite database in the file, or for the time being in memory."""
 
@@ -2973,7 +2980,7 @@ class Store:
         self._log, self._risk = log, risk
         self._turn: list[tuple[str, tuple[object, ...]]] = []  # what was written since commit()
         try:
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(file.parent)
             self._database = self._open_file()
         except (OSError, sqlite3.Error) as error:
             self._go_on_in_memory(None, reason_of(error))
@@ -5213,8 +5220,8 @@ def unix_listener(file: Path) -> socket.socket:
     return listener
 
 
-def tcp_listener(settings: BrokerConfig) -> socket.socket:
-    """A socket on loopback; whoever asks for more, or for no password, is told what to do."""
+def check_listen(settings: BrokerConfig) -> tuple[str, int]:
+    """Host and port on loopback; whoever asks for more, or for no password, is told what to do."""
     host, _, number = str(settings.listen).rpartition(":")
     host = host.strip("[]")
     if not LOOPBACK.fullmatch(host):
@@ -5228,11 +5235,17 @@ def tcp_listener(settings: BrokerConfig) -> socket.socket:
             " anonymous = true; for other users than yourself use Mosquitto:"
             " hive.py broker --mosquitto-conf"
         )
+    return "127.0.0.1" if host == "localhost" else host, int(number)
+
+
+def tcp_listener(settings: BrokerConfig) -> socket.socket:
+    """A socket on loopback.  Raises ConfigError, BrokerError."""
+    host, number = check_listen(settings)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1" if host == "localhost" else host, int(number)))
+        listener.bind((host, number))
     except OSError as error:
         listener.close()
         raise BrokerError(f"broker.listen: {settings.listen}: {reason_of(error)}") from None
@@ -5277,7 +5290,7 @@ class Broker:
             raise BrokerError(f"{self.socket_path}: a socket's path has {MAX_SOCKET_PATH} bytes")
         for place, other in ((self.file, "state_dir in [broker]"), (self.socket_path, "--socket")):
             try:
-                place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(place.parent)
                 objection = door_objection(place)
                 if objection:
                     raise BrokerError(f"{objection}, or use a directory of your own")
@@ -6394,16 +6407,21 @@ class Survey:
         found: Callable[[Delivery], None],
         complete: Callable[[], None],
         link_down: Callable[[str], None],
+        prepare: Callable[[Link, Callable[[], None]], None] = lambda link, go_on: go_on(),
     ) -> None:
-        """`marker` is a topic that nobody else uses; messages go on coming after `complete`."""
+        """`marker` is a topic that nobody else uses; messages go on coming after `complete`.
+
+        `prepare` is called before each connection, and goes on when one may be made.
+        """
         self.link = Link(loop, settings, subscriptions=[(topic, 0) for topic in (*filters, marker)])
+        self._prepare = prepare
         self.link_down = link_down
         self._loop, self._marker, self._found, self._complete = loop, marker, found, complete
         self._any = self._done = False
         self.link.open(self)
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
-        go_on()
+        self._prepare(self.link, go_on)
 
     def link_up(self) -> None:
         self.link.publish(Publication(self._marker, b"end", qos=0, keep=False))
@@ -6431,19 +6449,20 @@ class Survey:
 
 LOOK_TIMEOUT = 1.0  # seconds for each place that is looked at
 LOOK_AGAIN = 1.0  # seconds, where another daemon may be about to host it
+MANY_LOOKS = 3  # with the same result: no daemon takes as long to begin
 NO_BROKER = (
     "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
     f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
 )
 
 
-def embedded_socket(settings: BrokerConfig) -> Path:
-    """Where this user's broker listens: where it says itself, if it ever ran."""
+def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
+    """Where this user's broker may listen: where it said itself, then where it should."""
     with contextlib.suppress(OSError):
         lock = (broker_home(settings) / "broker.sqlite3.lock").read_bytes()[:MAX_LOCK]
-        if lock and not settings.socket:
-            return Path(os.fsdecode(lock))
-    return broker_socket(settings)
+        if lock.startswith(b"/") and b"\0" not in lock:  # a crash may leave anything
+            yield Path(os.fsdecode(lock))
+    yield broker_socket(settings)
 
 
 def embedded_listens(place: Path) -> bool:
@@ -6471,12 +6490,17 @@ def find_broker(config: Config) -> MqttConfig | None:
     """The broker to use now, or None if there is none.  It takes a moment."""
     if config.mqtt.named:
         return config.mqtt
-    place = embedded_socket(config.broker)
-    if embedded_listens(place):
-        return embedded_as(config, place)
-    if speaks_mqtt(LOCALHOST, MQTT_PORT):
-        return replace(config.mqtt, host=LOCALHOST)
-    return None
+    found = embedded_broker(config)
+    if found or not speaks_mqtt(LOCALHOST, MQTT_PORT):
+        return found
+    # Meanwhile a daemon may have begun to host ours, and that is what answered over TCP.
+    return embedded_broker(config) or replace(config.mqtt, host=LOCALHOST)
+
+
+def embedded_broker(config: Config) -> MqttConfig | None:
+    """This user's own one, if it listens."""
+    places = embedded_places(config.broker)
+    return next((embedded_as(config, one) for one in places if embedded_listens(one)), None)
 
 
 def embedded_as(config: Config, place: Path) -> MqttConfig:
@@ -6499,17 +6523,20 @@ class Hosting:
     """A daemon's broker: found, or hosted by itself."""
 
     def __init__(self, config: Config, loop: Loop, log: Log) -> None:
+        """Raises ConfigError where this daemon might have to host what may not be."""
         self._config, self._loop, self._log = config, loop, log
         self._broker: Broker | None = None
-        self._stays: MqttConfig | None = config.mqtt if config.mqtt.named else None
-        self._why = ""  # why not, as was said last
+        self._stays: MqttConfig | None = None  # what answered at localhost
+        self._why, self._times = "", 0  # why it could not be hosted, and how often in a row
+        if config.broker.listen and not config.mqtt.named:
+            check_listen(config.broker)
 
     def find(self, then: Callable[[MqttConfig], None]) -> None:
         """Call back as soon as there is a broker."""
-        if self._broker:
+        if self._config.mqtt.named:
+            then(self._config.mqtt)
+        elif self._broker:
             then(embedded_as(self._config, self._broker.socket_path))
-        elif self._stays:  # if that one is away it comes back; a second one would part the hive
-            then(self._stays)
         else:
             import threading
 
@@ -6521,14 +6548,13 @@ class Hosting:
         self._loop.post(lambda: self._found(found, then))
 
     def _found(self, found: MqttConfig | None, then: Callable[[MqttConfig], None]) -> None:
-        if found is None:
-            found = self._host()
-        elif not found.unix:
-            self._stays = found
+        again = self._loop.after(LOOK_AGAIN, lambda: self.find(then))
+        # What answered at localhost comes back: a second broker would part the hive.
+        found = found or self._stays or self._host()
         if found:
+            again.cancel()
+            self._stays = None if found.unix else found
             then(found)
-        else:
-            self._loop.after(LOOK_AGAIN, lambda: self.find(then))
 
     def _host(self) -> MqttConfig | None:
         """Be the broker, unless another daemon has just become it."""
@@ -6540,14 +6566,30 @@ class Hosting:
                 broker.close()
                 raise
         except BrokerError as error:
-            say = self._log.debug if str(error) == self._why else self._log.warning
-            self._why = str(error)
-            say("cannot host the broker, looking again", why=error)
+            self._failed(str(error))
             return None
-        self._broker = broker
+        self._broker, self._why = broker, ""
         advice = "for other machines set up Mosquitto: hive.py broker --mosquitto-conf"
         self._log.info("hosting the broker of this machine", at=broker.places, note=advice)
+        self._watch()
         return embedded_as(self._config, broker.socket_path)
+
+    def _failed(self, why: str) -> None:
+        """Say why not, once; and not if another daemon is only quicker."""
+        self._times = self._times + 1 if why == self._why else 1
+        self._why = why
+        say = self._log.warning if self._times == MANY_LOOKS else self._log.debug
+        say("cannot host the broker, looking again", why=why)
+
+    def _watch(self) -> None:
+        """Sockets are taken away, at a logout or with a service's directory: host it anew."""
+        if not self._broker:
+            return
+        if os.path.lexists(self._broker.socket_path):
+            self._loop.after(LOOK_AGAIN, self._watch)
+        else:
+            self._log.warning("the broker's socket is gone", at=self._broker.socket_path)
+            self.close()
 
     def close(self) -> None:
         """Another daemon takes over, if there is one."""
@@ -6652,6 +6694,7 @@ class Challenge:
         heartbeat: Callable[[str], bytes],
         free: Callable[[], None],
         link_down: Callable[[str], None],
+        prepare: Callable[[Link, Callable[[], None]], None],
     ) -> None:
         """`ours` are instance ids of this daemon and its predecessor, which is dead.
 
@@ -6670,6 +6713,7 @@ class Challenge:
             self._found,
             self._complete,
             link_down,
+            prepare,
         )
 
     def _found(self, delivery: Delivery) -> None:
@@ -7162,13 +7206,19 @@ class Node:
         self._link.close(self.loop.stop, within=GOODBYE)
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
-        self._hosting.find(lambda mqtt: self._challenge(mqtt, go_on))
+        ours = (self.instance, self._predecessor)
+        Challenge(self.loop, self.config, ours, self._heartbeat, go_on, self.link_down, self._aim)
 
-    def _challenge(self, mqtt: MqttConfig, go_on: Callable[[], None]) -> None:
-        self._mqtt = mqtt
-        self._link.aim(mqtt)
-        ours, config = (self.instance, self._predecessor), replace(self.config, mqtt=mqtt)
-        Challenge(self.loop, config, ours, self._heartbeat, go_on, self.link_down)
+    def _aim(self, link: Link, go_on: Callable[[], None]) -> None:
+        """Find the broker before each connection: the one that was there may be gone for good."""
+
+        def found(mqtt: MqttConfig) -> None:
+            self._mqtt = mqtt
+            link.aim(mqtt)
+            self._link.aim(mqtt)
+            go_on()
+
+        self._hosting.find(found)
 
     def link_up(self) -> None:
         self.log.info("connected", broker=self._mqtt.address, node=self.name)
@@ -9646,7 +9696,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
     """Be the one daemon of this state directory; who was it before?  Raises BrokerError."""
     directory = config.state_dir
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(directory)
         lock = Lock(directory / "lock", LOOKING_BACK)
         ending.callback(lock.close)
         lock.write(instance)

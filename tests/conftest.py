@@ -55,7 +55,7 @@ def answers(port: int) -> bool:
 class Broker:
     """A Mosquitto of the test's own, with what it keeps below `home`."""
 
-    def __init__(self, home: Path, *settings: str) -> None:
+    def __init__(self, home: Path, *settings: str, start: bool = True) -> None:
         self.home, self.port = home, free_port()
         home.mkdir(parents=True, exist_ok=True)
         self._program = find_program("mosquitto")
@@ -71,7 +71,8 @@ class Broker:
             *(["user root"] if os.geteuid() == 0 else []),
         ]
         (home / "mosquitto.conf").write_text("\n".join(lines) + "\n")
-        self.start()
+        if start:
+            self.start()
 
     def start(self) -> None:
         assert self._program
@@ -88,6 +89,29 @@ class Broker:
             self._process = None
 
 
+class EmbeddedBroker(Broker):
+    """Hive's own broker, in the place of Mosquitto."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.home, self.port = home, free_port()
+        self._process = None
+        self.start()
+
+    def start(self) -> None:
+        listen = (f"--socket={self.home}/socket", f"--listen=127.0.0.1:{self.port}", "--anonymous")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HIVE_")}
+        with (self.home / "broker.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, ROOT / "hive-cli", "broker", *listen],
+                stdout=log,
+                stderr=log,
+                env=environment | {"HOME": str(self.home), "XDG_STATE_HOME": str(self.home)},
+                cwd=self.home,
+            )
+        eventually("the broker listens", lambda: answers(self.port))
+
+
 def need_mosquitto() -> None:
     """Skip, and say so, where there is no Mosquitto; fail where CI promised one."""
     if not find_program("mosquitto"):
@@ -95,22 +119,50 @@ def need_mosquitto() -> None:
         pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
 
 
-@pytest.fixture(scope="session")
-def shared_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    """One broker for all tests that do not restart it; each uses a topic prefix of its own."""
-    need_mosquitto()
-    broker = Broker(tmp_path_factory.mktemp("broker"))
-    yield broker
-    broker.stop()
+MOSQUITTO, EMBEDDED = "mosquitto", "embedded"
 
 
 @pytest.fixture
-def own_broker(tmp_path: Path) -> Iterator[Broker]:
+def broker_kind() -> str:
+    """Which broker a test runs on; modules that run on both have a fixture of this name."""
+    return MOSQUITTO
+
+
+@pytest.fixture(scope="session")
+def shared_brokers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Broker]]:
+    """One broker of each kind, as soon as a test asks for it."""
+    brokers: dict[str, Broker] = {}
+    yield brokers
+    for broker in brokers.values():
+        broker.stop()
+
+
+@pytest.fixture
+def shared_broker(
+    broker_kind: str,
+    shared_brokers: dict[str, Broker],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Broker:
+    """One broker for all tests that do not restart it; each uses a topic prefix of its own."""
+    if broker_kind not in shared_brokers:
+        shared_brokers[broker_kind] = broker_of(broker_kind, tmp_path_factory.mktemp("broker"))
+    return shared_brokers[broker_kind]
+
+
+@pytest.fixture
+def own_broker(broker_kind: str, tmp_path: Path) -> Iterator[Broker]:
     """A broker that the test may stop and start."""
-    need_mosquitto()
-    broker = Broker(tmp_path / "broker")
+    broker = broker_of(broker_kind, tmp_path / "broker")
     yield broker
     broker.stop()
+
+
+def broker_of(kind: str, home: Path) -> Broker:
+    """Start one; skip the test where there is none of this kind."""
+    if kind == EMBEDDED:
+        return EmbeddedBroker(home)
+    need_mosquitto()
+    return Broker(home)
 
 
 class Daemon:
@@ -123,10 +175,11 @@ class Daemon:
         self.config = self.home / "hive.toml"
         self.config.write_text(
             f'[node]\nid = "{name}"\ntopic_prefix = "{hive.prefix}"\nstate_dir = "state"\n'
-            f"[mqtt]\nport = {hive.broker.port}\n"
+            f"[mqtt]\n{hive.mqtt}\n"
             f"[heartbeat]\ninterval = {hive.interval}\n"
             f"[logging]\nlevel = 'debug'\nformat = 'json'\n{extra}"
         )
+        self.environment: dict[str, str] = {}  # what is different for this one
         self.log_file = self.home / "log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -141,11 +194,11 @@ class Daemon:
         seen = len(self.events("connected"))
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, ROOT / "hive-cli", "daemon", "--config", self.config],
+                [*self.hive.program, "daemon", "--config", self.config],
                 stderr=log,
                 stdout=log,
                 stdin=subprocess.DEVNULL,
-                env=self.hive.environment,
+                env=self.hive.environment | self.environment,
                 cwd=self.home,
             )
         if wait:
@@ -188,6 +241,8 @@ class Hive:
 
     def __init__(self, home: Path, broker: Broker, prefix: str, interval: float = 0.5) -> None:
         self.home, self.broker, self.prefix, self.interval = home, broker, prefix, interval
+        self.mqtt = f"port = {broker.port}"  # what a node's hive.toml says of it
+        self.program = [sys.executable, f"{ROOT}/hive-cli"]
         self.nodes: dict[str, Daemon] = {}
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("HIVE_")}
         self.environment |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": ""}
@@ -198,12 +253,7 @@ class Hive:
         return self.nodes[name]
 
     def command_line(self, node: str, *arguments: str) -> list[str]:
-        return [
-            sys.executable,
-            f"{ROOT}/hive-cli",
-            f"--config={self.nodes[node].config}",
-            *arguments,
-        ]
+        return [*self.program, f"--config={self.nodes[node].config}", *arguments]
 
     def cli(
         self, node: str, *arguments: str, code: int | None = 0, stdin: str = ""

@@ -1,4 +1,7 @@
-"""Two nodes as processes on a real Mosquitto, driven through hive-cli, as a user would see it."""
+"""Two nodes as processes, driven through hive-cli, as a user would see it.
+
+Each test runs on a real Mosquitto, and again on hive's own broker.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, ROOT, Broker, Hive, calls_of, eventually, find_program
+from conftest import EMBEDDED, MOSQUITTO, PATIENCE, ROOT, Broker, Hive, calls_of, eventually
+from paho.mqtt.publish import multiple
 
 PONG = "#!/bin/sh\necho pong\n"
 
 
-def publish(hive: Hive, topic: str, payload: bytes, *, retain: bool = False) -> None:
-    """Put bytes on the bus as an attacker would, with a program that is not ours."""
-    program = find_program("mosquitto_pub")
-    assert program
-    subprocess.run(
-        [program, "-p", str(hive.broker.port), "-t", f"{hive.prefix}/{topic}", "-q", "1"]
-        + (["-s"] if payload else ["-n"])
-        + (["-r"] if retain else []),
-        input=payload,
-        check=True,
-        timeout=PATIENCE,
-    )
+@pytest.fixture(params=(MOSQUITTO, EMBEDDED))
+def broker_kind(request: pytest.FixtureRequest) -> str:
+    """Every test of this file runs on both."""
+    return str(request.param)
+
+
+def publish(hive: Hive, topic: str, *payloads: bytes, retain: bool = False) -> None:
+    """Put bytes on the bus as an attacker would, with a client that is not ours."""
+    where = f"{hive.prefix}/{topic}"
+    multiple([(where, payload, 1, retain) for payload in payloads], port=hive.broker.port)
 
 
 def envelope(**given: Any) -> dict[str, Any]:
@@ -528,10 +530,7 @@ def test_no_hostile_payload_ends_stalls_or_wedges_a_daemon(hive: Hive) -> None:
     beta = hive.node("beta")
     beta.handler("ping", PONG)
     beta.start()
-    program = find_program("mosquitto_pub")
-    assert program
-    for payload in HOSTILE:
-        publish(hive, "beta/command", payload)
+    publish(hive, "beta/command", *HOSTILE)
     for retained in ("beta/command", "meta/beta/state", "meta/gamma/state", "meta/beta/roster"):
         publish(hive, retained, b"\xff rubbish", retain=True)
     for text in ("[]", "null", '{"boot": [], "interval": "x"}', '{"interval": 1e999}', "\\", "x"):
@@ -579,11 +578,8 @@ def test_a_hundred_commands_at_once_are_all_answered_and_leave_nothing_behind(hi
     beta.handler("ping", PONG)
     beta.start()
     open_files = len(os.listdir(f"/proc/{beta.pid}/fd")) if Path("/proc").exists() else 0
-    lines = "\n".join(json.dumps(envelope(action="ping")) for _ in range(100))
-    program = find_program("mosquitto_pub")
-    assert program
-    where = ["-p", str(hive.broker.port), "-t", f"{hive.prefix}/beta/command", "-l", "-q", "1"]
-    subprocess.run([program, *where], input=lines.encode(), check=True, timeout=PATIENCE)
+    commands = [json.dumps(envelope(action="ping")).encode() for _ in range(100)]
+    publish(hive, "beta/command", *commands)
 
     eventually("all answers", lambda: len(alpha.events("received", ch="response")) == 100)
     assert len(beta.events("handler ended", status="ok")) == 100

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Broker, find_program, need_mosquitto
+from conftest import EMBEDDED, MOSQUITTO, PATIENCE, Broker, find_program, need_mosquitto
 
 import hive
 from hive import ConfigError, Delivery, Link, Log, Loop, MqttConfig, Publication, Survey
@@ -103,6 +103,12 @@ def server(behave: Callable[[socket.socket], None]) -> Iterator[int]:
     yield listener.getsockname()[1]
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
+
+
+@pytest.fixture(params=(MOSQUITTO, EMBEDDED))
+def broker_kind(request: pytest.FixtureRequest) -> str:
+    """What needs a broker of no special configuration runs on both."""
+    return str(request.param)
 
 
 def test_what_is_published_arrives_and_is_acknowledged(loop: Loop, shared_broker: Broker) -> None:
