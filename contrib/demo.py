@@ -117,6 +117,8 @@ def furnish(folder: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         file.write_text(content)
         file.chmod(0o600 if name.endswith(".toml") else 0o700)
+    if not os.access(folder / "end", os.X_OK):
+        raise Failed(f"{folder}: no program may run there; set TMPDIR to another place")
 
 
 def command_line(pid: int) -> str:
@@ -237,6 +239,11 @@ def say(line: str = "", bold: bool = False) -> None:
     print(line, flush=True)
 
 
+def complain(why: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(f"demo: {why}", file=sys.stderr, flush=True)
+
+
 def as_typed_after(folder: Path) -> str:
     return f"cd {shlex.quote(str(folder))} && PATH=$PWD/bin:$PATH"
 
@@ -271,7 +278,7 @@ def last_line(output: str) -> str:
 def last_words(folder: Path) -> str:
     """Why a daemon or the broker has given up, if one has."""
     lines = [line for log in folder.glob("*.log") for line in log.read_text().splitlines()]
-    return "; ".join(line for line in lines if re.match("hive: (?!warning)|.*level=error", line))
+    return next((line for line in lines if re.match("hive: (?!warning)|.*level=error", line)), "")
 
 
 def run_until(command: str, pattern: str, folder: Path) -> str:
@@ -297,7 +304,7 @@ def show(folder: Path, keep: bool) -> None:
             say(f"$ {command}")
             sys.stdout.write(run_until(command, pattern, folder))
     if keep:
-        say("\nIt is left running. To play with it, and then to end it:", bold=True)
+        say("\nIt is left running. To type any of this again, and then to end it:", bold=True)
         say(f"$ {as_typed_after(folder)}")
         say("$ hive-cli --help")
         say(f"$ sh {shlex.quote(str(folder / 'end'))}")
@@ -328,6 +335,8 @@ def perform(folder: Path, keep: bool) -> int:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(player.pid, signal.SIGTERM)  # the command of the moment, and all daemons
     end(folder)
+    if code < 0:  # else it has said why itself
+        complain("interrupted; all is ended and removed")
     return 128 + received[0] if received else code and 1
 
 
@@ -359,8 +368,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (Failed, OSError) as failed:
-        with contextlib.suppress(OSError):  # a terminal that was closed
-            print(f"demo: {failed}", file=sys.stderr, flush=True)
+        complain(getattr(failed, "strerror", None) or str(failed))
         return 1
     return 0
 
