@@ -51,8 +51,8 @@ class Checkout:
     def make(self, *more: str) -> subprocess.Popen[str]:
         return self.start("make", "--no-print-directory", "demo", *more)
 
-    def script(self, **how: object) -> subprocess.Popen[str]:
-        return self.start(sys.executable, "contrib/demo.py", **how)
+    def script(self, *more: str, **how: object) -> subprocess.Popen[str]:
+        return self.start(sys.executable, "contrib/demo.py", *more, **how)
 
     @property
     def processes(self) -> str:
@@ -222,4 +222,10 @@ def test_a_step_that_fails_is_one_line_and_leaves_nothing(checkout: Checkout) ->
     _, err = finished(checkout.script(), 1)
     command = "hive-cli roster --config alpha.toml"
     assert err == f"demo: exit 1: {command}: hive: broken on purpose\n"
+    checkout.check_empty()
+
+
+def test_no_other_folder_is_ended(checkout: Checkout) -> None:
+    _, err = finished(checkout.script("--end", str(checkout.home)), 1)
+    assert err == f"demo: {checkout.home}: nothing was left running there\n"
     checkout.check_empty()
