@@ -31,6 +31,7 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST_FOLDER = 80  # bytes; the sockets in it have a path of 100 at most
 PATIENCE = 30.0  # seconds for each command, and for what it shall show in the end
 LOOK_AGAIN = 0.1  # seconds
+LONGEST_LINE = 400  # characters that say why it failed
 TIME_TO_STOP = 5.0  # seconds; then SIGKILL
 
 
@@ -243,7 +244,7 @@ def say(line: str = "", bold: bool = False) -> None:
 
 def complain(why: str) -> None:
     with contextlib.suppress(OSError):  # a terminal that was closed
-        print(f"demo: {why}", file=sys.stderr, flush=True)
+        print(f"demo: {why[:LONGEST_LINE]}", file=sys.stderr, flush=True)
 
 
 def as_typed_after(folder: Path) -> str:
