@@ -1,5 +1,6 @@
 # make          what every change passes: lint, types, tests, 20 s of fuzzing
 # make test     the tests alone; sets up everything on a fresh machine
+# make demo     what hive does, in ten seconds; KEEP=1 leaves it running, to play with
 # make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
 # make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed
 # make fuzz     mutated traffic against the embedded broker, for SECONDS=3600 (20 of it in check)
@@ -23,7 +24,7 @@ OPENCLAW := .cache/openclaw
 RUNTIME := 'paho-mqtt>=2,<3'
 TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
 
-SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py
+SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py
 SOURCES := hive.py tests $(SCRIPTS)
 
 check: lint types test fuzz-check  ## what every change passes
@@ -38,6 +39,9 @@ types: $(VENV)/ready
 
 test: $(VENV)/ready mosquitto checkers
 	$(python) -m pytest -q --timeout 120 tests
+
+demo: $(VENV)/ready
+	@$(python) contrib/demo.py $(if $(KEEP),--keep)
 
 test-openclaw: $(VENV)/ready mosquitto $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin \
@@ -88,7 +92,7 @@ $(VENV)/ready: Makefile
 	  echo "hive needs Python 3.11 or newer, this is $$($(PYTHON) --version 2>&1); install one and say: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(python) -m pip install --quiet --disable-pip-version-check $(RUNTIME) $(TOOLS)
 	@ln -sf ../../hive-cli $(VENV)/bin/hive-cli
 	@touch $@
@@ -122,5 +126,6 @@ checkers:
 clean:  ## remove what make has made
 	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
-.PHONY: check lint types test test-openclaw bench-openclaw install uninstall dist bench bench-broker bench-journal faults \
+.PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
+  bench-broker bench-journal faults fuzz fuzz-check venv mosquitto checkers clean
   fuzz fuzz-check venv mosquitto checkers clean

@@ -1,0 +1,381 @@
+#!/usr/bin/env python3
+"""make demo: what hive does, shown on this machine alone in a few seconds.
+
+Two nodes, a broker of hive's own and a stand-in for an agent, in a new folder below $TMPDIR or
+/tmp.  Nothing else is touched or asked: each path is in the folder's own configurations, so a
+hive, a Mosquitto or a HIVE_CONFIG of yours is not met.  What is printed behind a $ is what is run.
+
+Two processes.  One shows, in a session of its own; whatever happens to it, the other ends all that
+was started and removes the folder.  With --keep it is left as it is, with a script that ends it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = os.path.abspath(sys.executable)
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LONGEST_FOLDER = 80  # bytes; the sockets in it have a path of 100 at most
+PATIENCE = 30.0  # seconds for each command, and for what it shall show in the end
+LOOK_AGAIN = 0.1  # seconds
+LONGEST_LINE = 400  # characters that say why it failed
+TIME_TO_STOP = 5.0  # seconds; then SIGKILL
+
+
+class Failed(Exception):
+    """One line for the person who watches."""
+
+
+# ---- The folder: what is in it, and how it ends ------------------------------------------
+
+CONFIG = """\
+[node]
+id = "{node}"
+state_dir = "{node}"
+handler_dir = "{node}.d"
+[mqtt]
+host = {socket}
+[broker]
+socket = "broker"
+state_dir = "."
+[heartbeat]
+interval = 1
+"""
+AGENT_CONFIG = """\
+[[oc_instances]]
+name = "main"
+command = [{agent}, "{{ch}}", "{{id}}", "{{text}}"]
+"""
+AGENT = """\
+#!/bin/sh
+# Stands in for an AI agent: writes down what it is told, and answers commands.
+cd "$(dirname "$0")" && echo "$3" >>agent.said
+if [ "$1" = command ]; then
+  hive-cli reply --config beta.toml --to-msg "$2" --text "I looked: all green"
+fi
+"""
+HANDLER = """\
+#!/bin/sh
+# The file's name is the action, and what it prints is the answer.
+echo "$HIVE_NODE runs $(uname -sm), dear $HIVE_FROM"
+"""
+# Whatever daemon is started here, by whomever: its process id is known at the end.
+HIVE_CLI = """\
+#!/bin/sh
+case " $* " in *" daemon "* | *" broker "*) echo $$ >>{pids} ;; esac
+exec {python} {hive_cli} "$@"
+"""
+END = """\
+#!/bin/sh
+exec {python} {demo} --end {folder}
+"""
+
+
+def new_folder() -> Path:
+    """An empty one that is ours alone, with a path short enough for sockets."""
+    places = [place for place in (tempfile.gettempdir(), "/tmp") if os.path.isdir(place)]
+    for place in places:
+        if len(os.fsencode(place)) + len("/hive-demo-12345678") <= LONGEST_FOLDER:
+            return Path(tempfile.mkdtemp(prefix="hive-demo-", dir=place)).resolve()
+    raise Failed(f"{places[0]}: too long a path for sockets; set TMPDIR to a shorter one")
+
+
+def furnish(folder: Path) -> None:
+    """Put everything into it that the commands use."""
+    quoted = {
+        "python": shlex.quote(PYTHON),
+        "hive_cli": shlex.quote(str(ROOT / "hive-cli")),
+        "demo": shlex.quote(str(Path(__file__).resolve())),
+        "folder": shlex.quote(str(folder)),
+        "pids": shlex.quote(str(folder / "pids")),
+    }
+    socket, agent = json.dumps(str(folder / "broker")), json.dumps(str(folder / "agent"))
+    alpha, beta = (CONFIG.format(node=node, socket=socket) for node in ("alpha", "beta"))
+    files = {
+        "alpha.toml": alpha,
+        "beta.toml": beta + AGENT_CONFIG.format(agent=agent),
+        "beta.d/info": HANDLER,
+        "broker.log": "",
+        "agent": AGENT,
+        "bin/hive-cli": HIVE_CLI.format(**quoted),
+        "end": END.format(**quoted),
+    }
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+        file.chmod(0o600 if name.endswith(".toml") else 0o700)
+    if not os.access(folder / "end", os.X_OK):
+        raise Failed(f"{folder}: no program may run there; set TMPDIR to another place")
+
+
+def command_line(pid: int) -> str:
+    """What a process was started with; empty if it has ended, even if nobody has noticed yet."""
+    if os.path.isdir("/proc/self"):
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("latin-1")
+        return ""
+    ps = ["ps", "-o", "args=", "-p", str(pid)]
+    return subprocess.run(ps, capture_output=True, text=True, errors="replace").stdout
+
+
+def runs(pid: int) -> bool:
+    """Is this still a daemon or a broker of the folder, and not another with its number?"""
+    return bool(re.search(r"hive-cli (.* )?(daemon|broker)\b", command_line(pid)))
+
+
+def stop(pid: int) -> None:
+    """Ask it to end, wait until it has, and insist."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        until = time.monotonic() + TIME_TO_STOP
+        with contextlib.suppress(ProcessLookupError):
+            if runs(pid):
+                os.kill(pid, number)
+        while runs(pid) and time.monotonic() < until:
+            time.sleep(0.01)
+
+
+def end(folder: Path) -> None:
+    """End what was started in it, the broker last, and remove it."""
+    with contextlib.suppress(OSError):
+        for pid in reversed((folder / "pids").read_text().split()):
+            stop(int(pid))
+    until = time.monotonic() + TIME_TO_STOP
+    while folder.exists():  # a command that is just ending may write a last line
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() > until:
+            raise Failed(f"{folder}: could not be removed")
+
+
+# ---- The show: what is typed, and what it has to show ------------------------------------
+
+
+def start(what: str, name: str) -> str:
+    config = "alpha" if name == "broker" else name
+    return f"hive-cli {what} --config {config}.toml >>{name}.log 2>&1 & echo $! >{name}.pid"
+
+
+# A line that says what happens; then commands, each with what its output must show in the end.
+STEPS: list[tuple[str, list[tuple[str, str]]]] = [
+    (
+        "A broker of hive's own, on a socket that only you can open.",
+        [(start("broker", "broker"), ""), ("cat broker.log", "listens on")],
+    ),
+    (
+        "Two nodes meet there. Each would have a machine of its own.",
+        [
+            (start("daemon", "alpha"), ""),
+            (start("daemon", "beta"), ""),
+            ("hive-cli status --config alpha.toml", r"(?s)alpha +online.*beta +online"),
+            ("hive-cli roster --config alpha.toml", r"(?s)alpha .*beta +main +info"),
+        ],
+    ),
+    (
+        "A handler is an executable. It does what needs no agent, and costs no token.",
+        [
+            ("cat beta.d/info", "HIVE_NODE"),
+            (
+                "hive-cli send --config alpha.toml --to beta --action info --text hi --wait 20",
+                "beta runs",
+            ),
+        ],
+    ),
+    (
+        "What no handler does wakes beta's agent: here a script that stands in for it.",
+        [
+            (
+                'hive-cli send --config alpha.toml --to beta --text "is it green?" --wait 20',
+                "all green",
+            ),
+            ("fold -s -w 78 agent.said", "is it green"),
+        ],
+    ),
+    (
+        "Every node knows what it sent and received.",
+        [("hive-cli log --config alpha.toml", "all green")],
+    ),
+    (
+        "Somebody kills beta. alpha notices, and alerts everybody.",
+        [
+            ("kill -9 $(cat beta.pid)", ""),
+            ("hive-cli log --config alpha.toml --ch alert", "beta is lost"),
+            ("hive-cli status --config alpha.toml", r"beta +offline"),
+        ],
+    ),
+    (
+        "What beta is asked meanwhile waits for it.",
+        [
+            (
+                "hive-cli send --config alpha.toml --to beta --action info --text hi --corr x1",
+                "sent",
+            ),
+            ("hive-cli pending --config alpha.toml", r"beta +info"),
+        ],
+    ),
+    (
+        "beta comes back, and does it. This is the exchange, whole.",
+        [
+            (start("daemon", "beta"), ""),
+            ("hive-cli show --config alpha.toml x1", "beta runs"),
+        ],
+    ),
+]
+
+
+def say(line: str = "", bold: bool = False) -> None:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if bold and sys.stdout.isatty() and not plain:
+        line = f"\033[1m{line}\033[0m"
+    print(line, flush=True)
+
+
+def complain(why: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(f"demo: {why[:LONGEST_LINE]}", file=sys.stderr, flush=True)
+
+
+def as_typed_after(folder: Path) -> str:
+    return f"cd {shlex.quote(str(folder))} && PATH=$PWD/bin:$PATH"
+
+
+def run(command: str, folder: Path) -> str:
+    """What it prints; raises Failed if it does not end well, or not at all."""
+    environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ.get('PATH', os.defpath)}"}
+    environment.pop("NOTIFY_SOCKET", None)  # a systemd that watches over us, not over the daemons
+    child = subprocess.Popen(
+        ["sh", "-c", command],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    try:
+        output, _ = child.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"no end in {PATIENCE:g} s: {command}") from None
+    if child.returncode:
+        raise Failed(f"exit {child.returncode}: {command}: {last_line(output)}")
+    return output
+
+
+def last_line(output: str) -> str:
+    return (output.strip().splitlines() or ["it printed nothing"])[-1]
+
+
+def last_words(folder: Path) -> str:
+    """Why a daemon or the broker has given up, if one has."""
+    lines = [line for log in folder.glob("*.log") for line in log.read_text().splitlines()]
+    return next((line for line in lines if re.match("hive: (?!warning)|.*level=error", line)), "")
+
+
+def run_until(command: str, pattern: str, folder: Path) -> str:
+    """Run it, again if need be, until its output is as it must be."""
+    until = time.monotonic() + PATIENCE
+    while not re.search(pattern, output := run(command, folder)):
+        why = last_words(folder)
+        if why or time.monotonic() > until:
+            raise Failed(f"not what was expected: {command}: {why or last_line(output)}")
+        time.sleep(LOOK_AGAIN)
+    return output
+
+
+def show(folder: Path, keep: bool) -> None:
+    """All steps, one after the other."""
+    os.umask(0o077)
+    furnish(folder)
+    say("hive on this machine alone; all that it needs is in a folder of its own:")
+    say(f"$ {as_typed_after(folder)}")
+    for number, (what, commands) in enumerate(STEPS, 1):
+        say(f"\n{number}. {what}", bold=True)
+        for command, pattern in commands:
+            say(f"$ {command}")
+            sys.stdout.write(run_until(command, pattern, folder))
+    if keep:
+        say("\nIt is left running. To type any of this again, and then to end it:", bold=True)
+        say(f"$ {as_typed_after(folder)}")
+        say("$ hive-cli --help")
+        say(f"$ sh {shlex.quote(str(folder / 'end'))}")
+
+
+# ---- The keeper: starts the show, and ends it --------------------------------------------
+
+
+def perform(folder: Path, keep: bool) -> int:
+    """Show it, in a session of its own; a signal ends that early.  Called with ENDINGS blocked."""
+    received: list[int] = []
+    argv = [PYTHON, __file__, "--show", str(folder), *(["--keep"] if keep else [])]
+    player = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def on_signal(number: int, frame: object) -> None:
+        received.append(number)
+        player.kill()
+
+    for number in ENDINGS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, on_signal)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+    code = player.wait()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    if keep and not code and not received:
+        return 0
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(player.pid, signal.SIGTERM)  # the command of the moment, and all daemons
+    end(folder)
+    if code < 0:  # else it has said why itself
+        complain("interrupted; all is ended and removed")
+    return 128 + received[0] if received else code and 1
+
+
+def demonstrate(keep: bool) -> int:
+    """Once round; the exit code."""
+    began = time.monotonic()
+    code = perform(new_folder(), keep)
+    if not code and not keep:
+        say(f"\nDone in {time.monotonic() - began:.0f} s; all is ended and removed.", bold=True)
+        say("To have it left running, and to type these yourself: make demo KEEP=1")
+    return code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Show what hive does; see make demo.")
+    parser.add_argument("--keep", action="store_true", help="leave it running")
+    parser.add_argument("--end", type=Path, metavar="FOLDER", help="end what was left running")
+    parser.add_argument("--show", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK if args.show else signal.SIG_BLOCK, ENDINGS)
+    try:
+        if args.show:
+            show(args.show, args.keep)
+        elif args.end:
+            if not (args.end / "end").is_file():
+                raise Failed(f"{args.end}: nothing was left running there")
+            end(args.end)
+        else:
+            return demonstrate(args.keep)
+    except BrokenPipeError:  # whoever watched has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (Failed, OSError) as failed:
+        complain(getattr(failed, "strerror", None) or str(failed))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
