@@ -128,4 +128,3 @@ clean:  ## remove what make has made
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
   bench-broker bench-journal faults fuzz fuzz-check venv mosquitto checkers clean
-  fuzz fuzz-check venv mosquitto checkers clean

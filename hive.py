@@ -6491,8 +6491,8 @@ def find_broker(config: Config) -> MqttConfig | None:
     if config.mqtt.named:
         return config.mqtt
     found = embedded_broker(config)
-    if found or not speaks_mqtt(LOCALHOST, MQTT_PORT):
-        return found
+    if found or config.broker.socket or not speaks_mqtt(LOCALHOST, MQTT_PORT):
+        return found  # whoever names the socket of ours means no other
     # Meanwhile a daemon may have begun to host ours, and that is what answered over TCP.
     return embedded_broker(config) or replace(config.mqtt, host=LOCALHOST)
 

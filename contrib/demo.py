@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """make demo: what hive does, shown on this machine alone in a few seconds.
 
-Two nodes, a broker of hive's own and a stand-in for an agent, in a new folder below $TMPDIR or
-/tmp.  Nothing else is touched or asked: each path is in the folder's own configurations, so a
+Two nodes, of which one hosts the broker, and a stand-in for an agent, in a new folder below
+$TMPDIR or /tmp.  Nothing else is touched or asked: each path is in the folder's own configurations, so a
 hive, a Mosquitto or a HIVE_CONFIG of yours is not met.  What is printed behind a $ is what is run.
 
 Two processes.  One shows, in a session of its own; whatever happens to it, the other ends all that
@@ -46,8 +46,6 @@ CONFIG = """\
 id = "{node}"
 state_dir = "{node}"
 handler_dir = "{node}.d"
-[mqtt]
-host = {socket}
 [broker]
 socket = "broker"
 state_dir = "."
@@ -75,7 +73,7 @@ echo "$HIVE_NODE runs $(uname -sm), dear $HIVE_FROM"
 # Whatever daemon is started here, by whomever: its process id is known at the end.
 HIVE_CLI = """\
 #!/bin/sh
-case " $* " in *" daemon "* | *" broker "*) echo $$ >>{pids} ;; esac
+case " $* " in *" daemon "*) echo $$ >>{pids} ;; esac
 exec {python} {hive_cli} "$@"
 """
 END = """\
@@ -102,13 +100,13 @@ def furnish(folder: Path) -> None:
         "folder": shlex.quote(str(folder)),
         "pids": shlex.quote(str(folder / "pids")),
     }
-    socket, agent = json.dumps(str(folder / "broker")), json.dumps(str(folder / "agent"))
-    alpha, beta = (CONFIG.format(node=node, socket=socket) for node in ("alpha", "beta"))
+    alpha, beta = (CONFIG.format(node=node) for node in ("alpha", "beta"))
+    agent = json.dumps(str(folder / "agent"))
     files = {
         "alpha.toml": alpha,
         "beta.toml": beta + AGENT_CONFIG.format(agent=agent),
         "beta.d/info": HANDLER,
-        "broker.log": "",
+        "alpha.log": "",
         "agent": AGENT,
         "bin/hive-cli": HIVE_CLI.format(**quoted),
         "end": END.format(**quoted),
@@ -133,8 +131,8 @@ def command_line(pid: int) -> str:
 
 
 def runs(pid: int) -> bool:
-    """Is this still a daemon or a broker of the folder, and not another with its number?"""
-    return bool(re.search(r"hive-cli (.* )?(daemon|broker)\b", command_line(pid)))
+    """Is this still a daemon of the folder, and not another process with its number?"""
+    return bool(re.search(r"hive-cli (.* )?daemon\b", command_line(pid)))
 
 
 def stop(pid: int) -> None:
@@ -149,7 +147,7 @@ def stop(pid: int) -> None:
 
 
 def end(folder: Path) -> None:
-    """End what was started in it, the broker last, and remove it."""
+    """End what was started in it, the first one last, and remove it."""
     with contextlib.suppress(OSError):
         for pid in reversed((folder / "pids").read_text().split()):
             stop(int(pid))
@@ -163,22 +161,20 @@ def end(folder: Path) -> None:
 # ---- The show: what is typed, and what it has to show ------------------------------------
 
 
-def start(what: str, name: str) -> str:
-    config = "alpha" if name == "broker" else name
-    return f"hive-cli {what} --config {config}.toml >>{name}.log 2>&1 & echo $! >{name}.pid"
+def start(node: str) -> str:
+    return f"hive-cli daemon --config {node}.toml >>{node}.log 2>&1 & echo $! >{node}.pid"
 
 
 # A line that says what happens; then commands, each with what its output must show in the end.
 STEPS: list[tuple[str, list[tuple[str, str]]]] = [
     (
-        "A broker of hive's own, on a socket that only you can open.",
-        [(start("broker", "broker"), ""), ("cat broker.log", "listens on")],
+        "A node. It hosts the broker itself, on a socket that only you can open.",
+        [(start("alpha"), ""), ("fold -s -w 78 alpha.log", "hosting the broker")],
     ),
     (
-        "Two nodes meet there. Each would have a machine of its own.",
+        "Another one meets it there. Each would have a machine of its own.",
         [
-            (start("daemon", "alpha"), ""),
-            (start("daemon", "beta"), ""),
+            (start("beta"), ""),
             ("hive-cli status --config alpha.toml", r"(?s)alpha +online.*beta +online"),
             ("hive-cli roster --config alpha.toml", r"(?s)alpha .*beta +main +info"),
         ],
@@ -228,7 +224,7 @@ STEPS: list[tuple[str, list[tuple[str, str]]]] = [
     (
         "beta comes back, and does it. This is the exchange, whole.",
         [
-            (start("daemon", "beta"), ""),
+            (start("beta"), ""),
             ("hive-cli show --config alpha.toml x1", "beta runs"),
         ],
     ),
@@ -279,7 +275,7 @@ def last_line(output: str) -> str:
 
 
 def last_words(folder: Path) -> str:
-    """Why a daemon or the broker has given up, if one has."""
+    """Why a daemon has given up, if one has."""
     lines = [line for log in folder.glob("*.log") for line in log.read_text().splitlines()]
     return next((line for line in lines if re.match("hive: (?!warning)|.*level=error", line)), "")
 
