@@ -8200,6 +8200,7 @@ class Errand:
     """What one command wants from the broker; ends by finish() or by an error."""
 
     def __init__(self, config: Config) -> None:
+        load_paho()  # where it is missing, a broker is of no use
         self.config = with_broker(config)
         self.topics, self.node = config.topics, config.node.id
         self.loop = Loop(Log("error"))
