@@ -2989,13 +2989,15 @@ class Store:
         """Open it; what is damaged is set aside.  Raises OSError, sqlite3.Error."""
         try:
             return self._prepare(self._file)
-        except self._sqlite.DatabaseError as error:
+        except (self._sqlite.DatabaseError, UnicodeDecodeError) as error:
             if not self._damaged(error):
                 raise
             return self._set_aside(error)
 
     def _damaged(self, error: Exception) -> bool:
         codes = (self._sqlite.SQLITE_CORRUPT, self._sqlite.SQLITE_NOTADB)
+        if isinstance(error, UnicodeDecodeError):  # in the names of its tables
+            return True
         return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes  # the rest is detail
 
     def _set_aside(self, error: Exception) -> sqlite3.Connection:
@@ -3054,6 +3056,15 @@ class Store:
             except self._sqlite.Error:
                 self._database = self._prepare(None)
             failed.close()
+
+    def begin_anew(self, error: Exception) -> None:
+        """What can be read makes no sense: be empty, beside the damaged file."""
+        self._database.close()
+        self._turn.clear()
+        try:
+            self._database, self.on_disk = self._set_aside(error), True
+        except (OSError, self._sqlite.Error) as again:
+            self._go_on_in_memory(None, reason_of(again))
 
     def go_back_to_disk(self) -> None:
         """Try whether the disk is well again; all that is in memory goes there."""
@@ -5281,7 +5292,7 @@ class Broker:
             self._take(ending)
             self.ledger = Ledger(self.file, log)
             ending.callback(self.ledger.store.close)
-            self._load()
+            self._load_or_begin_anew()
             self._ending = ending.pop_all()
 
     def _take(self, ending: contextlib.ExitStack) -> None:
@@ -5686,6 +5697,18 @@ class Broker:
             session.guest.publish(parcel)
 
     # The file.
+
+    def _load_or_begin_anew(self) -> None:
+        """Damage that SQLite does not see is in a name, a number, or a column."""
+        import sqlite3
+
+        try:
+            self._load()
+        except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
+            self.ledger.store.begin_anew(error)
+            for known in (self.sessions, self.retained, self.wills):
+                known.clear()
+            self.filters, self._held, self._retained_size = Filters(), 0, 0
 
     def _load(self) -> None:
         """Take up what an earlier process has left."""
@@ -8137,9 +8160,14 @@ HINTS = (  # what is in the reason, what to try
 )
 
 
+HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
+
+
 def broker_fault(mqtt: MqttConfig, reason: str) -> BrokerError:
     """Which broker, why not, what to try."""
     hints = [hint for pattern, hint in HINTS if re.search(pattern, reason, re.IGNORECASE)]
+    if mqtt.unix and "no answer" in reason:
+        hints = [HUNG]
     return BrokerError("; ".join([f"broker {mqtt.address}: {reason}", *hints[:1]]))
 
 
@@ -8283,7 +8311,7 @@ class Errand:
     """What one command wants from the broker; ends by finish() or by an error."""
 
     def __init__(self, config: Config) -> None:
-        load_paho()
+        load_paho()  # where it is missing, a broker is of no use
         self.config = with_broker(config)
         self.topics, self.node = config.topics, config.node.id
         self.loop = Loop(Log("error"))

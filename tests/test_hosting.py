@@ -38,7 +38,7 @@ COUNTER = '#!/bin/sh\necho "$HIVE_ID" >>{file}\n'
 # hive.py with another port in the place of 1883, where the tests' own machine may have a broker.
 ELSEWHERE = (
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hive; hive.MQTT_PORT = {{port}};"
-    " hive.LOOK_AGAIN = {look}; sys.exit(hive.main())"
+    " hive.LOOK_AGAIN = {look}; hive.DIAL_DEADLINE = {dial}; sys.exit(hive.main())"
 )
 
 
@@ -49,7 +49,7 @@ class Machine(Hive):
         home.mkdir()
         super().__init__(home, Broker(home / "mosquitto", start=False), "hive", 0.5)
         self.mqtt = ""
-        self.look_every(hive.LOOK_AGAIN)
+        self.hurry(hive.LOOK_AGAIN, hive.DIAL_DEADLINE)
         for name in ("XDG_STATE_HOME", "XDG_RUNTIME_DIR", "STATE_DIRECTORY"):
             self.environment.pop(name, None)
         self.runtime = Path(tempfile.mkdtemp(prefix="hive-"))  # a short path: it is a socket's
@@ -58,8 +58,9 @@ class Machine(Hive):
         self.file = self.state / "broker.sqlite3"
         self.socket = self.runtime / "hive" / "broker"
 
-    def look_every(self, seconds: float) -> None:
-        code = ELSEWHERE.format(port=self.broker.port, look=seconds)
+    def hurry(self, look: float = 0.2, dial: float = 0.5) -> None:
+        """From now on, have less patience than hive has."""
+        code = ELSEWHERE.format(port=self.broker.port, look=look, dial=dial)
         self.program = [sys.executable, "-c", code]
 
     def close_nodes(self) -> None:
@@ -383,16 +384,19 @@ def test_a_hung_host_is_waited_for_and_followed_when_it_is_killed(machine: Machi
     machine.start("alpha")
     machine.start("beta")
     alpha, beta = machine.nodes["alpha"], machine.nodes["beta"]
-    alpha.process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
+    os.kill(alpha.pid, signal.SIGSTOP)
     gamma = machine.node("gamma").start(wait=False)
     gamma.logged("starting")
     time.sleep(2 * hive.LOOK_AGAIN)
     assert not of_run(beta, HOSTING) and not of_run(gamma, HOSTING)
-    alpha.process.send_signal(signal.SIGCONT)  # type: ignore[union-attr]
+    os.kill(alpha.pid, signal.SIGCONT)
     machine.meet("alpha", "beta", "gamma")
     assert machine.hosts() == ["alpha"]
 
-    alpha.process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
+    os.kill(alpha.pid, signal.SIGSTOP)
+    machine.hurry()
+    told = machine.cli("beta", "status", code=3).stderr
+    assert told == f"hive: broker {machine.socket}: no answer (CONNACK) in time; {hive.HUNG}\n"
     alpha.stop(signal.SIGKILL)
     assert machine.host() in (beta, gamma)
     machine.meet("beta", "gamma", asked="beta")
@@ -519,7 +523,7 @@ def objected(machine: Machine, node: Daemon) -> str:
 
 @pytest.mark.parametrize("fault", ["writable by all", "another user's", "a file"])
 def test_a_directory_that_is_not_ours_alone_is_not_used(machine: Machine, fault: str) -> None:
-    machine.look_every(0.2)
+    machine.hurry()
     folder = machine.socket.parent
     if fault == "a file":
         folder.touch()
@@ -563,7 +567,7 @@ def test_a_path_too_long_for_a_socket_is_made_short(machine: Machine) -> None:
 
 
 def test_a_configured_socket_that_cannot_be_is_said_once(machine: Machine) -> None:
-    machine.look_every(0.2)
+    machine.hurry()
     place = machine.runtime / ("x" * 100)
     alpha = machine.node("alpha", f'[broker]\nsocket = "{place}"\n').start(wait=False)
     assert objected(machine, alpha) == f"{place}: a socket's path has 100 bytes"
@@ -607,6 +611,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "garbage": lambda file: file.write_bytes(os.urandom(20_000)),
     "cut": lambda file: os.truncate(file, 5000),
     "empty": lambda file: file.write_bytes(b""),
+    "in a name": lambda file: file.write_bytes(file.read_bytes().replace(b"meta", b"m\xffta")),
+    "in a column": lambda file: file.write_bytes(file.read_bytes().replace(b"expiry", b"expirx")),
+    "in a table": lambda file: file.write_bytes(
+        file.read_bytes().replace(b"CREATE TABLE wills", b"CREATE\xffTABLE wills")
+    ),
 }
 
 
@@ -680,7 +689,7 @@ def test_a_wrong_broker_table_is_said_in_one_line_and_ends_the_daemon(
 
 
 def test_a_port_that_is_taken_is_said_once(machine: Machine) -> None:
-    machine.look_every(0.2)
+    machine.hurry()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         extra = f'[broker]\nlisten = "127.0.0.1:{port}"\nanonymous = true\n'
