@@ -67,9 +67,11 @@ class Machine(Hive):
         super().close()
 
     def close(self) -> None:
-        self.close_nodes()
-        self.broker.stop()
-        shutil.rmtree(self.runtime)
+        try:
+            self.close_nodes()
+        finally:
+            self.broker.stop()
+            shutil.rmtree(self.runtime)
 
     def start(self, *names: str, extra: str = "") -> list[Daemon]:
         """Daemons, all at once; wait until they are connected."""
@@ -162,12 +164,14 @@ def newcomer(machine: Machine) -> Iterator[tuple[Machine, subprocess.Popen[str],
     assert stderr
     thread = threading.Thread(target=lambda: said.extend(stderr), daemon=True)
     thread.start()
-    eventually("it is connected", lambda: any(" event=connected " in line for line in said))
-    yield machine, process, said
-    process.terminate()
-    process.wait(PATIENCE)
-    thread.join()
-    stderr.close()
+    try:
+        eventually("it is connected", lambda: any(" event=connected " in line for line in said))
+        yield machine, process, said
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+        thread.join()
+        stderr.close()
 
 
 def test_a_newcomer_needs_two_commands(
