@@ -344,7 +344,8 @@ def test_our_own_broker_over_tcp_is_not_taken_for_another(
         return True
 
     monkeypatch.setattr(hive, "speaks_mqtt", meanwhile)
-    config = Config(NodeConfig(id="alpha"), broker=BrokerConfig(socket=place, state_dir=tmp_path))
+    (tmp_path / "broker.sqlite3.lock").write_text(str(place))
+    config = Config(NodeConfig(id="alpha"), broker=BrokerConfig(state_dir=tmp_path))
     with listener:
         found = hive.find_broker(config)
         assert found and found.host == str(place)
