@@ -22,7 +22,7 @@ python := $(VENV)/bin/python
 
 OPENCLAW := .cache/openclaw
 RUNTIME := 'paho-mqtt>=2,<3'
-TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
+TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
 
 SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py
 SOURCES := hive.py tests $(SCRIPTS)
@@ -38,7 +38,7 @@ types: $(VENV)/ready
 	$(foreach script,$(SCRIPTS),$(VENV)/bin/mypy --strict $(script) &&) true
 
 test: $(VENV)/ready mosquitto checkers
-	$(python) -m pytest -q --timeout 120 tests
+	$(python) -m pytest -q -n 4 --dist loadfile --timeout 120 tests
 
 demo: $(VENV)/ready
 	@$(python) contrib/demo.py $(if $(KEEP),--keep)
@@ -51,7 +51,9 @@ bench-openclaw: $(VENV)/ready mosquitto $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin $(python) tests/bench_openclaw.py
 
 $(OPENCLAW)/ready:
-	@command -v npm >/dev/null || { echo "npm is missing (apt-get install npm): OpenClaw comes from there"; exit 1; }
+	@command -v npm >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq npm >/dev/null; } || \
+	  { echo "npm is missing (apt-get install npm): OpenClaw comes from there"; exit 1; }
 	@mkdir -p $(OPENCLAW) && echo '{"private": true}' >$(OPENCLAW)/package.json
 	cd $(OPENCLAW) && PATH="$$PWD/node_modules/.bin:$$PATH" && \
 	for package in node@26.10.0 openclaw@2026.9.6; do \
