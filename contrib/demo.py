@@ -2,8 +2,9 @@
 """make demo: what hive does, shown on this machine alone in a few seconds.
 
 Two nodes, of which one hosts the broker, and a stand-in for an agent, in a new folder below
-$TMPDIR or /tmp.  Nothing else is touched or asked: each path is in the folder's own configurations, so a
-hive, a Mosquitto or a HIVE_CONFIG of yours is not met.  What is printed behind a $ is what is run.
+$TMPDIR or /tmp.  Nothing else is touched or asked: each path is in the folder's own
+configurations, so a hive, a Mosquitto or a HIVE_CONFIG of yours is not met.  What is printed
+behind a $ is what is run.
 
 Two processes.  One shows, in a session of its own; whatever happens to it, the other ends all that
 was started and removes the folder.  With --keep it is left as it is, with a script that ends it.
