@@ -726,8 +726,10 @@ def test_what_was_acknowledged_outlives_the_hosts(machine: Machine) -> None:
     for kill in range(1, KILLS + 1):
         reached(kill * COUNT // (KILLS + 3))
         host = machine.host()
+        runs = len(host.events("starting"))
         host.stop(signal.SIGKILL)
         host.start(wait=False)
+        eventually("it runs again", lambda: len(host.events("starting")) > runs)  # noqa: B023
     sent.finish()
     answers = "SELECT exchange FROM log WHERE event = 'in' AND sender = 'alpha' AND ch = '{}'"
 
