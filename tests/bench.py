@@ -76,9 +76,8 @@ def starts(hive: Hive, runs: int) -> None:
     where = ["-p", str(hive.broker.port), "-t", f"{hive.prefix}/nobody/response", "-C", "1"]
     took = []
     for _ in range(runs):
-        hive.cli(
-            "alpha", "--node", "nobody", "send", "--to", "gamma", "--action", "ping", "--text", "x"
-        )
+        message = ("--to", "gamma", "--action", "ping", "--text", "x", "--direct")
+        hive.cli("alpha", "--node", "nobody", "send", *message)
         witness = subprocess.Popen([sub, *where, "-W", "30"], stdout=subprocess.DEVNULL)
         time.sleep(0.3)  # it must have subscribed; not part of what is measured
         began = time.perf_counter()
