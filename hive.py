@@ -7146,26 +7146,14 @@ class Node:
         self._waiting, self._complaints = Waiting(), Complaints()
         self._catalogue = Catalogue()
         self._queue = Queue(config.node.handler_workers, self._workers_of)
-        patience = config.node.agent_patience
-        self._agents = {
-            name: Agent(loop, self._children, one, log, patience, self)
-            for name, one in config.agents.items()
-        }
+        self._agents = {name: self._make_agent(one) for name, one in config.agents.items()}
         self._settling = False
         self._when_safe: list[Callable[[], None]] = []
         self._counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self._sentinels = [Sentinel(one) for one in config.schedule]
         self._service = Service(loop, os.environ)
         self._membership = Membership(config, loop, log, self._send, self._correct_state)
-        self._reception = Reception(
-            self.name,
-            journal,
-            self._waiting,
-            loop.clock,
-            self._send_for_command,
-            self._settle_soon,
-            lambda: {"connected": self._connected, "states": self._membership.states},
-        )
+        self._reception = self._make_reception()
         self._door: Door | None = None
         self._overdue: Timer | None = None
         self._seq = 0
@@ -7174,6 +7162,21 @@ class Node:
         self._hosting, self._mqtt = Hosting(config, loop, log), config.mqtt
         self._link = link(config, self._will())
         self._outbox = Outbox(journal, self._link, loop.clock, self._published)
+
+    def _make_agent(self, instance: InstanceConfig) -> Agent:
+        patience = self.config.node.agent_patience
+        return Agent(self.loop, self._children, instance, self.log, patience, self)
+
+    def _make_reception(self) -> Reception:
+        return Reception(
+            self.name,
+            self._journal,
+            self._waiting,
+            self.loop.clock,
+            self._send_for_command,
+            self._settle_soon,
+            lambda: {"connected": self._connected, "states": self._membership.states},
+        )
 
     # -- coming and going --
 

@@ -92,7 +92,8 @@ def checkout(tmp_path: Path) -> Iterator[Checkout]:
 def what_it_takes() -> None:
     for program in ("make", "ps"):
         if not shutil.which(program):
-            pytest.skip(f"{program} is missing")
+            why = f"{program} is missing"
+            pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
 
 
 def finished(process: subprocess.Popen[str], code: int | None = 0) -> tuple[str, str]:
