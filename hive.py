@@ -785,7 +785,7 @@ class BrokerConfig(Table):
         None, path, "its socket, if not $XDG_RUNTIME_DIR/hive/broker", "broker"
     )
     state_dir: Path | None = key(
-        None, path, "what it keeps, if not in ~/.local/state/hive", "state"
+        None, path, "what it keeps, if not in ~/.local/state/hive/.broker", "state"
     )
     queue_messages: int = key(10_000, many, "messages that may wait for one client")
     queue_mib: int = key(64, count, "and MiB of them")
@@ -5202,7 +5202,7 @@ def broker_home(settings: BrokerConfig) -> Path:
     if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
         return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
     home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return Path(home) / "hive"
+    return Path(home) / "hive" / ".broker"  # a name that no node has, who are its neighbours
 
 
 def broker_socket(settings: BrokerConfig) -> Path:

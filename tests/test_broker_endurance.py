@@ -721,8 +721,8 @@ def test_by_default_it_listens_where_the_session_s_files_are(tmp_path: Path) -> 
     runtime.mkdir(mode=0o700)
     for environment, expected in (
         ({"XDG_RUNTIME_DIR": str(runtime)}, runtime / "hive" / "broker"),
-        ({}, state / "hive" / "broker"),
-        ({"XDG_RUNTIME_DIR": str(tmp_path / "none")}, state / "hive" / "broker"),
+        ({}, state / "hive" / ".broker" / "broker"),
+        ({"XDG_RUNTIME_DIR": str(tmp_path / "none")}, state / "hive" / ".broker" / "broker"),
     ):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "HIVE_"))}
         clean |= {"XDG_STATE_HOME": str(state), "HOME": str(tmp_path), **environment}
@@ -737,7 +737,7 @@ def test_by_default_it_listens_where_the_session_s_files_are(tmp_path: Path) -> 
             client.close()
             process.terminate()
             assert process.wait(PATIENCE) == 0
-        assert (state / "hive" / "broker.sqlite3").exists()
+        assert (state / "hive" / ".broker" / "broker.sqlite3").exists()
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Machine(Hive):
             self.environment.pop(name, None)
         self.runtime = Path(tempfile.mkdtemp(prefix="hive-"))  # a short path: it is a socket's
         self.environment["XDG_RUNTIME_DIR"] = str(self.runtime)
-        self.state = home / ".local" / "state" / "hive"
+        self.state = home / ".local" / "state" / "hive" / ".broker"
         self.file = self.state / "broker.sqlite3"
         self.socket = self.runtime / "hive" / "broker"
 
@@ -799,3 +799,14 @@ class Sender:
     def finish(self) -> None:
         self._thread.join(2 * PATIENCE)
         assert not self._thread.is_alive() and not self._faults, self._faults
+
+
+def test_a_node_may_be_called_broker(machine: Machine) -> None:
+    """Without XDG_RUNTIME_DIR the broker's socket lies where nodes have their state."""
+    del machine.environment["XDG_RUNTIME_DIR"]
+    node = machine.node("broker")
+    node.config.write_text(node.config.read_text().replace('state_dir = "state"\n', ""))
+    machine.start("broker")
+    assert machine.hosts() == ["broker"]
+    assert (machine.state.parent / "broker" / "journal.sqlite3").exists()
+    machine.meet("broker")
