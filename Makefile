@@ -38,7 +38,7 @@ types: $(VENV)/ready
 	$(foreach script,$(SCRIPTS),$(VENV)/bin/mypy --strict $(script) &&) true
 
 test: $(VENV)/ready mosquitto checkers
-	$(python) -m pytest -q -n 4 --dist loadfile --timeout 120 tests
+	$(python) -m pytest -q -rs -n 4 --dist loadfile --timeout 120 tests
 
 demo: $(VENV)/ready
 	@$(python) contrib/demo.py $(if $(KEEP),--keep)

@@ -3498,6 +3498,10 @@ class Journal:
     def outbox_size(self) -> int:
         return int(self._store.read("SELECT count(*) FROM outbox")[0][0])
 
+    @property
+    def outbox_bytes(self) -> int:
+        return int(self._store.read("SELECT ifnull(sum(length(payload)), 0) FROM outbox")[0][0])
+
     # -- what was asked --
 
     def ask(self, envelope: Envelope, message: int) -> None:
@@ -6626,6 +6630,7 @@ class Hosting:
 # The journal keeps all of it; the link gets the next few, in order.  So what a daemon had to
 # say survives it, and a broker that was long away is not flooded.
 
+MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of what waits; a broker may be away for weeks
 HANDED_OVER = 40  # messages that the link has at once; the broker's window is smaller
 
 
@@ -6641,7 +6646,7 @@ class Outbox:
     ) -> None:
         """Calls `gone` with the row of a message, and the broker's reason code and words."""
         self._journal, self._link, self._clock, self._gone = journal, link, clock, gone
-        self._size = journal.outbox_size
+        self._size, self._bytes = journal.outbox_size, journal.outbox_bytes
         self._last = self._handed = 0
         self._more = True  # is something in the journal that the link has not got?
 
@@ -6650,7 +6655,8 @@ class Outbox:
 
     @property
     def full(self) -> bool:
-        return self._size >= MAX_OUTBOX or self._journal.full
+        """Nothing more may be posted.  What peers gave us to do does not count."""
+        return self._size >= MAX_OUTBOX or self._bytes >= MAX_OUTBOX_SIZE
 
     def post(
         self,
@@ -6662,7 +6668,7 @@ class Outbox:
     ) -> None:
         """Send it, once it is committed; `until` (Unix seconds) it is of use."""
         self._journal.post(topic, payload, retain, message, until)
-        self._size += 1
+        self._size, self._bytes = self._size + 1, self._bytes + len(payload)
         self._more = True
 
     def pump(self) -> None:
@@ -6675,13 +6681,13 @@ class Outbox:
         for one in batch:
             self._last, self._handed = one.n, self._handed + 1
             left = None if one.until is None else self._clock() + one.until - time.time()
-            done = partial(self._done, one.n)
+            done = partial(self._done, one.n, len(one.payload))
             self._link.publish(
                 Publication(one.topic, one.payload, retain=one.retain, expires=left, done=done)
             )
 
-    def _done(self, n: int, code: int, words: str) -> None:
-        self._handed, self._size = self._handed - 1, self._size - 1
+    def _done(self, n: int, size: int, code: int, words: str) -> None:
+        self._handed, self._size, self._bytes = self._handed - 1, self._size - 1, self._bytes - size
         self._gone(self._journal.posted(n), code, words)
 
 
@@ -7577,8 +7583,11 @@ class Node:
         )
         words = f"{status}, {took} ms" if outcome.ok else f"{status}: {result['error']}"
         self._journal.did(envelope, time.time(), words)
-        payload = encode_json(result)
-        self._outbox.post(self.topics.meta(self.name, turn.action), payload, retain=True)
+        if self._outbox.full:
+            self.log.error("result not published", id=envelope.id, why="too much waits already")
+        else:
+            payload = encode_json(result)
+            self._outbox.post(self.topics.meta(self.name, turn.action), payload, retain=True)
         if turn.sentinel:
             self._sentinel_ended(turn.sentinel, envelope, outcome, deadline)
         else:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from conftest import Broker, Daemon, Hive, eventually, find_program
@@ -55,9 +56,7 @@ def processes(hive: Hive, runs: int) -> None:
     for run in range(runs + 1):
         for what, line in commands.items():
             took = timed(
-                lambda line=line: subprocess.run(  # type: ignore[misc]
-                    line, check=True, capture_output=True, env=hive.environment
-                )
+                partial(subprocess.run, line, check=True, capture_output=True, env=hive.environment)
             )
             if run:  # the first one warms up
                 times[what].append(took)

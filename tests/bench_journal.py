@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,8 @@ def sends(hive_: Hive, runs: int) -> None:
     for run in range(runs + 1):
         for what, line in commands.items():
             took = timed(
-                lambda line=line: subprocess.run(  # type: ignore[misc]
-                    line, check=True, capture_output=True, env=hive_.environment
+                partial(
+                    subprocess.run, line, check=True, capture_output=True, env=hive_.environment
                 )
             )
             if run:  # the first one warms up

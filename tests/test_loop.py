@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def test_timers_come_in_the_order_in_which_they_are_due() -> None:
     now, came = [100.0], list[str]()
     loop = hive.Loop(hive.Log(), clock=lambda: now[0])
     for delay, name in ((3, "third"), (1, "first"), (2, "second"), (1, "first too"), (9, "later")):
-        loop.after(delay, lambda name=name: came.append(name))  # type: ignore[misc]
+        loop.after(delay, partial(came.append, name))
     now[0] += 3
     loop.step()
     loop.close()

@@ -126,3 +126,21 @@ def test_it_says_when_it_is_full(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> N
     rig.outbox.pump()
     rig.wire.take()
     assert not rig.outbox.full
+
+
+def test_it_is_full_of_bytes_too_and_knows_so_after_a_restart(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_OUTBOX_SIZE", 1000)
+    rig.post("x" * 600, "y" * 600)
+    assert rig.outbox.full
+    rig.start()
+    assert rig.outbox.full
+    rig.outbox.pump()
+    rig.wire.take()
+    assert not rig.outbox.full
+
+
+def test_what_peers_gave_us_to_do_does_not_close_it(rig: Rig) -> None:
+    rig.journal.full = True
+    assert not rig.outbox.full
