@@ -20,7 +20,7 @@ from conftest import ROOT, find_program, free_port
 from raw_mqtt import Raw, publish_packet
 
 import hive
-from hive import Kind
+from hive import PacketType
 
 KEPT = {"clean": False, "session_expiry": 3600}
 WINDOW = 100  # messages under way when throughput is measured
@@ -143,11 +143,11 @@ def throughput(where: Path | int, seconds: float, durable: bool) -> float:
         for part in (packets[:half], packets[half:]):
             acks = []
             for _ in part:
-                message = reader.expect(Kind.PUBLISH)
-                acks.append(hive.ack(Kind.PUBACK, message.id, 0, 5))
+                message = reader.expect(PacketType.PUBLISH)
+                acks.append(hive.encode_ack(PacketType.PUBACK, message.id, 0, 5))
             reader.send(*acks)
             for _ in part:
-                sender.expect(Kind.PUBACK)
+                sender.expect(PacketType.PUBACK)
             sender.send(*part)
             arrived += len(part)
     reader.close()
@@ -165,7 +165,9 @@ def kept_after_kill(subject: Subject, total: int = 2000) -> tuple[int, int, int]
     sender.connect("sender")
     acknowledged = 0
     for n in range(1, total + 1):
-        acknowledged += sender.publish(f"kept/{n}", PAYLOAD, qos=1) < hive.Reason.REFUSED
+        acknowledged += (
+            sender.publish(f"kept/{n}", PAYLOAD, qos=1) < hive.ReasonCode.UNSPECIFIED_ERROR
+        )
     subject.stop(signal.SIGKILL)
     subject.start()
     reader = Raw(subject.port)

@@ -241,7 +241,7 @@ class Trial:
 
     def _hand_in(self, envelope: hive.Envelope) -> bool:
         config = hive.load_config(str(self.alpha.config))
-        visit = hive.knock(config)
+        visit = hive.connect_to_daemon(config)
         if visit is None:
             return False
         with contextlib.closing(visit):

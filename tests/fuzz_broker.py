@@ -28,7 +28,7 @@ from raw_mqtt import (
 )
 
 import hive
-from hive import Kind, Publish, packet
+from hive import PacketType, Publish, encode_packet
 
 CONNECTIONS = 60  # in a batch
 LINGERING = 100  # connections that stay open, from batch to batch
@@ -64,8 +64,13 @@ def conversations() -> list[list[bytes]]:
         extra = rich if version == 5 else {}
         delayed = Publish("a/will", b"x", 2, properties={"will_delay": 1, **extra})
         acks = [
-            hive.ack(kind, id, 0, version)
-            for kind in (Kind.PUBACK, Kind.PUBREC, Kind.PUBREL, Kind.PUBCOMP)
+            hive.encode_ack(kind, id, 0, version)
+            for kind in (
+                PacketType.PUBACK,
+                PacketType.PUBREC,
+                PacketType.PUBREL,
+                PacketType.PUBCOMP,
+            )
             for id in (1, 2, 3)
         ]
         publishing = [
@@ -91,7 +96,10 @@ def conversations() -> list[list[bytes]]:
             )
             publishing.append(publish_packet("a/alias", b"x", topic_alias=3))
             publishing.append(publish_packet("", b"x", topic_alias=3))
-        end = [packet(Kind.PINGREQ), disconnect_packet() if version == 4 else disconnect_packet(4)]
+        end = [
+            encode_packet(PacketType.PINGREQ),
+            disconnect_packet() if version == 4 else disconnect_packet(4),
+        ]
         for connect in connects:
             said.append([connect, *subscribing[:2], *publishing, *acks, *subscribing[2:], *end])
             said.append([connect, *publishing, *acks])

@@ -17,7 +17,17 @@ from typing import Any
 from conftest import PATIENCE, ROOT, Clock, eventually
 
 import hive
-from hive import Kind, Publish, Reader, Reason, encode_properties, packet, string, two, with_length
+from hive import (
+    PacketType,
+    Publish,
+    Reader,
+    ReasonCode,
+    encode_packet,
+    encode_properties,
+    encode_string,
+    encode_two_bytes,
+    with_length,
+)
 
 NOTHING: Mapping[str, Any] = {}
 
@@ -26,7 +36,7 @@ NOTHING: Mapping[str, Any] = {}
 class Got:
     """A packet from the broker."""
 
-    kind: Kind
+    kind: PacketType
     flags: int
     body: bytes
     version: int
@@ -46,7 +56,7 @@ class Got:
 
     @property
     def id(self) -> int:
-        return self.publish.id if self.kind is Kind.PUBLISH else Reader(self.body).two()
+        return self.publish.id if self.kind is PacketType.PUBLISH else Reader(self.body).two()
 
     @property
     def present(self) -> bool:
@@ -55,7 +65,7 @@ class Got:
     @property
     def reason(self) -> int:
         """The reason code of a CONNACK, an acknowledgement or a DISCONNECT."""
-        at = {Kind.CONNACK: 1, Kind.DISCONNECT: 0}.get(self.kind, 2)
+        at = {PacketType.CONNACK: 1, PacketType.DISCONNECT: 0}.get(self.kind, 2)
         return self.body[at] if len(self.body) > at else 0
 
     @property
@@ -70,7 +80,7 @@ class Got:
     @property
     def properties(self) -> dict[str, Any]:
         reader = Reader(self.body)
-        reader.take({Kind.DISCONNECT: 1}.get(self.kind, 2))
+        reader.take({PacketType.DISCONNECT: 1}.get(self.kind, 2))
         return reader.properties(self.kind.name) if reader.left else {}
 
 
@@ -85,20 +95,20 @@ def connect_packet(
     **properties: Any,
 ) -> bytes:
     flags = clean << 1 | (username is not None) << 7 | (password is not None) << 6
-    payload = string(client_id)
+    payload = encode_string(client_id)
     if will:
         flags |= 4 | will.qos << 3 | will.retain << 5
         if version == 5:
             payload += with_length(encode_properties(will.properties))
-        payload += string(will.topic) + hive.binary(will.payload)
+        payload += encode_string(will.topic) + hive.encode_binary(will.payload)
     if username is not None:
-        payload += string(username)
+        payload += encode_string(username)
     if password is not None:
-        payload += hive.binary(password)
-    head = string("MQTT") + bytes([version, flags]) + two(keepalive)
+        payload += hive.encode_binary(password)
+    head = encode_string("MQTT") + bytes([version, flags]) + encode_two_bytes(keepalive)
     if version == 5:
         head += with_length(encode_properties(properties))
-    return packet(Kind.CONNECT, head + payload)
+    return encode_packet(PacketType.CONNECT, head + payload)
 
 
 def publish_packet(
@@ -120,23 +130,23 @@ def subscribe_packet(
     *filters: str | tuple[str, int], id: int = 1, version: int = 5, identifier: int = 0
 ) -> bytes:
     said = {"subscription_id": [identifier]} if identifier else NOTHING
-    body = two(id) + (with_length(encode_properties(said)) if version == 5 else b"")
+    body = encode_two_bytes(id) + (with_length(encode_properties(said)) if version == 5 else b"")
     for one in filters:
         name, options = (one, 2) if isinstance(one, str) else one
-        body += string(name) + bytes([options])
-    return packet(Kind.SUBSCRIBE, body, 2)
+        body += encode_string(name) + bytes([options])
+    return encode_packet(PacketType.SUBSCRIBE, body, 2)
 
 
 def unsubscribe_packet(*filters: str, id: int = 1, version: int = 5) -> bytes:
-    body = two(id) + (b"\0" if version == 5 else b"")
-    return packet(Kind.UNSUBSCRIBE, body + b"".join(map(string, filters)), 2)
+    body = encode_two_bytes(id) + (b"\0" if version == 5 else b"")
+    return encode_packet(PacketType.UNSUBSCRIBE, body + b"".join(map(encode_string, filters)), 2)
 
 
 def disconnect_packet(reason: int | None = None, **properties: Any) -> bytes:
     if reason is None:
-        return packet(Kind.DISCONNECT)
+        return encode_packet(PacketType.DISCONNECT)
     said = with_length(encode_properties(properties))
-    return packet(Kind.DISCONNECT, bytes([reason]) + said)
+    return encode_packet(PacketType.DISCONNECT, bytes([reason]) + said)
 
 
 class Raw:
@@ -160,7 +170,7 @@ class Raw:
 
     def read(self) -> Got | None:
         """The next packet; None where the broker has hung up."""
-        while not (found := hive.frame(self._buffer, 0, 1 << 28)):
+        while not (found := hive.packet_bounds(self._buffer, 0, 1 << 28)):
             try:
                 data = self.sock.recv(1 << 16)
             except ConnectionResetError:
@@ -170,32 +180,32 @@ class Raw:
             self._buffer += data
         first, body = self._buffer[0], bytes(self._buffer[found[0] : found[1]])
         del self._buffer[: found[1]]
-        return Got(Kind(first >> 4), first & 15, body, self.version)
+        return Got(PacketType(first >> 4), first & 15, body, self.version)
 
-    def expect(self, kind: Kind) -> Got:
+    def expect(self, kind: PacketType) -> Got:
         """The next packet, of this kind; messages that come before an answer are kept."""
-        if kind is Kind.PUBLISH and self.early:
+        if kind is PacketType.PUBLISH and self.early:
             return self.early.pop(0)
-        while (got := self.read()) and got.kind is Kind.PUBLISH is not kind:
+        while (got := self.read()) and got.kind is PacketType.PUBLISH is not kind:
             self.early.append(got)
         assert got and got.kind is kind, got
         return got
 
     def connect(self, client_id: str = "", **said: Any) -> Got:
         self.send(connect_packet(self.version, client_id, **said))
-        return self.expect(Kind.CONNACK)
+        return self.expect(PacketType.CONNACK)
 
     def subscribe(self, *filters: str | tuple[str, int], identifier: int = 0) -> list[int]:
         id = self.next_id()
         self.send(subscribe_packet(*filters, id=id, version=self.version, identifier=identifier))
-        got = self.expect(Kind.SUBACK)
+        got = self.expect(PacketType.SUBACK)
         assert got.id == id
         return got.reasons
 
     def unsubscribe(self, *filters: str) -> list[int]:
         id = self.next_id()
         self.send(unsubscribe_packet(*filters, id=id, version=self.version))
-        got = self.expect(Kind.UNSUBACK)
+        got = self.expect(PacketType.UNSUBACK)
         assert got.id == id
         return got.reasons
 
@@ -205,34 +215,34 @@ class Raw:
         self.send(publish_packet(topic, payload, qos, id, version=self.version, **said))
         if qos == 0:
             return 0
-        got = self.expect(Kind.PUBACK if qos == 1 else Kind.PUBREC)
+        got = self.expect(PacketType.PUBACK if qos == 1 else PacketType.PUBREC)
         assert got.id == id
-        if qos == 2 and got.reason < Reason.REFUSED:
-            self.send(hive.ack(Kind.PUBREL, id, 0, self.version))
-            assert self.expect(Kind.PUBCOMP).id == id
+        if qos == 2 and got.reason < ReasonCode.UNSPECIFIED_ERROR:
+            self.send(hive.encode_ack(PacketType.PUBREL, id, 0, self.version))
+            assert self.expect(PacketType.PUBCOMP).id == id
         return got.reason
 
     def receive(self, acknowledge: bool = True) -> Publish:
         """The next message, acknowledged."""
-        message = self.expect(Kind.PUBLISH).publish
+        message = self.expect(PacketType.PUBLISH).publish
         if acknowledge and message.qos == 1:
-            self.send(hive.ack(Kind.PUBACK, message.id, 0, self.version))
+            self.send(hive.encode_ack(PacketType.PUBACK, message.id, 0, self.version))
         elif acknowledge and message.qos == 2:
-            self.send(hive.ack(Kind.PUBREC, message.id, 0, self.version))
-            assert self.expect(Kind.PUBREL).id == message.id
-            self.send(hive.ack(Kind.PUBCOMP, message.id, 0, self.version))
+            self.send(hive.encode_ack(PacketType.PUBREC, message.id, 0, self.version))
+            assert self.expect(PacketType.PUBREL).id == message.id
+            self.send(hive.encode_ack(PacketType.PUBCOMP, message.id, 0, self.version))
         return message
 
     def quiet(self) -> None:
         """Nothing more has come."""
-        self.send(packet(Kind.PINGREQ))
-        self.expect(Kind.PINGRESP)
+        self.send(encode_packet(PacketType.PINGREQ))
+        self.expect(PacketType.PINGRESP)
         assert not self.early
 
     def ended(self, reason: int | None = None) -> None:
         """The broker hangs up; in MQTT 5 it says why."""
         if reason is not None and self.version == 5:
-            assert self.expect(Kind.DISCONNECT).reason == reason
+            assert self.expect(PacketType.DISCONNECT).reason == reason
         assert self.read() is None
 
     def next_id(self) -> int:

@@ -33,13 +33,15 @@ def envelope(text: str = "hello", ch: str = "command", **more: Any) -> hive.Enve
     return hive.Envelope.new("alpha", "beta", ch, text, **more)
 
 
-def waking(text: str = "hello", ch: str = "command", now: bool = True, **more: Any) -> hive.Waking:
+def waking(
+    text: str = "hello", ch: str = "command", now: bool = True, **more: Any
+) -> hive.PendingEvent:
     how = {key: more.pop(key) for key in ("note", "question") if key in more}
-    return hive.Waking(envelope(text, ch, **more), now, **how)
+    return hive.PendingEvent(envelope(text, ch, **more), now, **how)
 
 
-def said(*group: hive.Waking, replies: bool = False) -> str:
-    return hive.saying_of(group, replies).text
+def said(*group: hive.PendingEvent, replies: bool = False) -> str:
+    return hive.merge_events(group, replies).text
 
 
 # What is said
@@ -99,7 +101,7 @@ texts = st.text(min_size=1) | st.lists(fragments, min_size=1).map("".join)
 ids = st.text("abcXYZ019._:-", min_size=1, max_size=64)
 names = st.sampled_from(("alpha", "heartbeat", "reason", "periodic", "poll", "System", "a.b-c_d"))
 wakings = st.builds(
-    lambda ch, text, id, corr, sender, action, note, question: hive.Waking(
+    lambda ch, text, id, corr, sender, action, note, question: hive.PendingEvent(
         hive.Envelope.new(sender, "beta", ch, text, id=id, corr=corr, action=action),
         True,
         note,
@@ -129,7 +131,7 @@ def read_back(text: str) -> list[tuple[str, str]]:
 @example([waking("\\heartbeat poll"), waking(f'x"\n{hive.FOOTER}')], True)
 @example([waking("x", question="\u2028heartbeat wake\n")], False)
 def test_whatever_peers_write_each_of_their_texts_can_be_told_from_any_forgery(
-    group: list[hive.Waking], replies: bool
+    group: list[hive.PendingEvent], replies: bool
 ) -> None:
     text = said(*group, replies=replies)
     read = read_back(text)
@@ -151,7 +153,9 @@ def test_whatever_peers_write_each_of_their_texts_can_be_told_from_any_forgery(
 @example([waking("heartbeat wa\u212ae")])
 @example([waking("HEARTBEAT \u2028poll heartbeat poll heartbeat wake reason  periodic")])
 @example([waking("x", question="heartbeat poll")])
-def test_no_text_contains_what_openclaw_swallows_or_replaces(group: list[hive.Waking]) -> None:
+def test_no_text_contains_what_openclaw_swallows_or_replaces(
+    group: list[hive.PendingEvent],
+) -> None:
     text = said(*group)
     for phrase in SWALLOWED:
         for heard in (text.lower(), text.casefold(), " ".join(text.lower().split())):
@@ -241,11 +245,12 @@ def test_a_turn_makes_room_for_events_that_wait_for_the_next_one() -> None:
 
 def job_of(
     way: str, keys: dict[str, Any], now: bool = True, text: str = "the text", **more: Any
-) -> hive.Job:
-    make = hive.WAYS[way].job
+) -> hive.ProcessSpec:
+    make = hive.WAKE_METHODS[way].job
     assert make
     return make(
-        hive.InstanceConfig(name="main", **keys), hive.Saying(text, now, envelope(text, **more))
+        hive.InstanceConfig(name="main", **keys),
+        hive.SystemEvent(text, now, envelope(text, **more)),
     )
 
 
@@ -360,13 +365,13 @@ def test_the_environment_of_a_call(
     ],
 )
 def test_the_ways_that_are_tried(keys: dict[str, Any], ways: tuple[str, ...]) -> None:
-    assert hive.ways_of(hive.InstanceConfig(name="main", **keys)) == ways
+    assert hive.wake_methods(hive.InstanceConfig(name="main", **keys)) == ways
 
 
 def test_every_way_that_can_be_said_in_the_configuration_leads_somewhere() -> None:
     for via in hive.VIA:
-        ways = hive.ways_of(hive.InstanceConfig(name="main", via=via, hook_token=HOOK_TOKEN))
-        assert ways and set(ways) <= set(hive.WAYS)
+        ways = hive.wake_methods(hive.InstanceConfig(name="main", via=via, hook_token=HOOK_TOKEN))
+        assert ways and set(ways) <= set(hive.WAKE_METHODS)
 
 
 # Where the gateway listens
@@ -423,9 +428,9 @@ def loop(log: io.StringIO, clock: Clock) -> Iterator[hive.Loop]:
 
 
 @pytest.fixture
-def children(loop: hive.Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[hive.Children]:
-    monkeypatch.setattr(hive, "KILL_AFTER", 0.2)
-    children = hive.Children(loop)
+def children(loop: hive.Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[hive.ChildProcesses]:
+    monkeypatch.setattr(hive, "SIGKILL_AFTER", 0.2)
+    children = hive.ChildProcesses(loop)
     yield children
     children.stop()
     turn_until(loop, "all children have ended", lambda: not len(children))
@@ -448,7 +453,7 @@ exit 1
 """
 
 
-def ids_of(group: Sequence[hive.Waking]) -> str:
+def ids_of(group: Sequence[hive.PendingEvent]) -> str:
     return " ".join(waking.envelope.id for waking in group)
 
 
@@ -459,7 +464,7 @@ class StandIn:
         self,
         home: Path,
         loop: hive.Loop,
-        children: hive.Children,
+        children: hive.ChildProcesses,
         log: io.StringIO,
         **keys: Any,
     ) -> None:
@@ -484,20 +489,20 @@ class StandIn:
 
     # What the agent's user hears
 
-    def agent_begins(self, group: Sequence[hive.Waking]) -> None:
+    def agent_begins(self, group: Sequence[hive.PendingEvent]) -> None:
         self.heard.append(f"begins {ids_of(group)}")
         self.tasks += [waking.task for waking in group]
 
-    def agent_failed(self, group: Sequence[hive.Waking], perhaps: bool) -> None:
+    def agent_failed(self, group: Sequence[hive.PendingEvent], perhaps: bool) -> None:
         self.heard.append(f"failed {ids_of(group)}")
 
-    def agent_told(self, agent: str, waking: hive.Waking, reply: str | None) -> None:
+    def agent_told(self, agent: str, waking: hive.PendingEvent, reply: str | None) -> None:
         assert agent == "main"
         self.heard.append(f"told {waking.envelope.id}")
         if reply is not None:
             self.replied.append((waking.envelope.id, reply))
 
-    def agent_gave_up(self, agent: str, waking: hive.Waking, reason: str) -> None:
+    def agent_gave_up(self, agent: str, waking: hive.PendingEvent, reason: str) -> None:
         assert agent == "main"
         self.heard.append(f"gave up {waking.envelope.id}")
         self.given_up.append((waking.envelope.id, reason))
@@ -549,7 +554,7 @@ Make = Callable[..., StandIn]
 def stand_in_of(
     tmp_path: Path,
     loop: hive.Loop,
-    children: hive.Children,
+    children: hive.ChildProcesses,
     log: io.StringIO,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Make]:
@@ -602,7 +607,7 @@ def settle(loop: hive.Loop) -> None:
 
 
 def test_messages_reach_an_agent_in_order_and_what_gathers_meanwhile_goes_together(
-    loop: hive.Loop, children: hive.Children, stand_in: StandIn
+    loop: hive.Loop, children: hive.ChildProcesses, stand_in: StandIn
 ) -> None:
     stand_in.wake(*"abcdefgh")
     assert len(children) == 1
@@ -686,7 +691,7 @@ def test_a_message_that_grew_stale_behind_another_is_not_told(
 
 
 def test_an_agent_that_stays_away_is_tried_less_and_less_often(
-    loop: hive.Loop, children: hive.Children, clock: Clock, stand_in: StandIn
+    loop: hive.Loop, children: hive.ChildProcesses, clock: Clock, stand_in: StandIn
 ) -> None:
     stand_in.set("down")
     stand_in.wake("a")
@@ -779,7 +784,7 @@ def test_what_was_not_said_when_the_node_stops_is_given_back_in_order(
 
 @pytest.mark.parametrize("ended_by", ["the node", "itself"])
 def test_a_call_that_fails_while_the_node_stops_is_left_for_the_next_start(
-    loop: hive.Loop, children: hive.Children, stand_in: StandIn, ended_by: str
+    loop: hive.Loop, children: hive.ChildProcesses, stand_in: StandIn, ended_by: str
 ) -> None:
     stand_in.set("hung")
     stand_in.set("down")
@@ -797,7 +802,7 @@ def test_a_call_that_fails_while_the_node_stops_is_left_for_the_next_start(
 
 @pytest.mark.parametrize("state", ["down", "hung"])
 def test_nothing_is_tried_any_more_when_the_node_has_stopped(
-    loop: hive.Loop, clock: Clock, children: hive.Children, stand_in_of: Make, state: str
+    loop: hive.Loop, clock: Clock, children: hive.ChildProcesses, stand_in_of: Make, state: str
 ) -> None:
     stand_in = stand_in_of(via="auto")
     stand_in.set("down")
@@ -823,11 +828,14 @@ def test_nothing_is_tried_any_more_when_the_node_has_stopped(
 
 @pytest.mark.usefixtures("impatient")
 def test_what_is_about_to_be_told_is_announced_before_the_call_and_each_end_after_it(
-    loop: hive.Loop, children: hive.Children, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+    loop: hive.Loop,
+    children: hive.ChildProcesses,
+    stand_in: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start = children.start
 
-    def started(job: hive.Job, done: Callable[[hive.Outcome], None]) -> None:
+    def started(job: hive.ProcessSpec, done: Callable[[hive.ProcessResult], None]) -> None:
         stand_in.heard.append("call")
         start(job, done)
 
@@ -914,7 +922,7 @@ def test_what_is_stale_when_it_is_taken_up_again_is_given_up_and_never_begins(
 def test_the_number_of_a_task_comes_back_with_it(loop: hive.Loop, stand_in: StandIn) -> None:
     stand_in.set("hung")
     for task in (7, 0, 9):
-        stand_in.agent.wake(hive.Waking(envelope(id=f"m-{task}"), True, task=task))
+        stand_in.agent.wake(hive.PendingEvent(envelope(id=f"m-{task}"), True, task=task))
     stand_in.set("hung", False)
     turn_until(loop, "all are told", stand_in.idle)
     assert stand_in.tasks == [7, 0, 9]
@@ -943,7 +951,7 @@ def test_a_burst_of_thirty_takes_three_calls_and_a_few_seconds(
 
 
 def test_the_sixth_turn_of_a_minute_waits_and_an_alert_does_not(
-    loop: hive.Loop, clock: Clock, children: hive.Children, stand_in_of: Make
+    loop: hive.Loop, clock: Clock, children: hive.ChildProcesses, stand_in_of: Make
 ) -> None:
     stand_in = stand_in_of()
     for gap, id in zip(hive.GAPS, "abcde", strict=True):
@@ -965,7 +973,7 @@ def test_the_sixth_turn_of_a_minute_waits_and_an_alert_does_not(
 
 
 def test_what_may_wait_for_the_agents_heartbeat_is_held_back_before_openclaw_loses_any(
-    loop: hive.Loop, clock: Clock, children: hive.Children, stand_in_of: Make
+    loop: hive.Loop, clock: Clock, children: hive.ChildProcesses, stand_in_of: Make
 ) -> None:
     stand_in = stand_in_of(openclaw_cmd=("true",))
     for i in range(hive.MAX_LATER):
@@ -988,8 +996,8 @@ def test_alerts_overtake_in_their_own_order(loop: hive.Loop, stand_in: StandIn) 
 
 
 def test_a_group_is_urgent_if_one_of_it_is() -> None:
-    assert not hive.saying_of([waking(now=False), waking(now=False)], False).now
-    assert hive.saying_of([waking(now=False), waking(now=True)], False).now
+    assert not hive.merge_events([waking(now=False), waking(now=False)], False).now
+    assert hive.merge_events([waking(now=False), waking(now=True)], False).now
 
 
 def test_the_same_words_twice_are_two_messages() -> None:
@@ -1212,7 +1220,7 @@ def gateway_of() -> Iterator[Callable[..., Gateway]]:
 @pytest.mark.parametrize(("now", "mode"), [(True, "now"), (False, "next-heartbeat")])
 def test_a_hook_is_told_everything_in_one_request(
     loop: hive.Loop,
-    children: hive.Children,
+    children: hive.ChildProcesses,
     stand_in_of: Make,
     gateway_of: Callable[..., Gateway],
     now: bool,
@@ -1415,7 +1423,7 @@ def test_auto_tells_why_the_first_way_failed_when_all_do(
 
 def probed(loop: hive.Loop, port: int) -> str:
     answers: list[str] = []
-    hive.Probe(loop, port, answers.append)
+    hive.PortProbe(loop, port, answers.append)
     turn_until(loop, "an answer", lambda: answers)
     settle(loop)
     (answer,) = answers

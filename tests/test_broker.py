@@ -22,7 +22,7 @@ from raw_mqtt import (
 )
 
 import hive
-from hive import Kind, Publish, Reason, packet, string, two
+from hive import PacketType, Publish, ReasonCode, encode_packet, encode_string, encode_two_bytes
 
 both = pytest.mark.parametrize("version", [4, 5])
 Make = Callable[..., Hosted]
@@ -84,14 +84,18 @@ def test_a_second_connect_ends_the_connection(hosted: Hosted, version: int) -> N
     """[MQTT-3.1.0-2]"""
     client = hosted.connected("a", version)
     client.send(connect_packet(version, "a"))
-    client.ended(Reason.PROTOCOL_ERROR)
+    client.ended(ReasonCode.PROTOCOL_ERROR)
 
 
 def test_a_protocol_that_is_not_mqtt_gets_no_answer(hosted: Hosted) -> None:
     """[MQTT-3.1.2-1]"""
     for name in ("MQIsdp", "mqtt", ""):
         client = hosted.client()
-        client.send(packet(Kind.CONNECT, string(name) + b"\x03\x02\0\0" + string("a")))
+        client.send(
+            encode_packet(
+                PacketType.CONNECT, encode_string(name) + b"\x03\x02\0\0" + encode_string("a")
+            )
+        )
         client.ended()
 
 
@@ -101,8 +105,13 @@ def test_a_version_that_it_does_not_speak(
 ) -> None:
     """[MQTT-3.1.2-2]"""
     client = hosted.client(version)
-    client.send(packet(Kind.CONNECT, string("MQTT") + bytes([level]) + b"\x02\0\0\0" + string("a")))
-    answer = client.expect(Kind.CONNACK)
+    client.send(
+        encode_packet(
+            PacketType.CONNECT,
+            encode_string("MQTT") + bytes([level]) + b"\x02\0\0\0" + encode_string("a"),
+        )
+    )
+    answer = client.expect(PacketType.CONNACK)
     assert (answer.present, answer.reason) == (False, reason)
     client.ended()
 
@@ -111,10 +120,17 @@ def test_a_malformed_connect_is_explained_in_mqtt_5_alone(hosted: Hosted) -> Non
     """[MQTT-3.1.2-3] [MQTT-3.1.4-1] [MQTT-4.13.2-1], 3.1.1 [MQTT-3.1.4-1]"""
     for version in (4, 5):
         client = hosted.client(version)
-        client.send(packet(Kind.CONNECT, string("MQTT") + bytes([version, 3]) + b"\0\0\0\0\0"))
+        client.send(
+            encode_packet(
+                PacketType.CONNECT, encode_string("MQTT") + bytes([version, 3]) + b"\0\0\0\0\0"
+            )
+        )
         if version == 5:
-            answer = client.expect(Kind.CONNACK)
-            assert (answer.present, answer.reason) == (False, Reason.MALFORMED)  # [MQTT-3.2.2-6]
+            answer = client.expect(PacketType.CONNACK)
+            assert (answer.present, answer.reason) == (
+                False,
+                ReasonCode.MALFORMED_PACKET,
+            )  # [MQTT-3.2.2-6]
         client.ended()
 
 
@@ -124,7 +140,7 @@ def test_nothing_that_follows_a_refused_connect_is_heard(hosted: Hosted) -> None
     witness.subscribe("t")
     client = hosted.client(4)
     client.send(connect_packet(4, "", clean=False), publish_packet("t", version=4))
-    assert client.expect(Kind.CONNACK).reason == 2  # 3.1.1 [MQTT-3.1.3-8]
+    assert client.expect(PacketType.CONNACK).reason == 2  # 3.1.1 [MQTT-3.1.3-8]
     client.ended()
     witness.quiet()
 
@@ -154,7 +170,7 @@ def test_mqtt_5_is_told_the_bounds(hosted: Hosted) -> None:
     """[MQTT-3.2.2-21] and 3.2.2.3"""
     said = hosted.client().connect("a", keepalive=10_000).properties
     assert said["server_keep_alive"] == hive.MAX_KEEPALIVE
-    assert said["receive_maximum"] == hive.QOS_2_WINDOW
+    assert said["receive_maximum"] == hive.BROKER_RECEIVE_MAXIMUM
     assert said["maximum_packet_size"] == hive.MAX_PACKET
     assert said["shared_available"] == 0
     assert "server_keep_alive" not in hosted.client().connect("b", keepalive=30).properties
@@ -163,15 +179,18 @@ def test_mqtt_5_is_told_the_bounds(hosted: Hosted) -> None:
 def test_other_ways_to_authenticate_are_not_known(hosted: Hosted) -> None:
     """[MQTT-4.12.0-1]"""
     client = hosted.client()
-    assert client.connect("a", authentication_method="GS2").reason == Reason.BAD_AUTHENTICATION
+    assert (
+        client.connect("a", authentication_method="GS2").reason
+        == ReasonCode.BAD_AUTHENTICATION_METHOD
+    )
     client.ended()
 
 
 def test_auth_is_a_protocol_error(hosted: Hosted) -> None:
     """[MQTT-4.12.0-6]"""
     client = hosted.connected("a")
-    client.send(packet(Kind.AUTH))
-    client.ended(Reason.PROTOCOL_ERROR)
+    client.send(encode_packet(PacketType.AUTH))
+    client.ended(ReasonCode.PROTOCOL_ERROR)
 
 
 @both
@@ -179,7 +198,7 @@ def test_the_older_connection_of_a_name_is_told_and_ended(hosted: Hosted, versio
     """[MQTT-3.1.4-3] [MQTT-4.8.0-1], 3.1.1 [MQTT-3.1.4-2]"""
     older = hosted.connected("a", version)
     newer = hosted.connected("a", version)
-    older.ended(Reason.TAKEN_OVER)
+    older.ended(ReasonCode.SESSION_TAKEN_OVER)
     newer.quiet()
 
 
@@ -191,16 +210,16 @@ def test_reserved_flags_end_the_connection(hosted: Hosted, version: int) -> None
     for first in (0x80, 0xA0, 0x60, 0xC1, 0xE1, 0x41, 0x00):
         client = hosted.connected("", version)
         client.send(bytes([first, 3]) + b"\0\1\0")
-        client.ended(Reason.MALFORMED)
+        client.ended(ReasonCode.MALFORMED_PACKET)
 
 
 @both
 def test_what_only_a_server_says_ends_the_connection(hosted: Hosted, version: int) -> None:
     """[MQTT-4.13.1-1], 3.1.1 [MQTT-4.8.0-1]"""
-    for kind in (Kind.CONNACK, Kind.SUBACK, Kind.UNSUBACK, Kind.PINGRESP):
+    for kind in (PacketType.CONNACK, PacketType.SUBACK, PacketType.UNSUBACK, PacketType.PINGRESP):
         client = hosted.connected("", version)
-        client.send(packet(kind, b"\0\1\0"))
-        client.ended(Reason.PROTOCOL_ERROR)
+        client.send(encode_packet(kind, b"\0\1\0"))
+        client.ended(ReasonCode.PROTOCOL_ERROR)
 
 
 @both
@@ -220,7 +239,7 @@ def test_a_client_that_keeps_silent_is_ended(hosted: Hosted, version: int) -> No
     hosted.skip(14)
     client.quiet()
     hosted.skip(16)
-    client.ended(Reason.KEEP_ALIVE)
+    client.ended(ReasonCode.KEEP_ALIVE_TIMEOUT)
 
 
 def test_without_keep_alive_mqtt_3_may_be_silent_for_ever(hosted: Hosted) -> None:
@@ -304,7 +323,9 @@ def test_a_session_ends_when_it_expires(hosted: Hosted) -> None:
         answer = hosted.client()
         assert answer.connect(str(skipped), clean=False).present is present
         answer.close()
-    hosted.drop(hosted.connected("for ever", clean=False, session_expiry=hive.NEVER))
+    hosted.drop(
+        hosted.connected("for ever", clean=False, session_expiry=hive.SESSION_NEVER_EXPIRES)
+    )
     hosted.skip(1e9)
     assert hosted.client().connect("for ever", clean=False).present
 
@@ -317,7 +338,7 @@ def test_disconnect_may_change_the_expiry_but_not_from_nothing(hosted: Hosted) -
     assert not hosted.client().connect("a", clean=False).present
     client = hosted.connected("b")
     client.send(disconnect_packet(0, session_expiry=10))
-    client.ended(Reason.PROTOCOL_ERROR)
+    client.ended(ReasonCode.PROTOCOL_ERROR)
 
 
 @both
@@ -328,17 +349,17 @@ def test_what_was_not_acknowledged_comes_again_with_its_id(hosted: Hosted, versi
     sender = hosted.connected("s", version)
     for n in range(6):
         sender.publish("t", b"%d" % n, qos=1 + n % 2)
-    sent = [client.expect(Kind.PUBLISH) for _ in range(6)]
+    sent = [client.expect(PacketType.PUBLISH) for _ in range(6)]
     assert not any(one.dup for one in sent)
-    client.send(hive.ack(Kind.PUBACK, sent[0].id, 0, version))
-    client.send(hive.ack(Kind.PUBREC, sent[1].id, 0, version))
-    assert client.expect(Kind.PUBREL).id == sent[1].id
+    client.send(hive.encode_ack(PacketType.PUBACK, sent[0].id, 0, version))
+    client.send(hive.encode_ack(PacketType.PUBREC, sent[1].id, 0, version))
+    assert client.expect(PacketType.PUBREL).id == sent[1].id
     client.quiet()
     client.close()
     again = hosted.connected("a", version, **kept(version))
-    assert again.expect(Kind.PUBREL).id == sent[1].id  # [MQTT-4.3.3-10]
+    assert again.expect(PacketType.PUBREL).id == sent[1].id  # [MQTT-4.3.3-10]
     for before in sent[2:]:
-        got = again.expect(Kind.PUBLISH)
+        got = again.expect(PacketType.PUBLISH)
         assert (got.dup, got.publish) == (True, before.publish)
     again.quiet()
 
@@ -383,13 +404,13 @@ def test_qos_2_is_delivered_once(hosted: Hosted, version: int) -> None:
     client.subscribe("t")
     for dup in (False, True, True):
         sender.send(publish_packet("t", b"once", 2, 7, dup=dup, version=version))
-        answer = sender.expect(Kind.PUBREC)
+        answer = sender.expect(PacketType.PUBREC)
         assert (answer.id, answer.reason) == (7, 0)
     assert client.receive().payload == b"once"
     client.quiet()
-    for reason in (0, Reason.UNKNOWN_ID):
-        sender.send(hive.ack(Kind.PUBREL, 7, 0, version))
-        done = sender.expect(Kind.PUBCOMP)
+    for reason in (0, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND):
+        sender.send(hive.encode_ack(PacketType.PUBREL, 7, 0, version))
+        done = sender.expect(PacketType.PUBCOMP)
         assert (done.id, done.reason) == (7, reason if version == 5 else 0)
     sender.send(publish_packet("t", b"anew", 2, 7, version=version))  # the id is free again
     assert client.receive().payload == b"anew"
@@ -403,9 +424,9 @@ def test_qos_2_of_a_session_is_known_over_connections(hosted: Hosted) -> None:
     assert client.receive().payload == b"once"
     again = hosted.connected("s", **kept(5))
     again.send(publish_packet("t", b"once", 2, 7, dup=True))
-    assert again.expect(Kind.PUBREC).id == 7
-    again.send(hive.ack(Kind.PUBREL, 7, 0, 5))
-    assert again.expect(Kind.PUBCOMP).reason == 0
+    assert again.expect(PacketType.PUBREC).id == 7
+    again.send(hive.encode_ack(PacketType.PUBREL, 7, 0, 5))
+    assert again.expect(PacketType.PUBCOMP).reason == 0
     client.quiet()
 
 
@@ -415,7 +436,7 @@ def test_a_topic_that_none_may_publish_to(hosted: Hosted, version: int) -> None:
     for topic in ("", "a/#", "+", "/" * 200):
         client = hosted.connected("", version)
         client.send(publish_packet(topic, b"x", 1, 1, version=version))
-        client.ended(Reason.BAD_TOPIC)
+        client.ended(ReasonCode.TOPIC_NAME_INVALID)
 
 
 @both
@@ -423,8 +444,12 @@ def test_qos_3_and_text_that_is_not_utf_8_are_malformed(hosted: Hosted, version:
     """[MQTT-3.3.1-4] [MQTT-1.5.4-1] [MQTT-1.5.4-2], 3.1.1 [MQTT-3.3.1-4] [MQTT-1.5.3-1..2]"""
     for flags, topic in ((6, b"t"), (0, b"\xff"), (0, b"\xed\xa0\x80"), (0, b"a\0b")):
         client = hosted.connected("", version)
-        client.send(packet(Kind.PUBLISH, two(len(topic)) + topic + b"\0\1\0", flags))
-        client.ended(Reason.MALFORMED)
+        client.send(
+            encode_packet(
+                PacketType.PUBLISH, encode_two_bytes(len(topic)) + topic + b"\0\1\0", flags
+            )
+        )
+        client.ended(ReasonCode.MALFORMED_PACKET)
 
 
 @both
@@ -441,11 +466,11 @@ def test_a_byte_order_mark_is_a_character_like_others(hosted: Hosted, version: i
 def test_mqtt_5_is_told_when_nobody_listens(hosted: Hosted) -> None:
     """3.4.2.1, 3.5.2.1"""
     client = hosted.connected("a")
-    assert client.publish("t", qos=1) == Reason.NO_SUBSCRIBERS
-    assert client.publish("t", qos=2) == Reason.NO_SUBSCRIBERS
+    assert client.publish("t", qos=1) == ReasonCode.NO_MATCHING_SUBSCRIBERS
+    assert client.publish("t", qos=2) == ReasonCode.NO_MATCHING_SUBSCRIBERS
     client.subscribe("t")
     client.send(publish_packet("t", b"", 1, 9))
-    assert {client.expect(Kind.PUBLISH).id, client.expect(Kind.PUBACK).reason} == {1, 0}
+    assert {client.expect(PacketType.PUBLISH).id, client.expect(PacketType.PUBACK).reason} == {1, 0}
 
 
 def test_properties_pass_through_in_order(hosted: Hosted) -> None:
@@ -473,12 +498,14 @@ def test_a_payload_that_is_not_what_it_says_is_refused(hosted: Hosted) -> None:
     """3.3.2.3.2"""
     client = hosted.connected("a")
     client.subscribe("t")
-    assert client.publish("t", b"\xff", payload_format=1) == Reason.BAD_PAYLOAD
-    assert client.publish("t", b"\xff", qos=2, payload_format=1) == Reason.BAD_PAYLOAD
+    assert client.publish("t", b"\xff", payload_format=1) == ReasonCode.PAYLOAD_FORMAT_INVALID
+    assert (
+        client.publish("t", b"\xff", qos=2, payload_format=1) == ReasonCode.PAYLOAD_FORMAT_INVALID
+    )
     client.publish("t", b"\xff", qos=0, payload_format=1)
     client.quiet()
     will = Publish("t", b"\xff", properties={"payload_format": 1})
-    assert hosted.client().connect("b", will=will).reason == Reason.BAD_PAYLOAD
+    assert hosted.client().connect("b", will=will).reason == ReasonCode.PAYLOAD_FORMAT_INVALID
 
 
 def test_a_message_expires(hosted: Hosted) -> None:
@@ -586,7 +613,7 @@ def test_retained_messages_come_before_what_the_client_publishes_next(
     client = hosted.connected("a", version)
     client.send(subscribe_packet(("r/#", 0), ("mark", 0), version=version))
     client.send(publish_packet("mark", version=version))
-    assert client.expect(Kind.SUBACK).reasons == [0, 0]
+    assert client.expect(PacketType.SUBACK).reasons == [0, 0]
     topics = [client.receive().topic for _ in range(1001)]
     assert topics[-1] == "mark"
     assert len(set(topics)) == 1001
@@ -611,7 +638,7 @@ def test_more_retained_messages_than_a_window_holds_all_come(hosted: Hosted) -> 
 def test_each_filter_has_its_answer(hosted: Hosted, version: int) -> None:
     """[MQTT-3.8.4-1..6] [MQTT-3.9.3-1], 3.1.1 [MQTT-3.8.4-1..5] [MQTT-3.9.3-2]"""
     client = hosted.connected("a", version)
-    failed = Reason.NO_SHARED if version == 5 else 0x80
+    failed = ReasonCode.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED if version == 5 else 0x80
     assert client.subscribe(("a", 0), ("$share/g/b", 1), ("c", 2), ("a", 1)) == [0, failed, 2, 1]
     client.publish("a")
     assert client.receive().qos == 1  # the last one counts: [MQTT-3.8.4-3]
@@ -624,7 +651,7 @@ def test_a_filter_that_is_none(hosted: Hosted, version: int, filter: str) -> Non
     """[MQTT-4.7.1-1] [MQTT-4.7.1-2] [MQTT-4.7.3-1], 3.1.1 [MQTT-4.7.1-2] [MQTT-4.7.1-3]"""
     client = hosted.connected("a", version)
     client.send(subscribe_packet(filter, version=version))
-    client.ended(Reason.BAD_FILTER)
+    client.ended(ReasonCode.TOPIC_FILTER_INVALID)
 
 
 @both
@@ -686,7 +713,7 @@ def test_unsubscribing(hosted: Hosted, version: int) -> None:
     client.publish("b", qos=0)
     assert client.receive().topic == "b"
     client.send(unsubscribe_packet(version=version))
-    client.ended(Reason.PROTOCOL_ERROR)
+    client.ended(ReasonCode.PROTOCOL_ERROR)
 
 
 def test_what_is_under_way_is_completed_after_unsubscribing(hosted: Hosted) -> None:
@@ -696,11 +723,11 @@ def test_what_is_under_way_is_completed_after_unsubscribing(hosted: Hosted) -> N
     sender = hosted.connected("s")
     for n in range(3):
         sender.publish("t", b"%d" % n, qos=2)
-    first = client.expect(Kind.PUBLISH)
+    first = client.expect(PacketType.PUBLISH)
     client.unsubscribe("t")
-    client.send(hive.ack(Kind.PUBREC, first.id, 0, 5))
-    assert client.expect(Kind.PUBREL).id == first.id
-    client.send(hive.ack(Kind.PUBCOMP, first.id, 0, 5))
+    client.send(hive.encode_ack(PacketType.PUBREC, first.id, 0, 5))
+    assert client.expect(PacketType.PUBREL).id == first.id
+    client.send(hive.encode_ack(PacketType.PUBCOMP, first.id, 0, 5))
     assert client.receive().payload == b"1"
 
 
@@ -757,7 +784,7 @@ def test_a_will_is_published_when_the_broker_ends_the_connection(
     witness = hosted.connected("w", version)
     witness.subscribe("will")
     client = hosted.connected("a", version, will=Publish("will", b"gone", 1))
-    client.send(packet(Kind.CONNACK, b"\0\0"))
+    client.send(encode_packet(PacketType.CONNACK, b"\0\0"))
     assert witness.receive().payload == b"gone"
     client = hosted.connected("a", version, will=Publish("will", b"silent", 1), keepalive=5)
     hosted.skip(8)
@@ -813,15 +840,15 @@ def test_it_keeps_to_the_client_s_receive_maximum(hosted: Hosted) -> None:
     for n in range(5):
         sender.publish("t", b"%d" % n, qos=1 + n % 2)
     sender.publish("t", b"zero", qos=0)
-    first, second = client.expect(Kind.PUBLISH), client.expect(Kind.PUBLISH)
+    first, second = client.expect(PacketType.PUBLISH), client.expect(PacketType.PUBLISH)
     assert client.receive().payload == b"zero"  # QoS 0 is not held up
-    client.send(hive.ack(Kind.PUBREC, second.id, 0, 5))
-    client.expect(Kind.PUBREL)
+    client.send(hive.encode_ack(PacketType.PUBREC, second.id, 0, 5))
+    client.expect(PacketType.PUBREL)
     client.quiet()  # PUBREC frees nothing
-    client.send(hive.ack(Kind.PUBACK, first.id, 0, 5))
+    client.send(hive.encode_ack(PacketType.PUBACK, first.id, 0, 5))
     assert client.receive().payload == b"2"
-    client.send(hive.ack(Kind.PUBCOMP, second.id, 0, 5))
-    assert client.expect(Kind.PUBLISH).publish.payload == b"3"
+    client.send(hive.encode_ack(PacketType.PUBCOMP, second.id, 0, 5))
+    assert client.expect(PacketType.PUBLISH).publish.payload == b"3"
 
 
 def test_a_failing_pubrec_ends_the_exchange(hosted: Hosted) -> None:
@@ -830,32 +857,36 @@ def test_a_failing_pubrec_ends_the_exchange(hosted: Hosted) -> None:
     client.subscribe("t")
     for n in range(2):
         client.send(publish_packet("t", b"%d" % n, 2, n + 1))
-    first = next(got for got in iter(client.read, None) if got.kind is Kind.PUBLISH)
-    client.send(hive.ack(Kind.PUBREC, first.id, 0x80, 5))
-    second = next(got for got in iter(client.read, None) if got.kind is Kind.PUBLISH)
+    first = next(got for got in iter(client.read, None) if got.kind is PacketType.PUBLISH)
+    client.send(hive.encode_ack(PacketType.PUBREC, first.id, 0x80, 5))
+    second = next(got for got in iter(client.read, None) if got.kind is PacketType.PUBLISH)
     assert second.publish.payload == b"1"
 
 
 def test_an_acknowledgement_of_nothing_is_answered_or_passed_over(hosted: Hosted) -> None:
     """3.5.2.1, 3.6.2.1, 3.7.2.1"""
     client = hosted.connected("a")
-    client.send(hive.ack(Kind.PUBREC, 77, 0, 5))
-    answer = client.expect(Kind.PUBREL)
-    assert (answer.id, answer.reason) == (77, Reason.UNKNOWN_ID)
-    client.send(hive.ack(Kind.PUBACK, 77, 0, 5), hive.ack(Kind.PUBCOMP, 77, 0, 5))
+    client.send(hive.encode_ack(PacketType.PUBREC, 77, 0, 5))
+    answer = client.expect(PacketType.PUBREL)
+    assert (answer.id, answer.reason) == (77, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND)
+    client.send(
+        hive.encode_ack(PacketType.PUBACK, 77, 0, 5), hive.encode_ack(PacketType.PUBCOMP, 77, 0, 5)
+    )
     client.quiet()
 
 
 def test_more_at_qos_2_than_it_takes_at_once(hosted: Hosted) -> None:
     """[MQTT-3.3.4-7], 3.3.4"""
     client = hosted.connected("a")
-    client.send(*(publish_packet("t", b"", 2, n) for n in range(1, hive.QOS_2_WINDOW + 1)))
-    for n in range(1, hive.QOS_2_WINDOW + 1):
-        assert client.expect(Kind.PUBREC).id == n
+    client.send(
+        *(publish_packet("t", b"", 2, n) for n in range(1, hive.BROKER_RECEIVE_MAXIMUM + 1))
+    )
+    for n in range(1, hive.BROKER_RECEIVE_MAXIMUM + 1):
+        assert client.expect(PacketType.PUBREC).id == n
     client.send(publish_packet("t", b"", 2, 2, dup=True))
-    assert client.expect(Kind.PUBREC).id == 2
+    assert client.expect(PacketType.PUBREC).id == 2
     client.send(publish_packet("t", b"", 2, 1000))
-    client.ended(Reason.RECEIVE_MAXIMUM)
+    client.ended(ReasonCode.RECEIVE_MAXIMUM_EXCEEDED)
 
 
 @both
@@ -867,7 +898,7 @@ def test_a_packet_larger_than_it_takes(hosted: Hosted, version: int) -> None:
     client.publish("t", whole, qos=0)
     assert client.receive().payload == whole
     client.send(b"\x30\xff\xff\x7f")
-    client.ended(Reason.TOO_LARGE)
+    client.ended(ReasonCode.PACKET_TOO_LARGE)
 
 
 def test_a_message_larger_than_the_client_takes_is_passed_over(hosted: Hosted) -> None:

@@ -33,7 +33,7 @@ from raw_mqtt import (
 )
 
 import hive
-from hive import Kind, Publish, Reason, packet, string
+from hive import PacketType, Publish, ReasonCode, encode_packet, encode_string
 
 both = pytest.mark.parametrize("version", [4, 5])
 Make = Callable[..., Hosted]
@@ -99,16 +99,16 @@ def test_what_was_acknowledged_is_there_after_kill_9(own: Own, version: int, qos
     sender = broker.client(version)
     sender.connect("sender", **kept(version))
     acknowledged = 0
-    kind = Kind.PUBACK if qos == 1 else Kind.PUBREC
+    kind = PacketType.PUBACK if qos == 1 else PacketType.PUBREC
     for n in range(60):
         pieces = range(n * 10 + 1, n * 10 + 11)
         sender.send(*(publish_packet(f"t/{i}", b"%d" % i, qos, i, version=version) for i in pieces))
         for _ in pieces:
             acknowledged = sender.expect(kind).id
         if qos == 2:
-            sender.send(*(hive.ack(Kind.PUBREL, id, 0, version) for id in pieces))
+            sender.send(*(hive.encode_ack(PacketType.PUBREL, id, 0, version) for id in pieces))
             for _ in pieces:
-                sender.expect(Kind.PUBCOMP)
+                sender.expect(PacketType.PUBCOMP)
     sender.send(publish_packet("t/601", b"601", qos, 601, version=version))
     broker.stop(signal.SIGKILL)
     broker.start()
@@ -125,18 +125,18 @@ def test_qos_2_is_exactly_once_over_kill_9(own: Own) -> None:
     reader.subscribe("t")
     sender.connect("sender", **KEPT)
     sender.send(publish_packet("t", b"once", 2, 7))
-    assert sender.expect(Kind.PUBREC).id == 7
-    first = reader.expect(Kind.PUBLISH)
-    reader.send(hive.ack(Kind.PUBREC, first.id, 0, 5))
-    assert reader.expect(Kind.PUBREL).id == first.id
+    assert sender.expect(PacketType.PUBREC).id == 7
+    first = reader.expect(PacketType.PUBLISH)
+    reader.send(hive.encode_ack(PacketType.PUBREC, first.id, 0, 5))
+    assert reader.expect(PacketType.PUBREL).id == first.id
     broker.stop(signal.SIGKILL)
     broker.start()
     reader, sender = broker.client(), broker.client()
     assert sender.connect("sender", **KEPT).present
     sender.send(publish_packet("t", b"once", 2, 7, dup=True))
-    assert sender.expect(Kind.PUBREC).id == 7
+    assert sender.expect(PacketType.PUBREC).id == 7
     reader.connect("reader", **KEPT)
-    assert reader.expect(Kind.PUBREL).id == first.id
+    assert reader.expect(PacketType.PUBREL).id == first.id
     reader.quiet()
 
 
@@ -152,7 +152,7 @@ def test_sessions_subscriptions_and_retained_messages_outlive_a_restart(
     client.publish("r/2", b"gone", retain=True)
     client.publish("r/2", b"", retain=True)
     restarted(hosted)
-    client.ended(Reason.SHUTTING_DOWN)
+    client.ended(ReasonCode.SERVER_SHUTTING_DOWN)
     again = hosted.client(version)
     assert again.connect("a", **kept(version)).present
     again.publish("t/x", qos=0)
@@ -267,7 +267,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost_meanwhile(hosted: Hosted) -> No
     eventually("it is back", lambda: "can write again" in hosted.log.getvalue())
 
 
-def fill(store: hive.Store) -> None:
+def fill(store: hive.Database) -> None:
     """Let the file take no page more, as on a full disk."""
     (pages,) = store.read("PRAGMA page_count")[0]
     store.read(f"PRAGMA max_page_count={pages}")
@@ -292,7 +292,7 @@ def test_what_overflows_a_queue_is_refused_to_the_sender(host: Make, qos: int) -
     sender = full_queue(hosted)
     other = hosted.connected("here")
     other.subscribe("t")
-    assert sender.publish("t", b"too many", qos=qos) == Reason.QUOTA
+    assert sender.publish("t", b"too many", qos=qos) == ReasonCode.QUOTA_EXCEEDED
     assert other.receive().payload == b"too many"  # it has room
     client = hosted.connected("away", **KEPT)
     assert [client.receive().payload for _ in range(5)] == [b"x"] * 5
@@ -319,7 +319,7 @@ def test_mqtt_3_cannot_be_told_so_it_is_not_acknowledged(host: Make, qos: int) -
 def test_queues_are_bounded_in_bytes_too(host: Make, bounds: dict[str, int]) -> None:
     hosted = host(**bounds)
     sender = full_queue(hosted, b"x" * 200_000)
-    assert sender.publish("t", b"x" * 200_000) == Reason.QUOTA
+    assert sender.publish("t", b"x" * 200_000) == ReasonCode.QUOTA_EXCEEDED
     assert sender.publish("t", b"small") == 0
     assert hosted.broker._held < 1 << 20
 
@@ -329,12 +329,12 @@ def test_retained_messages_are_bounded(host: Make, monkeypatch: pytest.MonkeyPat
     hosted = host(retained_mib=1)
     client = hosted.connected("a")
     for n in range(3):
-        assert client.publish(f"r/{n}", retain=True) == Reason.NO_SUBSCRIBERS
-    assert client.publish("r/3", retain=True) == Reason.QUOTA
-    assert client.publish("r/2", b"", retain=True) == Reason.NO_SUBSCRIBERS
-    assert client.publish("r/3", b"x" * 600_000, retain=True) == Reason.NO_SUBSCRIBERS
-    assert client.publish("r/0", b"x" * 600_000, retain=True) == Reason.QUOTA
-    assert client.publish("r/3", b"y" * 600_000, retain=True) == Reason.NO_SUBSCRIBERS
+        assert client.publish(f"r/{n}", retain=True) == ReasonCode.NO_MATCHING_SUBSCRIBERS
+    assert client.publish("r/3", retain=True) == ReasonCode.QUOTA_EXCEEDED
+    assert client.publish("r/2", b"", retain=True) == ReasonCode.NO_MATCHING_SUBSCRIBERS
+    assert client.publish("r/3", b"x" * 600_000, retain=True) == ReasonCode.NO_MATCHING_SUBSCRIBERS
+    assert client.publish("r/0", b"x" * 600_000, retain=True) == ReasonCode.QUOTA_EXCEEDED
+    assert client.publish("r/3", b"y" * 600_000, retain=True) == ReasonCode.NO_MATCHING_SUBSCRIBERS
     client.subscribe(("r/#", 1))
     assert {client.receive().topic for _ in range(3)} == {"r/0", "r/1", "r/3"}
 
@@ -344,18 +344,18 @@ def test_sessions_subscriptions_and_connections_are_bounded(
 ) -> None:
     monkeypatch.setattr(hive, "MAX_SESSIONS", 2)
     monkeypatch.setattr(hive, "MAX_SUBSCRIPTIONS", 3)
-    monkeypatch.setattr(hive, "MAX_CLIENTS", 8)
+    monkeypatch.setattr(hive, "MAX_CLIENT_CONNECTIONS", 8)
     hosted = host()
     client = hosted.connected("a", **KEPT)
-    assert client.subscribe("1", "2", "3", "4", "1") == [2, 2, 2, Reason.QUOTA, 2]
+    assert client.subscribe("1", "2", "3", "4", "1") == [2, 2, 2, ReasonCode.QUOTA_EXCEEDED, 2]
     hosted.connected("b", **KEPT)
-    assert hosted.client().connect("c", **KEPT).reason == Reason.QUOTA
+    assert hosted.client().connect("c", **KEPT).reason == ReasonCode.QUOTA_EXCEEDED
     assert hosted.client(4).connect("c", clean=False).reason == 3
     assert hosted.client().connect("c").reason == 0
     assert hosted.client().connect("b", **KEPT).present
-    monkeypatch.setattr(hive, "MAX_BRANCHES", 10)
+    monkeypatch.setattr(hive, "MAX_SUBSCRIPTION_NODES", 10)
     assert client.unsubscribe("1") == [0]
-    assert client.subscribe("+" + "/x" * 20) == [Reason.QUOTA]
+    assert client.subscribe("+" + "/x" * 20) == [ReasonCode.QUOTA_EXCEEDED]
     crowd = [hosted.client() for _ in range(10)]
     crowd[-1].ended()
     client.quiet()
@@ -418,7 +418,7 @@ def witness(broker: OwnBroker) -> Witness:
 
 
 FLOODS = {
-    "pings": packet(Kind.PINGREQ) * 1000,
+    "pings": encode_packet(PacketType.PINGREQ) * 1000,
     "1 MB at QoS 0": publish_packet("flood", b"x" * 1_000_000),
     "1 MB at QoS 1": publish_packet("flood", b"x" * 1_000_000, 1, 1),
     "1 MB retained": publish_packet("flood", b"x" * 1_000_000, 1, 1, retain=True),
@@ -556,7 +556,7 @@ def test_a_fast_sender_waits_for_a_reader_that_reads(host: Make) -> None:
 
     def collect() -> None:
         while len(acks) < total:
-            acks.append(sender.expect(Kind.PUBACK))
+            acks.append(sender.expect(PacketType.PUBACK))
 
     thread = threading.Thread(target=collect)
     thread.start()
@@ -580,8 +580,8 @@ def test_a_sender_goes_on_when_the_reader_that_it_waits_for_has_gone(hosted: Hos
     sender.send(*(publish_packet("t", b"x", 1, n + 1) for n in range(1500)))
     eventually("it waits", lambda: any(guest.waits_for for guest in [*hosted.broker.guests]))
     reader.close()
-    codes = {sender.expect(Kind.PUBACK).reason for _ in range(1500)}
-    assert codes == {0, Reason.NO_SUBSCRIBERS}
+    codes = {sender.expect(PacketType.PUBACK).reason for _ in range(1500)}
+    assert codes == {0, ReasonCode.NO_MATCHING_SUBSCRIBERS}
 
 
 def test_a_loop_that_hosted_one_may_do_other_things_afterwards(tmp_path: Path) -> None:
@@ -693,7 +693,7 @@ def test_it_ends_at_a_signal_and_takes_its_socket_away(own: Own, number: int) ->
     client = broker.client()
     client.connect("a")
     assert broker.stop(number) == 0
-    client.ended(Reason.SHUTTING_DOWN)
+    client.ended(ReasonCode.SERVER_SHUTTING_DOWN)
     assert not broker.socket.exists()
     broker.start()
 
@@ -801,7 +801,10 @@ def test_a_password_from_a_file_lets_a_client_in(own: Own) -> None:
     broker.start()
     client = Raw(port)
     assert client.connect("a", username="hive", password=b"secret").reason == 0
-    assert Raw(port).connect("a", username="hive", password=b"wrong").reason == Reason.BAD_LOGIN
+    assert (
+        Raw(port).connect("a", username="hive", password=b"wrong").reason
+        == ReasonCode.BAD_USER_NAME_OR_PASSWORD
+    )
     assert "secret" not in broker.log
 
 
@@ -858,6 +861,6 @@ def test_noise_before_connect_is_not_answered(hosted: Hosted) -> None:
         client.send(noise)
         client.ended()
     client = hosted.client()
-    client.send(packet(Kind.CONNECT, string("MQTT") + b"\x05"))
-    assert client.expect(Kind.CONNACK).reason == Reason.MALFORMED
+    client.send(encode_packet(PacketType.CONNECT, encode_string("MQTT") + b"\x05"))
+    assert client.expect(PacketType.CONNACK).reason == ReasonCode.MALFORMED_PACKET
     client.ended()

@@ -568,7 +568,7 @@ def test_the_log_is_followed_until_the_daemon_ends(hive: Hive) -> None:
 def hive_send(node: Daemon, text: str) -> None:
     """As the command does, without its process."""
     config = module.load_config(str(node.config))
-    knock = module.knock(config)
+    knock = module.connect_to_daemon(config)
     assert knock
     envelope = module.Envelope.new(node.name, node.name, "status", text, urgency="later")
     module.Mail(config, knock, envelope).hand_in(wait=False)

@@ -54,10 +54,10 @@ class Peer(module.Errand):
 
     def __init__(self, config: module.Config, topic: str, said: object, retain: bool) -> None:
         super().__init__(config)
-        self._publication = module.Publication(
+        self._publication = module.OutgoingMessage(
             topic, module.encode_json(said), retain=retain, done=lambda *_: self.finish()
         )
-        self._link = module.Link(self.loop, config.mqtt)
+        self._link = module.MqttClient(self.loop, config.mqtt)
         self._link.open(self)
 
     def link_up(self) -> None:

@@ -58,16 +58,18 @@ class House:
     def __init__(self, file: Path) -> None:
         self.log, self.file = io.StringIO(), file
         self.left: list[str] = []
-        self.waiting: list[hive.Visitor] = []  # who asked for an answer later
+        self.waiting: list[hive.ControlConnection] = []  # who asked for an answer later
         self.visits: list[Visit] = []
         self.loop = hive.Loop(hive.Log("debug", "json", self.log))
-        self.door: hive.Door | None = None
+        self.door: hive.ControlServer | None = None
 
     def open(self) -> House:
-        self.door = hive.Door(self.loop, self.file, self.answer)
+        self.door = hive.ControlServer(self.loop, self.file, self.answer)
         return self
 
-    def answer(self, request: dict[str, Any], visitor: hive.Visitor) -> dict[str, Any] | None:
+    def answer(
+        self, request: dict[str, Any], visitor: hive.ControlConnection
+    ) -> dict[str, Any] | None:
         if request.get("later"):
             self.waiting.append(visitor)
             return None
@@ -81,7 +83,7 @@ class House:
         return self.visits[-1]
 
     @property
-    def inside(self) -> set[hive.Visitor]:
+    def inside(self) -> set[hive.ControlConnection]:
         assert self.door
         return self.door.visitors
 
@@ -195,13 +197,13 @@ def test_visitors_that_are_there_when_the_door_closes_go(house: House) -> None:
     house.door.close()
     assert house.left == ["a"] and not house.file.exists()
     with pytest.raises(FileNotFoundError):
-        hive.Knock(house.file)
+        hive.ControlClient(house.file)
 
 
 def test_a_crowd_is_served_up_to_a_bound_and_again_when_some_have_gone(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hive, "MAX_VISITORS", 20)
+    monkeypatch.setattr(hive, "MAX_CONTROL_CONNECTIONS", 20)
     crowd = [house.visit() for _ in range(30)]
     for visit in crowd:
         visit.say(b"{}\n")
@@ -297,7 +299,7 @@ def test_a_visitor_that_asks_and_asks_and_never_reads_is_dropped(
 
 
 def test_a_hundred_visitors_at_once_each_hear_their_own(house: House) -> None:
-    crowd = [house.visit() for _ in range(hive.MAX_VISITORS)]
+    crowd = [house.visit() for _ in range(hive.MAX_CONTROL_CONNECTIONS)]
     for i, visit in enumerate(crowd):
         visit.say(b'{"later": 1}\n{"i": %d' % i)
     house.until("all are in", lambda: len(house.waiting) == len(crowd))
@@ -347,7 +349,7 @@ def test_what_a_killed_daemon_left_is_replaced(
         with socket.socket(socket.AF_UNIX) as stale:
             stale.bind(str(file))
         with pytest.raises(ConnectionRefusedError):
-            hive.Knock(file)
+            hive.ControlClient(file)
     else:
         file.write_text("x")
     visit = house_of(file).visit()
@@ -360,10 +362,10 @@ def config_for(state_dir: Path) -> hive.Config:
 
 
 def test_a_door_is_in_the_state_directory_unless_that_path_is_too_long(tmp_path: Path) -> None:
-    assert hive.door_path(config_for(Path("/state"))) == Path("/state/door")
+    assert hive.control_socket_path(config_for(Path("/state"))) == Path("/state/door")
     fits = "/" + "x" * (hive.MAX_SOCKET_PATH - len("//door"))
-    assert hive.door_path(config_for(Path(fits))) == Path(f"{fits}/door")
-    far = [hive.door_path(config_for(Path(fits + more))) for more in ("x", "y", "ä", "x")]
+    assert hive.control_socket_path(config_for(Path(fits))) == Path(f"{fits}/door")
+    far = [hive.control_socket_path(config_for(Path(fits + more))) for more in ("x", "y", "ä", "x")]
     assert far[0] == far[3] and len(set(far)) == 3
     for path in far:
         assert len(os.fsencode(path)) <= hive.MAX_SOCKET_PATH
@@ -374,14 +376,14 @@ def test_a_door_with_a_long_path_opens_all_the_same(
     tmp_path: Path, house_of: Callable[[Path], House]
 ) -> None:
     config = config_for(tmp_path / ("x" * 200))
-    file = hive.door_path(config)
+    file = hive.control_socket_path(config)
     made = not file.parent.exists()
     try:
         visit = house_of(file).visit()
         assert not file.parent.stat().st_mode & 0o077
         visit.say(b"{}\n")
         visit.house.until("an answer", visit.heard)
-        knock = hive.knock(config)
+        knock = hive.connect_to_daemon(config)
         assert knock
         knock.close()
         visit.house.end()
@@ -398,13 +400,13 @@ def test_a_directory_that_others_may_write_is_refused_on_both_sides(
 ) -> None:
     folder = tmp_path / "state"
     house = house_of(folder / "door")
-    knock = hive.knock(config_for(folder))
+    knock = hive.connect_to_daemon(config_for(folder))
     assert knock
     knock.close()
     folder.chmod(mode)
-    assert hive.knock(config_for(folder)) is None
+    assert hive.connect_to_daemon(config_for(folder)) is None
     with pytest.raises(PermissionError, match="writable by"):
-        hive.Door(house.loop, folder / "other", house.answer)
+        hive.ControlServer(house.loop, folder / "other", house.answer)
     assert not (folder / "other").exists()
 
 
@@ -415,9 +417,9 @@ def test_a_directory_of_another_user_is_refused_on_both_sides(
     folder = tmp_path / "state"
     house = house_of(folder / "door")
     os.chown(folder, 12345, 12345)
-    assert hive.knock(config_for(folder)) is None
+    assert hive.connect_to_daemon(config_for(folder)) is None
     with pytest.raises(PermissionError, match="another user"):
-        hive.Door(house.loop, folder / "other", house.answer)
+        hive.ControlServer(house.loop, folder / "other", house.answer)
 
 
 @pytest.mark.parametrize("there", ["nothing", "a file", "a stale socket", "no such folder"])
@@ -432,8 +434,8 @@ def test_without_a_daemon_nobody_opens(tmp_path: Path, there: str) -> None:
         file = tmp_path / "missing" / "door"
     before = len(os.listdir("/dev/fd"))
     with pytest.raises(OSError):
-        hive.Knock(file)
-    assert hive.knock(config_for(file.parent)) is None
+        hive.ControlClient(file)
+    assert hive.connect_to_daemon(config_for(file.parent)) is None
     with pytest.raises(hive.HiveError, match="no daemon of beta runs on this machine"):
         hive.ask_daemon(config_for(file.parent), {"do": "message", "id": "m-1"})
     assert len(os.listdir("/dev/fd")) == before
@@ -442,7 +444,7 @@ def test_without_a_daemon_nobody_opens(tmp_path: Path, there: str) -> None:
 def test_a_daemon_that_hangs_is_an_error_and_not_a_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hive, "DOOR_TIMEOUT", 0.05)
+    monkeypatch.setattr(hive, "CONTROL_TIMEOUT", 0.05)
     with socket.socket(socket.AF_UNIX) as deaf:
         deaf.bind(str(tmp_path / "door"))
         deaf.listen()
@@ -460,7 +462,7 @@ class Daemon:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(file))
         self._listener.listen()
-        self.knock = hive.Knock(file)
+        self.knock = hive.ControlClient(file)
         self.sock, _ = self._listener.accept()
 
     def close(self) -> None:
@@ -556,7 +558,7 @@ class Caller:
     """A command at the node's door, that the test turns."""
 
     def __init__(self, rig: Rig) -> None:
-        self.rig, self.knock = rig, hive.Knock(rig.state_dir / "door")
+        self.rig, self.knock = rig, hive.ControlClient(rig.state_dir / "door")
 
     def ask(self, **request: object) -> dict[str, Any]:
         return self.rig.ask(self.knock, **request)

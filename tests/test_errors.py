@@ -14,11 +14,11 @@ from hive import (
     ConfigError,
     EnvelopeError,
     HiveError,
-    SilenceError,
+    NoReplyError,
     UsageError,
     main,
+    quoted,
     reason_of,
-    shown,
 )
 
 anything = st.recursive(
@@ -48,7 +48,7 @@ def nested(levels: int) -> list[Any]:
         (ConfigError, 2),
         (EnvelopeError, 2),
         (BrokerError, 3),
-        (SilenceError, 4),
+        (NoReplyError, 4),
     ],
 )
 def test_each_kind_of_fault_has_its_exit_code(kind: type[HiveError], code: int) -> None:
@@ -67,7 +67,7 @@ def test_a_fault_is_one_line_on_stderr(
 @settings(deadline=None, max_examples=60)
 @given(anything, st.integers(10, 100))
 def test_whatever_a_peer_sent_can_be_shown(value: object, limit: int) -> None:
-    said = shown(value, limit)
+    said = quoted(value, limit)
     assert len(said) <= limit
     assert said.isprintable() and said.removesuffix("…").isascii()
 
@@ -76,12 +76,12 @@ def test_whatever_a_peer_sent_can_be_shown(value: object, limit: int) -> None:
     "value", [10**5000, [10**5000], nested(100_000)], ids=["an int", "an int in a list", "a list"]
 )
 def test_what_is_too_large_is_said_to_be(value: object) -> None:
-    assert shown(value).endswith("too large to show")
+    assert quoted(value).endswith("too large to show")
 
 
 def test_a_long_value_is_cut_where_one_can_see_it() -> None:
-    assert shown("x" * 70_000, 10) == "'xxxxxxxx…"
-    assert shown("x" * 8, 10) == "'xxxxxxxx'"
+    assert quoted("x" * 70_000, 10) == "'xxxxxxxx…"
+    assert quoted("x" * 8, 10) == "'xxxxxxxx'"
 
 
 @pytest.mark.parametrize(

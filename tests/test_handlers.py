@@ -42,8 +42,8 @@ def put(file: Path, mode: int = 0o755, content: str = "#!/bin/sh\n") -> Path:
     return file
 
 
-def outcome_of(stdout: bytes = b"", exit: int | None = 0, **more: Any) -> hive.Outcome:
-    return hive.Outcome(exit=exit, stdout=stdout, **more)
+def outcome_of(stdout: bytes = b"", exit: int | None = 0, **more: Any) -> hive.ProcessResult:
+    return hive.ProcessResult(exit=exit, stdout=stdout, **more)
 
 
 # What may be run
@@ -53,21 +53,21 @@ def test_an_executable_is_a_handler_named_after_its_file(folder: Path) -> None:
     put(folder / "ping")
     put(folder / "git-sync", 0o700)
     put(folder / "v1.2_x")
-    found = hive.discover(folder)
+    found = hive.scan_handlers(folder)
     assert found.handlers == {name: folder / name for name in ("git-sync", "ping", "v1.2_x")}
     assert found.refused == {}
 
 
 def test_a_hidden_file_is_passed_over_in_silence(folder: Path) -> None:
     put(folder / ".ping.swp")
-    assert hive.discover(folder) == hive.Catalogue()
+    assert hive.scan_handlers(folder) == hive.HandlerSet()
 
 
 @pytest.mark.parametrize("name", ["two words", "ping~", "-rf", "_x", "ä", "a" * 64, "a\nb", "a;b"])
 def test_a_file_that_no_action_can_name_is_refused(folder: Path, name: str) -> None:
     put(folder / name)
     put(folder / "ping")
-    found = hive.discover(folder)
+    found = hive.scan_handlers(folder)
     assert found.handlers == {"ping": folder / "ping"}
     assert [*found.refused] == [name]
     assert "1 to 63 of A-Za-z0-9._-" in found.refused[name]
@@ -76,43 +76,45 @@ def test_a_file_that_no_action_can_name_is_refused(folder: Path, name: str) -> N
 @pytest.mark.parametrize("name", ["state", "roster"])
 def test_a_handler_must_not_take_the_place_of_a_document(folder: Path, name: str) -> None:
     put(folder / name)
-    assert hive.discover(folder).refused == {name: "this name is taken by a topic of hive's own"}
-    assert hive.discover(folder).handlers == {}
+    assert hive.scan_handlers(folder).refused == {
+        name: "this name is taken by a topic of hive's own"
+    }
+    assert hive.scan_handlers(folder).handlers == {}
 
 
 @pytest.mark.parametrize("name", ["State", "state2", "all", "meta", "a" * 63])
 def test_other_names_are_free(folder: Path, name: str) -> None:
     put(folder / name)
-    assert [*hive.discover(folder).handlers] == [name]
+    assert [*hive.scan_handlers(folder).handlers] == [name]
 
 
 def test_a_folder_is_no_handler(folder: Path) -> None:
     (folder / "ping").mkdir(mode=0o755)
-    assert hive.discover(folder).refused == {"ping": "not a regular file"}
+    assert hive.scan_handlers(folder).refused == {"ping": "not a regular file"}
 
 
 def test_a_pipe_is_no_handler(folder: Path) -> None:
     os.mkfifo(folder / "ping", 0o700)
-    assert hive.discover(folder).refused == {"ping": "not a regular file"}
+    assert hive.scan_handlers(folder).refused == {"ping": "not a regular file"}
 
 
 def test_a_file_that_is_not_executable_is_refused_with_advice(folder: Path) -> None:
     file = put(folder / "ping", 0o644)
-    assert hive.discover(folder).refused == {"ping": f"not executable; try: chmod +x {file}"}
+    assert hive.scan_handlers(folder).refused == {"ping": f"not executable; try: chmod +x {file}"}
 
 
 @pytest.mark.parametrize("mode", [0o757, 0o777, 0o703])
 @pytest.mark.usefixtures("private")
 def test_a_handler_that_everyone_may_change_is_refused(folder: Path, mode: int) -> None:
     put(folder / "ping", mode)
-    found = hive.discover(folder)
+    found = hive.scan_handlers(folder)
     assert found.refused == {"ping": "is writable by everyone; try: chmod o-w"}
     assert found.handlers == {}
 
 
 def test_a_handler_that_its_group_may_change_is_refused(folder: Path, private: bool) -> None:
     put(folder / "ping", 0o775)
-    refused = hive.discover(folder).refused
+    refused = hive.scan_handlers(folder).refused
     assert refused == ({} if private else {"ping": "is writable by its group; try: chmod g-w"})
 
 
@@ -121,7 +123,7 @@ def test_nothing_is_run_from_a_folder_that_everyone_may_change(folder: Path) -> 
     put(folder / "ping")
     folder.chmod(0o777)
     reason = "the directory is writable by everyone; try: chmod o-w"
-    assert hive.discover(folder) == hive.Catalogue(refused={str(folder): reason})
+    assert hive.scan_handlers(folder) == hive.HandlerSet(refused={str(folder): reason})
 
 
 def test_nothing_is_run_from_a_folder_that_its_group_may_change(
@@ -130,20 +132,20 @@ def test_nothing_is_run_from_a_folder_that_its_group_may_change(
     put(folder / "ping")
     folder.chmod(0o775)
     reason = "the directory is writable by its group; try: chmod g-w"
-    found = hive.discover(folder)
+    found = hive.scan_handlers(folder)
     if private:
-        assert found == hive.Catalogue(handlers={"ping": folder / "ping"})
+        assert found == hive.HandlerSet(handlers={"ping": folder / "ping"})
     else:
-        assert found == hive.Catalogue(refused={str(folder): reason})
+        assert found == hive.HandlerSet(refused={str(folder): reason})
 
 
 def test_a_missing_folder_has_no_handlers(tmp_path: Path) -> None:
-    assert hive.discover(tmp_path / "missing") == hive.Catalogue()
+    assert hive.scan_handlers(tmp_path / "missing") == hive.HandlerSet()
 
 
 def test_a_file_in_place_of_the_folder_is_told(tmp_path: Path) -> None:
     file = put(tmp_path / "hive-daemon.d")
-    assert hive.discover(file) == hive.Catalogue(refused={str(file): "Not a directory"})
+    assert hive.scan_handlers(file) == hive.HandlerSet(refused={str(file): "Not a directory"})
 
 
 def test_a_link_to_a_program_is_a_handler(folder: Path, tmp_path: Path) -> None:
@@ -151,20 +153,20 @@ def test_a_link_to_a_program_is_a_handler(folder: Path, tmp_path: Path) -> None:
     put(tmp_path / "bin" / "program")
     (folder / "ping").symlink_to(tmp_path / "bin" / "program")
     (folder / "pong").symlink_to("ping")
-    assert hive.discover(folder) == hive.Catalogue(
+    assert hive.scan_handlers(folder) == hive.HandlerSet(
         handlers={"ping": folder / "ping", "pong": folder / "pong"}
     )
 
 
 def test_a_link_to_nothing_is_refused(folder: Path) -> None:
     (folder / "ping").symlink_to(folder / "missing")
-    assert hive.discover(folder).refused == {"ping": "No such file or directory"}
+    assert hive.scan_handlers(folder).refused == {"ping": "No such file or directory"}
 
 
 def test_links_in_a_circle_are_refused(folder: Path) -> None:
     (folder / "ping").symlink_to(folder / "pong")
     (folder / "pong").symlink_to(folder / "ping")
-    found = hive.discover(folder)
+    found = hive.scan_handlers(folder)
     assert found.handlers == {}
     assert [*found.refused] == ["ping", "pong"]
 
@@ -189,7 +191,7 @@ def test_a_link_through_a_folder_that_everyone_may_change_is_refused(
             target = open_folder / "link"
             target.symlink_to(program)
     (folder / "ping").symlink_to(target)
-    found = hive.discover(folder)
+    found = hive.scan_handlers(folder)
     assert found.handlers == {}
     assert "is writable by everyone" in found.refused["ping"]
 
@@ -255,7 +257,7 @@ def test_a_handlers_own_settings_reach_it() -> None:
 # What is made of an outcome
 
 
-def result(outcome: hive.Outcome, deadline: float = DEADLINE) -> Mapping[str, Any]:
+def result(outcome: hive.ProcessResult, deadline: float = DEADLINE) -> Mapping[str, Any]:
     document = hive.result_document(ASKED, "beta", outcome, deadline, now=1771143500.9)
     json.dumps(document, allow_nan=False).encode()  # whoever reads it may be strict
     return document
@@ -343,7 +345,7 @@ def test_stdout_is_json_where_it_is_that_and_else_text(stdout: bytes, value: obj
         ),
     ],
 )
-def test_a_failure_says_why(outcome: hive.Outcome, status: str, error: str) -> None:
+def test_a_failure_says_why(outcome: hive.ProcessResult, status: str, error: str) -> None:
     document = result(outcome)
     assert (document["status"], document["exit"]) == (status, outcome.exit)
     assert document["error"] == error
@@ -401,7 +403,7 @@ def test_text_that_grew_too_long_in_utf_8_says_that_it_was_cut() -> None:
 
 
 outcomes = st.builds(
-    hive.Outcome,
+    hive.ProcessResult,
     exit=st.none() | st.integers(-64, 255),
     stdout=st.binary(max_size=300) | st.binary(min_size=1, max_size=8).map(lambda b: b * 40_000),
     stderr=st.binary(max_size=300) | st.binary(min_size=1, max_size=8).map(lambda b: b * 1024),
@@ -415,7 +417,7 @@ outcomes = st.builds(
 @settings(deadline=None)
 @given(outcomes)
 @example(outcome_of(b"\x00" * 256 * 1024, truncated=True))
-def test_any_outcome_fits_into_an_envelope_and_a_document(outcome: hive.Outcome) -> None:
+def test_any_outcome_fits_into_an_envelope_and_a_document(outcome: hive.ProcessResult) -> None:
     answer = hive.answer_to(ASKED, "beta", outcome, DEADLINE)
     assert hive.Envelope.parse(answer.encode()) == answer
     document = hive.result_document(ASKED, "beta", outcome, DEADLINE, now=1.0)
@@ -425,18 +427,18 @@ def test_any_outcome_fits_into_an_envelope_and_a_document(outcome: hive.Outcome)
 # Whose turn it is
 
 
-def turn(action: str, number: int = 0) -> hive.Turn:
+def turn(action: str, number: int = 0) -> hive.HandlerRun:
     envelope = hive.Envelope.new("alpha", "beta", "command", "go", id=f"{action}-{number}")
-    return hive.Turn(envelope, action)
+    return hive.HandlerRun(envelope, action)
 
 
-def taken(queue: hive.Queue) -> list[str]:
+def taken(queue: hive.HandlerQueue) -> list[str]:
     """Take whatever may run now."""
     return [one.envelope.id for one in iter(queue.take, None)]
 
 
 def test_turns_come_in_order() -> None:
-    queue = hive.Queue(workers=10, workers_of=lambda action: 10)
+    queue = hive.HandlerQueue(workers=10, workers_of=lambda action: 10)
     for i in range(5):
         assert queue.put(turn("a", i))
     assert taken(queue) == ["a-0", "a-1", "a-2", "a-3", "a-4"]
@@ -444,7 +446,7 @@ def test_turns_come_in_order() -> None:
 
 
 def test_the_same_action_does_not_run_twice_at_once() -> None:
-    queue = hive.Queue(workers=4, workers_of=lambda action: 1)
+    queue = hive.HandlerQueue(workers=4, workers_of=lambda action: 1)
     for action, number in (("a", 0), ("a", 1), ("b", 0), ("a", 2), ("b", 1)):
         queue.put(turn(action, number))
     assert taken(queue) == ["a-0", "b-0"]
@@ -458,14 +460,14 @@ def test_the_same_action_does_not_run_twice_at_once() -> None:
 
 
 def test_an_action_may_be_allowed_to_run_twice_at_once() -> None:
-    queue = hive.Queue(workers=4, workers_of=lambda action: 2 if action == "a" else 1)
+    queue = hive.HandlerQueue(workers=4, workers_of=lambda action: 2 if action == "a" else 1)
     for action, number in (("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2)):
         queue.put(turn(action, number))
     assert taken(queue) == ["a-0", "b-0", "a-1"]
 
 
 def test_no_more_run_at_once_than_there_are_workers() -> None:
-    queue = hive.Queue(workers=2, workers_of=lambda action: 9)
+    queue = hive.HandlerQueue(workers=2, workers_of=lambda action: 9)
     for action in "abc":
         queue.put(turn(action))
     assert taken(queue) == ["a-0", "b-0"]
@@ -474,7 +476,7 @@ def test_no_more_run_at_once_than_there_are_workers() -> None:
 
 
 def test_a_line_that_is_too_long_takes_nobody_in() -> None:
-    queue = hive.Queue(workers=1, workers_of=lambda action: 1)
+    queue = hive.HandlerQueue(workers=1, workers_of=lambda action: 1)
     assert all(queue.put(turn("a", i)) for i in range(1000))
     assert not queue.put(turn("a", 1000))
     assert len(queue) == 1000
@@ -483,7 +485,7 @@ def test_a_line_that_is_too_long_takes_nobody_in() -> None:
 
 
 def test_those_who_wait_can_be_sent_home() -> None:
-    queue = hive.Queue(workers=1, workers_of=lambda action: 1)
+    queue = hive.HandlerQueue(workers=1, workers_of=lambda action: 1)
     for i in range(3):
         queue.put(turn("a", i))
     queue.take()

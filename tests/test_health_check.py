@@ -235,7 +235,7 @@ def test_hive_takes_it_for_a_handler(tmp_path: Path) -> None:
     shutil.copy(HANDLER, folder)
     (folder / "health-check").chmod(0o755)
     assert os.access(HANDLER, os.X_OK)
-    assert hive.discover(folder).handlers == {"health-check": folder / "health-check"}
+    assert hive.scan_handlers(folder).handlers == {"health-check": folder / "health-check"}
 
 
 def test_a_node_answers(hive: Hive) -> None:

@@ -563,7 +563,7 @@ def test_a_path_too_long_for_a_socket_is_made_short(machine: Machine) -> None:
     machine.environment["XDG_RUNTIME_DIR"] = str(deep)
     machine.start("alpha", "beta")
     machine.meet("alpha", "beta")
-    short = hive.short_socket_path(deep / "hive" / "broker")
+    short = hive.shortened_socket_path(deep / "hive" / "broker")
     assert short.exists()
     for name in ("alpha", "beta"):
         machine.nodes[name].stop()
@@ -784,7 +784,7 @@ class Sender:
 
     @staticmethod
     def _hand_in(config: Config, envelope: hive.Envelope) -> bool:
-        visit = hive.knock(config)
+        visit = hive.connect_to_daemon(config)
         if visit is None:
             return False
         with contextlib.closing(visit):

@@ -975,7 +975,7 @@ def test_a_kill_at_any_moment_leaves_whole_turns(
 # One daemon at a time
 
 HOLD = """
-lock = hive.Lock(pathlib.Path(sys.argv[2]) / "lock")
+lock = hive.FileLock(pathlib.Path(sys.argv[2]) / "lock")
 lock.write("that-run")
 import subprocess
 other = subprocess.Popen(["sleep", "60"], close_fds=False)
@@ -992,7 +992,7 @@ def test_a_lock_is_one_process_and_kill_9_frees_it(
         before = len(os.listdir("/dev/fd"))
         for _ in range(3):
             with pytest.raises(BlockingIOError):
-                hive.Lock(folder / "lock")
+                hive.FileLock(folder / "lock")
         assert len(os.listdir("/dev/fd")) == before
         killed(child)
         lock = eventually("it is free", lambda: try_lock(folder / "lock"))
@@ -1003,20 +1003,20 @@ def test_a_lock_is_one_process_and_kill_9_frees_it(
         os.kill(grandchild, signal.SIGKILL)
 
 
-def try_lock(file: Path) -> hive.Lock | None:
+def try_lock(file: Path) -> hive.FileLock | None:
     with contextlib.suppress(BlockingIOError):
-        return hive.Lock(file)
+        return hive.FileLock(file)
     return None
 
 
 def test_each_run_learns_what_the_one_before_left(tmp_path: Path) -> None:
     seen = []
     for words in ("a-long-name-of-the-first-run", "second", "third"):
-        lock = hive.Lock(tmp_path / "lock")
+        lock = hive.FileLock(tmp_path / "lock")
         seen.append(lock.before)
         lock.write(words)
         with pytest.raises(BlockingIOError):
-            hive.Lock(tmp_path / "lock")
+            hive.FileLock(tmp_path / "lock")
         lock.close()
     assert seen == ["", "a-long-name-of-the-first-run", "second"]
 
@@ -1024,7 +1024,7 @@ def test_each_run_learns_what_the_one_before_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0" * 100_000, "ä\n\n😀".encode()])
 def test_a_lock_file_full_of_rubbish_does_no_harm(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "lock").write_bytes(content)
-    lock = hive.Lock(tmp_path / "lock")
+    lock = hive.FileLock(tmp_path / "lock")
     assert len(lock.before) <= hive.MAX_LOCK
     lock.write("this-run")
     lock.close()
@@ -1034,10 +1034,10 @@ def test_a_lock_file_full_of_rubbish_does_no_harm(tmp_path: Path, content: bytes
 def test_a_lock_is_private_and_needs_its_folder(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        hive.Lock(tmp_path / "lock").close()
+        hive.FileLock(tmp_path / "lock").close()
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o600
     for place in (tmp_path / "missing" / "lock", tmp_path):
         with pytest.raises(OSError):
-            hive.Lock(place)
+            hive.FileLock(place)

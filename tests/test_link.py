@@ -18,7 +18,16 @@ import pytest
 from conftest import EMBEDDED, MOSQUITTO, PATIENCE, Broker, find_program, need_mosquitto
 
 import hive
-from hive import ConfigError, Delivery, Link, Log, Loop, MqttConfig, Publication, Survey
+from hive import (
+    ConfigError,
+    IncomingMessage,
+    Log,
+    Loop,
+    MqttClient,
+    MqttConfig,
+    OutgoingMessage,
+    RetainedQuery,
+)
 
 
 class User:
@@ -26,7 +35,7 @@ class User:
 
     def __init__(self) -> None:
         self.ups, self.downs = 0, list[str]()
-        self.deliveries, self.acking = list[Delivery](), True
+        self.deliveries, self.acking = list[IncomingMessage](), True
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
@@ -37,7 +46,7 @@ class User:
     def link_down(self, reason: str) -> None:
         self.downs.append(reason)
 
-    def deliver(self, delivery: Delivery) -> None:
+    def deliver(self, delivery: IncomingMessage) -> None:
         self.deliveries.append(delivery)
         if self.acking:
             delivery.ack()
@@ -64,24 +73,26 @@ def turn(loop: Loop, until: Callable[[], Any]) -> None:
         loop.step()
 
 
-def opened(loop: Loop, mqtt: MqttConfig, *args: Any, **kwargs: Any) -> tuple[Link, User]:
+def opened(loop: Loop, mqtt: MqttConfig, *args: Any, **kwargs: Any) -> tuple[MqttClient, User]:
     user = User()
-    link = Link(loop, mqtt, *args, **kwargs)
+    link = MqttClient(loop, mqtt, *args, **kwargs)
     link.open(user)
     return link, user
 
 
-def closed(loop: Loop, link: Link) -> None:
+def closed(loop: Loop, link: MqttClient) -> None:
     done = list[bool]()
     link.close(lambda: done.append(True), within=1.0)
     turn(loop, lambda: done)
 
 
-def published(link: Link, topic: str, payload: bytes = b"x", **how: Any) -> list[tuple[int, str]]:
+def published(
+    link: MqttClient, topic: str, payload: bytes = b"x", **how: Any
+) -> list[tuple[int, str]]:
     """Publish; what the broker said of it comes into the list."""
     said = list[tuple[int, str]]()
     link.publish(
-        Publication(topic, payload, done=lambda code, words: said.append((code, words)), **how)
+        OutgoingMessage(topic, payload, done=lambda code, words: said.append((code, words)), **how)
     )
     return said
 
@@ -208,10 +219,10 @@ def test_a_goodbye_forgets_the_will_and_a_death_does_not(loop: Loop, shared_brok
     mqtt = MqttConfig(port=shared_broker.port)
     witness, user = opened(loop, mqtt, "", [("link/will/+", 1)])
     turn(loop, lambda: user.ups)
-    polite, _ = opened(loop, mqtt, will=Publication("link/will/polite", b"dead"))
+    polite, _ = opened(loop, mqtt, will=OutgoingMessage("link/will/polite", b"dead"))
     turn(loop, lambda: polite.up)
     closed(loop, polite)
-    rude, _ = opened(loop, mqtt, will=Publication("link/will/rude", b"dead"))
+    rude, _ = opened(loop, mqtt, will=OutgoingMessage("link/will/rude", b"dead"))
     turn(loop, lambda: rude.up)
     assert rude._connection
     rude._connection.end("killed")
@@ -389,7 +400,7 @@ def test_files_that_tls_cannot_use_are_a_configuration_error(loop: Loop, tmp_pat
     rubbish.write_text("rubbish")
     for file in (rubbish, tmp_path / "missing.pem"):
         with pytest.raises(ConfigError, match=str(file)):
-            Link(loop, MqttConfig(tls=True, ca_file=file))
+            MqttClient(loop, MqttConfig(tls=True, ca_file=file))
 
 
 def test_a_certificate_that_vanishes_while_the_broker_is_away_is_no_end(
@@ -416,9 +427,9 @@ def test_a_survey_has_every_retained_message_before_it_is_complete(
     said = [published(link, f"link/many/{i}", retain=True) for i in range(500)]
     turn(loop, lambda: all(said))
     closed(loop, link)
-    found, complete, down = list[Delivery](), list[int](), list[str]()
+    found, complete, down = list[IncomingMessage](), list[int](), list[str]()
 
-    survey = Survey(
+    survey = RetainedQuery(
         loop,
         mqtt,
         ["link/many/+"],

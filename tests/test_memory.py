@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hive import COMPLAINTS, SETTLING, Complaints, Waiting
+from hive import RATE_LIMIT_BURST, SETTLING, RateLimit, Waiting
 
 
 def test_an_answer_is_expected_for_as_long_as_somebody_waits() -> None:
@@ -65,15 +65,15 @@ def test_one_exchange_does_not_settle_another() -> None:
 
 
 def test_a_fault_is_complained_about_a_few_times_a_minute() -> None:
-    complaints = Complaints()
+    complaints = RateLimit()
     first = [complaints.admit("noise", now) for now in range(50)]
-    assert first == [True] * COMPLAINTS + [False] * (50 - COMPLAINTS)
+    assert first == [True] * RATE_LIMIT_BURST + [False] * (50 - RATE_LIMIT_BURST)
     assert not complaints.admit("noise", 59)
     assert complaints.admit("noise", 100)
 
 
 def test_one_kind_of_fault_does_not_hide_another() -> None:
-    complaints = Complaints()
+    complaints = RateLimit()
     for _ in range(1000):
         complaints.admit("noise", 1)
     assert complaints.admit("dropped", 1)

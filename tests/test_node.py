@@ -36,20 +36,20 @@ class Clock:
 class Wire:
     """A link in memory: keeps what a node publishes, and gives back what is for everyone."""
 
-    def __init__(self, will: hive.Publication) -> None:
+    def __init__(self, will: hive.OutgoingMessage) -> None:
         self.will = will
-        self.published: list[hive.Publication] = []
-        self.echoes: list[hive.Publication] = []
-        self.unacknowledged: list[hive.Publication] = []
+        self.published: list[hive.OutgoingMessage] = []
+        self.echoes: list[hive.OutgoingMessage] = []
+        self.unacknowledged: list[hive.OutgoingMessage] = []
         self.up = self.closed = False
 
     def aim(self, settings: hive.MqttConfig) -> None:
         pass
 
-    def open(self, user: hive.LinkUser) -> None:
+    def open(self, user: hive.ClientListener) -> None:
         pass
 
-    def publish(self, publication: hive.Publication) -> None:
+    def publish(self, publication: hive.OutgoingMessage) -> None:
         if self.up or publication.keep:
             self.published.append(publication)
             self.unacknowledged.append(publication)
@@ -93,7 +93,7 @@ class Rig:
         self.node.start()
         self.connect()
 
-    def _make_wire(self, config: hive.Config, will: hive.Publication) -> hive.Transport:
+    def _make_wire(self, config: hive.Config, will: hive.OutgoingMessage) -> hive.Transport:
         self.wire = Wire(will)
         return self.wire
 
@@ -124,7 +124,7 @@ class Rig:
             for echo in self.wire.echoes[:]:
                 self.wire.echoes.remove(echo)
                 self.node.deliver(
-                    hive.Delivery(echo.topic, echo.payload, False, None, lambda: None)
+                    hive.IncomingMessage(echo.topic, echo.payload, False, None, lambda: None)
                 )
             self.loop.post(lambda: None)
             self.loop.step()
@@ -156,7 +156,7 @@ class Rig:
 
     # What comes in
 
-    def ask(self, knock: hive.Knock, **request: object) -> dict[str, Any]:
+    def ask(self, knock: hive.ControlClient, **request: object) -> dict[str, Any]:
         """What a command on this machine is told at the door."""
         answers: list[dict[str, Any]] = []
         asking = threading.Thread(target=lambda: answers.append(knock.ask(request)))
@@ -182,7 +182,7 @@ class Rig:
             self.acked += 1
             ack()
 
-        self.node.deliver(hive.Delivery(topic, payload, retained, expires_in, acked))
+        self.node.deliver(hive.IncomingMessage(topic, payload, retained, expires_in, acked))
 
     def tell(self, envelope: hive.Envelope, **how: Any) -> hive.Envelope:
         self.hand_in(f"hive/{envelope.to}/{envelope.ch}", envelope.encode(), **how)
@@ -221,7 +221,7 @@ class Rig:
     def answers_to(self, envelope: hive.Envelope) -> list[hive.Envelope]:
         return [e for e in self.sent() if e.reply_to == envelope.id]
 
-    def heartbeats(self) -> list[hive.Publication]:
+    def heartbeats(self) -> list[hive.OutgoingMessage]:
         return [p for p in self.wire.published if p.topic == "hive/all/heartbeat"]
 
     def kept(self, name: str, document: str) -> list[dict[str, Any]]:
@@ -559,7 +559,7 @@ def test_the_answer_that_somebody_waits_for_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    knock = hive.Knock(rig.state_dir / "door")
+    knock = hive.ControlClient(rig.state_dir / "door")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
     assert rig.ask(knock, do="sent", envelope=asked, wait=True) == {"ok": True}
     rig.say("response", corr="c-1")
@@ -578,7 +578,7 @@ def test_the_answer_that_somebody_has_just_read_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    knock = hive.Knock(rig.state_dir / "door")
+    knock = hive.ControlClient(rig.state_dir / "door")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
     rig.ask(knock, do="sent", envelope=asked, wait=True)
     rig.ask(knock, do="settle", id="c-1")
@@ -596,7 +596,7 @@ def test_the_answer_to_a_question_that_nobody_waits_for_wakes_the_agent_with_the
     rig_of: Callable[..., Rig], main: hive.InstanceConfig, fast_agent: Path
 ) -> None:
     rig = rig_of([main])
-    knock = hive.Knock(rig.state_dir / "door")
+    knock = hive.ControlClient(rig.state_dir / "door")
     text = "is the backup\ndone?" + " " * 1000
     asked = hive.Envelope.new("beta", "alpha", "command", text, id="c-1").document()
     assert rig.ask(knock, do="send", envelope=asked)["queued"]

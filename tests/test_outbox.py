@@ -16,13 +16,13 @@ class Wire:
     """A link that keeps what it was given until the test lets the broker take it."""
 
     def __init__(self) -> None:
-        self.given: list[hive.Publication] = []
+        self.given: list[hive.OutgoingMessage] = []
 
     def aim(self, settings: hive.MqttConfig) -> None: ...
 
-    def open(self, user: hive.LinkUser) -> None: ...
+    def open(self, user: hive.ClientListener) -> None: ...
 
-    def publish(self, publication: hive.Publication) -> None:
+    def publish(self, publication: hive.OutgoingMessage) -> None:
         self.given.append(publication)
 
     def close(self, done: object, within: float) -> None: ...
@@ -38,7 +38,7 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         log = hive.Log("error", "text", sys.stderr)
         self.journal = hive.Journal(folder, log, keep=7 * 86400, max_size=10**7)
-        self.gone: list[tuple[hive.Row | None, int, str]] = []
+        self.gone: list[tuple[hive.JournalEntry | None, int, str]] = []
         self.start()
 
     def start(self) -> None:

@@ -13,19 +13,19 @@ import hive
 from hive import (
     PROPERTIES,
     Connect,
-    Kind,
-    Malformed,
+    MalformedPacket,
+    PacketType,
     Publish,
     Reader,
-    Reason,
+    ReasonCode,
     Subscription,
+    encode_packet,
     encode_properties,
-    frame,
+    encode_string,
+    encode_two_bytes,
+    encode_variable_byte_integer,
     matches,
-    packet,
-    string,
-    two,
-    variable,
+    packet_bounds,
     with_length,
 )
 
@@ -56,13 +56,13 @@ def properties_of(kind: str, *without: str) -> st.SearchStrategy[dict[str, Any]]
 
 
 def body_of(whole: bytes) -> bytes:
-    found = frame(bytearray(whole), 0, 1 << 28)
+    found = packet_bounds(bytearray(whole), 0, 1 << 28)
     assert found and found[1] == len(whole)
     return whole[found[0] :]
 
 
-def reason_of(call: Any, *given: Any) -> Reason:
-    with pytest.raises(Malformed) as raised:
+def reason_of(call: Any, *given: Any) -> ReasonCode:
+    with pytest.raises(MalformedPacket) as raised:
         call(*given)
     assert str(raised.value)
     return raised.value.reason
@@ -70,7 +70,7 @@ def reason_of(call: Any, *given: Any) -> Reason:
 
 @given(st.integers(0, 0x0FFF_FFFF))
 def test_a_number_survives_the_wire_in_as_few_bytes_as_it_needs(value: int) -> None:
-    said = variable(value)
+    said = encode_variable_byte_integer(value)
     assert Reader(said).variable() == value
     assert len(said) == 1 + sum(value >= 1 << bits for bits in (7, 14, 21))
 
@@ -141,13 +141,14 @@ def test_subscribe_and_unsubscribe_survive_the_wire(
 
 
 @given(
-    st.sampled_from([Kind.PUBACK, Kind.PUBREC, Kind.PUBREL, Kind.PUBCOMP]), st.sampled_from([4, 5])
+    st.sampled_from([PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBREL, PacketType.PUBCOMP]),
+    st.sampled_from([4, 5]),
 )
-def test_an_acknowledgement_survives_the_wire(kind: Kind, version: int) -> None:
-    whole = hive.ack(kind, 7, Reason.UNKNOWN_ID, version)
-    expected = Reason.UNKNOWN_ID if version == 5 else 0
+def test_an_acknowledgement_survives_the_wire(kind: PacketType, version: int) -> None:
+    whole = hive.encode_ack(kind, 7, ReasonCode.PACKET_IDENTIFIER_NOT_FOUND, version)
+    expected = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND if version == 5 else 0
     assert hive.parse_ack(kind, body_of(whole), version) == (7, expected)
-    assert whole[0] & 15 == (2 if kind is Kind.PUBREL else 0)
+    assert whole[0] & 15 == (2 if kind is PacketType.PUBREL else 0)
 
 
 @given(st.binary(max_size=60), st.sampled_from([4, 5]), st.integers(0, 15))
@@ -156,34 +157,40 @@ def test_whatever_bytes_arrive_they_end_in_a_packet_or_in_malformed(
 ) -> None:
     for parse in (
         lambda: Publish.parse(flags, noise, version),
-        lambda: Connect.parse(string("MQTT") + bytes([version]) + noise),
+        lambda: Connect.parse(encode_string("MQTT") + bytes([version]) + noise),
         lambda: Connect.version_of(noise),
         lambda: hive.parse_subscribe(noise, version),
         lambda: hive.parse_unsubscribe(noise, version),
-        lambda: hive.parse_ack(Kind.PUBREL, noise, version),
+        lambda: hive.parse_ack(PacketType.PUBREL, noise, version),
         lambda: hive.parse_disconnect(noise, version),
-        lambda: frame(bytearray(noise), 0, 1000),
+        lambda: packet_bounds(bytearray(noise), 0, 1000),
     ):
         try:
             parse()
-        except Malformed as error:
-            assert error.reason >= Reason.REFUSED
+        except MalformedPacket as error:
+            assert error.reason >= ReasonCode.UNSPECIFIED_ERROR
 
 
 def test_a_packet_is_there_once_all_of_it_is() -> None:
-    whole = packet(Kind.PUBLISH, b"x" * 200)
-    assert all(frame(bytearray(whole[:n]), 0, 1000) is None for n in range(len(whole)))
-    assert frame(bytearray(whole + b"more"), 0, 1000) == (3, len(whole))
-    assert frame(bytearray(b"??" + whole), 2, 1000) == (5, 2 + len(whole))
+    whole = encode_packet(PacketType.PUBLISH, b"x" * 200)
+    assert all(packet_bounds(bytearray(whole[:n]), 0, 1000) is None for n in range(len(whole)))
+    assert packet_bounds(bytearray(whole + b"more"), 0, 1000) == (3, len(whole))
+    assert packet_bounds(bytearray(b"??" + whole), 2, 1000) == (5, 2 + len(whole))
 
 
 def test_a_packet_that_is_too_large_is_refused_by_its_first_bytes() -> None:
-    assert reason_of(frame, bytearray(b"\x30\xff\xff\x7f"), 0, 1000) is Reason.TOO_LARGE
-    assert reason_of(frame, bytearray(b"\x30\xff\xff\xff\xff"), 0, 1000) is Reason.MALFORMED
+    assert (
+        reason_of(packet_bounds, bytearray(b"\x30\xff\xff\x7f"), 0, 1000)
+        is ReasonCode.PACKET_TOO_LARGE
+    )
+    assert (
+        reason_of(packet_bounds, bytearray(b"\x30\xff\xff\xff\xff"), 0, 1000)
+        is ReasonCode.MALFORMED_PACKET
+    )
 
 
-MALFORMED, PROTOCOL = Reason.MALFORMED, Reason.PROTOCOL_ERROR
-HEAD = string("MQTT") + b"\x05"
+MALFORMED, PROTOCOL = ReasonCode.MALFORMED_PACKET, ReasonCode.PROTOCOL_ERROR
+HEAD = encode_string("MQTT") + b"\x05"
 
 
 @pytest.mark.parametrize(
@@ -201,10 +208,10 @@ HEAD = string("MQTT") + b"\x05"
         (b"\x05\x03\x00\x02\xff\xff", MALFORMED),  # [MQTT-1.5.4-1]
         (b"\x06\x03\x00\x03\xed\xa0\x80", MALFORMED),  # [MQTT-1.5.4-1] a surrogate
         (b"\x04\x03\x00\x01\x00", MALFORMED),  # [MQTT-1.5.4-2]
-        (variable(hive.MAX_PROPERTIES + 1), Reason.TOO_LARGE),
+        (encode_variable_byte_integer(hive.MAX_PROPERTIES + 1), ReasonCode.PACKET_TOO_LARGE),
     ],
 )
-def test_properties_that_are_not_allowed(data: bytes, reason: Reason) -> None:
+def test_properties_that_are_not_allowed(data: bytes, reason: ReasonCode) -> None:
     assert reason_of(Reader(data).properties, "PUBLISH") is reason
 
 
@@ -215,76 +222,119 @@ def test_properties_that_are_not_allowed(data: bytes, reason: Reason) -> None:
         (HEAD + b"\x1e\x00\x00\x00\x00\x00", MALFORMED),  # [MQTT-3.1.2-12] a will of QoS 3
         (HEAD + b"\x0a\x00\x00\x00\x00\x00", MALFORMED),  # [MQTT-3.1.2-11] QoS without a will
         (HEAD + b"\x22\x00\x00\x00\x00\x00", MALFORMED),  # [MQTT-3.1.2-13] retain without one
-        (string("MQTT") + b"\x04\x42\x00\x00\x00\x00", MALFORMED),  # 3.1.1 [MQTT-3.1.2-22]
+        (encode_string("MQTT") + b"\x04\x42\x00\x00\x00\x00", MALFORMED),  # 3.1.1 [MQTT-3.1.2-22]
         (HEAD + b"\x02\x00\x00\x00", MALFORMED),  # [MQTT-3.1.3-3] no client identifier
         (HEAD + b"\x82\x00\x00\x00\x00\x00", MALFORMED),  # [MQTT-3.1.2-17] no user name
         (HEAD + b"\x02\x00\x00\x00\x00\x00more", MALFORMED),
         (HEAD + b"\x02\x00\x00\x03\x21\x00\x00\x00\x00", PROTOCOL),  # receive maximum 0
         (HEAD + b"\x02\x00\x00\x05\x27\x00\x00\x00\x00\x00\x00", PROTOCOL),  # packet size 0
         (HEAD + b"\x02\x00\x00\x04\x16\x00\x01x\x00\x00", PROTOCOL),  # data without method
-        (HEAD + b"\x06\x00\x00\x00\x00\x00\x00\x00\x01#\x00\x00", Reason.BAD_TOPIC),
+        (HEAD + b"\x06\x00\x00\x00\x00\x00\x00\x00\x01#\x00\x00", ReasonCode.TOPIC_NAME_INVALID),
     ],
 )
-def test_a_connect_that_is_not_allowed(body: bytes, reason: Reason) -> None:
+def test_a_connect_that_is_not_allowed(body: bytes, reason: ReasonCode) -> None:
     assert reason_of(Connect.parse, body) is reason
 
 
 @pytest.mark.parametrize(
     ("flags", "body", "reason"),
     [
-        (6, string("t") + two(1) + b"\0", MALFORMED),  # [MQTT-3.3.1-4] QoS 3
-        (8, string("t") + b"\0", MALFORMED),  # [MQTT-3.3.1-2] DUP at QoS 0
-        (2, string("t") + two(0) + b"\0", MALFORMED),  # [MQTT-2.2.1-3]
+        (6, encode_string("t") + encode_two_bytes(1) + b"\0", MALFORMED),  # [MQTT-3.3.1-4] QoS 3
+        (8, encode_string("t") + b"\0", MALFORMED),  # [MQTT-3.3.1-2] DUP at QoS 0
+        (2, encode_string("t") + encode_two_bytes(0) + b"\0", MALFORMED),  # [MQTT-2.2.1-3]
         (0, b"\x00\x05t", MALFORMED),
-        (0, string("") + b"\0", Reason.BAD_TOPIC),  # [MQTT-4.7.3-1]
-        (0, string("a/+") + b"\0", Reason.BAD_TOPIC),  # [MQTT-3.3.2-2]
-        (0, string("a#") + b"\0", Reason.BAD_TOPIC),
-        (0, string("a/" * hive.MAX_LEVELS) + b"\0", Reason.BAD_TOPIC),
-        (0, string("a\0b") + b"\0", MALFORMED),  # [MQTT-4.7.3-2]
-        (0, string("t") + b"\x02\x0b\x01", PROTOCOL),  # [MQTT-3.3.4-6]
-        (0, string("t") + b"\x04\x08\x00\x01#", PROTOCOL),  # [MQTT-3.3.2-14]
+        (0, encode_string("") + b"\0", ReasonCode.TOPIC_NAME_INVALID),  # [MQTT-4.7.3-1]
+        (0, encode_string("a/+") + b"\0", ReasonCode.TOPIC_NAME_INVALID),  # [MQTT-3.3.2-2]
+        (0, encode_string("a#") + b"\0", ReasonCode.TOPIC_NAME_INVALID),
+        (0, encode_string("a/" * hive.MAX_LEVELS) + b"\0", ReasonCode.TOPIC_NAME_INVALID),
+        (0, encode_string("a\0b") + b"\0", MALFORMED),  # [MQTT-4.7.3-2]
+        (0, encode_string("t") + b"\x02\x0b\x01", PROTOCOL),  # [MQTT-3.3.4-6]
+        (0, encode_string("t") + b"\x04\x08\x00\x01#", PROTOCOL),  # [MQTT-3.3.2-14]
     ],
 )
-def test_a_message_that_is_not_allowed(flags: int, body: bytes, reason: Reason) -> None:
+def test_a_message_that_is_not_allowed(flags: int, body: bytes, reason: ReasonCode) -> None:
     assert reason_of(Publish.parse, flags, body, 5) is reason
 
 
 @pytest.mark.parametrize(
     ("version", "body", "reason"),
     [
-        (5, two(0) + b"\0" + string("a") + b"\0", MALFORMED),  # [MQTT-2.2.1-3]
-        (5, two(1) + b"\0", PROTOCOL),  # [MQTT-3.8.3-2] no filter
-        (4, two(1), PROTOCOL),
-        (5, two(1) + b"\0" + string("a"), MALFORMED),  # no options
-        (5, two(1) + b"\0" + string("a") + b"\x03", MALFORMED),  # [MQTT-3.8.3-5] QoS 3
-        (5, two(1) + b"\0" + string("a") + b"\x40", MALFORMED),  # [MQTT-3.8.3-5] reserved bits
-        (4, two(1) + string("a") + b"\x04", MALFORMED),  # 3.1.1 [MQTT-3-8.3-4]
-        (5, two(1) + b"\0" + string("a") + b"\x30", PROTOCOL),  # retain handling 3
-        (5, two(1) + b"\x04\x0b\x01\x0b\x02" + string("a") + b"\0", PROTOCOL),
-        (5, two(1) + b"\0" + string("") + b"\0", Reason.BAD_FILTER),  # [MQTT-4.7.3-1]
-        (5, two(1) + b"\0" + string("a/#/b") + b"\0", Reason.BAD_FILTER),  # [MQTT-4.7.1-1]
-        (5, two(1) + b"\0" + string("a#") + b"\0", Reason.BAD_FILTER),
-        (5, two(1) + b"\0" + string("a+") + b"\0", Reason.BAD_FILTER),  # [MQTT-4.7.1-2]
-        (5, two(1) + b"\0" + string("/" * 200) + b"\0", Reason.BAD_FILTER),
-        (5, two(1) + b"\0" + (string("a") + b"\0") * 10_001, Reason.QUOTA),
+        (5, encode_two_bytes(0) + b"\0" + encode_string("a") + b"\0", MALFORMED),  # [MQTT-2.2.1-3]
+        (5, encode_two_bytes(1) + b"\0", PROTOCOL),  # [MQTT-3.8.3-2] no filter
+        (4, encode_two_bytes(1), PROTOCOL),
+        (5, encode_two_bytes(1) + b"\0" + encode_string("a"), MALFORMED),  # no options
+        (
+            5,
+            encode_two_bytes(1) + b"\0" + encode_string("a") + b"\x03",
+            MALFORMED,
+        ),  # [MQTT-3.8.3-5] QoS 3
+        (
+            5,
+            encode_two_bytes(1) + b"\0" + encode_string("a") + b"\x40",
+            MALFORMED,
+        ),  # [MQTT-3.8.3-5] reserved bits
+        (4, encode_two_bytes(1) + encode_string("a") + b"\x04", MALFORMED),  # 3.1.1 [MQTT-3-8.3-4]
+        (
+            5,
+            encode_two_bytes(1) + b"\0" + encode_string("a") + b"\x30",
+            PROTOCOL,
+        ),  # retain handling 3
+        (5, encode_two_bytes(1) + b"\x04\x0b\x01\x0b\x02" + encode_string("a") + b"\0", PROTOCOL),
+        (
+            5,
+            encode_two_bytes(1) + b"\0" + encode_string("") + b"\0",
+            ReasonCode.TOPIC_FILTER_INVALID,
+        ),  # [MQTT-4.7.3-1]
+        (
+            5,
+            encode_two_bytes(1) + b"\0" + encode_string("a/#/b") + b"\0",
+            ReasonCode.TOPIC_FILTER_INVALID,
+        ),  # [MQTT-4.7.1-1]
+        (
+            5,
+            encode_two_bytes(1) + b"\0" + encode_string("a#") + b"\0",
+            ReasonCode.TOPIC_FILTER_INVALID,
+        ),
+        (
+            5,
+            encode_two_bytes(1) + b"\0" + encode_string("a+") + b"\0",
+            ReasonCode.TOPIC_FILTER_INVALID,
+        ),  # [MQTT-4.7.1-2]
+        (
+            5,
+            encode_two_bytes(1) + b"\0" + encode_string("/" * 200) + b"\0",
+            ReasonCode.TOPIC_FILTER_INVALID,
+        ),
+        (
+            5,
+            encode_two_bytes(1) + b"\0" + (encode_string("a") + b"\0") * 10_001,
+            ReasonCode.QUOTA_EXCEEDED,
+        ),
     ],
 )
-def test_a_subscribe_that_is_not_allowed(version: int, body: bytes, reason: Reason) -> None:
+def test_a_subscribe_that_is_not_allowed(version: int, body: bytes, reason: ReasonCode) -> None:
     assert reason_of(hive.parse_subscribe, body, version) is reason
 
 
 def test_an_unsubscribe_that_is_not_allowed() -> None:
-    assert reason_of(hive.parse_unsubscribe, two(1) + b"\0", 5) is PROTOCOL  # [MQTT-3.10.3-2]
-    assert reason_of(hive.parse_unsubscribe, two(0) + string("a"), 4) is MALFORMED
-    many = two(1) + string("a") * 10_001
-    assert reason_of(hive.parse_unsubscribe, many, 4) is Reason.QUOTA
+    assert (
+        reason_of(hive.parse_unsubscribe, encode_two_bytes(1) + b"\0", 5) is PROTOCOL
+    )  # [MQTT-3.10.3-2]
+    assert (
+        reason_of(hive.parse_unsubscribe, encode_two_bytes(0) + encode_string("a"), 4) is MALFORMED
+    )
+    many = encode_two_bytes(1) + encode_string("a") * 10_001
+    assert reason_of(hive.parse_unsubscribe, many, 4) is ReasonCode.QUOTA_EXCEEDED
 
 
 def test_an_acknowledgement_or_goodbye_that_is_not_allowed() -> None:
-    assert reason_of(hive.parse_ack, Kind.PUBACK, b"\x00", 5) is MALFORMED
-    assert reason_of(hive.parse_ack, Kind.PUBACK, two(0), 5) is MALFORMED
-    assert reason_of(hive.parse_ack, Kind.PUBACK, two(1) + b"\0", 4) is MALFORMED
-    assert reason_of(hive.parse_ack, Kind.PUBACK, two(1) + b"\0\0more", 5) is MALFORMED
+    assert reason_of(hive.parse_ack, PacketType.PUBACK, b"\x00", 5) is MALFORMED
+    assert reason_of(hive.parse_ack, PacketType.PUBACK, encode_two_bytes(0), 5) is MALFORMED
+    assert reason_of(hive.parse_ack, PacketType.PUBACK, encode_two_bytes(1) + b"\0", 4) is MALFORMED
+    assert (
+        reason_of(hive.parse_ack, PacketType.PUBACK, encode_two_bytes(1) + b"\0\0more", 5)
+        is MALFORMED
+    )
     assert reason_of(hive.parse_disconnect, b"\0\0more", 5) is MALFORMED
     assert reason_of(hive.parse_disconnect, b"\0", 4) is MALFORMED
 
@@ -305,7 +355,7 @@ def test_an_acknowledgement_or_goodbye_that_is_not_allowed() -> None:
 )
 def test_what_a_filter_means(filter: str, yes: list[str], no: list[str]) -> None:
     assert hive.check_filter(filter) == filter
-    tree: hive.Filters = hive.Filters()
+    tree: hive.SubscriptionTree = hive.SubscriptionTree()
     session = hive.Session("x", 0, (1, 1))
     tree.add(session, Subscription(filter, 0))
     for topic in yes + no:
@@ -320,7 +370,7 @@ filters = st.lists(levels, min_size=1, max_size=4).map("/".join)
 def is_filter(said: str) -> bool:
     try:
         return bool(hive.check_filter(said))
-    except Malformed:
+    except MalformedPacket:
         return False
 
 
@@ -334,7 +384,7 @@ def is_filter(said: str) -> bool:
 def test_the_tree_of_filters_means_what_each_filter_means(
     added: list[str], removed: list[str], topic: str
 ) -> None:
-    tree, session = hive.Filters(), hive.Session("x", 0, (1, 1))
+    tree, session = hive.SubscriptionTree(), hive.Session("x", 0, (1, 1))
     for filter in added:
         tree.add(session, Subscription(filter, 0))
     kept = [filter for filter in added if filter not in removed]

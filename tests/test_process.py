@@ -33,8 +33,8 @@ def loop(log: io.StringIO, clock: Clock) -> Iterator[hive.Loop]:
 
 
 @pytest.fixture
-def children(loop: hive.Loop) -> Iterator[hive.Children]:
-    children = hive.Children(loop)
+def children(loop: hive.Loop) -> Iterator[hive.ChildProcesses]:
+    children = hive.ChildProcesses(loop)
     yield children
     children.stop()
     turn_until(loop, "all children have ended", lambda: not len(children))
@@ -63,8 +63,8 @@ def lifeline(tmp_path: Path) -> Iterator[Lifeline]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds in earnest takes a moment here."""
-    monkeypatch.setattr(hive, "KILL_AFTER", 0.3)
-    monkeypatch.setattr(hive, "LINGER", 0.3)
+    monkeypatch.setattr(hive, "SIGKILL_AFTER", 0.3)
+    monkeypatch.setattr(hive, "OUTPUT_TIMEOUT", 0.3)
 
 
 class Lifeline:
@@ -102,16 +102,16 @@ def turn_until(
 
 def run(
     loop: hive.Loop,
-    children: hive.Children,
+    children: hive.ChildProcesses,
     argv: list[str],
     stdin: bytes = b"",
     cwd: Path | None = None,
     environment: dict[str, str] | None = None,
-) -> hive.Outcome:
+) -> hive.ProcessResult:
     """Run a child to its end."""
-    outcomes: list[hive.Outcome] = []
+    outcomes: list[hive.ProcessResult] = []
     surroundings = os.environ if environment is None else environment
-    children.start(hive.Job(argv, surroundings, PATIENCE, stdin, cwd), outcomes.append)
+    children.start(hive.ProcessSpec(argv, surroundings, PATIENCE, stdin, cwd), outcomes.append)
     assert outcomes == [], "the outcome comes later, never from within start()"
     turn_until(loop, "the outcome", lambda: outcomes)
     loop.after(0, loop.stop)
@@ -121,7 +121,7 @@ def run(
 
 
 def test_what_a_child_prints_is_its_outcome(
-    loop: hive.Loop, children: hive.Children, script: Script
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
     outcome = run(loop, children, script("echo answer; echo remark >&2"))
     assert (outcome.exit, outcome.stdout, outcome.stderr) == (0, b"answer\n", b"remark\n")
@@ -141,7 +141,7 @@ def test_what_a_child_prints_is_its_outcome(
     ],
 )
 def test_how_a_child_ended_is_told(
-    loop: hive.Loop, children: hive.Children, script: Script, lines: str, exit: int
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, lines: str, exit: int
 ) -> None:
     outcome = run(loop, children, script(lines))
     assert outcome.exit == exit
@@ -150,7 +150,7 @@ def test_how_a_child_ended_is_told(
 
 
 def test_a_child_runs_where_and_with_what_it_was_given(
-    loop: hive.Loop, children: hive.Children, tmp_path: Path
+    loop: hive.Loop, children: hive.ChildProcesses, tmp_path: Path
 ) -> None:
     (tmp_path / "here").write_text("found")
     outcome = run(
@@ -164,7 +164,7 @@ def test_a_child_runs_where_and_with_what_it_was_given(
 
 
 def test_a_child_gets_its_stdin_whole(
-    loop: hive.Loop, children: hive.Children, script: Script
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
     sent = os.urandom(256 * 1024)
     outcome = run(loop, children, script("exec cat"), stdin=sent)
@@ -172,7 +172,7 @@ def test_a_child_gets_its_stdin_whole(
 
 
 def test_a_child_without_stdin_sees_its_end(
-    loop: hive.Loop, children: hive.Children, script: Script
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
     assert run(loop, children, script("wc -c")).stdout.strip() == b"0"
 
@@ -188,14 +188,14 @@ def test_a_child_without_stdin_sees_its_end(
     ids=["ends at once", "never reads", "closes it", "reads a byte"],
 )
 def test_a_child_need_not_read_its_stdin(
-    loop: hive.Loop, children: hive.Children, script: Script, lines: str
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, lines: str
 ) -> None:
     outcome = run(loop, children, script(lines), stdin=b"x" * 1024 * 1024)
     assert (outcome.exit, outcome.stdout) == (0, b"done\n")
 
 
 def test_stdout_over_the_bound_is_cut_marked_and_read_to_its_end(
-    loop: hive.Loop, children: hive.Children, script: Script
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
     flood = script("head -c 20000000 /dev/zero | tr '\\0' 'x'; echo drained >&2; exit 3")
     outcome = run(loop, children, flood)
@@ -206,7 +206,7 @@ def test_stdout_over_the_bound_is_cut_marked_and_read_to_its_end(
 
 @pytest.mark.parametrize(("size", "truncated"), [(256 * 1024, False), (256 * 1024 + 1, True)])
 def test_only_stdout_over_the_bound_is_marked(
-    loop: hive.Loop, children: hive.Children, script: Script, size: int, truncated: bool
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, size: int, truncated: bool
 ) -> None:
     outcome = run(loop, children, script(f"head -c {size} /dev/zero"))
     assert outcome.truncated == truncated
@@ -214,7 +214,7 @@ def test_only_stdout_over_the_bound_is_marked(
 
 
 def test_the_end_of_stderr_is_kept(
-    loop: hive.Loop, children: hive.Children, script: Script
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
     flood = script("head -c 1000000 /dev/zero | tr '\\0' 'x' >&2; echo the end >&2")
     outcome = run(loop, children, flood)
@@ -242,16 +242,16 @@ ONCE_STOPPED = "until ps -o stat= -p $$ | grep -q T; do :; done"
 @pytest.mark.usefixtures("impatient")
 def test_a_deadline_ends_the_whole_process_group(
     loop: hive.Loop,
-    children: hive.Children,
+    children: hive.ChildProcesses,
     clock: Clock,
     script: Script,
     lifeline: Lifeline,
     lines: str,
     exit: int,
 ) -> None:
-    outcomes: list[hive.Outcome] = []
+    outcomes: list[hive.ProcessResult] = []
     argv = script(f"{lifeline.hold}; echo begun; {lines.replace('READY', lifeline.ready)}")
-    children.start(hive.Job(argv, os.environ, PATIENCE), outcomes.append)
+    children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
     turn_until(loop, "it is ready", lifeline.is_ready)
     assert not outcomes
     clock.skipped += PATIENCE
@@ -262,17 +262,17 @@ def test_a_deadline_ends_the_whole_process_group(
 
 def test_a_child_may_tidy_up_before_sigkill(
     loop: hive.Loop,
-    children: hive.Children,
+    children: hive.ChildProcesses,
     clock: Clock,
     script: Script,
     lifeline: Lifeline,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hive, "KILL_AFTER", PATIENCE)
-    outcomes: list[hive.Outcome] = []
+    monkeypatch.setattr(hive, "SIGKILL_AFTER", PATIENCE)
+    outcomes: list[hive.ProcessResult] = []
     tidy = "trap 'sleep 0.2; echo tidy; exit 7' TERM"
     argv = script(f"{lifeline.hold}; {tidy}; {lifeline.ready}; sleep 60 & wait")
-    children.start(hive.Job(argv, os.environ, PATIENCE), outcomes.append)
+    children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
     turn_until(loop, "it is ready", lifeline.is_ready)
     clock.skipped += PATIENCE
     turn_until(loop, "the outcome", lambda: outcomes)
@@ -281,7 +281,7 @@ def test_a_child_may_tidy_up_before_sigkill(
 
 @pytest.mark.usefixtures("impatient")
 def test_a_grandchild_that_holds_stdout_does_not_hold_up_the_result(
-    loop: hive.Loop, children: hive.Children, script: Script, lifeline: Lifeline
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, lifeline: Lifeline
 ) -> None:
     began = time.monotonic()
     outcome = run(loop, children, script(f"{lifeline.hold}; echo held; sleep 60 & echo answer"))
@@ -292,11 +292,11 @@ def test_a_grandchild_that_holds_stdout_does_not_hold_up_the_result(
 
 def test_a_grandchild_that_lets_go_of_stdout_in_time_is_heard(
     loop: hive.Loop,
-    children: hive.Children,
+    children: hive.ChildProcesses,
     script: Script,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hive, "LINGER", PATIENCE)
+    monkeypatch.setattr(hive, "OUTPUT_TIMEOUT", PATIENCE)
     outcome = run(loop, children, script("(sleep 0.2; echo late) & echo early"))
     assert (outcome.exit, outcome.stdout) == (0, b"early\nlate\n")
     assert outcome.seconds < PATIENCE
@@ -322,12 +322,14 @@ time.sleep(float(sys.argv[1]))
 @pytest.mark.parametrize("how", ["ends", "late", "stopped", "stopped after its end"])
 @pytest.mark.usefixtures("impatient")
 def test_a_grandchild_that_left_the_group_does_not_hold_up_the_result(
-    loop: hive.Loop, children: hive.Children, clock: Clock, tmp_path: Path, how: str
+    loop: hive.Loop, children: hive.ChildProcesses, clock: Clock, tmp_path: Path, how: str
 ) -> None:
     before = sorted(os.listdir("/dev/fd"))
-    outcomes: list[hive.Outcome] = []
+    outcomes: list[hive.ProcessResult] = []
     argv = [sys.executable, "-c", FUGITIVE, "0" if "end" in how else "60"]
-    child = children.start(hive.Job(argv, os.environ, PATIENCE, cwd=tmp_path), outcomes.append)
+    child = children.start(
+        hive.ProcessSpec(argv, os.environ, PATIENCE, cwd=tmp_path), outcomes.append
+    )
     assert child
     turn_until(loop, "the grandchild has left", (tmp_path / "numbers").exists)
     parent, fugitive = map(int, (tmp_path / "numbers").read_text().split())
@@ -360,7 +362,7 @@ NO_PROGRAM = "no program; does its first line name one, as in #!/bin/sh ?"
 )
 def test_a_file_that_cannot_be_run_is_told(
     loop: hive.Loop,
-    children: hive.Children,
+    children: hive.ChildProcesses,
     tmp_path: Path,
     content: str,
     mode: int,
@@ -386,7 +388,7 @@ def test_a_file_that_cannot_be_run_is_told(
     ids=["missing", "not in PATH", "a directory", "NUL", "lone surrogate", "too long"],
 )
 def test_a_command_that_cannot_be_run_is_told(
-    loop: hive.Loop, children: hive.Children, argv: list[str], fault: str
+    loop: hive.Loop, children: hive.ChildProcesses, argv: list[str], fault: str
 ) -> None:
     outcome = run(loop, children, argv, environment={"PATH": "/usr/bin:/bin"})
     assert outcome.exit is None and fault in outcome.fault
@@ -394,7 +396,7 @@ def test_a_command_that_cannot_be_run_is_told(
 
 
 def test_a_folder_that_is_missing_is_told(
-    loop: hive.Loop, children: hive.Children, tmp_path: Path
+    loop: hive.Loop, children: hive.ChildProcesses, tmp_path: Path
 ) -> None:
     outcome = run(loop, children, ["/bin/echo"], cwd=tmp_path / "missing")
     assert (outcome.exit, outcome.fault) == (None, "No such file or directory")
@@ -402,12 +404,12 @@ def test_a_folder_that_is_missing_is_told(
 
 @pytest.mark.usefixtures("impatient")
 def test_stopping_ends_every_child(
-    loop: hive.Loop, children: hive.Children, script: Script, lifeline: Lifeline
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, lifeline: Lifeline
 ) -> None:
-    outcomes: list[hive.Outcome] = []
+    outcomes: list[hive.ProcessResult] = []
     for lines in ("READY; sleep 60", "trap '' TERM; READY; sleep 60"):
         argv = script(f"{lifeline.hold}; {lines.replace('READY', lifeline.ready)}")
-        children.start(hive.Job(argv, os.environ, PATIENCE), outcomes.append)
+        children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
     turn_until(loop, "both are ready", lambda: lifeline.is_ready(2))
     children.stop()
     turn_until(loop, "both outcomes", lambda: len(outcomes) == 2)
@@ -418,16 +420,16 @@ def test_stopping_ends_every_child(
 
 def test_stopping_again_and_again_does_not_put_off_the_end(
     loop: hive.Loop,
-    children: hive.Children,
+    children: hive.ChildProcesses,
     clock: Clock,
     script: Script,
     lifeline: Lifeline,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hive, "KILL_AFTER", PATIENCE)
-    outcomes: list[hive.Outcome] = []
+    monkeypatch.setattr(hive, "SIGKILL_AFTER", PATIENCE)
+    outcomes: list[hive.ProcessResult] = []
     argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
-    children.start(hive.Job(argv, os.environ, 10 * PATIENCE), outcomes.append)
+    children.start(hive.ProcessSpec(argv, os.environ, 10 * PATIENCE), outcomes.append)
     turn_until(loop, "it is ready", lifeline.is_ready)
     for _ in range(6):
         children.stop()
@@ -439,17 +441,17 @@ def test_stopping_again_and_again_does_not_put_off_the_end(
 
 
 def test_children_run_side_by_side(
-    loop: hive.Loop, children: hive.Children, tmp_path: Path, script: Script
+    loop: hive.Loop, children: hive.ChildProcesses, tmp_path: Path, script: Script
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     outcomes: list[bytes] = []
 
-    def ended(outcome: hive.Outcome) -> None:
+    def ended(outcome: hive.ProcessResult) -> None:
         outcomes.append(outcome.stdout)
 
-    reader = hive.Job(script(f"cat '{gate}'"), os.environ, PATIENCE)
-    writer = hive.Job(script(f"echo met > '{gate}'; echo wrote"), os.environ, PATIENCE)
+    reader = hive.ProcessSpec(script(f"cat '{gate}'"), os.environ, PATIENCE)
+    writer = hive.ProcessSpec(script(f"echo met > '{gate}'; echo wrote"), os.environ, PATIENCE)
     children.start(reader, ended)
     children.start(writer, ended)
     assert len(children) == 2
@@ -458,7 +460,7 @@ def test_children_run_side_by_side(
 
 
 def test_a_hundred_children_leave_nothing_behind(
-    loop: hive.Loop, children: hive.Children, script: Script
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
     argv = script("echo $$; cat >/dev/null")
     run(loop, children, argv)
@@ -471,10 +473,10 @@ def test_a_hundred_children_leave_nothing_behind(
 
 
 def test_a_hundred_children_at_once_are_all_noticed(
-    loop: hive.Loop, children: hive.Children, script: Script
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
-    outcomes: list[hive.Outcome] = []
-    job = hive.Job(script("echo $$"), os.environ, PATIENCE)
+    outcomes: list[hive.ProcessResult] = []
+    job = hive.ProcessSpec(script("echo $$"), os.environ, PATIENCE)
     for _ in range(100):
         children.start(job, outcomes.append)
     turn_until(loop, "all outcomes", lambda: len(outcomes) == 100)

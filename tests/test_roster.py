@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hive import MAX_PEERS, News, Roster, loss_of
+from hive import MAX_PEERS, MemberEvent, Roster, loss_of
 
 
 def roster(*peers: str, me: str = "beta", at: float = 100) -> Roster:
@@ -52,15 +52,17 @@ def test_no_node_can_say_of_itself_that_it_is_never_lost(interval: float) -> Non
     assert peers.drop_silent(100 + 3 * 3600 + 1) == ["sly"]
 
 
-@pytest.mark.parametrize(("announced", "news"), [(True, News.BACK), (False, News.NEW)])
-def test_a_lost_node_that_comes_back_is_news_once(announced: bool, news: News) -> None:
+@pytest.mark.parametrize(
+    ("announced", "news"), [(True, MemberEvent.BACK), (False, MemberEvent.NEW)]
+)
+def test_a_lost_node_that_comes_back_is_news_once(announced: bool, news: MemberEvent) -> None:
     peers = roster("attic")
     assert peers.drop_silent(200) == ["attic"]
     if announced:
         peers.announced(loss_of("attic"))
     assert [peers.hear("attic", now, seen=1) for now in (201, 206)] == [news, None]
     assert peers.drop_silent(300) == ["attic"]
-    assert peers.hear("attic", 301, seen=1) is News.NEW  # this loss was not announced
+    assert peers.hear("attic", 301, seen=1) is MemberEvent.NEW  # this loss was not announced
 
 
 def test_a_loss_is_doubted_unless_somebody_announced_it() -> None:
@@ -79,22 +81,26 @@ def test_an_announcement_is_about_one_node() -> None:
     peers = roster(*names)
     assert peers.drop_silent(200) == names
     peers.announced(loss_of(names[1]))
-    assert [peers.hear(name, 201, seen=1) for name in names] == [News.NEW, News.BACK, News.NEW]
+    assert [peers.hear(name, 201, seen=1) for name in names] == [
+        MemberEvent.NEW,
+        MemberEvent.BACK,
+        MemberEvent.NEW,
+    ]
 
 
 def test_a_node_is_new_once_and_again_after_it_said_goodbye() -> None:
     peers = roster()
-    assert [peers.hear("attic", now, seen=1) for now in (1, 2)] == [News.NEW, None]
+    assert [peers.hear("attic", now, seen=1) for now in (1, 2)] == [MemberEvent.NEW, None]
     assert [peers.leave("attic"), peers.leave("attic")] == [True, False]
     assert peers.alive() == [] and peers.drop_silent(1000) == []
-    assert peers.hear("attic", 1001, seen=1) is News.NEW
+    assert peers.hear("attic", 1001, seen=1) is MemberEvent.NEW
 
 
 def test_a_restart_is_told_by_another_boot_id() -> None:
     peers = roster()
     boots = ["", "one", "one", "", "two", "two"]
     news = [peers.hear("attic", now, seen=1, boot=boot) for now, boot in enumerate(boots)]
-    assert news == [News.NEW, None, None, None, News.RESTARTED, None]
+    assert news == [MemberEvent.NEW, None, None, None, MemberEvent.RESTARTED, None]
 
 
 def test_a_node_whose_connection_died_is_lost_once_and_comes_back() -> None:
@@ -106,7 +112,7 @@ def test_a_node_whose_connection_died_is_lost_once_and_comes_back() -> None:
     ]
     peers.announced(loss_of("attic"))
     assert peers.drop_silent(1000) == []
-    assert peers.hear("attic", 1001, seen=1) is News.BACK
+    assert peers.hear("attic", 1001, seen=1) is MemberEvent.BACK
 
 
 def test_a_node_that_died_while_we_were_away_is_lost_after_its_time() -> None:

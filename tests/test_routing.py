@@ -13,8 +13,8 @@ from hive import (
     Hear,
     Note,
     Refuse,
+    RoutingContext,
     Run,
-    Situation,
     Topics,
     WakeAgents,
     decide,
@@ -39,8 +39,8 @@ def envelope(ch: str, to: str = "beta", **more: Any) -> Envelope:
     return Envelope.new("alpha", to, ch, "hello", id="m-1", now=1, **more)
 
 
-def situation(agents: tuple[str, ...] = ("main",), awaited: str = "") -> Situation:
-    return Situation("beta", agents, {"git-sync"}, lambda corr: corr == awaited)
+def situation(agents: tuple[str, ...] = ("main",), awaited: str = "") -> RoutingContext:
+    return RoutingContext("beta", agents, {"git-sync"}, lambda corr: corr == awaited)
 
 
 def test_the_table_has_every_channel() -> None:

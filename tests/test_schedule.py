@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive import FIRST_RUN, ScheduleConfig, Sentinel, next_at
+from hive import FIRST_RUN, ScheduleConfig, ScheduledRun, next_at
 
 NOON = 1_800_000_000.0
 
@@ -23,8 +23,8 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     time.tzset()
 
 
-def every(seconds: float, **more: object) -> Sentinel:
-    return Sentinel(
+def every(seconds: float, **more: object) -> ScheduledRun:
+    return ScheduledRun(
         ScheduleConfig.read({"action": "check", "every": seconds, **more}, "schedule[0]")
     )
 
@@ -108,7 +108,7 @@ def test_the_next_time_of_day_is_always_within_a_day_or_so(
 
 
 def test_a_time_of_day_that_was_missed_runs_once() -> None:
-    sentinel = Sentinel(ScheduleConfig(action="check", at="07:30"))
+    sentinel = ScheduledRun(ScheduleConfig(action="check", at="07:30"))
     sentinel.last = local("2026-11-20 07:30")
     now = local("2026-11-22 12:00")
     sentinel.plan(now, chance=0)

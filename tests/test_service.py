@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE, Broker, Hive
 
-from hive import Log, Loop, Service
+from hive import Log, Loop, ServiceManager
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def waiting(manager: socket.socket) -> list[str]:
 
 def test_it_says_ready_status_reloading_and_stopping(manager: socket.socket) -> None:
     loop = Loop(Log("error"))
-    service = Service(loop, environment(manager))
+    service = ServiceManager(loop, environment(manager))
     service.ready("starting")
     service.status("connected")
     service.reloading()
@@ -63,7 +63,7 @@ def test_the_watchdog_is_fed_while_the_loop_turns_and_not_when_it_stalls(
     manager: socket.socket,
 ) -> None:
     loop = Loop(Log("error"))
-    Service(loop, environment(manager, WATCHDOG_USEC="100000")).ready("up")
+    ServiceManager(loop, environment(manager, WATCHDOG_USEC="100000")).ready("up")
     fed = list[str]()
     while fed.count("WATCHDOG=1") < 3:
         loop.step()
@@ -86,7 +86,7 @@ def test_the_watchdog_is_fed_while_the_loop_turns_and_not_when_it_stalls(
 )
 def test_without_a_service_manager_nothing_happens(given: dict[str, str]) -> None:
     loop = Loop(Log("error"))
-    service = Service(loop, given)
+    service = ServiceManager(loop, given)
     service.ready("up")
     service.stopping()
     loop.close()
@@ -95,7 +95,7 @@ def test_without_a_service_manager_nothing_happens(given: dict[str, str]) -> Non
 def test_another_process_watchdog_is_not_ours_to_feed(manager: socket.socket) -> None:
     loop = Loop(Log("error"))
     more = {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": str(os.getpid() + 1)}
-    Service(loop, environment(manager, **more)).ready("up")
+    ServiceManager(loop, environment(manager, **more)).ready("up")
     assert waiting(manager) == ["READY=1\nSTATUS=up"]
     loop.close()
 

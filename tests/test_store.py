@@ -16,7 +16,7 @@ import hive
 TABLES = ("CREATE TABLE IF NOT EXISTS words (n INTEGER PRIMARY KEY, word TEXT UNIQUE)",)
 INSERT = "INSERT OR IGNORE INTO words (word) VALUES (?)"
 
-Open = Callable[[], hive.Store]
+Open = Callable[[], hive.Database]
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def open_store(file: Path, log: io.StringIO) -> Iterator[Open]:
     """Open it; one that is open already is closed before."""
-    opened: list[hive.Store] = []
+    opened: list[hive.Database] = []
 
-    def open_one() -> hive.Store:
+    def open_one() -> hive.Database:
         while opened:
             opened.pop().close()
-        opened.append(hive.Store(file, TABLES, hive.Log("debug", "text", log), "words are lost"))
+        opened.append(hive.Database(file, TABLES, hive.Log("debug", "text", log), "words are lost"))
         return opened[-1]
 
     yield open_one
@@ -45,7 +45,7 @@ def open_store(file: Path, log: io.StringIO) -> Iterator[Open]:
         store.close()
 
 
-def words(store: hive.Store) -> list[str]:
+def words(store: hive.Database) -> list[str]:
     return [word for (word,) in store.read("SELECT word FROM words ORDER BY n")]
 
 
@@ -55,7 +55,7 @@ def on_disk(file: Path) -> list[str]:
         return [word for (word,) in database.execute("SELECT word FROM words ORDER BY n")]
 
 
-def fill(store: hive.Store) -> None:
+def fill(store: hive.Database) -> None:
     """Let the file take no page more, as on a full disk."""
     (pages,) = store.read("PRAGMA page_count")[0]
     store.read(f"PRAGMA max_page_count={pages}")

@@ -423,7 +423,7 @@ EXAMPLES = ROOT / "contrib/handlers"
 
 
 def test_the_examples_are_handlers() -> None:
-    found = hive.discover(EXAMPLES)
+    found = hive.scan_handlers(EXAMPLES)
     assert {*found.handlers} >= {"echo", "ping", "whoami"}
     assert found.refused == {}
 
