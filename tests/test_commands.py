@@ -568,11 +568,11 @@ def test_the_log_is_followed_until_the_daemon_ends(hive: Hive) -> None:
 def hive_send(node: Daemon, text: str) -> None:
     """As the command does, without its process."""
     config = module.load_config(str(node.config))
-    knock = module.connect_to_daemon(config)
-    assert knock
+    client = module.connect_to_daemon(config)
+    assert client
     envelope = module.Envelope.new(node.name, node.name, "status", text, urgency="later")
-    module.Mail(config, knock, envelope).hand_in(wait=False)
-    knock.close()
+    assert client.ask({"do": "send", "envelope": envelope.document()})["queued"]
+    client.close()
 
 
 def test_a_question_that_nobody_answers_in_time_is_told_to_the_agent_that_asked(

@@ -559,7 +559,7 @@ def test_the_answer_that_somebody_waits_for_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    knock = hive.ControlClient(rig.state_dir / "door")
+    knock = hive.ControlClient(rig.state_dir / "door", "beta")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
     assert rig.ask(knock, do="sent", envelope=asked, wait=True) == {"ok": True}
     rig.say("response", corr="c-1")
@@ -578,25 +578,25 @@ def test_the_answer_that_somebody_has_just_read_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    knock = hive.ControlClient(rig.state_dir / "door")
+    knock = hive.ControlClient(rig.state_dir / "door", "beta")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
     rig.ask(knock, do="sent", envelope=asked, wait=True)
-    rig.ask(knock, do="settle", id="c-1")
+    answer = hive.Envelope.new("alpha", "beta", "response", "yes", id="a-1", corr="c-1")
+    assert rig.ask(knock, do="read", envelope=answer.document()) == {"ok": True}
     knock.close()
     rig.turn()
-    rig.say("response", corr="c-1")
+    rig.say("response", id="a-1", corr="c-1", text="yes")
     rig.turn()
     assert rig.started() == []
-    rig.advance(hive.SETTLING)
-    rig.say("response", corr="c-1")
-    rig.until("the agent hears a late one", lambda: rig.started() == ["main"])
+    rig.say("response", id="a-2", corr="c-1")
+    rig.until("the agent hears another one", lambda: rig.started() == ["main"])
 
 
 def test_the_answer_to_a_question_that_nobody_waits_for_wakes_the_agent_with_the_question(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig, fast_agent: Path
 ) -> None:
     rig = rig_of([main])
-    knock = hive.ControlClient(rig.state_dir / "door")
+    knock = hive.ControlClient(rig.state_dir / "door", "beta")
     text = "is the backup\ndone?" + " " * 1000
     asked = hive.Envelope.new("beta", "alpha", "command", text, id="c-1").document()
     assert rig.ask(knock, do="send", envelope=asked)["queued"]
