@@ -47,11 +47,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import heapq
 import itertools
 import json
 import os
-import random
 import re
 import selectors
 import signal
@@ -483,10 +481,10 @@ def replace_surrogates(text: str) -> str:
 
 
 def new_id() -> str:
-    """A new UUID (RFC 9562, version 4)."""
-    import uuid
-
-    return str(uuid.uuid4())
+    """A new UUID (RFC 9562, version 4); to import uuid costs more than to make one."""
+    digits = os.urandom(16).hex()
+    variant = "89ab"[int(digits[16], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def encode_json(document: object) -> bytes:
@@ -1622,7 +1620,7 @@ def decide(envelope: Envelope, here: RoutingContext) -> Step:
 # no message can forge a line or move a cursor.
 
 LEVELS = ("debug", "info", "warning", "error")
-PLAIN = re.compile(r"[A-Za-z0-9._:/@+,-]+")
+PLAIN = r"[A-Za-z0-9._:/@+,-]+"
 MAX_LOGGED = 500  # characters of one value
 
 
@@ -1668,7 +1666,7 @@ class Log:
     @staticmethod
     def _quoted(value: object) -> str:
         said = str(value)[:MAX_LOGGED]
-        return said if PLAIN.fullmatch(said) else json.dumps(said)
+        return said if re.fullmatch(PLAIN, said) else json.dumps(said)
 
 
 # ---- Loop: one selector, one wait --------------------------------------------------------
@@ -1733,6 +1731,8 @@ class Loop:
 
     def after(self, delay: float, call: Callable[[], None]) -> Timer:
         """Call back in `delay` seconds; 0 is at the end of this turn."""
+        import heapq
+
         timer = Timer(self.clock() + delay, next(self._order), call)
         heapq.heappush(self._timers, timer)
         return timer
@@ -1762,6 +1762,8 @@ class Loop:
 
     def step(self) -> None:
         """Wait until something is ready or due, then call it."""
+        import heapq
+
         while self._timers and self._timers[0].call is None:
             heapq.heappop(self._timers)
         wait = max(0.0, self._timers[0].due - self.clock()) if self._timers else None
@@ -2431,20 +2433,19 @@ OPENCLAW_PORT = 18789  # where a gateway listens unless it is told otherwise
 # OpenClaw drops an event whose text contains "heartbeat poll" or the like, in any case, with
 # exit 0.  A letter that is written as \\u0074 is the same letter in JSON, and no longer the
 # phrase; this is the last letter of its first word, which is never part of an escape itself.
-SWALLOWED = re.compile(
-    r"(?<=heartbea)t(?=\W*(?:poll|wake))|(?<=reaso)n(?=\W*periodic)", re.IGNORECASE
-)
-UNPRINTABLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+SWALLOWED = r"(?i)(?<=heartbea)t(?=\W*(?:poll|wake))|(?<=reaso)n(?=\W*periodic)"
+UNPRINTABLE = (
+    r"[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    r"\ufff9-\ufffb]"
 )
 
 
 def one_line(text: str) -> str:
     """A JSON string: readable, one line whatever Unicode thinks a line is, and reversible."""
-    quoted = UNPRINTABLE.sub(
-        lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False)
+    quoted = re.sub(
+        UNPRINTABLE, lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False)
     )
-    return SWALLOWED.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
+    return re.sub(SWALLOWED, lambda found: f"\\u{ord(found[0]):04x}", quoted)
 
 
 class PendingEvent(Value):
@@ -2946,6 +2947,8 @@ class Agent:
 
     def _failed(self, group: Sequence[PendingEvent], told: WakeResult) -> None:
         """Try again later, unless it is too late."""
+        import random
+
         self._user.agent_failed(group, told.perhaps)
         if self._stopping:
             return
@@ -5309,7 +5312,7 @@ ACKED = (PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBREL, PacketType.PUB
 RETAINED_WANTED = {(0, False), (0, True), (1, True)}  # retain handling, is the subscription new?
 
 
-LOOPBACK = re.compile(r"127(\.\d{1,3}){3}|::1|localhost")
+LOOPBACK = r"127(\.\d{1,3}){3}|::1|localhost"
 
 
 def broker_home(settings: BrokerConfig) -> Path:
@@ -5352,7 +5355,7 @@ def check_listen(settings: BrokerConfig) -> tuple[str, int]:
     """Host and port on loopback; whoever asks for more, or for no password, is told what to do."""
     host, _, number = str(settings.listen).rpartition(":")
     host = host.strip("[]")
-    if not LOOPBACK.fullmatch(host):
+    if not re.fullmatch(LOOPBACK, host):
         raise ConfigError(
             f"broker.listen: {settings.listen} is not loopback; for other machines use Mosquitto:"
             " hive.py broker --mosquitto-conf prints its configuration"
@@ -6526,6 +6529,8 @@ class MqttClient:
             culprit.done(-1, f"{HANG_UP} at it {MAX_HANG_UPS} times")
 
     def _retry_later(self, reason: str) -> None:
+        import random
+
         first, longest = RETRY
         delay = min(first * 2 ** min(self._failures, 20), longest) * random.uniform(0.5, 1.0)
         self._failures += 1
@@ -7755,6 +7760,8 @@ class Node:
     # -- schedule --
 
     def _start_sentinels(self) -> None:
+        import random
+
         now = time.time()
         for sentinel in self._sentinels:
             known = self._journal.recall(sentinel.key)
@@ -7775,6 +7782,8 @@ class Node:
         self.loop.after(min(max(nearest - now, 0.1), 60.0), self._watch_the_clock)
 
     def _run_sentinel(self, sentinel: ScheduledRun, now: float) -> None:
+        import random
+
         config = sentinel.config
         envelope = Envelope.new(self.name, self.name, "command", config.text, action=config.action)
         if not self._queue.put(HandlerRun(envelope, config.action, sentinel=sentinel)):
@@ -10478,7 +10487,15 @@ def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and who asks for the terminal's width for help alone."""
+
+    def __init__(self, **how: Any) -> None:
+        plain = partial(argparse.RawDescriptionHelpFormatter, width=80)
+        super().__init__(**how, formatter_class=plain, allow_abbrev=False)
+
+    def format_help(self) -> str:
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(Exit.USAGE, f"hive: {message}; see: {self.prog} --help\n")
@@ -10504,28 +10521,24 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def make_parser() -> Parser:
-    """The whole command line, from COMMANDS."""
+def make_parser(only: str = "") -> Parser:
+    """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
     common = common_options()
-    raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         description=__doc__,
         parents=[common],
-        formatter_class=raw,
-        allow_abbrev=False,
         epilog="Each command has --help of its own, with examples.",
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, one in COMMANDS.items():
+    for name in [only] if only else COMMANDS:
+        one = COMMANDS[name]
         about = (one.run.__doc__ or "").strip()
         sub = commands.add_parser(
             name,
             parents=[common],
             help=about,
             description=about,
-            formatter_class=raw,
-            allow_abbrev=False,
             epilog=f"examples:\n{indented(one.examples)}" if one.examples else None,
         )
         for flags, how in one.options:
@@ -10544,11 +10557,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    parser = make_parser()
-    if not (sys.argv[1:] if arguments is None else arguments):
+    said = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser(said[0] if said and said[0] in COMMANDS else "")
+    if not said:
         parser.print_help(sys.stderr)
         return Exit.USAGE
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(said)
     try:
         code = args.run(args)
         sys.stdout.flush()
