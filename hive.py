@@ -8539,22 +8539,27 @@ def look_up(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
 class CommandNode(Node):
     """A node for the time of one command: it has no handler, no agent and no heartbeat."""
 
-    def __init__(self, config: Config, loop: Loop, filters: Sequence[str]) -> None:
+    def __init__(
+        self, config: Config, mqtt: MqttConfig, loop: Loop, filters: Sequence[str]
+    ) -> None:
         """Connects, and hears what comes on these topics; raises BrokerError out of the loop."""
-        self._filters = filters
         log = Log("error")
         journal = open_journal(config, log, on_disk=False)
-        config = config.replace(oc_instances=(), schedule=())
-        super().__init__(config, loop, log, journal, new_id(), "", self._make_client)
+        alone = config.replace(oc_instances=(), schedule=())
+        link = partial(self._make_client, mqtt, filters)
+        super().__init__(alone, loop, log, journal, new_id(), "", link)
+        self._mqtt = mqtt
 
-    def _make_client(self, config: Config, will: OutgoingMessage) -> MqttClient:
-        if not self._filters:
-            client = MqttClient(self.loop, config.mqtt)
+    def _make_client(
+        self, mqtt: MqttConfig, filters: Sequence[str], config: Config, will: OutgoingMessage
+    ) -> MqttClient:
+        if not filters:
+            client = MqttClient(self.loop, mqtt)
             client.open(self)
             return client
         marker = config.topics.private(config.node.id, new_id())
         return RetainedQuery(
-            *(self.loop, config.mqtt, self._filters, marker),
+            *(self.loop, mqtt, filters, marker),
             *(self.deliver, self.link_up, self.link_down),
         ).link
 
@@ -8597,7 +8602,8 @@ class InProcessNode:
     ) -> None:
         """Beside a `daemon` it tells that one of what passes it by."""
         self.on_close: list[Callable[[], object]] = []
-        self._config, self._patience, self._daemon = config, patience, daemon
+        self._config, self._mqtt = config, config.mqtt
+        self._patience, self._daemon = patience, daemon
         self._ends = time.monotonic() + patience
         self._lines: deque[dict[str, Any]] = deque()
         self._loop: Loop | None = None
@@ -8618,7 +8624,7 @@ class InProcessNode:
         if answer is None:
             published = self._turn(lambda: len(self._lines) > 1, self._ends)
             if not published:
-                raise broker_fault(node.config.mqtt, f"no answer (PUBACK) in {self._patience:g} s")
+                raise self._late("no answer (PUBACK)")
             answer = self._lines.popleft()
         return answer
 
@@ -8664,12 +8670,15 @@ class InProcessNode:
 
     def _connect(self, filters: Sequence[str]) -> CommandNode:
         load_paho()  # where it is missing, a broker is of no use
-        config = with_broker(self._config)
+        self._mqtt = with_broker(self._config).mqtt
         self._loop = Loop(Log("error"))
-        node = self._node = CommandNode(config, self._loop, filters)
+        node = self._node = CommandNode(self._config, self._mqtt, self._loop, filters)
         if not self._turn(lambda: node.ready, self._ends):
-            raise broker_fault(config.mqtt, f"no answer in {self._patience:g} s")
+            raise self._late("no answer")
         return node
+
+    def _late(self, what: str) -> BrokerError:
+        return broker_fault(self._mqtt, f"{what} in {self._patience:.2g} s")
 
     def _turn(self, done: Callable[[], object], ends: float) -> bool:
         """Let the node live until something is done; False if that takes too long."""
@@ -10086,9 +10095,7 @@ def send_and_wait(
     with contextlib.closing(control):
         if wait is None:
             return say_sent(config, envelope, args, control, said["connected"])
-        if not said["connected"]:
-            print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
-        return print_replies(config, envelope, args, control, ends)
+        return print_replies(config, envelope, args, control, said["connected"], ends)
 
 
 PUBLISHED_TIMEOUT = 2.0  # seconds that a command waits for the broker, once its daemon has it all
@@ -10125,7 +10132,12 @@ def published(config: Config, said: Mapping[str, Any] | None) -> int | None:
 
 
 def print_replies(
-    config: Config, envelope: Envelope, args: argparse.Namespace, control: Control, ends: float
+    config: Config,
+    envelope: Envelope,
+    args: argparse.Namespace,
+    control: Control,
+    connected: bool,
+    ends: float,
 ) -> int:
     """Print the answers until all have come, or `ends` (monotonic) has; raises NoReplyError."""
     replies = ReplyCollector(envelope, config.heartbeat)
@@ -10133,6 +10145,8 @@ def print_replies(
     try:
         if envelope.to == EVERYONE:
             replies.expect(ask_members(control, "states", ends)["states"])
+        if not connected:
+            print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
         while replies.outstanding and (left := ends - time.monotonic()) > 0:
             said = control.receive(left) or {}
             if published(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
