@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -287,12 +288,22 @@ def test_a_follower_that_has_many_pages_to_read_gets_each_once(
 
 
 def test_a_follower_that_does_not_read_costs_no_memory_and_misses_nothing(
-    rig: Rig, caller: Caller
+    rig: Rig, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    size = 0
+    send = hive.ControlConnection.send
+
+    def counted(connection: hive.ControlConnection, document: Mapping[str, Any]) -> None:
+        nonlocal size
+        size += len(json.dumps(document))
+        send(connection, document)
+
+    monkeypatch.setattr(hive.ControlConnection, "send", counted)
     caller.ask(do="follow")
     for i in range(60):
         rig.say("status", id=f"m-{i}", urgency="later", text="x" * 200_000)
         rig.turn()
+    assert size < 2 * hive.MAX_PAYLOAD, "what it has not read is not kept for it"
     found: list[str] = []
 
     def read() -> bool:
@@ -303,6 +314,104 @@ def test_a_follower_that_does_not_read_costs_no_memory_and_misses_nothing(
 
     rig.until("all is read", read)
     assert [id for id in found if id.startswith("m-")] == [f"m-{i}" for i in range(60)]
+
+
+def test_a_daemon_that_is_stopping_takes_nothing_more(rig: Rig, caller: Caller) -> None:
+    rig.handler("slow", "exec sleep 0.5")
+    rig.say("command", "slow")
+    rig.until("it runs", lambda: rig.events("handler started"))
+    rig.node.stop()
+    said = caller.ask(do="send", envelope=own("m-1").document())
+    assert said == {"error": "the daemon is stopping"}
+    assert caller.ask(do="exchange", id="m-1") == {"rows": []}
+
+
+# What is known of all nodes
+
+
+def retain(rig: Rig, topic: str, payload: bytes, retained: bool = True) -> None:
+    message = hive.IncomingMessage(f"hive/meta/{topic}", payload, retained, None, lambda: None)
+    rig.node.deliver(message)
+
+
+def test_states_and_rosters_are_handed_on_as_they_came(rig: Rig, caller: Caller) -> None:
+    state = {"status": "online", "oc": {"main": {"status": "ok"}}, "more": [1, {"a": None}]}
+    retain(rig, "gamma/state", hive.encode_json(state))
+    retain(rig, "gamma/roster", b'{"handlers": ["ping"]}')
+    retain(rig, "delta/roster", b'{"handlers": ["pong"]}')
+    said = caller.ask(do="states")
+    assert (said["connected"], said["states"]["gamma"]) == (True, state)
+    rosters = caller.ask(do="roster")["rosters"]
+    assert rosters == {"gamma": {"handlers": ["ping"]}, "delta": {"handlers": ["pong"]}}
+    retain(rig, "gamma/state", b"")
+    retain(rig, "gamma/roster", b"")
+    assert "gamma" not in caller.ask(do="states")["states"]
+    assert [*caller.ask(do="roster")["rosters"]] == ["delta"], "what is cleared is gone"
+
+
+def test_it_is_said_whether_all_states_have_come(rig: Rig, caller: Caller) -> None:
+    assert not caller.ask(do="states")["complete"]
+    retain(rig, "beta/state", b'{"status": "offline"}')  # from before
+    assert not caller.ask(do="states")["complete"]
+    retain(rig, "beta/state", b'{"status": "online"}', retained=False)  # its own, and so the last
+    assert caller.ask(do="states")["complete"]
+    rig.disconnect()
+    said = caller.ask(do="roster")
+    assert (said["connected"], said["complete"]) == (False, False)
+    assert said["fault"].startswith("broker localhost:1883: connection refused")
+    assert 0 <= time.time() - said["seen"] < PATIENCE
+    rig.connect()
+    said = caller.ask(do="roster")
+    assert (said["connected"], said["complete"], said["fault"]) == (True, False, "")
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        *(b"\xff", b"7", b"[]", b"{", b"[" * 5000, b'{"a": ' * 5000, b"\0", b'{"n": 1e999}'),
+        *(b'{"status": "\\ud83d"}', b'{"status": NaN}', b'{"status": ' + b"9" * 5000 + b"}"),
+        b'{"status": "' + b"x" * 100_000 + b'"}',
+    ],
+    ids=range(12),
+)
+@pytest.mark.parametrize("document", ["state", "roster"])
+def test_no_document_of_a_peer_can_stand_in_the_way_of_others(
+    rig: Rig, caller: Caller, payload: bytes, document: str
+) -> None:
+    for name in ("gamma", "\ud83d", "a/b", "", "x" * 70):
+        retain(rig, f"{name}/{document}", payload)
+    retain(rig, f"delta/{document}", b'{"status": "online"}')
+    do = {"state": "states", "roster": "roster"}[document]
+    said = caller.ask(do=do)
+    documents = said[f"{document}s"]
+    assert documents["delta"] == {"status": "online"} and {*documents} <= {"delta", "gamma"}
+
+
+def test_all_documents_together_have_a_bound_and_each_has_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    documents = hive.RetainedDocuments()
+    long = {"status": "online", "known_peers": ["x" * 50] * 1000, "version": "1"}
+    documents.put("a", hive.encode_json(long))
+    assert documents.documents() == {"a": {"status": "online", "version": "1"}}
+    monkeypatch.setattr(hive, "MAX_DOCUMENTS", 10 * hive.MAX_DOCUMENT)
+    for i in range(100):
+        documents.put(f"n{i % 50}", hive.encode_json({"i": i, "text": "x" * 4000}))
+    kept = documents.documents()
+    assert [*kept] == [f"n{i}" for i in range(40, 50)], "the oldest go first"
+    assert [one["i"] for one in kept.values()] == [*range(90, 100)]
+
+
+# The table
+
+
+@pytest.mark.parametrize("name", hive.REQUESTS)
+def test_every_request_says_what_it_is_for_and_what_it_takes(name: str) -> None:
+    request = hive.REQUESTS[name]
+    assert request.help
+    for one in request.fields.values():
+        assert one.help and one.check.__doc__
+        assert one.required == (one.default is None)
 
 
 WRONG: list[object] = [
