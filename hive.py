@@ -19,13 +19,14 @@ tokens; only what needs judgment wakes an agent.
 #           Routing    decide(...) -> Step: what should happen, not how
 #   hands   Log        a line for each event
 #           Loop       files, deadlines and signals on one selector; knows no message
+#           Stream     a connected socket: bytes in, bytes out, both bounded
 #           Process    one child: bytes in, outcome out, always by a deadline
 #           Service    what systemd wants to hear
 #           Handlers   which executables there are, and the contract with them
 #           Agent      ways to wake one, one call at a time, tried again
 #           Store      an SQLite file that may fail, and come back
 #           Journal    what came, what went, what is still owed
-#           Door       a socket where this node's command line speaks to its daemon
+#           Control    a socket where this node's command line speaks to its daemon
 #           Packets    MQTT on the wire: bytes to packets and back
 #           Broker     a small one of our own, for one user on one machine
 #           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
@@ -1769,6 +1770,219 @@ class Loop:
                 at=f"{Path(where.filename).name}:{where.lineno}",
                 traceback=traceback.format_exc()[-MAX_LOGGED:],
             )
+
+
+# ---- Stream: a connected socket ----------------------------------------------------------
+#
+# Bytes in, bytes out, both bounded.  A Stream knows neither who waits for whom nor what the bytes
+# mean: pause() and resume() are for back-pressure, flush_soon for whoever must save first.
+
+READ_CHUNK = 64 * KIB  # bytes of one stream in a turn
+MAX_COPIED = 4 * KIB  # bytes that are joined to others; what is longer is kept as it is, and shared
+
+
+@dataclass(slots=True)
+class ByteCount:
+    """Bytes that several streams hold in memory, together."""
+
+    size: int = 0
+
+
+class Stream:
+    """A socket that does not block, and what is to be read from it and written to it.
+
+    on_ready is called when more has come in or gone out, on_close once, when it is gone; neither
+    from within write().  Where flush_soon is given, it is called instead of writing at once:
+    nothing leaves before the flush() that it promises.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        on_ready: Callable[[], None],
+        on_close: Callable[[], None],
+        max_input: int,
+        max_output: int,
+        flush_soon: Callable[[], None] | None = None,
+        total: ByteCount | None = None,
+    ) -> None:
+        self.input = bytearray()  # what came in, until it is consumed
+        self.output_size = 0  # bytes that wait for the socket
+        self.written_at = loop.clock()  # when the socket last took something, or had nothing to
+        self.closed = False
+        self._loop, self._sock = loop, sock
+        self._on_ready, self._on_close = on_ready, on_close
+        self._max_input, self._max_output = max_input, max_output
+        self._flush_soon, self._total = flush_soon or self.flush, total or ByteCount()
+        self._output = deque[bytes | bytearray | memoryview]()
+        self._full = False  # the socket takes no more for now
+        self._paused = False
+        self._ending: Timer | None = None  # nothing more is heard or written; closed when it is due
+        self._watched = 0
+        sock.setblocking(False)
+        self._watch()
+
+    @property
+    def is_open(self) -> bool:
+        """Is what comes in still heard, and what is written sent?"""
+        return not self.closed and self._ending is None
+
+    def pause(self) -> None:
+        """Read nothing more for now."""
+        self._paused = True
+        self._watch()
+
+    def resume(self) -> None:
+        self._paused = False
+        self._watch()
+
+    def consume(self, size: int) -> None:
+        """So many bytes of what came in are done with."""
+        del self.input[:size]
+        self._total.size -= size
+
+    def write(self, *parts: bytes) -> None:
+        """Send this; whoever lets more than the bound pile up is cut off."""
+        size = sum(map(len, parts))
+        if not size or not self.is_open:
+            return
+        if not self._output:
+            self.written_at = self._loop.clock()
+        if size >= MAX_COPIED:
+            self._output += filter(None, parts)
+        elif self._output and isinstance(self._output[-1], bytearray):
+            self._output[-1] += b"".join(parts)
+        else:
+            self._output.append(bytearray().join(parts))
+        self.output_size += size
+        self._total.size += size
+        self._flush_soon()
+        if self.output_size > self._max_output:
+            self._abort()
+
+    def flush(self) -> None:
+        """Write what the socket takes."""
+        if self.closed:
+            return
+        self._full = False
+        try:
+            while self._output:
+                self._written(self._sock.sendmsg(itertools.islice(self._output, 64)))
+        except (BlockingIOError, InterruptedError):
+            self._full = True
+        except OSError:
+            return self._abort()
+        if self._ending and not self._output:
+            # It may still be sending: to close now would be a reset, and our last words lost.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+        self._watch()
+
+    def end(self, linger: float) -> None:
+        """Hear no more, write what is left, and close when the other side has read it and closed.
+
+        `linger`: seconds that it has for that.
+        """
+        if self.is_open:
+            self._ending = self._loop.after(linger, self.close)
+            self.consume(len(self.input))
+            self._flush_soon()
+            self._watch()
+
+    def close(self) -> None:
+        """The connection is gone, with all that was not yet written."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._ending:
+            self._ending.cancel()
+        self._drop_all()
+        self._loop.forget(self._sock)
+        self._sock.close()
+        self._on_close()
+
+    def _abort(self) -> None:
+        """Close it at the end of this turn: somebody may be in the middle of writing to it."""
+        if self._ending:
+            self._ending.cancel()
+        self._ending = self._loop.after(0, self.close)
+        self._drop_all()
+        self._watch()
+
+    def _drop_all(self) -> None:
+        self.consume(len(self.input))
+        self._total.size -= self.output_size
+        self.output_size = 0
+        self._output.clear()
+        self._full = False
+
+    def _watch(self) -> None:
+        """Read unless it is paused; what comes after its end is read too, and dropped."""
+        events = selectors.EVENT_WRITE if self._full else 0
+        if self._ending or not self._paused:
+            events |= selectors.EVENT_READ
+        if self.closed or events == self._watched:
+            return
+        self._watched = events
+        if events:
+            self._loop.watch(self._sock, events, self._on_event)
+        else:
+            self._loop.forget(self._sock)
+
+    def _on_event(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._flush_soon()
+        if events & selectors.EVENT_READ and not self.closed:
+            self._read()
+        if self.is_open:
+            self._on_ready()
+
+    def _read(self) -> None:
+        try:
+            data = self._sock.recv(READ_CHUNK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if self._ending is None:
+            self.input += data
+            self._total.size += len(data)
+        if not data or len(self.input) > self._max_input:
+            self.close()
+
+    def _written(self, size: int) -> None:
+        self.written_at = self._loop.clock()
+        self.output_size -= size
+        self._total.size -= size
+        while size:
+            chunk = self._output[0]
+            if len(chunk) > size:
+                self._output[0] = memoryview(chunk)[size:]
+                return
+            size -= len(chunk)
+            self._output.popleft()
+
+
+def unix_listener(file: Path) -> socket.socket:
+    """A socket that only this user can open; the lock's holder may replace an old one.
+
+    Raises OSError, and touches nothing that is no socket.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(file.lstat().st_mode):
+            raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
+        file.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(file))
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(before)
+    return listener
 
 
 # ---- Process: one child ------------------------------------------------------------------
@@ -3611,14 +3825,14 @@ LOG_FILTERS = {  # how --from and the others choose rows
 }
 
 
-# ---- Door: this node's command line speaks to its daemon ---------------------------------
+# ---- Control: this node's command line speaks to its daemon ------------------------------
 #
 # A unix socket that only this user can open; one JSON object a line each way.  What peers could
 # forge on the bus cannot be forged here.  Knows no request.
 
 MAX_CONTROL_CONNECTIONS = 100
 MAX_LINE = 4 * MAX_PAYLOAD  # bytes
-MAX_UNREAD = 4 * MAX_LINE  # bytes that a visitor may leave unread
+MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
 CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
 SHORT_PLACE = Path("/tmp")
@@ -3635,12 +3849,12 @@ def shortened_socket_path(direct: Path) -> Path:
 
 
 def control_socket_path(config: Config) -> Path:
-    """Where a node's door is: in its state directory, or nearby if that path is too long."""
+    """In the node's state directory, or nearby if that path is too long."""
     return shortened_socket_path(config.state_dir / "door")
 
 
 def directory_objection(file: Path) -> str | None:
-    """Why what is behind this door may be somebody else; None if it can't.  Raises OSError."""
+    """Why what is behind this socket may be somebody else; None if it can't.  Raises OSError."""
     objection = writable_by_others(file.parent.stat())
     if file.parent.parent == SHORT_PLACE and file.parent.is_symlink():
         objection = "is a link, which is not hive's"
@@ -3650,70 +3864,41 @@ def directory_objection(file: Path) -> str | None:
 class ControlConnection:
     """One command that has come in, until it goes."""
 
-    def __init__(self, door: ControlServer, sock: socket.socket) -> None:
-        self.leaving: list[Callable[[], object]] = []  # what to do when it goes
-        self._door, self._sock = door, sock
-        self._in, self._out = bytearray(), bytearray()
-        sock.setblocking(False)
-        door.loop.watch(sock, selectors.EVENT_READ, self._ready)
-
-    def _ready(self, events: int) -> None:
-        try:
-            if events & selectors.EVENT_READ:
-                data = self._sock.recv(PIPE_CHUNK)
-                self._in += data
-                if not data or len(self._in) > MAX_LINE:
-                    return self.close()
-        except BlockingIOError:
-            pass
-        except OSError:
-            return self.close()
-        self._flush()
-        self._serve()
+    def __init__(self, server: ControlServer, sock: socket.socket) -> None:
+        self.on_close: list[Callable[[], object]] = []  # what to do when it goes
+        self._server = server
+        self._stream = Stream(
+            server.loop, sock, self._serve, self._closed, max_input=MAX_LINE, max_output=MAX_UNREAD
+        )
 
     def _serve(self) -> None:
         """Answer one request a turn, and none before it has read the last answer."""
-        line, complete, rest = self._in.partition(b"\n")
-        if not complete or self.busy or self not in self._door.visitors:
+        end = self._stream.input.find(b"\n")
+        if end < 0 or self.busy:
             return
-        self._in = rest
-        answer = self._door.answer(read_json_object(bytes(line)) or {}, self)
+        line = bytes(self._stream.input[:end])
+        self._stream.consume(end + 1)
+        answer = self._server.answer(read_json_object(line) or {}, self)
         if answer is not None:
-            self.say(answer)
-        if rest:
-            self._door.loop.post(self._serve)
+            self.send(answer)
+        if self._stream.input:
+            self._server.loop.post(self._serve)
 
-    def say(self, document: Mapping[str, Any]) -> None:
+    def send(self, document: Mapping[str, Any]) -> None:
         """Send it one more line."""
-        if self in self._door.visitors:
-            self._out += encode_json(document) + b"\n"
-            self._flush()
+        self._stream.write(encode_json(document) + b"\n")
 
     @property
     def busy(self) -> bool:
         """Has it yet to read what it was sent?"""
-        return bool(self._out)
-
-    def _flush(self) -> None:
-        try:
-            if self._out:
-                del self._out[: self._sock.send(self._out)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            return self.close()
-        if len(self._out) > MAX_UNREAD:
-            return self.close()
-        write = selectors.EVENT_WRITE if self._out else 0
-        self._door.loop.watch(self._sock, selectors.EVENT_READ | write, self._ready)
+        return self._stream.output_size > 0
 
     def close(self) -> None:
-        if self not in self._door.visitors:
-            return
-        self._door.loop.forget(self._sock)
-        self._sock.close()
-        self._door.visitors.discard(self)
-        for call in self.leaving:
+        self._stream.close()
+
+    def _closed(self) -> None:
+        self._server.connections.discard(self)
+        for call in self.on_close:
             call()
 
 
@@ -3728,38 +3913,32 @@ class ControlServer:
     ) -> None:
         """Open it; raises OSError.  Whoever holds the daemon's lock may replace an old socket.
 
-        `answer` gives None where it will say() something later.
+        `answer` gives None where it will send() something later.
         """
         self.loop, self.answer, self._file = loop, answer, file
-        self.visitors: set[ControlConnection] = set()
+        self.connections: set[ControlConnection] = set()
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         objection = directory_objection(file)
         if objection:
             raise PermissionError(errno.EPERM, objection)
-        file.unlink(missing_ok=True)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            self._sock.bind(str(file))
-        finally:
-            os.umask(before)
-        self._sock.setblocking(False)
-        self._sock.listen(MAX_CONTROL_CONNECTIONS)
-        loop.watch(self._sock, selectors.EVENT_READ, self._accept)
+        self._listener = unix_listener(file)
+        self._listener.setblocking(False)
+        self._listener.listen(MAX_CONTROL_CONNECTIONS)
+        loop.watch(self._listener, selectors.EVENT_READ, self._accept)
 
     def _accept(self, events: int) -> None:
         with contextlib.suppress(OSError):
-            sock, _ = self._sock.accept()
-            if len(self.visitors) >= MAX_CONTROL_CONNECTIONS:
+            sock, _ = self._listener.accept()
+            if len(self.connections) >= MAX_CONTROL_CONNECTIONS:
                 sock.close()
             else:
-                self.visitors.add(ControlConnection(self, sock))
+                self.connections.add(ControlConnection(self, sock))
 
     def close(self) -> None:
-        self.loop.forget(self._sock)
-        self._sock.close()
-        for visitor in [*self.visitors]:
-            visitor.close()
+        self.loop.forget(self._listener)
+        self._listener.close()
+        for connection in [*self.connections]:
+            connection.close()
         self._file.unlink(missing_ok=True)
 
 
@@ -4421,7 +4600,6 @@ MAX_KEEPALIVE = 60  # seconds; MQTT 5 lets a broker set it
 WILL_GRACE = 60.0  # seconds after a start: whoever was connected before it may come back
 DISK_AGAIN = 30.0  # seconds between attempts to go back to the disk
 
-READ_CHUNK = 64 * KIB  # bytes of one client in a turn
 SLICE = 0.002  # seconds of a turn for the packets of one client
 MAX_CLIENT_CONNECTIONS = 1000
 MAX_SESSIONS = 5000
@@ -5287,21 +5465,6 @@ def broker_socket(settings: BrokerConfig) -> Path:
     return shortened_socket_path(broker_home(settings) / "broker")
 
 
-def unix_listener(file: Path) -> socket.socket:
-    """A socket that only this user can open; the lock's holder may replace an old one."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(file.lstat().st_mode):
-            raise BrokerError(f"{file}: is no socket, and is left alone; name another --socket")
-        file.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(file))
-    finally:
-        os.umask(before)
-    return listener
-
-
 def check_listen(settings: BrokerConfig) -> tuple[str, int]:
     """Host and port on loopback; whoever asks for more, or for no password, is told what to do."""
     host, _, number = str(settings.listen).rpartition(":")
@@ -5395,7 +5558,8 @@ class Broker:
         try:
             unix = unix_listener(self.socket_path)
         except OSError as error:
-            raise BrokerError(f"{self.socket_path}: {reason_of(error)}") from None
+            hint = "; name another --socket" if isinstance(error, FileExistsError) else ""
+            raise BrokerError(f"{self.socket_path}: {reason_of(error)}{hint}") from None
         self._ending.callback(self.socket_path.unlink, missing_ok=True)
         self._listen(unix, trusted=True)
         self._tick()
@@ -7121,24 +7285,24 @@ class Requests:
             self._listen(envelope.exchange, visitor, forward=request["do"] == "send")
         if request["do"] == "sent":
             self._journal.sent(envelope, time.time())
-            self._when_safe(lambda: visitor.say({"ok": True}))
+            self._when_safe(lambda: visitor.send({"ok": True}))
             return None
         fault = self._send(envelope)
         if fault:
             return {"error": fault}
         self._senders[envelope.id] = visitor
-        visitor.leaving.append(lambda: self._senders.pop(envelope.id, None))
+        visitor.on_close.append(lambda: self._senders.pop(envelope.id, None))
         here = self._situation()
         said = here if request.get("wait") else {"connected": here["connected"]}
-        self._when_safe(lambda: visitor.say({"queued": True, **said}))
+        self._when_safe(lambda: visitor.send({"queued": True, **said}))
         return None
 
     def _listen(self, exchange: str, visitor: ControlConnection, forward: bool) -> None:
         self._waiting.add(exchange)
-        visitor.leaving.append(lambda: self._waiting.drop(exchange))
+        visitor.on_close.append(lambda: self._waiting.drop(exchange))
         if forward:
             self._listeners.setdefault(exchange, []).append(visitor)
-            visitor.leaving.append(lambda: self._deaf(exchange, visitor))
+            visitor.on_close.append(lambda: self._deaf(exchange, visitor))
 
     def _deaf(self, exchange: str, visitor: ControlConnection) -> None:
         listeners = self._listeners[exchange]
@@ -7153,7 +7317,7 @@ class Requests:
             asked_for = bounded_number(request.get("after"), 0, 2**53)
             last = answer["rows"][-1]["n"] if answer["rows"] else int(asked_for or 0)
             self._followers[visitor] = (request.get("filters", {}), last)
-            visitor.leaving.append(lambda: self._followers.pop(visitor, None))
+            visitor.on_close.append(lambda: self._followers.pop(visitor, None))
             self._when_safe(do_nothing)
         return answer
 
@@ -7161,12 +7325,12 @@ class Requests:
         """The broker has a message, or refused it; whoever sent it may still be there."""
         visitor = self._senders.pop(id, None)
         if visitor:
-            visitor.say({"published": code, "words": words})
+            visitor.send({"published": code, "words": words})
 
     def heard(self, answer: Envelope) -> None:
         """An answer has come, and is in the journal."""
         for visitor in [*self._listeners.get(answer.corr or "", ())]:
-            visitor.say({"answer": answer.document()})
+            visitor.send({"answer": answer.document()})
 
     def waits(self, exchange: str) -> bool:
         return self._waiting.expects(exchange, self._clock())
@@ -7180,7 +7344,7 @@ class Requests:
             rows = documents_of(self._journal.rows(filters, last)) if newest > last else []
             self._followers[visitor] = (filters, rows[-1]["n"] if rows else newest)
             if rows:
-                visitor.say({"rows": rows})
+                visitor.send({"rows": rows})
                 self._when_safe(do_nothing)  # look again: there may be more than one page
 
 
