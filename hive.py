@@ -1826,11 +1826,11 @@ READ_CHUNK = 64 * KIB  # bytes of one stream in a turn
 MAX_COPIED = 4 * KIB  # bytes that are joined to others; what is longer is kept as it is, and shared
 
 
-@dataclass(slots=True)
 class ByteCount:
     """Bytes that several streams hold in memory, together."""
 
-    size: int = 0
+    def __init__(self) -> None:
+        self.size = 0
 
 
 class Stream:
