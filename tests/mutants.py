@@ -301,8 +301,8 @@ class Source:
 class Slot:
     """A copy of the tree, in which one mutant after the other is tried."""
 
-    def __init__(self, number: int, exclude: list[str]) -> None:
-        self.path, self._exclude = CACHE / f"slot{number}", exclude
+    def __init__(self, number: int) -> None:
+        self.path = CACHE / f"slot{number}"
         shutil.rmtree(self.path, ignore_errors=True)
         listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         for name in subprocess.check_output(listed, cwd=ROOT, text=True).split("\0"):
@@ -321,8 +321,7 @@ class Slot:
         quiet = ("-q", "-x", "--tb=no", "-rfE", "-p", "no:cacheprovider")
         began = time.monotonic()
         run = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *quiet, f"--timeout={SLOWEST_TEST}", *tests]
-            + [f"--deselect={test}" for test in self._exclude],
+            [sys.executable, "-m", "pytest", *quiet, f"--timeout={SLOWEST_TEST}", *tests],
             cwd=self.path,
             env=os.environ | {"MUTANT": str(self.path)},
             stdout=subprocess.PIPE,
@@ -333,13 +332,12 @@ class Slot:
         )
         try:
             said, _ = run.communicate(timeout=bound)
-        except subprocess.TimeoutExpired:
-            said, run.returncode = "", 0
-            failed = "hang"
-        else:
-            found = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.M)
+            found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, re.M)
             failed = found[1] if found else f"exit {run.returncode}" if run.returncode else ""
-        self._end_what_is_left(run.pid)
+        except subprocess.TimeoutExpired:
+            failed = "hang"
+        finally:
+            self._end_what_is_left(run.pid)
         return failed, time.monotonic() - began
 
     def _end_what_is_left(self, group: int) -> None:
@@ -447,7 +445,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="at the same time")
     parser.add_argument("--again", action="store_true", help="try survivors of earlier runs again")
     parser.add_argument("--wider", type=int, default=99, help="how many files beyond a section's")
-    parser.add_argument("--exclude", action="append", default=[], help="a test to leave out")
     parser.add_argument("--list", action="store_true", help="show the sample, try nothing")
     options = parser.parse_args()
     source = Source((ROOT / "hive.py").read_bytes())
@@ -464,7 +461,7 @@ def main() -> None:
     known, net = remembered(), Net(source, options)
     slots: SimpleQueue[Slot] = SimpleQueue()
     for number in range(options.jobs):
-        slots.put(Slot(number, options.exclude))
+        slots.put(Slot(number))
 
     def attempt(mutant: Mutant) -> None:
         before = known.get(mutant.key, {"found": "", "wider": -1})
@@ -478,9 +475,12 @@ def main() -> None:
         outcome = known[mutant.key]["found"] or "SURVIVED"
         print(f"{mutant.section} {mutant.line}, {mutant.kind}: {outcome}", flush=True)
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
         for _ in pool.map(attempt, mutants):
             pass
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C: what is under way is finished first
     report(source, mutants, known)
 
 
