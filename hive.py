@@ -6353,6 +6353,11 @@ class MqttClient:
     def up(self) -> bool:
         return self._connection is not None and self._connection.up
 
+    @property
+    def welcome(self) -> bool:
+        """Has the broker let us in, and not yet gone?"""
+        return self._connection is not None and self._connection.welcome
+
     def aim(self, settings: MqttConfig) -> None:
         """From the next connection on, this is the broker."""
         self.settings = settings
@@ -8919,173 +8924,176 @@ class Finding:
     todo: str = ""
 
 
-class Visit(Errand):
-    """An errand that has an end whatever the broker does."""
-
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config)
-        self._deadline = deadline
-        self.loop.after(deadline, self._late)
-
-    def _late(self) -> None:
-        raise broker_fault(self.config.mqtt, f"no answer in {self._deadline:.0f} s")
-
-
-class Greeting(Visit):
-    """Connect, log in, go."""
-
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config, deadline)
-        self._link = MqttClient(self.loop, self.config.mqtt)
-        self._link.open(self)
-
-    def link_up(self) -> None:
-        self._link.close(self.finish, within=0.0)
-
-
-class Probing(Visit):
-    """Subscribe to what this node reads; publish where it writes, and see what comes back.
-
-    The probes go to topics below the node's own that nobody subscribes to, but one: a heartbeat
-    to ourselves, as a daemon sends it that looks for another of its name.
-    """
-
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config, deadline)
-        self.not_subscribed = ""  # why, if the broker said no
-        self.refused: dict[str, str] = {}  # topic: why
-        token, names = new_id(), [self.node, *config.agents]
-        private = dict.fromkeys((self.topics.private(one, token) for one in names), b"doctor")
-        unread = dict.fromkeys((self.topics.meta(one, f"doctor-{token}") for one in names), b"{}")
-        beat = Envelope.new(self.node, self.node, "heartbeat", "{}", urgency="later", id=token)
-        self._beat = OutgoingMessage(
-            self.topics.of(beat), beat.encode(), qos=0
-        )  # so it isn't queued
-        self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
-        self._unanswered = deque((private | unread).items())
-        read = [*self.topics.for_node(names), self.topics.meta("+", "state"), *private]
-        self._link = MqttClient(
-            self.loop, self.config.mqtt, subscriptions=[(topic, 0) for topic in read]
-        )
-        self._link.open(self)
-        self._up = False
-
-    def link_up(self) -> None:
-        self._up = True
-        self._link.publish(self._beat)
-        self._next()
-
-    def _next(self) -> None:
-        """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
-        if not self._unanswered:
-            self.loop.after(PROBE_PATIENCE, self._leave)
-            return self._end_if_complete()
-        topic, payload = self._unanswered[0]
-        self._link.publish(OutgoingMessage(topic, payload, keep=False, done=self._answered))
-
-    def _answered(self, code: int, words: str) -> None:
-        topic, _ = self._unanswered.popleft()
-        if code < 0 or code >= 0x80:
-            self.refused[topic] = words.lower()
-        self._next()
-
-    def link_down(self, reason: str) -> None:
-        if self._up:
-            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
-            self.refused[topic] = reason
-        elif reason.startswith("subscribing"):
-            self.not_subscribed = reason
-        else:
-            super().link_down(reason)
-        self.finish()
-
-    def deliver(self, delivery: IncomingMessage) -> None:
-        if self.missing.get(delivery.topic) == delivery.payload:
-            del self.missing[delivery.topic]
-            self._end_if_complete()
-
-    def _end_if_complete(self) -> None:
-        if not self._unanswered and not self.missing.keys() - self.refused.keys():
-            self._leave()
-
-    def _leave(self) -> None:
-        self._link.close(self.finish, within=0.0)
-
-
-class Listening(Visit):
-    """Hear of the other nodes, and compare their clocks with ours.
+class PeerClocks:
+    """How far the clocks of the other nodes are ahead of ours.
 
     Only what is said now tells the time; what was retained may be old, so it tells who should
     speak soon, and only a time that is still to come is wrong for certain.
     """
 
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config, deadline)
-        self.ahead: dict[str, float] = {}  # name: seconds that its clock is ahead of ours
-        self._awaited: set[str] = set()
-        self._patience, self._settled = 0.0, False
-        filters = [self.topics.meta("+", "state"), self.topics.to(EVERYONE, "heartbeat")]
-        marker = self.topics.private(self.node, new_id())
-        self._survey = RetainedQuery(
-            self.loop,
-            self.config.mqtt,
-            filters,
-            marker,
-            self._found,
-            self._complete,
-            self.link_down,
-        )
+    def __init__(self, config: Config) -> None:
+        self.ahead: dict[str, float] = {}  # name: seconds
+        self.awaited: set[str] = set()  # who is said to be alive
+        self.patience = 0.0  # seconds in which they should have spoken
+        self.any_state = False
+        self._node, self._topics = config.node.id, config.topics
+        self._interval = config.heartbeat.interval
 
-    def _found(self, delivery: IncomingMessage) -> None:
-        meta = self.topics.meta_of(delivery.topic)
-        if len(delivery.payload) > MAX_STATE:
+    @property
+    def complete(self) -> bool:
+        """Has everybody spoken who is awaited?"""
+        return self.awaited <= self.ahead.keys()
+
+    def hear(self, message: IncomingMessage) -> None:
+        """Take a state or a heartbeat, whatever it holds; anything else tells no time."""
+        state = self._topics.meta_of(message.topic)
+        self.any_state |= bool(state)
+        heartbeats = self._topics.to(EVERYONE, "heartbeat")
+        if not (state or message.topic == heartbeats) or len(message.payload) > MAX_STATE:
             return
-        said = read_json_object(delivery.payload) or {}
-        peer = meta[0] if meta else said.get("from")
-        alive = not meta or status_of(said) in ("online", "degraded")
-        then = bounded_number(said.get("last_seen" if meta else "ts"), 1, MAX_TS)
-        if said.get("daemon_node", peer) != peer or peer == self.node or not alive or not then:
+        said = read_json_object(message.payload) or {}
+        peer = state[0] if state else said.get("from")
+        alive = not state or status_of(said) in ("online", "degraded")
+        then = bounded_number(said.get("last_seen" if state else "ts"), 1, MAX_TS)
+        if said.get("daemon_node", peer) != peer or peer == self._node or not alive or not then:
             return
         if not isinstance(peer, str) or not NAME.fullmatch(peer) or len(self.ahead) >= MAX_PEERS:
             return
         ahead = int(then) + 0.5 - time.time()  # they are whole seconds
-        if not delivery.retained or ahead > CLOCK_TOLERANCE:
+        if not message.retained or ahead > CLOCK_TOLERANCE:
             self.ahead[peer] = ahead
-        elif meta and len(self._awaited) < MAX_PEERS:
-            self._awaited.add(peer)
-            interval = bounded_number(said.get("interval"), *PEER_INTERVAL)
-            interval = interval or self.config.heartbeat.interval
-            self._patience = min(max(self._patience, interval + 1.0), self._deadline - 1.0)
-        self._end_if_complete()
+        elif state and len(self.awaited) < MAX_PEERS:
+            self.awaited.add(peer)
+            interval = bounded_number(said.get("interval"), *PEER_INTERVAL) or self._interval
+            self.patience = min(max(self.patience, interval + 1.0), CLOCK_PATIENCE)
 
-    def _complete(self) -> None:
-        self._settled = True
-        self.loop.after(self._patience, self._leave)
-        self._end_if_complete()
 
-    def _end_if_complete(self) -> None:
-        if self._settled and self._awaited <= self.ahead.keys():
-            self._leave()
+class BrokerCheck:
+    """One connection to the broker, and what it shows, stage after stage.
 
-    def _leave(self) -> None:
-        self._survey.link.close(self.finish, within=0.0)
+    It subscribes to what this node reads, and publishes where it writes.  The probes go to topics
+    below the node's own that nobody subscribes to, but one: a heartbeat to ourselves, as a daemon
+    sends it that looks for another of its name.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.refused: dict[str, str] = {}  # topic: why
+        self._mqtt, self._clocks = config.mqtt, PeerClocks(config)
+        topics, node, token = config.topics, config.node.id, new_id()
+        names = [node, *config.agents]
+        private = dict.fromkeys((topics.private(one, token) for one in names), b"doctor")
+        unread = dict.fromkeys((topics.meta(one, f"doctor-{token}") for one in names), b"{}")
+        beat = Envelope.new(node, node, "heartbeat", "{}", urgency="later", id=token)
+        self._beat = OutgoingMessage(topics.of(beat), beat.encode(), qos=0)  # so it isn't queued
+        self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
+        self._unanswered = deque((private | unread).items())
+        self._lost = ""  # why the connection ended
+        self._subscribed: float | None = None  # since when
+        self._loop = Loop(Log("error"))
+        read = [*topics.for_node(names), topics.meta("+", "state"), *private]
+        self._client = MqttClient(self._loop, self._mqtt, subscriptions=[(one, 0) for one in read])
+        self._client.open(self)
+
+    def _wait(self, known: Callable[[], object], within: float) -> bool:
+        """Turn until something is known, or the connection ends; False if that takes too long."""
+        timer = self._loop.after(within, lambda: None)
+        while not (known() or self._lost) and self._loop.clock() < timer.due:
+            self._loop.step()
+        timer.cancel()
+        return bool(known() or self._lost)
+
+    def _expect(self, known: Callable[[], object], within: float) -> None:
+        """The same, where the broker owes us an answer; raises BrokerError."""
+        if not self._wait(known, within):
+            raise broker_fault(self._mqtt, f"no answer in {within:.0f} s")
+
+    def log_in(self, within: float) -> None:
+        """Raises BrokerError, as the others do, where the broker does not do its part."""
+        self._expect(lambda: self._client.welcome, within)
+        if self._lost and not self._lost.startswith("subscribing"):
+            raise broker_fault(self._mqtt, self._lost)
+
+    def subscribe(self, within: float) -> str:
+        """Why the broker refuses a subscription; empty if it takes all."""
+        self._expect(lambda: self._subscribed, within)
+        if self._subscribed is None and not self._lost.startswith("subscribing"):
+            raise broker_fault(self._mqtt, self._lost)
+        return self._lost if self._subscribed is None else ""
+
+    def publish(self, within: float) -> None:
+        """Fill `refused` with what the broker does not take, keep in `missing` what stays away."""
+        self._expect(lambda: not self._unanswered, within)
+        self._wait(lambda: not self.missing.keys() - self.refused.keys(), PROBE_PATIENCE)
+        if self._lost:
+            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
+            self.refused[topic] = self._lost
+
+    def compare_clocks(self, within: float) -> Mapping[str, float]:
+        """By how much other nodes are ahead of us, once each has spoken or had the time to."""
+        clocks = self._clocks
+        self._wait(lambda: clocks.any_state, RetainedQuery.QUIET)
+        since = self._loop.clock() - (self._subscribed or 0.0)
+        self._wait(lambda: clocks.complete, min(within, clocks.patience - since))
+        if self._lost:
+            raise broker_fault(self._mqtt, self._lost)
+        return clocks.ahead
+
+    def close(self) -> None:
+        gone = list[bool]()
+        self._client.close(lambda: gone.append(True), within=0.0)
+        self._lost = ""
+        self._wait(lambda: gone, 1.0)
+        self._loop.close()
+
+    # What the client reports:
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def link_up(self) -> None:
+        self._subscribed = self._loop.clock()
+        self._client.publish(self._beat)
+        self._probe()
+
+    def link_down(self, reason: str) -> None:
+        self._lost = reason
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        if self.missing.get(delivery.topic) == delivery.payload:
+            del self.missing[delivery.topic]
+        else:
+            self._clocks.hear(delivery)
+
+    def _probe(self) -> None:
+        """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
+        if self._unanswered:
+            topic, payload = self._unanswered[0]
+            self._client.publish(OutgoingMessage(topic, payload, keep=False, done=self._answered))
+
+    def _answered(self, code: int, words: str) -> None:
+        topic, _ = self._unanswered.popleft()
+        if code < 0 or code >= 0x80:
+            self.refused[topic] = words.lower()
+        self._probe()
 
 
 class DoctorContext:
-    """What the checks share: the configuration, once it is read, and how long there is."""
+    """What the checks share: the configuration, the connection, and how long there is."""
 
     config: Config
-    probing: Probing
+    broker: BrokerCheck
 
-    def __init__(self, load: Callable[[], Config], now: float) -> None:
-        self.load, self._until = load, now + DOCTOR_DEADLINE
+    def __init__(
+        self, load: Callable[[], Config], now: float, ending: contextlib.ExitStack
+    ) -> None:
+        self.load, self.ending, self._until = load, ending, now + DOCTOR_DEADLINE
 
     def left(self, at_most: float) -> float:
         """Seconds that the next thing may take."""
         return max(0.5, min(at_most, self._until - time.monotonic()))
 
 
-def check_python(exam: DoctorContext) -> Iterator[Finding]:
+def check_python(context: DoctorContext) -> Iterator[Finding]:
     import platform
 
     system = f"{platform.system()} {platform.machine()}"
@@ -9093,21 +9101,21 @@ def check_python(exam: DoctorContext) -> Iterator[Finding]:
     yield Finding(Level.OK, what)
 
 
-def check_paho(exam: DoctorContext) -> Iterator[Finding]:
+def check_paho(context: DoctorContext) -> Iterator[Finding]:
     load_paho()
     yield Finding(
         Level.OK, str(getattr(sys.modules["paho.mqtt"], "__version__", "of some version"))
     )
 
 
-def check_config(exam: DoctorContext) -> Iterator[Finding]:
-    exam.config = exam.load()
-    source = exam.config.source or "no file, the defaults hold (hive.py init writes one)"
-    yield Finding(Level.OK, f"node {exam.config.node.id}: {source}")
+def check_config(context: DoctorContext) -> Iterator[Finding]:
+    context.config = context.load()
+    source = context.config.source or "no file, the defaults hold (hive.py init writes one)"
+    yield Finding(Level.OK, f"node {context.config.node.id}: {source}")
 
 
-def check_files(exam: DoctorContext) -> Iterator[Finding]:
-    config = exam.config
+def check_files(context: DoctorContext) -> Iterator[Finding]:
+    config = context.config
     findings = [objected(Level.WARN, warning) for warning in config.warnings]
     named = [config.source, config.mqtt.password_file, config.mqtt.key_file]
     for file in filter(None, [*named, *(one.hook_token_file for one in config.oc_instances)]):
@@ -9136,47 +9144,47 @@ def check_folder(folder: Path) -> Iterator[Finding]:
         yield Finding(Level.WARN, f"{what}: others may look into it", f"chmod 700 {there}")
 
 
-def check_handlers(exam: DoctorContext) -> Iterator[Finding]:
-    folder = exam.config.handler_dir
-    catalogue = scan_handlers(folder)
-    why = catalogue.refused.get(str(folder))
+def check_handlers(context: DoctorContext) -> Iterator[Finding]:
+    folder = context.config.handler_dir
+    found = scan_handlers(folder)
+    why = found.refused.get(str(folder))
     if why:
         yield objected(Level.FAIL, f"none: {said_against(folder, why)}")
         return
-    for file, why in catalogue.refused.items():
+    for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
-    names = ", ".join(catalogue.handlers) or "none"
-    if folder.is_dir() or not exam.config.node.handler_dir:
+    names = ", ".join(found.handlers) or "none"
+    if folder.is_dir() or not context.config.node.handler_dir:
         yield Finding(Level.OK, f"{names}, in {folder}")
     else:
         yield Finding(Level.WARN, f"none: no directory {folder}", f"mkdir {folder}")
 
 
-def check_daemon(exam: DoctorContext) -> Iterator[Finding]:
-    node, door = exam.config.node.id, control_socket_path(exam.config)
-    visit = connect_to_daemon(exam.config)
-    if visit is None:
+def check_daemon(context: DoctorContext) -> Iterator[Finding]:
+    node, file = context.config.node.id, control_socket_path(context.config)
+    control = connect_to_daemon(context.config)
+    if control is None:
         yield Finding(
             Level.WARN, f"{node}'s does not run on this machine", "start it: hive.py daemon"
         )
         return
-    with contextlib.closing(visit):
+    with contextlib.closing(control):
         try:
-            answer = visit.ask({"do": "doctor", "id": new_id()})
+            answer = control.ask({"do": "doctor", "id": new_id()})
             why = "" if answer else "no answer"
         except OSError as error:
             why = reason_of(error)
     if why:
-        yield Finding(Level.FAIL, f"{node}'s does not answer at {door}: {why}", "restart it")
+        yield Finding(Level.FAIL, f"{node}'s does not answer at {file}: {why}", "restart it")
     else:
-        yield Finding(Level.OK, f"{node}'s runs, and answers at {door}")
+        yield Finding(Level.OK, f"{node}'s runs, and answers at {file}")
 
 
-def check_agents(exam: DoctorContext) -> Iterator[Finding]:
+def check_agents(context: DoctorContext) -> Iterator[Finding]:
     home = Path(os.path.expanduser("~"))
-    agents = exam.config.oc_instances
+    agents = context.config.oc_instances
     ports = {one.name: gateway_port(one, home) for one in agents}
-    silent = knock_on_ports({number for number in ports.values() if number})
+    silent = probe_ports({number for number in ports.values() if number})
     for one in agents:
         yield agent_finding(one, home, ports[one.name], silent)
     if not agents:
@@ -9185,7 +9193,7 @@ def check_agents(exam: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.OK, f"none configured, so messages wake nobody{hint}")
 
 
-def knock_on_ports(ports: Collection[int]) -> dict[int, str]:
+def probe_ports(ports: Collection[int]) -> dict[int, str]:
     """Does anything listen there?  Why not; nothing where something does."""
     loop = Loop(Log("error"))
     heard: dict[int, str] = {}
@@ -9227,43 +9235,45 @@ def agent_finding(
     return Finding(Level.OK, f"{one.name}: its gateway listens on 127.0.0.1:{number}")
 
 
-def check_broker(exam: DoctorContext) -> Iterator[Finding]:
-    if find_broker(exam.config) is None:
+def check_broker(context: DoctorContext) -> Iterator[Finding]:
+    mqtt = find_broker(context.config)
+    if mqtt is None:
         what = f"none is named, hosted, or at {LOCALHOST}:{MQTT_PORT}: the daemon will host one"
         yield Finding(Level.SKIPPED, what)
         return
-    exam.config = with_broker(exam.config)
-    mqtt, begun = exam.config.mqtt, time.monotonic()
-    Greeting(exam.config, exam.left(BROKER_DEADLINE)).run()
+    context.config, begun = replace(context.config, mqtt=mqtt), time.monotonic()
+    context.broker = BrokerCheck(context.config)
+    context.ending.callback(context.broker.close)
+    context.broker.log_in(context.left(BROKER_DEADLINE))
     how = f"as {mqtt.username}" if mqtt.username else "without a name"
     took = 1000 * (time.monotonic() - begun)
     yield Finding(Level.OK, f"{mqtt.address} lets us in {how}, in {took:.0f} ms")
 
 
-def check_subscribing(exam: DoctorContext) -> Iterator[Finding]:
-    exam.probing = Probing(exam.config, exam.left(BROKER_DEADLINE))
-    exam.probing.run()
-    if exam.probing.not_subscribed:
-        yield Finding(Level.FAIL, exam.probing.not_subscribed, acl_for(exam.config))
+def check_subscribing(context: DoctorContext) -> Iterator[Finding]:
+    refusal = context.broker.subscribe(context.left(BROKER_DEADLINE))
+    if refusal:
+        yield Finding(Level.FAIL, refusal, acl_for(context.config))
     else:
         yield Finding(Level.OK, "the broker takes every subscription of this node")
 
 
-def check_publishing(exam: DoctorContext) -> Iterator[Finding]:
-    refused = exam.probing.refused
+def check_publishing(context: DoctorContext) -> Iterator[Finding]:
+    context.broker.publish(context.left(BROKER_DEADLINE))
+    refused = context.broker.refused
     if refused:
         why = f"to {and_more(refused)}: {next(iter(refused.values()))}"
-        yield Finding(Level.FAIL, why, acl_for(exam.config))
+        yield Finding(Level.FAIL, why, acl_for(context.config))
     else:
-        always = ", as MQTT 3.1.1 always says" if exam.config.mqtt.protocol != "5" else ""
+        always = ", as MQTT 3.1.1 always says" if context.config.mqtt.protocol != "5" else ""
         yield Finding(Level.OK, f"messages to ourselves are taken{always}")
 
 
-def check_receiving(exam: DoctorContext) -> Iterator[Finding]:
-    missing = exam.probing.missing
+def check_receiving(context: DoctorContext) -> Iterator[Finding]:
+    missing = context.broker.missing
     if missing:
         what = f"what goes to {and_more(missing)} never arrives: no right to read?"
-        yield Finding(Level.FAIL, what, acl_for(exam.config))
+        yield Finding(Level.FAIL, what, acl_for(context.config))
     else:
         yield Finding(Level.OK, "they come back")
 
@@ -9284,15 +9294,14 @@ def acl_for(config: Config) -> str:
     )
 
 
-def check_clock(exam: DoctorContext) -> Iterator[Finding]:
-    listening = Listening(exam.config, exam.left(CLOCK_PATIENCE + 1.0))
-    listening.run()
+def check_clock(context: DoctorContext) -> Iterator[Finding]:
+    clocks = context.broker.compare_clocks(context.left(CLOCK_PATIENCE))
     wrong = [
         f"{peer}'s is {for_people(abs(ahead))} {'ahead' if ahead > 0 else 'behind'}"
-        for peer, ahead in sorted(listening.ahead.items())
+        for peer, ahead in sorted(clocks.items())
         if abs(ahead) > CLOCK_TOLERANCE
     ]
-    heard = len(listening.ahead)
+    heard = len(clocks)
     if not heard:
         yield Finding(Level.SKIPPED, "not compared: no other node was heard")
     elif not wrong:
@@ -9308,7 +9317,7 @@ class Check:
     """One thing to look at, and what must be well before."""
 
     name: str
-    look: Callable[[DoctorContext], Iterator[Finding]]
+    run: Callable[[DoctorContext], Iterator[Finding]]
     needs: tuple[str, ...] = ()
 
 
@@ -9330,24 +9339,26 @@ CHECKS = (
 
 def examine(load: Callable[[], Config], now: float) -> Iterator[tuple[str, Finding]]:
     """Every check with what it finds, as soon as that is known; `load` reads the configuration."""
-    exam, failed = DoctorContext(load, now), dict[str, str]()  # check: whose fault it is
-    for check in CHECKS:
-        cause = next((failed[one] for one in check.needs if one in failed), None)
-        if cause:
-            failed[check.name] = cause
-            yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause}")
-            continue
-        for finding in run_check(check, exam):
-            if finding.level in (Level.FAIL, Level.SKIPPED):
-                how = "failed" if finding.level is Level.FAIL else "was skipped"
-                failed[check.name] = f"{check.name} {how}"
-            yield check.name, finding
+    failed: dict[str, str] = {}  # check: whose fault it is
+    with contextlib.ExitStack() as ending:
+        context = DoctorContext(load, now, ending)
+        for check in CHECKS:
+            cause = next((failed[one] for one in check.needs if one in failed), None)
+            if cause:
+                failed[check.name] = cause
+                yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause}")
+                continue
+            for finding in run_check(check, context):
+                if finding.level in (Level.FAIL, Level.SKIPPED):
+                    how = "failed" if finding.level is Level.FAIL else "was skipped"
+                    failed[check.name] = f"{check.name} {how}"
+                yield check.name, finding
 
 
-def run_check(check: Check, exam: DoctorContext) -> Iterator[Finding]:
+def run_check(check: Check, context: DoctorContext) -> Iterator[Finding]:
     """Make one check; an error is a finding too."""
     try:
-        yield from check.look(exam)
+        yield from check.run(context)
     except HiveError as error:
         what, _, todo = str(error).partition("; ")
         yield Finding(Level.FAIL, what.removeprefix(f"{check.name} "), todo)
