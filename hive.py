@@ -8935,7 +8935,6 @@ class PeerClocks:
         self.ahead: dict[str, float] = {}  # name: seconds
         self.awaited: set[str] = set()  # who is said to be alive
         self.patience = 0.0  # seconds in which they should have spoken
-        self.any_state = False
         self._node, self._topics = config.node.id, config.topics
         self._interval = config.heartbeat.interval
 
@@ -8947,7 +8946,6 @@ class PeerClocks:
     def hear(self, message: IncomingMessage) -> None:
         """Take a state or a heartbeat, whatever it holds; anything else tells no time."""
         state = self._topics.meta_of(message.topic)
-        self.any_state |= bool(state)
         heartbeats = self._topics.to(EVERYONE, "heartbeat")
         if not (state or message.topic == heartbeats) or len(message.payload) > MAX_STATE:
             return
@@ -8976,9 +8974,11 @@ class BrokerCheck:
     sends it that looks for another of its name.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, left: Callable[[float], float]) -> None:
+        self.clocks = PeerClocks(config)
+        self.subscribed, self.not_subscribed = False, ""  # why, if the broker said no
         self.refused: dict[str, str] = {}  # topic: why
-        self._mqtt, self._clocks = config.mqtt, PeerClocks(config)
+        self._mqtt, self._left, self._lost = config.mqtt, left, ""
         topics, node, token = config.topics, config.node.id, new_id()
         names = [node, *config.agents]
         private = dict.fromkeys((topics.private(one, token) for one in names), b"doctor")
@@ -8987,62 +8987,41 @@ class BrokerCheck:
         self._beat = OutgoingMessage(topics.of(beat), beat.encode(), qos=0)  # so it isn't queued
         self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
         self._unanswered = deque((private | unread).items())
-        self._lost = ""  # why the connection ended
-        self._subscribed: float | None = None  # since when
         self._loop = Loop(Log("error"))
         read = [*topics.for_node(names), topics.meta("+", "state"), *private]
-        self._client = MqttClient(self._loop, self._mqtt, subscriptions=[(one, 0) for one in read])
-        self._client.open(self)
+        self.client = MqttClient(self._loop, self._mqtt, subscriptions=[(one, 0) for one in read])
+        self.client.open(self)
 
-    def _wait(self, known: Callable[[], object], within: float) -> bool:
-        """Turn until something is known, or the connection ends; False if that takes too long."""
+    def wait(self, known: Callable[[], object], within: float) -> bool:
+        """Turn until something is known; False if that takes too long."""
         timer = self._loop.after(within, lambda: None)
         while not (known() or self._lost) and self._loop.clock() < timer.due:
             self._loop.step()
         timer.cancel()
-        return bool(known() or self._lost)
+        return bool(known())
 
-    def _expect(self, known: Callable[[], object], within: float) -> None:
-        """The same, where the broker owes us an answer; raises BrokerError."""
-        if not self._wait(known, within):
-            raise broker_fault(self._mqtt, f"no answer in {within:.0f} s")
+    def expect(self, known: Callable[[], object]) -> None:
+        """Wait for what the broker owes us; raises BrokerError where that does not come."""
+        within = self._left(BROKER_DEADLINE)
+        if not self.wait(known, within) or self._lost:
+            raise broker_fault(self._mqtt, self._lost or f"no answer in {within:.0f} s")
 
-    def log_in(self, within: float) -> None:
-        """Raises BrokerError, as the others do, where the broker does not do its part."""
-        self._expect(lambda: self._client.welcome, within)
-        if self._lost and not self._lost.startswith("subscribing"):
-            raise broker_fault(self._mqtt, self._lost)
+    def publish(self) -> None:
+        """See each probe answered; then they may be `refused`, or `missing` for ever."""
+        self.expect(lambda: not self._unanswered)
+        self.wait(lambda: self.refused or not self.missing, PROBE_PATIENCE)
 
-    def subscribe(self, within: float) -> str:
-        """Why the broker refuses a subscription; empty if it takes all."""
-        self._expect(lambda: self._subscribed, within)
-        if self._subscribed is None and not self._lost.startswith("subscribing"):
-            raise broker_fault(self._mqtt, self._lost)
-        return self._lost if self._subscribed is None else ""
-
-    def publish(self, within: float) -> None:
-        """Fill `refused` with what the broker does not take, keep in `missing` what stays away."""
-        self._expect(lambda: not self._unanswered, within)
-        self._wait(lambda: not self.missing.keys() - self.refused.keys(), PROBE_PATIENCE)
-        if self._lost:
-            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
-            self.refused[topic] = self._lost
-
-    def compare_clocks(self, within: float) -> Mapping[str, float]:
-        """By how much other nodes are ahead of us, once each has spoken or had the time to."""
-        clocks = self._clocks
-        self._wait(lambda: clocks.any_state, RetainedQuery.QUIET)
-        since = self._loop.clock() - (self._subscribed or 0.0)
-        self._wait(lambda: clocks.complete, min(within, clocks.patience - since))
-        if self._lost:
-            raise broker_fault(self._mqtt, self._lost)
-        return clocks.ahead
+    def compare_clocks(self) -> None:
+        """Wait for the nodes that are said to be alive; some brokers are late in saying so."""
+        self.wait(lambda: self.clocks.awaited, RetainedQuery.QUIET)
+        self.wait(lambda: self.clocks.complete, self._left(self.clocks.patience))
+        self.expect(lambda: not self._lost)
 
     def close(self) -> None:
         gone = list[bool]()
-        self._client.close(lambda: gone.append(True), within=0.0)
-        self._lost = ""
-        self._wait(lambda: gone, 1.0)
+        self.client.close(lambda: gone.append(True), within=0.0)
+        while not gone:
+            self._loop.step()
         self._loop.close()
 
     # What the client reports:
@@ -9051,24 +9030,31 @@ class BrokerCheck:
         go_on()
 
     def link_up(self) -> None:
-        self._subscribed = self._loop.clock()
-        self._client.publish(self._beat)
+        self.subscribed = True
+        self.client.publish(self._beat)
         self._probe()
 
     def link_down(self, reason: str) -> None:
-        self._lost = reason
+        if reason.startswith("subscribing"):
+            self.not_subscribed = reason
+        elif self.subscribed and (self._unanswered or self.missing):
+            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
+            self.refused[topic] = reason
+            self._unanswered.clear()
+        else:
+            self._lost = reason
 
     def deliver(self, delivery: IncomingMessage) -> None:
         if self.missing.get(delivery.topic) == delivery.payload:
             del self.missing[delivery.topic]
         else:
-            self._clocks.hear(delivery)
+            self.clocks.hear(delivery)
 
     def _probe(self) -> None:
         """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
         if self._unanswered:
             topic, payload = self._unanswered[0]
-            self._client.publish(OutgoingMessage(topic, payload, keep=False, done=self._answered))
+            self.client.publish(OutgoingMessage(topic, payload, keep=False, done=self._answered))
 
     def _answered(self, code: int, words: str) -> None:
         topic, _ = self._unanswered.popleft()
@@ -9242,24 +9228,25 @@ def check_broker(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.SKIPPED, what)
         return
     context.config, begun = replace(context.config, mqtt=mqtt), time.monotonic()
-    context.broker = BrokerCheck(context.config)
-    context.ending.callback(context.broker.close)
-    context.broker.log_in(context.left(BROKER_DEADLINE))
+    broker = context.broker = BrokerCheck(context.config, context.left)
+    context.ending.callback(broker.close)
+    broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
     how = f"as {mqtt.username}" if mqtt.username else "without a name"
     took = 1000 * (time.monotonic() - begun)
     yield Finding(Level.OK, f"{mqtt.address} lets us in {how}, in {took:.0f} ms")
 
 
 def check_subscribing(context: DoctorContext) -> Iterator[Finding]:
-    refusal = context.broker.subscribe(context.left(BROKER_DEADLINE))
-    if refusal:
-        yield Finding(Level.FAIL, refusal, acl_for(context.config))
+    broker = context.broker
+    broker.expect(lambda: broker.subscribed or broker.not_subscribed)
+    if broker.not_subscribed:
+        yield Finding(Level.FAIL, broker.not_subscribed, acl_for(context.config))
     else:
         yield Finding(Level.OK, "the broker takes every subscription of this node")
 
 
 def check_publishing(context: DoctorContext) -> Iterator[Finding]:
-    context.broker.publish(context.left(BROKER_DEADLINE))
+    context.broker.publish()
     refused = context.broker.refused
     if refused:
         why = f"to {and_more(refused)}: {next(iter(refused.values()))}"
@@ -9295,7 +9282,8 @@ def acl_for(config: Config) -> str:
 
 
 def check_clock(context: DoctorContext) -> Iterator[Finding]:
-    clocks = context.broker.compare_clocks(context.left(CLOCK_PATIENCE))
+    context.broker.compare_clocks()
+    clocks = context.broker.clocks.ahead
     wrong = [
         f"{peer}'s is {for_people(abs(ahead))} {'ahead' if ahead > 0 else 'behind'}"
         for peer, ahead in sorted(clocks.items())
