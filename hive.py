@@ -9384,11 +9384,6 @@ class MosquittoSetup:
     tls: bool
     nodes: Mapping[str, Sequence[str]]  # a node's name, and its agents'
 
-    @property
-    def address(self) -> str:
-        """The one address to listen on; empty for all of them."""
-        return self.host if is_address(self.host) else ""
-
 
 def is_address(host: str) -> bool:
     """Is it an IP address, and no name?"""
@@ -9407,7 +9402,7 @@ def node_and_agents(value: object) -> tuple[str, tuple[str, ...]]:
     return node_name(node), tuple(node_name(agent) for agent in agents.split(",")) if colon else ()
 
 
-def mosquitto_site(
+def mosquitto_setup(
     config: Config, said: Sequence[tuple[str, Sequence[str]]], tls: bool, here: str
 ) -> MosquittoSetup:
     """Work out whom Mosquitto serves and where it listens, or raise UsageError.
@@ -9443,42 +9438,9 @@ def nodes_with_agents(
     return nodes
 
 
-def mosquitto_conf(site: MosquittoSetup) -> str:
-    """mosquitto.conf; the shell fills in $etc and $data."""
-    tls = """\
-certfile $etc/hive/server.pem
-keyfile $etc/hive/server.key
-tls_version tlsv1.2
-"""
-    plain = """\
-# No TLS: whoever is on the way reads passwords and messages.  For a VPN or loopback, not a LAN.
-"""
-    return f"""\
-# Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
-
-{f"listener {site.port} {site.address}".strip()}
-{tls if site.tls else plain}
-# Nobody without a password, and each node only what is its own.
-allow_anonymous false
-password_file $etc/hive/passwords
-acl_file $etc/hive/acl
-
-# What was acknowledged is on disk a moment later, not in half an hour.
-persistence true
-persistence_location $data/
-autosave_interval 1
-autosave_on_changes true
-
-# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
-max_queued_messages 0
-persistent_client_expiration {SESSION_EXPIRY // 86400}d
-max_packet_size {MAX_PACKET}
-"""
-
-
-def mosquitto_acl(site: MosquittoSetup) -> str:
+def mosquitto_acl(setup: MosquittoSetup) -> str:
     """The ACL file: general rules for whoever has a password, and one for each agent."""
-    topics, me = site.topics, "%u"
+    topics, me = setup.topics, "%u"
     state = topics.meta("+", "state")
     general = (
         ("read", topics.to(me), "what is addressed to it"),
@@ -9496,30 +9458,19 @@ def mosquitto_acl(site: MosquittoSetup) -> str:
     ]
     for access, topic, why in general:
         lines += [f"# {why}", f"pattern {access} {topic}"]
-    for node, agents in site.nodes.items():
+    for node, agents in setup.nodes.items():
         others = [agent for agent in dict.fromkeys(agents) if agent != node]
         if others:
             lines += ["", f"user {node}", *(f"topic read {topics.to(one)}" for one in others)]
     return "\n".join(lines) + "\n"
 
 
-def node_toml(site: MosquittoSetup, node: str) -> str:
-    """What a node's hive.toml says about the broker."""
-    lines = [
-        "[mqtt]",
-        f'host = "{site.host}"',
-        f"port = {site.port}",
-        f'username = "{node}"',
-        'password_file = "mqtt-password"',
-    ]
-    return "\n".join([*lines, *(["tls = true", 'ca_file = "mqtt-ca.pem"'] if site.tls else [])])
-
-
+# @WORD@ is filled in; a line after "@tls " or "@plain " is there with TLS, or without it.
 SCRIPT_HEAD = """\
 #!/bin/sh
 # Sets up Mosquitto for the hive whose topics begin with @PREFIX@/, and for its nodes
 #   @NODES@
-# which will reach it at @HOST@:@PORT@.
+# which will reach it at @ADDRESS@.
 #
 # Read it, then run it on the machine that shall host Mosquitto:
 #
@@ -9577,6 +9528,42 @@ chmod 711 "$etc/hive" # Mosquitto goes through it, and only who runs this writes
 if [ -e "$etc/mosquitto.conf" ] && ! grep -q mosquitto-conf "$etc/mosquitto.conf"; then
   cp -p "$etc/mosquitto.conf" "$etc/mosquitto.conf.before-hive"
 fi
+"""
+
+SCRIPT_FILES = """
+# == The configuration
+
+put "$etc/mosquitto.conf" 644 <<END
+# Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
+
+listener @LISTENER@
+@tls certfile $etc/hive/server.pem
+@tls keyfile $etc/hive/server.key
+@tls tls_version tlsv1.2
+@plain # No TLS: whoever is on the way reads passwords and messages.
+@plain # For a VPN or loopback, not a LAN.
+
+# Nobody without a password, and each node only what is its own.
+allow_anonymous false
+password_file $etc/hive/passwords
+acl_file $etc/hive/acl
+
+# What was acknowledged is on disk a moment later, not in half an hour.
+persistence true
+persistence_location $data/
+autosave_interval 1
+autosave_on_changes true
+
+# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
+max_queued_messages 0
+persistent_client_expiration @EXPIRY@d
+max_packet_size @MAX_PACKET@
+END
+
+# == Who may do what
+
+put "$etc/hive/acl" 600 <<'END'
+@ACL@END
 """
 
 SCRIPT_PASSWORDS = """
@@ -9661,12 +9648,18 @@ for node in "$@"; do
   echo
   give_to="ssh $node 'umask 077; mkdir -p ~/.config/hive; cat >~/.config/hive"
   echo "  ${sudo}cat '$etc/hive/$node.password' | $give_to/mqtt-password'"
-@CA@
+@tls   echo "  ${sudo}cat '$etc/hive/ca.pem' | $give_to/mqtt-ca.pem'"
   cat <<END
 
 and in its ~/.config/hive/hive.toml:
 
-@TOML@
+[mqtt]
+host = "@HOST@"
+port = @PORT@
+username = "$node"
+password_file = "mqtt-password"
+@tls tls = true
+@tls ca_file = "mqtt-ca.pem"
 END
 done
 echo
@@ -9674,42 +9667,31 @@ echo "When a node has its password: ${sudo}rm $etc/hive/NODE.password"
 """
 
 
-def certificate_names(host: str) -> str:
-    """The subjectAltName of the server: the name that the nodes use, and this machine itself."""
-    names = [f"IP:{host}" if is_address(host) else f"DNS:{host}", "DNS:localhost", "IP:127.0.0.1"]
-    return ",".join(dict.fromkeys(names))
-
-
-def mosquitto_script(site: MosquittoSetup) -> str:
+def mosquitto_script(setup: MosquittoSetup) -> str:
     """The whole script: several files in one stream, which can be read, kept and run."""
-    config, acl = mosquitto_conf(site), mosquitto_acl(site)
-    files = f"""
-# == The configuration
-
-put "$etc/mosquitto.conf" 644 <<END
-{config}END
-
-# == Who may do what
-
-put "$etc/hive/acl" 600 <<'END'
-{acl}END
-"""
-    ca = """  echo "  ${sudo}cat '$etc/hive/ca.pem' | $give_to/mqtt-ca.pem'\""""
+    host, port, numeric = setup.host, setup.port, is_address(setup.host)
+    certified = (f"IP:{host}" if numeric else f"DNS:{host}", "DNS:localhost", "IP:127.0.0.1")
     words = {
-        "PREFIX": site.topics.prefix,
-        "NODES": " ".join(site.nodes),
-        "HOST": f"[{site.host}]" if ":" in site.host else site.host,
-        "PORT": str(site.port),
+        "PREFIX": setup.topics.prefix,
+        "NODES": " ".join(setup.nodes),
+        "HOST": host,
+        "PORT": str(port),
+        "ADDRESS": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        "LISTENER": f"{port} {host}" if numeric else str(port),  # else at every address
+        "EXPIRY": str(SESSION_EXPIRY // 86400),
+        "MAX_PACKET": str(MAX_PACKET),
+        "ACL": mosquitto_acl(setup),
         "SCRIPT": "setup.sh",
-        "OPENSSL": " openssl" if site.tls else "",
+        "OPENSSL": " openssl" if setup.tls else "",
         "DAYS": str(SURE_DAYS),
-        "CN": site.host[:64],  # X.509's limit; the names that count are in subjectAltName
-        "NAMES": certificate_names(site.host),
-        "CA": ca if site.tls else "  :",
-        "TOML": node_toml(site, "$node"),
+        "CN": host[:64],  # X.509's limit; the names that count are in subjectAltName
+        "NAMES": ",".join(dict.fromkeys(certified)),
     }
-    parts = [SCRIPT_HEAD, files, SCRIPT_PASSWORDS, SCRIPT_TLS if site.tls else "", SCRIPT_TAIL]
-    return re.sub(r"@([A-Z]+)@", lambda found: words[found[1]], "".join(parts))
+    tls = SCRIPT_TLS if setup.tls else ""
+    text = "".join((SCRIPT_HEAD, SCRIPT_FILES, SCRIPT_PASSWORDS, tls, SCRIPT_TAIL))
+    absent, present = ("@plain ", "@tls ") if setup.tls else ("@tls ", "@plain ")
+    text = re.sub(rf"(?m)^{absent}.*\n|^{present}", "", text)
+    return re.sub(r"@([A-Z_]+)@", lambda found: words[found[1]], text)
 
 
 # ---- Commands: one function for each subcommand ------------------------------------------
@@ -10400,8 +10382,8 @@ def command_broker(args: argparse.Namespace) -> int:
     """Run the embedded broker alone, in the foreground; or set up Mosquitto."""
     config = config_of(args)
     if args.mosquitto_conf:
-        site = mosquitto_site(config, args.nodes, args.tls, socket.gethostname())
-        print(mosquitto_script(site), end="")
+        setup = mosquitto_setup(config, args.nodes, args.tls, socket.gethostname())
+        print(mosquitto_script(setup), end="")
         return Exit.DONE
     if args.nodes or args.tls:
         raise UsageError("broker: --tls and names of nodes belong to --mosquitto-conf")
