@@ -9277,7 +9277,7 @@ def check_broker(context: DoctorContext) -> Iterator[Finding]:
         what = f"none is named, hosted, or at {LOCALHOST}:{MQTT_PORT}: the daemon will host one"
         yield Finding(Level.SKIPPED, what)
         return
-    context.config, begun = replace(context.config, mqtt=mqtt), time.monotonic()
+    context.config, begun = context.config.replace(mqtt=mqtt), time.monotonic()
     broker = context.broker = BrokerCheck(context.config, context.left)
     context.ending.callback(broker.close)
     broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
