@@ -9,9 +9,7 @@ tokens; only what needs judgment wakes an agent.
 # The map, for readers.  A section uses only what stands above it.
 #
 #   words   Basics     what a user can act on, with its exit code; how a value is declared
-#           Channels   the kinds of message, and what a node does with each, as one table
-#           Envelope   one message: parse, check, encode, reply
-#           Topics     the only place where a topic is put together or taken apart
+#           Envelope   one message: its channel, what a node does with it; its fields; its topic
 #           Config     every key once; TOML in, values out
 #   rules   Roster     who is alive, who has just been lost, whose turn it is to say so
 #           Memory     answers that somebody waits for, faults already complained about
@@ -218,9 +216,25 @@ class Value:
         return type(self)(**{**vars(self), **new})
 
 
-# ---- Channels: the kinds of message ------------------------------------------------------
+# ---- Envelope: one message ---------------------------------------------------------------
 #
-# The one table of what a node does with each kind.  Does not know how any of it is done.
+# CHANNELS is the one table of what a node does with each kind of message.  Whatever bytes arrive,
+# parse ends in an Envelope or in one EnvelopeError.  Wire spellings (`from`, `replyTo`) live here
+# and nowhere else, and only Topics puts a topic together or takes one apart.  Knows no node.
+
+PROTOCOL_VERSION = 1
+MAX_TEXT = 256 * KIB  # bytes of UTF-8
+MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixfold in JSON
+MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
+MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
+MAX_NESTING = 32  # levels of a field that we don't know
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+EVERYONE = "all"
+RESERVED = (EVERYONE, "meta")
+URGENCIES = ("now", "later")
 
 
 class Wake(Enum):
@@ -254,27 +268,6 @@ CHANNELS = {
         Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
     )
 }
-URGENCIES = ("now", "later")
-
-# ---- Envelope: one message ---------------------------------------------------------------
-#
-# Whatever bytes arrive, parse ends in an Envelope or in one EnvelopeError.  Wire spellings
-# (`from`, `replyTo`) live here and nowhere else.  Knows no topic and no node.
-
-PROTOCOL_VERSION = 1
-MAX_TEXT = 256 * KIB  # bytes of UTF-8
-MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixfold in JSON
-MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
-MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
-
-MAX_NESTING = 32  # levels of a field that we don't know
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-EVERYONE = "all"
-RESERVED = (EVERYONE, "meta")
-
 
 # A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
 # hive.toml and the command line share them.
@@ -343,12 +336,11 @@ def choice(*allowed: str) -> Callable[[object], str]:
 
 
 def whole(value: object, low: int, high: int) -> int:
-    """An int in a range; a float is truncated, a bool refused."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A number in a range, of which a fraction is cut off; raises ValueError."""
+    number = bounded_number(value, low, high)
+    if number is None:
         raise ValueError
-    if not low <= value <= high:  # false for NaN and infinity too
-        raise ValueError
-    return int(value)
+    return int(number)
 
 
 def wire(kind: Callable[[Any], Any], key: str = "", default: Any = ...) -> Any:
@@ -425,8 +417,7 @@ class Envelope(Value):
         document = {key: more.get(attribute) for attribute, key, *_ in WIRE_FIELDS}
         document |= {"v": PROTOCOL_VERSION, "from": sender, "to": to, "ch": ch, "text": text}
         document |= {"id": id or new_id(), "ts": int(now or time.time())}
-        document["urgency"] = more.get("urgency") or "now"
-        return cls.check(document)
+        return cls.check(document | {"urgency": document["urgency"] or "now"})
 
     def reply(self, sender: str, text: str, *, ch: str = "response", **more: Any) -> Envelope:
         """Make the answer to this envelope: corr and replyTo come from it."""
@@ -506,11 +497,6 @@ def bounded_number(value: object, low: float, high: float) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         return None
     return float(value)
-
-
-# ---- Topics: where messages go -----------------------------------------------------------
-#
-# The only place where a topic is put together or taken apart.  Does not know who publishes.
 
 
 def topic_prefix(value: object) -> str:
