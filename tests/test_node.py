@@ -156,10 +156,10 @@ class Rig:
 
     # What comes in
 
-    def ask(self, knock: hive.ControlClient, **request: object) -> dict[str, Any]:
+    def ask(self, client: hive.ControlClient, **request: object) -> dict[str, Any]:
         """What a command on this machine is told at the door."""
         answers: list[dict[str, Any]] = []
-        asking = threading.Thread(target=lambda: answers.append(knock.ask(request)))
+        asking = threading.Thread(target=lambda: answers.append(client.ask(request)))
         asking.start()
         self.until("an answer at the door", lambda: not asking.is_alive())
         return answers[0]
@@ -559,16 +559,16 @@ def test_the_answer_that_somebody_waits_for_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    knock = hive.ControlClient(rig.state_dir / "door", "beta")
+    client = hive.ControlClient(rig.state_dir / "door", "beta")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
-    assert rig.ask(knock, do="sent", envelope=asked, wait=True) == {"ok": True}
+    assert rig.ask(client, do="sent", envelope=asked, wait=True) == {"ok": True}
     rig.say("response", corr="c-1")
     rig.say("response", corr="c-1")  # of a question to everyone
     rig.advance(120)
     assert rig.started() == []
     rig.say("response", corr="c-2")
     rig.until("the agent hears of another", lambda: rig.started() == ["main"])
-    knock.close()
+    client.close()
     rig.advance(5)
     rig.say("response", corr="c-1")
     rig.until("the agent hears it after all", lambda: rig.started() == ["main"] * 2)
@@ -578,12 +578,12 @@ def test_the_answer_that_somebody_has_just_read_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    knock = hive.ControlClient(rig.state_dir / "door", "beta")
+    client = hive.ControlClient(rig.state_dir / "door", "beta")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
-    rig.ask(knock, do="sent", envelope=asked, wait=True)
+    rig.ask(client, do="sent", envelope=asked, wait=True)
     answer = hive.Envelope.new("alpha", "beta", "response", "yes", id="a-1", corr="c-1")
-    assert rig.ask(knock, do="read", envelope=answer.document()) == {"ok": True}
-    knock.close()
+    assert rig.ask(client, do="read", envelope=answer.document()) == {"ok": True}
+    client.close()
     rig.turn()
     rig.say("response", id="a-1", corr="c-1", text="yes")
     rig.turn()
@@ -596,11 +596,11 @@ def test_the_answer_to_a_question_that_nobody_waits_for_wakes_the_agent_with_the
     rig_of: Callable[..., Rig], main: hive.InstanceConfig, fast_agent: Path
 ) -> None:
     rig = rig_of([main])
-    knock = hive.ControlClient(rig.state_dir / "door", "beta")
+    client = hive.ControlClient(rig.state_dir / "door", "beta")
     text = "is the backup\ndone?" + " " * 1000
     asked = hive.Envelope.new("beta", "alpha", "command", text, id="c-1").document()
-    assert rig.ask(knock, do="send", envelope=asked)["queued"]
-    knock.close()
+    assert rig.ask(client, do="send", envelope=asked)["queued"]
+    client.close()
     rig.say("response", corr="c-1", text="yes")
     (call,) = rig.until("the agent is called", lambda: calls_of(fast_agent))
     header, said, _ = call["argv"][3].split("\n")
