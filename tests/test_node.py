@@ -41,6 +41,8 @@ class Wire:
         self.published: list[hive.OutgoingMessage] = []
         self.echoes: list[hive.OutgoingMessage] = []
         self.unacknowledged: list[hive.OutgoingMessage] = []
+        self.probes: list[Callable[[bool], None]] = []
+        self.takes_connections: bool | None = True  # None: it does not answer
         self.up = self.closed = False
 
     def aim(self, settings: hive.MqttConfig) -> None:
@@ -59,6 +61,11 @@ class Wire:
     def close(self, done: Callable[[], None], within: float) -> None:
         self.closed = True
         done()
+
+    def probe(self, done: Callable[[bool], None]) -> None:
+        self.probes.append(done)
+        if self.takes_connections is not None:
+            done(self.takes_connections)
 
 
 class Rig:
@@ -87,7 +94,7 @@ class Rig:
         log = hive.Log(level, "json", self.log)
         self.loop = hive.Loop(log, self.clock)
         self.journal = hive.Journal(self.state_dir, log, 7 * 86400, 64_000_000)
-        self.node = hive.Node(
+        self.node = hive.Daemon(
             self.config, self.loop, log, self.journal, "this-run", "", self._make_wire
         )
         self.node.start()
@@ -524,9 +531,9 @@ def test_a_handler_that_sleeps_delays_nobody(rig_of: Callable[..., Rig]) -> None
     rig = rig_of(hang=HANGS)
     waiting = [rig.say("command", "hang"), rig.say("command", "hang")]
     assert rig.works()
-    before = len(rig.kept("beta", "state"))
+    before = len(rig.heartbeats())
     rig.advance(10)
-    assert len(rig.kept("beta", "state")) == before + 2
+    assert len(rig.heartbeats()) == before + 2
     assert rig.started() == ["hang", "ping"]
     (rig.handler_dir.parent / "gate").touch()
     assert [rig.answer_to(one).text for one in waiting] == ["through"] * 2
@@ -865,9 +872,11 @@ def test_no_payload_stops_a_node(rig_of: Callable[..., Rig], topic: str, retaine
         rig.hand_in(topic, payload, retained)
         rig.turn()
     assert rig.acked == (0 if "meta" in topic else len(payloads))
-    before = len(rig.kept("beta", "state"))
+    heartbeats, states = len(rig.heartbeats()), len(rig.kept("beta", "state"))
     rig.advance(5)
-    assert len(rig.kept("beta", "state")) > before, "it no longer shows that it is alive"
+    assert len(rig.heartbeats()) > heartbeats, "it no longer shows that it is alive"
+    rig.advance(5)
+    assert len(rig.kept("beta", "state")) > states
     assert rig.works()
 
 
@@ -915,7 +924,7 @@ def test_ten_thousand_bad_messages_are_a_few_lines_in_the_log(rig_of: Callable[.
     rig.turn()
     assert rig.acked == 10_001
     assert 4 <= len(rig.events()) - before <= 100
-    rig.advance(5)
+    rig.advance(10)
     counters = rig.kept("beta", "state")[-1]["counters"]
     assert counters["invalid"] == 2500 and counters["dropped"] == 7500
     assert rig.works()
@@ -1260,7 +1269,7 @@ def test_somebody_with_our_name_is_answered_with_a_heartbeat(rig: Rig) -> None:
 def test_the_state_tells_how_a_node_is(rig_of: Callable[..., Rig]) -> None:
     agent = hive.InstanceConfig("main", openclaw_cmd=("/no/such/openclaw",), token="secret")
     rig = rig_of([agent])
-    rig.live(10, "gamma", "alpha")
+    rig.live(15, "gamma", "alpha")
     for name in ("beta", "main"):
         (*_, published) = [p for p in rig.wire.published if p.topic == f"hive/meta/{name}/state"]
         assert (published.qos, published.retain) == (1, True)
@@ -1269,7 +1278,7 @@ def test_the_state_tells_how_a_node_is(rig_of: Callable[..., Rig]) -> None:
         assert state["daemon_node"] == "beta"
         assert state["status"] == "online"
         assert abs(state["last_seen"] - time.time()) < 60
-        assert state["uptime_s"] == 10.0
+        assert state["uptime_s"] == 15.0
         assert state["known_peers"] == ["alpha", "gamma"]
         assert state["version"].startswith(hive.__version__)
         assert state["instance"] == "this-run"
@@ -1430,7 +1439,7 @@ def test_what_a_crash_left_is_taken_up(rig_of: Callable[..., Rig]) -> None:
         task = rig.journal.owe(row or 0)
         if action != "count":
             rig.journal.begin([task])
-    rig.node._take_up()
+    rig.node.work.take_up()
     assert rig.answer_to(asked["count"]).text == "done"
     assert rig.answer_to(asked["again"]).text == "done"
     alert = rig.answer_to(asked["lost"])
