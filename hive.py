@@ -7125,16 +7125,16 @@ class Presence:
     def beat(self) -> None:
         """Show that we are alive, and our state if that is news.
 
-        A state is judged by its `last_seen`, by hives of any version: it may grow no older than
-        a peer that missed all heartbeats but one.
+        A state is judged by its `last_seen`, by hives of any version: stale if it is older than
+        all heartbeats that may be missed.  So it is renewed one heartbeat before that.
         """
         now = self._beaten = self._loop.clock()
         topic = self._topics.to(EVERYONE, "heartbeat")
         self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0, keep=False))
         states = self._states("online")
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
-        longest = self._own.interval * (self._own.miss_threshold - 1)
-        if news != self._shown or now - self._shown_at >= longest:
+        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
+        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
             self._publish_states(states, keep=False)
 
