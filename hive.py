@@ -9856,9 +9856,35 @@ BROKER_HELP = {key: declared.help for key, declared in BrokerConfig.FIELDS.items
 AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON instead of text")
 
 
+def start_again() -> None:
+    """Go on as a process that reads the compiled file, if this one had to compile it.
+
+    Python compiles a script at each start, and never gives back 24 MB of what that takes.
+    Where nothing can be written into its cache, nothing would be gained.
+    """
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import cache_from_source
+
+    if __spec__ is not None or not isinstance(globals().get("__loader__"), SourceFileLoader):
+        return  # it is no script that Python itself runs
+    file = str(own_file())
+    SourceFileLoader("hive", file).get_code("hive")
+    if not os.path.exists(cache_from_source(file)):
+        return
+    code = (
+        f"import sys; sys.path[:1] = {sys.path[:1]}; del sys.argv[0]; __file__ = sys.argv[0];"
+        " from importlib.machinery import SourceFileLoader;"
+        ' exec(SourceFileLoader("hive", __file__).get_code("hive"))'
+    )
+    interpreter = sys.orig_argv[: -len(sys.argv)]
+    with contextlib.suppress(OSError):
+        os.execv(sys.executable, [*interpreter, "-c", code, file, *sys.argv[1:]])
+
+
 @subcommand(examples="hive.py daemon --node alpha --host broker.lan")
 def command_daemon(args: argparse.Namespace) -> int:
     """Run this node, in the foreground, until SIGTERM or Ctrl-C."""
+    start_again()
     config = config_of(args)
     log = Log(config.logging.level, config.logging.format)
     instance = new_id()
@@ -10443,6 +10469,8 @@ hive.py broker --mosquitto-conf --host 100.64.0.7 alpha beta > setup.sh""",
 )
 def command_broker(args: argparse.Namespace) -> int:
     """Run the embedded broker alone, in the foreground; or set up Mosquitto."""
+    if not args.mosquitto_conf:
+        start_again()
     config = config_of(args)
     if args.mosquitto_conf:
         site = mosquitto_site(config, args.nodes, args.tls, socket.gethostname())
