@@ -9684,14 +9684,6 @@ def mosquitto_script(setup: MosquittoSetup) -> str:
 #
 # Options stand beside the function that reads them; Main builds the parser from COMMANDS.
 
-OVERRIDES = {  # option on the command line: key of hive.toml
-    "node": "node.id",
-    "prefix": "node.topic_prefix",
-    "host": "mqtt.host",
-    "port": "mqtt.port",
-    "log_level": "logging.level",
-}
-
 
 class Command(Value):
     """A subcommand: its docstring and options are what --help shows."""
@@ -9704,9 +9696,42 @@ class Command(Value):
 COMMANDS: dict[str, Command] = {}
 
 
+def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """Make a kind of Config or a field's check serve as argparse's type=."""
+
+    def convert(said: str) -> Any:
+        try:
+            return kind(said)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {kind.__doc__}") from None
+
+    return convert
+
+
 def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """One option, as argparse's add_argument takes it."""
-    return flags, how
+    """One option, as argparse's add_argument takes it, but for `type`, which is a kind."""
+    return flags, how | ({"type": as_type(how["type"])} if "type" in how else {})
+
+
+def key_option(
+    dotted: str, flag: str = "", more: str = "", **how: Any
+) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """An option that sets a key of hive.toml ("mqtt.port"): kind and help are the key's own."""
+    declared = setting_of(dotted)
+    if "action" not in how:
+        how = {"type": declared.kind, "metavar": declared.name.upper()} | how
+    flag = flag or f"--{declared.name.replace('_', '-')}"
+    return option(flag, dest=dotted, help=declared.help + more, **how)
+
+
+COMMON_OPTIONS = (  # of every command, before or after its name
+    option("--config", metavar="FILE", help="hive.toml to read; init writes it"),
+    key_option("node.id", "--node"),
+    key_option("node.topic_prefix", "--prefix"),
+    key_option("mqtt.host"),
+    key_option("mqtt.port"),
+    key_option("logging.level", "--log-level"),
+)
 
 
 def subcommand(
@@ -9724,9 +9749,7 @@ def subcommand(
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of keys of hive.toml."""
     return {
-        dotted: getattr(args, dest)
-        for dest, dotted in OVERRIDES.items()
-        if getattr(args, dest, None) is not None
+        dotted: value for dotted, value in vars(args).items() if "." in dotted and value is not None
     }
 
 
@@ -9771,7 +9794,6 @@ def ttl_seconds(said: str) -> int:
 
 
 DIRECT = option("--direct", action="store_true", help="publish without this node's daemon")
-BROKER_HELP = {key: declared.help for key, declared in BrokerConfig.FIELDS.items()}
 AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON instead of text")
 
 
@@ -10229,25 +10251,12 @@ def command_config(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def option_for(dotted: str, more: str = "") -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """An option that sets a key of hive.toml: kind and help are the key's own."""
-    declared = setting_of(dotted)
-    flag = f"--{declared.name.replace('_', '-')}"
-    about = declared.help + more
-    return option(flag, type=declared.kind, metavar=declared.name.upper(), help=about)
-
-
-SETUP_KEYS = {  # and what init makes of them besides
-    "node.handler_dir": "",
-    "mqtt.username": "",
-    "mqtt.password_file": "; - takes it from stdin",
-    "mqtt.ca_file": "; means --tls",
-}
-
-
 @subcommand(
-    *(option_for(dotted, more) for dotted, more in SETUP_KEYS.items()),
-    option("--tls", action=argparse.BooleanOptionalAction, help=setting_of("mqtt.tls").help),
+    key_option("node.handler_dir"),
+    key_option("mqtt.username"),
+    key_option("mqtt.password_file", more="; - takes it from stdin"),
+    key_option("mqtt.ca_file", more="; means --tls"),
+    key_option("mqtt.tls", action=argparse.BooleanOptionalAction),
     option(
         "--agent",
         action="append",
@@ -10290,20 +10299,16 @@ def command_init(args: argparse.Namespace) -> int:
 def said_by_options(args: argparse.Namespace, ask: Prompt) -> dict[str, Any]:
     """What the options say, by dotted key; paths are meant from where we are."""
     said = overrides_of(args)
-    for dotted in SETUP_KEYS:
-        value = getattr(args, dotted.partition(".")[2])
-        if value is not None:
-            said[dotted] = Path(os.path.abspath(value)) if isinstance(value, Path) else value
-    tls = bool(args.ca_file) if args.tls is None else args.tls
-    said |= {"mqtt.tls": tls} if tls or args.tls is not None else {}
-    if args.password_file == Path("-"):
+    if said.get("mqtt.password_file") == Path("-"):
         del said["mqtt.password_file"]
         password = ask.password("Password there") if ask.asking else read_text("-")
         try:
             said["mqtt.password"] = password_line(password)
         except ValueError:
             raise UsageError(f"--password-file -: not {password_line.__doc__}") from None
-    return said
+    if "mqtt.ca_file" in said:
+        said.setdefault("mqtt.tls", True)
+    return {k: Path(os.path.abspath(v)) if isinstance(v, Path) else v for k, v in said.items()}
 
 
 def next_commands(file: Path) -> str:
@@ -10339,9 +10344,9 @@ def command_doctor(args: argparse.Namespace) -> int:
 
 
 @subcommand(
-    option("--socket", type=file_path, metavar="PATH", help=BROKER_HELP["socket"]),
-    option("--listen", type=listen_address, metavar="HOST:PORT", help=BROKER_HELP["listen"]),
-    option("--anonymous", action="store_true", help=BROKER_HELP["anonymous"]),
+    key_option("broker.socket", metavar="PATH"),
+    key_option("broker.listen", metavar="HOST:PORT"),
+    key_option("broker.anonymous", action="store_const", const=True),
     option(
         "--mosquitto-conf",
         action="store_true",
@@ -10369,19 +10374,17 @@ def command_broker(args: argparse.Namespace) -> int:
         return Exit.DONE
     if args.nodes or args.tls:
         raise UsageError("broker: --tls and names of nodes belong to --mosquitto-conf")
-    run_broker(config, args)
+    run_broker(config)
     return Exit.DONE
 
 
-def run_broker(config: Config, args: argparse.Namespace) -> None:
+def run_broker(config: Config) -> None:
     """Until SIGTERM or Ctrl-C."""
-    said = {key: getattr(args, key) for key in ("socket", "listen", "anonymous")}
-    settings = config.broker.replace(**{key: value for key, value in said.items() if value})
     log = Log(config.logging.level, config.logging.format)
     loop = Loop(log)
     with contextlib.ExitStack() as ending:
         ending.callback(loop.close)
-        hosted = Broker(loop, log, settings)
+        hosted = Broker(loop, log, config.broker)
         ending.callback(hosted.close)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, loop.stop)
@@ -10391,18 +10394,6 @@ def run_broker(config: Config, args: argparse.Namespace) -> None:
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------
-
-
-def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a kind of Config or a field's check serve as argparse's type=."""
-
-    def convert(said: str) -> Any:
-        try:
-            return kind(said)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {kind.__doc__}") from None
-
-    return convert
 
 
 class Parser(argparse.ArgumentParser):
@@ -10424,11 +10415,8 @@ def common_options() -> Parser:
     """Options that may stand before or after the subcommand."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("configuration")
-    group.add_argument("--config", metavar="FILE", help="hive.toml to read; init writes it")
-    for dest, dotted in OVERRIDES.items():
-        declared = setting_of(dotted)
-        flag, kind = f"--{dest.replace('_', '-')}", as_type(declared.kind)
-        group.add_argument(flag, type=kind, metavar=declared.name.upper(), help=declared.help)
+    for flags, how in COMMON_OPTIONS:
+        group.add_argument(*flags, **how)
     return common
 
 
@@ -10461,8 +10449,7 @@ def make_parser(only: str = "") -> Parser:
             epilog=f"examples:\n{indented(one.examples)}" if one.examples else None,
         )
         for flags, how in one.options:
-            kind = {"type": as_type(how["type"])} if "type" in how else {}
-            sub.add_argument(*flags, **{**how, **kind})
+            sub.add_argument(*flags, **how)
         sub.set_defaults(run=one.run)
     return parser
 
