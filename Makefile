@@ -86,12 +86,12 @@ fuzz: $(VENV)/ready  ## another seed each time; SEED=... to choose it
 faults: $(VENV)/ready mosquitto  ## what survives which fault, as a table
 	HIVE_FAULTS_TABLE=- $(python) -m pytest -q --timeout 150 tests/test_faults.py
 
+brokers: $(VENV)/ready mosquitto  ## BROKERS="nats amqtt" for some of them
+	$(python) tests/brokers.py $(BROKERS)
+
 mutants: $(VENV)/ready mosquitto  ## takes hours, goes on where it stopped; SECTIONS=Broker,Loop
 	$(python) tests/mutants.py --count $(or $(N),150) --seed $(or $(SEED),1) \
 	  --jobs $(or $(JOBS),2) --sections '$(SECTIONS)' $(if $(AGAIN),--again)
-
-brokers: $(VENV)/ready mosquitto  ## BROKERS="nats amqtt" for some of them
-	$(python) tests/brokers.py $(BROKERS)
 
 bench-journal: $(VENV)/ready mosquitto
 	$(python) tests/bench_journal.py

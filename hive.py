@@ -9,9 +9,7 @@ tokens; only what needs judgment wakes an agent.
 # The map, for readers.  A section uses only what stands above it.
 #
 #   words   Basics     what a user can act on, with its exit code; how a value is declared
-#           Channels   the kinds of message, and what a node does with each, as one table
-#           Envelope   one message: parse, check, encode, reply
-#           Topics     the only place where a topic is put together or taken apart
+#           Envelope   one message: its channel, what a node does with it; its fields; its topic
 #           Config     every key once; TOML in, values out
 #   rules   Roster     who is alive, who has just been lost, whose turn it is to say so
 #           Memory     answers that somebody waits for, faults already complained about
@@ -19,13 +17,14 @@ tokens; only what needs judgment wakes an agent.
 #           Routing    decide(...) -> Step: what should happen, not how
 #   hands   Log        a line for each event
 #           Loop       files, deadlines and signals on one selector; knows no message
+#           Stream     a connected socket: bytes in, bytes out, both bounded
 #           Process    one child: bytes in, outcome out, always by a deadline
 #           Service    what systemd wants to hear
 #           Handlers   which executables there are, and the contract with them
 #           Agent      ways to wake one, one call at a time, tried again
 #           Store      an SQLite file that may fail, and come back
 #           Journal    what came, what went, what is still owed
-#           Door       a socket where this node's command line speaks to its daemon
+#           Control    a socket where this node's command line speaks to its daemon
 #           Packets    MQTT on the wire: bytes to packets and back
 #           Broker     a small one of our own, for one user on one machine
 #           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
@@ -218,9 +217,25 @@ class Value:
         return type(self)(**{**vars(self), **new})
 
 
-# ---- Channels: the kinds of message ------------------------------------------------------
+# ---- Envelope: one message ---------------------------------------------------------------
 #
-# The one table of what a node does with each kind.  Does not know how any of it is done.
+# CHANNELS is the one table of what a node does with each kind of message.  Whatever bytes arrive,
+# parse ends in an Envelope or in one EnvelopeError.  Wire spellings (`from`, `replyTo`) live here
+# and nowhere else, and only Topics puts a topic together or takes one apart.  Knows no node.
+
+PROTOCOL_VERSION = 1
+MAX_TEXT = 256 * KIB  # bytes of UTF-8
+MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixfold in JSON
+MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
+MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
+MAX_NESTING = 32  # levels of a field that we don't know
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+EVERYONE = "all"
+RESERVED = (EVERYONE, "meta")
+URGENCIES = ("now", "later")
 
 
 class Wake(Enum):
@@ -254,27 +269,6 @@ CHANNELS = {
         Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
     )
 }
-URGENCIES = ("now", "later")
-
-# ---- Envelope: one message ---------------------------------------------------------------
-#
-# Whatever bytes arrive, parse ends in an Envelope or in one EnvelopeError.  Wire spellings
-# (`from`, `replyTo`) live here and nowhere else.  Knows no topic and no node.
-
-PROTOCOL_VERSION = 1
-MAX_TEXT = 256 * KIB  # bytes of UTF-8
-MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixfold in JSON
-MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
-MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
-
-MAX_NESTING = 32  # levels of a field that we don't know
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-EVERYONE = "all"
-RESERVED = (EVERYONE, "meta")
-
 
 # A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
 # hive.toml and the command line share them.
@@ -343,12 +337,11 @@ def choice(*allowed: str) -> Callable[[object], str]:
 
 
 def whole(value: object, low: int, high: int) -> int:
-    """An int in a range; a float is truncated, a bool refused."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A number in a range, of which a fraction is cut off; raises ValueError."""
+    number = bounded_number(value, low, high)
+    if number is None:
         raise ValueError
-    if not low <= value <= high:  # false for NaN and infinity too
-        raise ValueError
-    return int(value)
+    return int(number)
 
 
 def wire(kind: Callable[[Any], Any], key: str = "", default: Any = ...) -> Any:
@@ -425,8 +418,7 @@ class Envelope(Value):
         document = {key: more.get(attribute) for attribute, key, *_ in WIRE_FIELDS}
         document |= {"v": PROTOCOL_VERSION, "from": sender, "to": to, "ch": ch, "text": text}
         document |= {"id": id or new_id(), "ts": int(now or time.time())}
-        document["urgency"] = more.get("urgency") or "now"
-        return cls.check(document)
+        return cls.check(document | {"urgency": document["urgency"] or "now"})
 
     def reply(self, sender: str, text: str, *, ch: str = "response", **more: Any) -> Envelope:
         """Make the answer to this envelope: corr and replyTo come from it."""
@@ -506,11 +498,6 @@ def bounded_number(value: object, low: float, high: float) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         return None
     return float(value)
-
-
-# ---- Topics: where messages go -----------------------------------------------------------
-#
-# The only place where a topic is put together or taken apart.  Does not know who publishes.
 
 
 def topic_prefix(value: object) -> str:
@@ -1814,6 +1801,219 @@ class Loop:
                 at=f"{Path(where.filename).name}:{where.lineno}",
                 traceback=traceback.format_exc()[-MAX_LOGGED:],
             )
+
+
+# ---- Stream: a connected socket ----------------------------------------------------------
+#
+# Bytes in, bytes out, both bounded.  A Stream knows neither who waits for whom nor what the bytes
+# mean: pause() and resume() are for back-pressure, flush_soon for whoever must save first.
+
+READ_CHUNK = 64 * KIB  # bytes of one stream in a turn
+MAX_COPIED = 4 * KIB  # bytes that are joined to others; what is longer is kept as it is, and shared
+
+
+class ByteCount:
+    """Bytes that several streams hold in memory, together."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+
+class Stream:
+    """A socket that does not block, and what is to be read from it and written to it.
+
+    on_ready is called when more has come in or gone out, on_close once, when it is gone; neither
+    from within write().  Where flush_soon is given, it is called instead of writing at once:
+    nothing leaves before the flush() that it promises.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        on_ready: Callable[[], None],
+        on_close: Callable[[], None],
+        max_input: int,
+        max_output: int,
+        flush_soon: Callable[[], None] | None = None,
+        total: ByteCount | None = None,
+    ) -> None:
+        self.input = bytearray()  # what came in, until it is consumed
+        self.output_size = 0  # bytes that wait for the socket
+        self.written_at = loop.clock()  # when the socket last took something, or had nothing to
+        self.closed = False
+        self._loop, self._sock = loop, sock
+        self._on_ready, self._on_close = on_ready, on_close
+        self._max_input, self._max_output = max_input, max_output
+        self._flush_soon, self._total = flush_soon or self.flush, total or ByteCount()
+        self._output = deque[bytes | bytearray | memoryview]()
+        self._full = False  # the socket takes no more for now
+        self._paused = False
+        self._ending: Timer | None = None  # nothing more is heard or written; closed when it is due
+        self._watched = 0
+        sock.setblocking(False)
+        self._watch()
+
+    @property
+    def is_open(self) -> bool:
+        """Is what comes in still heard, and what is written sent?"""
+        return not self.closed and self._ending is None
+
+    def pause(self) -> None:
+        """Read nothing more for now."""
+        self._paused = True
+        self._watch()
+
+    def resume(self) -> None:
+        self._paused = False
+        self._watch()
+
+    def consume(self, size: int) -> None:
+        """So many bytes of what came in are done with."""
+        del self.input[:size]
+        self._total.size -= size
+
+    def write(self, *parts: bytes) -> None:
+        """Send this; whoever lets more than the bound pile up is cut off."""
+        size = sum(map(len, parts))
+        if not size or not self.is_open:
+            return
+        if not self._output:
+            self.written_at = self._loop.clock()
+        if size >= MAX_COPIED:
+            self._output += filter(None, parts)
+        elif self._output and isinstance(self._output[-1], bytearray):
+            self._output[-1] += b"".join(parts)
+        else:
+            self._output.append(bytearray().join(parts))
+        self.output_size += size
+        self._total.size += size
+        self._flush_soon()
+        if self.output_size > self._max_output:
+            self._abort()
+
+    def flush(self) -> None:
+        """Write what the socket takes."""
+        if self.closed:
+            return
+        self._full = False
+        try:
+            while self._output:
+                self._written(self._sock.sendmsg(itertools.islice(self._output, 64)))
+        except (BlockingIOError, InterruptedError):
+            self._full = True
+        except OSError:
+            return self._abort()
+        if self._ending and not self._output:
+            # It may still be sending: to close now would be a reset, and our last words lost.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+        self._watch()
+
+    def end(self, linger: float) -> None:
+        """Hear no more, write what is left, and close when the other side has read it and closed.
+
+        `linger`: seconds that it has for that.
+        """
+        if self.is_open:
+            self._ending = self._loop.after(linger, self.close)
+            self.consume(len(self.input))
+            self._flush_soon()
+            self._watch()
+
+    def close(self) -> None:
+        """The connection is gone, with all that was not yet written."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._ending:
+            self._ending.cancel()
+        self._drop_all()
+        self._loop.forget(self._sock)
+        self._sock.close()
+        self._on_close()
+
+    def _abort(self) -> None:
+        """Close it at the end of this turn: somebody may be in the middle of writing to it."""
+        if self._ending:
+            self._ending.cancel()
+        self._ending = self._loop.after(0, self.close)
+        self._drop_all()
+        self._watch()
+
+    def _drop_all(self) -> None:
+        self.consume(len(self.input))
+        self._total.size -= self.output_size
+        self.output_size = 0
+        self._output.clear()
+        self._full = False
+
+    def _watch(self) -> None:
+        """Read unless it is paused; what comes after its end is read too, and dropped."""
+        events = selectors.EVENT_WRITE if self._full else 0
+        if self._ending or not self._paused:
+            events |= selectors.EVENT_READ
+        if self.closed or events == self._watched:
+            return
+        self._watched = events
+        if events:
+            self._loop.watch(self._sock, events, self._on_event)
+        else:
+            self._loop.forget(self._sock)
+
+    def _on_event(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._flush_soon()
+        if events & selectors.EVENT_READ and not self.closed:
+            self._read()
+        if self.is_open:
+            self._on_ready()
+
+    def _read(self) -> None:
+        try:
+            data = self._sock.recv(READ_CHUNK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if self._ending is None:
+            self.input += data
+            self._total.size += len(data)
+        if not data or len(self.input) > self._max_input:
+            self.close()
+
+    def _written(self, size: int) -> None:
+        self.written_at = self._loop.clock()
+        self.output_size -= size
+        self._total.size -= size
+        while size:
+            chunk = self._output[0]
+            if len(chunk) > size:
+                self._output[0] = memoryview(chunk)[size:]
+                return
+            size -= len(chunk)
+            self._output.popleft()
+
+
+def unix_listener(file: Path) -> socket.socket:
+    """A socket that only this user can open; the lock's holder may replace an old one.
+
+    Raises OSError, and touches nothing that is no socket.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(file.lstat().st_mode):
+            raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
+        file.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(file))
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(before)
+    return listener
 
 
 # ---- Process: one child ------------------------------------------------------------------
@@ -3645,14 +3845,14 @@ LOG_FILTERS = {  # how --from and the others choose rows
 }
 
 
-# ---- Door: this node's command line speaks to its daemon ---------------------------------
+# ---- Control: this node's command line speaks to its daemon ------------------------------
 #
 # A unix socket that only this user can open; one JSON object a line each way.  What peers could
 # forge on the bus cannot be forged here.  Knows no request.
 
 MAX_CONTROL_CONNECTIONS = 100
 MAX_LINE = 4 * MAX_PAYLOAD  # bytes
-MAX_UNREAD = 4 * MAX_LINE  # bytes that a visitor may leave unread
+MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
 CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
 SHORT_PLACE = Path("/tmp")
@@ -3669,12 +3869,12 @@ def shortened_socket_path(direct: Path) -> Path:
 
 
 def control_socket_path(config: Config) -> Path:
-    """Where a node's door is: in its state directory, or nearby if that path is too long."""
+    """In the node's state directory, or nearby if that path is too long."""
     return shortened_socket_path(config.state_dir / "door")
 
 
 def directory_objection(file: Path) -> str | None:
-    """Why what is behind this door may be somebody else; None if it can't.  Raises OSError."""
+    """Why what is behind this socket may be somebody else; None if it can't.  Raises OSError."""
     objection = writable_by_others(file.parent.stat())
     if file.parent.parent == SHORT_PLACE and file.parent.is_symlink():
         objection = "is a link, which is not hive's"
@@ -3684,70 +3884,41 @@ def directory_objection(file: Path) -> str | None:
 class ControlConnection:
     """One command that has come in, until it goes."""
 
-    def __init__(self, door: ControlServer, sock: socket.socket) -> None:
-        self.leaving: list[Callable[[], object]] = []  # what to do when it goes
-        self._door, self._sock = door, sock
-        self._in, self._out = bytearray(), bytearray()
-        sock.setblocking(False)
-        door.loop.watch(sock, selectors.EVENT_READ, self._ready)
-
-    def _ready(self, events: int) -> None:
-        try:
-            if events & selectors.EVENT_READ:
-                data = self._sock.recv(PIPE_CHUNK)
-                self._in += data
-                if not data or len(self._in) > MAX_LINE:
-                    return self.close()
-        except BlockingIOError:
-            pass
-        except OSError:
-            return self.close()
-        self._flush()
-        self._serve()
+    def __init__(self, server: ControlServer, sock: socket.socket) -> None:
+        self.on_close: list[Callable[[], object]] = []  # what to do when it goes
+        self._server = server
+        self._stream = Stream(
+            server.loop, sock, self._serve, self._closed, max_input=MAX_LINE, max_output=MAX_UNREAD
+        )
 
     def _serve(self) -> None:
         """Answer one request a turn, and none before it has read the last answer."""
-        line, complete, rest = self._in.partition(b"\n")
-        if not complete or self.busy or self not in self._door.visitors:
+        end = self._stream.input.find(b"\n")
+        if end < 0 or self.busy:
             return
-        self._in = rest
-        answer = self._door.answer(read_json_object(bytes(line)) or {}, self)
+        line = bytes(self._stream.input[:end])
+        self._stream.consume(end + 1)
+        answer = self._server.answer(read_json_object(line) or {}, self)
         if answer is not None:
-            self.say(answer)
-        if rest:
-            self._door.loop.post(self._serve)
+            self.send(answer)
+        if self._stream.input:
+            self._server.loop.post(self._serve)
 
-    def say(self, document: Mapping[str, Any]) -> None:
+    def send(self, document: Mapping[str, Any]) -> None:
         """Send it one more line."""
-        if self in self._door.visitors:
-            self._out += encode_json(document) + b"\n"
-            self._flush()
+        self._stream.write(encode_json(document) + b"\n")
 
     @property
     def busy(self) -> bool:
         """Has it yet to read what it was sent?"""
-        return bool(self._out)
-
-    def _flush(self) -> None:
-        try:
-            if self._out:
-                del self._out[: self._sock.send(self._out)]
-        except BlockingIOError:
-            pass
-        except OSError:
-            return self.close()
-        if len(self._out) > MAX_UNREAD:
-            return self.close()
-        write = selectors.EVENT_WRITE if self._out else 0
-        self._door.loop.watch(self._sock, selectors.EVENT_READ | write, self._ready)
+        return self._stream.output_size > 0
 
     def close(self) -> None:
-        if self not in self._door.visitors:
-            return
-        self._door.loop.forget(self._sock)
-        self._sock.close()
-        self._door.visitors.discard(self)
-        for call in self.leaving:
+        self._stream.close()
+
+    def _closed(self) -> None:
+        self._server.connections.discard(self)
+        for call in self.on_close:
             call()
 
 
@@ -3762,38 +3933,32 @@ class ControlServer:
     ) -> None:
         """Open it; raises OSError.  Whoever holds the daemon's lock may replace an old socket.
 
-        `answer` gives None where it will say() something later.
+        `answer` gives None where it will send() something later.
         """
         self.loop, self.answer, self._file = loop, answer, file
-        self.visitors: set[ControlConnection] = set()
+        self.connections: set[ControlConnection] = set()
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         objection = directory_objection(file)
         if objection:
             raise PermissionError(errno.EPERM, objection)
-        file.unlink(missing_ok=True)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            self._sock.bind(str(file))
-        finally:
-            os.umask(before)
-        self._sock.setblocking(False)
-        self._sock.listen(MAX_CONTROL_CONNECTIONS)
-        loop.watch(self._sock, selectors.EVENT_READ, self._accept)
+        self._listener = unix_listener(file)
+        self._listener.setblocking(False)
+        self._listener.listen(MAX_CONTROL_CONNECTIONS)
+        loop.watch(self._listener, selectors.EVENT_READ, self._accept)
 
     def _accept(self, events: int) -> None:
         with contextlib.suppress(OSError):
-            sock, _ = self._sock.accept()
-            if len(self.visitors) >= MAX_CONTROL_CONNECTIONS:
+            sock, _ = self._listener.accept()
+            if len(self.connections) >= MAX_CONTROL_CONNECTIONS:
                 sock.close()
             else:
-                self.visitors.add(ControlConnection(self, sock))
+                self.connections.add(ControlConnection(self, sock))
 
     def close(self) -> None:
-        self.loop.forget(self._sock)
-        self._sock.close()
-        for visitor in [*self.visitors]:
-            visitor.close()
+        self.loop.forget(self._listener)
+        self._listener.close()
+        for connection in [*self.connections]:
+            connection.close()
         self._file.unlink(missing_ok=True)
 
 
@@ -4451,7 +4616,6 @@ MAX_KEEPALIVE = 60  # seconds; MQTT 5 lets a broker set it
 WILL_GRACE = 60.0  # seconds after a start: whoever was connected before it may come back
 DISK_AGAIN = 30.0  # seconds between attempts to go back to the disk
 
-READ_CHUNK = 64 * KIB  # bytes of one client in a turn
 SLICE = 0.002  # seconds of a turn for the packets of one client
 MAX_CLIENT_CONNECTIONS = 1000
 MAX_SESSIONS = 5000
@@ -5336,21 +5500,6 @@ def broker_socket(settings: BrokerConfig) -> Path:
     return shortened_socket_path(broker_home(settings) / "broker")
 
 
-def unix_listener(file: Path) -> socket.socket:
-    """A socket that only this user can open; the lock's holder may replace an old one."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(file.lstat().st_mode):
-            raise BrokerError(f"{file}: is no socket, and is left alone; name another --socket")
-        file.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(file))
-    finally:
-        os.umask(before)
-    return listener
-
-
 def check_listen(settings: BrokerConfig) -> tuple[str, int]:
     """Host and port on loopback; whoever asks for more, or for no password, is told what to do."""
     host, _, number = str(settings.listen).rpartition(":")
@@ -5444,7 +5593,8 @@ class Broker:
         try:
             unix = unix_listener(self.socket_path)
         except OSError as error:
-            raise BrokerError(f"{self.socket_path}: {reason_of(error)}") from None
+            hint = "; name another --socket" if isinstance(error, FileExistsError) else ""
+            raise BrokerError(f"{self.socket_path}: {reason_of(error)}{hint}") from None
         self._ending.callback(self.socket_path.unlink, missing_ok=True)
         self._listen(unix, trusted=True)
         self._tick()
@@ -6400,6 +6550,11 @@ class MqttClient:
     def up(self) -> bool:
         return self._connection is not None and self._connection.up
 
+    @property
+    def welcome(self) -> bool:
+        """Has the broker let us in, and not yet gone?"""
+        return self._connection is not None and self._connection.welcome
+
     def aim(self, settings: MqttConfig) -> None:
         """From the next connection on, this is the broker."""
         self.settings = settings
@@ -7170,24 +7325,24 @@ class Requests:
             self._listen(envelope.exchange, visitor, forward=request["do"] == "send")
         if request["do"] == "sent":
             self._journal.sent(envelope, time.time())
-            self._when_safe(lambda: visitor.say({"ok": True}))
+            self._when_safe(lambda: visitor.send({"ok": True}))
             return None
         fault = self._send(envelope)
         if fault:
             return {"error": fault}
         self._senders[envelope.id] = visitor
-        visitor.leaving.append(lambda: self._senders.pop(envelope.id, None))
+        visitor.on_close.append(lambda: self._senders.pop(envelope.id, None))
         here = self._situation()
         said = here if request.get("wait") else {"connected": here["connected"]}
-        self._when_safe(lambda: visitor.say({"queued": True, **said}))
+        self._when_safe(lambda: visitor.send({"queued": True, **said}))
         return None
 
     def _listen(self, exchange: str, visitor: ControlConnection, forward: bool) -> None:
         self._waiting.add(exchange)
-        visitor.leaving.append(lambda: self._waiting.drop(exchange))
+        visitor.on_close.append(lambda: self._waiting.drop(exchange))
         if forward:
             self._listeners.setdefault(exchange, []).append(visitor)
-            visitor.leaving.append(lambda: self._deaf(exchange, visitor))
+            visitor.on_close.append(lambda: self._deaf(exchange, visitor))
 
     def _deaf(self, exchange: str, visitor: ControlConnection) -> None:
         listeners = self._listeners[exchange]
@@ -7202,7 +7357,7 @@ class Requests:
             asked_for = bounded_number(request.get("after"), 0, 2**53)
             last = answer["rows"][-1]["n"] if answer["rows"] else int(asked_for or 0)
             self._followers[visitor] = (request.get("filters", {}), last)
-            visitor.leaving.append(lambda: self._followers.pop(visitor, None))
+            visitor.on_close.append(lambda: self._followers.pop(visitor, None))
             self._when_safe(do_nothing)
         return answer
 
@@ -7210,12 +7365,12 @@ class Requests:
         """The broker has a message, or refused it; whoever sent it may still be there."""
         visitor = self._senders.pop(id, None)
         if visitor:
-            visitor.say({"published": code, "words": words})
+            visitor.send({"published": code, "words": words})
 
     def heard(self, answer: Envelope) -> None:
         """An answer has come, and is in the journal."""
         for visitor in [*self._listeners.get(answer.corr or "", ())]:
-            visitor.say({"answer": answer.document()})
+            visitor.send({"answer": answer.document()})
 
     def waits(self, exchange: str) -> bool:
         return self._waiting.expects(exchange, self._clock())
@@ -7229,7 +7384,7 @@ class Requests:
             rows = documents_of(self._journal.rows(filters, last)) if newest > last else []
             self._followers[visitor] = (filters, rows[-1]["n"] if rows else newest)
             if rows:
-                visitor.say({"rows": rows})
+                visitor.send({"rows": rows})
                 self._when_safe(do_nothing)  # look again: there may be more than one page
 
 
@@ -8969,173 +9124,162 @@ class Finding(Value):
     todo: str = ""
 
 
-class Visit(Errand):
-    """An errand that has an end whatever the broker does."""
-
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config)
-        self._deadline = deadline
-        self.loop.after(deadline, self._late)
-
-    def _late(self) -> None:
-        raise broker_fault(self.config.mqtt, f"no answer in {self._deadline:.0f} s")
-
-
-class Greeting(Visit):
-    """Connect, log in, go."""
-
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config, deadline)
-        self._link = MqttClient(self.loop, self.config.mqtt)
-        self._link.open(self)
-
-    def link_up(self) -> None:
-        self._link.close(self.finish, within=0.0)
-
-
-class Probing(Visit):
-    """Subscribe to what this node reads; publish where it writes, and see what comes back.
-
-    The probes go to topics below the node's own that nobody subscribes to, but one: a heartbeat
-    to ourselves, as a daemon sends it that looks for another of its name.
-    """
-
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config, deadline)
-        self.not_subscribed = ""  # why, if the broker said no
-        self.refused: dict[str, str] = {}  # topic: why
-        token, names = new_id(), [self.node, *config.agents]
-        private = dict.fromkeys((self.topics.private(one, token) for one in names), b"doctor")
-        unread = dict.fromkeys((self.topics.meta(one, f"doctor-{token}") for one in names), b"{}")
-        beat = Envelope.new(self.node, self.node, "heartbeat", "{}", urgency="later", id=token)
-        self._beat = OutgoingMessage(
-            self.topics.of(beat), beat.encode(), qos=0
-        )  # so it isn't queued
-        self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
-        self._unanswered = deque((private | unread).items())
-        read = [*self.topics.for_node(names), self.topics.meta("+", "state"), *private]
-        self._link = MqttClient(
-            self.loop, self.config.mqtt, subscriptions=[(topic, 0) for topic in read]
-        )
-        self._link.open(self)
-        self._up = False
-
-    def link_up(self) -> None:
-        self._up = True
-        self._link.publish(self._beat)
-        self._next()
-
-    def _next(self) -> None:
-        """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
-        if not self._unanswered:
-            self.loop.after(PROBE_PATIENCE, self._leave)
-            return self._end_if_complete()
-        topic, payload = self._unanswered[0]
-        self._link.publish(OutgoingMessage(topic, payload, keep=False, done=self._answered))
-
-    def _answered(self, code: int, words: str) -> None:
-        topic, _ = self._unanswered.popleft()
-        if code < 0 or code >= 0x80:
-            self.refused[topic] = words.lower()
-        self._next()
-
-    def link_down(self, reason: str) -> None:
-        if self._up:
-            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
-            self.refused[topic] = reason
-        elif reason.startswith("subscribing"):
-            self.not_subscribed = reason
-        else:
-            super().link_down(reason)
-        self.finish()
-
-    def deliver(self, delivery: IncomingMessage) -> None:
-        if self.missing.get(delivery.topic) == delivery.payload:
-            del self.missing[delivery.topic]
-            self._end_if_complete()
-
-    def _end_if_complete(self) -> None:
-        if not self._unanswered and not self.missing.keys() - self.refused.keys():
-            self._leave()
-
-    def _leave(self) -> None:
-        self._link.close(self.finish, within=0.0)
-
-
-class Listening(Visit):
-    """Hear of the other nodes, and compare their clocks with ours.
+class PeerClocks:
+    """How far the clocks of the other nodes are ahead of ours.
 
     Only what is said now tells the time; what was retained may be old, so it tells who should
     speak soon, and only a time that is still to come is wrong for certain.
     """
 
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config, deadline)
-        self.ahead: dict[str, float] = {}  # name: seconds that its clock is ahead of ours
-        self._awaited: set[str] = set()
-        self._patience, self._settled = 0.0, False
-        filters = [self.topics.meta("+", "state"), self.topics.to(EVERYONE, "heartbeat")]
-        marker = self.topics.private(self.node, new_id())
-        self._survey = RetainedQuery(
-            self.loop,
-            self.config.mqtt,
-            filters,
-            marker,
-            self._found,
-            self._complete,
-            self.link_down,
-        )
+    def __init__(self, config: Config) -> None:
+        self.ahead: dict[str, float] = {}  # name: seconds
+        self.awaited: set[str] = set()  # who is said to be alive
+        self.patience = 0.0  # seconds in which they should have spoken
+        self._node, self._topics = config.node.id, config.topics
+        self._interval = config.heartbeat.interval
 
-    def _found(self, delivery: IncomingMessage) -> None:
-        meta = self.topics.meta_of(delivery.topic)
-        if len(delivery.payload) > MAX_STATE:
+    @property
+    def complete(self) -> bool:
+        """Has everybody spoken who is awaited?"""
+        return self.awaited <= self.ahead.keys()
+
+    def hear(self, message: IncomingMessage) -> None:
+        """Take a state or a heartbeat, whatever it holds; anything else tells no time."""
+        state = self._topics.meta_of(message.topic)
+        heartbeats = self._topics.to(EVERYONE, "heartbeat")
+        if not (state or message.topic == heartbeats) or len(message.payload) > MAX_STATE:
             return
-        said = read_json_object(delivery.payload) or {}
-        peer = meta[0] if meta else said.get("from")
-        alive = not meta or status_of(said) in ("online", "degraded")
-        then = bounded_number(said.get("last_seen" if meta else "ts"), 1, MAX_TS)
-        if said.get("daemon_node", peer) != peer or peer == self.node or not alive or not then:
+        said = read_json_object(message.payload) or {}
+        peer = state[0] if state else said.get("from")
+        alive = not state or status_of(said) in ("online", "degraded")
+        then = bounded_number(said.get("last_seen" if state else "ts"), 1, MAX_TS)
+        if said.get("daemon_node", peer) != peer or peer == self._node or not alive or not then:
             return
         if not isinstance(peer, str) or not NAME.fullmatch(peer) or len(self.ahead) >= MAX_PEERS:
             return
         ahead = int(then) + 0.5 - time.time()  # they are whole seconds
-        if not delivery.retained or ahead > CLOCK_TOLERANCE:
+        if not message.retained or ahead > CLOCK_TOLERANCE:
             self.ahead[peer] = ahead
-        elif meta and len(self._awaited) < MAX_PEERS:
-            self._awaited.add(peer)
-            interval = bounded_number(said.get("interval"), *PEER_INTERVAL)
-            interval = interval or self.config.heartbeat.interval
-            self._patience = min(max(self._patience, interval + 1.0), self._deadline - 1.0)
-        self._end_if_complete()
+        elif state and len(self.awaited) < MAX_PEERS:
+            self.awaited.add(peer)
+            interval = bounded_number(said.get("interval"), *PEER_INTERVAL) or self._interval
+            self.patience = min(max(self.patience, interval + 1.0), CLOCK_PATIENCE)
 
-    def _complete(self) -> None:
-        self._settled = True
-        self.loop.after(self._patience, self._leave)
-        self._end_if_complete()
 
-    def _end_if_complete(self) -> None:
-        if self._settled and self._awaited <= self.ahead.keys():
-            self._leave()
+class BrokerCheck:
+    """One connection to the broker, and what it shows, stage after stage.
 
-    def _leave(self) -> None:
-        self._survey.link.close(self.finish, within=0.0)
+    It subscribes to what this node reads, and publishes where it writes.  The probes go to topics
+    below the node's own that nobody subscribes to, but one: a heartbeat to ourselves, as a daemon
+    sends it that looks for another of its name.
+    """
+
+    def __init__(self, config: Config, left: Callable[[float], float]) -> None:
+        self.clocks = PeerClocks(config)
+        self.subscribed, self.not_subscribed = False, ""  # why, if the broker said no
+        self.refused: dict[str, str] = {}  # topic: why
+        self._mqtt, self._left, self._lost = config.mqtt, left, ""
+        topics, node, token = config.topics, config.node.id, new_id()
+        names = [node, *config.agents]
+        private = dict.fromkeys((topics.private(one, token) for one in names), b"doctor")
+        unread = dict.fromkeys((topics.meta(one, f"doctor-{token}") for one in names), b"{}")
+        beat = Envelope.new(node, node, "heartbeat", "{}", urgency="later", id=token)
+        self._beat = OutgoingMessage(topics.of(beat), beat.encode(), qos=0)  # so it isn't queued
+        self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
+        self._unanswered = deque((private | unread).items())
+        self._loop = Loop(Log("error"))
+        read = [*topics.for_node(names), topics.meta("+", "state"), *private]
+        self.client = MqttClient(self._loop, self._mqtt, subscriptions=[(one, 0) for one in read])
+        self.client.open(self)
+
+    def wait(self, known: Callable[[], object], within: float) -> bool:
+        """Turn until something is known; False if that takes too long."""
+        timer = self._loop.after(within, lambda: None)
+        while not (known() or self._lost) and self._loop.clock() < timer.due:
+            self._loop.step()
+        timer.cancel()
+        return bool(known())
+
+    def expect(self, known: Callable[[], object]) -> None:
+        """Wait for what the broker owes us; raises BrokerError where that does not come."""
+        within = self._left(BROKER_DEADLINE)
+        if not self.wait(known, within) or self._lost:
+            raise broker_fault(self._mqtt, self._lost or f"no answer in {within:.0f} s")
+
+    def publish(self) -> None:
+        """See each probe answered; then they may be `refused`, or `missing` for ever."""
+        self.expect(lambda: not self._unanswered)
+        self.wait(lambda: self.refused or not self.missing, PROBE_PATIENCE)
+
+    def compare_clocks(self) -> None:
+        """Wait for the nodes that are said to be alive; some brokers are late in saying so."""
+        self.wait(lambda: self.clocks.awaited, RetainedQuery.QUIET)
+        self.wait(lambda: self.clocks.complete, self._left(self.clocks.patience))
+        self.expect(lambda: not self._lost)
+
+    def close(self) -> None:
+        gone = list[bool]()
+        self.client.close(lambda: gone.append(True), within=0.0)
+        while not gone:
+            self._loop.step()
+        self._loop.close()
+
+    # What the client reports:
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def link_up(self) -> None:
+        self.subscribed = True
+        self.client.publish(self._beat)
+        self._probe()
+
+    def link_down(self, reason: str) -> None:
+        if reason.startswith("subscribing"):
+            self.not_subscribed = reason
+        elif self.subscribed and (self._unanswered or self.missing):
+            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
+            self.refused[topic] = reason
+            self._unanswered.clear()
+        else:
+            self._lost = reason
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        if self.missing.get(delivery.topic) == delivery.payload:
+            del self.missing[delivery.topic]
+        else:
+            self.clocks.hear(delivery)
+
+    def _probe(self) -> None:
+        """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
+        if self._unanswered:
+            topic, payload = self._unanswered[0]
+            self.client.publish(OutgoingMessage(topic, payload, keep=False, done=self._answered))
+
+    def _answered(self, code: int, words: str) -> None:
+        topic, _ = self._unanswered.popleft()
+        if code < 0 or code >= 0x80:
+            self.refused[topic] = words.lower()
+        self._probe()
 
 
 class DoctorContext:
-    """What the checks share: the configuration, once it is read, and how long there is."""
+    """What the checks share: the configuration, the connection, and how long there is."""
 
     config: Config
-    probing: Probing
+    broker: BrokerCheck
 
-    def __init__(self, load: Callable[[], Config], now: float) -> None:
-        self.load, self._until = load, now + DOCTOR_DEADLINE
+    def __init__(
+        self, load: Callable[[], Config], now: float, ending: contextlib.ExitStack
+    ) -> None:
+        self.load, self.ending, self._until = load, ending, now + DOCTOR_DEADLINE
 
     def left(self, at_most: float) -> float:
         """Seconds that the next thing may take."""
         return max(0.5, min(at_most, self._until - time.monotonic()))
 
 
-def check_python(exam: DoctorContext) -> Iterator[Finding]:
+def check_python(context: DoctorContext) -> Iterator[Finding]:
     import platform
 
     system = f"{platform.system()} {platform.machine()}"
@@ -9143,21 +9287,21 @@ def check_python(exam: DoctorContext) -> Iterator[Finding]:
     yield Finding(Level.OK, what)
 
 
-def check_paho(exam: DoctorContext) -> Iterator[Finding]:
+def check_paho(context: DoctorContext) -> Iterator[Finding]:
     load_paho()
     yield Finding(
         Level.OK, str(getattr(sys.modules["paho.mqtt"], "__version__", "of some version"))
     )
 
 
-def check_config(exam: DoctorContext) -> Iterator[Finding]:
-    exam.config = exam.load()
-    source = exam.config.source or "no file, the defaults hold (hive.py init writes one)"
-    yield Finding(Level.OK, f"node {exam.config.node.id}: {source}")
+def check_config(context: DoctorContext) -> Iterator[Finding]:
+    context.config = context.load()
+    source = context.config.source or "no file, the defaults hold (hive.py init writes one)"
+    yield Finding(Level.OK, f"node {context.config.node.id}: {source}")
 
 
-def check_files(exam: DoctorContext) -> Iterator[Finding]:
-    config = exam.config
+def check_files(context: DoctorContext) -> Iterator[Finding]:
+    config = context.config
     findings = [objected(Level.WARN, warning) for warning in config.warnings]
     named = [config.source, config.mqtt.password_file, config.mqtt.key_file]
     for file in filter(None, [*named, *(one.hook_token_file for one in config.oc_instances)]):
@@ -9186,47 +9330,47 @@ def check_folder(folder: Path) -> Iterator[Finding]:
         yield Finding(Level.WARN, f"{what}: others may look into it", f"chmod 700 {there}")
 
 
-def check_handlers(exam: DoctorContext) -> Iterator[Finding]:
-    folder = exam.config.handler_dir
-    catalogue = scan_handlers(folder)
-    why = catalogue.refused.get(str(folder))
+def check_handlers(context: DoctorContext) -> Iterator[Finding]:
+    folder = context.config.handler_dir
+    found = scan_handlers(folder)
+    why = found.refused.get(str(folder))
     if why:
         yield objected(Level.FAIL, f"none: {said_against(folder, why)}")
         return
-    for file, why in catalogue.refused.items():
+    for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
-    names = ", ".join(catalogue.handlers) or "none"
-    if folder.is_dir() or not exam.config.node.handler_dir:
+    names = ", ".join(found.handlers) or "none"
+    if folder.is_dir() or not context.config.node.handler_dir:
         yield Finding(Level.OK, f"{names}, in {folder}")
     else:
         yield Finding(Level.WARN, f"none: no directory {folder}", f"mkdir {folder}")
 
 
-def check_daemon(exam: DoctorContext) -> Iterator[Finding]:
-    node, door = exam.config.node.id, control_socket_path(exam.config)
-    visit = connect_to_daemon(exam.config)
-    if visit is None:
+def check_daemon(context: DoctorContext) -> Iterator[Finding]:
+    node, file = context.config.node.id, control_socket_path(context.config)
+    control = connect_to_daemon(context.config)
+    if control is None:
         yield Finding(
             Level.WARN, f"{node}'s does not run on this machine", "start it: hive.py daemon"
         )
         return
-    with contextlib.closing(visit):
+    with contextlib.closing(control):
         try:
-            answer = visit.ask({"do": "doctor", "id": new_id()})
+            answer = control.ask({"do": "doctor", "id": new_id()})
             why = "" if answer else "no answer"
         except OSError as error:
             why = reason_of(error)
     if why:
-        yield Finding(Level.FAIL, f"{node}'s does not answer at {door}: {why}", "restart it")
+        yield Finding(Level.FAIL, f"{node}'s does not answer at {file}: {why}", "restart it")
     else:
-        yield Finding(Level.OK, f"{node}'s runs, and answers at {door}")
+        yield Finding(Level.OK, f"{node}'s runs, and answers at {file}")
 
 
-def check_agents(exam: DoctorContext) -> Iterator[Finding]:
+def check_agents(context: DoctorContext) -> Iterator[Finding]:
     home = Path(os.path.expanduser("~"))
-    agents = exam.config.oc_instances
+    agents = context.config.oc_instances
     ports = {one.name: gateway_port(one, home) for one in agents}
-    silent = knock_on_ports({number for number in ports.values() if number})
+    silent = probe_ports({number for number in ports.values() if number})
     for one in agents:
         yield agent_finding(one, home, ports[one.name], silent)
     if not agents:
@@ -9235,7 +9379,7 @@ def check_agents(exam: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.OK, f"none configured, so messages wake nobody{hint}")
 
 
-def knock_on_ports(ports: Collection[int]) -> dict[int, str]:
+def probe_ports(ports: Collection[int]) -> dict[int, str]:
     """Does anything listen there?  Why not; nothing where something does."""
     loop = Loop(Log("error"))
     heard: dict[int, str] = {}
@@ -9277,43 +9421,46 @@ def agent_finding(
     return Finding(Level.OK, f"{one.name}: its gateway listens on 127.0.0.1:{number}")
 
 
-def check_broker(exam: DoctorContext) -> Iterator[Finding]:
-    if find_broker(exam.config) is None:
+def check_broker(context: DoctorContext) -> Iterator[Finding]:
+    mqtt = find_broker(context.config)
+    if mqtt is None:
         what = f"none is named, hosted, or at {LOCALHOST}:{MQTT_PORT}: the daemon will host one"
         yield Finding(Level.SKIPPED, what)
         return
-    exam.config = with_broker(exam.config)
-    mqtt, begun = exam.config.mqtt, time.monotonic()
-    Greeting(exam.config, exam.left(BROKER_DEADLINE)).run()
+    context.config, begun = context.config.replace(mqtt=mqtt), time.monotonic()
+    broker = context.broker = BrokerCheck(context.config, context.left)
+    context.ending.callback(broker.close)
+    broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
     how = f"as {mqtt.username}" if mqtt.username else "without a name"
     took = 1000 * (time.monotonic() - begun)
     yield Finding(Level.OK, f"{mqtt.address} lets us in {how}, in {took:.0f} ms")
 
 
-def check_subscribing(exam: DoctorContext) -> Iterator[Finding]:
-    exam.probing = Probing(exam.config, exam.left(BROKER_DEADLINE))
-    exam.probing.run()
-    if exam.probing.not_subscribed:
-        yield Finding(Level.FAIL, exam.probing.not_subscribed, acl_for(exam.config))
+def check_subscribing(context: DoctorContext) -> Iterator[Finding]:
+    broker = context.broker
+    broker.expect(lambda: broker.subscribed or broker.not_subscribed)
+    if broker.not_subscribed:
+        yield Finding(Level.FAIL, broker.not_subscribed, acl_for(context.config))
     else:
         yield Finding(Level.OK, "the broker takes every subscription of this node")
 
 
-def check_publishing(exam: DoctorContext) -> Iterator[Finding]:
-    refused = exam.probing.refused
+def check_publishing(context: DoctorContext) -> Iterator[Finding]:
+    context.broker.publish()
+    refused = context.broker.refused
     if refused:
         why = f"to {and_more(refused)}: {next(iter(refused.values()))}"
-        yield Finding(Level.FAIL, why, acl_for(exam.config))
+        yield Finding(Level.FAIL, why, acl_for(context.config))
     else:
-        always = ", as MQTT 3.1.1 always says" if exam.config.mqtt.protocol != "5" else ""
+        always = ", as MQTT 3.1.1 always says" if context.config.mqtt.protocol != "5" else ""
         yield Finding(Level.OK, f"messages to ourselves are taken{always}")
 
 
-def check_receiving(exam: DoctorContext) -> Iterator[Finding]:
-    missing = exam.probing.missing
+def check_receiving(context: DoctorContext) -> Iterator[Finding]:
+    missing = context.broker.missing
     if missing:
         what = f"what goes to {and_more(missing)} never arrives: no right to read?"
-        yield Finding(Level.FAIL, what, acl_for(exam.config))
+        yield Finding(Level.FAIL, what, acl_for(context.config))
     else:
         yield Finding(Level.OK, "they come back")
 
@@ -9334,15 +9481,15 @@ def acl_for(config: Config) -> str:
     )
 
 
-def check_clock(exam: DoctorContext) -> Iterator[Finding]:
-    listening = Listening(exam.config, exam.left(CLOCK_PATIENCE + 1.0))
-    listening.run()
+def check_clock(context: DoctorContext) -> Iterator[Finding]:
+    context.broker.compare_clocks()
+    clocks = context.broker.clocks.ahead
     wrong = [
         f"{peer}'s is {for_people(abs(ahead))} {'ahead' if ahead > 0 else 'behind'}"
-        for peer, ahead in sorted(listening.ahead.items())
+        for peer, ahead in sorted(clocks.items())
         if abs(ahead) > CLOCK_TOLERANCE
     ]
-    heard = len(listening.ahead)
+    heard = len(clocks)
     if not heard:
         yield Finding(Level.SKIPPED, "not compared: no other node was heard")
     elif not wrong:
@@ -9357,7 +9504,7 @@ class Check(Value):
     """One thing to look at, and what must be well before."""
 
     name: str
-    look: Callable[[DoctorContext], Iterator[Finding]]
+    run: Callable[[DoctorContext], Iterator[Finding]]
     needs: tuple[str, ...] = ()
 
 
@@ -9379,24 +9526,26 @@ CHECKS = (
 
 def examine(load: Callable[[], Config], now: float) -> Iterator[tuple[str, Finding]]:
     """Every check with what it finds, as soon as that is known; `load` reads the configuration."""
-    exam, failed = DoctorContext(load, now), dict[str, str]()  # check: whose fault it is
-    for check in CHECKS:
-        cause = next((failed[one] for one in check.needs if one in failed), None)
-        if cause:
-            failed[check.name] = cause
-            yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause}")
-            continue
-        for finding in run_check(check, exam):
-            if finding.level in (Level.FAIL, Level.SKIPPED):
-                how = "failed" if finding.level is Level.FAIL else "was skipped"
-                failed[check.name] = f"{check.name} {how}"
-            yield check.name, finding
+    failed: dict[str, str] = {}  # check: whose fault it is
+    with contextlib.ExitStack() as ending:
+        context = DoctorContext(load, now, ending)
+        for check in CHECKS:
+            cause = next((failed[one] for one in check.needs if one in failed), None)
+            if cause:
+                failed[check.name] = cause
+                yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause}")
+                continue
+            for finding in run_check(check, context):
+                if finding.level in (Level.FAIL, Level.SKIPPED):
+                    how = "failed" if finding.level is Level.FAIL else "was skipped"
+                    failed[check.name] = f"{check.name} {how}"
+                yield check.name, finding
 
 
-def run_check(check: Check, exam: DoctorContext) -> Iterator[Finding]:
+def run_check(check: Check, context: DoctorContext) -> Iterator[Finding]:
     """Make one check; an error is a finding too."""
     try:
-        yield from check.look(exam)
+        yield from check.run(context)
     except HiveError as error:
         what, _, todo = str(error).partition("; ")
         yield Finding(Level.FAIL, what.removeprefix(f"{check.name} "), todo)
@@ -9433,11 +9582,6 @@ class MosquittoSetup(Value):
     tls: bool
     nodes: Mapping[str, Sequence[str]]  # a node's name, and its agents'
 
-    @property
-    def address(self) -> str:
-        """The one address to listen on; empty for all of them."""
-        return self.host if is_address(self.host) else ""
-
 
 def is_address(host: str) -> bool:
     """Is it an IP address, and no name?"""
@@ -9456,7 +9600,7 @@ def node_and_agents(value: object) -> tuple[str, tuple[str, ...]]:
     return node_name(node), tuple(node_name(agent) for agent in agents.split(",")) if colon else ()
 
 
-def mosquitto_site(
+def mosquitto_setup(
     config: Config, said: Sequence[tuple[str, Sequence[str]]], tls: bool, here: str
 ) -> MosquittoSetup:
     """Work out whom Mosquitto serves and where it listens, or raise UsageError.
@@ -9492,42 +9636,9 @@ def nodes_with_agents(
     return nodes
 
 
-def mosquitto_conf(site: MosquittoSetup) -> str:
-    """mosquitto.conf; the shell fills in $etc and $data."""
-    tls = """\
-certfile $etc/hive/server.pem
-keyfile $etc/hive/server.key
-tls_version tlsv1.2
-"""
-    plain = """\
-# No TLS: whoever is on the way reads passwords and messages.  For a VPN or loopback, not a LAN.
-"""
-    return f"""\
-# Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
-
-{f"listener {site.port} {site.address}".strip()}
-{tls if site.tls else plain}
-# Nobody without a password, and each node only what is its own.
-allow_anonymous false
-password_file $etc/hive/passwords
-acl_file $etc/hive/acl
-
-# What was acknowledged is on disk a moment later, not in half an hour.
-persistence true
-persistence_location $data/
-autosave_interval 1
-autosave_on_changes true
-
-# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
-max_queued_messages 0
-persistent_client_expiration {SESSION_EXPIRY // 86400}d
-max_packet_size {MAX_PACKET}
-"""
-
-
-def mosquitto_acl(site: MosquittoSetup) -> str:
+def mosquitto_acl(setup: MosquittoSetup) -> str:
     """The ACL file: general rules for whoever has a password, and one for each agent."""
-    topics, me = site.topics, "%u"
+    topics, me = setup.topics, "%u"
     state = topics.meta("+", "state")
     general = (
         ("read", topics.to(me), "what is addressed to it"),
@@ -9545,30 +9656,19 @@ def mosquitto_acl(site: MosquittoSetup) -> str:
     ]
     for access, topic, why in general:
         lines += [f"# {why}", f"pattern {access} {topic}"]
-    for node, agents in site.nodes.items():
+    for node, agents in setup.nodes.items():
         others = [agent for agent in dict.fromkeys(agents) if agent != node]
         if others:
             lines += ["", f"user {node}", *(f"topic read {topics.to(one)}" for one in others)]
     return "\n".join(lines) + "\n"
 
 
-def node_toml(site: MosquittoSetup, node: str) -> str:
-    """What a node's hive.toml says about the broker."""
-    lines = [
-        "[mqtt]",
-        f'host = "{site.host}"',
-        f"port = {site.port}",
-        f'username = "{node}"',
-        'password_file = "mqtt-password"',
-    ]
-    return "\n".join([*lines, *(["tls = true", 'ca_file = "mqtt-ca.pem"'] if site.tls else [])])
-
-
+# @WORD@ is filled in; a line after "@tls " or "@plain " is there with TLS, or without it.
 SCRIPT_HEAD = """\
 #!/bin/sh
 # Sets up Mosquitto for the hive whose topics begin with @PREFIX@/, and for its nodes
 #   @NODES@
-# which will reach it at @HOST@:@PORT@.
+# which will reach it at @ADDRESS@.
 #
 # Read it, then run it on the machine that shall host Mosquitto:
 #
@@ -9626,6 +9726,42 @@ chmod 711 "$etc/hive" # Mosquitto goes through it, and only who runs this writes
 if [ -e "$etc/mosquitto.conf" ] && ! grep -q mosquitto-conf "$etc/mosquitto.conf"; then
   cp -p "$etc/mosquitto.conf" "$etc/mosquitto.conf.before-hive"
 fi
+"""
+
+SCRIPT_FILES = """
+# == The configuration
+
+put "$etc/mosquitto.conf" 644 <<END
+# Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
+
+listener @LISTENER@
+@tls certfile $etc/hive/server.pem
+@tls keyfile $etc/hive/server.key
+@tls tls_version tlsv1.2
+@plain # No TLS: whoever is on the way reads passwords and messages.
+@plain # For a VPN or loopback, not a LAN.
+
+# Nobody without a password, and each node only what is its own.
+allow_anonymous false
+password_file $etc/hive/passwords
+acl_file $etc/hive/acl
+
+# What was acknowledged is on disk a moment later, not in half an hour.
+persistence true
+persistence_location $data/
+autosave_interval 1
+autosave_on_changes true
+
+# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
+max_queued_messages 0
+persistent_client_expiration @EXPIRY@d
+max_packet_size @MAX_PACKET@
+END
+
+# == Who may do what
+
+put "$etc/hive/acl" 600 <<'END'
+@ACL@END
 """
 
 SCRIPT_PASSWORDS = """
@@ -9710,12 +9846,18 @@ for node in "$@"; do
   echo
   give_to="ssh $node 'umask 077; mkdir -p ~/.config/hive; cat >~/.config/hive"
   echo "  ${sudo}cat '$etc/hive/$node.password' | $give_to/mqtt-password'"
-@CA@
+@tls   echo "  ${sudo}cat '$etc/hive/ca.pem' | $give_to/mqtt-ca.pem'"
   cat <<END
 
 and in its ~/.config/hive/hive.toml:
 
-@TOML@
+[mqtt]
+host = "@HOST@"
+port = @PORT@
+username = "$node"
+password_file = "mqtt-password"
+@tls tls = true
+@tls ca_file = "mqtt-ca.pem"
 END
 done
 echo
@@ -9723,42 +9865,31 @@ echo "When a node has its password: ${sudo}rm $etc/hive/NODE.password"
 """
 
 
-def certificate_names(host: str) -> str:
-    """The subjectAltName of the server: the name that the nodes use, and this machine itself."""
-    names = [f"IP:{host}" if is_address(host) else f"DNS:{host}", "DNS:localhost", "IP:127.0.0.1"]
-    return ",".join(dict.fromkeys(names))
-
-
-def mosquitto_script(site: MosquittoSetup) -> str:
+def mosquitto_script(setup: MosquittoSetup) -> str:
     """The whole script: several files in one stream, which can be read, kept and run."""
-    config, acl = mosquitto_conf(site), mosquitto_acl(site)
-    files = f"""
-# == The configuration
-
-put "$etc/mosquitto.conf" 644 <<END
-{config}END
-
-# == Who may do what
-
-put "$etc/hive/acl" 600 <<'END'
-{acl}END
-"""
-    ca = """  echo "  ${sudo}cat '$etc/hive/ca.pem' | $give_to/mqtt-ca.pem'\""""
+    host, port, numeric = setup.host, setup.port, is_address(setup.host)
+    certified = (f"IP:{host}" if numeric else f"DNS:{host}", "DNS:localhost", "IP:127.0.0.1")
     words = {
-        "PREFIX": site.topics.prefix,
-        "NODES": " ".join(site.nodes),
-        "HOST": f"[{site.host}]" if ":" in site.host else site.host,
-        "PORT": str(site.port),
+        "PREFIX": setup.topics.prefix,
+        "NODES": " ".join(setup.nodes),
+        "HOST": host,
+        "PORT": str(port),
+        "ADDRESS": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        "LISTENER": f"{port} {host}" if numeric else str(port),  # else at every address
+        "EXPIRY": str(SESSION_EXPIRY // 86400),
+        "MAX_PACKET": str(MAX_PACKET),
+        "ACL": mosquitto_acl(setup),
         "SCRIPT": "setup.sh",
-        "OPENSSL": " openssl" if site.tls else "",
+        "OPENSSL": " openssl" if setup.tls else "",
         "DAYS": str(SURE_DAYS),
-        "CN": site.host[:64],  # X.509's limit; the names that count are in subjectAltName
-        "NAMES": certificate_names(site.host),
-        "CA": ca if site.tls else "  :",
-        "TOML": node_toml(site, "$node"),
+        "CN": host[:64],  # X.509's limit; the names that count are in subjectAltName
+        "NAMES": ",".join(dict.fromkeys(certified)),
     }
-    parts = [SCRIPT_HEAD, files, SCRIPT_PASSWORDS, SCRIPT_TLS if site.tls else "", SCRIPT_TAIL]
-    return re.sub(r"@([A-Z]+)@", lambda found: words[found[1]], "".join(parts))
+    tls = SCRIPT_TLS if setup.tls else ""
+    text = "".join((SCRIPT_HEAD, SCRIPT_FILES, SCRIPT_PASSWORDS, tls, SCRIPT_TAIL))
+    absent, present = ("@plain ", "@tls ") if setup.tls else ("@tls ", "@plain ")
+    text = re.sub(rf"(?m)^{absent}.*\n|^{present}", "", text)
+    return re.sub(r"@([A-Z_]+)@", lambda found: words[found[1]], text)
 
 
 # ---- Commands: one function for each subcommand ------------------------------------------
@@ -10445,8 +10576,8 @@ def command_broker(args: argparse.Namespace) -> int:
     """Run the embedded broker alone, in the foreground; or set up Mosquitto."""
     config = config_of(args)
     if args.mosquitto_conf:
-        site = mosquitto_site(config, args.nodes, args.tls, socket.gethostname())
-        print(mosquitto_script(site), end="")
+        setup = mosquitto_setup(config, args.nodes, args.tls, socket.gethostname())
+        print(mosquitto_script(setup), end="")
         return Exit.DONE
     if args.nodes or args.tls:
         raise UsageError("broker: --tls and names of nodes belong to --mosquitto-conf")
