@@ -80,7 +80,7 @@ class Rig:
         agents: Sequence[hive.InstanceConfig],
         settings: Mapping[str, hive.HandlerConfig],
         level: str,
-        heartbeat: hive.HeartbeatConfig,
+        heartbeat: hive.HeartbeatConfig = hive.HeartbeatConfig(),
         **node: Any,
     ) -> None:
         self.handler_dir, self.state_dir = home / "hive-daemon.d", home / "state"
