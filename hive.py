@@ -608,28 +608,21 @@ def time_of_day(value: object) -> str:
     return said
 
 
-def count(value: object) -> int:
-    """a whole number from 1 to 10000"""
-    given = finite_number(value)
-    if not (1 <= given <= 10_000 and given == int(given)):
-        raise ValueError
-    return int(given)
+def integer(low: int, high: int, words: str = "a whole number") -> Callable[[object], int]:
+    """Make the kind that takes a whole number in a range."""
+
+    def kind(value: object) -> int:
+        given = finite_number(value)
+        if not (low <= given <= high and given == int(given)):
+            raise ValueError
+        return int(given)
+
+    kind.__doc__ = f"{words} from {low} to {high}"
+    return kind
 
 
-def many(value: object) -> int:
-    """a whole number from 1 to 1000000"""
-    given = finite_number(value)
-    if not (1 <= given <= 1_000_000 and given == int(given)):
-        raise ValueError
-    return int(given)
-
-
-def port_number(value: object) -> int:
-    """a port number from 1 to 65535"""
-    given = finite_number(value)
-    if not (1 <= given <= 65535 and given == int(given)):
-        raise ValueError
-    return int(given)
+count = integer(1, 10_000)
+port_number = integer(1, 65535, "a port number")
 
 
 def listen_address(value: object) -> str:
@@ -639,14 +632,6 @@ def listen_address(value: object) -> str:
         raise ValueError
     port_number(number)
     return plain_string(value)
-
-
-def keepalive_seconds(value: object) -> int:
-    """whole seconds from 5 to 65535"""
-    given = finite_number(value)
-    if not (5 <= given <= 65535 and given == int(given)):
-        raise ValueError
-    return int(given)
 
 
 def file_path(value: object) -> Path:
@@ -680,11 +665,9 @@ def own_file() -> Path:
 
 def short_host_name() -> str:
     """This machine's name up to the first dot, made fit to be a node's name."""
-    label = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().partition(".")[0]).lstrip("._-")[
-        :63
-    ]
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().partition(".")[0])
     try:
-        return node_name(label)
+        return node_name(label.lstrip("._-")[:63])
     except ValueError:
         return "node"
 
@@ -697,16 +680,21 @@ def setting(default: Any, kind: Callable[[Any], Any], help: str, example: Any = 
     return Field(default, kind, help=help, example=example, shown=kind is not secret)
 
 
+ONCE, REPEATED, NAMED = "[{}]", "[[{}]]", "[{}.NAME]"  # how a table is headed
+
+
 class ConfigTable(Value):
     """One table of hive.toml."""
 
-    REQUIRED: ClassVar[Sequence[str]] = ()
+    HEADER: ClassVar[str] = ONCE
+    REQUIRED: ClassVar[str] = ""
 
     @classmethod
     def read(cls, said: object, where: str, base: Path | None = None) -> Self:
         """Make one from parsed TOML, or name the key that is wrong.
 
-        Relative paths are resolved against `base`.
+        Relative paths are resolved against `base`.  A secret may be in a file: `password`, say,
+        in the first line of `password_file`.
         """
         if not isinstance(said, dict):
             raise ConfigError(f"{where} = {masked(where, said)}: expected a table, as in [{where}]")
@@ -722,11 +710,21 @@ class ConfigTable(Value):
                 raise ConfigError(f"{where}.{key}: {what} is not {kind.__doc__}") from None
             if isinstance(values[key], Path) and base:
                 values[key] = base / values[key]
-        for required in cls.REQUIRED:
-            if not values.get(required):
-                example = toml_value(cls.FIELDS[required].example)
-                raise ConfigError(f"{where}.{required}: missing; as in {required} = {example}")
-        return cls(**values)
+        if cls.REQUIRED and not values.get(cls.REQUIRED):
+            example = f"{cls.REQUIRED} = {toml_value(cls.FIELDS[cls.REQUIRED].example)}"
+            raise ConfigError(f"{where}.{cls.REQUIRED}: missing; as in {example}")
+        for key in cls.FIELDS:
+            file = values.get(f"{key}_file")
+            if file and key in values:
+                raise ConfigError(f"{where}.{key}_file: {key} is set as well; keep one of the two")
+            if file:
+                values[key] = read_secret(file, f"{where}.{key}_file")
+        made = cls(**values)
+        made.check(where)
+        return made
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError where keys of this table do not go together."""
 
 
 def unknown_key(key: str, value: object, known: Iterable[str], where: str) -> str:
@@ -785,7 +783,9 @@ class MqttConfig(ConfigTable):
     password_file: Path | None = setting(
         None, file_path, "a file with the password in its first line", "mqtt-password"
     )
-    keepalive: int = setting(30, keepalive_seconds, "seconds until a silent connection is checked")
+    keepalive: int = setting(
+        30, integer(5, 65535, "whole seconds"), "seconds until a silent connection is checked"
+    )
     protocol: str = setting(
         "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused"
     )
@@ -797,6 +797,11 @@ class MqttConfig(ConfigTable):
         None, file_path, "this node's certificate, where the broker asks for one", "node.pem"
     )
     key_file: Path | None = setting(None, file_path, "and its private key", "node.key")
+
+    def check(self, where: str) -> None:
+        if bool(self.cert_file) != bool(self.key_file):
+            both = f"{where}.cert_file and {where}.key_file"
+            raise ConfigError(f"{both}: one is of no use without the other")
 
     @property
     def named(self) -> bool:
@@ -840,10 +845,17 @@ class BrokerConfig(ConfigTable):
     state_dir: Path | None = setting(
         None, file_path, "what it keeps, if not in ~/.local/state/hive/.broker", "state"
     )
-    queue_messages: int = setting(10_000, many, "messages that may wait for one client")
+    queue_messages: int = setting(
+        10_000, integer(1, 1_000_000), "messages that may wait for one client"
+    )
     queue_mib: int = setting(64, count, "and MiB of them")
     total_mib: int = setting(256, count, "MiB of all messages that it keeps")
     retained_mib: int = setting(64, count, "and MiB of those that are retained")
+
+    def check(self, where: str) -> None:
+        if (self.password is None) != (self.username is None):
+            both = f"{where}.username and {where}.password_file"
+            raise ConfigError(f"{both}: one is of no use alone")
 
 
 class HeartbeatConfig(ConfigTable):
@@ -865,7 +877,7 @@ VIA = {  # the ways to an OpenClaw agent
 class InstanceConfig(ConfigTable):
     """An agent on this machine: one OpenClaw gateway.  Repeat the table for each."""
 
-    REQUIRED = ("name",)
+    HEADER, REQUIRED = REPEATED, "name"
 
     name: str = setting("", node_name, "its name; messages can be sent to it as to a node", "main")
     profile: str | None = setting(
@@ -896,9 +908,17 @@ class InstanceConfig(ConfigTable):
         ["notify", "{text}"],
     )
 
+    def check(self, where: str) -> None:
+        if self.command and self.via != "cli":
+            raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
+        if self.via == "hook" and not self.hook_token:
+            raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
+
 
 class HandlerConfig(ConfigTable):
     """What is different for one handler; the table is named after its action."""
+
+    HEADER = NAMED
 
     timeout: float | None = setting(None, seconds, "seconds until it is ended", 120.0)
     workers: int = setting(1, count, "how many of it may run at once")
@@ -911,7 +931,7 @@ NOTIFY = ("change", "failure", "always", "never")
 class ScheduleConfig(ConfigTable):
     """A handler that the daemon runs by itself.  Repeat the table for each."""
 
-    REQUIRED = ("action",)
+    HEADER, REQUIRED = REPEATED, "action"
 
     action: str = setting("", action_name, "the handler to run", "health-check")
     every: float | None = setting(None, duration, "how often; either this", "5m")
@@ -919,6 +939,10 @@ class ScheduleConfig(ConfigTable):
     jitter: float = setting(0.0, jitter, "up to this much later, by chance", "30s")
     text: str = setting("scheduled", message_text, "the text of its message")
     notify: str = setting("change", choice(*NOTIFY), "which outcomes wake the agent")
+
+    def check(self, where: str) -> None:
+        if (self.every is None) == (self.at is None):
+            raise ConfigError(f'{where}: either every or at, as in every = "5m"')
 
 
 class JournalConfig(ConfigTable):
@@ -968,37 +992,29 @@ class Config(Value):
 
     @property
     def state_dir(self) -> Path:
-        if self.node.state_dir:
-            return self.node.state_dir
-        if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
-            return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
-        home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-        return Path(home) / "hive" / self.node.id
+        return self.node.state_dir or default_state_dir(self.node.id)
 
 
-T = TypeVar("T", bound=ConfigTable)
+def default_state_dir(name: str) -> Path:
+    """Where what outlives a restart is kept, unless hive.toml says so."""
+    if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
+        return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(home) / "hive" / name
 
-SINGLE_TABLES: Mapping[str, type[ConfigTable]] = {
+
+CONFIG_TABLES: Mapping[str, type[ConfigTable]] = {
     "node": NodeConfig,
     "mqtt": MqttConfig,
     "broker": BrokerConfig,
     "heartbeat": HeartbeatConfig,
+    "oc_instances": InstanceConfig,
+    "handlers": HandlerConfig,
+    "schedule": ScheduleConfig,
     "journal": JournalConfig,
     "logging": LoggingConfig,
 }
-ALL_TABLES: Mapping[str, type[ConfigTable]] = {
-    "node": NodeConfig,
-    "mqtt": MqttConfig,
-    "broker": BrokerConfig,
-    "heartbeat": HeartbeatConfig,
-    "[oc_instances]": InstanceConfig,
-    "handlers.NAME": HandlerConfig,
-    "[schedule]": ScheduleConfig,
-    "journal": JournalConfig,
-    "logging": LoggingConfig,
-}
-
-
+SINGLE_TABLES = [name for name, table in CONFIG_TABLES.items() if table.HEADER == ONCE]
 USER_CONFIG = "~/.config/hive/hive.toml"
 CONFIG_PLACES = ("hive.toml", USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
 
@@ -1006,7 +1022,7 @@ CONFIG_PLACES = ("hive.toml", USER_CONFIG, "/etc/hive/hive.toml")  # the first o
 def setting_of(dotted: str) -> Field:
     """The declaration of a key, as in "mqtt.port"."""
     title, _, key = dotted.partition(".")
-    return SINGLE_TABLES[title].FIELDS[key]
+    return CONFIG_TABLES[title].FIELDS[key]
 
 
 def find_config(explicit: str | None) -> Path | None:
@@ -1064,15 +1080,12 @@ def make_config(
     document: Mapping[str, Any], source: Path | None, overrides: Mapping[str, Any]
 ) -> Config:
     """Check parsed TOML and make the configuration of it, or raise ConfigError."""
-    known = [*SINGLE_TABLES, "oc_instances", "handlers", "schedule"]
+    known = [*dict.fromkeys((*SINGLE_TABLES, *CONFIG_TABLES))]
     for key, value in document.items():
         if key not in known:
             raise ConfigError(unknown_key(key, value, known, ""))
     base = source.resolve().parent if source else None
-    tables: dict[str, Any] = {
-        name: table.read(document.get(name, {}), name, base)
-        for name, table in SINGLE_TABLES.items()
-    }
+    tables = {name: read_tables(name, document, base) for name in known}
     origin = {
         f"{name}.{key}": str(source) for name in SINGLE_TABLES for key in document.get(name, {})
     }
@@ -1083,120 +1096,64 @@ def make_config(
     if not tables["node"].id:
         tables["node"] = tables["node"].replace(id=short_host_name())
         origin["node.id"] = "this machine's name"
-    tables["mqtt"] = read_password(tables["mqtt"])
-    tables["broker"] = read_broker_password(tables["broker"])
-    config = Config(
-        **tables,
-        oc_instances=read_instances(document.get("oc_instances", []), base),
-        handlers=read_handlers(document.get("handlers", {}), base),
-        schedule=read_schedule(document.get("schedule", []), base),
-        source=source,
-        origin=origin,
-    )
+    config = Config(**tables, source=source, origin=origin)
+    for i, one in enumerate(config.oc_instances):  # their names are addresses
+        if one.name in (other.name for other in config.oc_instances[:i]):
+            raise ConfigError(f"oc_instances[{i}].name: {quoted(one.name)} is taken already")
     return config.replace(warnings=tuple(exposed_secrets(config)))
 
 
-def read_list(table: type[T], said: object, where: str, base: Path | None) -> tuple[T, ...]:
-    """Read a table that is repeated, as in [[oc_instances]]."""
-    if not isinstance(said, list):
-        raise ConfigError(f"{where} = {masked(where, said)}: expected [[{where}]], twice bracketed")
-    return tuple(table.read(one, f"{where}[{i}]", base) for i, one in enumerate(said))
-
-
-def read_instances(said: object, base: Path | None) -> tuple[InstanceConfig, ...]:
-    """Read [[oc_instances]]; their names are addresses, so no two may be alike."""
-    made = tuple(
-        read_hook_token(one, f"oc_instances[{i}]")
-        for i, one in enumerate(read_list(InstanceConfig, said, "oc_instances", base))
-    )
-    names = [instance.name for instance in made]
-    for i, twice in enumerate(names):
-        if twice in names[:i]:
-            raise ConfigError(f"oc_instances[{i}].name: {quoted(twice)} is taken already")
-    return made
-
-
-def read_schedule(said: object, base: Path | None) -> tuple[ScheduleConfig, ...]:
-    """Read [[schedule]]; each says either how often or when."""
-    made = read_list(ScheduleConfig, said, "schedule", base)
-    for i, one in enumerate(made):
-        if (one.every is None) == (one.at is None):
-            raise ConfigError(f'schedule[{i}]: either every or at, as in every = "5m"')
-    return made
-
-
-def read_handlers(said: object, base: Path | None) -> dict[str, HandlerConfig]:
-    """Read [handlers.NAME]."""
+def read_tables(name: str, document: Mapping[str, Any], base: Path | None) -> Any:
+    """Read the table of a name; all of them where it is repeated, or has names below it."""
+    table = CONFIG_TABLES[name]
+    said = document.get(name, [] if table.HEADER == REPEATED else {})
+    if table.HEADER == ONCE:
+        return table.read(said, name, base)
+    if table.HEADER == REPEATED:
+        if not isinstance(said, list):
+            why = f"expected [[{name}]], twice bracketed"
+            raise ConfigError(f"{name} = {masked(name, said)}: {why}")
+        return tuple(table.read(one, f"{name}[{i}]", base) for i, one in enumerate(said))
     if not isinstance(said, dict):
-        raise ConfigError(
-            f"handlers = {masked('', said)}: expected tables, as in [handlers.git-sync]"
-        )
+        raise ConfigError(f"{name} = {masked('', said)}: expected tables, as in [{name}.git-sync]")
     for action in said:
         try:
             action_name(action)
         except ValueError:
-            raise ConfigError(
-                f"handlers.{quoted(action)[1:-1]}: is not {action_name.__doc__}"
-            ) from None
-    return {
-        action: HandlerConfig.read(one, f"handlers.{action}", base) for action, one in said.items()
-    }
+            objection = f"{quoted(action)[1:-1]}: is not {action_name.__doc__}"
+            raise ConfigError(f"{name}.{objection}") from None
+    return {key: table.read(one, f"{name}.{key}", base) for key, one in said.items()}
 
 
-def read_hook_token(instance: InstanceConfig, where: str) -> InstanceConfig:
-    """Take the hook's token from its file, where it is in one; check what belongs together."""
-    if instance.command and instance.via != "cli":
-        raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
-    token = read_secret(where, "hook_token", instance.hook_token, instance.hook_token_file)
-    if instance.via == "hook" and not token:
-        raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
-    return instance.replace(hook_token=token)
-
-
-def read_password(mqtt: MqttConfig) -> MqttConfig:
-    """Take the password from its file, where it is in one; check what belongs together."""
-    if bool(mqtt.cert_file) != bool(mqtt.key_file):
-        raise ConfigError("mqtt.cert_file and mqtt.key_file: one is of no use without the other")
-    return mqtt.replace(password=read_secret("mqtt", "password", mqtt.password, mqtt.password_file))
-
-
-def read_broker_password(broker: BrokerConfig) -> BrokerConfig:
-    """Take it from its file, where it is in one; a name without one would let nobody in."""
-    password = read_secret("broker", "password", broker.password, broker.password_file)
-    if (password is None) != (broker.username is None):
-        raise ConfigError("broker.username and broker.password_file: one is of no use alone")
-    return broker.replace(password=password)
-
-
-def read_secret(where: str, key: str, said: str | None, file: Path | None) -> str | None:
-    """A secret as it is said, or the first line of its file."""
-    if not file:
-        return said
-    named = f"{where}.{key}_file"
-    if said is not None:
-        raise ConfigError(f"{named}: {key} is set as well; keep one of the two")
+def read_secret(file: Path, where: str) -> str:
+    """The first line of a file, or ConfigError."""
     try:
         lines = file.read_text("utf-8").splitlines()
     except UnicodeDecodeError:
-        raise ConfigError(f"{named}: {file}: not UTF-8") from None
+        raise ConfigError(f"{where}: {file}: not UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"{named}: {file}: {reason_of(error)}") from None
+        raise ConfigError(f"{where}: {file}: {reason_of(error)}") from None
     if not lines or not lines[0]:
-        raise ConfigError(f"{named}: {file}: its first line is empty")
+        raise ConfigError(f"{where}: {file}: its first line is empty")
     return lines[0]
+
+
+def secret_files(config: Config) -> list[Path]:
+    """The files that hold a secret; hive.toml itself if one is written there."""
+    held = [
+        getattr(table, f"{key}_file", None) or config.source
+        for table in (config.mqtt, config.broker, *config.oc_instances)
+        for key, declared in table.FIELDS.items()
+        if declared.kind is secret and getattr(table, key)
+    ]
+    return [file for file in (*dict.fromkeys(held), config.mqtt.key_file) if file]
 
 
 def exposed_secrets(config: Config) -> Iterator[str]:
     """Warn of files that hold a secret and that others may read."""
-    agents = config.oc_instances
-    in_file = config.mqtt.password is not None and not config.mqtt.password_file
-    in_file |= config.broker.password is not None and not config.broker.password_file
-    in_file |= any(one.token or (one.hook_token and not one.hook_token_file) for one in agents)
-    files = [config.source if in_file else None, config.mqtt.password_file, config.mqtt.key_file]
-    files.append(config.broker.password_file)
-    for file in [*files, *(one.hook_token_file for one in agents)]:
+    for file in secret_files(config):
         with contextlib.suppress(OSError):
-            if file and file.stat().st_mode & 0o077:
+            if file.stat().st_mode & 0o077:
                 yield f"{file}: holds a secret and others may read it; try: chmod 600 {file}"
 
 
@@ -1212,17 +1169,17 @@ def toml_value(value: object) -> str:
 def example_config(chosen: Mapping[str, Any] | None = None) -> str:
     """A commented hive.toml, made from the declarations; what is `chosen`, as parsed, is set."""
     lines = ["# hive.toml: every key, with its default or an example.  Uncomment what you change."]
-    for title, table in ALL_TABLES.items():
+    for title, table in CONFIG_TABLES.items():
         lines += [
             "",
             *(f"# {line.strip()}" for line in (table.__doc__ or "").splitlines() if line.strip()),
         ]
-        said = (chosen or {}).get(title.strip("[]"), {})
+        said, header = (chosen or {}).get(title, {}), table.HEADER.format(title)
         first, *others = said if isinstance(said, list) else [said]
-        lines.append(f"[{title}]" if title in SINGLE_TABLES or first else f"# [{title}]")
+        lines.append(header if table.HEADER == ONCE or first else f"# {header}")
         lines += [example_line(f, first) for f in table.FIELDS.values()]
         for one in others:
-            lines += ["", f"[{title}]"]
+            lines += ["", header]
             lines += [example_line(f, one) for f in table.FIELDS.values() if f.name in one]
     return "\n".join(lines) + "\n"
 
@@ -5211,12 +5168,8 @@ LOOPBACK = r"127(\.\d{1,3}){3}|::1|localhost"
 
 def broker_home(settings: BrokerConfig) -> Path:
     """Where this user's broker keeps its file, whatever the node is called."""
-    if settings.state_dir:
-        return settings.state_dir
-    if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
-        return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return Path(home) / "hive" / ".broker"  # a name that no node has, who are its neighbours
+    # A name that no node has, who are its neighbours.
+    return settings.state_dir or default_state_dir(".broker")
 
 
 def broker_socket(settings: BrokerConfig) -> Path:
@@ -5848,26 +5801,34 @@ class Transport(Protocol):
     def probe(self, done: Callable[[bool], None]) -> None: ...
 
 
+STAND_INS: Mapping[str, Mapping[str, Any]] = {  # what paho names of modules that it rarely needs
+    "urllib.request": {},
+    "ssl": {"SSLWantReadError": (), "SSLWantWriteError": ()},  # `except ():` catches nothing
+}
+
+
 def load_paho() -> Any:
     """Import paho-mqtt; it takes longer than the rest of hive together.
 
-    It imports urllib.request for websockets alone, which hive does not use: a quarter of the
-    time, and 3 MB.  So an empty module stands in for it meanwhile.
+    It imports urllib.request for websockets, which hive does not use, and ssl, which _make_client
+    hands it where TLS is wanted: a third of the time, and 5 MB.  So almost empty modules stand
+    in for them meanwhile.
     """
-    unused = "urllib.request"
-    absent = unused not in sys.modules and "paho.mqtt.client" not in sys.modules
-    if absent:
-        sys.modules[unused] = type(sys)(unused)
+    first = "paho.mqtt.client" not in sys.modules
+    absent = [name for name in STAND_INS if first and name not in sys.modules]
+    for name in absent:
+        sys.modules[name] = type(sys)(name)
+        vars(sys.modules[name]).update(STAND_INS[name])
     try:
         import paho.mqtt.client as mqtt
     except ImportError:
         raise UsageError(f"paho-mqtt is missing; {WAYS_TO_PAHO}") from None
     finally:
-        if absent:
-            del sys.modules[unused]
+        for name in absent:
+            del sys.modules[name]
     if not hasattr(mqtt, "CallbackAPIVersion"):
         raise UsageError(f"paho-mqtt is older than 2; {WAYS_TO_PAHO}")
-    if absent:
+    if first:
         lighten_paho()
     return mqtt
 
@@ -5993,6 +5954,9 @@ class MqttConnection:
         if settings.username is not None or settings.password is not None:
             client.username_pw_set(settings.username or "", settings.password)
         if settings.tls:
+            import ssl
+
+            paho.ssl = ssl
             client.tls_set_context(tls_context(settings))
         if self._link.will:
             will = self._link.will
@@ -9542,8 +9506,7 @@ def check_config(context: DoctorContext) -> Iterator[Finding]:
 def check_files(context: DoctorContext) -> Iterator[Finding]:
     config = context.config
     findings = [objected(Level.WARN, warning) for warning in config.warnings]
-    named = [config.source, config.mqtt.password_file, config.mqtt.key_file]
-    for file in filter(None, [*named, *(one.hook_token_file for one in config.oc_instances)]):
+    for file in filter(None, dict.fromkeys((config.source, *secret_files(config)))):
         if objection := writable_by_others(file.stat()):
             findings.append(objected(Level.WARN, said_against(file, objection)))
     findings += check_folder(config.state_dir)
@@ -10135,14 +10098,6 @@ def mosquitto_script(setup: MosquittoSetup) -> str:
 #
 # Options stand beside the function that reads them; Main builds the parser from COMMANDS.
 
-OVERRIDES = {  # option on the command line: key of hive.toml
-    "node": "node.id",
-    "prefix": "node.topic_prefix",
-    "host": "mqtt.host",
-    "port": "mqtt.port",
-    "log_level": "logging.level",
-}
-
 
 class Command(Value):
     """A subcommand: its docstring and options are what --help shows."""
@@ -10155,9 +10110,42 @@ class Command(Value):
 COMMANDS: dict[str, Command] = {}
 
 
+def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """Make a kind of Config or a field's check serve as argparse's type=."""
+
+    def convert(said: str) -> Any:
+        try:
+            return kind(said)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {kind.__doc__}") from None
+
+    return convert
+
+
 def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """One option, as argparse's add_argument takes it."""
-    return flags, how
+    """One option, as argparse's add_argument takes it, but for `type`, which is a kind."""
+    return flags, how | ({"type": as_type(how["type"])} if "type" in how else {})
+
+
+def key_option(
+    dotted: str, flag: str = "", more: str = "", **how: Any
+) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """An option that sets a key of hive.toml ("mqtt.port"): kind and help are the key's own."""
+    declared = setting_of(dotted)
+    if "action" not in how:
+        how = {"type": declared.kind, "metavar": declared.name.upper()} | how
+    flag = flag or f"--{declared.name.replace('_', '-')}"
+    return option(flag, dest=dotted, help=declared.help + more, **how)
+
+
+COMMON_OPTIONS = (  # of every command, before or after its name
+    option("--config", metavar="FILE", help="hive.toml to read; init writes it"),
+    key_option("node.id", "--node"),
+    key_option("node.topic_prefix", "--prefix"),
+    key_option("mqtt.host"),
+    key_option("mqtt.port"),
+    key_option("logging.level", "--log-level"),
+)
 
 
 def subcommand(
@@ -10175,9 +10163,7 @@ def subcommand(
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of keys of hive.toml."""
     return {
-        dotted: getattr(args, dest)
-        for dest, dotted in OVERRIDES.items()
-        if getattr(args, dest, None) is not None
+        dotted: value for dotted, value in vars(args).items() if "." in dotted and value is not None
     }
 
 
@@ -10222,13 +10208,39 @@ def ttl_seconds(said: str) -> int:
 
 
 DIRECT = option("--direct", action="store_true", help="publish without this node's daemon")
-BROKER_HELP = {key: declared.help for key, declared in BrokerConfig.FIELDS.items()}
 AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON instead of text")
+
+
+def start_again() -> None:
+    """Go on as a process that reads the compiled file, if this one had to compile it.
+
+    Python compiles a script at each start, and never gives back 24 MB of what that takes.
+    Where nothing can be written into its cache, nothing would be gained.
+    """
+    from importlib.machinery import SourceFileLoader
+
+    if __spec__ is not None or not isinstance(globals().get("__loader__"), SourceFileLoader):
+        return  # it is no script that Python itself runs
+    from importlib.util import cache_from_source
+
+    file = str(own_file())
+    SourceFileLoader("hive", file).get_code("hive")
+    if not os.path.exists(cache_from_source(file)):
+        return
+    code = (
+        f"import sys; sys.path[:1] = {sys.path[:1]}; del sys.argv[0]; __file__ = sys.argv[0];"
+        " from importlib.machinery import SourceFileLoader;"
+        ' exec(SourceFileLoader("hive", __file__).get_code("hive"))'
+    )
+    interpreter = sys.orig_argv[: -len(sys.argv)]
+    with contextlib.suppress(OSError):
+        os.execv(sys.executable, [*interpreter, "-c", code, file, *sys.argv[1:]])
 
 
 @subcommand(examples="hive.py daemon --node alpha --host broker.lan")
 def command_daemon(args: argparse.Namespace) -> int:
     """Run this node, in the foreground, until SIGTERM or Ctrl-C."""
+    start_again()
     config = config_of(args)
     log = Log(config.logging.level, config.logging.format)
     instance = new_id()
@@ -10681,25 +10693,12 @@ def command_config(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def option_for(dotted: str, more: str = "") -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """An option that sets a key of hive.toml: kind and help are the key's own."""
-    declared = setting_of(dotted)
-    flag = f"--{declared.name.replace('_', '-')}"
-    about = declared.help + more
-    return option(flag, type=declared.kind, metavar=declared.name.upper(), help=about)
-
-
-SETUP_KEYS = {  # and what init makes of them besides
-    "node.handler_dir": "",
-    "mqtt.username": "",
-    "mqtt.password_file": "; - takes it from stdin",
-    "mqtt.ca_file": "; means --tls",
-}
-
-
 @subcommand(
-    *(option_for(dotted, more) for dotted, more in SETUP_KEYS.items()),
-    option("--tls", action=argparse.BooleanOptionalAction, help=setting_of("mqtt.tls").help),
+    key_option("node.handler_dir"),
+    key_option("mqtt.username"),
+    key_option("mqtt.password_file", more="; - takes it from stdin"),
+    key_option("mqtt.ca_file", more="; means --tls"),
+    key_option("mqtt.tls", action=argparse.BooleanOptionalAction),
     option(
         "--agent",
         action="append",
@@ -10742,20 +10741,16 @@ def command_init(args: argparse.Namespace) -> int:
 def said_by_options(args: argparse.Namespace, ask: Prompt) -> dict[str, Any]:
     """What the options say, by dotted key; paths are meant from where we are."""
     said = overrides_of(args)
-    for dotted in SETUP_KEYS:
-        value = getattr(args, dotted.partition(".")[2])
-        if value is not None:
-            said[dotted] = Path(os.path.abspath(value)) if isinstance(value, Path) else value
-    tls = bool(args.ca_file) if args.tls is None else args.tls
-    said |= {"mqtt.tls": tls} if tls or args.tls is not None else {}
-    if args.password_file == Path("-"):
+    if said.get("mqtt.password_file") == Path("-"):
         del said["mqtt.password_file"]
         password = ask.password("Password there") if ask.asking else read_text("-")
         try:
             said["mqtt.password"] = password_line(password)
         except ValueError:
             raise UsageError(f"--password-file -: not {password_line.__doc__}") from None
-    return said
+    if "mqtt.ca_file" in said:
+        said.setdefault("mqtt.tls", True)
+    return {k: Path(os.path.abspath(v)) if isinstance(v, Path) else v for k, v in said.items()}
 
 
 def next_commands(file: Path) -> str:
@@ -10791,9 +10786,9 @@ def command_doctor(args: argparse.Namespace) -> int:
 
 
 @subcommand(
-    option("--socket", type=file_path, metavar="PATH", help=BROKER_HELP["socket"]),
-    option("--listen", type=listen_address, metavar="HOST:PORT", help=BROKER_HELP["listen"]),
-    option("--anonymous", action="store_true", help=BROKER_HELP["anonymous"]),
+    key_option("broker.socket", metavar="PATH"),
+    key_option("broker.listen", metavar="HOST:PORT"),
+    key_option("broker.anonymous", action="store_const", const=True),
     option(
         "--mosquitto-conf",
         action="store_true",
@@ -10814,6 +10809,8 @@ hive.py broker --mosquitto-conf --host 100.64.0.7 alpha beta > setup.sh""",
 )
 def command_broker(args: argparse.Namespace) -> int:
     """Run the embedded broker alone, in the foreground; or set up Mosquitto."""
+    if not args.mosquitto_conf:
+        start_again()
     config = config_of(args)
     if args.mosquitto_conf:
         setup = mosquitto_setup(config, args.nodes, args.tls, socket.gethostname())
@@ -10821,19 +10818,17 @@ def command_broker(args: argparse.Namespace) -> int:
         return Exit.DONE
     if args.nodes or args.tls:
         raise UsageError("broker: --tls and names of nodes belong to --mosquitto-conf")
-    run_broker(config, args)
+    run_broker(config)
     return Exit.DONE
 
 
-def run_broker(config: Config, args: argparse.Namespace) -> None:
+def run_broker(config: Config) -> None:
     """Until SIGTERM or Ctrl-C."""
-    said = {key: getattr(args, key) for key in ("socket", "listen", "anonymous")}
-    settings = config.broker.replace(**{key: value for key, value in said.items() if value})
     log = Log(config.logging.level, config.logging.format)
     loop = Loop(log)
     with contextlib.ExitStack() as ending:
         ending.callback(loop.close)
-        hosted = Broker(loop, log, settings)
+        hosted = Broker(loop, log, config.broker)
         ending.callback(hosted.close)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, loop.stop)
@@ -10843,18 +10838,6 @@ def run_broker(config: Config, args: argparse.Namespace) -> None:
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------
-
-
-def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a kind of Config or a field's check serve as argparse's type=."""
-
-    def convert(said: str) -> Any:
-        try:
-            return kind(said)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {kind.__doc__}") from None
-
-    return convert
 
 
 class Parser(argparse.ArgumentParser):
@@ -10876,11 +10859,8 @@ def common_options() -> Parser:
     """Options that may stand before or after the subcommand."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("configuration")
-    group.add_argument("--config", metavar="FILE", help="hive.toml to read; init writes it")
-    for dest, dotted in OVERRIDES.items():
-        declared = setting_of(dotted)
-        flag, kind = f"--{dest.replace('_', '-')}", as_type(declared.kind)
-        group.add_argument(flag, type=kind, metavar=declared.name.upper(), help=declared.help)
+    for flags, how in COMMON_OPTIONS:
+        group.add_argument(*flags, **how)
     return common
 
 
@@ -10913,8 +10893,7 @@ def make_parser(only: str = "") -> Parser:
             epilog=f"examples:\n{indented(one.examples)}" if one.examples else None,
         )
         for flags, how in one.options:
-            kind = {"type": as_type(how["type"])} if "type" in how else {}
-            sub.add_argument(*flags, **{**how, **kind})
+            sub.add_argument(*flags, **how)
         sub.set_defaults(run=one.run)
     return parser
 
