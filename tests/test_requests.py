@@ -316,16 +316,6 @@ def test_a_follower_that_does_not_read_costs_no_memory_and_misses_nothing(
     assert [id for id in found if id.startswith("m-")] == [f"m-{i}" for i in range(60)]
 
 
-def test_a_daemon_that_is_stopping_takes_nothing_more(rig: Rig, caller: Caller) -> None:
-    rig.handler("slow", "exec sleep 0.5")
-    rig.say("command", "slow")
-    rig.until("it runs", lambda: rig.events("handler started"))
-    rig.node.stop()
-    said = caller.ask(do="send", envelope=own("m-1").document())
-    assert said == {"error": "the daemon is stopping"}
-    assert caller.ask(do="exchange", id="m-1") == {"rows": []}
-
-
 # What is known of all nodes
 
 
@@ -387,19 +377,19 @@ def test_no_document_of_a_peer_can_stand_in_the_way_of_others(
     assert documents["delta"] == {"status": "online"} and {*documents} <= {"delta", "gamma"}
 
 
-def test_all_documents_together_have_a_bound_and_each_has_one(
-    monkeypatch: pytest.MonkeyPatch,
+def test_all_documents_together_have_a_bound_and_the_longest_go_first(
+    rig: Rig, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    documents = hive.RetainedDocuments()
-    long = {"status": "online", "known_peers": ["x" * 50] * 1000, "version": "1"}
-    documents.put("a", hive.encode_json(long))
-    assert documents.documents() == {"a": {"status": "online", "version": "1"}}
-    monkeypatch.setattr(hive, "MAX_DOCUMENTS", 10 * hive.MAX_DOCUMENT)
+    monkeypatch.setattr(hive, "MAX_DOCUMENTS", 40_000)
     for i in range(100):
-        documents.put(f"n{i % 50}", hive.encode_json({"i": i, "text": "x" * 4000}))
-    kept = documents.documents()
-    assert [*kept] == [f"n{i}" for i in range(40, 50)], "the oldest go first"
-    assert [one["i"] for one in kept.values()] == [*range(90, 100)]
+        size = 20_000 if i % 10 == 0 else 300
+        retain(rig, f"n{i}/roster", hive.encode_json({"i": i, "text": "x" * size}))
+    kept = caller.ask(do="roster")["rosters"]
+    assert {f"n{i}" for i in range(100) if i % 10} <= kept.keys()
+    assert len(hive.encode_json(kept)) < 40_000
+    known = {"status": "online", "known_peers": ["x" * 50] * 100, "version": "1"}
+    retain(rig, "n1/state", hive.encode_json(known))
+    assert caller.ask(do="states")["states"]["n1"] == {"status": "online", "version": "1"}
 
 
 # The table
