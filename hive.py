@@ -7653,8 +7653,8 @@ class Node:
         self.name, self.topics = config.node.id, config.topics
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
-        self._broker, self._fault = config.mqtt.address, ""  # why it is not connected
-        self._seen_broker = 0.0  # when it last was, in Unix seconds
+        self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
+        self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
         self.members = Members(config, loop, log, self.send, self.publish, self._probe)
@@ -7681,27 +7681,39 @@ class Node:
         self._tend_journal()
         self._watch_questions()
 
-    def link_up(self, broker: str) -> None:
-        self.connected, self._broker, self._fault = True, broker, ""
+    def link_up(self, mqtt: MqttConfig) -> None:
+        self.connected, self._mqtt, self._fault = True, mqtt, ""
         self.members.grant_grace(self.loop.clock())
         self.settle_soon()
 
-    def link_down(self, fault: str) -> None:
+    def all_heard(self) -> None:
+        """How all others are has been heard by now."""
+        self.heard_all, self._seen_broker = True, self.loop.clock()
+
+    def link_down(self, mqtt: MqttConfig, reason: str) -> None:
         if self.connected:
-            self._seen_broker = time.time()
+            self._seen_broker = self.loop.clock()
         self.connected = self.heard_all = False
-        self._fault = fault
+        self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
 
     def _connection(self) -> dict[str, Any]:
-        """How this node's way to the broker is, for its commands."""
+        """How this node's way to the broker is, for its commands.
+
+        A broker that hangs is known by our own state, which does not come back.
+        """
+        own, fault = self.config.heartbeat, self._fault
+        silence = self.loop.clock() - self._seen_broker
+        hangs = self.heard_all and is_overdue(silence, own.interval, own.miss_threshold + 1)
+        if hangs:
+            fault = str(broker_fault(self._mqtt, f"no answer for {silence:.0f} s"))
         return {
             "hive": hive_of(self.config),
-            "broker": self._broker,
-            "connected": self.connected,
+            "broker": self._mqtt.address,
+            "connected": self.connected and not hangs,
             "complete": self.heard_all,
-            "fault": self._fault,
-            "seen": time.time() if self.connected else self._seen_broker,
+            "fault": fault,
+            "age": silence if fault else 0.0,  # of what is known
         }
 
     def publish(self, message: OutgoingMessage) -> None:
@@ -7749,7 +7761,7 @@ class Node:
             if document in ("state", "roster"):
                 self.members.hear_document(name, document, delivery)
             if meta == (self.name, "state") and not delivery.retained:
-                self.heard_all = True  # our own, which we publish last
+                self.all_heard()  # our own, which we publish last
             return
         self.counts["received"] += 1
         try:
@@ -8489,11 +8501,11 @@ class Daemon:
         self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
         self._outage = False
         self._service.status(f"{self.node.name} is connected to {self._mqtt.address}")
-        self.node.link_up(self._mqtt.address)
+        self.node.link_up(self._mqtt)
         self._presence.begin()
 
     def link_down(self, reason: str) -> None:
-        self.node.link_down(str(broker_fault(self._mqtt, reason)))
+        self.node.link_down(self._mqtt, reason)
         self._service.status(f"no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self._mqtt.address, why=reason)
@@ -8985,8 +8997,8 @@ class InProcessNode:
 
     def link_up(self) -> None:
         if self._node:
-            self._node.link_up(self._mqtt.address)
-            self._node.heard_all = True
+            self._node.link_up(self._mqtt)
+            self._node.all_heard()
 
     def link_down(self, reason: str) -> None:
         raise broker_fault(self._mqtt, reason)
@@ -10689,9 +10701,9 @@ def say_of_members(
     """How good is what was shown?  Raises BrokerError if it is old."""
     if not said["connected"]:
         if any and not args.as_json:
-            age = for_people(time.time() - said["seen"])
-            print(f"\nas of {age} ago, when the broker was lost")
-        raise BrokerError(said["fault"] or f"broker {said['broker']}: no connection yet")
+            print(f"\nas of {for_people(said['age'])} ago, when the broker was lost")
+        none_yet = f"broker {said['broker']}: no connection yet" if config.mqtt.named else NO_BROKER
+        raise BrokerError(said["fault"] or none_yet)
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
         start = "start one with: hive.py daemon"
