@@ -1773,13 +1773,11 @@ class Loop:
 
 # ---- Process: one child ------------------------------------------------------------------
 #
-# Bytes in, Outcome out, always by a deadline.  A child leads a process group of its own, and
+# Bytes in, ProcessResult out, always by a deadline.  A child leads a process group of its own, and
 # the group ends with it.  Does not know what the child is for.
 
 SIGKILL_AFTER = 2.0  # seconds between SIGTERM and SIGKILL
-OUTPUT_TIMEOUT = (
-    1.0  # seconds that a grandchild may still hold the output of a child that has ended
-)
+OUTPUT_TIMEOUT = 1.0  # seconds that others may still hold the output of a child that has ended
 PIPE_CHUNK = 64 * KIB
 
 
@@ -1791,14 +1789,14 @@ class ProcessResult:
     stdout: bytes = b""
     stderr: bytes = b""  # the end of it
     truncated: bool = False  # stdout went on
-    late: bool = False  # its deadline came first
-    stopped: bool = False  # we ended it before its deadline
+    timed_out: bool = False  # its deadline came first
+    cancelled: bool = False  # we ended it before its deadline
     seconds: float = 0.0
     fault: str = ""  # why it never ran
 
     @property
     def ok(self) -> bool:
-        return self.exit == 0 and not self.late and not self.stopped
+        return self.exit == 0 and not self.timed_out and not self.cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -1820,55 +1818,65 @@ class ChildProcess:
     def __init__(
         self,
         loop: Loop,
-        job: ProcessSpec,
+        spec: ProcessSpec,
         popen: subprocess.Popen[bytes],
         done: Callable[[ProcessResult], None],
     ):
-        self._loop, self._job, self._popen, self._done = loop, job, popen, done
+        self._loop, self._spec, self._popen, self._done = loop, spec, popen, done
         self._started = loop.clock()
-        self._pending = memoryview(job.stdin)
+        self._stdin = memoryview(spec.stdin)
         self._stdout, self._stderr = bytearray(), bytearray()
-        self._truncated = self._late = self._stopped = False
-        self._terminated = self._reported = False
-        self._timer = loop.after(job.deadline, self._overdue)
+        self._truncated = self._timed_out = self._cancelled = False
+        self._terminated = self._finished = False
+        self._timer = loop.after(spec.deadline, self._time_out)
         self._pipes = [pipe for pipe in (popen.stdin, popen.stdout, popen.stderr) if pipe]
         for pipe in self._pipes:
             os.set_blocking(pipe.fileno(), False)
-        assert popen.stdin and popen.stdout and popen.stderr  # Children asks for all three
-        loop.watch(popen.stdin, selectors.EVENT_WRITE, self._feed)
-        loop.watch(popen.stdout, selectors.EVENT_READ, self._take_stdout)
-        loop.watch(popen.stderr, selectors.EVENT_READ, self._take_stderr)
+        assert popen.stdin and popen.stdout and popen.stderr  # ChildProcesses asks for all three
+        loop.watch(popen.stdin, selectors.EVENT_WRITE, self._write_stdin)
+        loop.watch(popen.stdout, selectors.EVENT_READ, self._read_stdout)
+        loop.watch(popen.stderr, selectors.EVENT_READ, self._read_stderr)
 
     def stop(self) -> None:
-        """End it before its time."""
-        if not self._late:
-            self._stopped = True
+        """End it before its time; its result comes later, never from within this call."""
+        if not self._timed_out:
+            self._cancelled = True
             self._terminate()
 
     def reap(self) -> None:
         """Has it ended?  Its output may still be held by a child of its own."""
-        if self._popen.returncode is not None or self._popen.poll() is None:
+        if self._ended or self._popen.poll() is None:
             return
-        self._timer.cancel()
-        self._timer = self._loop.after(OUTPUT_TIMEOUT, self._finish)
-        self._take_stdout(0)
-        self._take_stderr(0)
-        self._settle()
+        self._set_timer(OUTPUT_TIMEOUT, self._finish)
+        self._read_stdout(0)
+        self._read_stderr(0)
+        self._finish_unless_held()
 
-    def _settle(self) -> None:
-        """Finish once it has ended and nobody holds its output."""
-        ends = (self._popen.stdout, self._popen.stderr)
-        if self._popen.returncode is not None and not any(end in self._pipes for end in ends):
+    @property
+    def _ended(self) -> bool:
+        return self._popen.returncode is not None
+
+    @property
+    def _held(self) -> bool:
+        """Has anybody still hold of its output?"""
+        return any(end in self._pipes for end in (self._popen.stdout, self._popen.stderr))
+
+    def _set_timer(self, delay: float, call: Callable[[], None]) -> None:
+        """What comes next in its life, in place of what would have come."""
+        self._timer.cancel()
+        self._timer = self._loop.after(delay, call)
+
+    def _finish_unless_held(self) -> None:
+        if self._ended and not self._held:
             self._finish()
 
     def _finish(self) -> None:
-        if self._reported:
+        if self._finished:
             return
-        self._reported = True
+        self._finished = True
         self._timer.cancel()
-        held = any(end in self._pipes for end in (self._popen.stdout, self._popen.stderr))
-        if held or self._late or self._stopped:
-            self._signal(signal.SIGKILL)  # grandchildren that outlive their parent
+        if self._held or self._timed_out or self._cancelled:
+            self.kill()  # grandchildren that outlive their parent
         for pipe in [*self._pipes]:
             self._close(pipe)
         self._done(
@@ -1877,26 +1885,24 @@ class ChildProcess:
                 stdout=bytes(self._stdout),
                 stderr=bytes(self._stderr),
                 truncated=self._truncated,
-                late=self._late,
-                stopped=self._stopped,
+                timed_out=self._timed_out,
+                cancelled=self._cancelled,
                 seconds=self._loop.clock() - self._started,
             )
         )
 
-    def _overdue(self) -> None:
-        self._late = True
+    def _time_out(self) -> None:
+        self._timed_out = True
         self._terminate()
 
     def _terminate(self) -> None:
         """SIGTERM now and SIGKILL later, once; what has ended already only lingers."""
-        if self._popen.returncode is not None:
-            self._finish()
-        if self._terminated or self._reported:
-            return
-        self._terminated = True
-        self._timer.cancel()
-        self._signal(signal.SIGTERM)
-        self._timer = self._loop.after(SIGKILL_AFTER, self.kill)
+        if self._ended:
+            self._set_timer(0, self._finish)
+        elif not self._terminated:
+            self._terminated = True
+            self._signal(signal.SIGTERM)
+            self._set_timer(SIGKILL_AFTER, self.kill)
 
     def kill(self) -> None:
         """SIGKILL for its whole process group."""
@@ -1906,28 +1912,28 @@ class ChildProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # gone; a zombie on macOS
             os.killpg(self._popen.pid, number)
 
-    def _feed(self, events: int) -> None:
+    def _write_stdin(self, events: int) -> None:
         pipe = self._popen.stdin
         assert pipe
         try:
-            self._pending = self._pending[os.write(pipe.fileno(), self._pending[:PIPE_CHUNK]) :]
+            self._stdin = self._stdin[os.write(pipe.fileno(), self._stdin[:PIPE_CHUNK]) :]
         except BlockingIOError:
             return
         except OSError:  # it does not read, or no longer
-            self._pending = self._pending[:0]
-        if not self._pending:
+            self._stdin = self._stdin[:0]
+        if not self._stdin:
             self._close(pipe)
 
-    def _take_stdout(self, events: int) -> None:
-        room = self._job.max_stdout
+    def _read_stdout(self, events: int) -> None:
+        room = self._spec.max_stdout
         for data in self._read(self._popen.stdout):
             self._truncated |= len(self._stdout) + len(data) > room
             self._stdout += data[: room - len(self._stdout)]
 
-    def _take_stderr(self, events: int) -> None:
+    def _read_stderr(self, events: int) -> None:
         for data in self._read(self._popen.stderr):
             self._stderr += data
-            del self._stderr[: -self._job.max_stderr]
+            del self._stderr[: -self._spec.max_stderr]
 
     def _read(self, pipe: IO[bytes] | None) -> Iterator[bytes]:
         """What is there to read now, a few chunks at most; close the pipe at its end."""
@@ -1940,7 +1946,7 @@ class ChildProcess:
                 return
             if not data:
                 self._close(pipe)
-                self._settle()
+                self._finish_unless_held()
                 return
             yield data
 
@@ -1961,18 +1967,20 @@ class ChildProcesses:
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, job: ProcessSpec, done: Callable[[ProcessResult], None]) -> ChildProcess | None:
+    def start(
+        self, spec: ProcessSpec, done: Callable[[ProcessResult], None]
+    ) -> ChildProcess | None:
         """Start a child; `done` is called once, later, also where it cannot be started."""
         import subprocess
 
         try:
             popen = subprocess.Popen(
-                job.argv,
+                spec.argv,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env=job.environment,
-                cwd=job.cwd,
+                env=spec.environment,
+                cwd=spec.cwd,
                 start_new_session=True,
                 bufsize=0,
             )
@@ -1980,20 +1988,20 @@ class ChildProcesses:
             fault = reason_of(error)
             if isinstance(error, OSError) and error.errno == errno.ENOEXEC:
                 fault = "no program; does its first line name one, as in #!/bin/sh ?"
-            outcome = ProcessResult(exit=None, fault=fault)
-            self._loop.after(0, lambda: done(outcome))
+            result = ProcessResult(exit=None, fault=fault)
+            self._loop.after(0, lambda: done(result))
             return None
 
-        def ended(outcome: ProcessResult) -> None:
+        def ended(result: ProcessResult) -> None:
             self._running.remove(child)
-            done(outcome)
+            done(result)
 
-        child = ChildProcess(self._loop, job, popen, ended)
+        child = ChildProcess(self._loop, spec, popen, ended)
         self._running.append(child)
         return child
 
     def stop(self) -> None:
-        """End them all; their outcomes still come."""
+        """End them all; their results still come."""
         for child in self._running:
             child.stop()
 
@@ -2251,11 +2259,11 @@ def result_value(outcome: ProcessResult) -> object:
 
 def failure(outcome: ProcessResult, deadline: float) -> str:
     """Why a run failed, in a few words; the end of its stderr follows."""
-    if outcome.stopped:
+    if outcome.cancelled:
         reason = f"interrupted: {outcome.fault or 'the node was stopped'}; it may have done a part"
     elif outcome.exit is None:
         reason = f"could not be started: {outcome.fault}"
-    elif outcome.late:
+    elif outcome.timed_out:
         reason = f"took longer than {deadline:g} s and was ended"
     elif outcome.exit < 0:
         reason = f"was ended by signal {-outcome.exit}"
@@ -2268,9 +2276,9 @@ def failure(outcome: ProcessResult, deadline: float) -> str:
 
 def outcome_status(outcome: ProcessResult) -> str:
     """In one word, as results have it."""
-    if outcome.stopped:
+    if outcome.cancelled:
         return "interrupted"
-    return "ok" if outcome.ok else "timeout" if outcome.late else "error"
+    return "ok" if outcome.ok else "timeout" if outcome.timed_out else "error"
 
 
 def result_document(
@@ -2487,8 +2495,8 @@ class WakeResult:
     ok: bool
     why: str = ""  # not
     reply: str = ""  # the agent's own words, where the way gives them
-    final: bool = False  # trying again would do harm
-    perhaps: bool = False  # it may have been told all the same
+    permanent: bool = False  # trying again would do harm
+    uncertain: bool = False  # it may have been told all the same
 
 
 def openclaw(
@@ -2559,8 +2567,8 @@ def wake_result(
         for hidden in filter(None, (instance.token, instance.hook_token)):
             why = why.replace(hidden, "***")
         # A turn that was ended half-way may have done half its work.
-        final = replies and outcome.late
-        return WakeResult(False, cut(why, 300), final=final, perhaps=outcome.late)
+        final = replies and outcome.timed_out
+        return WakeResult(False, cut(why, 300), permanent=final, uncertain=outcome.timed_out)
     if not replies:
         return WakeResult(True)
     answer = turn_result(outcome.stdout.decode(errors="replace"))
@@ -2570,7 +2578,9 @@ def wake_result(
     texts = [one.get("text") for one in payloads if isinstance(one, dict)]
     reply = "\n".join(text for text in texts if isinstance(text, str) and text)
     if answer.get("status") != "ok":
-        return WakeResult(False, f"the turn ended with {quoted(answer.get('status'))}", final=True)
+        return WakeResult(
+            False, f"the turn ended with {quoted(answer.get('status'))}", permanent=True
+        )
     return WakeResult(True, reply=cut(replace_surrogates(reply), MAX_TEXT, CUT))
 
 
@@ -2635,7 +2645,7 @@ class HookRequest:
         if self._sock:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)  # the thread ends with it
-        self._end(WakeResult(False, f"the hook: no answer in {HOOK_DEADLINE:g} s", perhaps=True))
+        self._end(WakeResult(False, f"the hook: no answer in {HOOK_DEADLINE:g} s", uncertain=True))
 
     def _end(self, told: WakeResult) -> None:
         if not self._ended:
@@ -2868,9 +2878,9 @@ class Agent:
         saying = merge_events(self._calling, way.replies)
 
         def told(result: WakeResult) -> None:
-            if result.perhaps:
+            if result.uncertain:
                 self._calling = [replace(one, note=PERHAPS_TOLD) for one in self._calling]
-            if not result.ok and not result.final and len(ways) > 1 and not self._stopping:
+            if not result.ok and not result.permanent and len(ways) > 1 and not self._stopping:
                 self._try(ways[1:], before or result.why)
             else:
                 self._told(ways[0], saying, replace(result, why=before or result.why))
@@ -2891,7 +2901,7 @@ class Agent:
         if told.ok:
             self._events.append((self._loop.clock(), saying.now))
             self._succeeded(way, group, told)
-        elif told.final:
+        elif told.permanent:
             for waking in group:
                 self._give_up(waking, told.why)
         else:
@@ -2911,7 +2921,7 @@ class Agent:
 
     def _failed(self, group: Sequence[PendingEvent], told: WakeResult) -> None:
         """Try again later, unless it is too late."""
-        self._user.agent_failed(group, told.perhaps)
+        self._user.agent_failed(group, told.uncertain)
         if self._stopping:
             return
         self._waiting.extendleft(reversed(group))
@@ -7533,7 +7543,7 @@ class Node:
         turn = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
         if task.began and not self._handler_config(turn.action).retry:
             self._finish(
-                turn, ProcessResult(exit=None, stopped=True, fault="the daemon ended meanwhile")
+                turn, ProcessResult(exit=None, cancelled=True, fault="the daemon ended meanwhile")
             )
         else:
             self._enqueue(turn)
@@ -7648,7 +7658,7 @@ class Node:
         self._queue.done(turn.action)
         self._counts["runs"] += 1
         self._counts["failures"] += not outcome.ok
-        if outcome.stopped and turn.task and self._handler_config(turn.action).retry:
+        if outcome.cancelled and turn.task and self._handler_config(turn.action).retry:
             self._journal.retract([turn.task])  # it runs again at the next start
         else:
             self._finish(turn, outcome)
@@ -7744,7 +7754,7 @@ class Node:
         self, sentinel: ScheduledRun, envelope: Envelope, outcome: ProcessResult, deadline: float
     ) -> None:
         """Write down how it ended; wake the agent if that is news."""
-        if outcome.stopped:
+        if outcome.cancelled:
             return
         words = sentinel.end(outcome.ok)
         self._journal.note(sentinel.key, {"last": sentinel.last, "ok": sentinel.ok})

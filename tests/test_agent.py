@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Clock, free_port
+from conftest import PATIENCE, Clock, free_port, run_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -414,28 +414,6 @@ def test_the_port_of_a_gateway(
 # A stand-in, and what turns it
 
 
-@pytest.fixture
-def log() -> io.StringIO:
-    return io.StringIO()
-
-
-@pytest.fixture
-def loop(log: io.StringIO, clock: Clock) -> Iterator[hive.Loop]:
-    loop = hive.Loop(hive.Log("debug", "json", log), clock)
-    yield loop
-    loop.close()
-    assert '"bug"' not in log.getvalue(), log.getvalue()
-
-
-@pytest.fixture
-def children(loop: hive.Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[hive.ChildProcesses]:
-    monkeypatch.setattr(hive, "SIGKILL_AFTER", 0.2)
-    children = hive.ChildProcesses(loop)
-    yield children
-    children.stop()
-    turn_until(loop, "all children have ended", lambda: not len(children))
-
-
 # Writes down what it is told; fails while there is a file "down" or "down-SUBCOMMAND", hangs
 # while there is one "hung", prints what is in "out".
 STAND_IN = """#!/bin/sh
@@ -587,15 +565,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hive, "AGENT_RETRY", (0.01, 0.05))
 
 
-def turn_until(loop: hive.Loop, what: str, check: Callable[[], object]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not check():
-        assert time.monotonic() < until, f"never happened: {what}"
-        tick = loop.after(0.01, lambda: None)
-        loop.step()
-        tick.cancel()
-
-
 def settle(loop: hive.Loop) -> None:
     """Do whatever is due by now."""
     for _ in range(3):
@@ -612,7 +581,7 @@ def test_messages_reach_an_agent_in_order_and_what_gathers_meanwhile_goes_togeth
     stand_in.wake(*"abcdefgh")
     assert len(children) == 1
     assert len(stand_in.agent) == 8
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert stand_in.groups() == [["a"], [*"bcdefgh"]]
     assert stand_in.given_up == []
     assert stand_in.state() == ("ok", "")
@@ -630,10 +599,10 @@ def test_a_call_that_failed_is_made_again_and_the_order_is_kept(
 ) -> None:
     stand_in.set("down")
     stand_in.wake("a", "b", "c")
-    turn_until(loop, "three tries", lambda: len(stand_in.groups()) >= 3)
+    run_until(loop, "three tries", lambda: len(stand_in.groups()) >= 3)
     assert stand_in.state() == ("down", "exit 1: Gateway not reachable token=***")
     stand_in.set("down", False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert stand_in.groups()[0] == ["a"]
     assert {*map(tuple, stand_in.groups()[1:])} == {("a", "b", "c")}
     assert stand_in.given_up == []
@@ -644,14 +613,14 @@ def test_a_call_that_failed_is_made_again_and_the_order_is_kept(
 def test_an_outage_is_one_error_and_its_end_is_one_line(loop: hive.Loop, stand_in: StandIn) -> None:
     stand_in.set("down")
     stand_in.wake("a", "b")
-    turn_until(loop, "five tries", lambda: len(stand_in.groups()) >= 5)
+    run_until(loop, "five tries", lambda: len(stand_in.groups()) >= 5)
     stand_in.set("down", False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert stand_in.logged("error") == ["agent is down, trying again"]
     assert stand_in.logged("info").count("agent is back") == 1
     stand_in.set("down")
     stand_in.wake("c")
-    turn_until(loop, "it is down again", lambda: stand_in.agent.health is hive.Health.DOWN)
+    run_until(loop, "it is down again", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.logged("error") == ["agent is down, trying again"] * 2
 
 
@@ -662,15 +631,15 @@ def test_a_message_is_given_up_once_when_its_time_is_over(
     stand_in.set("down")
     stand_in.wake("short", patience=20)
     stand_in.wake("long", patience=1e9)
-    turn_until(loop, "three tries", lambda: len(stand_in.groups()) >= 3)
+    run_until(loop, "three tries", lambda: len(stand_in.groups()) >= 3)
     assert stand_in.given_up == []
     clock.skipped += 20
-    turn_until(loop, "it is given up", lambda: stand_in.given_up)
-    turn_until(loop, "the next one is tried", lambda: ["long"] in stand_in.groups())
+    run_until(loop, "it is given up", lambda: stand_in.given_up)
+    run_until(loop, "the next one is tried", lambda: ["long"] in stand_in.groups())
     reason = "exit 1: Gateway not reachable token=***"
     assert stand_in.given_up == [("short", reason)]
     clock.skipped += 3600
-    turn_until(loop, "all is given up", stand_in.idle)
+    run_until(loop, "all is given up", stand_in.idle)
     assert [id for id, _ in stand_in.given_up] == ["short", "long"]
     assert stand_in.logged("error").count("agent not told") == 2
 
@@ -682,10 +651,10 @@ def test_a_message_that_grew_stale_behind_another_is_not_told(
     stand_in.wake("first")
     stand_in.wake("stale", patience=20)
     stand_in.wake("third")
-    turn_until(loop, "the first is told", stand_in.told)
+    run_until(loop, "the first is told", stand_in.told)
     clock.skipped += 25
     stand_in.set("hung", False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert stand_in.told() == ["first", "third"]
     assert [id for id, _ in stand_in.given_up] == ["stale"]
 
@@ -697,7 +666,7 @@ def test_an_agent_that_stays_away_is_tried_less_and_less_often(
     stand_in.wake("a")
     first, longest = hive.AGENT_RETRY
     for failures in range(8):
-        turn_until(loop, "the call has failed", lambda: not len(children))
+        run_until(loop, "the call has failed", lambda: not len(children))
         assert len(stand_in.groups()) == failures + 1
         for expected in (0, 1):
             clock.skipped += min(first * 2**failures, longest) / 2
@@ -713,14 +682,14 @@ def test_a_call_that_hangs_is_ended_and_made_again(
 ) -> None:
     stand_in.set("hung")
     stand_in.wake("a")
-    turn_until(loop, "it is called", stand_in.told)
+    run_until(loop, "it is called", stand_in.told)
     clock.skipped += hive.AGENT_DEADLINE
-    turn_until(loop, "it is ended", lambda: stand_in.agent.health is hive.Health.DOWN)
+    run_until(loop, "it is ended", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.agent.reason == "took longer than 60 s and was ended"
     stand_in.set("hung", False)
     (stand_in.home / "calling").rmdir()
     clock.skipped += hive.AGENT_RETRY[0]
-    turn_until(loop, "it is told", stand_in.idle)
+    run_until(loop, "it is told", stand_in.idle)
     assert stand_in.told() == ["a", "a"]
     assert stand_in.given_up == []
 
@@ -746,10 +715,10 @@ def test_a_missing_program_is_told_and_given_up_in_the_end(
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     stand_in = stand_in_of(**{key: (command,)})
     stand_in.wake("a", patience=60)
-    turn_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
+    run_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.agent.reason == f"{command}: {why}"
     clock.skipped += 60
-    turn_until(loop, "it is given up", lambda: stand_in.given_up)
+    run_until(loop, "it is given up", lambda: stand_in.given_up)
     assert stand_in.given_up == [("a", f"{command}: {why}")]
     assert stand_in.idle()
 
@@ -763,7 +732,7 @@ def test_the_oldest_message_goes_when_too_many_wait(
     assert [id for id, _ in stand_in.given_up] == ["oldest"]
     assert "3" in stand_in.given_up[0][1]
     stand_in.set("hung", False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert stand_in.told() == ["first", "b", "c", "d"]
 
 
@@ -776,7 +745,7 @@ def test_what_was_not_said_when_the_node_stops_is_given_back_in_order(
     assert ids_of(stand_in.agent.stop()) == "d b c"
     assert stand_in.agent.stop() == [], "once"
     stand_in.set("hung", False)
-    turn_until(loop, "the call has ended", stand_in.idle)
+    run_until(loop, "the call has ended", stand_in.idle)
     assert stand_in.told() == ["a"]
     assert stand_in.heard == ["begins a", "told a"], "the others are left for the next start"
     assert stand_in.given_up == [] and stand_in.logged("error") == []
@@ -789,13 +758,13 @@ def test_a_call_that_fails_while_the_node_stops_is_left_for_the_next_start(
     stand_in.set("hung")
     stand_in.set("down")
     stand_in.wake("a")
-    turn_until(loop, "it is called", stand_in.told)
+    run_until(loop, "it is called", stand_in.told)
     stand_in.agent.stop()
     if ended_by == "the node":
         children.stop()
     else:
         stand_in.set("hung", False)
-    turn_until(loop, "the call has ended", lambda: not len(children))
+    run_until(loop, "the call has ended", lambda: not len(children))
     assert stand_in.heard == ["begins a", "failed a"]
     assert stand_in.idle(), "the node need not wait for it"
 
@@ -808,13 +777,13 @@ def test_nothing_is_tried_any_more_when_the_node_has_stopped(
     stand_in.set("down")
     stand_in.set(state)
     stand_in.wake("a")
-    turn_until(loop, "it is called", stand_in.told)
+    run_until(loop, "it is called", stand_in.told)
     if state == "down":
-        turn_until(loop, "it is down", lambda: stand_in.agent.health is hive.Health.DOWN)
+        run_until(loop, "it is down", lambda: stand_in.agent.health is hive.Health.DOWN)
     left = stand_in.agent.stop()
     assert ids_of(left) == ("a" if state == "down" else ""), "the one that is being told is not"
     children.stop()
-    turn_until(loop, "nothing is left", lambda: stand_in.idle() and not len(children))
+    run_until(loop, "nothing is left", lambda: stand_in.idle() and not len(children))
     calls = len(stand_in.groups())
     clock.skipped += hive.AGENT_RETRY[1]
     stand_in.wake("b")
@@ -842,12 +811,12 @@ def test_what_is_about_to_be_told_is_announced_before_the_call_and_each_end_afte
     monkeypatch.setattr(children, "start", started)
     stand_in.set("down")
     stand_in.wake("a", "b", "c")
-    turn_until(loop, "two tries", lambda: stand_in.heard.count("call") >= 2)
+    run_until(loop, "two tries", lambda: stand_in.heard.count("call") >= 2)
     stand_in.set("hung")
-    turn_until(loop, "one hangs", lambda: stand_in.heard[-1] == "call" and stand_in.agent.calling)
+    run_until(loop, "one hangs", lambda: stand_in.heard[-1] == "call" and stand_in.agent.calling)
     stand_in.set("down", False)
     stand_in.set("hung", False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     first, *more = [stand_in.heard[i : i + 3] for i in range(0, len(stand_in.heard) - 5, 3)]
     assert first == ["begins a", "call", "failed a"]
     assert all(one == ["begins a b c", "call", "failed a b c"] for one in more)
@@ -860,7 +829,7 @@ def test_a_group_is_announced_together_and_told_one_by_one(
     stand_in.set("hung")
     stand_in.wake("a", "b", "c")
     stand_in.set("hung", False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert stand_in.heard == ["begins a", "told a", "begins b c", "told b", "told c"]
 
 
@@ -869,7 +838,7 @@ def test_every_way_of_one_try_is_one_beginning(loop: hive.Loop, stand_in_of: Mak
     stand_in = stand_in_of(via="auto")
     stand_in.set("down-gateway")
     stand_in.wake("a")
-    turn_until(loop, "it is told", stand_in.idle)
+    run_until(loop, "it is told", stand_in.idle)
     assert stand_in.lines("subcommands") == ["gateway", "system"]
     assert stand_in.heard == ["begins a", "told a"]
 
@@ -879,9 +848,9 @@ def test_what_grows_stale_between_two_tries_has_failed_and_is_given_up(
 ) -> None:
     stand_in.set("down")
     stand_in.wake("a", patience=20)
-    turn_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
+    run_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
     clock.skipped += 20
-    turn_until(loop, "it is given up", stand_in.idle)
+    run_until(loop, "it is given up", stand_in.idle)
     assert stand_in.heard == ["begins a", "failed a", "gave up a"]
 
 
@@ -890,7 +859,7 @@ def test_a_turn_that_ended_badly_has_begun_and_is_given_up(
 ) -> None:
     stand_in = stand_in_of(via="agent")
     stand_in.wake("a")
-    turn_until(loop, "the turn has ended", stand_in.idle)
+    run_until(loop, "the turn has ended", stand_in.idle)
     assert stand_in.heard == ["begins a", "gave up a"], "never failed: it is not told again"
 
 
@@ -902,7 +871,7 @@ def test_what_never_had_its_turn_never_began(
     stand_in.wake("a", "b", "c")
     assert stand_in.heard == ["begins a", "gave up b"]
     stand_in.set("hung", False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert stand_in.heard[2:] == ["told a", "begins c", "told c"]
 
 
@@ -915,7 +884,7 @@ def test_what_is_stale_when_it_is_taken_up_again_is_given_up_and_never_begins(
     stand_in.wake("late", patience=patience)
     clock.skipped += 1
     stand_in.set("hung", False)
-    turn_until(loop, "nothing waits", stand_in.idle)
+    run_until(loop, "nothing waits", stand_in.idle)
     assert sorted(stand_in.heard) == ["begins first", "gave up late", "told first"]
 
 
@@ -924,7 +893,7 @@ def test_the_number_of_a_task_comes_back_with_it(loop: hive.Loop, stand_in: Stan
     for task in (7, 0, 9):
         stand_in.agent.wake(hive.PendingEvent(envelope(id=f"m-{task}"), True, task=task))
     stand_in.set("hung", False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert stand_in.tasks == [7, 0, 9]
 
 
@@ -939,12 +908,12 @@ def test_a_burst_of_thirty_takes_three_calls_and_a_few_seconds(
     burst = [f"m-{i}" for i in range(31)]
     stand_in.wake(*burst)
     stand_in.set("hung", False)
-    turn_until(loop, "the first is told", lambda: len(stand_in.agent) == 30)
+    run_until(loop, "the first is told", lambda: len(stand_in.agent) == 30)
     clock.skipped += hive.GAPS[1]
-    turn_until(loop, "the next fifteen are told", lambda: len(stand_in.agent) == 15)
+    run_until(loop, "the next fifteen are told", lambda: len(stand_in.agent) == 15)
     assert len(stand_in.groups()) == 2, "too early"
     clock.skipped += hive.GAPS[2]
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert [len(group) for group in stand_in.groups()] == [1, 15, 15]
     assert stand_in.told() == burst
     assert clock.skipped < 5
@@ -957,19 +926,19 @@ def test_the_sixth_turn_of_a_minute_waits_and_an_alert_does_not(
     for gap, id in zip(hive.GAPS, "abcde", strict=True):
         clock.skipped += gap
         stand_in.wake(id)
-        turn_until(loop, f"{id} is told", stand_in.idle)
+        run_until(loop, f"{id} is told", stand_in.idle)
     clock.skipped += 12
     stand_in.wake("f")
     settle(loop)
     assert not len(children)
     stand_in.wake("g", ch="alert")
-    turn_until(loop, "the alert is told", stand_in.idle)
+    run_until(loop, "the alert is told", stand_in.idle)
     assert stand_in.groups()[5:] == [["g", "f"]]
     stand_in.wake("h")
     settle(loop)
     assert not len(children)
     clock.skipped += hive.TURN_WINDOW
-    turn_until(loop, "it is told a minute later", stand_in.idle)
+    run_until(loop, "it is told a minute later", stand_in.idle)
 
 
 def test_what_may_wait_for_the_agents_heartbeat_is_held_back_before_openclaw_loses_any(
@@ -978,12 +947,12 @@ def test_what_may_wait_for_the_agents_heartbeat_is_held_back_before_openclaw_los
     stand_in = stand_in_of(openclaw_cmd=("true",))
     for i in range(hive.MAX_LATER):
         stand_in.wake(f"m-{i}", now=False)
-        turn_until(loop, "it is told", stand_in.idle)
+        run_until(loop, "it is told", stand_in.idle)
     stand_in.wake("one-more", now=False)
     settle(loop)
     assert not len(children) and len(stand_in.agent) == 1
     clock.skipped += hive.LATER_WINDOW
-    turn_until(loop, "it is told half an hour later", stand_in.idle)
+    run_until(loop, "it is told half an hour later", stand_in.idle)
 
 
 def test_alerts_overtake_in_their_own_order(loop: hive.Loop, stand_in: StandIn) -> None:
@@ -991,7 +960,7 @@ def test_alerts_overtake_in_their_own_order(loop: hive.Loop, stand_in: StandIn) 
     stand_in.wake("a", "b", "c")
     stand_in.wake("d", "e", ch="alert")
     stand_in.set("hung", False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     assert stand_in.told() == ["a", "d", "e", "b", "c"]
 
 
@@ -1016,7 +985,7 @@ def test_however_long_the_texts_what_goes_together_fits_into_an_argument(
     text = character * (hive.MAX_SPOKEN // len(character.encode()))
     stand_in.wake(*"abcdefghij", text=text)
     stand_in.set("hung", False)
-    turn_until(loop, "all were tried", lambda: stand_in.idle() or stand_in.agent.reason)
+    run_until(loop, "all were tried", lambda: stand_in.idle() or stand_in.agent.reason)
     assert stand_in.state() == ("ok", "")
 
 
@@ -1027,7 +996,7 @@ def test_a_command_of_ones_own_hears_each_message_by_itself(
     stand_in = stand_in_of(command=(*tell, "{id}", "{from}", "{ch}", "{mode}"))
     stand_in.wake("a", "b")
     stand_in.wake("c", now=False)
-    turn_until(loop, "all are told", stand_in.idle)
+    run_until(loop, "all are told", stand_in.idle)
     heard = (tmp_path / "heard").read_text().splitlines()
     assert heard == [
         "a alpha command now",
@@ -1072,7 +1041,7 @@ def test_the_reply_of_a_turn_is_published(
     stand_in = stand_in_of(via="agent")
     (stand_in.home / "out").write_text(out)
     stand_in.wake("a", "b")
-    turn_until(loop, "both turns have ended", stand_in.idle)
+    run_until(loop, "both turns have ended", stand_in.idle)
     assert stand_in.replied == [("a", reply), ("b", reply)]
     assert stand_in.groups() == [["a"], ["b"]]
     assert stand_in.given_up == []
@@ -1084,7 +1053,7 @@ def test_a_reply_of_any_length_is_published_and_cut_where_it_must_be(
     stand_in = stand_in_of(via="agent")
     (stand_in.home / "out").write_text(printed(payloads("x" * 300_000)))
     stand_in.wake("a")
-    turn_until(loop, "the turn has ended", stand_in.idle)
+    run_until(loop, "the turn has ended", stand_in.idle)
     ((id, reply),) = stand_in.replied
     assert id == "a" and len(reply.encode()) <= hive.MAX_TEXT
     assert reply.startswith("xxx") and reply.endswith(hive.CUT)
@@ -1094,7 +1063,7 @@ def test_whatever_a_reply_is_made_of_it_can_be_sent(loop: hive.Loop, stand_in_of
     stand_in = stand_in_of(via="agent")
     (stand_in.home / "out").write_text(printed(payloads("half a pair: \ud83d")))
     stand_in.wake("a")
-    turn_until(loop, "the turn has ended", stand_in.idle)
+    run_until(loop, "the turn has ended", stand_in.idle)
     ((_, reply),) = stand_in.replied
     assert "half a pair" in envelope().reply("beta", reply).text
 
@@ -1115,7 +1084,7 @@ def test_a_turn_that_ended_badly_is_not_run_again(
     stand_in = stand_in_of(via="agent")
     (stand_in.home / "out").write_text(out)
     stand_in.wake("a")
-    turn_until(loop, "the turn has ended", stand_in.idle)
+    run_until(loop, "the turn has ended", stand_in.idle)
     assert stand_in.given_up == [("a", why)]
     assert stand_in.told() == ["a"] and stand_in.replied == []
 
@@ -1126,16 +1095,16 @@ def test_a_turn_that_takes_too_long_is_not_run_again(
     stand_in = stand_in_of(via="agent")
     stand_in.set("hung")
     stand_in.wake("a")
-    turn_until(loop, "it is called", stand_in.told)
+    run_until(loop, "it is called", stand_in.told)
     clock.skipped += 300
-    turn_until(loop, "it is given up", stand_in.idle)
+    run_until(loop, "it is given up", stand_in.idle)
     why = "took longer than 300 s and was ended"
     assert stand_in.given_up == [("a", why)]
     (stand_in.home / "calling").rmdir()
     stand_in.set("hung", False)
     (stand_in.home / "out").write_text(printed(payloads("42")))
     stand_in.wake("b")
-    turn_until(loop, "the next turn has ended", stand_in.idle)
+    run_until(loop, "the next turn has ended", stand_in.idle)
     assert stand_in.replied == [("b", "42")]
 
 
@@ -1144,10 +1113,10 @@ def test_a_turn_that_could_not_begin_is_tried_again(loop: hive.Loop, stand_in_of
     stand_in = stand_in_of(via="agent")
     stand_in.set("down")
     stand_in.wake("a")
-    turn_until(loop, "two tries", lambda: len(stand_in.told()) >= 2)
+    run_until(loop, "two tries", lambda: len(stand_in.told()) >= 2)
     (stand_in.home / "out").write_text(printed(payloads("42")))
     stand_in.set("down", False)
-    turn_until(loop, "the turn has ended", stand_in.idle)
+    run_until(loop, "the turn has ended", stand_in.idle)
     assert stand_in.replied == [("a", "42")]
 
 
@@ -1158,7 +1127,7 @@ def test_an_openclaw_that_prints_a_hundred_megabytes_harms_nobody(
     flood = "import sys\nfor _ in range(1600): sys.stdout.write('{' * 65536)"
     stand_in = stand_in_of(via=via, openclaw_cmd=(sys.executable, "-c", flood))
     stand_in.wake("a")
-    turn_until(loop, "the call has ended", stand_in.idle)
+    run_until(loop, "the call has ended", stand_in.idle)
     assert len(stand_in.given_up) == (via == "agent") and stand_in.replied == []
 
 
@@ -1229,7 +1198,7 @@ def test_a_hook_is_told_everything_in_one_request(
     gateway = gateway_of()
     stand_in = stand_in_of(via="hook", port=gateway.port, hook_token=HOOK_TOKEN)
     stand_in.wake("a", text="ä \u2028 😀", now=now)
-    turn_until(loop, "it is told", stand_in.idle)
+    run_until(loop, "it is told", stand_in.idle)
     ((first, headers, body),) = gateway.requests
     assert first == "POST /hooks/wake HTTP/1.1"
     assert headers["authorization"] == f"Bearer {HOOK_TOKEN}"
@@ -1247,7 +1216,7 @@ def test_a_hook_may_be_elsewhere(
     url = f"http://127.0.0.1:{gateway.port}{where}"
     stand_in = stand_in_of(via="hook", hook_url=url, hook_token=HOOK_TOKEN)
     stand_in.wake("a")
-    turn_until(loop, "it is told", stand_in.idle)
+    run_until(loop, "it is told", stand_in.idle)
     assert gateway.requests[0][0] == f"POST {where or '/'} HTTP/1.1"
 
 
@@ -1304,13 +1273,13 @@ def test_a_hook_that_does_not_take_it_is_tried_again(
     gateway = gateway_of(answer)
     stand_in = stand_in_of(via="hook", port=gateway.port, hook_token=HOOK_TOKEN)
     stand_in.wake("a")
-    turn_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
+    run_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert why in stand_in.agent.reason and stand_in.agent.reason.startswith("the hook")
     gateway.answer = lambda visitor: visitor.sendall(OK)
-    turn_until(loop, "it is told", stand_in.idle)
+    run_until(loop, "it is told", stand_in.idle)
     assert stand_in.state() == ("ok", "") and stand_in.groups() == []
     hooks = "a call that was given up ends too"
-    turn_until(loop, hooks, lambda: not [t for t in threading.enumerate() if t.name == "hook"])
+    run_until(loop, hooks, lambda: not [t for t in threading.enumerate() if t.name == "hook"])
 
 
 def test_a_redirect_is_not_followed(
@@ -1320,7 +1289,7 @@ def test_a_redirect_is_not_followed(
     gateway = gateway_of(status("307 Go", b"", f"Location: {elsewhere.url}"))
     stand_in = stand_in_of(via="hook", port=gateway.port, hook_token=HOOK_TOKEN)
     stand_in.wake("a")
-    turn_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
+    run_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.agent.reason == "the hook answered 307"
     assert elsewhere.requests == []
 
@@ -1347,7 +1316,7 @@ def test_a_hook_that_cannot_be_reached_is_an_outage_like_any_other(
         **{"via": "hook", "hook_token": HOOK_TOKEN, "hook_url": gateway.url, **keys}
     )
     stand_in.wake("a")
-    turn_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
+    run_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.agent.reason.startswith("the hook") and why in stand_in.agent.reason
     assert gateway.requests == []
 
@@ -1360,12 +1329,12 @@ def test_nobody_is_delayed_by_a_hook_that_hangs(
     slow = stand_in_of(via="hook", port=gateway.port, hook_token=HOOK_TOKEN)
     other = stand_in_of()
     slow.wake("a")
-    turn_until(loop, "the hook hangs", lambda: gateway.requests)
+    run_until(loop, "the hook hangs", lambda: gateway.requests)
     fired: list[float] = []
     started = loop.clock()
     loop.after(0.05, lambda: fired.append(loop.clock() - started))
     other.wake("b")
-    turn_until(loop, "a timer fires, another agent is told", lambda: fired and other.idle())
+    run_until(loop, "a timer fires, another agent is told", lambda: fired and other.idle())
     assert fired[0] < 1
     assert slow.agent.calling
     over.set()
@@ -1398,7 +1367,7 @@ def test_auto_finds_a_way_within_one_try_and_says_once_which(
         stand_in.set(state)
     for id in "ab":
         stand_in.wake(id)
-        turn_until(loop, "it is told", stand_in.idle)
+        run_until(loop, "it is told", stand_in.idle)
     assert stand_in.reached_by() == [used]
     assert stand_in.logged("error") == []
     assert len(gateway.requests) == (2 if hook else 0)
@@ -1413,7 +1382,7 @@ def test_auto_tells_why_the_first_way_failed_when_all_do(
     stand_in = stand_in_of(via="auto", hook_url=gateway.url, hook_token=HOOK_TOKEN)
     stand_in.set("down")
     stand_in.wake("a")
-    turn_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
+    run_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.agent.reason == "the hook answered 401 (wrong hook_token)"
     assert stand_in.lines("subcommands") == ["gateway", "system"]
 
@@ -1424,7 +1393,7 @@ def test_auto_tells_why_the_first_way_failed_when_all_do(
 def probed(loop: hive.Loop, port: int) -> str:
     answers: list[str] = []
     hive.PortProbe(loop, port, answers.append)
-    turn_until(loop, "an answer", lambda: answers)
+    run_until(loop, "an answer", lambda: answers)
     settle(loop)
     (answer,) = answers
     return answer
@@ -1457,16 +1426,16 @@ def test_what_is_said_while_the_gateway_is_away_waits_for_its_port_to_open(
     port = free_port()
     stand_in = stand_in_of(port=port)
     stand_in.agent.start()
-    turn_until(loop, "it is seen", lambda: stand_in.agent.health is hive.Health.DOWN)
+    run_until(loop, "it is seen", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.agent.reason == f"nothing listens on 127.0.0.1:{port}: Connection refused"
     stand_in.wake("short", patience=20)
     stand_in.wake("a", "b")
     clock.skipped += 25
-    turn_until(loop, "the first one is given up", lambda: stand_in.given_up)
+    run_until(loop, "the first one is given up", lambda: stand_in.given_up)
     assert stand_in.given_up == [("short", stand_in.agent.reason)]
     assert stand_in.groups() == []
     with socket.create_server(("127.0.0.1", port)):
-        turn_until(loop, "all are told", stand_in.idle)
+        run_until(loop, "all are told", stand_in.idle)
     assert stand_in.groups() == [["a", "b"]]
     assert stand_in.state() == ("ok", "")
     assert stand_in.logged("error") == ["agent is down, trying again", "agent not told"]
@@ -1481,11 +1450,11 @@ def test_a_gateway_that_goes_away_and_comes_back_is_noticed_without_a_call(
     port = server.getsockname()[1]
     stand_in = stand_in_of(port=port)
     stand_in.agent.start()
-    turn_until(loop, "it is ok", lambda: stand_in.state() == ("ok", ""))
+    run_until(loop, "it is ok", lambda: stand_in.state() == ("ok", ""))
     server.close()
-    turn_until(loop, "it is down", lambda: stand_in.state()[0] == "down")
+    run_until(loop, "it is down", lambda: stand_in.state()[0] == "down")
     with socket.create_server(("127.0.0.1", port)):
-        turn_until(loop, "it is ok again", lambda: stand_in.state() == ("ok", ""))
+        run_until(loop, "it is ok again", lambda: stand_in.state() == ("ok", ""))
     assert stand_in.groups() == []
     assert stand_in.logged("error") == ["agent is down, trying again"]
 
@@ -1506,12 +1475,12 @@ def test_an_open_port_does_not_hide_that_calls_fail(
         server.setblocking(False)
         stand_in = stand_in_of(port=server.getsockname()[1])
         stand_in.agent.start()
-        turn_until(loop, "it is ok", lambda: stand_in.agent.health is hive.Health.OK)
+        run_until(loop, "it is ok", lambda: stand_in.agent.health is hive.Health.OK)
         stand_in.set("down")
         stand_in.wake("a")
-        turn_until(loop, "it is down", lambda: stand_in.agent.health is hive.Health.DOWN)
+        run_until(loop, "it is down", lambda: stand_in.agent.health is hive.Health.DOWN)
         for _ in range(3):
-            turn_until(loop, "a look at the port", lambda: accepted(server))
+            run_until(loop, "a look at the port", lambda: accepted(server))
         settle(loop)
         assert stand_in.state() == ("down", "exit 1: Gateway not reachable token=***")
 
@@ -1527,8 +1496,8 @@ def test_two_agents_of_two_profiles_look_at_their_own_gateways(
         one, two = (stand_in_of(profile=profile) for profile in ("one", "two"))
         for agent in (one.agent, two.agent):
             agent.start()
-        turn_until(loop, "one is ok", lambda: one.agent.health is hive.Health.OK)
-        turn_until(loop, "two is down", lambda: two.agent.health is hive.Health.DOWN)
+        run_until(loop, "one is ok", lambda: one.agent.health is hive.Health.OK)
+        run_until(loop, "two is down", lambda: two.agent.health is hive.Health.DOWN)
 
 
 def test_secrets_are_in_no_argument(stand_in_of: Make) -> None:

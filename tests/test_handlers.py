@@ -317,24 +317,24 @@ def test_stdout_is_json_where_it_is_that_and_else_text(stdout: bytes, value: obj
         (outcome_of(exit=3), "error", "exit 3"),
         (outcome_of(exit=-11), "error", "was ended by signal 11"),
         (outcome_of(exit=1, stderr=b"\xff\xfe"), "error", "exit 1: \ufffd\ufffd"),
-        (outcome_of(exit=-15, late=True), "timeout", "took longer than 30 s and was ended"),
+        (outcome_of(exit=-15, timed_out=True), "timeout", "took longer than 30 s and was ended"),
         (
-            outcome_of(exit=0, late=True, stderr=b"bye"),
+            outcome_of(exit=0, timed_out=True, stderr=b"bye"),
             "timeout",
             "took longer than 30 s and was ended: bye",
         ),
         (
-            outcome_of(exit=-15, stopped=True),
+            outcome_of(exit=-15, cancelled=True),
             "interrupted",
             "interrupted: the node was stopped; it may have done a part",
         ),
         (
-            outcome_of(exit=None, stopped=True, fault="the daemon ended meanwhile"),
+            outcome_of(exit=None, cancelled=True, fault="the daemon ended meanwhile"),
             "interrupted",
             "interrupted: the daemon ended meanwhile; it may have done a part",
         ),
         (
-            outcome_of(exit=-15, stopped=True, late=True, stderr=b"half done\n"),
+            outcome_of(exit=-15, cancelled=True, timed_out=True, stderr=b"half done\n"),
             "interrupted",
             "interrupted: the node was stopped; it may have done a part: half done",
         ),
@@ -408,8 +408,8 @@ outcomes = st.builds(
     stdout=st.binary(max_size=300) | st.binary(min_size=1, max_size=8).map(lambda b: b * 40_000),
     stderr=st.binary(max_size=300) | st.binary(min_size=1, max_size=8).map(lambda b: b * 1024),
     truncated=st.booleans(),
-    late=st.booleans(),
-    stopped=st.booleans(),
+    timed_out=st.booleans(),
+    cancelled=st.booleans(),
     fault=st.just("No such file or directory"),
 )
 

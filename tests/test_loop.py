@@ -20,11 +20,6 @@ import hive
 
 
 @pytest.fixture
-def log() -> io.StringIO:
-    return io.StringIO()
-
-
-@pytest.fixture
 def loop(log: io.StringIO) -> Iterator[hive.Loop]:
     loop = hive.Loop(hive.Log("debug", "json", log))
     loop.after(PATIENCE, lambda: pytest.fail("the loop waits for something that never comes"))
