@@ -14,13 +14,12 @@ tokens; only what needs judgment wakes an agent.
 #           Topics     the only place where a topic is put together or taken apart
 #           Config     every key once; TOML in, frozen dataclasses out
 #   rules   Roster     who is alive, who has just been lost, whose turn it is to say so
-#           Memory     answers that somebody waits for, faults already complained about
+#           Memory     answers that somebody waits for
 #           Schedule   when handlers run by themselves
 #           Routing    decide(...) -> Step: what should happen, not how
-#   hands   Log        a line for each event
-#           Loop       files, deadlines and signals on one selector; knows no message
+#   hands   Log        a line for each event, and a few a minute of what peers do wrong
+#           Loop       files, deadlines and signals on one selector; systemd hears that it runs
 #           Process    one child: bytes in, outcome out, always by a deadline
-#           Service    what systemd wants to hear
 #           Handlers   which executables there are, and the contract with them
 #           Agent      ways to wake one, one call at a time, tried again
 #           Store      an SQLite file that may fail, and come back
@@ -1356,8 +1355,6 @@ class Roster:
 # Bounded, and forgets by time.  Knows ids and times, no message.
 
 SETTLING = 10.0  # seconds in which an answer is still the one that somebody has just read
-RATE_LIMIT_BURST = 10  # of one kind, in COMPLAINT_SECONDS
-RATE_LIMIT_INTERVAL = 60.0
 
 
 class Waiting:
@@ -1384,20 +1381,6 @@ class Waiting:
 
     def expects(self, corr: str | None, now: float) -> bool:
         return corr is not None and (corr in self._asking or self._settled.get(corr, now) > now)
-
-
-class RateLimit:
-    """Which faults of peers still deserve a line in the log: a few of each kind a minute."""
-
-    def __init__(self) -> None:
-        self._since = 0.0
-        self._counts: dict[str, int] = {}
-
-    def admit(self, kind: str, now: float) -> bool:
-        if now - self._since > RATE_LIMIT_INTERVAL:
-            self._since, self._counts = now, {}
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        return self._counts[kind] <= RATE_LIMIT_BURST
 
 
 # ---- Schedule: when handlers run by themselves -------------------------------------------
@@ -1581,6 +1564,8 @@ def decide(envelope: Envelope, here: RoutingContext) -> Step:
 LEVELS = ("debug", "info", "warning", "error")
 PLAIN = re.compile(r"[A-Za-z0-9._:/@+,-]+")
 MAX_LOGGED = 500  # characters of one value
+RATE_LIMIT_BURST = 10  # lines of one kind within RATE_LIMIT_INTERVAL
+RATE_LIMIT_INTERVAL = 60.0  # seconds
 
 
 class Log:
@@ -1628,10 +1613,25 @@ class Log:
         return said if PLAIN.fullmatch(said) else json.dumps(said)
 
 
+class RateLimit:
+    """Which faults of peers still deserve a line in the log: a few of each kind a minute."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._counts: dict[str, int] = {}
+
+    def allow(self, kind: str, now: float) -> bool:
+        if now - self._since > RATE_LIMIT_INTERVAL:
+            self._since, self._counts = now, {}
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        return self._counts[kind] <= RATE_LIMIT_BURST
+
+
 # ---- Loop: one selector, one wait --------------------------------------------------------
 #
-# Files, timers, signals, and calls from other threads.  Sleeps until the nearest of them.
-# Knows no message.  The only place that catches any exception.
+# Files, timers, signals, and calls from other threads.  Sleeps until the nearest of them, and
+# tells systemd that it still runs: when it stalls, that ends.  Knows no message.  The only place
+# that catches any exception.
 
 
 @dataclass(slots=True)
@@ -1649,7 +1649,7 @@ class Timer:
         return (self.due, self.order) < (other.due, other.order)
 
 
-def quiet_pair() -> tuple[socket.socket, socket.socket]:
+def nonblocking_pair() -> tuple[socket.socket, socket.socket]:
     """Two connected sockets that never block."""
     pair = socket.socketpair()
     for end in pair:
@@ -1668,13 +1668,13 @@ class Loop:
         self._order = itertools.count()
         self._posted: deque[Callable[[], None]] = deque()
         self._signals: dict[int, Callable[[], None]] = {}
-        self._before: dict[int, Any] = {}
+        self._handlers_before: dict[int, Any] = {}
         self._running = False
         # Two pairs, so that a crowd of posts leaves room for the byte of a signal.
-        self._waking, self._wake = quiet_pair()
-        self._signalled, self._signal = quiet_pair()
-        self.watch(self._waking, selectors.EVENT_READ, self._woken)
-        self.watch(self._signalled, selectors.EVENT_READ, self._on_signals)
+        self._wake_reader, self._wake_writer = nonblocking_pair()
+        self._signal_reader, self._signal_writer = nonblocking_pair()
+        self.watch(self._wake_reader, selectors.EVENT_READ, self._on_posts)
+        self.watch(self._signal_reader, selectors.EVENT_READ, self._on_signals)
 
     def watch(self, file: Any, events: int, call: Callable[[int], None]) -> None:
         """Call back when a file is ready; replaces what was said of it before."""
@@ -1689,7 +1689,7 @@ class Loop:
             self._selector.unregister(file)
 
     def after(self, delay: float, call: Callable[[], None]) -> Timer:
-        """Call back in `delay` seconds; 0 is at the end of this turn."""
+        """Call back in `delay` seconds; 0 is at the end of this step."""
         timer = Timer(self.clock() + delay, next(self._order), call)
         heapq.heappush(self._timers, timer)
         return timer
@@ -1698,18 +1698,18 @@ class Loop:
         """Call back soon; the one method for other threads."""
         self._posted.append(call)
         with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody cares
-            self._wake.send(b"\0")
+            self._wake_writer.send(b"\0")
 
     def on_signal(self, number: int, call: Callable[[], None]) -> None:
         """Call back from the loop, never in the middle of something, when a signal comes."""
         if not self._signals:
-            signal.set_wakeup_fd(self._signal.fileno(), warn_on_full_buffer=False)
+            signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
         before = signal.signal(number, lambda *_: None)
-        self._before.setdefault(number, before)
+        self._handlers_before.setdefault(number, before)
         self._signals[number] = call
 
     def run(self) -> None:
-        """Turn until stop() is called."""
+        """One step after the other, until stop() is called."""
         self._running = True
         while self._running:
             self.step()
@@ -1735,21 +1735,21 @@ class Loop:
         """Give back files and signals."""
         if self._signals:
             signal.set_wakeup_fd(-1)
-        for number, before in self._before.items():
+        for number, before in self._handlers_before.items():
             signal.signal(number, before)
         self._selector.close()
-        for end in (self._waking, self._wake, self._signalled, self._signal):
+        for end in (self._wake_reader, self._wake_writer, self._signal_reader, self._signal_writer):
             end.close()
 
     def _on_signals(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            for number in sorted(set(self._signalled.recv(4096))):
+            for number in sorted(set(self._signal_reader.recv(4096))):
                 if number in self._signals:
                     self._guard(self._signals[number])
 
-    def _woken(self, events: int) -> None:
+    def _on_posts(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            self._waking.recv(4096)
+            self._wake_reader.recv(4096)
         for _ in range(len(self._posted)):
             self._guard(self._posted.popleft())
 
@@ -1769,6 +1769,33 @@ class Loop:
                 at=f"{Path(where.filename).name}:{where.lineno}",
                 traceback=traceback.format_exc()[-MAX_LOGGED:],
             )
+
+
+class ServiceManager:
+    """systemd, where it started us: our state, and a sign of life from the loop (sd_notify(3))."""
+
+    def __init__(self, loop: Loop, environment: Mapping[str, str]) -> None:
+        self._loop = loop
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._watchdog_interval = 0.0
+        if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            with contextlib.suppress(ValueError):
+                self._watchdog_interval = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 / 2
+        if self._watchdog_interval > 0:
+            loop.after(0, self._feed_watchdog)
+
+    def notify(self, *assignments: str) -> None:
+        """Say something like READY=1; without systemd it is said to nobody."""
+        if not self._address:
+            return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+            to.setblocking(False)
+            to.sendto("\n".join(assignments).encode(), self._address)
+
+    def _feed_watchdog(self) -> None:
+        self.notify("WATCHDOG=1")
+        self._loop.after(self._watchdog_interval, self._feed_watchdog)
 
 
 # ---- Process: one child ------------------------------------------------------------------
@@ -2013,53 +2040,6 @@ class ChildProcesses:
     def _reap(self) -> None:
         for child in [*self._running]:
             child.reap()
-
-
-# ---- Service: what systemd wants to hear -------------------------------------------------
-#
-# One datagram for each change of state (sd_notify(3)), and a sign of life from the loop: when
-# the loop stalls, so does that.  Without systemd it says nothing.
-
-
-class ServiceManager:
-    """The service manager, if one started us."""
-
-    def __init__(self, loop: Loop, environment: Mapping[str, str]) -> None:
-        self._loop = loop
-        address = environment.get("NOTIFY_SOCKET", "")
-        self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._period = 0.0
-        ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        with contextlib.suppress(ValueError):
-            self._period = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 / 2 if ours else 0.0
-
-    def ready(self, status: str) -> None:
-        self._tell(f"READY=1\nSTATUS={status}")
-        if self._period > 0:
-            self._feed()
-
-    def status(self, status: str) -> None:
-        self._tell(f"STATUS={status}")
-
-    def reloading(self) -> None:
-        self._tell(f"RELOADING=1\nMONOTONIC_USEC={int(time.monotonic() * 1e6)}")
-
-    def reloaded(self) -> None:
-        self._tell("READY=1")
-
-    def stopping(self) -> None:
-        self._tell("STOPPING=1\nSTATUS=stopping")
-
-    def _feed(self) -> None:
-        self._tell("WATCHDOG=1")
-        self._loop.after(self._period, self._feed)
-
-    def _tell(self, state: str) -> None:
-        if not self._address:
-            return
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
-            to.setblocking(False)
-            to.sendto(state.encode(), self._address)
 
 
 # ---- Handlers: executables, and the contract with them -----------------------------------
@@ -5497,7 +5477,7 @@ class Broker:
 
     def complain(self, event: str, guest: ClientConnection | None, why: str) -> None:
         """Say what was refused or dropped; a few times a minute of each kind."""
-        if self._complaints.admit(event, self.loop.clock()):
+        if self._complaints.allow(event, self.loop.clock()):
             session = guest.session if guest else None
             self._log.warning(event, client=session and quoted(session.client_id), why=why)
 
@@ -7297,7 +7277,7 @@ class Node:
         self._start_sentinels()
         self._tend_journal()
         self._watch_questions()
-        self._service.ready("looking for the broker")
+        self._service.notify("READY=1", "STATUS=looking for the broker")
 
     def stop(self) -> None:
         """End in order: running handlers get a moment; what waits goes on at the next start."""
@@ -7305,7 +7285,7 @@ class Node:
             self._children.stop()
             return
         self._stopping = True
-        self._service.stopping()
+        self._service.notify("STOPPING=1", "STATUS=stopping")
         self._membership.stop()
         self.log.info("stopping", handlers=self._queue.running)
         waiting = [turn.envelope for turn in self._queue.clear() if turn.task]
@@ -7352,7 +7332,7 @@ class Node:
     def link_up(self) -> None:
         self.log.info("connected", broker=self._mqtt.address, node=self.name)
         self._connected, self._outage = True, False
-        self._service.status(f"{self.name} is connected to {self._mqtt.address}")
+        self._service.notify(f"STATUS={self.name} is connected to {self._mqtt.address}")
         self._membership.roster.grant_grace(self.loop.clock())
         self._publish_roster()
         self._beat()
@@ -7361,17 +7341,17 @@ class Node:
     def link_down(self, reason: str) -> None:
         self._connected = False
         self._membership.roster.doubt_losses()
-        self._service.status(f"no broker at {self._mqtt.address}, trying again")
+        self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self._mqtt.address, why=reason)
         self._outage = True
 
     def _reread(self) -> None:
         """Look into the handler directory again, because somebody asked."""
-        self._service.reloading()
+        self._service.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         self._look_for_handlers()
         self._publish_roster()
-        self._service.reloaded()
+        self._service.notify("READY=1")
 
     # -- the end of a turn --
 
@@ -7473,7 +7453,7 @@ class Node:
         """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
         kind = f"{event}: {facts['why']}" if event == "dropped" else event
         say = (
-            self.log.warning if self._complaints.admit(kind, self.loop.clock()) else self.log.debug
+            self.log.warning if self._complaints.allow(kind, self.loop.clock()) else self.log.debug
         )
         say(event, **facts)
 
