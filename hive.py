@@ -1813,6 +1813,7 @@ class ProcessResult:
     """What became of a child."""
 
     exit: int | None  # None: it never ran; negative: ended by that signal
+    deadline: float = 0.0  # seconds that it had
     stdout: bytes = b""
     stderr: bytes = b""  # the end of it
     truncated: bool = False  # stdout went on
@@ -1909,6 +1910,7 @@ class ChildProcess:
         self._done(
             ProcessResult(
                 exit=self._popen.returncode,
+                deadline=self._spec.deadline,
                 stdout=bytes(self._stdout),
                 stderr=bytes(self._stderr),
                 truncated=self._truncated,
@@ -2044,11 +2046,11 @@ class ChildProcesses:
 
 # ---- Handlers: executables, and the contract with them -----------------------------------
 #
-# Which there are, what they are given, what is made of their outcome, and whose turn it is.
+# Which there are, what they are given, what is made of their results, and which runs next.
 # Does not start them, and does not publish.
 
 MAX_ERROR = 8 * KIB
-MAX_JOBS_WAITING = 1000
+MAX_RUNS_WAITING = 1000
 META_DOCUMENTS = ("state", "roster")  # a handler of that name would overwrite them
 CUT = f"\n[cut by hive: longer than {MAX_TEXT // KIB} KiB]"
 
@@ -2196,7 +2198,7 @@ def handler_deadline(config: Config, action: str) -> float:
     return special or config.node.handler_timeout
 
 
-def handler_job(
+def handler_spec(
     config: Config, file: Path, envelope: Envelope, agent: InstanceConfig | None
 ) -> ProcessSpec:
     """How a handler is run for a message: its environment, its stdin, its deadline."""
@@ -2215,21 +2217,21 @@ def cut(text: str, limit: int, mark: str = "") -> str:
     return raw[: limit - len(mark.encode())].decode(errors="ignore") + mark
 
 
-def printed(outcome: ProcessResult) -> str:
+def printed(result: ProcessResult) -> str:
     """What a handler printed, as text that fits into an envelope."""
-    said = outcome.stdout.decode(errors="replace").removesuffix("\n")
-    if outcome.truncated:
+    said = result.stdout.decode(errors="replace").removesuffix("\n")
+    if result.truncated:
         said += CUT
     return cut(said, MAX_TEXT, CUT)
 
 
-def result_value(outcome: ProcessResult) -> object:
+def result_value(result: ProcessResult) -> object:
     """A handler's stdout as JSON where it is that, else as text."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    said = printed(outcome)
+    said = printed(result)
     try:
         value = json.loads(said, parse_constant=refuse)
     except (ValueError, RecursionError):
@@ -2237,32 +2239,32 @@ def result_value(outcome: ProcessResult) -> object:
     return value if portable(value) else said
 
 
-def failure(outcome: ProcessResult, deadline: float) -> str:
+def failure(result: ProcessResult) -> str:
     """Why a run failed, in a few words; the end of its stderr follows."""
-    if outcome.cancelled:
-        reason = f"interrupted: {outcome.fault or 'the node was stopped'}; it may have done a part"
-    elif outcome.exit is None:
-        reason = f"could not be started: {outcome.fault}"
-    elif outcome.timed_out:
-        reason = f"took longer than {deadline:g} s and was ended"
-    elif outcome.exit < 0:
-        reason = f"was ended by signal {-outcome.exit}"
+    if result.cancelled:
+        reason = f"interrupted: {result.fault or 'the node was stopped'}; it may have done a part"
+    elif result.exit is None:
+        reason = f"could not be started: {result.fault}"
+    elif result.timed_out:
+        reason = f"took longer than {result.deadline:g} s and was ended"
+    elif result.exit < 0:
+        reason = f"was ended by signal {-result.exit}"
     else:
-        reason = f"exit {outcome.exit}"
-    detail = outcome.stderr.decode(errors="replace").strip()
+        reason = f"exit {result.exit}"
+    detail = result.stderr.decode(errors="replace").strip()
     end = detail.encode(errors="replace")[-(MAX_ERROR - 200) :].decode(errors="ignore")
     return cut(f"{reason}: {end}" if end else reason, MAX_ERROR)
 
 
-def outcome_status(outcome: ProcessResult) -> str:
+def result_status(result: ProcessResult) -> str:
     """In one word, as results have it."""
-    if outcome.cancelled:
+    if result.cancelled:
         return "interrupted"
-    return "ok" if outcome.ok else "timeout" if outcome.timed_out else "error"
+    return "ok" if result.ok else "timeout" if result.timed_out else "error"
 
 
 def result_document(
-    envelope: Envelope, node: str, outcome: ProcessResult, deadline: float, now: float
+    envelope: Envelope, node: str, result: ProcessResult, now: float
 ) -> dict[str, Any]:
     """The retained result of an action (protocol, "Handlers")."""
     return {
@@ -2271,34 +2273,32 @@ def result_document(
         "id": envelope.id,
         "corr": envelope.exchange,
         "from": envelope.sender,
-        "status": outcome_status(outcome),
-        "exit": outcome.exit,
+        "status": result_status(result),
+        "exit": result.exit,
         "ts": int(now),
-        "duration_ms": round(outcome.seconds * 1000),
-        "result": result_value(outcome),
-        "error": "" if outcome.ok else failure(outcome, deadline),
-        "truncated": outcome.truncated,
+        "duration_ms": round(result.seconds * 1000),
+        "result": result_value(result),
+        "error": "" if result.ok else failure(result),
+        "truncated": result.truncated,
     }
 
 
-def answer_to(envelope: Envelope, node: str, outcome: ProcessResult, deadline: float) -> Envelope:
+def answer_to(envelope: Envelope, node: str, result: ProcessResult) -> Envelope:
     """The response after a success, the alert after a failure."""
-    if outcome.ok:
-        return envelope.reply(node, printed(outcome) or "ok")
-    return envelope.reply(
-        node, f"{node}: {envelope.action} failed: {failure(outcome, deadline)}", ch="alert"
-    )
+    if result.ok:
+        return envelope.reply(node, printed(result) or "ok")
+    return envelope.reply(node, f"{node}: {envelope.action} failed: {failure(result)}", ch="alert")
 
 
 @dataclass(frozen=True, slots=True)
 class HandlerRun:
-    """A message that waits for its handler."""
+    """A message that waits for its handler, or has one at work on it."""
 
     envelope: Envelope
     action: str
     until: float = float("inf")  # monotonic; then it is stale
     task: int = 0  # its number in the journal, if somebody else waits for it
-    sentinel: ScheduledRun | None = None  # who asked, if nobody did from outside
+    scheduled: ScheduledRun | None = None  # why, if nobody asked for it from outside
 
 
 class HandlerQueue:
@@ -2312,23 +2312,23 @@ class HandlerQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, turn: HandlerRun) -> bool:
+    def put(self, run: HandlerRun) -> bool:
         """Wait in line; False if the line is too long."""
-        if len(self._waiting) >= MAX_JOBS_WAITING:
+        if len(self._waiting) >= MAX_RUNS_WAITING:
             return False
-        self._waiting.append(turn)
+        self._waiting.append(run)
         return True
 
     def take(self) -> HandlerRun | None:
         """The next one that may run now; give its action back with done()."""
         if self.running >= self._workers:
             return None
-        for i, turn in enumerate(self._waiting):
-            running = self._running.get(turn.action, 0)
-            if running < self._workers_of(turn.action):
+        for i, run in enumerate(self._waiting):
+            running = self._running.get(run.action, 0)
+            if running < self._workers_of(run.action):
                 del self._waiting[i]
-                self._running[turn.action] = running + 1
-                return turn
+                self._running[run.action] = running + 1
+                return run
         return None
 
     @property
@@ -2342,7 +2342,7 @@ class HandlerQueue:
             del self._running[action]
 
     def clear(self) -> list[HandlerRun]:
-        """Send them all home; who they were."""
+        """Let none of those who wait run; who they were."""
         left, self._waiting = [*self._waiting], deque()
         return left
 
@@ -2542,7 +2542,7 @@ def wake_result(
     """What a child's outcome means; a secret of the instance is not in it."""
     if not outcome.ok:
         where = f"{job.argv[0]}: " if outcome.exit is None else ""
-        why = failure(outcome, job.deadline).replace("\n", " ")
+        why = failure(outcome).replace("\n", " ")
         why = where + why.removeprefix("could not be started: ")
         for hidden in filter(None, (instance.token, instance.hook_token)):
             why = why.replace(hidden, "***")
@@ -7609,7 +7609,7 @@ class Node:
             self._run_handlers()
         else:
             self._journal.finish(turn.task)
-            self._refuse(turn.envelope, f"busy: {MAX_JOBS_WAITING} messages wait for handlers")
+            self._refuse(turn.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
 
     def _run_handlers(self) -> None:
         while turn := self._queue.take():
@@ -7632,7 +7632,7 @@ class Node:
         self.log.info("handler started", action=turn.action, id=turn.envelope.id)
         if turn.task:
             self._journal.begin([turn.task])
-        self._children.start(handler_job(self.config, file, turn.envelope, agent), done)
+        self._children.start(handler_spec(self.config, file, turn.envelope, agent), done)
 
     def _ran(self, turn: HandlerRun, outcome: ProcessResult) -> None:
         self._queue.done(turn.action)
@@ -7647,8 +7647,8 @@ class Node:
 
     def _finish(self, turn: HandlerRun, outcome: ProcessResult) -> None:
         """Tell everyone whom it concerns how a handler ended."""
-        envelope, deadline = turn.envelope, handler_deadline(self.config, turn.action)
-        result = result_document(envelope, self.name, outcome, deadline, time.time())
+        envelope = turn.envelope
+        result = result_document(envelope, self.name, outcome, time.time())
         status, took = result["status"], result["duration_ms"]
         say = self.log.info if outcome.ok else self.log.warning
         say(
@@ -7667,10 +7667,10 @@ class Node:
         else:
             payload = encode_json(result)
             self._outbox.post(self.topics.meta(self.name, turn.action), payload, retain=True)
-        if turn.sentinel:
-            self._sentinel_ended(turn.sentinel, envelope, outcome, deadline)
+        if turn.scheduled:
+            self._sentinel_ended(turn.scheduled, envelope, outcome)
         else:
-            self._send(answer_to(envelope, self.name, outcome, deadline))
+            self._send(answer_to(envelope, self.name, outcome))
         if turn.task:
             self._journal.finish(turn.task)
         self._settle_soon()
@@ -7723,7 +7723,7 @@ class Node:
     def _run_sentinel(self, sentinel: ScheduledRun, now: float) -> None:
         config = sentinel.config
         envelope = Envelope.new(self.name, self.name, "command", config.text, action=config.action)
-        if not self._queue.put(HandlerRun(envelope, config.action, sentinel=sentinel)):
+        if not self._queue.put(HandlerRun(envelope, config.action, scheduled=sentinel)):
             self.log.warning("not run", action=config.action, why="too many handlers wait")
             return
         sentinel.begin(now)
@@ -7731,7 +7731,7 @@ class Node:
         self._run_handlers()
 
     def _sentinel_ended(
-        self, sentinel: ScheduledRun, envelope: Envelope, outcome: ProcessResult, deadline: float
+        self, sentinel: ScheduledRun, envelope: Envelope, outcome: ProcessResult
     ) -> None:
         """Write down how it ended; wake the agent if that is news."""
         if outcome.cancelled:
@@ -7740,7 +7740,7 @@ class Node:
         self._journal.note(sentinel.key, {"last": sentinel.last, "ok": sentinel.ok})
         self._publish_roster()
         if words and not self._stopping:
-            said = printed(outcome) if outcome.ok else failure(outcome, deadline)
+            said = printed(outcome) if outcome.ok else failure(outcome)
             text = cut(f"{sentinel.config.action} {words}: {said}", MAX_ERROR)
             ch = "status" if outcome.ok else "alert"
             self._tell_own_agents(envelope.reply(self.name, text, ch=ch), "scheduled")
@@ -10212,10 +10212,8 @@ def test_handler(config: Config, args: argparse.Namespace) -> int:
         raise HiveError(f"{file}: {objection}")
     node, sender = config.node.id, args.sender or config.node.id
     envelope = Envelope.new(sender, node, "command", read_text(args.text), action=args.name)
-    outcome = run_once(handler_job(config, file, envelope, next(iter(config.oc_instances), None)))
-    result = result_document(
-        envelope, node, outcome, handler_deadline(config, args.name), time.time()
-    )
+    outcome = run_once(handler_spec(config, file, envelope, next(iter(config.oc_instances), None)))
+    result = result_document(envelope, node, outcome, time.time())
     if args.as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
