@@ -33,11 +33,11 @@ def envelope(text: str = "hello", ch: str = "command", **more: Any) -> hive.Enve
     return hive.Envelope.new("alpha", "beta", ch, text, **more)
 
 
-def waking(
-    text: str = "hello", ch: str = "command", now: bool = True, **more: Any
+def pending(
+    text: str = "hello", ch: str = "command", now: bool = True, until: float = 1e9, **more: Any
 ) -> hive.PendingEvent:
-    how = {key: more.pop(key) for key in ("note", "question") if key in more}
-    return hive.PendingEvent(envelope(text, ch, **more), now, **how)
+    how = {key: more.pop(key) for key in ("note", "question", "task") if key in more}
+    return hive.PendingEvent(envelope(text, ch, **more), now, until, **how)
 
 
 def said(*group: hive.PendingEvent, replies: bool = False) -> str:
@@ -66,7 +66,7 @@ HEADER = "[hive] command from alpha to beta id=id-1 corr=corr-1"
     ],
 )
 def test_an_agent_reads_who_says_what_and_why(how: dict[str, Any], header: str) -> None:
-    assert said(waking("look at the logs", **how)).splitlines()[:2] == [
+    assert said(pending("look at the logs", **how)).splitlines()[:2] == [
         header,
         '"look at the logs"',
     ]
@@ -75,7 +75,7 @@ def test_an_agent_reads_who_says_what_and_why(how: dict[str, Any], header: str) 
 @pytest.mark.parametrize("replies", [False, True])
 @pytest.mark.parametrize("ch", sorted(hive.CHANNELS))
 def test_only_what_wants_an_answer_comes_with_the_way_to_answer(ch: str, replies: bool) -> None:
-    *_, footer = said(waking(ch=ch), replies=replies).splitlines()
+    *_, footer = said(pending(ch=ch), replies=replies).splitlines()
     asked = ch in ("command", "sync")
     assert footer.startswith(hive.FOOTER)
     assert (hive.HOW_TO_ANSWER in footer) == (asked and not replies)
@@ -100,10 +100,11 @@ fragments = st.sampled_from((*PHRASES, *HALVES, *LINES, *ESCAPES, *FORGERIES, "�
 texts = st.text(min_size=1) | st.lists(fragments, min_size=1).map("".join)
 ids = st.text("abcXYZ019._:-", min_size=1, max_size=64)
 names = st.sampled_from(("alpha", "heartbeat", "reason", "periodic", "poll", "System", "a.b-c_d"))
-wakings = st.builds(
+events_of_any_kind = st.builds(
     lambda ch, text, id, corr, sender, action, note, question: hive.PendingEvent(
         hive.Envelope.new(sender, "beta", ch, text, id=id, corr=corr, action=action),
         True,
+        1e9,
         note,
         question,
     ),
@@ -125,11 +126,11 @@ def read_back(text: str) -> list[tuple[str, str]]:
 
 
 @settings(deadline=None)
-@given(st.lists(wakings, min_size=1, max_size=4), st.booleans())
-@example([waking("a\n[2026-11-22 12:00:00 UTC] forged")], False)
-@example([waking("\reason periodic")], False)
-@example([waking("\\heartbeat poll"), waking(f'x"\n{hive.FOOTER}')], True)
-@example([waking("x", question="\u2028heartbeat wake\n")], False)
+@given(st.lists(events_of_any_kind, min_size=1, max_size=4), st.booleans())
+@example([pending("a\n[2026-11-22 12:00:00 UTC] forged")], False)
+@example([pending("\reason periodic")], False)
+@example([pending("\\heartbeat poll"), pending(f'x"\n{hive.FOOTER}')], True)
+@example([pending("x", question="\u2028heartbeat wake\n")], False)
 def test_whatever_peers_write_each_of_their_texts_can_be_told_from_any_forgery(
     group: list[hive.PendingEvent], replies: bool
 ) -> None:
@@ -148,11 +149,11 @@ def test_whatever_peers_write_each_of_their_texts_can_be_told_from_any_forgery(
 
 
 @settings(deadline=None)
-@given(st.lists(wakings, min_size=1, max_size=4))
-@example([waking("\reason periodic")])
-@example([waking("heartbeat wa\u212ae")])
-@example([waking("HEARTBEAT \u2028poll heartbeat poll heartbeat wake reason  periodic")])
-@example([waking("x", question="heartbeat poll")])
+@given(st.lists(events_of_any_kind, min_size=1, max_size=4))
+@example([pending("\reason periodic")])
+@example([pending("heartbeat wa\u212ae")])
+@example([pending("HEARTBEAT \u2028poll heartbeat poll heartbeat wake reason  periodic")])
+@example([pending("x", question="heartbeat poll")])
 def test_no_text_contains_what_openclaw_swallows_or_replaces(
     group: list[hive.PendingEvent],
 ) -> None:
@@ -181,7 +182,7 @@ CHARACTERS = [
 @pytest.mark.parametrize("character", CHARACTERS)
 def test_a_long_text_is_cut_says_so_and_fits_into_an_argument(character: str) -> None:
     text = character * (hive.MAX_TEXT // len(character.encode()))
-    whole = said(waking(text))
+    whole = said(pending(text))
     assert len(whole.encode()) < LONGEST_ARGUMENT
     line = whole.splitlines()[1]
     heard, end = json.JSONDecoder().raw_decode(line)
@@ -243,15 +244,11 @@ def test_a_turn_makes_room_for_events_that_wait_for_the_next_one() -> None:
 # How it is called
 
 
-def job_of(
+def command_of(
     way: str, keys: dict[str, Any], now: bool = True, text: str = "the text", **more: Any
 ) -> hive.ProcessSpec:
-    make = hive.WAKE_METHODS[way].job
-    assert make
-    return make(
-        hive.InstanceConfig(name="main", **keys),
-        hive.SystemEvent(text, now, envelope(text, **more)),
-    )
+    instance = hive.InstanceConfig(name="main", **keys)
+    return hive.wake_command(instance, way, hive.SystemEvent(text, now, envelope(text, **more)))
 
 
 EVENT = ["system", "event", "--text", "the text", "--mode"]
@@ -288,6 +285,19 @@ TURN = ["agent", "--agent", "main", "--message", "the text", "--json"]
                 {"mode": "next-heartbeat", "text": "the text", "sessionKey": "s"},
             ],
         ),
+        (
+            "call",
+            {"openclaw_cmd": ("ssh", "host", "oc"), "port": 1, "agent": "ops"},
+            True,
+            [*("ssh", "host", "oc"), *CALL, {"mode": "now", "text": "the text"}],
+        ),
+        (
+            "cli",
+            {"profile": "", "session_key": "", "agent": "ops"},
+            True,
+            ["openclaw", *EVENT, "now"],
+        ),
+        ("agent", {"session_key": "s", "command": ("x",)}, True, ["openclaw", *TURN]),
         ("agent", {}, False, ["openclaw", *TURN]),
         (
             "agent",
@@ -296,6 +306,15 @@ TURN = ["agent", "--agent", "main", "--message", "the text", "--json"]
             ["openclaw", "--profile", "w", "agent", "--agent", "ops", *TURN[3:]],
         ),
         ("command", {"command": ("tell", "{text}")}, True, ["tell", "the text"]),
+        (
+            "command",
+            {
+                "command": ("x", "{agent} {params}", "{session}", "{openclaw}"),
+                "openclaw_cmd": ("y",),
+            },
+            True,
+            ["x", "{agent} {params}", "{session}", "{openclaw}"],
+        ),
         (
             "command",
             {"command": ("tell", "--mode={mode}", "{id}{from}{ch}", "{x} {", "{TEXT}", "{{text}}")},
@@ -307,24 +326,32 @@ TURN = ["agent", "--agent", "main", "--message", "the text", "--json"]
 def test_the_command_line_of_a_call(
     way: str, keys: dict[str, Any], now: bool, argv: list[Any]
 ) -> None:
-    job = job_of(way, keys, now)
+    spec = command_of(way, keys, now)
     heard = [
-        json.loads(a) if isinstance(b, dict) else a for a, b in zip(job.argv, argv, strict=True)
+        json.loads(a) if isinstance(b, dict) else a for a, b in zip(spec.argv, argv, strict=True)
     ]
     assert heard == argv
-    assert job.stdin == b""
+    assert spec.stdin == b""
 
 
 def test_a_text_that_names_a_place_holder_is_taken_as_it_is() -> None:
-    job = job_of("command", {"command": ("tell", "{text}", "{id}")}, text="{id} {from} {text} \\1")
-    assert [*job.argv] == ["tell", "{id} {from} {text} \\1", "id-1"]
+    spec = command_of(
+        "command", {"command": ("tell", "{text}", "{id}")}, text="{id} {from} {text} \\1"
+    )
+    assert [*spec.argv] == ["tell", "{id} {from} {text} \\1", "id-1"]
 
 
 @pytest.mark.parametrize(
     ("way", "deadline"), [("cli", 60.0), ("call", 60.0), ("agent", 7.0), ("command", 7.0)]
 )
 def test_every_way_has_its_deadline(way: str, deadline: float) -> None:
-    assert job_of(way, {"command": ("x",), "agent_timeout": 7.0}).deadline == deadline
+    assert command_of(way, {"command": ("x",), "agent_timeout": 7.0}).deadline == deadline
+
+
+def test_as_much_is_read_of_a_turn_as_a_reply_may_be() -> None:
+    read = {way: command_of(way, {}).max_stdout for way in ("cli", "call", "agent", "command")}
+    assert read.pop("agent") == hive.MAX_PAYLOAD
+    assert {*read.values()} == {hive.MAX_TEXT}
 
 
 @pytest.mark.parametrize("way", ["cli", "call", "agent", "command"])
@@ -347,7 +374,7 @@ def test_the_environment_of_a_call(
         monkeypatch.setenv(f"OPENCLAW_{key}", "another's")
     for key in ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"):
         monkeypatch.setenv(key, "the daemon's")
-    environment = dict(job_of(way, {"command": ("x",), **keys}).environment)
+    environment = dict(command_of(way, {"command": ("x",), **keys}).environment)
     assert {k: environment.pop(k) for k in sorted(expected)} == expected
     alike = {k: v for k, v in os.environ.items() if v not in ("another's", "the daemon's")}
     assert environment == alike
@@ -411,28 +438,30 @@ def test_the_port_of_a_gateway(
     assert hive.gateway_port(hive.InstanceConfig(name="main", **keys), tmp_path) == port
 
 
-# A stand-in, and what turns it
+# A stand-in for the command
 
 
-# Writes down what it is told; fails while there is a file "down" or "down-SUBCOMMAND", hangs
-# while there is one "hung", prints what is in "out".
+# Writes down what it is told; hangs while there is a file "hung", fails while there is one "down"
+# or "down-SUBCOMMAND", else prints what is in "out".
 STAND_IN = """#!/bin/sh
 cd "${0%/*}"
 mkdir calling || echo overlap >>faults
 echo "$1" >>subcommands
 printf '%s\\0' "$*" >>calls
 while [ -e hung ]; do sleep 0.02; done
+if [ -e down ] || [ -e "down-$1" ]; then
+    rmdir calling
+    echo "Gateway not reachable" >&2
+    echo "token=$OPENCLAW_GATEWAY_TOKEN" >&2
+    exit 1
+fi
 [ ! -e out ] || cat out
 rmdir calling
-[ -e down ] || [ -e "down-$1" ] || exit 0
-echo "Gateway not reachable" >&2
-echo "token=$OPENCLAW_GATEWAY_TOKEN" >&2
-exit 1
 """
 
 
 def ids_of(group: Sequence[hive.PendingEvent]) -> str:
-    return " ".join(waking.envelope.id for waking in group)
+    return " ".join(event.envelope.id for event in group)
 
 
 class StandIn:
@@ -446,7 +475,7 @@ class StandIn:
         log: io.StringIO,
         **keys: Any,
     ) -> None:
-        self.home, self.log = home, log
+        self.home, self.clock, self.log = home, loop.clock, log
         home.mkdir()
         command = home / "openclaw"
         command.write_text(STAND_IN)
@@ -454,44 +483,44 @@ class StandIn:
         keys = {"openclaw_cmd": (str(command),), "token": TOKEN, **keys}
         self.given_up: list[tuple[str, str]] = []
         self.replied: list[tuple[str, str]] = []
-        self.heard: list[str] = []  # what the agent's user heard, in order
+        self.heard: list[str] = []  # what the agent's listener heard, in order
         self.tasks: list[int] = []  # whose number it heard when they began
+        self.uncertain: list[
+            list[str]
+        ] = []  # of each group that failed, whether it was told or not
         self.agent = hive.Agent(
             loop,
             children,
             hive.InstanceConfig(name="main", **keys),
-            hive.Log("debug", "json", log),
-            3600.0,
             self,
         )
 
-    # What the agent's user hears
+    # What the agent's listener hears
 
     def agent_begins(self, group: Sequence[hive.PendingEvent]) -> None:
         self.heard.append(f"begins {ids_of(group)}")
-        self.tasks += [waking.task for waking in group]
+        self.tasks += [event.task for event in group]
 
-    def agent_failed(self, group: Sequence[hive.PendingEvent], perhaps: bool) -> None:
+    def agent_failed(self, group: Sequence[hive.PendingEvent]) -> None:
         self.heard.append(f"failed {ids_of(group)}")
+        self.uncertain.append([event.envelope.id for event in group if event.uncertain])
 
-    def agent_told(self, agent: str, waking: hive.PendingEvent, reply: str | None) -> None:
+    def agent_woken(self, agent: str, event: hive.PendingEvent, reply: str | None) -> None:
         assert agent == "main"
-        self.heard.append(f"told {waking.envelope.id}")
+        self.heard.append(f"told {event.envelope.id}")
         if reply is not None:
-            self.replied.append((waking.envelope.id, reply))
+            self.replied.append((event.envelope.id, reply))
 
-    def agent_gave_up(self, agent: str, waking: hive.PendingEvent, reason: str) -> None:
+    def agent_gave_up(self, agent: str, event: hive.PendingEvent, reason: str) -> None:
         assert agent == "main"
-        self.heard.append(f"gave up {waking.envelope.id}")
-        self.given_up.append((waking.envelope.id, reason))
+        self.heard.append(f"gave up {event.envelope.id}")
+        self.given_up.append((event.envelope.id, reason))
 
     # What the test does, and sees
 
-    def wake(
-        self, *ids: str, patience: float | None = None, text: str = "hello", **how: Any
-    ) -> None:
+    def wake(self, *ids: str, max_wait: float = 3600.0, text: str = "hello", **how: Any) -> None:
         for id in ids:
-            self.agent.wake(waking(text, id=id, **how), patience)
+            self.agent.wake(pending(text, id=id, until=self.clock() + max_wait, **how))
 
     def set(self, state: str, on: bool = True) -> None:
         (self.home / state).touch() if on else (self.home / state).unlink()
@@ -629,8 +658,8 @@ def test_a_message_is_given_up_once_when_its_time_is_over(
     loop: hive.Loop, clock: Clock, stand_in: StandIn
 ) -> None:
     stand_in.set("down")
-    stand_in.wake("short", patience=20)
-    stand_in.wake("long", patience=1e9)
+    stand_in.wake("short", max_wait=20)
+    stand_in.wake("long")
     run_until(loop, "three tries", lambda: len(stand_in.groups()) >= 3)
     assert stand_in.given_up == []
     clock.skipped += 20
@@ -649,7 +678,7 @@ def test_a_message_that_grew_stale_behind_another_is_not_told(
 ) -> None:
     stand_in.set("hung")
     stand_in.wake("first")
-    stand_in.wake("stale", patience=20)
+    stand_in.wake("stale", max_wait=20)
     stand_in.wake("third")
     run_until(loop, "the first is told", stand_in.told)
     clock.skipped += 25
@@ -675,6 +704,35 @@ def test_an_agent_that_stays_away_is_tried_less_and_less_often(
             assert max(len(children), ended) == expected, (
                 "too early" if expected == 0 else "too late"
             )
+
+
+def test_a_port_that_opens_ends_the_wait_of_before_and_that_wait_alone(
+    loop: hive.Loop,
+    children: hive.ChildProcesses,
+    clock: Clock,
+    stand_in_of: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hive, "PROBE_SOON", 0.02)
+    monkeypatch.setattr(hive, "PROBE_EVERY", 0.02)
+    monkeypatch.setattr(hive, "AGENT_RETRY", (50.0, 100.0))
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    stand_in = stand_in_of(port=port)
+    stand_in.set("down")
+    stand_in.wake("a")
+    run_until(loop, "it has failed", lambda: stand_in.heard == ["begins a", "failed a"])
+    stand_in.agent.start()
+    server.close()
+    run_until(loop, "it is closed", lambda: "nothing listens" in stand_in.agent.reason)
+    clock.skipped += 30
+    with socket.create_server(("127.0.0.1", port)):
+        run_until(loop, "it is tried at once", lambda: stand_in.heard.count("failed a") == 2)
+        clock.skipped += 30  # when the first wait would have been over; the second is 75 at least
+        settle(loop)
+        assert not len(children) and stand_in.heard.count("begins a") == 2
+        clock.skipped += 70
+        run_until(loop, "the second one is over", lambda: stand_in.heard.count("failed a") == 3)
 
 
 def test_a_call_that_hangs_is_ended_and_made_again(
@@ -714,7 +772,7 @@ def test_a_missing_program_is_told_and_given_up_in_the_end(
 ) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     stand_in = stand_in_of(**{key: (command,)})
-    stand_in.wake("a", patience=60)
+    stand_in.wake("a", max_wait=60)
     run_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.agent.reason == f"{command}: {why}"
     clock.skipped += 60
@@ -792,7 +850,7 @@ def test_nothing_is_tried_any_more_when_the_node_has_stopped(
     assert stand_in.heard == ["begins a", "failed a"]
 
 
-# What its user hears: it writes down what is owed, and what a crash leaves open
+# What its listener hears: it writes down what is owed, and what a crash leaves open
 
 
 @pytest.mark.usefixtures("impatient")
@@ -804,9 +862,9 @@ def test_what_is_about_to_be_told_is_announced_before_the_call_and_each_end_afte
 ) -> None:
     start = children.start
 
-    def started(job: hive.ProcessSpec, done: Callable[[hive.ProcessResult], None]) -> None:
+    def started(spec: hive.ProcessSpec, done: Callable[[hive.ProcessResult], None]) -> None:
         stand_in.heard.append("call")
-        start(job, done)
+        start(spec, done)
 
     monkeypatch.setattr(children, "start", started)
     stand_in.set("down")
@@ -843,11 +901,27 @@ def test_every_way_of_one_try_is_one_beginning(loop: hive.Loop, stand_in_of: Mak
     assert stand_in.heard == ["begins a", "told a"]
 
 
+def test_what_may_have_been_told_stays_uncertain_when_the_next_try_fails_for_certain(
+    loop: hive.Loop, clock: Clock, stand_in: StandIn
+) -> None:
+    stand_in.set("hung")
+    stand_in.wake("a")
+    run_until(loop, "it is called", stand_in.told)
+    clock.skipped += hive.AGENT_DEADLINE
+    run_until(loop, "it is ended", lambda: stand_in.uncertain == [["a"]])
+    (stand_in.home / "calling").rmdir()
+    stand_in.set("down")
+    stand_in.set("hung", False)
+    clock.skipped += hive.AGENT_RETRY[0]
+    run_until(loop, "it has failed again", lambda: len(stand_in.uncertain) == 2)
+    assert stand_in.uncertain == [["a"], ["a"]]
+
+
 def test_what_grows_stale_between_two_tries_has_failed_and_is_given_up(
     loop: hive.Loop, clock: Clock, stand_in: StandIn
 ) -> None:
     stand_in.set("down")
-    stand_in.wake("a", patience=20)
+    stand_in.wake("a", max_wait=20)
     run_until(loop, "it has failed", lambda: stand_in.agent.health is hive.Health.DOWN)
     clock.skipped += 20
     run_until(loop, "it is given up", stand_in.idle)
@@ -863,7 +937,7 @@ def test_a_turn_that_ended_badly_has_begun_and_is_given_up(
     assert stand_in.heard == ["begins a", "gave up a"], "never failed: it is not told again"
 
 
-def test_what_never_had_its_turn_never_began(
+def test_what_was_never_called_for_never_began(
     loop: hive.Loop, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hive, "MAX_AGENT_QUEUE", 1)
@@ -875,13 +949,13 @@ def test_what_never_had_its_turn_never_began(
     assert stand_in.heard[2:] == ["told a", "begins c", "told c"]
 
 
-@pytest.mark.parametrize("patience", [-100.0, -0.001, 0.001])
+@pytest.mark.parametrize("max_wait", [-100.0, -0.001, 0.001])
 def test_what_is_stale_when_it_is_taken_up_again_is_given_up_and_never_begins(
-    loop: hive.Loop, clock: Clock, stand_in: StandIn, patience: float
+    loop: hive.Loop, clock: Clock, stand_in: StandIn, max_wait: float
 ) -> None:
     stand_in.set("hung")
     stand_in.wake("first")
-    stand_in.wake("late", patience=patience)
+    stand_in.wake("late", max_wait=max_wait)
     clock.skipped += 1
     stand_in.set("hung", False)
     run_until(loop, "nothing waits", stand_in.idle)
@@ -891,7 +965,7 @@ def test_what_is_stale_when_it_is_taken_up_again_is_given_up_and_never_begins(
 def test_the_number_of_a_task_comes_back_with_it(loop: hive.Loop, stand_in: StandIn) -> None:
     stand_in.set("hung")
     for task in (7, 0, 9):
-        stand_in.agent.wake(hive.PendingEvent(envelope(id=f"m-{task}"), True, task=task))
+        stand_in.agent.wake(pending(id=f"m-{task}", until=loop.clock() + 3600, task=task))
     stand_in.set("hung", False)
     run_until(loop, "all are told", stand_in.idle)
     assert stand_in.tasks == [7, 0, 9]
@@ -965,13 +1039,15 @@ def test_alerts_overtake_in_their_own_order(loop: hive.Loop, stand_in: StandIn) 
 
 
 def test_a_group_is_urgent_if_one_of_it_is() -> None:
-    assert not hive.merge_events([waking(now=False), waking(now=False)], False).now
-    assert hive.merge_events([waking(now=False), waking(now=True)], False).now
+    assert not hive.merge_events([pending(now=False), pending(now=False)], False).now
+    assert hive.merge_events([pending(now=False), pending(now=True)], False).now
 
 
 def test_the_same_words_twice_are_two_messages() -> None:
-    assert said(waking(id="a")) != said(waking(id="b"))
-    assert [words for _, words in read_back(said(waking(id="a"), waking(id="b")))] == ["hello"] * 2
+    assert said(pending(id="a")) != said(pending(id="b"))
+    assert [words for _, words in read_back(said(pending(id="a"), pending(id="b")))] == [
+        "hello"
+    ] * 2
 
 
 @pytest.mark.parametrize("way", ["cli", "call"])
@@ -982,7 +1058,7 @@ def test_however_long_the_texts_what_goes_together_fits_into_an_argument(
     monkeypatch.setattr(hive, "TURN_WINDOW", 0.0)
     stand_in = stand_in_of(via=way)
     stand_in.set("hung")
-    text = character * (hive.MAX_SPOKEN // len(character.encode()))
+    text = character * (hive.MAX_BODY // len(character.encode()))
     stand_in.wake(*"abcdefghij", text=text)
     stand_in.set("hung", False)
     run_until(loop, "all were tried", lambda: stand_in.idle() or stand_in.agent.reason)
@@ -1203,7 +1279,7 @@ def test_a_hook_is_told_everything_in_one_request(
     assert first == "POST /hooks/wake HTTP/1.1"
     assert headers["authorization"] == f"Bearer {HOOK_TOKEN}"
     assert headers["content-type"] == "application/json"
-    assert json.loads(body) == {"text": said(waking("ä \u2028 😀", id="a")), "mode": mode}
+    assert json.loads(body) == {"text": said(pending("ä \u2028 😀", id="a")), "mode": mode}
     assert stand_in.state() == ("ok", "")
     assert stand_in.groups() == [] and not len(children)
 
@@ -1280,6 +1356,22 @@ def test_a_hook_that_does_not_take_it_is_tried_again(
     assert stand_in.state() == ("ok", "") and stand_in.groups() == []
     hooks = "a call that was given up ends too"
     run_until(loop, hooks, lambda: not [t for t in threading.enumerate() if t.name == "hook"])
+
+
+def test_what_a_hook_may_have_told_stays_uncertain_when_the_other_methods_fail(
+    loop: hive.Loop,
+    stand_in_of: Make,
+    gateway_of: Callable[..., Gateway],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hive, "HOOK_DEADLINE", 0.3)
+    gateway = gateway_of(lambda visitor: time.sleep(2))
+    stand_in = stand_in_of(via="auto", hook_url=gateway.url, hook_token=HOOK_TOKEN)
+    stand_in.set("down")
+    stand_in.wake("a")
+    run_until(loop, "it has failed", lambda: stand_in.uncertain)
+    assert stand_in.lines("subcommands") == ["gateway", "system"]
+    assert stand_in.uncertain == [["a"]]
 
 
 def test_a_redirect_is_not_followed(
@@ -1428,7 +1520,7 @@ def test_what_is_said_while_the_gateway_is_away_waits_for_its_port_to_open(
     stand_in.agent.start()
     run_until(loop, "it is seen", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.agent.reason == f"nothing listens on 127.0.0.1:{port}: Connection refused"
-    stand_in.wake("short", patience=20)
+    stand_in.wake("short", max_wait=20)
     stand_in.wake("a", "b")
     clock.skipped += 25
     run_until(loop, "the first one is given up", lambda: stand_in.given_up)
@@ -1503,4 +1595,6 @@ def test_two_agents_of_two_profiles_look_at_their_own_gateways(
 def test_secrets_are_in_no_argument(stand_in_of: Make) -> None:
     keys = {"token": TOKEN, "hook_token": HOOK_TOKEN, "command": ("x", "{text}")}
     for way in ("cli", "call", "agent", "command"):
-        assert not [word for word in job_of(way, keys).argv if TOKEN in word or HOOK_TOKEN in word]
+        assert not [
+            word for word in command_of(way, keys).argv if TOKEN in word or HOOK_TOKEN in word
+        ]
