@@ -165,6 +165,10 @@ def broker_of(kind: str, home: Path) -> Broker:
     """Start one; skip the test where there is none of this kind."""
     if kind == EMBEDDED:
         return EmbeddedBroker(home)
+    if kind != MOSQUITTO:
+        from other_brokers import OTHER_BROKERS
+
+        return OTHER_BROKERS[kind](home)
     need_mosquitto()
     return Broker(home)
 
@@ -343,10 +347,10 @@ def loop(log: io.StringIO, clock: Clock) -> Iterator[Loop]:
 
 @pytest.fixture
 def children(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChildProcesses]:
-    """Children that are ended with the test, without much time to tidy up."""
-    monkeypatch.setattr("hive.SIGKILL_AFTER", 0.3)
+    """Children that end with the test, then without much time to tidy up."""
     children = ChildProcesses(loop)
     yield children
+    monkeypatch.setattr("hive.SIGKILL_AFTER", 0.3)
     children.stop()
     run_until(loop, "all children have ended", lambda: not len(children))
 

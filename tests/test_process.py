@@ -41,7 +41,8 @@ def lifeline(tmp_path: Path) -> Iterator[Lifeline]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes seconds in earnest takes a moment here, as does SIGKILL_AFTER for all."""
+    """What takes seconds in earnest takes a moment here."""
+    monkeypatch.setattr(hive, "SIGKILL_AFTER", 0.3)
     monkeypatch.setattr(hive, "OUTPUT_TIMEOUT", 0.3)
 
 
@@ -417,6 +418,7 @@ def test_stopping_ends_every_child_whatever_the_others_are_at(
     monkeypatch: pytest.MonkeyPatch,
     mix: tuple[str, ...],
 ) -> None:
+    monkeypatch.setattr(hive, "SIGKILL_AFTER", 0.3)
     monkeypatch.setattr(hive, "OUTPUT_TIMEOUT", PATIENCE)
     ended: list[int] = []
     for i, state in enumerate(mix):
@@ -514,3 +516,69 @@ def exists(number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_is_late_already_is_not_called_stopped(
+    loop: hive.Loop,
+    children: hive.ChildProcesses,
+    clock: Clock,
+    script: Script,
+    lifeline: Lifeline,
+) -> None:
+    results: list[hive.ProcessResult] = []
+    argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
+    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
+    assert child
+    run_until(loop, "it is ready", lifeline.is_ready)
+    clock.skipped += PATIENCE
+    loop.step()
+    child.stop()
+    run_until(loop, "the result", lambda: results)
+    assert [(o.timed_out, o.cancelled, o.ok) for o in results] == [(True, False, False)]
+    assert PATIENCE <= results[0].seconds < 2 * PATIENCE
+
+
+def test_a_child_is_ended_at_once_where_there_is_no_time(
+    loop: hive.Loop,
+    children: hive.ChildProcesses,
+    script: Script,
+    lifeline: Lifeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hive, "SIGKILL_AFTER", PATIENCE)
+    results: list[hive.ProcessResult] = []
+    for _ in range(2):
+        argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
+        children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
+    run_until(loop, "both are ready", lambda: lifeline.is_ready(2))
+    children.kill()
+    run_until(loop, "both results", lambda: len(results) == 2, patience=5.0)
+    run_until(loop, "everyone has ended", lifeline.is_free)
+    assert [result.exit for result in results] == [-signal.SIGKILL] * 2
+
+
+def test_a_child_has_two_seconds_between_sigterm_and_sigkill(
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, lifeline: Lifeline
+) -> None:
+    results: list[hive.ProcessResult] = []
+    argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
+    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
+    assert child
+    run_until(loop, "it is ready", lifeline.is_ready)
+    began = time.monotonic()
+    child.stop()
+    run_until(loop, "the result", lambda: results)
+    assert time.monotonic() - began >= 2.0
+
+
+def test_bounds_of_ones_own_are_kept(
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script
+) -> None:
+    results: list[hive.ProcessResult] = []
+    argv = script("printf abcdef; printf uvwxyz >&2")
+    spec = hive.ProcessSpec(argv, os.environ, PATIENCE, max_stdout=4, max_stderr=3)
+    children.start(spec, results.append)
+    run_until(loop, "the result", lambda: results)
+    [result] = results
+    assert (result.stdout, result.stderr, result.truncated) == (b"abcd", b"xyz", True)
