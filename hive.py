@@ -2743,20 +2743,15 @@ def wake_methods(instance: InstanceConfig) -> tuple[str, ...]:
     return ("hook", "call", "cli") if instance.hook_token else ("call", "cli")
 
 
-def option_words(flag: str, value: str | None) -> list[str]:
-    """An option of a command line, or nothing where it has no value."""
-    return [flag, value] if value else []
-
-
 def wake_argv(instance: InstanceConfig, template: str, event: SystemEvent) -> list[str]:
     """The command line that wakes an agent; {text} and the like stand for themselves in it."""
-    first, session = event.first, instance.session_key
+    first, profile, session = event.first, instance.profile, instance.session_key
     values = {"text": event.text, "mode": event.mode}
     values |= {"id": first.id, "from": first.sender, "ch": first.ch}
     params = {"mode": event.mode, "text": event.text} | ({"sessionKey": session} if session else {})
     words = {
-        "{openclaw}": [*instance.openclaw_cmd, *option_words("--profile", instance.profile)],
-        "{session}": option_words("--session-key", session),
+        "{openclaw}": [*instance.openclaw_cmd, *(("--profile", profile) if profile else ())],
+        "{session}": ["--session-key", session] if session else [],
         "{params}": [encode_json(params).decode()],
         "{agent}": [instance.agent],
         "{command}": [
@@ -2836,17 +2831,20 @@ class HookRequest:
     def __init__(
         self,
         loop: Loop,
-        url: str,
-        token: str,
+        instance: InstanceConfig,
+        port: int | None,
         event: SystemEvent,
         done: Callable[[WakeResult], None],
     ) -> None:
         import threading
 
-        self._loop, self._done, self._url = loop, done, url
-        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._loop, self._done, self._ended = loop, done, False
+        self._url = instance.hook_url or f"http://127.0.0.1:{port or OPENCLAW_PORT}/hooks/wake"
+        self._headers = {
+            "Authorization": f"Bearer {instance.hook_token or ''}",
+            "Content-Type": "application/json",
+        }
         self._body = encode_json({"text": event.text, "mode": event.mode})
-        self._ended = False
         self._sock: socket.socket | None = None
         self._timer = loop.after(HOOK_DEADLINE, self._time_out)
         threading.Thread(target=self._run, name="hook", daemon=True).start()
@@ -2923,31 +2921,24 @@ def gateway_port(instance: InstanceConfig, home: Path) -> int | None:
     return int(bounded_number(gateway.get("port", OPENCLAW_PORT), 1, 65535) or 0) or None
 
 
-def hook_url(instance: InstanceConfig, port: int | None) -> str:
-    return instance.hook_url or f"http://127.0.0.1:{port or OPENCLAW_PORT}/hooks/wake"
+def probe_port(loop: Loop, port: int, done: Callable[[str], None]) -> None:
+    """Does anything listen on a local port?  Calls `done` with why not, or with nothing."""
+    sock = socket.socket()
+    sock.setblocking(False)
 
+    def end(why: str) -> None:
+        timer.cancel()
+        loop.forget(sock)
+        sock.close()
+        done(why)
 
-class PortProbe:
-    """One TCP connection to a local port, as cheap as can be: does anything listen?"""
+    def ready(events: int) -> None:
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        end(os.strerror(code) if code else "")
 
-    def __init__(self, loop: Loop, port: int, done: Callable[[str], None]) -> None:
-        """Calls `done` with why not; with nothing if something does."""
-        self._loop, self._done = loop, done
-        self._sock = socket.socket()
-        self._sock.setblocking(False)
-        self._timer = loop.after(PROBE_DEADLINE, lambda: self._end("no answer"))
-        self._sock.connect_ex(("127.0.0.1", port))
-        loop.watch(self._sock, selectors.EVENT_WRITE, self._ready)
-
-    def _ready(self, events: int) -> None:
-        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        self._end(os.strerror(code) if code else "")
-
-    def _end(self, why: str) -> None:
-        self._timer.cancel()
-        self._loop.forget(self._sock)
-        self._sock.close()
-        self._done(why)
+    timer = loop.after(PROBE_DEADLINE, lambda: end("no answer"))
+    sock.connect_ex(("127.0.0.1", port))
+    loop.watch(sock, selectors.EVENT_WRITE, ready)
 
 
 class Health(Enum):
@@ -3006,11 +2997,6 @@ class Agent:
     def __len__(self) -> int:
         return len(self._waiting) + len(self._calling)
 
-    def start(self) -> None:
-        """Begin to look after the gateway's port."""
-        if self._port:
-            self._probe()
-
     def wake(self, event: PendingEvent) -> None:
         """Tell it this as soon as it can be told."""
         if event.envelope.ch == "alert":
@@ -3042,7 +3028,7 @@ class Agent:
         if self._calling or not self._waiting or self._stopping:
             return
         if self._closed:
-            return self._probe()  # as soon as the port is open it comes back here
+            return self.probe()  # as soon as the port is open it comes back here
         methods = wake_methods(self.instance)
         groups, now = WAKE_METHODS[methods[0]].groups, self._loop.clock()
         start = max(self._not_before, self._slot(now) if groups else now)
@@ -3090,8 +3076,7 @@ class Agent:
         ids = ",".join(one.envelope.id for one in self._calling)
         self._log.debug("waking agent", agent=self.instance.name, via=name, ids=ids)
         if name == "hook":
-            url, token = hook_url(self.instance, self._port), self.instance.hook_token or ""
-            HookRequest(self._loop, url, token, event, done)
+            HookRequest(self._loop, self.instance, self._port, event, done)
             return
         spec = wake_command(self.instance, name, event)
 
@@ -3160,13 +3145,14 @@ class Agent:
         elif health is Health.OK and before is Health.DOWN:
             self._log.info("agent is back", agent=self.instance.name)
 
-    def _probe(self) -> None:
+    def probe(self) -> None:
+        """Look whether the gateway listens, and again from time to time."""
         if self._port and not self._probing and not self._stopping:
             self._probing = True
             if self._next_probe:
                 self._next_probe.cancel()
             try:
-                PortProbe(self._loop, self._port, self._probed)
+                probe_port(self._loop, self._port, self._probed)
             except OSError as error:  # out of descriptors
                 self._probed(reason_of(error))
 
@@ -3179,7 +3165,7 @@ class Agent:
         elif before or self.health is Health.UNKNOWN:
             self._set_health(Health.OK, "")
         self._next_probe = self._loop.after(
-            PROBE_SOON if self._waiting else PROBE_EVERY, self._probe
+            PROBE_SOON if self._waiting else PROBE_EVERY, self.probe
         )
         if before and not why:
             self._not_before = 0.0
@@ -7453,7 +7439,7 @@ class Node:
         self._log_catalogue(HandlerSet())
         self._open_door()
         for agent in self._agents.values():
-            agent.start()
+            agent.probe()
         self._take_up()
         self._link.open(self)
         self._beat_again()
@@ -9352,7 +9338,7 @@ def probe_ports(ports: Collection[int]) -> dict[int, str]:
     loop = Loop(Log("error"))
     heard: dict[int, str] = {}
     for number in ports:
-        PortProbe(loop, number, partial(heard.__setitem__, number))
+        probe_port(loop, number, partial(heard.__setitem__, number))
     while len(heard) < len(ports):
         loop.step()
     loop.close()

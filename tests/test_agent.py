@@ -722,7 +722,7 @@ def test_a_port_that_opens_ends_the_wait_of_before_and_that_wait_alone(
     stand_in.set("down")
     stand_in.wake("a")
     run_until(loop, "it has failed", lambda: stand_in.heard == ["begins a", "failed a"])
-    stand_in.agent.start()
+    stand_in.agent.probe()
     server.close()
     run_until(loop, "it is closed", lambda: "nothing listens" in stand_in.agent.reason)
     clock.skipped += 30
@@ -1484,7 +1484,7 @@ def test_auto_tells_why_the_first_way_failed_when_all_do(
 
 def probed(loop: hive.Loop, port: int) -> str:
     answers: list[str] = []
-    hive.PortProbe(loop, port, answers.append)
+    hive.probe_port(loop, port, answers.append)
     run_until(loop, "an answer", lambda: answers)
     settle(loop)
     (answer,) = answers
@@ -1517,7 +1517,7 @@ def test_what_is_said_while_the_gateway_is_away_waits_for_its_port_to_open(
     monkeypatch.setattr(hive, "PROBE_SOON", 0.02)
     port = free_port()
     stand_in = stand_in_of(port=port)
-    stand_in.agent.start()
+    stand_in.agent.probe()
     run_until(loop, "it is seen", lambda: stand_in.agent.health is hive.Health.DOWN)
     assert stand_in.agent.reason == f"nothing listens on 127.0.0.1:{port}: Connection refused"
     stand_in.wake("short", max_wait=20)
@@ -1541,7 +1541,7 @@ def test_a_gateway_that_goes_away_and_comes_back_is_noticed_without_a_call(
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
     stand_in = stand_in_of(port=port)
-    stand_in.agent.start()
+    stand_in.agent.probe()
     run_until(loop, "it is ok", lambda: stand_in.state() == ("ok", ""))
     server.close()
     run_until(loop, "it is down", lambda: stand_in.state()[0] == "down")
@@ -1566,7 +1566,7 @@ def test_an_open_port_does_not_hide_that_calls_fail(
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         stand_in = stand_in_of(port=server.getsockname()[1])
-        stand_in.agent.start()
+        stand_in.agent.probe()
         run_until(loop, "it is ok", lambda: stand_in.agent.health is hive.Health.OK)
         stand_in.set("down")
         stand_in.wake("a")
@@ -1587,7 +1587,7 @@ def test_two_agents_of_two_profiles_look_at_their_own_gateways(
             (tmp_path / f".openclaw-{profile}" / "openclaw.json").write_text(content)
         one, two = (stand_in_of(profile=profile) for profile in ("one", "two"))
         for agent in (one.agent, two.agent):
-            agent.start()
+            agent.probe()
         run_until(loop, "one is ok", lambda: one.agent.health is hive.Health.OK)
         run_until(loop, "two is down", lambda: two.agent.health is hive.Health.DOWN)
 
