@@ -2630,10 +2630,12 @@ UNPRINTABLE = (
 
 def one_line(text: str) -> str:
     """A JSON string: readable, one line whatever Unicode thinks a line is, and reversible."""
-    quoted = re.sub(
-        UNPRINTABLE, lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False)
-    )
-    return re.sub(SWALLOWED, lambda found: f"\\u{ord(found[0]):04x}", quoted)
+
+    def escape(found: re.Match[str]) -> str:
+        return f"\\u{ord(found[0]):04x}"
+
+    line = re.sub(UNPRINTABLE, escape, json.dumps(text, ensure_ascii=False))
+    return re.sub(SWALLOWED, escape, line)
 
 
 class PendingEvent(Value):
@@ -2793,11 +2795,11 @@ class WakeResult(Value):
 
 
 def wake_result(
-    program: str, instance: InstanceConfig, result: ProcessResult, replies: bool
+    executable: str, instance: InstanceConfig, result: ProcessResult, replies: bool
 ) -> WakeResult:
     """What a program's result means; a secret of the instance is not in it."""
     if not result.ok:
-        why = f"{program}: {result.fault}" if result.exit is None else failure(result)
+        why = f"{executable}: {result.fault}" if result.exit is None else failure(result)
         for hidden in filter(None, (instance.token, instance.hook_token)):
             why = why.replace(hidden, "***")
         # A turn that was ended half-way may have done half its work.

@@ -1365,13 +1365,15 @@ def test_what_a_hook_may_have_told_stays_uncertain_when_the_other_methods_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hive, "HOOK_DEADLINE", 0.3)
-    gateway = gateway_of(lambda visitor: time.sleep(2))
+    over = threading.Event()
+    gateway = gateway_of(lambda visitor: [over.wait(PATIENCE)].clear())
     stand_in = stand_in_of(via="auto", hook_url=gateway.url, hook_token=HOOK_TOKEN)
     stand_in.set("down")
     stand_in.wake("a")
     run_until(loop, "it has failed", lambda: stand_in.uncertain)
     assert stand_in.lines("subcommands") == ["gateway", "system"]
     assert stand_in.uncertain == [["a"]]
+    over.set()
 
 
 def test_a_redirect_is_not_followed(
@@ -1492,11 +1494,11 @@ def probed(loop: hive.Loop, port: int) -> str:
 
 
 def test_a_probe_tells_whether_anything_listens(loop: hive.Loop) -> None:
-    before = len(os.listdir("/dev/fd"))
+    before = {*os.listdir("/dev/fd")}  # some may be closed meanwhile by threads of other tests
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert probed(loop, server.getsockname()[1]) == ""
     assert probed(loop, free_port()) == "Connection refused"
-    assert len(os.listdir("/dev/fd")) == before
+    assert {*os.listdir("/dev/fd")} <= before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a queue that can be filled")
