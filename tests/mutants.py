@@ -292,7 +292,7 @@ class Source:
                     rest = ", ".join(self._of(e) for e in errors if e is not error)
                     yield "exception", *self._span(node.type), f"({rest},)"
             case ast.ExceptHandler(type=ast.expr() as error):
-                yield "exception", *self._span(error), "ZeroDivisionError"
+                yield "exception", *self._span(error), "NotImplementedError"
 
 
 # ---- the tests -----------------------------------------------------------------------------
