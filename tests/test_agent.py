@@ -226,6 +226,13 @@ def test_the_slots_of_a_busy_minute() -> None:
     assert [at for at, _ in events] == [100, 100.5, 102.5, 108.5, 120.5, 160, 160.5]
 
 
+def test_the_limits_are_those_of_openclaw() -> None:
+    """Five turns in a minute, twenty pending events, and a heartbeat each half-hour."""
+    assert (len(hive.GAPS), hive.TURN_WINDOW) == (5, 60.0)
+    assert hive.MAX_GROUP + len(hive.GAPS) <= 20 and hive.MAX_LATER == 15
+    assert hive.LATER_WINDOW == 30 * 60
+
+
 def test_an_alert_need_not_wait_for_a_minute_to_end() -> None:
     busy = [(float(at), True) for at in range(100, 105)]
     assert hive.next_slot(busy, 105, alert=False) == 160

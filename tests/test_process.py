@@ -343,6 +343,7 @@ def test_a_file_that_cannot_be_run_is_told(
     file.chmod(mode)
     result = run(loop, children, [str(file)], stdin=b"x" * 1000)
     assert (result.exit, result.fault, result.ok) == (None, fault, False)
+    assert not result.truncated and not result.timed_out and not result.cancelled
 
 
 @pytest.mark.parametrize(
