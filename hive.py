@@ -8379,16 +8379,11 @@ class Daemon:
 #
 # Returns strings.  Whatever a peer wrote is made harmless for a terminal.
 
+GREEN, YELLOW, RED = 32, 33, 31
 COLOURS = {
-    "online": 32,
-    "ok": 32,
-    "stale": 33,
-    "degraded": 33,
-    "warn": 33,
-    "fail": 31,
-    "offline": 31,
-    "down": 31,
-    "lost": 31,
+    **dict.fromkeys(("online", "ok"), GREEN),
+    **dict.fromkeys(("stale", "degraded", "warn"), YELLOW),
+    **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
 }
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
@@ -8612,29 +8607,26 @@ def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
     def ago(at: float) -> str:
         return f"{for_people(max(0.0, now - at))} ago"
 
-    parts = []
-    asked = [
-        (q["id"], q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
-        for q in document["questions"]
-    ]
-    if asked:
-        parts.append(format_table(("NOT ANSWERED", "BY", "ACTION", "ASKED", "DUE"), asked, colour))
-    todo = [
-        (
-            t["id"],
-            t["from"],
-            t["agent"] or t["action"],
-            ago(t["since"]),
-            "yes" if t["began"] else "no",
-        )
-        for t in document["tasks"]
-    ]
-    if todo:
-        parts.append(format_table(("TO DO", "FROM", "FOR", "SENT", "BEGUN"), todo, colour))
-    mail = [(one["topic"], str(one["bytes"])) for one in document["outbox"]]
-    if mail:
-        parts.append(format_table(("NOT DELIVERED", "BYTES"), mail, colour))
-    more = document["outbox_size"] - len(mail)
+    questions, tasks, outbox = document["questions"], document["tasks"], document["outbox"]
+    tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
+        ("NOT ANSWERED", "BY", "ACTION", "ASKED", "DUE"): [
+            (q["id"], q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
+            for q in questions
+        ],
+        ("TO DO", "FROM", "FOR", "SENT", "BEGUN"): [
+            (
+                t["id"],
+                t["from"],
+                t["agent"] or t["action"],
+                ago(t["since"]),
+                "yes" if t["began"] else "no",
+            )
+            for t in tasks
+        ],
+        ("NOT DELIVERED", "BYTES"): [(one["topic"], str(one["bytes"])) for one in outbox],
+    }
+    parts = [format_table(header, rows, colour) for header, rows in tables.items() if rows]
+    more = document["outbox_size"] - len(outbox)
     if more > 0:
         parts.append(f"and {more} more to be delivered\n")
     return "\n".join(parts) or "nothing is pending\n"
