@@ -1292,6 +1292,7 @@ class Decision(Value):
 
 
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
+SIGN_OF_LIFE = Decision(Do.HEAR)
 
 
 class RoutingContext(Value):
@@ -1324,7 +1325,7 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if envelope.to not in (here.node, EVERYONE, *here.agents):
         return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
-        return Decision(Do.HEAR)
+        return SIGN_OF_LIFE
     if channel.handler and envelope.action and envelope.action in here.handlers:
         return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
@@ -7595,16 +7596,21 @@ class Node:
                 self.members.hear_document(name, document, delivery)
             return
         self.counts["received"] += 1
-        self.settle_soon(delivery.ack)
         try:
             envelope = Envelope.parse(delivery.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
             self._complain("not an envelope", topic=delivery.topic, why=error)
-            return
-        self._receive(envelope, delivery)
+            return self.settle_soon(delivery.ack)
+        what, row = self._receive(envelope, delivery)
+        if what is SIGN_OF_LIFE:
+            delivery.ack()  # there is nothing to commit, and no turn is cheaper than none
+        else:
+            self.settle_soon(delivery.ack)
+        self._perform(what, envelope, row, self._time_left(envelope, delivery))
 
-    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> None:
+    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
+        """Decide what to do with it; its row in the journal, if it has one now."""
         reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
         if not reason and delivery.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
@@ -7619,7 +7625,7 @@ class Node:
         self._log_message(envelope, what)
         if row:
             self._take_note(envelope)
-        self._perform(what, envelope, row, self._time_left(envelope, delivery))
+        return what, row
 
     def _take_note(self, envelope: Envelope) -> None:
         """What a new message means to those who wait, whatever is done with it."""

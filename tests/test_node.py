@@ -80,7 +80,7 @@ class Rig:
         agents: Sequence[hive.InstanceConfig],
         settings: Mapping[str, hive.HandlerConfig],
         level: str,
-        heartbeat: hive.HeartbeatConfig = hive.HeartbeatConfig(),
+        heartbeat: hive.HeartbeatConfig | None = None,
         **node: Any,
     ) -> None:
         self.handler_dir, self.state_dir = home / "hive-daemon.d", home / "state"
@@ -92,7 +92,7 @@ class Rig:
             hive.NodeConfig("beta", handler_dir=self.handler_dir, state_dir=self.state_dir, **node),
             oc_instances=tuple(agents),
             handlers=settings,
-            heartbeat=heartbeat,
+            heartbeat=heartbeat or hive.HeartbeatConfig(),
         )
         self.clock, self.log, self.acked = Clock(), io.StringIO(), 0
         log = hive.Log(level, "json", self.log)
