@@ -9616,18 +9616,18 @@ def agent_finding(
 
 
 def check_broker(context: DoctorContext) -> Iterator[Finding]:
-    mqtt = find_broker(context.config)
-    if mqtt is None:
+    found = find_broker(context.config)
+    if found is None:
         what = f"none is named, hosted, or at {LOCALHOST}:{MQTT_PORT}: the daemon will host one"
         yield Finding(Level.SKIPPED, what)
         return
-    context.config, begun = context.config.replace(mqtt=mqtt), time.monotonic()
+    context.config, begun = context.config.replace(mqtt=found), time.monotonic()
     broker = context.broker = BrokerCheck(context.config, context.left)
     context.ending.callback(broker.close)
     broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
-    how = f"as {mqtt.username}" if mqtt.username else "without a name"
+    how = f"as {found.username}" if found.username else "without a name"
     took = 1000 * (time.monotonic() - begun)
-    yield Finding(Level.OK, f"{mqtt.address} lets us in {how}, in {took:.0f} ms")
+    yield Finding(Level.OK, f"{found.address} lets us in {how}, in {took:.0f} ms")
 
 
 def check_subscribing(context: DoctorContext) -> Iterator[Finding]:
@@ -9761,8 +9761,8 @@ def finding_line(check: str, finding: Finding, colour: bool) -> str:
 # ---- Mosquitto: a configuration that serves one hive -------------------------------------
 #
 # Pure: names to the text of a shell script, which a person reads and runs on the broker's
-# machine.  It needs no hive there.  What nodes may do follows the topics that Node, Link and
-# Client use.  Knows neither the network nor this machine's files.
+# machine.  It needs no hive there.  What nodes may do follows the topics that nodes and
+# commands use.  Knows neither the network nor this machine's files.
 
 SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones when they are gone
 
