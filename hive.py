@@ -8341,16 +8341,11 @@ class Daemon:
 #
 # Returns strings.  Whatever a peer wrote is made harmless for a terminal.
 
+GREEN, YELLOW, RED = 32, 33, 31
 COLOURS = {
-    "online": 32,
-    "ok": 32,
-    "stale": 33,
-    "degraded": 33,
-    "warn": 33,
-    "fail": 31,
-    "offline": 31,
-    "down": 31,
-    "lost": 31,
+    **dict.fromkeys(("online", "ok"), GREEN),
+    **dict.fromkeys(("stale", "degraded", "warn"), YELLOW),
+    **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
 }
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
@@ -8574,29 +8569,26 @@ def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
     def ago(at: float) -> str:
         return f"{for_people(max(0.0, now - at))} ago"
 
-    parts = []
-    asked = [
-        (q["id"], q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
-        for q in document["questions"]
-    ]
-    if asked:
-        parts.append(format_table(("NOT ANSWERED", "BY", "ACTION", "ASKED", "DUE"), asked, colour))
-    todo = [
-        (
-            t["id"],
-            t["from"],
-            t["agent"] or t["action"],
-            ago(t["since"]),
-            "yes" if t["began"] else "no",
-        )
-        for t in document["tasks"]
-    ]
-    if todo:
-        parts.append(format_table(("TO DO", "FROM", "FOR", "SENT", "BEGUN"), todo, colour))
-    mail = [(one["topic"], str(one["bytes"])) for one in document["outbox"]]
-    if mail:
-        parts.append(format_table(("NOT DELIVERED", "BYTES"), mail, colour))
-    more = document["outbox_size"] - len(mail)
+    questions, tasks, outbox = document["questions"], document["tasks"], document["outbox"]
+    tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
+        ("NOT ANSWERED", "BY", "ACTION", "ASKED", "DUE"): [
+            (q["id"], q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
+            for q in questions
+        ],
+        ("TO DO", "FROM", "FOR", "SENT", "BEGUN"): [
+            (
+                t["id"],
+                t["from"],
+                t["agent"] or t["action"],
+                ago(t["since"]),
+                "yes" if t["began"] else "no",
+            )
+            for t in tasks
+        ],
+        ("NOT DELIVERED", "BYTES"): [(one["topic"], str(one["bytes"])) for one in outbox],
+    }
+    parts = [format_table(header, rows, colour) for header, rows in tables.items() if rows]
+    more = document["outbox_size"] - len(outbox)
     if more > 0:
         parts.append(f"and {more} more to be delivered\n")
     return "\n".join(parts) or "nothing is pending\n"
@@ -9580,18 +9572,18 @@ def agent_finding(
 
 
 def check_broker(context: DoctorContext) -> Iterator[Finding]:
-    mqtt = find_broker(context.config)
-    if mqtt is None:
+    found = find_broker(context.config)
+    if found is None:
         what = f"none is named, hosted, or at {LOCALHOST}:{MQTT_PORT}: the daemon will host one"
         yield Finding(Level.SKIPPED, what)
         return
-    context.config, begun = context.config.replace(mqtt=mqtt), time.monotonic()
+    context.config, begun = context.config.replace(mqtt=found), time.monotonic()
     broker = context.broker = BrokerCheck(context.config, context.left)
     context.ending.callback(broker.close)
     broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
-    how = f"as {mqtt.username}" if mqtt.username else "without a name"
+    how = f"as {found.username}" if found.username else "without a name"
     took = 1000 * (time.monotonic() - begun)
-    yield Finding(Level.OK, f"{mqtt.address} lets us in {how}, in {took:.0f} ms")
+    yield Finding(Level.OK, f"{found.address} lets us in {how}, in {took:.0f} ms")
 
 
 def check_subscribing(context: DoctorContext) -> Iterator[Finding]:
@@ -9725,8 +9717,8 @@ def finding_line(check: str, finding: Finding, colour: bool) -> str:
 # ---- Mosquitto: a configuration that serves one hive -------------------------------------
 #
 # Pure: names to the text of a shell script, which a person reads and runs on the broker's
-# machine.  It needs no hive there.  What nodes may do follows the topics that Node, Link and
-# Client use.  Knows neither the network nor this machine's files.
+# machine.  It needs no hive there.  What nodes may do follows the topics that nodes and
+# commands use.  Knows neither the network nor this machine's files.
 
 SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones when they are gone
 
