@@ -16,9 +16,9 @@ tokens; only what needs judgment wakes an agent.
 #   hands   Log        a line for each event, and a few a minute of what peers do wrong
 #           Loop       files, deadlines and signals on one selector; systemd hears that it runs
 #           Stream     a connected socket: bytes in, bytes out, both bounded
-#           Process    one child: bytes in, outcome out, always by a deadline
+#           Process    one child: bytes in, its result out, always by a deadline
 #           Handlers   which executables there are, and the contract with them
-#           Agent      ways to wake one, one call at a time, tried again
+#           Agent      methods to wake one, one call at a time, tried again
 #           Store      an SQLite file that may fail, and come back
 #           Journal    what came, what went, what is still owed
 #           Control    a socket where this node's command line speaks to its daemon
