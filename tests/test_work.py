@@ -68,8 +68,8 @@ def test_what_an_agent_was_perhaps_told_is_told_again_with_that_word(
     rig.node.work.take_up()
     rig.until("both are told", lambda: not rig.journal.tasks())
     said = "\n".join(told(fast_agent))
-    assert said.count(hive.PERHAPS_TOLD) == said.count("a note") == 1
-    assert said.index(hive.PERHAPS_TOLD) < said.index("a note")
+    assert said.count(hive.UNCERTAIN_NOTE) == said.count("a note") == 1
+    assert said.index(hive.UNCERTAIN_NOTE) < said.index("a note")
     assert [row["tasks"] for row in rig.events("taking up what was not finished")] == [2]
 
 
