@@ -253,7 +253,7 @@ def test_who_never_says_connect_is_ended(hosted: Hosted) -> None:
     """[MQTT-3.1.4-1], 3.1.1, 3.1.4: within a reasonable time"""
     silent, slow = hosted.client(), hosted.client()
     slow.send(connect_packet()[:7])
-    eventually("both are in", lambda: len(hosted.broker.guests) == 2)
+    eventually("both are in", lambda: len(hosted.broker.connections) == 2)
     hosted.skip(11)
     silent.ended()
     slow.ended()
