@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Clock, eventually, free_port
+from conftest import PATIENCE, Clock, eventually, free_port
 from raw_mqtt import (
     Hosted,
     connect_packet,
@@ -257,6 +257,20 @@ def test_who_never_says_connect_is_ended(hosted: Hosted) -> None:
     hosted.skip(11)
     silent.ended()
     slow.ended()
+
+
+def test_the_end_comes_at_once_to_whoever_is_ended(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait until the client has closed, nor until its time to do so is over."""
+    monkeypatch.setattr(hive, "DISCONNECT_LINGER", 10 * PATIENCE)
+    refused = hosted.client()
+    assert refused.connect("x" * 2000).reason == ReasonCode.CLIENT_IDENTIFIER_NOT_VALID
+    older = hosted.connected("a")
+    hosted.connected("a")
+    for client, reason in ((refused, None), (older, ReasonCode.SESSION_TAKEN_OVER)):
+        client.ended(reason)
+    assert len(hosted.broker.connections) == 3, "they may still be sending"
 
 
 # Users.

@@ -240,6 +240,62 @@ def test_a_session_is_kept_from_the_connection_on_that_asks_for_it(hosted: Hoste
     client.receive()
 
 
+def test_a_file_of_seven_tables_is_taken_over(hosted: Hosted) -> None:
+    hosted.stop()
+    hosted.broker.file.unlink()
+    with closing(sqlite3.connect(hosted.broker.file)) as file:
+        file.executescript((ROOT / "tests" / "old_broker.sql").read_text())
+    hosted.start()
+    for _ in range(2):  # what was taken over outlives a restart, too
+        restarted(hosted)
+    assert "damaged" not in hosted.log.getvalue()
+    reader = hosted.connected("reader")
+    reader.subscribe(("kept/#", 1), ("will/#", 1))
+    kept = {one.topic: one for one in (reader.receive(), reader.receive())}
+    assert {topic: one.payload for topic, one in kept.items()} == {
+        "kept": b"retained",
+        "kept/two": b"retained too",
+    }
+    assert kept["kept"].properties == {"response_topic": "r"}
+    away = hosted.client()
+    assert away.connect("away", **KEPT).present
+    assert away.expect(PacketType.PUBREL).id == 2
+    said = {"content_type": "text/plain", "user": [("k", "v")], "subscription_id": [7]}
+    again = away.expect(PacketType.PUBLISH)
+    assert again.dup and again.publish == Publish(
+        "t/1", b"sent, not acknowledged", 1, packet_id=1, properties=said
+    )
+    assert [away.receive().payload for _ in range(2)] == [
+        b"waits \xff\0",
+        b"at QoS 2, not released",
+    ]
+    away.quiet()  # the third has expired
+    assert away.publish("plain", qos=1) == ReasonCode.NO_MATCHING_SUBSCRIBERS  # it is no_local
+    old = hosted.client(4)
+    assert old.connect("mqtt 3", clean=False).present
+    hosted.skip(hive.WILL_GRACE + 1)
+    wills = {(one.topic, one.payload) for one in (reader.receive(), reader.receive())}
+    assert wills == {("will/brief", b"brief is gone"), ("will/sender", b"sender is gone")}
+    sender = hosted.client()
+    assert sender.connect("sender", **KEPT).present
+    sender.send(publish_packet("t/1", b"the same again", 2, 77))
+    assert sender.expect(PacketType.PUBREC).id == 77
+    old.quiet()  # it was taken before the old broker was killed
+    assert sender.publish("t/1", qos=0) == 0 and old.receive().topic == "t/1"
+    with closing(sqlite3.connect(hosted.broker.file)) as file:
+        tables = file.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    assert {name for (name,) in tables} == {"messages", "queued_messages", "session_states"}
+
+
+def test_a_file_of_seven_tables_that_makes_no_sense_is_set_aside(hosted: Hosted) -> None:
+    hosted.stop()
+    with closing(sqlite3.connect(hosted.broker.file)) as file:
+        file.execute("CREATE TABLE parcels (n INTEGER)")
+    hosted.start()
+    assert "damaged, set aside" in hosted.log.getvalue()
+    assert hosted.connected("a", **KEPT).subscribe("t") == [2]
+
+
 def test_a_damaged_file_is_set_aside(hosted: Hosted) -> None:
     hosted.stop()
     hosted.broker.file.write_bytes(b"no database at all" * 100)
@@ -271,6 +327,24 @@ def fill(store: hive.Database) -> None:
     """Let the file take no page more, as on a full disk."""
     (pages,) = store.read("PRAGMA page_count")[0]
     store.read(f"PRAGMA max_page_count={pages}")
+
+
+@both
+def test_who_comes_back_after_a_restart_has_no_session_and_no_will_where_none_was_to_stay(
+    hosted: Hosted, version: int
+) -> None:
+    brief = hosted.connected("brief", version, will=Publish("will", b"brief is gone", 1))
+    brief.subscribe("t")
+    restarted(hosted)
+    witness = hosted.connected("w")
+    witness.subscribe("will")
+    client = hosted.client(version)
+    assert not client.connect("brief", **kept(version)).present
+    assert client.publish("t") == (ReasonCode.NO_MATCHING_SUBSCRIBERS if version == 5 else 0)
+    hosted.skip(hive.WILL_GRACE + 1)
+    witness.quiet()
+    restarted(hosted)
+    assert hosted.client(version).connect("brief", **kept(version)).present
 
 
 # Bounds.
@@ -662,8 +736,9 @@ def test_after_any_traffic_the_books_balance(host: Make) -> None:
     with closing(sqlite3.connect(broker.file)) as file:
         rows = {n for (n,) in file.execute("SELECT n FROM messages")}
         assert rows == {message.n for message in holding}
-        (count,) = file.execute("SELECT count(*) FROM queued_messages").fetchone()
-        assert count == len(waiting)
+        rows_of = "SELECT count(*) FROM queued_messages WHERE session"
+        assert file.execute(f"{rows_of} != 0").fetchone() == (len(waiting),)
+        assert file.execute(f"{rows_of} = 0").fetchone() == (len(broker.retained),)
 
 
 # The command.

@@ -176,6 +176,12 @@ def test_a_packet_is_there_once_all_of_it_is() -> None:
     assert packet_bounds(bytearray(b"??" + whole), 2, 1000) == (5, 2 + len(whole))
 
 
+def test_a_packet_may_be_as_large_as_the_bound_says() -> None:
+    whole = bytearray(encode_packet(PacketType.PUBLISH, b"x" * 200))
+    assert packet_bounds(whole, 0, len(whole)) == (3, len(whole))
+    assert reason_of(packet_bounds, whole, 0, len(whole) - 1) is ReasonCode.PACKET_TOO_LARGE
+
+
 def test_a_packet_that_is_too_large_is_refused_by_its_first_bytes() -> None:
     assert (
         reason_of(packet_bounds, bytearray(b"\x30\xff\xff\x7f"), 0, 1000)
@@ -185,6 +191,12 @@ def test_a_packet_that_is_too_large_is_refused_by_its_first_bytes() -> None:
         reason_of(packet_bounds, bytearray(b"\x30\xff\xff\xff\xff"), 0, 1000)
         is ReasonCode.MALFORMED_PACKET
     )
+
+
+def test_reason_codes_from_0x80_on_are_failures_and_have_words() -> None:
+    codes = (0, 0x10, 0x11, 0x7F, 0x80, 0x81, 0x97, 0xFF)
+    assert [hive.is_failure(code) for code in codes] == [False] * 4 + [True] * 4
+    assert ReasonCode.QUOTA_EXCEEDED.words == "quota exceeded"
 
 
 MALFORMED, PROTOCOL = ReasonCode.MALFORMED_PACKET, ReasonCode.PROTOCOL_ERROR
