@@ -7,6 +7,7 @@
 # make brokers  the end-to-end tests on NATS, RabbitMQ, aedes and amqtt too, as a table
 # make bench    how long things take, beside their peers, in one run
 # make bench-journal  the same for messages a second, and for send
+# make mutants  how tight the tests are: which of N=150 small mistakes in hive.py they find
 # make faults   what survives which fault, counted, as a table
 # make bench-broker   what the embedded broker does, beside Mosquitto
 # make install  hive and hive-cli into ~/.local/bin, a unit, ~/.config/hive; START=1 starts it.
@@ -88,6 +89,10 @@ faults: $(VENV)/ready mosquitto  ## what survives which fault, as a table
 brokers: $(VENV)/ready mosquitto  ## BROKERS="nats amqtt" for some of them
 	$(python) tests/brokers.py $(BROKERS)
 
+mutants: $(VENV)/ready mosquitto  ## takes hours, goes on where it stopped; SECTIONS=Broker,Loop
+	$(python) tests/mutants.py --count $(or $(N),150) --seed $(or $(SEED),1) \
+	  --jobs $(or $(JOBS),2) --sections '$(SECTIONS)' $(if $(AGAIN),--again)
+
 bench-journal: $(VENV)/ready mosquitto
 	$(python) tests/bench_journal.py
 
@@ -133,4 +138,4 @@ clean:  ## remove what make has made
 	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
-  bench-broker bench-journal brokers faults fuzz fuzz-check venv mosquitto checkers clean
+  bench-broker bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto checkers clean

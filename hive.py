@@ -9,14 +9,10 @@ tokens; only what needs judgment wakes an agent.
 # The map, for readers.  A section uses only what stands above it.
 #
 #   words   Basics     what a user can act on, with its exit code; how a value is declared
-#           Channels   the kinds of message, and what a node does with each, as one table
-#           Envelope   one message: parse, check, encode, reply
-#           Topics     the only place where a topic is put together or taken apart
+#           Envelope   one message: its channel, what a node does with it; its fields; its topic
 #           Config     every key once; TOML in, values out
-#   rules   Roster     who is alive, who has just been lost, whose turn it is to say so
-#           Memory     answers that somebody waits for, faults already complained about
-#           Schedule   when handlers run by themselves
-#           Routing    decide(...) -> Step: what should happen, not how
+#   rules   Memory     answers that somebody waits for, faults already complained about
+#           Routing    decide(...) -> Decision: what should happen, not how
 #   hands   Log        a line for each event
 #           Loop       files, deadlines and signals on one selector; knows no message
 #           Stream     a connected socket: bytes in, bytes out, both bounded
@@ -32,9 +28,11 @@ tokens; only what needs judgment wakes an agent.
 #           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
 #           Hosting    which broker, and whose turn it is to be one
 #   node    Outbox     what the broker has yet to take
-#           Membership who is there, and who is missed
+#           Members    who is alive, who has left, who has failed; what we show of ourselves
 #           Reception  what this node's command line asks of its daemon
-#           Node       wires the above; owns all state that changes
+#           Node       what comes in, what goes out, the end of a turn
+#           Work       who runs next, what became of it, and what agents say
+#           Daemon     wires the above; comes, shows that it is alive, goes
 #   doors   Output     rows to a table or to JSON; returns strings
 #           Client     one question from the shell: publish, wait, collect
 #           Setup      a hive.toml for this machine, asked for or taken from options
@@ -219,9 +217,25 @@ class Value:
         return type(self)(**{**vars(self), **new})
 
 
-# ---- Channels: the kinds of message ------------------------------------------------------
+# ---- Envelope: one message ---------------------------------------------------------------
 #
-# The one table of what a node does with each kind.  Does not know how any of it is done.
+# CHANNELS is the one table of what a node does with each kind of message.  Whatever bytes arrive,
+# parse ends in an Envelope or in one EnvelopeError.  Wire spellings (`from`, `replyTo`) live here
+# and nowhere else, and only Topics puts a topic together or takes one apart.  Knows no node.
+
+PROTOCOL_VERSION = 1
+MAX_TEXT = 256 * KIB  # bytes of UTF-8
+MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixfold in JSON
+MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
+MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
+MAX_NESTING = 32  # levels of a field that we don't know
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+EVERYONE = "all"
+RESERVED = (EVERYONE, "meta")
+URGENCIES = ("now", "later")
 
 
 class Wake(Enum):
@@ -255,27 +269,6 @@ CHANNELS = {
         Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
     )
 }
-URGENCIES = ("now", "later")
-
-# ---- Envelope: one message ---------------------------------------------------------------
-#
-# Whatever bytes arrive, parse ends in an Envelope or in one EnvelopeError.  Wire spellings
-# (`from`, `replyTo`) live here and nowhere else.  Knows no topic and no node.
-
-PROTOCOL_VERSION = 1
-MAX_TEXT = 256 * KIB  # bytes of UTF-8
-MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixfold in JSON
-MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
-MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
-
-MAX_NESTING = 32  # levels of a field that we don't know
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-EVERYONE = "all"
-RESERVED = (EVERYONE, "meta")
-
 
 # A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
 # hive.toml and the command line share them.
@@ -344,12 +337,11 @@ def choice(*allowed: str) -> Callable[[object], str]:
 
 
 def whole(value: object, low: int, high: int) -> int:
-    """An int in a range; a float is truncated, a bool refused."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A number in a range, of which a fraction is cut off; raises ValueError."""
+    number = bounded_number(value, low, high)
+    if number is None:
         raise ValueError
-    if not low <= value <= high:  # false for NaN and infinity too
-        raise ValueError
-    return int(value)
+    return int(number)
 
 
 def wire(kind: Callable[[Any], Any], key: str = "", default: Any = ...) -> Any:
@@ -426,8 +418,7 @@ class Envelope(Value):
         document = {key: more.get(attribute) for attribute, key, *_ in WIRE_FIELDS}
         document |= {"v": PROTOCOL_VERSION, "from": sender, "to": to, "ch": ch, "text": text}
         document |= {"id": id or new_id(), "ts": int(now or time.time())}
-        document["urgency"] = more.get("urgency") or "now"
-        return cls.check(document)
+        return cls.check(document | {"urgency": document["urgency"] or "now"})
 
     def reply(self, sender: str, text: str, *, ch: str = "response", **more: Any) -> Envelope:
         """Make the answer to this envelope: corr and replyTo come from it."""
@@ -507,11 +498,6 @@ def bounded_number(value: object, low: float, high: float) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         return None
     return float(value)
-
-
-# ---- Topics: where messages go -----------------------------------------------------------
-#
-# The only place where a topic is put together or taken apart.  Does not know who publishes.
 
 
 def topic_prefix(value: object) -> str:
@@ -622,28 +608,21 @@ def time_of_day(value: object) -> str:
     return said
 
 
-def count(value: object) -> int:
-    """a whole number from 1 to 10000"""
-    given = finite_number(value)
-    if not (1 <= given <= 10_000 and given == int(given)):
-        raise ValueError
-    return int(given)
+def integer(low: int, high: int, words: str = "a whole number") -> Callable[[object], int]:
+    """Make the kind that takes a whole number in a range."""
+
+    def kind(value: object) -> int:
+        given = finite_number(value)
+        if not (low <= given <= high and given == int(given)):
+            raise ValueError
+        return int(given)
+
+    kind.__doc__ = f"{words} from {low} to {high}"
+    return kind
 
 
-def many(value: object) -> int:
-    """a whole number from 1 to 1000000"""
-    given = finite_number(value)
-    if not (1 <= given <= 1_000_000 and given == int(given)):
-        raise ValueError
-    return int(given)
-
-
-def port_number(value: object) -> int:
-    """a port number from 1 to 65535"""
-    given = finite_number(value)
-    if not (1 <= given <= 65535 and given == int(given)):
-        raise ValueError
-    return int(given)
+count = integer(1, 10_000)
+port_number = integer(1, 65535, "a port number")
 
 
 def listen_address(value: object) -> str:
@@ -653,14 +632,6 @@ def listen_address(value: object) -> str:
         raise ValueError
     port_number(number)
     return plain_string(value)
-
-
-def keepalive_seconds(value: object) -> int:
-    """whole seconds from 5 to 65535"""
-    given = finite_number(value)
-    if not (5 <= given <= 65535 and given == int(given)):
-        raise ValueError
-    return int(given)
 
 
 def file_path(value: object) -> Path:
@@ -694,11 +665,9 @@ def own_file() -> Path:
 
 def short_host_name() -> str:
     """This machine's name up to the first dot, made fit to be a node's name."""
-    label = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().partition(".")[0]).lstrip("._-")[
-        :63
-    ]
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().partition(".")[0])
     try:
-        return node_name(label)
+        return node_name(label.lstrip("._-")[:63])
     except ValueError:
         return "node"
 
@@ -711,16 +680,21 @@ def setting(default: Any, kind: Callable[[Any], Any], help: str, example: Any = 
     return Field(default, kind, help=help, example=example, shown=kind is not secret)
 
 
+ONCE, REPEATED, NAMED = "[{}]", "[[{}]]", "[{}.NAME]"  # how a table is headed
+
+
 class ConfigTable(Value):
     """One table of hive.toml."""
 
-    REQUIRED: ClassVar[Sequence[str]] = ()
+    HEADER: ClassVar[str] = ONCE
+    REQUIRED: ClassVar[str] = ""
 
     @classmethod
     def read(cls, said: object, where: str, base: Path | None = None) -> Self:
         """Make one from parsed TOML, or name the key that is wrong.
 
-        Relative paths are resolved against `base`.
+        Relative paths are resolved against `base`.  A secret may be in a file: `password`, say,
+        in the first line of `password_file`.
         """
         if not isinstance(said, dict):
             raise ConfigError(f"{where} = {masked(where, said)}: expected a table, as in [{where}]")
@@ -736,11 +710,21 @@ class ConfigTable(Value):
                 raise ConfigError(f"{where}.{key}: {what} is not {kind.__doc__}") from None
             if isinstance(values[key], Path) and base:
                 values[key] = base / values[key]
-        for required in cls.REQUIRED:
-            if not values.get(required):
-                example = toml_value(cls.FIELDS[required].example)
-                raise ConfigError(f"{where}.{required}: missing; as in {required} = {example}")
-        return cls(**values)
+        if cls.REQUIRED and not values.get(cls.REQUIRED):
+            example = f"{cls.REQUIRED} = {toml_value(cls.FIELDS[cls.REQUIRED].example)}"
+            raise ConfigError(f"{where}.{cls.REQUIRED}: missing; as in {example}")
+        for key in cls.FIELDS:
+            file = values.get(f"{key}_file")
+            if file and key in values:
+                raise ConfigError(f"{where}.{key}_file: {key} is set as well; keep one of the two")
+            if file:
+                values[key] = read_secret(file, f"{where}.{key}_file")
+        made = cls(**values)
+        made.check(where)
+        return made
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError where keys of this table do not go together."""
 
 
 def unknown_key(key: str, value: object, known: Iterable[str], where: str) -> str:
@@ -799,7 +783,9 @@ class MqttConfig(ConfigTable):
     password_file: Path | None = setting(
         None, file_path, "a file with the password in its first line", "mqtt-password"
     )
-    keepalive: int = setting(30, keepalive_seconds, "seconds until a silent connection is checked")
+    keepalive: int = setting(
+        30, integer(5, 65535, "whole seconds"), "seconds until a silent connection is checked"
+    )
     protocol: str = setting(
         "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused"
     )
@@ -811,6 +797,11 @@ class MqttConfig(ConfigTable):
         None, file_path, "this node's certificate, where the broker asks for one", "node.pem"
     )
     key_file: Path | None = setting(None, file_path, "and its private key", "node.key")
+
+    def check(self, where: str) -> None:
+        if bool(self.cert_file) != bool(self.key_file):
+            both = f"{where}.cert_file and {where}.key_file"
+            raise ConfigError(f"{both}: one is of no use without the other")
 
     @property
     def named(self) -> bool:
@@ -854,10 +845,17 @@ class BrokerConfig(ConfigTable):
     state_dir: Path | None = setting(
         None, file_path, "what it keeps, if not in ~/.local/state/hive/.broker", "state"
     )
-    queue_messages: int = setting(10_000, many, "messages that may wait for one client")
+    queue_messages: int = setting(
+        10_000, integer(1, 1_000_000), "messages that may wait for one client"
+    )
     queue_mib: int = setting(64, count, "and MiB of them")
     total_mib: int = setting(256, count, "MiB of all messages that it keeps")
     retained_mib: int = setting(64, count, "and MiB of those that are retained")
+
+    def check(self, where: str) -> None:
+        if (self.password is None) != (self.username is None):
+            both = f"{where}.username and {where}.password_file"
+            raise ConfigError(f"{both}: one is of no use alone")
 
 
 class HeartbeatConfig(ConfigTable):
@@ -879,7 +877,7 @@ VIA = {  # the ways to an OpenClaw agent
 class InstanceConfig(ConfigTable):
     """An agent on this machine: one OpenClaw gateway.  Repeat the table for each."""
 
-    REQUIRED = ("name",)
+    HEADER, REQUIRED = REPEATED, "name"
 
     name: str = setting("", node_name, "its name; messages can be sent to it as to a node", "main")
     profile: str | None = setting(
@@ -910,9 +908,17 @@ class InstanceConfig(ConfigTable):
         ["notify", "{text}"],
     )
 
+    def check(self, where: str) -> None:
+        if self.command and self.via != "cli":
+            raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
+        if self.via == "hook" and not self.hook_token:
+            raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
+
 
 class HandlerConfig(ConfigTable):
     """What is different for one handler; the table is named after its action."""
+
+    HEADER = NAMED
 
     timeout: float | None = setting(None, seconds, "seconds until it is ended", 120.0)
     workers: int = setting(1, count, "how many of it may run at once")
@@ -925,7 +931,7 @@ NOTIFY = ("change", "failure", "always", "never")
 class ScheduleConfig(ConfigTable):
     """A handler that the daemon runs by itself.  Repeat the table for each."""
 
-    REQUIRED = ("action",)
+    HEADER, REQUIRED = REPEATED, "action"
 
     action: str = setting("", action_name, "the handler to run", "health-check")
     every: float | None = setting(None, duration, "how often; either this", "5m")
@@ -933,6 +939,10 @@ class ScheduleConfig(ConfigTable):
     jitter: float = setting(0.0, jitter, "up to this much later, by chance", "30s")
     text: str = setting("scheduled", message_text, "the text of its message")
     notify: str = setting("change", choice(*NOTIFY), "which outcomes wake the agent")
+
+    def check(self, where: str) -> None:
+        if (self.every is None) == (self.at is None):
+            raise ConfigError(f'{where}: either every or at, as in every = "5m"')
 
 
 class JournalConfig(ConfigTable):
@@ -982,37 +992,29 @@ class Config(Value):
 
     @property
     def state_dir(self) -> Path:
-        if self.node.state_dir:
-            return self.node.state_dir
-        if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
-            return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
-        home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-        return Path(home) / "hive" / self.node.id
+        return self.node.state_dir or default_state_dir(self.node.id)
 
 
-T = TypeVar("T", bound=ConfigTable)
+def default_state_dir(name: str) -> Path:
+    """Where what outlives a restart is kept, unless hive.toml says so."""
+    if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
+        return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(home) / "hive" / name
 
-SINGLE_TABLES: Mapping[str, type[ConfigTable]] = {
+
+CONFIG_TABLES: Mapping[str, type[ConfigTable]] = {
     "node": NodeConfig,
     "mqtt": MqttConfig,
     "broker": BrokerConfig,
     "heartbeat": HeartbeatConfig,
+    "oc_instances": InstanceConfig,
+    "handlers": HandlerConfig,
+    "schedule": ScheduleConfig,
     "journal": JournalConfig,
     "logging": LoggingConfig,
 }
-ALL_TABLES: Mapping[str, type[ConfigTable]] = {
-    "node": NodeConfig,
-    "mqtt": MqttConfig,
-    "broker": BrokerConfig,
-    "heartbeat": HeartbeatConfig,
-    "[oc_instances]": InstanceConfig,
-    "handlers.NAME": HandlerConfig,
-    "[schedule]": ScheduleConfig,
-    "journal": JournalConfig,
-    "logging": LoggingConfig,
-}
-
-
+SINGLE_TABLES = [name for name, table in CONFIG_TABLES.items() if table.HEADER == ONCE]
 USER_CONFIG = "~/.config/hive/hive.toml"
 CONFIG_PLACES = ("hive.toml", USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
 
@@ -1020,7 +1022,7 @@ CONFIG_PLACES = ("hive.toml", USER_CONFIG, "/etc/hive/hive.toml")  # the first o
 def setting_of(dotted: str) -> Field:
     """The declaration of a key, as in "mqtt.port"."""
     title, _, key = dotted.partition(".")
-    return SINGLE_TABLES[title].FIELDS[key]
+    return CONFIG_TABLES[title].FIELDS[key]
 
 
 def find_config(explicit: str | None) -> Path | None:
@@ -1078,15 +1080,12 @@ def make_config(
     document: Mapping[str, Any], source: Path | None, overrides: Mapping[str, Any]
 ) -> Config:
     """Check parsed TOML and make the configuration of it, or raise ConfigError."""
-    known = [*SINGLE_TABLES, "oc_instances", "handlers", "schedule"]
+    known = [*dict.fromkeys((*SINGLE_TABLES, *CONFIG_TABLES))]
     for key, value in document.items():
         if key not in known:
             raise ConfigError(unknown_key(key, value, known, ""))
     base = source.resolve().parent if source else None
-    tables: dict[str, Any] = {
-        name: table.read(document.get(name, {}), name, base)
-        for name, table in SINGLE_TABLES.items()
-    }
+    tables = {name: read_tables(name, document, base) for name in known}
     origin = {
         f"{name}.{key}": str(source) for name in SINGLE_TABLES for key in document.get(name, {})
     }
@@ -1097,120 +1096,64 @@ def make_config(
     if not tables["node"].id:
         tables["node"] = tables["node"].replace(id=short_host_name())
         origin["node.id"] = "this machine's name"
-    tables["mqtt"] = read_password(tables["mqtt"])
-    tables["broker"] = read_broker_password(tables["broker"])
-    config = Config(
-        **tables,
-        oc_instances=read_instances(document.get("oc_instances", []), base),
-        handlers=read_handlers(document.get("handlers", {}), base),
-        schedule=read_schedule(document.get("schedule", []), base),
-        source=source,
-        origin=origin,
-    )
+    config = Config(**tables, source=source, origin=origin)
+    for i, one in enumerate(config.oc_instances):  # their names are addresses
+        if one.name in (other.name for other in config.oc_instances[:i]):
+            raise ConfigError(f"oc_instances[{i}].name: {quoted(one.name)} is taken already")
     return config.replace(warnings=tuple(exposed_secrets(config)))
 
 
-def read_list(table: type[T], said: object, where: str, base: Path | None) -> tuple[T, ...]:
-    """Read a table that is repeated, as in [[oc_instances]]."""
-    if not isinstance(said, list):
-        raise ConfigError(f"{where} = {masked(where, said)}: expected [[{where}]], twice bracketed")
-    return tuple(table.read(one, f"{where}[{i}]", base) for i, one in enumerate(said))
-
-
-def read_instances(said: object, base: Path | None) -> tuple[InstanceConfig, ...]:
-    """Read [[oc_instances]]; their names are addresses, so no two may be alike."""
-    made = tuple(
-        read_hook_token(one, f"oc_instances[{i}]")
-        for i, one in enumerate(read_list(InstanceConfig, said, "oc_instances", base))
-    )
-    names = [instance.name for instance in made]
-    for i, twice in enumerate(names):
-        if twice in names[:i]:
-            raise ConfigError(f"oc_instances[{i}].name: {quoted(twice)} is taken already")
-    return made
-
-
-def read_schedule(said: object, base: Path | None) -> tuple[ScheduleConfig, ...]:
-    """Read [[schedule]]; each says either how often or when."""
-    made = read_list(ScheduleConfig, said, "schedule", base)
-    for i, one in enumerate(made):
-        if (one.every is None) == (one.at is None):
-            raise ConfigError(f'schedule[{i}]: either every or at, as in every = "5m"')
-    return made
-
-
-def read_handlers(said: object, base: Path | None) -> dict[str, HandlerConfig]:
-    """Read [handlers.NAME]."""
+def read_tables(name: str, document: Mapping[str, Any], base: Path | None) -> Any:
+    """Read the table of a name; all of them where it is repeated, or has names below it."""
+    table = CONFIG_TABLES[name]
+    said = document.get(name, [] if table.HEADER == REPEATED else {})
+    if table.HEADER == ONCE:
+        return table.read(said, name, base)
+    if table.HEADER == REPEATED:
+        if not isinstance(said, list):
+            why = f"expected [[{name}]], twice bracketed"
+            raise ConfigError(f"{name} = {masked(name, said)}: {why}")
+        return tuple(table.read(one, f"{name}[{i}]", base) for i, one in enumerate(said))
     if not isinstance(said, dict):
-        raise ConfigError(
-            f"handlers = {masked('', said)}: expected tables, as in [handlers.git-sync]"
-        )
+        raise ConfigError(f"{name} = {masked('', said)}: expected tables, as in [{name}.git-sync]")
     for action in said:
         try:
             action_name(action)
         except ValueError:
-            raise ConfigError(
-                f"handlers.{quoted(action)[1:-1]}: is not {action_name.__doc__}"
-            ) from None
-    return {
-        action: HandlerConfig.read(one, f"handlers.{action}", base) for action, one in said.items()
-    }
+            objection = f"{quoted(action)[1:-1]}: is not {action_name.__doc__}"
+            raise ConfigError(f"{name}.{objection}") from None
+    return {key: table.read(one, f"{name}.{key}", base) for key, one in said.items()}
 
 
-def read_hook_token(instance: InstanceConfig, where: str) -> InstanceConfig:
-    """Take the hook's token from its file, where it is in one; check what belongs together."""
-    if instance.command and instance.via != "cli":
-        raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
-    token = read_secret(where, "hook_token", instance.hook_token, instance.hook_token_file)
-    if instance.via == "hook" and not token:
-        raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
-    return instance.replace(hook_token=token)
-
-
-def read_password(mqtt: MqttConfig) -> MqttConfig:
-    """Take the password from its file, where it is in one; check what belongs together."""
-    if bool(mqtt.cert_file) != bool(mqtt.key_file):
-        raise ConfigError("mqtt.cert_file and mqtt.key_file: one is of no use without the other")
-    return mqtt.replace(password=read_secret("mqtt", "password", mqtt.password, mqtt.password_file))
-
-
-def read_broker_password(broker: BrokerConfig) -> BrokerConfig:
-    """Take it from its file, where it is in one; a name without one would let nobody in."""
-    password = read_secret("broker", "password", broker.password, broker.password_file)
-    if (password is None) != (broker.username is None):
-        raise ConfigError("broker.username and broker.password_file: one is of no use alone")
-    return broker.replace(password=password)
-
-
-def read_secret(where: str, key: str, said: str | None, file: Path | None) -> str | None:
-    """A secret as it is said, or the first line of its file."""
-    if not file:
-        return said
-    named = f"{where}.{key}_file"
-    if said is not None:
-        raise ConfigError(f"{named}: {key} is set as well; keep one of the two")
+def read_secret(file: Path, where: str) -> str:
+    """The first line of a file, or ConfigError."""
     try:
         lines = file.read_text("utf-8").splitlines()
     except UnicodeDecodeError:
-        raise ConfigError(f"{named}: {file}: not UTF-8") from None
+        raise ConfigError(f"{where}: {file}: not UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"{named}: {file}: {reason_of(error)}") from None
+        raise ConfigError(f"{where}: {file}: {reason_of(error)}") from None
     if not lines or not lines[0]:
-        raise ConfigError(f"{named}: {file}: its first line is empty")
+        raise ConfigError(f"{where}: {file}: its first line is empty")
     return lines[0]
+
+
+def secret_files(config: Config) -> list[Path]:
+    """The files that hold a secret; hive.toml itself if one is written there."""
+    held = [
+        getattr(table, f"{key}_file", None) or config.source
+        for table in (config.mqtt, config.broker, *config.oc_instances)
+        for key, declared in table.FIELDS.items()
+        if declared.kind is secret and getattr(table, key)
+    ]
+    return [file for file in (*dict.fromkeys(held), config.mqtt.key_file) if file]
 
 
 def exposed_secrets(config: Config) -> Iterator[str]:
     """Warn of files that hold a secret and that others may read."""
-    agents = config.oc_instances
-    in_file = config.mqtt.password is not None and not config.mqtt.password_file
-    in_file |= config.broker.password is not None and not config.broker.password_file
-    in_file |= any(one.token or (one.hook_token and not one.hook_token_file) for one in agents)
-    files = [config.source if in_file else None, config.mqtt.password_file, config.mqtt.key_file]
-    files.append(config.broker.password_file)
-    for file in [*files, *(one.hook_token_file for one in agents)]:
+    for file in secret_files(config):
         with contextlib.suppress(OSError):
-            if file and file.stat().st_mode & 0o077:
+            if file.stat().st_mode & 0o077:
                 yield f"{file}: holds a secret and others may read it; try: chmod 600 {file}"
 
 
@@ -1226,17 +1169,17 @@ def toml_value(value: object) -> str:
 def example_config(chosen: Mapping[str, Any] | None = None) -> str:
     """A commented hive.toml, made from the declarations; what is `chosen`, as parsed, is set."""
     lines = ["# hive.toml: every key, with its default or an example.  Uncomment what you change."]
-    for title, table in ALL_TABLES.items():
+    for title, table in CONFIG_TABLES.items():
         lines += [
             "",
             *(f"# {line.strip()}" for line in (table.__doc__ or "").splitlines() if line.strip()),
         ]
-        said = (chosen or {}).get(title.strip("[]"), {})
+        said, header = (chosen or {}).get(title, {}), table.HEADER.format(title)
         first, *others = said if isinstance(said, list) else [said]
-        lines.append(f"[{title}]" if title in SINGLE_TABLES or first else f"# [{title}]")
+        lines.append(header if table.HEADER == ONCE or first else f"# {header}")
         lines += [example_line(f, first) for f in table.FIELDS.values()]
         for one in others:
-            lines += ["", f"[{title}]"]
+            lines += ["", header]
             lines += [example_line(f, one) for f in table.FIELDS.values() if f.name in one]
     return "\n".join(lines) + "\n"
 
@@ -1272,132 +1215,6 @@ def effective_config(config: Config) -> str:
             said = f"# {f.name} is not set" if value is None else f"{f.name} = {toml_value(value)}"
             lines.append(said.ljust(40) + (f" # {origin}" if value is not None else ""))
     return "\n".join(lines) + "\n"
-
-
-# ---- Roster: who is alive ----------------------------------------------------------------
-#
-# Knows names and times (monotonic seconds).  Does not know where the times come from, or what
-# is done about a node that was lost.
-
-MAX_PEERS = 1000
-PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
-
-
-def loss_of(name: str) -> str:
-    """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
-    return f"lost:{name}"[-64:]  # an id has 64 characters at most; the whole name is in it
-
-
-class MemberStatus(Enum):
-    """What has become of a peer."""
-
-    ALIVE = "alive"
-    LOST = "lost"
-    GONE = "gone"  # it said goodbye
-
-
-class MemberEvent(Enum):
-    """What a heartbeat told us that we did not know."""
-
-    NEW = "peer is up"
-    BACK = "peer is back"  # after a loss that somebody announced
-    RESTARTED = "peer has restarted"
-
-
-class Member:
-    """Another node, as far as heartbeats tell."""
-
-    def __init__(self, heard: float, interval: float, boot: str, seen: int) -> None:
-        self.heard, self.interval, self.boot = heard, interval, boot
-        self.seen = seen  # Unix seconds, by this machine's or the peer's clock
-        self.presence = MemberStatus.ALIVE
-        self.announced = False  # did somebody tell the hive that it is lost?
-
-
-class Roster:
-    """The nodes that were heard of, at most MAX_PEERS of them."""
-
-    def __init__(self, me: str, interval: float, miss_threshold: int) -> None:
-        self.me = me
-        self._interval = interval  # of a peer that does not say its own
-        self._threshold = miss_threshold
-        self._peers: dict[str, Member] = {}  # in the order in which they were last heard
-
-    def hear(
-        self, name: str, now: float, *, seen: int, interval: float | None = None, boot: str = ""
-    ) -> MemberEvent | None:
-        """Take note of a sign of life; what is new about it."""
-        known = self._peers.pop(name, None)
-        low, high = PEER_INTERVAL
-        interval = min(max(low, interval or self._interval), high)  # in this order NaN is low
-        self._peers[name] = Member(now, interval, boot or (known.boot if known else ""), seen)
-        if len(self._peers) > MAX_PEERS:
-            self._peers.pop(next(iter(self._peers)))
-        if known is None or known.presence is MemberStatus.GONE:
-            return MemberEvent.NEW
-        if known.presence is MemberStatus.LOST:
-            return MemberEvent.BACK if known.announced else MemberEvent.NEW
-        return MemberEvent.RESTARTED if boot and known.boot and boot != known.boot else None
-
-    def learn(self, name: str, now: float, *, seen: int, interval: float | None = None) -> None:
-        """A retained state says that it is online: it has its time from now on to show it."""
-        if name not in self._peers:
-            self.hear(name, now, seen=seen, interval=interval)
-
-    def peer(self, name: str) -> Member | None:
-        return self._peers.get(name)
-
-    def grant_grace(self, now: float) -> None:
-        """We could not hear anyone until now: count everyone's silence from here."""
-        for peer in self._peers.values():
-            peer.heard = now
-
-    def doubt_losses(self) -> None:
-        """Our own connection has died: whom we have just lost may be well."""
-        for peer in self._peers.values():
-            if peer.presence is MemberStatus.LOST and not peer.announced:
-                peer.presence = MemberStatus.ALIVE
-
-    def announced(self, corr: str) -> None:
-        """Somebody has told the hive of the loss with this correlation id."""
-        for name, peer in self._peers.items():
-            if loss_of(name) == corr:
-                peer.announced = True
-
-    def leave(self, name: str) -> bool:
-        """A peer said goodbye; was it alive to us?"""
-        return self._end(name, MemberStatus.GONE)
-
-    def lose(self, name: str) -> bool:
-        """A peer's connection died; was it alive to us?"""
-        return self._end(name, MemberStatus.LOST)
-
-    def _end(self, name: str, presence: MemberStatus) -> bool:
-        peer = self._peers.get(name)
-        if peer is None or peer.presence is not MemberStatus.ALIVE:
-            return False
-        peer.presence = presence
-        return True
-
-    def drop_silent(self, now: float) -> list[str]:
-        """Those who have just missed too many heartbeats; each is named once."""
-        late = [
-            name
-            for name, peer in self._peers.items()
-            if peer.presence is MemberStatus.ALIVE
-            and now - peer.heard > peer.interval * self._threshold
-        ]
-        return [name for name in late if self.lose(name)]
-
-    def alive(self) -> list[str]:
-        """Names of the peers that are alive, in order."""
-        return sorted(
-            name for name, peer in self._peers.items() if peer.presence is MemberStatus.ALIVE
-        )
-
-    def rank(self, about: str) -> int:
-        """Our place in line to speak for all about one of them: 0 is first."""
-        return sum(name < self.me for name in self.alive() if name != about)
 
 
 # ---- Memory: what is remembered for a while ----------------------------------------------
@@ -1449,121 +1266,33 @@ class RateLimit:
         return self._counts[kind] <= RATE_LIMIT_BURST
 
 
-# ---- Schedule: when handlers run by themselves -------------------------------------------
-#
-# Pure: wall-clock times in, what is due out.  A machine that slept runs what it missed once.
-# Does not run anything.
-
-FIRST_RUN = 10.0  # seconds after the start, for what has never run
-
-
-class ScheduledRun:
-    """One handler that runs by itself, when it last did, and how that ended."""
-
-    def __init__(self, config: ScheduleConfig) -> None:
-        self.config = config
-        self.next = 0.0  # Unix seconds
-        self.last = 0.0  # 0: never
-        self.ok: bool | None = None  # how it ended; None: not known
-        self.running = False
-
-    @property
-    def key(self) -> str:
-        """What tells it from all others, over restarts too."""
-        return f"schedule {self.config.action} {self.when} {self.config.text}"
-
-    @property
-    def when(self) -> str:
-        return self.config.at or f"every {self.config.every:g}s"
-
-    def plan(self, now: float, chance: float) -> None:
-        """Work out the next run; `chance` from 0 to 1 is for the jitter."""
-        if self.config.at:
-            due = next_at(self.config.at, self.last or now)
-        elif self.last:
-            due = self.last + (self.config.every or 0)
-        else:
-            due = now + min(FIRST_RUN, self.config.every or 0)
-        self.next = max(due, now) + chance * self.config.jitter
-
-    def due(self, now: float) -> bool:
-        """Is it time?  A clock that was put back must not silence it."""
-        if self.config.every and self.next - now > self.config.every + self.config.jitter:
-            self.next = now
-        return now >= self.next and not self.running
-
-    def begin(self, now: float) -> None:
-        self.running, self.last = True, now
-
-    def end(self, ok: bool) -> str | None:
-        """Take note of how it ended; what the agent should be told, if anything."""
-        before, self.ok, self.running = self.ok, ok, False
-        words = "is failing" if not ok else "is well again" if before is False else "is well"
-        tell = {
-            "always": True,
-            "never": False,
-            "failure": not ok,
-            "change": ok is False if before is None else ok != before,
-        }
-        return words if tell[self.config.notify] else None
-
-
-def next_at(at: str, after: float) -> float:
-    """The first time that a local clock shows `at` after a moment; Unix seconds."""
-    hour, minute = map(int, at.split(":"))
-    day = time.localtime(after)
-    for days in (0, 1, 2):
-        # mktime finds its way over the ends of months and daylight saving time
-        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
-        if (due := time.mktime(moment)) > after:
-            return due
-    raise AssertionError("no day has this time")
-
-
 # ---- Routing: what should happen, not how ------------------------------------------------
 #
-# Pure: an envelope and the little that a node knows, to a Step.  The channel's row decides.
+# Pure: an envelope and the little that a node knows, to a Decision.  The channel's row decides.
 
 
-class Run(Value):
-    """Run the handler of this action, and answer."""
+class Do(Enum):
+    """What becomes of a message."""
 
-    action: str
-
-
-class WakeAgents(Value):
-    """Say it to these agents of this node."""
-
-    agents: tuple[str, ...]
-    now: bool  # at once, or with the agent's next heartbeat
-    note: str = ""
+    RUN = "run the handler of its action, and answer"
+    WAKE = "say it to agents of this node"
+    HEAR = "take it as a sign of life"
+    REFUSE = "tell the sender that nothing here can do it"
+    NOTE = "only log it"
+    DROP = "it should not have come"
 
 
-class Hear(Value):
-    """A sign of life."""
+class Decision(Value):
+    """What to do with a message, and what belongs to that."""
+
+    do: Do
+    reason: str = ""  # why; what an agent is told besides
+    agents: tuple[str, ...] = ()  # to be woken
+    now: bool = False  # at once, or with the agent's next heartbeat
 
 
-class Refuse(Value):
-    """Tell the sender that nothing here can do it."""
-
-    reason: str
-
-
-class Note(Value):
-    """Nothing to do but to log it."""
-
-    reason: str
-
-
-class Drop(Value):
-    """It should not have come."""
-
-    reason: str
-
-
-Step = Run | WakeAgents | Hear | Refuse | Note | Drop
-
-SEEN_BEFORE = Drop("seen before")  # the one that is nobody's fault: it came twice to be sure
+SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
+SIGN_OF_LIFE = Decision(Do.HEAR)
 
 
 class RoutingContext(Value):
@@ -1590,29 +1319,29 @@ def misplaced(envelope: Envelope, topic: str, topics: Topics, retained: bool) ->
     return None
 
 
-def decide(envelope: Envelope, here: RoutingContext) -> Step:
+def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     """What a node does with an envelope that is in its place, fresh and new."""
     channel = CHANNELS[envelope.ch]
     if envelope.to not in (here.node, EVERYONE, *here.agents):
-        return Drop("it is for another node")
+        return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
-        return Hear()
+        return SIGN_OF_LIFE
     if channel.handler and envelope.action and envelope.action in here.handlers:
-        return Run(envelope.action)
+        return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
-        return Note("somebody waits for it")
+        return Decision(Do.NOTE, "somebody waits for it")
     asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
-        return Note(f"a {channel.name} that is not urgent")
+        return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
-        return Note(f"a {channel.name} that is not urgent")
+        return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
+    missing = f"no handler for action {envelope.action}" if asked else ""
     agents = here.addressed(envelope.to)
     if agents:
-        note = f"no handler for action {envelope.action}" if asked else ""
-        return WakeAgents(agents, envelope.urgent or channel.mode_now, note)
+        return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
     if asked:
-        return Refuse(f"no handler for action {envelope.action}, and no agent to ask about it")
-    return Note("there is no agent to tell")
+        return Decision(Do.REFUSE, f"{missing}, and no agent to ask about it")
+    return Decision(Do.NOTE, "there is no agent to tell")
 
 
 # ---- Log: a line for each event ----------------------------------------------------------
@@ -2561,62 +2290,6 @@ def answer_to(envelope: Envelope, node: str, outcome: ProcessResult, deadline: f
     return envelope.reply(
         node, f"{node}: {envelope.action} failed: {failure(outcome, deadline)}", ch="alert"
     )
-
-
-class HandlerRun(Value):
-    """A message that waits for its handler."""
-
-    envelope: Envelope
-    action: str
-    until: float = float("inf")  # monotonic; then it is stale
-    task: int = 0  # its number in the journal, if somebody else waits for it
-    sentinel: ScheduledRun | None = None  # who asked, if nobody did from outside
-
-
-class HandlerQueue:
-    """Who runs next: in order, so many at once in all, and so many of each action."""
-
-    def __init__(self, workers: int, workers_of: Callable[[str], int]) -> None:
-        self._workers, self._workers_of = workers, workers_of
-        self._waiting: deque[HandlerRun] = deque()
-        self._running: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def put(self, turn: HandlerRun) -> bool:
-        """Wait in line; False if the line is too long."""
-        if len(self._waiting) >= MAX_JOBS_WAITING:
-            return False
-        self._waiting.append(turn)
-        return True
-
-    def take(self) -> HandlerRun | None:
-        """The next one that may run now; give its action back with done()."""
-        if self.running >= self._workers:
-            return None
-        for i, turn in enumerate(self._waiting):
-            running = self._running.get(turn.action, 0)
-            if running < self._workers_of(turn.action):
-                del self._waiting[i]
-                self._running[turn.action] = running + 1
-                return turn
-        return None
-
-    @property
-    def running(self) -> int:
-        """How many run now."""
-        return sum(self._running.values())
-
-    def done(self, action: str) -> None:
-        self._running[action] -= 1
-        if not self._running[action]:
-            del self._running[action]
-
-    def clear(self) -> list[HandlerRun]:
-        """Send them all home; who they were."""
-        left, self._waiting = [*self._waiting], deque()
-        return left
 
 
 # ---- Agent: ways to wake one, and their turn ---------------------------------------------
@@ -4209,7 +3882,7 @@ class Reader:
                 raise ProtocolError(f"a property that {packet} has not")
             value = WIRE[known.wire][0](reader)
             if known.positive and not value:
-                raise ProtocolError(f"{known.name} is 0")
+                raise ProtocolError("a number is 0")
             if known.repeated:
                 found.setdefault(known.name, []).append(value)
             elif known.name in found:
@@ -4534,16 +4207,16 @@ class Subscription(Value):
         return self.filter.startswith("$share/")
 
 
-def parse_filters(reader: Reader, packet: str) -> Iterator[str]:
-    """The filters that a SUBSCRIBE or UNSUBSCRIBE names: at least one, and not too many."""
-    for count in itertools.count():
-        if not reader.left and not count:
-            raise ProtocolError(f"{packet} without a filter")
+def parse_filters(reader: Reader, none: str) -> Iterator[str]:
+    """The filters of a SUBSCRIBE or UNSUBSCRIBE; `none` says that there are none."""
+    if not reader.left:
+        raise ProtocolError(none)
+    for _ in range(MAX_FILTERS):
+        yield check_filter(reader.utf8_string())
         if not reader.left:
             return
-        if count == MAX_FILTERS:
-            raise MalformedPacket(f"more than {MAX_FILTERS} filters", ReasonCode.QUOTA_EXCEEDED)
-        yield check_filter(reader.utf8_string())
+    many = f"more than {MAX_FILTERS} filters at once"
+    raise MalformedPacket(many, ReasonCode.QUOTA_EXCEEDED)
 
 
 def parse_subscribe(body: bytes, version: int) -> tuple[int, list[Subscription]]:
@@ -4554,7 +4227,7 @@ def parse_subscribe(body: bytes, version: int) -> tuple[int, list[Subscription]]
     if len(named) > 1:
         raise ProtocolError("two subscription identifiers")
     wanted = list[Subscription]()
-    for filter in parse_filters(reader, "SUBSCRIBE"):
+    for filter in parse_filters(reader, "SUBSCRIBE to nothing"):
         options = reader.byte()
         if options & 3 == 3 or options & (0xC0 if version == 5 else 0xFC):
             raise MalformedPacket("options that no subscription has")
@@ -4570,7 +4243,7 @@ def parse_unsubscribe(body: bytes, version: int) -> tuple[int, list[str]]:
     packet_id = reader.packet_id()
     if version == 5:
         reader.properties("UNSUBSCRIBE")
-    return packet_id, [*parse_filters(reader, "UNSUBSCRIBE")]
+    return packet_id, [*parse_filters(reader, "UNSUBSCRIBE from nothing")]
 
 
 def parse_ack(kind: PacketType, body: bytes, version: int) -> tuple[int, int]:
@@ -5425,12 +5098,8 @@ LOOPBACK = r"127(\.\d{1,3}){3}|::1|localhost"
 
 def broker_home(settings: BrokerConfig) -> Path:
     """Where this user's broker keeps its file, whatever the node is called."""
-    if settings.state_dir:
-        return settings.state_dir
-    if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
-        return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return Path(home) / "hive" / ".broker"  # a name that no node has, who are its neighbours
+    # A name that no node has, who are its neighbours.
+    return settings.state_dir or default_state_dir(".broker")
 
 
 def broker_socket(settings: BrokerConfig) -> Path:
@@ -5994,6 +5663,7 @@ def max_client_connections() -> int:
 # no envelope.
 
 DIAL_TIMEOUT = 5.0  # seconds for each address of the broker
+PROBE_TIMEOUT = 5.0  # seconds in which a broker that works takes one more connection
 DIAL_DEADLINE = 30.0  # seconds until CONNACK, all in all; DNS has no limit of its own
 RETRY = (0.5, 30.0)  # seconds: the first wait, the longest
 SESSION_EXPIRY = 7 * 86400  # seconds that the broker keeps what came while we were away
@@ -6065,28 +5735,37 @@ class Transport(Protocol):
     def open(self, user: ClientListener) -> None: ...
     def publish(self, publication: OutgoingMessage) -> None: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
+    def probe(self, done: Callable[[bool], None]) -> None: ...
+
+
+STAND_INS: Mapping[str, Mapping[str, Any]] = {  # what paho names of modules that it rarely needs
+    "urllib.request": {},
+    "ssl": {"SSLWantReadError": (), "SSLWantWriteError": ()},  # `except ():` catches nothing
+}
 
 
 def load_paho() -> Any:
     """Import paho-mqtt; it takes longer than the rest of hive together.
 
-    It imports urllib.request for websockets alone, which hive does not use: a quarter of the
-    time, and 3 MB.  So an empty module stands in for it meanwhile.
+    It imports urllib.request for websockets, which hive does not use, and ssl, which _make_client
+    hands it where TLS is wanted: a third of the time, and 5 MB.  So almost empty modules stand
+    in for them meanwhile.
     """
-    unused = "urllib.request"
-    absent = unused not in sys.modules and "paho.mqtt.client" not in sys.modules
-    if absent:
-        sys.modules[unused] = type(sys)(unused)
+    first = "paho.mqtt.client" not in sys.modules
+    absent = [name for name in STAND_INS if first and name not in sys.modules]
+    for name in absent:
+        sys.modules[name] = type(sys)(name)
+        vars(sys.modules[name]).update(STAND_INS[name])
     try:
         import paho.mqtt.client as mqtt
     except ImportError:
         raise UsageError(f"paho-mqtt is missing; {WAYS_TO_PAHO}") from None
     finally:
-        if absent:
-            del sys.modules[unused]
+        for name in absent:
+            del sys.modules[name]
     if not hasattr(mqtt, "CallbackAPIVersion"):
         raise UsageError(f"paho-mqtt is older than 2; {WAYS_TO_PAHO}")
-    if absent:
+    if first:
         lighten_paho()
     return mqtt
 
@@ -6212,6 +5891,9 @@ class MqttConnection:
         if settings.username is not None or settings.password is not None:
             client.username_pw_set(settings.username or "", settings.password)
         if settings.tls:
+            import ssl
+
+            paho.ssl = ssl
             client.tls_set_context(tls_context(settings))
         if self._link.will:
             will = self._link.will
@@ -6501,6 +6183,11 @@ class MqttClient:
     def up(self) -> bool:
         return self._connection is not None and self._connection.up
 
+    @property
+    def welcome(self) -> bool:
+        """Has the broker let us in, and not yet gone?"""
+        return self._connection is not None and self._connection.welcome
+
     def aim(self, settings: MqttConfig) -> None:
         """From the next connection on, this is the broker."""
         self.settings = settings
@@ -6576,6 +6263,10 @@ class MqttClient:
             self._connection.disconnect()
         done()
 
+    def probe(self, done: Callable[[bool], None]) -> None:
+        """Does the broker take a new connection?"""
+        ConnectionProbe(self.loop, self.settings.replace(protocol=self._protocol), done)
+
     # What a connection reports:
 
     def came_up(self) -> None:
@@ -6638,6 +6329,34 @@ class MqttClient:
         self._retry = self.loop.after(delay, self._try_again)
         if self._user:
             self._user.link_down(reason)
+
+
+class ConnectionProbe:
+    """One connection, only to see whether the broker takes it; a broker that stops does not."""
+
+    def __init__(self, loop: Loop, settings: MqttConfig, done: Callable[[bool], None]) -> None:
+        self._done: Callable[[bool], None] | None = done
+        self._timer = loop.after(PROBE_TIMEOUT, lambda: self._end(False))
+        self._link = MqttClient(loop, settings)
+        self._link.open(self)
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def link_up(self) -> None:
+        self._end(True)
+
+    def link_down(self, reason: str) -> None:
+        self._end(False)
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        pass
+
+    def _end(self, taken: bool) -> None:
+        done, self._done = self._done, None
+        if done:
+            self._timer.cancel()
+            self._link.close(lambda: done(taken), within=0.0)
 
 
 class RetainedQuery:
@@ -6918,22 +6637,486 @@ class Outbox:
         self._gone(self._journal.posted(n), code, words)
 
 
-# ---- Membership: who is there, and who is missed -----------------------------------------
+# ---- Members: who is alive, who has left, who has failed ---------------------------------
 #
-# Heartbeats and states of other nodes come in; a loss is logged by everyone, and announced by
-# one.  Does not show that this node is alive.
+# One record a name, of what its heartbeats and its documents told; this node's own heartbeat,
+# state and roster.  A loss is logged by everyone, and announced by one.  Knows no connection:
+# whatever is to be said goes through what it is given for that.
 
+MAX_MEMBERS = 5000  # nodes and agents
+MAX_STATE = 64 * KIB  # bytes of a state or a roster
+LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
+MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
+PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
-MAX_STATE = 64 * KIB  # bytes of a peer's state document
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
-MAX_STATES = 5 * MAX_PEERS  # of nodes and agents
-DOUBT = 1.0  # seconds between a loss and its alert: when a broker stops, everyone seems to die
+DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
+MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with the broker
+ALIVE = ("online", "degraded")  # what the state of a node says that runs
+SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
+PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
+
+
+def loss_of(name: str) -> str:
+    """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
+    return f"lost:{name}"[-64:]  # an id has 64 characters at most; the whole name is in it
+
+
+def is_overdue(silence: float, interval: float, missed: float) -> bool:
+    """Has somebody who shows itself every `interval` seconds missed too many of them?"""
+    return silence > interval * missed
 
 
 def status_of(state: Mapping[str, Any]) -> str:
     """The status that a state document claims; a short printable word whatever it holds."""
     status = state.get("status")
     return status if isinstance(status, str) and NAME.fullmatch(status) else "unknown"
+
+
+class MemberStatus(Enum):
+    """What has become of a peer."""
+
+    UNKNOWN = "unknown"  # it has documents, and has not been heard
+    ALIVE = "alive"
+    LEFT = "left"  # it said goodbye
+    FAILED = "failed"
+
+
+class MemberEvent(Enum):
+    """What a heartbeat told us that we did not know."""
+
+    NEW = "peer is up"
+    BACK = "peer is back"  # after a loss that somebody announced
+    RESTARTED = "peer has restarted"
+
+
+class Member:
+    """Another node, or an agent of one."""
+
+    def __init__(self) -> None:
+        self.status = MemberStatus.UNKNOWN
+        self.heard = self.interval = 0.0
+        self.boot = ""
+        self.seen = 0  # Unix seconds, by this machine's or the peer's clock
+        self.failed: float | None = None  # when
+        self.announced = False  # did somebody tell the hive that it is lost?
+        self.documents: dict[str, bytes] = {}  # its state and roster
+
+
+class Members:
+    """The other nodes and all agents, as this node knows them."""
+
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        log: Log,
+        send: Callable[[Envelope], None],
+        publish: Callable[[OutgoingMessage], None],
+        probe: Callable[[Callable[[bool], None]], None],
+    ) -> None:
+        """`probe` calls back with whether the broker takes new connections."""
+        self.presence: Presence | None = None  # what this node shows of itself, if it does
+        self._me, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._loop, self._log = loop, log
+        self._send, self._publish, self._probe = send, publish, probe
+        self._members: dict[str, Member] = {}  # in the order in which they last said something
+        self._size = 0  # bytes of all documents
+        self._checked = loop.clock()
+        self._last_failure = self._probed = float("-inf")
+        self._proving: list[Callable[[], None]] = []  # losses that wait for that
+        self._silent = False
+
+    def stop(self) -> None:
+        """Announce nothing any more."""
+        self._silent = True
+
+    # -- what they say --
+
+    def hear(self, envelope: Envelope) -> None:
+        """A heartbeat: whoever sent it lives; in our own name, it asks whether that is taken."""
+        said = read_json_object(envelope.text) or {}
+        boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
+        boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
+        if envelope.sender == self._me:
+            if self.presence:
+                self.presence.answer(boot)
+            return
+        news = self.heartbeat_from(
+            envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
+        )
+        if news:
+            self._log.info(news.value, peer=envelope.sender)
+        if news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0:
+            text = f"{envelope.sender} is back"
+            self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
+
+    def hear_document(self, name: str, kind: str, delivery: IncomingMessage) -> None:
+        """A state or a roster."""
+        if not NAME.fullmatch(name):
+            return
+        payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
+        content = read_json_object(payload) or {}
+        if kind == "state" and len(payload) > LONG_STATE:
+            payload = encode_json({k: v for k, v in content.items() if k != "known_peers"})
+        self._keep(name, kind, payload if content else b"")
+        if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
+            self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
+
+    def _hear_state(self, name: str, state: Mapping[str, Any], retained: bool) -> None:
+        """Retained, it tells who should be there; else, who has just gone."""
+        now, status = self._loop.clock(), status_of(state)
+        if retained:
+            if status in ALIVE:
+                seen = int(bounded_number(state.get("last_seen"), 1, MAX_TS) or 0)
+                interval = bounded_number(state.get("interval"), *PEER_INTERVAL)
+                self.expect(name, now, seen=seen, interval=interval)
+        elif status == "offline" and state.get("reason") == "connection lost":
+            if self.mark_failed(name, now):
+                self._lost(name, now, "its connection died")
+        elif status == "offline" and state.get("reason") == "lost":
+            if self.mark_failed(name, now):
+                self._log.warning("peer is lost", peer=name, why="another node says so")
+        elif status == "offline" and self.mark_left(name):
+            self._log.info("peer has stopped", peer=name)
+
+    def _keep(self, name: str, kind: str, payload: bytes) -> None:
+        """Keep a document in place of the last one; where all are too much, not the longest."""
+        if not payload and name not in self._members:
+            return
+        member = self._member(name)
+        self._size += len(payload) - len(member.documents.pop(kind, b""))
+        if payload:
+            member.documents[kind] = payload
+        while self._size > MAX_DOCUMENTS:
+            size, longest, of = max(
+                (len(said), of, one)
+                for one, known in self._members.items()
+                for of, said in known.documents.items()
+            )
+            self._size -= size
+            del self._members[of].documents[longest]
+
+    def documents(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The last state or roster of each name; to a state its heartbeats count as well."""
+        found = {}
+        for name, member in self._members.items():
+            document = read_json_object(member.documents.get(kind, b"")) or {}
+            seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
+            if kind == "state" and document and member.seen > seen:
+                document["last_seen"] = member.seen
+            if document:
+                found[name] = document
+        return found
+
+    # -- who is alive --
+
+    def _member(self, name: str) -> Member:
+        """The record of a name that has just said something; the longest silent one may go."""
+        member = self._members.pop(name) if name in self._members else Member()
+        self._members[name] = member
+        if len(self._members) > MAX_MEMBERS:
+            gone = self._members.pop(next(iter(self._members)))
+            self._size -= sum(map(len, gone.documents.values()))
+        return member
+
+    def member(self, name: str) -> Member | None:
+        return self._members.get(name)
+
+    def heartbeat_from(
+        self, name: str, now: float, *, seen: int, interval: float | None = None, boot: str = ""
+    ) -> MemberEvent | None:
+        """Take note of a sign of life; what is new about it."""
+        member = self._member(name)
+        before, announced, old_boot = member.status, member.announced, member.boot
+        low, high = PEER_INTERVAL
+        member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
+        member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
+        member.boot, member.announced, member.failed = boot or old_boot, False, None
+        if before is MemberStatus.FAILED:
+            return MemberEvent.BACK if announced else MemberEvent.NEW
+        if before is not MemberStatus.ALIVE:
+            return MemberEvent.NEW
+        return MemberEvent.RESTARTED if boot and old_boot and boot != old_boot else None
+
+    def expect(self, name: str, now: float, *, seen: int, interval: float | None = None) -> None:
+        """A retained state says that it is online: it has its time from now on to show it."""
+        if self._member(name).status is MemberStatus.UNKNOWN:
+            self.heartbeat_from(name, now, seen=seen, interval=interval)
+
+    def mark_left(self, name: str) -> bool:
+        """A peer said goodbye; was it alive to us?"""
+        member = self._members.get(name)
+        if member is None or member.status is not MemberStatus.ALIVE:
+            return False
+        member.status = MemberStatus.LEFT
+        return True
+
+    def mark_failed(self, name: str, now: float) -> bool:
+        """A peer's connection died, or it is too silent; was it alive to us?"""
+        member = self._members.get(name)
+        if member is None or member.status is not MemberStatus.ALIVE:
+            return False
+        member.status, member.failed = MemberStatus.FAILED, now
+        return True
+
+    def failed_since(self, now: float) -> list[str]:
+        """Those who have just missed too many heartbeats; each is named once."""
+        late = [
+            name
+            for name, member in self._members.items()
+            if member.status is MemberStatus.ALIVE
+            and is_overdue(now - member.heard, member.interval, self._own.miss_threshold)
+        ]
+        return [name for name in late if self.mark_failed(name, now)]
+
+    def grant_grace(self, now: float) -> None:
+        """We could not hear anyone until now: count everyone's silence from here."""
+        self._checked = now
+        for member in self._members.values():
+            member.heard = now
+
+    def doubt_losses(self) -> None:
+        """Our own connection has died: whom we have just lost may be well."""
+        for member in self._members.values():
+            if member.status is MemberStatus.FAILED and not member.announced:
+                member.status, member.failed = MemberStatus.ALIVE, None
+
+    def mark_announced(self, corr: str) -> None:
+        """Somebody has told the hive of the loss with this correlation id."""
+        for name, member in self._members.items():
+            if loss_of(name) == corr:
+                member.announced = True
+
+    def alive(self) -> list[str]:
+        """Names of the peers that are alive, in order."""
+        return sorted(
+            name for name, one in self._members.items() if one.status is MemberStatus.ALIVE
+        )
+
+    def rank(self, about: str) -> int:
+        """Our place in line to speak for all about one of them: 0 is first."""
+        return sum(name < self._me for name in self.alive() if name != about)
+
+    # -- who is missed --
+
+    def check(self, now: float) -> None:
+        """See who has been silent for too long; to be called at each heartbeat of ours."""
+        if now - self._checked > 2 * self._own.interval:
+            self.grant_grace(now)  # we were asleep ourselves: do not blame the others
+        self._checked = now
+        for name in self.failed_since(now):
+            silence = now - self._members[name].heard
+            self._lost(name, now, f"no heartbeat for {silence:.0f} s")
+
+    def _lost(self, name: str, now: float, why: str) -> None:
+        self._log.warning("peer is lost", peer=name, why=why)
+        self._last_failure = now
+        self._consider(name, now, why)
+
+    def _consider(self, name: str, failed: float, why: str) -> None:
+        """Tell the hive of a loss in our turn, unless somebody did, or it was none.
+
+        When a broker stops, everyone seems to die, one after the other, and our own connection
+        may be the last to end.  So nobody else may have been lost for a moment, and the broker
+        must have taken a new connection since: one that stops does not.
+        """
+        member, now = self._members.get(name), self._loop.clock()
+        if self._silent or not member or member.failed != failed or member.announced:
+            return
+        again = partial(self._consider, name, failed, why)
+        turn = self.rank(about=name) * max(1.0, self._own.interval / 2)
+        quiet, latest = max(failed, self._last_failure) + DOUBT, failed + MAX_DOUBT
+        if now < min(quiet, latest) + turn:
+            self._loop.after(min(quiet, latest) + turn - now, again)
+        elif self._probed < quiet and now < latest + turn:
+            self._prove(again)
+        else:
+            self._announce(name, member, why)
+
+    def _prove(self, then: Callable[[], None]) -> None:
+        """See whether the broker takes a connection, and go on; a moment later if it does not."""
+        began = self._loop.clock()
+
+        def proved(well: bool) -> None:
+            calls, self._proving = self._proving, []
+            self._probed = began if well else self._probed
+            for call in calls:
+                self._loop.after(0.0 if well else DOUBT, call)
+
+        self._proving.append(then)
+        if len(self._proving) == 1:
+            self._probe(proved)
+
+    def _announce(self, name: str, member: Member, why: str) -> None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(member.seen))
+        text = f"{name} is lost: {why}; last seen {when if member.seen else '-'}"
+        self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
+        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
+        document = {**state, "last_seen": member.seen, "reported_by": self._me}
+        topic = self._topics.meta(name, "state")
+        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
+
+
+class OwnStatus(Value):
+    """What this node can tell of itself, besides that it is alive."""
+
+    agents: Mapping[str, Mapping[str, str]]  # status and reason of each
+    handlers: Sequence[str]
+    schedule: Sequence[Mapping[str, object]]
+    trouble: str  # why it is degraded, or nothing
+
+
+def build() -> str:
+    """The first digits of this file's own hash: copies of one file drift apart."""
+    import hashlib
+
+    try:
+        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
+        return hashlib.sha256(source.encode()).hexdigest()[:8]
+    except (OSError, ImportError):
+        return "unknown"
+
+
+def load_1m() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
+
+
+def with_reason(state: dict[str, Any], reason: str) -> dict[str, Any]:
+    """Say in a state document why it is so, if there is anything to say."""
+    return {**state, "reason": reason} if reason else state
+
+
+class Presence:
+    """What this node shows of itself: a heartbeat, its state, its roster."""
+
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        instance: str,
+        publish: Callable[[OutgoingMessage], None],
+        status: Callable[[], OwnStatus],
+        known: Callable[[], list[str]],
+        counts: Mapping[str, int],
+    ) -> None:
+        """`known` are the peers that are alive; `counts` go into the state."""
+        self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._loop, self._instance, self._publish = loop, instance, publish
+        self._status, self._known, self._counts = status, known, counts
+        self._build = build()  # of the file as it was when this daemon started
+        self._started = loop.clock()
+        self._seq = 0
+        self._beaten = self._shown_at = float("-inf")
+        self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
+
+    def begin(self) -> None:
+        """The broker is there: show everything."""
+        self._shown_at = float("-inf")
+        self.publish_roster()
+        self.beat()
+
+    def answer(self, boot: str) -> None:
+        """Our own heartbeat; or another daemon asks whether our name is taken."""
+        if boot != self._instance and self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
+            self.beat()
+
+    def beat(self) -> None:
+        """Show that we are alive, and our state if that is news.
+
+        A state is judged by its `last_seen`, by hives of any version: stale if it is older than
+        all heartbeats that may be missed.  So it is renewed one heartbeat before that.
+        """
+        now = self._beaten = self._loop.clock()
+        topic = self._topics.to(EVERYONE, "heartbeat")
+        self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0, keep=False))
+        states = self._states("online")
+        news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
+        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
+        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
+            self._shown, self._shown_at = news, now
+            self._publish_states(states, keep=False)
+
+    def end(self) -> None:
+        """The last words."""
+        self._publish_states(self._states("offline", "stopped"), keep=True)
+
+    def will(self) -> OutgoingMessage:
+        """What the broker says for us when our connection dies."""
+        state = self._states("offline", "connection lost")[0]
+        return OutgoingMessage(
+            self._topics.meta(self._node, "state"), encode_json(state), retain=True
+        )
+
+    def heartbeat(self, to: str) -> bytes:
+        self._seq += 1
+        agents = self._status().agents.items()
+        said = {
+            "node_id": self._node,
+            "uptime_s": round(self._loop.clock() - self._started, 1),
+            "load_1m": load_1m(),
+            "interval": self._own.interval,
+            "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
+            "boot": self._instance,
+            "seq": self._seq,
+        }
+        text = encode_json(said).decode()
+        return Envelope.new(self._node, to, "heartbeat", text, urgency="later").encode()
+
+    def _states(self, status: str, reason: str = "") -> list[dict[str, Any]]:
+        """The state documents of this node, and of each of its agents."""
+        own = self._status()
+        document: dict[str, Any] = {
+            "node_id": self._node,
+            "status": "degraded" if status == "online" and own.trouble else status,
+            "last_seen": int(time.time()),
+            "uptime_s": round(self._loop.clock() - self._started, 1),
+            "known_peers": self._known(),
+            "daemon_node": self._node,
+            "version": f"{__version__} ({self._build})",
+            "load_1m": load_1m(),
+            "oc": own.agents,
+            "instance": self._instance,
+            "interval": self._own.interval,
+            "miss_threshold": self._own.miss_threshold,
+            "host": socket.gethostname(),
+            "counters": self._counts,
+        }
+        states = [with_reason(document, reason or own.trouble)]
+        for name, agent in own.agents.items():
+            if name != self._node:
+                down = status == "online" and agent["status"] == Health.DOWN.value
+                about = {**document, "node_id": name, "oc": {name: agent}}
+                about["status"] = "degraded" if down else status
+                states.append(with_reason(about, reason or agent["reason"]))
+        return states
+
+    def _publish_states(self, states: Iterable[Mapping[str, Any]], keep: bool) -> None:
+        for state in states:
+            topic = self._topics.meta(state["node_id"], "state")
+            self._publish(OutgoingMessage(topic, encode_json(state), retain=True, keep=keep))
+
+    def publish_roster(self) -> None:
+        import platform
+
+        own = self._status()
+        document = {
+            "node": self._node,
+            "ts": int(time.time()),
+            "version": __version__,
+            "build": self._build,
+            "protocol": PROTOCOL_VERSION,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "agents": [*own.agents],
+            "handlers": own.handlers,
+            "schedule": own.schedule,
+        }
+        topic = self._topics.meta(self._node, "roster")
+        self._publish(OutgoingMessage(topic, encode_json(document), retain=True, keep=False))
 
 
 class NameConflictCheck:
@@ -6947,7 +7130,7 @@ class NameConflictCheck:
         loop: Loop,
         config: Config,
         ours: Collection[str],
-        heartbeat: Callable[[str], bytes],
+        heartbeat: bytes,
         free: Callable[[], None],
         link_down: Callable[[str], None],
         prepare: Callable[[MqttClient, Callable[[], None]], None],
@@ -6957,11 +7140,11 @@ class NameConflictCheck:
         Calls `free` when the name is free; raises BrokerError out of the loop when it is taken.
         """
         self._loop, self._config, self._ours, self._free = loop, config, ours, free
-        self._rival: dict[str, Any] | None = None
+        self._holder: dict[str, Any] | None = None
         topics, node = config.topics, config.node.id
-        self._heartbeat = OutgoingMessage(topics.to(node, "heartbeat"), heartbeat(node), qos=0)
+        self._heartbeat = OutgoingMessage(topics.to(node, "heartbeat"), heartbeat, qos=0)
         self._state_topic = topics.meta(node, "state")
-        self._survey = RetainedQuery(
+        self._query = RetainedQuery(
             loop,
             config.mqtt,
             [self._state_topic, topics.to(EVERYONE, "heartbeat")],
@@ -6977,134 +7160,32 @@ class NameConflictCheck:
             return
         document = read_json_object(delivery.payload) or {}
         if delivery.topic == self._state_topic:
-            alive = status_of(document) in ("online", "degraded")
-            self._rival = document if alive and document.get("instance") not in self._ours else None
+            ours = status_of(document) not in ALIVE or document.get("instance") in self._ours
+            self._holder = None if ours else document
         elif document.get("from") == self._config.node.id and not delivery.retained:
             self._taken()
 
     def _complete(self) -> None:
-        if self._rival is None:
+        if self._holder is None:
             self._close()
         else:
-            self._survey.link.publish(self._heartbeat)
+            self._query.link.publish(self._heartbeat)
             wait = NAME_CONFLICT_HEARTBEATS * self._config.heartbeat.interval
             self._loop.after(wait, self._close)
 
     def _close(self) -> None:
-        self._survey.link.close(self._free, within=0.0)
+        self._query.link.close(self._free, within=0.0)
 
     def _taken(self) -> None:
         """A heartbeat under our name: that is no error if no state said so before."""
-        if self._rival is None:
+        if self._holder is None:
             return
-        node, host = self._config.node.id, self._rival.get("host")
+        node, host = self._config.node.id, self._holder.get("host")
         where = f" on {quoted(host)[1:-1]}" if host else ""
         raise BrokerError(
             f"another daemon is called {node}{where}; stop it, or give this one another name"
             f" ([node] id in hive.toml, or --node)"
         )
-
-
-class Members:
-    """The other nodes, as this one knows them."""
-
-    def __init__(
-        self,
-        config: Config,
-        loop: Loop,
-        log: Log,
-        send: Callable[[Envelope], None],
-        correct: Callable[[str, dict[str, Any]], None],
-    ) -> None:
-        """`correct` replaces a lost peer's retained state."""
-        self.roster = Roster(
-            config.node.id, config.heartbeat.interval, config.heartbeat.miss_threshold
-        )
-        self.states: dict[str, dict[str, Any]] = {}  # the last word of each name, in short
-        self._me, self._interval = config.node.id, config.heartbeat.interval
-        self._loop, self._log, self._send, self._correct = loop, log, send, correct
-        self._stopping = False
-
-    def stop(self) -> None:
-        """Announce nothing any more."""
-        self._stopping = True
-
-    def hear(self, envelope: Envelope) -> None:
-        """A peer's heartbeat: whoever sent it lives."""
-        said = read_json_object(envelope.text) or {}
-        boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
-        boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
-        news = self.roster.hear(
-            envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
-        )
-        if news:
-            self._log.info(news.value, peer=envelope.sender)
-        if news is MemberEvent.BACK and self.roster.rank(about=envelope.sender) == 0:
-            text = f"{envelope.sender} is back"
-            self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
-
-    def hear_state(self, name: str, delivery: IncomingMessage) -> None:
-        """A state: retained, it tells who should be there; else, who has just gone."""
-        content = read_json_object(delivery.payload) if len(delivery.payload) <= MAX_STATE else None
-        if not NAME.fullmatch(name):
-            return
-        state = content or {}
-        self._remember(name, state)
-        if name == self._me or state.get("daemon_node", name) != name:
-            return  # our own; an agent's: its node speaks for it
-        now, status = self._loop.clock(), status_of(state)
-        if delivery.retained:
-            if status in ("online", "degraded"):
-                seen = int(bounded_number(state.get("last_seen"), 1, MAX_TS) or 0)
-                interval = bounded_number(state.get("interval"), *PEER_INTERVAL)
-                self.roster.learn(name, now, seen=seen, interval=interval)
-        elif status == "offline" and state.get("reason") == "connection lost":
-            if self.roster.lose(name):
-                self._lost(name, "its connection died")
-        elif status == "offline" and state.get("reason") == "lost":
-            if self.roster.lose(name):
-                self._log.warning("peer is lost", peer=name, why="another node says so")
-        elif status == "offline" and self.roster.leave(name):
-            self._log.info("peer has stopped", peer=name)
-
-    def _remember(self, name: str, state: Mapping[str, Any]) -> None:
-        """What tells whether somebody can be expected to answer."""
-        self.states.pop(name, None)
-        if state:
-            keys = ("status", "last_seen", "daemon_node", "interval", "miss_threshold")
-            self.states[name] = {
-                key: value
-                for key, value in ((key, state.get(key)) for key in keys)
-                if isinstance(value, int | float) or (isinstance(value, str) and len(value) < 64)
-            }
-        if len(self.states) > MAX_STATES:
-            self.states.pop(next(iter(self.states)))
-
-    def miss(self, now: float) -> None:
-        """See who has been silent for too long."""
-        for name in self.roster.drop_silent(now):
-            peer = self.roster.peer(name)
-            silence = f"no heartbeat for {now - peer.heard:.0f} s" if peer else "no heartbeat"
-            self._lost(name, silence)
-
-    def _lost(self, name: str, why: str) -> None:
-        """A peer is lost: the living take turns to say so, and one is enough."""
-        self._log.warning("peer is lost", peer=name, why=why)
-        turn = self.roster.rank(about=name) * max(1.0, self._interval / 2)
-        peer = self.roster.peer(name)
-        self._loop.after(DOUBT + turn, lambda: self._announce(name, peer, why))
-
-    def _announce(self, name: str, peer: Member | None, why: str) -> None:
-        """Our turn to speak of a loss, unless somebody did, or it was none."""
-        if self._stopping or peer is None or self.roster.peer(name) is not peer:
-            return
-        if peer.presence is not MemberStatus.LOST or peer.announced:
-            return
-        seen = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(peer.seen)) if peer.seen else "-"
-        text = f"{name} is lost: {why}; last seen {seen}"
-        self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
-        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
-        self._correct(name, {**state, "last_seen": peer.seen, "reported_by": self._me})
 
 
 # ---- Reception: what this node's command line asks of it ---------------------------------
@@ -7334,38 +7415,770 @@ class Requests:
                 self._when_safe(do_nothing)  # look again: there may be more than one page
 
 
-# ---- Node: wires the above ---------------------------------------------------------------
+# ---- Node: what comes in, what goes out, the end of a turn -------------------------------
 #
-# Owns all state that changes.  Decides nothing about a message by itself: asks decide(), then
-# performs the step.  What came in one turn of the loop is committed at its end; only then is it
-# acknowledged, answered or published.
+# Decides nothing about a message by itself: asks decide(), then performs it.  What came in one
+# turn of the loop is committed at its end; only then is it acknowledged, answered or published.
+# Knows no handler, no agent, no broker: for a daemon Work and Members stand beside it.
 
-STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
-DISCONNECT_TIMEOUT = 2.0  # seconds for the last messages
-LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, too large, no disk
 
 
-def build() -> str:
-    """The first digits of this file's own hash: copies of one file drift apart."""
-    import hashlib
+class Worker:
+    """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
 
-    try:
-        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
-        return hashlib.sha256(source.encode()).hexdigest()[:8]
-    except (OSError, ImportError):
-        return "unknown"
+    def __init__(self) -> None:
+        self.agents: tuple[str, ...] = ()
+        self.handlers: Mapping[str, Path] = {}
 
+    def look_again(self) -> None:
+        """An action is not known: a handler for it may have been put there just now."""
 
-def load_1m() -> float | None:
-    try:
-        return round(os.getloadavg()[0], 2)
-    except OSError:
-        return None
+    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
+        """Run the handler of a message's action; `row` is the message's in the journal."""
+
+    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
+        """Say a message to agents."""
 
 
 class Node:
-    """One machine's daemon."""
+    """The messages of one name: a daemon's, or those of one command."""
+
+    def __init__(self, config: Config, loop: Loop, log: Log, journal: Journal) -> None:
+        self.config, self.loop, self.log, self.journal = config, loop, log, journal
+        self.name, self.topics = config.node.id, config.topics
+        self.connected = self.stopping = False
+        self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
+        self.worker = Worker()
+        self.members = Members(config, loop, log, self.send, self.publish, self._probe)
+        self._waiting, self._complaints = Waiting(), RateLimit()
+        self.requests = self._make_requests()
+        self._settling = False
+        self._when_safe: list[Callable[[], None]] = []
+        self._overdue: Timer | None = None
+
+    def _make_requests(self) -> Requests:
+        return Requests(
+            self.name,
+            self.journal,
+            self._waiting,
+            self.loop.clock,
+            self._send_for_command,
+            self.settle_soon,
+            lambda: {"connected": self.connected, "states": self.members.documents("state")},
+        )
+
+    def attach(self, link: Transport) -> None:
+        """From now on messages go out by this link."""
+        self._link = link
+        self._outbox = Outbox(self.journal, link, self.loop.clock, self._published)
+
+    def start(self) -> None:
+        """Look after the journal from now on."""
+        self._tend_journal()
+        self._watch_questions()
+
+    def link_up(self) -> None:
+        self.connected = True
+        self.members.grant_grace(self.loop.clock())
+        self.settle_soon()
+
+    def link_down(self) -> None:
+        self.connected = False
+        self.members.doubt_losses()
+
+    def publish(self, message: OutgoingMessage) -> None:
+        """Send what need not be in the journal."""
+        self._link.publish(message)
+
+    def _probe(self, done: Callable[[bool], None]) -> None:
+        self._link.probe(done)
+
+    # -- the end of a turn --
+
+    def settle_soon(self, then: Callable[[], None] | None = None) -> None:
+        """Commit at the end of this turn of the loop, and call back when that is done."""
+        if then:
+            self._when_safe.append(then)
+        if not self._settling:
+            self._settling = True
+            self.loop.after(0, self.settle)
+
+    def settle(self) -> None:
+        """Make it last; then tell the broker and others that it is safe with us."""
+        self._settling = False
+        self.journal.commit()
+        calls, self._when_safe = self._when_safe, []
+        for call in calls:
+            call()
+        self._outbox.pump()
+        self.requests.show_news()
+
+    def _tend_journal(self) -> None:
+        """Now and then, in small steps."""
+        self.journal.go_back_to_disk()
+        more = self.journal.prune(time.time())
+        self.settle_soon()
+        self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._tend_journal)
+
+    # -- what comes in --
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        if self.stopping:
+            return  # not acknowledged: it comes again when this node does
+        meta = self.topics.meta_of(delivery.topic)
+        if meta:
+            name, document = meta
+            if document in ("state", "roster"):
+                self.members.hear_document(name, document, delivery)
+            return
+        self.counts["received"] += 1
+        try:
+            envelope = Envelope.parse(delivery.payload)
+        except EnvelopeError as error:
+            self.counts["invalid"] += 1
+            self._complain("not an envelope", topic=delivery.topic, why=error)
+            return self.settle_soon(delivery.ack)
+        what, row = self._receive(envelope, delivery)
+        if what is SIGN_OF_LIFE:
+            delivery.ack()  # there is nothing to commit, and no turn is cheaper than none
+        else:
+            self.settle_soon(delivery.ack)
+        self._perform(what, envelope, row, self._time_left(envelope, delivery))
+
+    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
+        """Decide what to do with it; its row in the journal, if it has one now."""
+        reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
+        if not reason and delivery.expires_in is None and envelope.stale(time.time()):
+            reason = "its time to live is over"
+        if envelope.action and envelope.action not in self.worker.handlers and not reason:
+            self.worker.look_again()
+        what = Decision(Do.DROP, reason) if reason else decide(envelope, self.context())
+        row = 0
+        if what.do not in (Do.HEAR, Do.DROP):
+            note, content = "" if what.do is Do.WAKE else what.reason, delivery.payload.decode()
+            row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
+            what = what if row else SEEN_BEFORE
+        self._log_message(envelope, what)
+        if row:
+            self._take_note(envelope)
+        return what, row
+
+    def _take_note(self, envelope: Envelope) -> None:
+        """What a new message means to those who wait, whatever is done with it."""
+        if envelope.ch == "alert" and envelope.to == EVERYONE:
+            self.members.mark_announced(envelope.exchange)
+        if CHANNELS[envelope.ch].wake is Wake.UNLESS_AWAITED and envelope.corr:
+            self.journal.answered(envelope.corr)
+            self.settle_soon(lambda: self.requests.heard(envelope))
+
+    def context(self) -> RoutingContext:
+        now = self.loop.clock()
+        return RoutingContext(
+            node=self.name,
+            agents=self.worker.agents,
+            handlers=self.worker.handlers,
+            expects=lambda corr: self._waiting.expects(corr, now),
+        )
+
+    def _log_message(self, envelope: Envelope, what: Decision) -> None:
+        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
+        facts |= {"to": envelope.to, "action": envelope.action}
+        match what.do:
+            case Do.DROP:
+                self.counts["dropped"] += 1
+                say = self.log.debug if what == SEEN_BEFORE else self._complain
+                say("dropped", **facts, why=what.reason)
+            case Do.HEAR:
+                self.log.debug("received", **facts)
+            case _:
+                idle = what.do is Do.NOTE and not envelope.urgent  # the journal has it
+                say = self.log.debug if idle else self.log.info
+                note = what.reason if what.do in (Do.NOTE, Do.REFUSE) else None
+                say("received", **facts, note=note)
+                self.log.debug("text", id=envelope.id, text=envelope.text)
+
+    def _complain(self, event: str, **facts: object) -> None:
+        """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
+        kind = f"{event}: {facts['why']}" if event == "dropped" else event
+        say = (
+            self.log.warning if self._complaints.admit(kind, self.loop.clock()) else self.log.debug
+        )
+        say(event, **facts)
+
+    def _perform(self, what: Decision, envelope: Envelope, row: int, left: float | None) -> None:
+        """Do it, within the seconds that are left."""
+        until = None if left is None else time.time() + left
+        match what.do:
+            case Do.RUN | Do.WAKE if self.journal.full:
+                self.refuse(envelope, "busy: the journal is full of what is not done yet")
+            case Do.RUN:
+                self.worker.run(envelope, row, until)
+            case Do.WAKE:
+                self.worker.wake(envelope, row, what, until)
+            case Do.HEAR:
+                self.members.hear(envelope)
+            case Do.REFUSE:
+                self.refuse(envelope, what.reason)
+            case Do.NOTE | Do.DROP:
+                pass
+            case _:
+                assert_never(what.do)
+
+    def _time_left(self, envelope: Envelope, delivery: IncomingMessage) -> float | None:
+        """Seconds until a message is stale; the broker's word counts more than the peer's clock."""
+        if not envelope.ttl:
+            return None
+        if delivery.expires_in is not None:
+            return max(1.0, delivery.expires_in)
+        return max(1.0, envelope.ts + envelope.ttl - time.time())
+
+    def tell_own_agents(self, envelope: Envelope, note: str) -> None:
+        """Something that this node itself has to say."""
+        row = self.journal.record(Event.RECEIVED, envelope, time.time(), note)
+        agents = self.context().addressed(self.name)
+        if row and agents:
+            self._perform(Decision(Do.WAKE, note, agents, now=True), envelope, row, None)
+        self.settle_soon()
+
+    # -- what goes out --
+
+    def send(self, envelope: Envelope) -> None:
+        """Publish an envelope, now or when the broker is back."""
+        fault = self._post(envelope)
+        if fault:
+            self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
+
+    def refuse(self, envelope: Envelope, reason: str) -> None:
+        """Tell the sender that it was not done, if its message may cause an answer at all."""
+        if CHANNELS[envelope.ch].handler:
+            what = envelope.action or "message"
+            text = f"{self.name}: {what} refused: {reason}"
+            self.send(envelope.reply(self.name, text, ch="alert"))
+
+    def keep_result(self, envelope: Envelope, result: Mapping[str, object]) -> None:
+        """Publish what a handler gave, for whoever comes later."""
+        if self._outbox.full:
+            self.log.error("result not published", id=envelope.id, why="too much waits already")
+        else:
+            topic = self.topics.meta(self.name, str(result["action"]))
+            self._outbox.post(topic, encode_json(result), retain=True)
+
+    def _send_for_command(self, envelope: Envelope) -> str:
+        """Send for somebody at the command line, who may expect an answer; why not, if so."""
+        if self.stopping:
+            return "the daemon is stopping"
+        if self._outbox.full:
+            return f"{len(self._outbox)} messages wait for the broker already"
+        fault = self._post(envelope, ask=CHANNELS[envelope.ch].handler)
+        if envelope.ttl:
+            self._watch_questions()
+        return fault
+
+    def _post(self, envelope: Envelope, ask: bool = False) -> str:
+        """Into the journal and the outbox, once; why not, if so."""
+        if self._outbox.full:
+            return "too much waits for the broker"
+        now, payload = time.time(), envelope.encode()
+        row = self.journal.record(Event.SENT, envelope, now, content=payload.decode())
+        if row is None:
+            return f"{envelope.id} was handed in before"
+        until = now + envelope.ttl if envelope.ttl else None
+        self._outbox.post(self.topics.of(envelope), payload, message=row, until=until)
+        if ask:
+            self.journal.ask(envelope, row)
+        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+        self.log.info("sent", **facts, corr=envelope.corr)
+        self.settle_soon()
+        return ""
+
+    def _published(self, row: JournalEntry | None, code: int, words: str) -> None:
+        """The broker has it, or never will."""
+        self.settle_soon()
+        if row is None:
+            return
+        failed = code < 0 or code >= 0x80  # MQTT 5, 2.4
+        if failed:
+            facts: dict[str, object] = {"id": row.id, "ch": row.ch, "to": row.recipient}
+            self.log.error("not published", **facts, why=words)
+        if (failed or code == NO_SUBSCRIBERS) and row.envelope:
+            what = f"not published: {words.lower()}" if failed else "nobody listens there"
+            self.journal.did(row.envelope, time.time(), what)
+            self.journal.answered(row.exchange)  # nobody will
+        self.requests.published(row.id or "", code, words)
+
+    # -- what nobody answered --
+
+    def _watch_questions(self) -> None:
+        """Look at the questions again when the next one is overdue, or in a minute."""
+        if self._overdue:
+            self._overdue.cancel()
+            self._overdue = None
+        due = self.journal.next_due()
+        if due is not None and not self.stopping:
+            wait = min(max(due - time.time(), 0.0) + 0.1, 60.0)
+            self._overdue = self.loop.after(wait, self._check_questions)
+
+    def _check_questions(self) -> None:
+        """Whoever asked, and does not wait any more, is told that nobody answered in time."""
+        now = time.time()
+        for question in self.journal.questions(due=now):
+            self.journal.answered(question.exchange)
+            if not self.requests.waits(question.exchange):
+                asked = f"{now - question.asked:.0f} s ago"
+                text = f"no answer from {question.recipient} to what was asked {asked}"
+                alert = Envelope.new(self.name, self.name, "alert", text, corr=question.exchange)
+                self.log.warning("no answer", id=question.exchange, to=question.recipient)
+                self.tell_own_agents(alert, "its time to live was over")
+        self.settle_soon()
+        self._watch_questions()
+
+
+# ---- Work: who runs next, what became of it, and what agents say -------------------------
+#
+# Handlers, agents and the schedule of a daemon.  Knows of its node only how to say something;
+# what it owes is in the journal, so that it goes on after a crash.
+
+LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
+FIRST_RUN = 10.0  # seconds after the start, for what has never run
+
+
+class ScheduledRun:
+    """One handler that runs by itself, when it last did, and how that ended."""
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        self.config = config
+        self.next = 0.0  # Unix seconds
+        self.last = 0.0  # 0: never
+        self.ok: bool | None = None  # how it ended; None: not known
+        self.running = False
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others, over restarts too."""
+        return f"schedule {self.config.action} {self.when} {self.config.text}"
+
+    @property
+    def when(self) -> str:
+        return self.config.at or f"every {self.config.every:g}s"
+
+    def plan(self, now: float, chance: float) -> None:
+        """Work out the next run; `chance` from 0 to 1 is for the jitter."""
+        if self.config.at:
+            due = next_at(self.config.at, self.last or now)
+        elif self.last:
+            due = self.last + (self.config.every or 0)
+        else:
+            due = now + min(FIRST_RUN, self.config.every or 0)
+        self.next = max(due, now) + chance * self.config.jitter
+
+    def due(self, now: float) -> bool:
+        """Is it time?  A clock that was put back must not silence it."""
+        if self.config.every and self.next - now > self.config.every + self.config.jitter:
+            self.next = now
+        return now >= self.next and not self.running
+
+    def begin(self, now: float) -> None:
+        self.running, self.last = True, now
+
+    def end(self, ok: bool) -> str | None:
+        """Take note of how it ended; what the agent should be told, if anything."""
+        before, self.ok, self.running = self.ok, ok, False
+        words = "is failing" if not ok else "is well again" if before is False else "is well"
+        tell = {
+            "always": True,
+            "never": False,
+            "failure": not ok,
+            "change": ok is False if before is None else ok != before,
+        }
+        return words if tell[self.config.notify] else None
+
+    def document(self) -> dict[str, object]:
+        """What the roster says of it."""
+        return {
+            "action": self.config.action,
+            "when": self.when,
+            "notify": self.config.notify,
+            "last": int(self.last) or None,
+            "next": int(self.next),
+            "ok": self.ok,
+        }
+
+
+def next_at(at: str, after: float) -> float:
+    """The first time that a local clock shows `at` after a moment; Unix seconds."""
+    hour, minute = map(int, at.split(":"))
+    day = time.localtime(after)
+    for days in (0, 1, 2):
+        # mktime finds its way over the ends of months and daylight saving time
+        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
+        if (due := time.mktime(moment)) > after:
+            return due
+    raise AssertionError("no day has this time")
+
+
+class HandlerRun(Value):
+    """A message that waits for its handler."""
+
+    envelope: Envelope
+    action: str
+    until: float = float("inf")  # monotonic; then it is stale
+    task: int = 0  # its number in the journal, if somebody else waits for it
+    scheduled: ScheduledRun | None = None  # who asked, if nobody did from outside
+
+
+class HandlerQueue:
+    """Who runs next: in order, so many at once in all, and so many of each action."""
+
+    def __init__(self, workers: int, workers_of: Callable[[str], int]) -> None:
+        self._workers, self._workers_of = workers, workers_of
+        self._waiting: deque[HandlerRun] = deque()
+        self._running: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, run: HandlerRun) -> bool:
+        """Wait in line; False if the line is too long."""
+        if len(self._waiting) >= MAX_JOBS_WAITING:
+            return False
+        self._waiting.append(run)
+        return True
+
+    def take(self) -> HandlerRun | None:
+        """The next one that may run now; give its action back with done()."""
+        if self.running >= self._workers:
+            return None
+        for i, run in enumerate(self._waiting):
+            running = self._running.get(run.action, 0)
+            if running < self._workers_of(run.action):
+                del self._waiting[i]
+                self._running[run.action] = running + 1
+                return run
+        return None
+
+    @property
+    def running(self) -> int:
+        """How many run now."""
+        return sum(self._running.values())
+
+    def done(self, action: str) -> None:
+        self._running[action] -= 1
+        if not self._running[action]:
+            del self._running[action]
+
+    def clear(self) -> list[HandlerRun]:
+        """Send them all home; who they were."""
+        left, self._waiting = [*self._waiting], deque()
+        return left
+
+
+class Work(Worker):
+    """What one machine can do: its handlers, its agents, its schedule."""
+
+    def __init__(self, node: Node, changed: Callable[[], None]) -> None:
+        """Calls `changed` when its roster has to say something else."""
+        super().__init__()
+        self._node, self._changed = node, changed
+        self._config, self._loop, self._log = node.config, node.loop, node.log
+        self._journal = node.journal
+        self._children = ChildProcesses(node.loop)
+        self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
+        self._catalogue = HandlerSet()
+        self._looked = float("-inf")
+        patience = node.config.node.agent_patience
+        self._agents = {
+            name: Agent(node.loop, self._children, one, node.log, patience, self)
+            for name, one in node.config.agents.items()
+        }
+        self.agents = tuple(self._agents)
+        self._schedule = [ScheduledRun(one) for one in node.config.schedule]
+
+    def start(self) -> None:
+        """Begin, with what was not finished when the daemon ended."""
+        self.look_for_handlers()
+        for agent in self._agents.values():
+            agent.start()
+        self.take_up()
+        self._start_schedule()
+
+    def stop(self) -> list[Envelope]:
+        """Begin nothing any more; which messages wait.  What runs may end."""
+        waiting = [run.envelope for run in self._queue.clear() if run.task]
+        for agent in self._agents.values():
+            waiting += [event.envelope for event in agent.stop()]
+        return waiting
+
+    def end_handlers(self) -> None:
+        """No handler has any more time."""
+        self._children.stop()
+
+    def kill(self) -> None:
+        """Leave nothing running behind."""
+        self._children.kill()
+
+    @property
+    def running(self) -> int:
+        """How many handlers run."""
+        return self._queue.running
+
+    @property
+    def busy(self) -> bool:
+        """Does anything run, or is an agent being called?"""
+        return bool(self.running) or any(agent.calling for agent in self._agents.values())
+
+    def status(self) -> OwnStatus:
+        """What there is to tell of it."""
+        health = {
+            name: {"status": agent.health.value, "reason": agent.reason}
+            for name, agent in self._agents.items()
+        }
+        down = [
+            f"agent {name}: {agent.reason}"
+            for name, agent in self._agents.items()
+            if agent.health is Health.DOWN
+        ]
+        trouble = "; ".join(down + ([] if self._journal.on_disk else ["no journal on disk"]))
+        schedule = [one.document() for one in self._schedule]
+        return OwnStatus(health, [*self.handlers], schedule, trouble)
+
+    def take_up(self) -> None:
+        """Go on with what was not finished when the daemon ended."""
+        tasks = self._journal.tasks()
+        if tasks:
+            self._log.info("taking up what was not finished", tasks=len(tasks))
+        for task in tasks:
+            if task.agent:
+                self._tell_again(task)
+            else:
+                self._run_again(task)
+
+    def _tell_again(self, task: Task) -> None:
+        note = PERHAPS_TOLD if task.began else task.note
+        if task.agent in self._agents:
+            self._wake(task.agent, task.envelope, task.urgent, note, task.until, task.n)
+        else:
+            self._journal.finish(task.n)
+            reason = f"{self._node.name} has no agent {task.agent} any more"
+            self._node.refuse(task.envelope, reason)
+
+    def _run_again(self, task: Task) -> None:
+        """Run it, unless it may have run: that is for whoever sent it to decide."""
+        envelope = task.envelope
+        run = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
+        if task.began and not self._handler_config(run.action).retry:
+            fault = "the daemon ended meanwhile"
+            self._finish(run, ProcessResult(exit=None, stopped=True, fault=fault))
+        else:
+            self._enqueue(run)
+
+    def _deadline(self, until: float | None) -> float:
+        """Unix seconds as seconds of the loop's clock."""
+        return float("inf") if until is None else self._loop.clock() + until - time.time()
+
+    # -- handlers --
+
+    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
+        task = self._journal.owe(row, until=until)
+        self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
+
+    def _handler_config(self, action: str) -> HandlerConfig:
+        return self._config.handlers.get(action, HandlerConfig())
+
+    def _workers_of(self, action: str) -> int:
+        return self._handler_config(action).workers
+
+    def _enqueue(self, run: HandlerRun) -> None:
+        if self._queue.put(run):
+            self._run_handlers()
+        else:
+            self._journal.finish(run.task)
+            self._node.refuse(run.envelope, f"busy: {MAX_JOBS_WAITING} messages wait for handlers")
+
+    def _run_handlers(self) -> None:
+        while run := self._queue.take():
+            self._start_handler(run)
+
+    def _start_handler(self, run: HandlerRun) -> None:
+        file = self.handlers.get(run.action, self._config.handler_dir / run.action)
+        done = partial(self._ran, run)
+        objection = objection_to(file)  # it may have changed since it was found
+        if run.until < self._loop.clock():
+            objection = "its time to live was over before its turn came"
+        if objection:
+            self._loop.after(0, partial(done, ProcessResult(exit=None, fault=objection)))
+            return
+        agents = self._node.context().addressed(run.envelope.to)
+        agent = self._config.agents[agents[0]] if agents else None
+        self._log.info("handler started", action=run.action, id=run.envelope.id)
+        if run.task:
+            self._journal.begin([run.task])
+        self._children.start(handler_job(self._config, file, run.envelope, agent), done)
+
+    def _ran(self, run: HandlerRun, result: ProcessResult) -> None:
+        self._queue.done(run.action)
+        self._node.counts["runs"] += 1
+        self._node.counts["failures"] += not result.ok
+        if result.stopped and run.task and self._handler_config(run.action).retry:
+            self._journal.retract([run.task])  # it runs again at the next start
+        else:
+            self._finish(run, result)
+        if not self._node.stopping:
+            self._run_handlers()
+
+    def _finish(self, run: HandlerRun, result: ProcessResult) -> None:
+        """Tell everyone whom it concerns how a handler ended."""
+        envelope, deadline = run.envelope, handler_deadline(self._config, run.action)
+        document = result_document(envelope, self._node.name, result, deadline, time.time())
+        status, took, error = document["status"], document["duration_ms"], document["error"]
+        say = self._log.info if result.ok else self._log.warning
+        facts: dict[str, object] = {"action": run.action, "id": envelope.id, "status": status}
+        say("handler ended", **facts, exit=result.exit, ms=took, why=error or None)
+        words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
+        self._journal.did(envelope, time.time(), words)
+        self._node.keep_result(envelope, document)
+        if run.scheduled:
+            self._scheduled_run_ended(run.scheduled, envelope, result, deadline)
+        else:
+            self._node.send(answer_to(envelope, self._node.name, result, deadline))
+        if run.task:
+            self._journal.finish(run.task)
+        self._node.settle_soon()
+
+    def look_again(self) -> None:
+        now = self._loop.clock()
+        if now - self._looked >= LOOK_GAP:
+            self._looked = now
+            if self.look_for_handlers():
+                self._changed()
+
+    def look_for_handlers(self) -> bool:
+        """Read the handler directory again; is anything different?"""
+        before, self._catalogue = self._catalogue, scan_handlers(self._config.handler_dir)
+        self.handlers = self._catalogue.handlers
+        if before.handlers.keys() != self.handlers.keys():
+            actions = ",".join(self.handlers)
+            self._log.info("handlers", dir=self._config.handler_dir, actions=actions)
+        for file, reason in self._catalogue.refused.items():
+            if before.refused.get(file) != reason:
+                self._log.warning("not a handler", file=file, why=reason)
+        return before != self._catalogue
+
+    # -- schedule --
+
+    def _start_schedule(self) -> None:
+        import random
+
+        now = time.time()
+        for one in self._schedule:
+            known = self._journal.recall(one.key)
+            last, ok = known.get("last"), known.get("ok")
+            one.last = last if isinstance(last, float) and last < now else 0.0
+            one.ok = ok if isinstance(ok, bool) else None
+            one.plan(now, random.random())
+        if self._schedule:
+            self._run_due()
+
+    def _run_due(self) -> None:
+        """Run what is due; look again at the next one's time, or in a minute: clocks are put."""
+        now = time.time()
+        for one in self._schedule:
+            if one.due(now) and not self._node.stopping:
+                self._run_scheduled(one, now)
+        nearest = min(one.next for one in self._schedule)
+        self._loop.after(min(max(nearest - now, 0.1), 60.0), self._run_due)
+
+    def _run_scheduled(self, one: ScheduledRun, now: float) -> None:
+        import random
+
+        name, action = self._node.name, one.config.action
+        envelope = Envelope.new(name, name, "command", one.config.text, action=action)
+        if not self._queue.put(HandlerRun(envelope, action, scheduled=one)):
+            self._log.warning("not run", action=action, why="too many handlers wait")
+            return
+        one.begin(now)
+        one.plan(now, random.random())
+        self._run_handlers()
+
+    def _scheduled_run_ended(
+        self, one: ScheduledRun, envelope: Envelope, result: ProcessResult, deadline: float
+    ) -> None:
+        """Write down how it ended; wake the agent if that is news."""
+        if result.stopped:
+            return
+        words = one.end(result.ok)
+        self._journal.note(one.key, {"last": one.last, "ok": one.ok})
+        self._changed()
+        if words and not self._node.stopping:
+            said = printed(result) if result.ok else failure(result, deadline)
+            text = cut(f"{one.config.action} {words}: {said}", MAX_ERROR)
+            ch = "status" if result.ok else "alert"
+            self._node.tell_own_agents(envelope.reply(self._node.name, text, ch=ch), "scheduled")
+
+    # -- agents --
+
+    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
+        for agent in what.agents:
+            task = self._journal.owe(row, agent, until, what.now, what.reason)
+            self._wake(agent, envelope, what.now, what.reason, until, task)
+
+    def _wake(
+        self,
+        agent: str,
+        envelope: Envelope,
+        now: bool,
+        note: str,
+        until: float | None,
+        task: int,
+    ) -> None:
+        """Let an agent know, with the question of ours that it answers."""
+        asked = self._journal.message(envelope.exchange) if envelope.corr else None
+        question = asked.envelope.text[:MAX_QUESTION] if asked and asked.envelope else ""
+        event = PendingEvent(envelope, now, note, question, task=task)
+        patience = None if until is None else self._deadline(until) - self._loop.clock()
+        self._agents[agent].wake(event, patience)
+
+    def agent_begins(self, group: Sequence[PendingEvent]) -> None:
+        """It is being told: if we crash now, nobody knows whether it was."""
+        self._journal.begin(event.task for event in group if event.task)
+
+    def agent_failed(self, group: Sequence[PendingEvent], perhaps: bool) -> None:
+        """It will be told again: now, or at the next start if there is a disk."""
+        if not perhaps:
+            self._journal.retract(event.task for event in group if event.task)
+        if self._node.stopping and not self._journal.on_disk:
+            for event in group:
+                self._node.refuse(event.envelope, "the node is stopping")
+        self._node.settle_soon()
+
+    def agent_told(self, agent: str, waking: PendingEvent, reply: str | None) -> None:
+        """It was; its reply, where the way to it has one, is the answer."""
+        self._journal.did(waking.envelope, time.time(), f"told {agent}")
+        if waking.task:
+            self._journal.finish(waking.task)
+        if reply is not None and CHANNELS[waking.envelope.ch].handler:
+            self._node.send(waking.envelope.reply(self._node.name, reply))
+        self._node.settle_soon()
+
+    def agent_gave_up(self, agent: str, waking: PendingEvent, reason: str) -> None:
+        self._journal.did(waking.envelope, time.time(), f"{agent} not told: {reason}")
+        if waking.task:
+            self._journal.finish(waking.task)
+        self._node.refuse(waking.envelope, f"agent {agent} was not told: {reason}")
+        self._node.settle_soon()
+
+
+# ---- Daemon: comes and goes --------------------------------------------------------------
+#
+# Wires the above for as long as the machine runs: finds the broker and makes sure of the name,
+# shows that it is alive, opens the door for commands, ends in order.
+
+STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
+DISCONNECT_TIMEOUT = 2.0  # seconds for the last messages
+
+
+class Daemon:
+    """One machine's node."""
 
     def __init__(
         self,
@@ -7378,104 +8191,69 @@ class Node:
         link: Callable[[Config, OutgoingMessage], Transport],
     ) -> None:
         """`instance` tells this run of the daemon from all others; `link` makes the transport."""
-        self.config, self.loop, self.log, self.instance = config, loop, log, instance
-        self.name, self.topics = config.node.id, config.topics
-        self._build = build()  # of the file as it was when this daemon started
-        self._started = loop.clock()
-        self._journal, self._predecessor = journal, predecessor
-        self._children = ChildProcesses(loop)
-        self._waiting, self._complaints = Waiting(), RateLimit()
-        self._catalogue = HandlerSet()
-        self._queue = HandlerQueue(config.node.handler_workers, self._workers_of)
-        self._agents = {name: self._make_agent(one) for name, one in config.agents.items()}
-        self._settling = False
-        self._when_safe: list[Callable[[], None]] = []
-        self._counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
-        self._sentinels = [ScheduledRun(one) for one in config.schedule]
-        self._service = ServiceManager(loop, os.environ)
-        self._membership = Members(config, loop, log, self._send, self._correct_state)
-        self._reception = self._make_reception()
-        self._door: ControlServer | None = None
-        self._overdue: Timer | None = None
-        self._seq = 0
-        self._beaten = self._looked = float("-inf")
-        self._connected = self._outage = self._stopping = False
-        self._hosting, self._mqtt = BrokerHost(config, loop, log), config.mqtt
-        self._link = link(config, self._will())
-        self._outbox = Outbox(journal, self._link, loop.clock, self._published)
-
-    def _make_agent(self, instance: InstanceConfig) -> Agent:
-        patience = self.config.node.agent_patience
-        return Agent(self.loop, self._children, instance, self.log, patience, self)
-
-    def _make_reception(self) -> Requests:
-        return Requests(
-            self.name,
-            self._journal,
-            self._waiting,
-            self.loop.clock,
-            self._send_for_command,
-            self._settle_soon,
-            lambda: {"connected": self._connected, "states": self._membership.states},
+        self.config, self.loop, self.log = config, loop, log
+        self._instances = (instance, predecessor)
+        self.node = node = Node(config, loop, log, journal)
+        self.work = node.worker = Work(node, lambda: self._presence.publish_roster())
+        self._presence = node.members.presence = Presence(
+            config,
+            loop,
+            instance,
+            node.publish,
+            self.work.status,
+            node.members.alive,
+            node.counts,
         )
-
-    # -- coming and going --
+        self._service = ServiceManager(loop, os.environ)
+        self._hosting, self._mqtt = BrokerHost(config, loop, log), config.mqtt
+        self._control: ControlServer | None = None
+        self._outage = False
+        self._link = link(config, self._presence.will())
+        node.attach(self._link)
 
     def start(self) -> None:
         """Begin; the loop does the rest."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(number, self.stop)
         self.loop.on_signal(signal.SIGHUP, self._reread)
-        self._catalogue = scan_handlers(self.config.handler_dir)
-        self._log_catalogue(HandlerSet())
-        self._open_door()
-        for agent in self._agents.values():
-            agent.start()
-        self._take_up()
+        self._open_control_socket()
+        self.work.start()
         self._link.open(self)
-        self._beat_again()
-        self._start_sentinels()
-        self._tend_journal()
-        self._watch_questions()
+        self._heartbeat()
+        self.node.start()
         self._service.ready("looking for the broker")
 
-    def stop(self) -> None:
-        """End in order: running handlers get a moment; what waits goes on at the next start."""
-        if self._stopping:
-            self._children.stop()
-            return
-        self._stopping = True
-        self._service.stopping()
-        self._membership.stop()
-        self.log.info("stopping", handlers=self._queue.running)
-        waiting = [turn.envelope for turn in self._queue.clear() if turn.task]
-        for agent in self._agents.values():
-            waiting += [waking.envelope for waking in agent.stop()]
-        if not self._journal.on_disk:
-            for envelope in waiting:
-                self._refuse(envelope, "the node is stopping")
-        self.loop.after(STOP_GRACE, self._children.stop)
-        self._leave_when_idle()
+    def _open_control_socket(self) -> None:
+        file = control_socket_path(self.config)
+        try:
+            self._control = ControlServer(self.loop, file, self.node.requests.answer)
+        except OSError as error:
+            self.log.error("no door for the command line", file=file, why=reason_of(error))
 
-    def abandon(self) -> None:
-        """Leave nothing running behind, whatever ended the loop."""
-        self._children.kill()
-        self._hosting.close()
-        if self._door:
-            self._door.close()
+    def _reread(self) -> None:
+        """Look into the handler directory again, because somebody asked."""
+        self._service.reloading()
+        self.work.look_for_handlers()
+        self._presence.publish_roster()
+        self._service.reloaded()
 
-    def _leave_when_idle(self) -> None:
-        if self._queue.running or any(agent.calling for agent in self._agents.values()):
-            self.loop.after(0.05, self._leave_when_idle)
+    def _heartbeat(self) -> None:
+        """Every interval: see what has changed here, show that we are alive, see who is not."""
+        self.loop.after(self.config.heartbeat.interval, self._heartbeat)
+        if self.node.stopping:
             return
-        self._settle()
-        self._publish_state("offline", "stopped")
-        self._link.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
+        if self.work.look_for_handlers():
+            self._presence.publish_roster()
+        if self.node.connected:
+            self._presence.beat()
+            self.node.members.check(self.loop.clock())
+
+    # -- the broker --
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
-        ours = (self.instance, self._predecessor)
+        heartbeat = self._presence.heartbeat(self.node.name)
         NameConflictCheck(
-            self.loop, self.config, ours, self._heartbeat, go_on, self.link_down, self._aim
+            self.loop, self.config, self._instances, heartbeat, go_on, self.link_down, self._aim
         )
 
     def _aim(self, link: MqttClient, go_on: Callable[[], None]) -> None:
@@ -7490,638 +8268,54 @@ class Node:
         self._hosting.find(found)
 
     def link_up(self) -> None:
-        self.log.info("connected", broker=self._mqtt.address, node=self.name)
-        self._connected, self._outage = True, False
-        self._service.status(f"{self.name} is connected to {self._mqtt.address}")
-        self._membership.roster.grant_grace(self.loop.clock())
-        self._publish_roster()
-        self._beat()
-        self._settle_soon()
+        self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
+        self._outage = False
+        self._service.status(f"{self.node.name} is connected to {self._mqtt.address}")
+        self.node.link_up()
+        self._presence.begin()
 
     def link_down(self, reason: str) -> None:
-        self._connected = False
-        self._membership.roster.doubt_losses()
+        self.node.link_down()
         self._service.status(f"no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self._mqtt.address, why=reason)
         self._outage = True
 
-    def _reread(self) -> None:
-        """Look into the handler directory again, because somebody asked."""
-        self._service.reloading()
-        self._look_for_handlers()
-        self._publish_roster()
-        self._service.reloaded()
-
-    # -- the end of a turn --
-
-    def _settle_soon(self, then: Callable[[], None] | None = None) -> None:
-        """Commit at the end of this turn of the loop, and call back when that is done."""
-        if then:
-            self._when_safe.append(then)
-        if not self._settling:
-            self._settling = True
-            self.loop.after(0, self._settle)
-
-    def _settle(self) -> None:
-        """Make it last; then tell the broker and others that it is safe with us."""
-        self._settling = False
-        self._journal.commit()
-        calls, self._when_safe = self._when_safe, []
-        for call in calls:
-            call()
-        self._outbox.pump()
-        self._reception.show_news()
-
-    def _tend_journal(self) -> None:
-        """Now and then, in small steps."""
-        self._journal.go_back_to_disk()
-        more = self._journal.prune(time.time())
-        self._settle_soon()
-        self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._tend_journal)
-
-    # -- what comes in --
-
     def deliver(self, delivery: IncomingMessage) -> None:
-        if self._stopping:
-            return  # not acknowledged: it comes again when this node does
-        meta = self.topics.meta_of(delivery.topic)
-        if meta:
-            name, document = meta
-            if document == "state":
-                self._membership.hear_state(name, delivery)
+        self.node.deliver(delivery)
+
+    # -- the end --
+
+    def stop(self) -> None:
+        """End in order: running handlers get a moment; what waits goes on at the next start."""
+        if self.node.stopping:
+            self.work.end_handlers()
             return
-        self._counts["received"] += 1
-        self._settle_soon(delivery.ack)
-        try:
-            envelope = Envelope.parse(delivery.payload)
-        except EnvelopeError as error:
-            self._counts["invalid"] += 1
-            self._complain("not an envelope", topic=delivery.topic, why=error)
+        self.node.stopping = True
+        self._service.stopping()
+        self.node.members.stop()
+        self.log.info("stopping", handlers=self.work.running)
+        waiting = self.work.stop()
+        if not self.node.journal.on_disk:
+            for envelope in waiting:
+                self.node.refuse(envelope, "the node is stopping")
+        self.loop.after(STOP_GRACE, self.work.end_handlers)
+        self._leave_when_idle()
+
+    def _leave_when_idle(self) -> None:
+        if self.work.busy:
+            self.loop.after(0.05, self._leave_when_idle)
             return
-        self._receive(envelope, delivery)
+        self.node.settle()
+        self._presence.end()
+        self._link.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
 
-    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> None:
-        reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
-        if not reason and delivery.expires_in is None and envelope.stale(time.time()):
-            reason = "its time to live is over"
-        if envelope.action and envelope.action not in self._catalogue.handlers and not reason:
-            self._look_again()
-        step = Drop(reason) if reason else decide(envelope, self._situation())
-        row = 0
-        if isinstance(step, Run | WakeAgents | Refuse | Note):
-            note, content = getattr(step, "reason", ""), delivery.payload.decode()
-            row = self._journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
-            step = step if row else SEEN_BEFORE
-        self._log_message(envelope, step)
-        if row:
-            self._take_note(envelope)
-        self._perform(step, envelope, row, self._time_left(envelope, delivery))
-
-    def _take_note(self, envelope: Envelope) -> None:
-        """What a new message means to those who wait, whatever is done with it."""
-        if envelope.ch == "alert" and envelope.to == EVERYONE:
-            self._membership.roster.announced(envelope.exchange)
-        if CHANNELS[envelope.ch].wake is Wake.UNLESS_AWAITED and envelope.corr:
-            self._journal.answered(envelope.corr)
-            self._settle_soon(lambda: self._reception.heard(envelope))
-
-    def _situation(self) -> RoutingContext:
-        now = self.loop.clock()
-        return RoutingContext(
-            node=self.name,
-            agents=tuple(self._agents),
-            handlers=self._catalogue.handlers,
-            expects=lambda corr: self._waiting.expects(corr, now),
-        )
-
-    def _log_message(self, envelope: Envelope, step: Step) -> None:
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
-        facts |= {"to": envelope.to, "action": envelope.action}
-        if isinstance(step, Drop):
-            self._counts["dropped"] += 1
-            say = self.log.debug if step == SEEN_BEFORE else self._complain
-            say("dropped", **facts, why=step.reason)
-        else:
-            idle = isinstance(step, Hear | Note) and not envelope.urgent  # the journal has it
-            say = self.log.debug if idle or isinstance(step, Hear) else self.log.info
-            say("received", **facts, note=getattr(step, "reason", None))
-            if not isinstance(step, Hear):
-                self.log.debug("text", id=envelope.id, text=envelope.text)
-
-    def _complain(self, event: str, **facts: object) -> None:
-        """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
-        kind = f"{event}: {facts['why']}" if event == "dropped" else event
-        say = (
-            self.log.warning if self._complaints.admit(kind, self.loop.clock()) else self.log.debug
-        )
-        say(event, **facts)
-
-    def _perform(self, step: Step, envelope: Envelope, row: int, left: float | None) -> None:
-        """Do it, within the seconds that are left."""
-        until = None if left is None else time.time() + left
-        match step:
-            case Run(action) if not self._journal.full:
-                task = self._journal.owe(row, until=until)
-                self._enqueue(HandlerRun(envelope, action, self._deadline(until), task))
-            case WakeAgents(agents, now, note) if not self._journal.full:
-                for agent in agents:
-                    task = self._journal.owe(row, agent, until, now, note)
-                    self._wake(agent, envelope, now, note, until, task)
-            case Run() | WakeAgents():
-                self._refuse(envelope, "busy: the journal is full of what is not done yet")
-            case Hear():
-                self._hear(envelope)
-            case Refuse(reason):
-                self._refuse(envelope, reason)
-            case Note() | Drop():
-                pass
-            case _:
-                assert_never(step)
-
-    def _time_left(self, envelope: Envelope, delivery: IncomingMessage) -> float | None:
-        """Seconds until a message is stale; the broker's word counts more than the peer's clock."""
-        if not envelope.ttl:
-            return None
-        if delivery.expires_in is not None:
-            return max(1.0, delivery.expires_in)
-        return max(1.0, envelope.ts + envelope.ttl - time.time())
-
-    def _deadline(self, until: float | None) -> float:
-        """Unix seconds as seconds of the loop's clock."""
-        return float("inf") if until is None else self.loop.clock() + until - time.time()
-
-    def _hear(self, envelope: Envelope) -> None:
-        """A heartbeat; in our own name, another daemon asks whether that is taken."""
-        if envelope.sender != self.name:
-            self._membership.hear(envelope)
-        elif (read_json_object(envelope.text) or {}).get("boot") != self.instance:
-            self._beat_if_due()
-
-    def _take_up(self) -> None:
-        """Go on with what was not finished when the daemon ended."""
-        tasks = self._journal.tasks()
-        if tasks:
-            self.log.info("taking up what was not finished", tasks=len(tasks))
-        for task in tasks:
-            if task.agent:
-                self._tell_again(task)
-            else:
-                self._run_again(task)
-
-    def _tell_again(self, task: Task) -> None:
-        note = PERHAPS_TOLD if task.began else task.note
-        if task.agent in self._agents:
-            self._wake(task.agent, task.envelope, task.urgent, note, task.until, task.n)
-        else:
-            self._journal.finish(task.n)
-            self._refuse(task.envelope, f"{self.name} has no agent {task.agent} any more")
-
-    def _run_again(self, task: Task) -> None:
-        """Run it, unless it may have run: that is for whoever sent it to decide."""
-        envelope = task.envelope
-        turn = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
-        if task.began and not self._handler_config(turn.action).retry:
-            self._finish(
-                turn, ProcessResult(exit=None, stopped=True, fault="the daemon ended meanwhile")
-            )
-        else:
-            self._enqueue(turn)
-
-    # -- what goes out --
-
-    def _send(self, envelope: Envelope) -> None:
-        """Publish an envelope, now or when the broker is back."""
-        fault = self._post(envelope)
-        if fault:
-            self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
-
-    def _send_for_command(self, envelope: Envelope) -> str:
-        """The same for somebody at the command line, who may expect an answer."""
-        if self._stopping:
-            return "the daemon is stopping"
-        if self._outbox.full:
-            return f"{len(self._outbox)} messages wait for the broker already"
-        fault = self._post(envelope, ask=CHANNELS[envelope.ch].handler)
-        if envelope.ttl:
-            self._watch_questions()
-        return fault
-
-    def _post(self, envelope: Envelope, ask: bool = False) -> str:
-        """Into the journal and the outbox, once; why not, if so."""
-        if self._outbox.full:
-            return "too much waits for the broker"
-        now, payload = time.time(), envelope.encode()
-        row = self._journal.record(Event.SENT, envelope, now, content=payload.decode())
-        if row is None:
-            return f"{envelope.id} was handed in before"
-        until = now + envelope.ttl if envelope.ttl else None
-        self._outbox.post(self.topics.of(envelope), payload, message=row, until=until)
-        if ask:
-            self._journal.ask(envelope, row)
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
-        self.log.info("sent", **facts, corr=envelope.corr)
-        self._settle_soon()
-        return ""
-
-    def _published(self, row: JournalEntry | None, code: int, words: str) -> None:
-        """The broker has it, or never will."""
-        self._settle_soon()
-        if row is None:
-            return
-        failed = code < 0 or code >= 0x80  # MQTT 5, 2.4
-        if failed:
-            facts: dict[str, object] = {"id": row.id, "ch": row.ch, "to": row.recipient}
-            self.log.error("not published", **facts, why=words)
-        if (failed or code == NO_SUBSCRIBERS) and row.envelope:
-            what = f"not published: {words.lower()}" if failed else "nobody listens there"
-            self._journal.did(row.envelope, time.time(), what)
-            self._journal.answered(row.exchange)  # nobody will
-        self._reception.published(row.id or "", code, words)
-
-    def _refuse(self, envelope: Envelope, reason: str) -> None:
-        """Tell the sender that it was not done, if its message may cause an answer at all."""
-        if CHANNELS[envelope.ch].handler:
-            what = envelope.action or "message"
-            self._send(
-                envelope.reply(self.name, f"{self.name}: {what} refused: {reason}", ch="alert")
-            )
-
-    def _publish_meta(self, name: str, document: str, content: object, keep: bool) -> None:
-        payload = encode_json(content)
-        self._link.publish(
-            OutgoingMessage(self.topics.meta(name, document), payload, retain=True, keep=keep)
-        )
-
-    def _correct_state(self, name: str, state: dict[str, Any]) -> None:
-        self._publish_meta(name, "state", state, keep=True)
-
-    # -- handlers --
-
-    def _handler_config(self, action: str) -> HandlerConfig:
-        return self.config.handlers.get(action, HandlerConfig())
-
-    def _workers_of(self, action: str) -> int:
-        return self._handler_config(action).workers
-
-    def _enqueue(self, turn: HandlerRun) -> None:
-        if self._queue.put(turn):
-            self._run_handlers()
-        else:
-            self._journal.finish(turn.task)
-            self._refuse(turn.envelope, f"busy: {MAX_JOBS_WAITING} messages wait for handlers")
-
-    def _run_handlers(self) -> None:
-        while turn := self._queue.take():
-            self._run(turn)
-
-    def _run(self, turn: HandlerRun) -> None:
-        file = self._catalogue.handlers.get(turn.action, self.config.handler_dir / turn.action)
-
-        def done(outcome: ProcessResult) -> None:
-            self._ran(turn, outcome)
-
-        objection = objection_to(file)  # it may have changed since it was found
-        if turn.until < self.loop.clock():
-            objection = "its time to live was over before its turn came"
-        if objection:
-            self.loop.after(0, lambda: done(ProcessResult(exit=None, fault=objection)))
-            return
-        agents = self._situation().addressed(turn.envelope.to)
-        agent = self.config.agents[agents[0]] if agents else None
-        self.log.info("handler started", action=turn.action, id=turn.envelope.id)
-        if turn.task:
-            self._journal.begin([turn.task])
-        self._children.start(handler_job(self.config, file, turn.envelope, agent), done)
-
-    def _ran(self, turn: HandlerRun, outcome: ProcessResult) -> None:
-        self._queue.done(turn.action)
-        self._counts["runs"] += 1
-        self._counts["failures"] += not outcome.ok
-        if outcome.stopped and turn.task and self._handler_config(turn.action).retry:
-            self._journal.retract([turn.task])  # it runs again at the next start
-        else:
-            self._finish(turn, outcome)
-        if not self._stopping:
-            self._run_handlers()
-
-    def _finish(self, turn: HandlerRun, outcome: ProcessResult) -> None:
-        """Tell everyone whom it concerns how a handler ended."""
-        envelope, deadline = turn.envelope, handler_deadline(self.config, turn.action)
-        result = result_document(envelope, self.name, outcome, deadline, time.time())
-        status, took = result["status"], result["duration_ms"]
-        say = self.log.info if outcome.ok else self.log.warning
-        say(
-            "handler ended",
-            action=turn.action,
-            id=envelope.id,
-            status=status,
-            exit=outcome.exit,
-            ms=took,
-            why=result["error"] or None,
-        )
-        words = f"{status}, {took} ms" if outcome.ok else f"{status}: {result['error']}"
-        self._journal.did(envelope, time.time(), words)
-        if self._outbox.full:
-            self.log.error("result not published", id=envelope.id, why="too much waits already")
-        else:
-            payload = encode_json(result)
-            self._outbox.post(self.topics.meta(self.name, turn.action), payload, retain=True)
-        if turn.sentinel:
-            self._sentinel_ended(turn.sentinel, envelope, outcome, deadline)
-        else:
-            self._send(answer_to(envelope, self.name, outcome, deadline))
-        if turn.task:
-            self._journal.finish(turn.task)
-        self._settle_soon()
-
-    def _look_again(self) -> None:
-        """An action is not known: a handler for it may have been put there just now."""
-        now = self.loop.clock()
-        if now - self._looked >= LOOK_GAP:
-            self._looked = now
-            if self._look_for_handlers():
-                self._publish_roster()
-
-    def _look_for_handlers(self) -> bool:
-        """Read the handler directory again; is anything different?"""
-        before, self._catalogue = self._catalogue, scan_handlers(self.config.handler_dir)
-        self._log_catalogue(before)
-        return before != self._catalogue
-
-    def _log_catalogue(self, before: HandlerSet) -> None:
-        if before.handlers.keys() != self._catalogue.handlers.keys():
-            self.log.info(
-                "handlers", dir=self.config.handler_dir, actions=",".join(self._catalogue.handlers)
-            )
-        for file, reason in self._catalogue.refused.items():
-            if before.refused.get(file) != reason:
-                self.log.warning("not a handler", file=file, why=reason)
-
-    # -- schedule --
-
-    def _start_sentinels(self) -> None:
-        import random
-
-        now = time.time()
-        for sentinel in self._sentinels:
-            known = self._journal.recall(sentinel.key)
-            last, ok = known.get("last"), known.get("ok")
-            sentinel.last = last if isinstance(last, float) and last < now else 0.0
-            sentinel.ok = ok if isinstance(ok, bool) else None
-            sentinel.plan(now, random.random())
-        if self._sentinels:
-            self._watch_the_clock()
-
-    def _watch_the_clock(self) -> None:
-        """Run what is due; look again at the next one's time, or in a minute: clocks are put."""
-        now = time.time()
-        for sentinel in self._sentinels:
-            if sentinel.due(now) and not self._stopping:
-                self._run_sentinel(sentinel, now)
-        nearest = min(sentinel.next for sentinel in self._sentinels)
-        self.loop.after(min(max(nearest - now, 0.1), 60.0), self._watch_the_clock)
-
-    def _run_sentinel(self, sentinel: ScheduledRun, now: float) -> None:
-        import random
-
-        config = sentinel.config
-        envelope = Envelope.new(self.name, self.name, "command", config.text, action=config.action)
-        if not self._queue.put(HandlerRun(envelope, config.action, sentinel=sentinel)):
-            self.log.warning("not run", action=config.action, why="too many handlers wait")
-            return
-        sentinel.begin(now)
-        sentinel.plan(now, random.random())
-        self._run_handlers()
-
-    def _sentinel_ended(
-        self, sentinel: ScheduledRun, envelope: Envelope, outcome: ProcessResult, deadline: float
-    ) -> None:
-        """Write down how it ended; wake the agent if that is news."""
-        if outcome.stopped:
-            return
-        words = sentinel.end(outcome.ok)
-        self._journal.note(sentinel.key, {"last": sentinel.last, "ok": sentinel.ok})
-        self._publish_roster()
-        if words and not self._stopping:
-            said = printed(outcome) if outcome.ok else failure(outcome, deadline)
-            text = cut(f"{sentinel.config.action} {words}: {said}", MAX_ERROR)
-            ch = "status" if outcome.ok else "alert"
-            self._tell_own_agents(envelope.reply(self.name, text, ch=ch), "scheduled")
-
-    # -- agents --
-
-    def _wake(
-        self,
-        agent: str,
-        envelope: Envelope,
-        now: bool,
-        note: str,
-        until: float | None,
-        task: int,
-    ) -> None:
-        """Let an agent know, with the question of ours that it answers."""
-        asked = self._journal.message(envelope.exchange) if envelope.corr else None
-        question = asked.envelope.text[:MAX_QUESTION] if asked and asked.envelope else ""
-        waking = PendingEvent(envelope, now, note, question, task=task)
-        patience = None if until is None else self._deadline(until) - self.loop.clock()
-        self._agents[agent].wake(waking, patience)
-
-    def _tell_own_agents(self, envelope: Envelope, note: str) -> None:
-        """Something that this node itself has to say."""
-        row = self._journal.record(Event.RECEIVED, envelope, time.time(), note)
-        agents = self._situation().addressed(self.name)
-        if row and agents:
-            self._perform(WakeAgents(agents, True, note), envelope, row, None)
-        self._settle_soon()
-
-    def agent_begins(self, group: Sequence[PendingEvent]) -> None:
-        """It is being told: if we crash now, nobody knows whether it was."""
-        self._journal.begin(waking.task for waking in group if waking.task)
-
-    def agent_failed(self, group: Sequence[PendingEvent], perhaps: bool) -> None:
-        """It will be told again: now, or at the next start if there is a disk."""
-        if not perhaps:
-            self._journal.retract(waking.task for waking in group if waking.task)
-        if self._stopping and not self._journal.on_disk:
-            for waking in group:
-                self._refuse(waking.envelope, "the node is stopping")
-        self._settle_soon()
-
-    def agent_told(self, agent: str, waking: PendingEvent, reply: str | None) -> None:
-        """It was; its reply, where the way to it has one, is the answer."""
-        self._journal.did(waking.envelope, time.time(), f"told {agent}")
-        if waking.task:
-            self._journal.finish(waking.task)
-        if reply is not None and CHANNELS[waking.envelope.ch].handler:
-            self._send(waking.envelope.reply(self.name, reply))
-        self._settle_soon()
-
-    def agent_gave_up(self, agent: str, waking: PendingEvent, reason: str) -> None:
-        self._journal.did(waking.envelope, time.time(), f"{agent} not told: {reason}")
-        if waking.task:
-            self._journal.finish(waking.task)
-        self._refuse(waking.envelope, f"agent {agent} was not told: {reason}")
-        self._settle_soon()
-
-    # -- the command line of this node --
-
-    def _open_door(self) -> None:
-        file = control_socket_path(self.config)
-        try:
-            self._door = ControlServer(self.loop, file, self._reception.answer)
-        except OSError as error:
-            self.log.error("no door for the command line", file=file, why=reason_of(error))
-
-    def _watch_questions(self) -> None:
-        """Look at the questions again when the next one is overdue, or in a minute."""
-        if self._overdue:
-            self._overdue.cancel()
-            self._overdue = None
-        due = self._journal.next_due()
-        if due is not None and not self._stopping:
-            wait = min(max(due - time.time(), 0.0) + 0.1, 60.0)
-            self._overdue = self.loop.after(wait, self._check_questions)
-
-    def _check_questions(self) -> None:
-        """Whoever asked, and does not wait any more, is told that nobody answered in time."""
-        now = time.time()
-        for question in self._journal.questions(due=now):
-            self._journal.answered(question.exchange)
-            if not self._reception.waits(question.exchange):
-                asked = f"{now - question.asked:.0f} s ago"
-                text = f"no answer from {question.recipient} to what was asked {asked}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=question.exchange)
-                self.log.warning("no answer", id=question.exchange, to=question.recipient)
-                self._tell_own_agents(alert, "its time to live was over")
-        self._settle_soon()
-        self._watch_questions()
-
-    # -- showing that we are alive --
-
-    def _beat_again(self) -> None:
-        """Every interval: show that we are alive, see who is not, see what has changed here."""
-        interval = self.config.heartbeat.interval
-        now = self.loop.clock()
-        late = now - self._beaten > 2 * interval
-        self.loop.after(interval, self._beat_again)
-        if self._stopping:
-            return
-        if self._look_for_handlers():
-            self._publish_roster()
-        if not self._connected:
-            return
-        self._beat()
-        if late:  # we were asleep ourselves: do not blame the others
-            self._membership.roster.grant_grace(now)
-        self._membership.miss(now)
-
-    def _beat_if_due(self) -> None:
-        if self.loop.clock() - self._beaten >= MIN_BEAT_GAP:
-            self._beat()
-
-    def _beat(self) -> None:
-        self._beaten = self.loop.clock()
-        heartbeat = self._heartbeat(EVERYONE)
-        topic = self.topics.to(EVERYONE, "heartbeat")
-        self._link.publish(OutgoingMessage(topic, heartbeat, qos=0, keep=False))
-        self._publish_state("degraded" if self._trouble() else "online")
-
-    def _trouble(self) -> str:
-        """Why this node is degraded, or nothing."""
-        down = [
-            f"agent {a}: {one.reason}"
-            for a, one in self._agents.items()
-            if one.health is Health.DOWN
-        ]
-        return "; ".join(down + ([] if self._journal.on_disk else ["no journal on disk"]))
-
-    def _heartbeat(self, to: str) -> bytes:
-        self._seq += 1
-        said = {
-            "node_id": self.name,
-            "uptime_s": round(self.loop.clock() - self._started, 1),
-            "load_1m": load_1m(),
-            "interval": self.config.heartbeat.interval,
-            "oc_instances": [
-                {"name": n, "status": a.health.value} for n, a in self._agents.items()
-            ],
-            "boot": self.instance,
-            "seq": self._seq,
-        }
-        text = encode_json(said).decode()
-        return Envelope.new(self.name, to, "heartbeat", text, urgency="later").encode()
-
-    def _state(self, name: str, status: str, reason: str = "") -> dict[str, Any]:
-        """The state document of this node, or of one of its agents."""
-        health = {
-            n: {"status": a.health.value, "reason": a.reason} for n, a in self._agents.items()
-        }
-        state: dict[str, Any] = {
-            "node_id": name,
-            "status": status,
-            "last_seen": int(time.time()),
-            "uptime_s": round(self.loop.clock() - self._started, 1),
-            "known_peers": self._membership.roster.alive(),
-            "daemon_node": self.name,
-            "version": f"{__version__} ({self._build})",
-            "load_1m": load_1m(),
-            "oc": health if name == self.name else {name: health[name]},
-            "instance": self.instance,
-            "interval": self.config.heartbeat.interval,
-            "miss_threshold": self.config.heartbeat.miss_threshold,
-            "host": socket.gethostname(),
-            "counters": self._counts,
-        }
-        return state | ({"reason": reason} if reason else {})
-
-    def _publish_state(self, status: str, reason: str = "") -> None:
-        """Publish the state of this node and of each of its agents."""
-        own = self._trouble() if status == "degraded" else reason
-        self._publish_meta(
-            self.name, "state", self._state(self.name, status, own), keep=status == "offline"
-        )
-        for name, agent in self._agents.items():
-            if name == self.name:
-                continue
-            alive = "degraded" if agent.health is Health.DOWN else "online"
-            state = self._state(
-                name, status if status == "offline" else alive, reason or agent.reason
-            )
-            self._publish_meta(name, "state", state, keep=status == "offline")
-
-    def _will(self) -> OutgoingMessage:
-        state = self._state(self.name, "offline", "connection lost")
-        return OutgoingMessage(
-            self.topics.meta(self.name, "state"), encode_json(state), retain=True
-        )
-
-    def _publish_roster(self) -> None:
-        import platform
-
-        document = {
-            "node": self.name,
-            "ts": int(time.time()),
-            "version": __version__,
-            "build": self._build,
-            "protocol": PROTOCOL_VERSION,
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "agents": [*self._agents],
-            "handlers": [*self._catalogue.handlers],
-            "schedule": [
-                {
-                    "action": one.config.action,
-                    "when": one.when,
-                    "notify": one.config.notify,
-                    "last": int(one.last) or None,
-                    "next": int(one.next),
-                    "ok": one.ok,
-                }
-                for one in self._sentinels
-            ],
-        }
-        self._publish_meta(self.name, "roster", document, keep=False)
+    def abandon(self) -> None:
+        """Leave nothing running behind, whatever ended the loop."""
+        self.work.kill()
+        self._hosting.close()
+        if self._control:
+            self._control.close()
 
 
 # ---- Output: rows to a table or to JSON --------------------------------------------------
@@ -8202,7 +8396,7 @@ class StatusRow(Value):
 
     @property
     def alive(self) -> bool:
-        return self.status in ("online", "degraded")
+        return self.status in ALIVE
 
 
 def status_row(
@@ -8215,7 +8409,7 @@ def status_row(
     seen = bounded_number(state.get("last_seen"), 1, MAX_TS)
     age = max(0.0, now - seen) if seen else None
     status = status_of(state)
-    if status in ("online", "degraded") and (age is None or age > interval * missed + 1):
+    if status in ALIVE and (age is None or is_overdue(age - SEEN_PRECISION, interval, missed)):
         status = "stale"
     health = {
         printable(agent): printable(one.get("status") if isinstance(one, dict) else one, 20)
@@ -9070,173 +9264,162 @@ class Finding(Value):
     todo: str = ""
 
 
-class Visit(Errand):
-    """An errand that has an end whatever the broker does."""
-
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config)
-        self._deadline = deadline
-        self.loop.after(deadline, self._late)
-
-    def _late(self) -> None:
-        raise broker_fault(self.config.mqtt, f"no answer in {self._deadline:.0f} s")
-
-
-class Greeting(Visit):
-    """Connect, log in, go."""
-
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config, deadline)
-        self._link = MqttClient(self.loop, self.config.mqtt)
-        self._link.open(self)
-
-    def link_up(self) -> None:
-        self._link.close(self.finish, within=0.0)
-
-
-class Probing(Visit):
-    """Subscribe to what this node reads; publish where it writes, and see what comes back.
-
-    The probes go to topics below the node's own that nobody subscribes to, but one: a heartbeat
-    to ourselves, as a daemon sends it that looks for another of its name.
-    """
-
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config, deadline)
-        self.not_subscribed = ""  # why, if the broker said no
-        self.refused: dict[str, str] = {}  # topic: why
-        token, names = new_id(), [self.node, *config.agents]
-        private = dict.fromkeys((self.topics.private(one, token) for one in names), b"doctor")
-        unread = dict.fromkeys((self.topics.meta(one, f"doctor-{token}") for one in names), b"{}")
-        beat = Envelope.new(self.node, self.node, "heartbeat", "{}", urgency="later", id=token)
-        self._beat = OutgoingMessage(
-            self.topics.of(beat), beat.encode(), qos=0
-        )  # so it isn't queued
-        self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
-        self._unanswered = deque((private | unread).items())
-        read = [*self.topics.for_node(names), self.topics.meta("+", "state"), *private]
-        self._link = MqttClient(
-            self.loop, self.config.mqtt, subscriptions=[(topic, 0) for topic in read]
-        )
-        self._link.open(self)
-        self._up = False
-
-    def link_up(self) -> None:
-        self._up = True
-        self._link.publish(self._beat)
-        self._next()
-
-    def _next(self) -> None:
-        """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
-        if not self._unanswered:
-            self.loop.after(PROBE_PATIENCE, self._leave)
-            return self._end_if_complete()
-        topic, payload = self._unanswered[0]
-        self._link.publish(OutgoingMessage(topic, payload, keep=False, done=self._answered))
-
-    def _answered(self, code: int, words: str) -> None:
-        topic, _ = self._unanswered.popleft()
-        if code < 0 or code >= 0x80:
-            self.refused[topic] = words.lower()
-        self._next()
-
-    def link_down(self, reason: str) -> None:
-        if self._up:
-            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
-            self.refused[topic] = reason
-        elif reason.startswith("subscribing"):
-            self.not_subscribed = reason
-        else:
-            super().link_down(reason)
-        self.finish()
-
-    def deliver(self, delivery: IncomingMessage) -> None:
-        if self.missing.get(delivery.topic) == delivery.payload:
-            del self.missing[delivery.topic]
-            self._end_if_complete()
-
-    def _end_if_complete(self) -> None:
-        if not self._unanswered and not self.missing.keys() - self.refused.keys():
-            self._leave()
-
-    def _leave(self) -> None:
-        self._link.close(self.finish, within=0.0)
-
-
-class Listening(Visit):
-    """Hear of the other nodes, and compare their clocks with ours.
+class PeerClocks:
+    """How far the clocks of the other nodes are ahead of ours.
 
     Only what is said now tells the time; what was retained may be old, so it tells who should
     speak soon, and only a time that is still to come is wrong for certain.
     """
 
-    def __init__(self, config: Config, deadline: float) -> None:
-        super().__init__(config, deadline)
-        self.ahead: dict[str, float] = {}  # name: seconds that its clock is ahead of ours
-        self._awaited: set[str] = set()
-        self._patience, self._settled = 0.0, False
-        filters = [self.topics.meta("+", "state"), self.topics.to(EVERYONE, "heartbeat")]
-        marker = self.topics.private(self.node, new_id())
-        self._survey = RetainedQuery(
-            self.loop,
-            self.config.mqtt,
-            filters,
-            marker,
-            self._found,
-            self._complete,
-            self.link_down,
-        )
+    def __init__(self, config: Config) -> None:
+        self.ahead: dict[str, float] = {}  # name: seconds
+        self.awaited: set[str] = set()  # who is said to be alive
+        self.patience = 0.0  # seconds in which they should have spoken
+        self._node, self._topics = config.node.id, config.topics
+        self._interval = config.heartbeat.interval
 
-    def _found(self, delivery: IncomingMessage) -> None:
-        meta = self.topics.meta_of(delivery.topic)
-        if len(delivery.payload) > MAX_STATE:
+    @property
+    def complete(self) -> bool:
+        """Has everybody spoken who is awaited?"""
+        return self.awaited <= self.ahead.keys()
+
+    def hear(self, message: IncomingMessage) -> None:
+        """Take a state or a heartbeat, whatever it holds; anything else tells no time."""
+        state = self._topics.meta_of(message.topic)
+        heartbeats = self._topics.to(EVERYONE, "heartbeat")
+        if not (state or message.topic == heartbeats) or len(message.payload) > MAX_STATE:
             return
-        said = read_json_object(delivery.payload) or {}
-        peer = meta[0] if meta else said.get("from")
-        alive = not meta or status_of(said) in ("online", "degraded")
-        then = bounded_number(said.get("last_seen" if meta else "ts"), 1, MAX_TS)
-        if said.get("daemon_node", peer) != peer or peer == self.node or not alive or not then:
+        said = read_json_object(message.payload) or {}
+        peer = state[0] if state else said.get("from")
+        alive = not state or status_of(said) in ALIVE
+        then = bounded_number(said.get("last_seen" if state else "ts"), 1, MAX_TS)
+        if said.get("daemon_node", peer) != peer or peer == self._node or not alive or not then:
             return
-        if not isinstance(peer, str) or not NAME.fullmatch(peer) or len(self.ahead) >= MAX_PEERS:
+        if not isinstance(peer, str) or not NAME.fullmatch(peer) or len(self.ahead) >= MAX_MEMBERS:
             return
         ahead = int(then) + 0.5 - time.time()  # they are whole seconds
-        if not delivery.retained or ahead > CLOCK_TOLERANCE:
+        if not message.retained or ahead > CLOCK_TOLERANCE:
             self.ahead[peer] = ahead
-        elif meta and len(self._awaited) < MAX_PEERS:
-            self._awaited.add(peer)
-            interval = bounded_number(said.get("interval"), *PEER_INTERVAL)
-            interval = interval or self.config.heartbeat.interval
-            self._patience = min(max(self._patience, interval + 1.0), self._deadline - 1.0)
-        self._end_if_complete()
+        elif state and len(self.awaited) < MAX_MEMBERS:
+            self.awaited.add(peer)
+            interval = bounded_number(said.get("interval"), *PEER_INTERVAL) or self._interval
+            self.patience = min(max(self.patience, interval + 1.0), CLOCK_PATIENCE)
 
-    def _complete(self) -> None:
-        self._settled = True
-        self.loop.after(self._patience, self._leave)
-        self._end_if_complete()
 
-    def _end_if_complete(self) -> None:
-        if self._settled and self._awaited <= self.ahead.keys():
-            self._leave()
+class BrokerCheck:
+    """One connection to the broker, and what it shows, stage after stage.
 
-    def _leave(self) -> None:
-        self._survey.link.close(self.finish, within=0.0)
+    It subscribes to what this node reads, and publishes where it writes.  The probes go to topics
+    below the node's own that nobody subscribes to, but one: a heartbeat to ourselves, as a daemon
+    sends it that looks for another of its name.
+    """
+
+    def __init__(self, config: Config, left: Callable[[float], float]) -> None:
+        self.clocks = PeerClocks(config)
+        self.subscribed, self.not_subscribed = False, ""  # why, if the broker said no
+        self.refused: dict[str, str] = {}  # topic: why
+        self._mqtt, self._left, self._lost = config.mqtt, left, ""
+        topics, node, token = config.topics, config.node.id, new_id()
+        names = [node, *config.agents]
+        private = dict.fromkeys((topics.private(one, token) for one in names), b"doctor")
+        unread = dict.fromkeys((topics.meta(one, f"doctor-{token}") for one in names), b"{}")
+        beat = Envelope.new(node, node, "heartbeat", "{}", urgency="later", id=token)
+        self._beat = OutgoingMessage(topics.of(beat), beat.encode(), qos=0)  # so it isn't queued
+        self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
+        self._unanswered = deque((private | unread).items())
+        self._loop = Loop(Log("error"))
+        read = [*topics.for_node(names), topics.meta("+", "state"), *private]
+        self.client = MqttClient(self._loop, self._mqtt, subscriptions=[(one, 0) for one in read])
+        self.client.open(self)
+
+    def wait(self, known: Callable[[], object], within: float) -> bool:
+        """Turn until something is known; False if that takes too long."""
+        timer = self._loop.after(within, lambda: None)
+        while not (known() or self._lost) and self._loop.clock() < timer.due:
+            self._loop.step()
+        timer.cancel()
+        return bool(known())
+
+    def expect(self, known: Callable[[], object]) -> None:
+        """Wait for what the broker owes us; raises BrokerError where that does not come."""
+        within = self._left(BROKER_DEADLINE)
+        if not self.wait(known, within) or self._lost:
+            raise broker_fault(self._mqtt, self._lost or f"no answer in {within:.0f} s")
+
+    def publish(self) -> None:
+        """See each probe answered; then they may be `refused`, or `missing` for ever."""
+        self.expect(lambda: not self._unanswered)
+        self.wait(lambda: self.refused or not self.missing, PROBE_PATIENCE)
+
+    def compare_clocks(self) -> None:
+        """Wait for the nodes that are said to be alive; some brokers are late in saying so."""
+        self.wait(lambda: self.clocks.awaited, RetainedQuery.QUIET)
+        self.wait(lambda: self.clocks.complete, self._left(self.clocks.patience))
+        self.expect(lambda: not self._lost)
+
+    def close(self) -> None:
+        gone = list[bool]()
+        self.client.close(lambda: gone.append(True), within=0.0)
+        while not gone:
+            self._loop.step()
+        self._loop.close()
+
+    # What the client reports:
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def link_up(self) -> None:
+        self.subscribed = True
+        self.client.publish(self._beat)
+        self._probe()
+
+    def link_down(self, reason: str) -> None:
+        if reason.startswith("subscribing"):
+            self.not_subscribed = reason
+        elif self.subscribed and (self._unanswered or self.missing):
+            topic = self._unanswered[0][0] if self._unanswered else self._beat.topic
+            self.refused[topic] = reason
+            self._unanswered.clear()
+        else:
+            self._lost = reason
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        if self.missing.get(delivery.topic) == delivery.payload:
+            del self.missing[delivery.topic]
+        else:
+            self.clocks.hear(delivery)
+
+    def _probe(self) -> None:
+        """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
+        if self._unanswered:
+            topic, payload = self._unanswered[0]
+            self.client.publish(OutgoingMessage(topic, payload, keep=False, done=self._answered))
+
+    def _answered(self, code: int, words: str) -> None:
+        topic, _ = self._unanswered.popleft()
+        if code < 0 or code >= 0x80:
+            self.refused[topic] = words.lower()
+        self._probe()
 
 
 class DoctorContext:
-    """What the checks share: the configuration, once it is read, and how long there is."""
+    """What the checks share: the configuration, the connection, and how long there is."""
 
     config: Config
-    probing: Probing
+    broker: BrokerCheck
 
-    def __init__(self, load: Callable[[], Config], now: float) -> None:
-        self.load, self._until = load, now + DOCTOR_DEADLINE
+    def __init__(
+        self, load: Callable[[], Config], now: float, ending: contextlib.ExitStack
+    ) -> None:
+        self.load, self.ending, self._until = load, ending, now + DOCTOR_DEADLINE
 
     def left(self, at_most: float) -> float:
         """Seconds that the next thing may take."""
         return max(0.5, min(at_most, self._until - time.monotonic()))
 
 
-def check_python(exam: DoctorContext) -> Iterator[Finding]:
+def check_python(context: DoctorContext) -> Iterator[Finding]:
     import platform
 
     system = f"{platform.system()} {platform.machine()}"
@@ -9244,24 +9427,23 @@ def check_python(exam: DoctorContext) -> Iterator[Finding]:
     yield Finding(Level.OK, what)
 
 
-def check_paho(exam: DoctorContext) -> Iterator[Finding]:
+def check_paho(context: DoctorContext) -> Iterator[Finding]:
     load_paho()
     yield Finding(
         Level.OK, str(getattr(sys.modules["paho.mqtt"], "__version__", "of some version"))
     )
 
 
-def check_config(exam: DoctorContext) -> Iterator[Finding]:
-    exam.config = exam.load()
-    source = exam.config.source or "no file, the defaults hold (hive.py init writes one)"
-    yield Finding(Level.OK, f"node {exam.config.node.id}: {source}")
+def check_config(context: DoctorContext) -> Iterator[Finding]:
+    context.config = context.load()
+    source = context.config.source or "no file, the defaults hold (hive.py init writes one)"
+    yield Finding(Level.OK, f"node {context.config.node.id}: {source}")
 
 
-def check_files(exam: DoctorContext) -> Iterator[Finding]:
-    config = exam.config
+def check_files(context: DoctorContext) -> Iterator[Finding]:
+    config = context.config
     findings = [objected(Level.WARN, warning) for warning in config.warnings]
-    named = [config.source, config.mqtt.password_file, config.mqtt.key_file]
-    for file in filter(None, [*named, *(one.hook_token_file for one in config.oc_instances)]):
+    for file in filter(None, dict.fromkeys((config.source, *secret_files(config)))):
         if objection := writable_by_others(file.stat()):
             findings.append(objected(Level.WARN, said_against(file, objection)))
     findings += check_folder(config.state_dir)
@@ -9287,47 +9469,47 @@ def check_folder(folder: Path) -> Iterator[Finding]:
         yield Finding(Level.WARN, f"{what}: others may look into it", f"chmod 700 {there}")
 
 
-def check_handlers(exam: DoctorContext) -> Iterator[Finding]:
-    folder = exam.config.handler_dir
-    catalogue = scan_handlers(folder)
-    why = catalogue.refused.get(str(folder))
+def check_handlers(context: DoctorContext) -> Iterator[Finding]:
+    folder = context.config.handler_dir
+    found = scan_handlers(folder)
+    why = found.refused.get(str(folder))
     if why:
         yield objected(Level.FAIL, f"none: {said_against(folder, why)}")
         return
-    for file, why in catalogue.refused.items():
+    for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
-    names = ", ".join(catalogue.handlers) or "none"
-    if folder.is_dir() or not exam.config.node.handler_dir:
+    names = ", ".join(found.handlers) or "none"
+    if folder.is_dir() or not context.config.node.handler_dir:
         yield Finding(Level.OK, f"{names}, in {folder}")
     else:
         yield Finding(Level.WARN, f"none: no directory {folder}", f"mkdir {folder}")
 
 
-def check_daemon(exam: DoctorContext) -> Iterator[Finding]:
-    node, door = exam.config.node.id, control_socket_path(exam.config)
-    visit = connect_to_daemon(exam.config)
-    if visit is None:
+def check_daemon(context: DoctorContext) -> Iterator[Finding]:
+    node, file = context.config.node.id, control_socket_path(context.config)
+    control = connect_to_daemon(context.config)
+    if control is None:
         yield Finding(
             Level.WARN, f"{node}'s does not run on this machine", "start it: hive.py daemon"
         )
         return
-    with contextlib.closing(visit):
+    with contextlib.closing(control):
         try:
-            answer = visit.ask({"do": "doctor", "id": new_id()})
+            answer = control.ask({"do": "doctor", "id": new_id()})
             why = "" if answer else "no answer"
         except OSError as error:
             why = reason_of(error)
     if why:
-        yield Finding(Level.FAIL, f"{node}'s does not answer at {door}: {why}", "restart it")
+        yield Finding(Level.FAIL, f"{node}'s does not answer at {file}: {why}", "restart it")
     else:
-        yield Finding(Level.OK, f"{node}'s runs, and answers at {door}")
+        yield Finding(Level.OK, f"{node}'s runs, and answers at {file}")
 
 
-def check_agents(exam: DoctorContext) -> Iterator[Finding]:
+def check_agents(context: DoctorContext) -> Iterator[Finding]:
     home = Path(os.path.expanduser("~"))
-    agents = exam.config.oc_instances
+    agents = context.config.oc_instances
     ports = {one.name: gateway_port(one, home) for one in agents}
-    silent = knock_on_ports({number for number in ports.values() if number})
+    silent = probe_ports({number for number in ports.values() if number})
     for one in agents:
         yield agent_finding(one, home, ports[one.name], silent)
     if not agents:
@@ -9336,7 +9518,7 @@ def check_agents(exam: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.OK, f"none configured, so messages wake nobody{hint}")
 
 
-def knock_on_ports(ports: Collection[int]) -> dict[int, str]:
+def probe_ports(ports: Collection[int]) -> dict[int, str]:
     """Does anything listen there?  Why not; nothing where something does."""
     loop = Loop(Log("error"))
     heard: dict[int, str] = {}
@@ -9378,43 +9560,46 @@ def agent_finding(
     return Finding(Level.OK, f"{one.name}: its gateway listens on 127.0.0.1:{number}")
 
 
-def check_broker(exam: DoctorContext) -> Iterator[Finding]:
-    if find_broker(exam.config) is None:
+def check_broker(context: DoctorContext) -> Iterator[Finding]:
+    mqtt = find_broker(context.config)
+    if mqtt is None:
         what = f"none is named, hosted, or at {LOCALHOST}:{MQTT_PORT}: the daemon will host one"
         yield Finding(Level.SKIPPED, what)
         return
-    exam.config = with_broker(exam.config)
-    mqtt, begun = exam.config.mqtt, time.monotonic()
-    Greeting(exam.config, exam.left(BROKER_DEADLINE)).run()
+    context.config, begun = context.config.replace(mqtt=mqtt), time.monotonic()
+    broker = context.broker = BrokerCheck(context.config, context.left)
+    context.ending.callback(broker.close)
+    broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
     how = f"as {mqtt.username}" if mqtt.username else "without a name"
     took = 1000 * (time.monotonic() - begun)
     yield Finding(Level.OK, f"{mqtt.address} lets us in {how}, in {took:.0f} ms")
 
 
-def check_subscribing(exam: DoctorContext) -> Iterator[Finding]:
-    exam.probing = Probing(exam.config, exam.left(BROKER_DEADLINE))
-    exam.probing.run()
-    if exam.probing.not_subscribed:
-        yield Finding(Level.FAIL, exam.probing.not_subscribed, acl_for(exam.config))
+def check_subscribing(context: DoctorContext) -> Iterator[Finding]:
+    broker = context.broker
+    broker.expect(lambda: broker.subscribed or broker.not_subscribed)
+    if broker.not_subscribed:
+        yield Finding(Level.FAIL, broker.not_subscribed, acl_for(context.config))
     else:
         yield Finding(Level.OK, "the broker takes every subscription of this node")
 
 
-def check_publishing(exam: DoctorContext) -> Iterator[Finding]:
-    refused = exam.probing.refused
+def check_publishing(context: DoctorContext) -> Iterator[Finding]:
+    context.broker.publish()
+    refused = context.broker.refused
     if refused:
         why = f"to {and_more(refused)}: {next(iter(refused.values()))}"
-        yield Finding(Level.FAIL, why, acl_for(exam.config))
+        yield Finding(Level.FAIL, why, acl_for(context.config))
     else:
-        always = ", as MQTT 3.1.1 always says" if exam.config.mqtt.protocol != "5" else ""
+        always = ", as MQTT 3.1.1 always says" if context.config.mqtt.protocol != "5" else ""
         yield Finding(Level.OK, f"messages to ourselves are taken{always}")
 
 
-def check_receiving(exam: DoctorContext) -> Iterator[Finding]:
-    missing = exam.probing.missing
+def check_receiving(context: DoctorContext) -> Iterator[Finding]:
+    missing = context.broker.missing
     if missing:
         what = f"what goes to {and_more(missing)} never arrives: no right to read?"
-        yield Finding(Level.FAIL, what, acl_for(exam.config))
+        yield Finding(Level.FAIL, what, acl_for(context.config))
     else:
         yield Finding(Level.OK, "they come back")
 
@@ -9435,15 +9620,15 @@ def acl_for(config: Config) -> str:
     )
 
 
-def check_clock(exam: DoctorContext) -> Iterator[Finding]:
-    listening = Listening(exam.config, exam.left(CLOCK_PATIENCE + 1.0))
-    listening.run()
+def check_clock(context: DoctorContext) -> Iterator[Finding]:
+    context.broker.compare_clocks()
+    clocks = context.broker.clocks.ahead
     wrong = [
         f"{peer}'s is {for_people(abs(ahead))} {'ahead' if ahead > 0 else 'behind'}"
-        for peer, ahead in sorted(listening.ahead.items())
+        for peer, ahead in sorted(clocks.items())
         if abs(ahead) > CLOCK_TOLERANCE
     ]
-    heard = len(listening.ahead)
+    heard = len(clocks)
     if not heard:
         yield Finding(Level.SKIPPED, "not compared: no other node was heard")
     elif not wrong:
@@ -9458,7 +9643,7 @@ class Check(Value):
     """One thing to look at, and what must be well before."""
 
     name: str
-    look: Callable[[DoctorContext], Iterator[Finding]]
+    run: Callable[[DoctorContext], Iterator[Finding]]
     needs: tuple[str, ...] = ()
 
 
@@ -9480,24 +9665,26 @@ CHECKS = (
 
 def examine(load: Callable[[], Config], now: float) -> Iterator[tuple[str, Finding]]:
     """Every check with what it finds, as soon as that is known; `load` reads the configuration."""
-    exam, failed = DoctorContext(load, now), dict[str, str]()  # check: whose fault it is
-    for check in CHECKS:
-        cause = next((failed[one] for one in check.needs if one in failed), None)
-        if cause:
-            failed[check.name] = cause
-            yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause}")
-            continue
-        for finding in run_check(check, exam):
-            if finding.level in (Level.FAIL, Level.SKIPPED):
-                how = "failed" if finding.level is Level.FAIL else "was skipped"
-                failed[check.name] = f"{check.name} {how}"
-            yield check.name, finding
+    failed: dict[str, str] = {}  # check: whose fault it is
+    with contextlib.ExitStack() as ending:
+        context = DoctorContext(load, now, ending)
+        for check in CHECKS:
+            cause = next((failed[one] for one in check.needs if one in failed), None)
+            if cause:
+                failed[check.name] = cause
+                yield check.name, Finding(Level.SKIPPED, f"skipped, because {cause}")
+                continue
+            for finding in run_check(check, context):
+                if finding.level in (Level.FAIL, Level.SKIPPED):
+                    how = "failed" if finding.level is Level.FAIL else "was skipped"
+                    failed[check.name] = f"{check.name} {how}"
+                yield check.name, finding
 
 
-def run_check(check: Check, exam: DoctorContext) -> Iterator[Finding]:
+def run_check(check: Check, context: DoctorContext) -> Iterator[Finding]:
     """Make one check; an error is a finding too."""
     try:
-        yield from check.look(exam)
+        yield from check.run(context)
     except HiveError as error:
         what, _, todo = str(error).partition("; ")
         yield Finding(Level.FAIL, what.removeprefix(f"{check.name} "), todo)
@@ -9534,11 +9721,6 @@ class MosquittoSetup(Value):
     tls: bool
     nodes: Mapping[str, Sequence[str]]  # a node's name, and its agents'
 
-    @property
-    def address(self) -> str:
-        """The one address to listen on; empty for all of them."""
-        return self.host if is_address(self.host) else ""
-
 
 def is_address(host: str) -> bool:
     """Is it an IP address, and no name?"""
@@ -9557,7 +9739,7 @@ def node_and_agents(value: object) -> tuple[str, tuple[str, ...]]:
     return node_name(node), tuple(node_name(agent) for agent in agents.split(",")) if colon else ()
 
 
-def mosquitto_site(
+def mosquitto_setup(
     config: Config, said: Sequence[tuple[str, Sequence[str]]], tls: bool, here: str
 ) -> MosquittoSetup:
     """Work out whom Mosquitto serves and where it listens, or raise UsageError.
@@ -9593,42 +9775,9 @@ def nodes_with_agents(
     return nodes
 
 
-def mosquitto_conf(site: MosquittoSetup) -> str:
-    """mosquitto.conf; the shell fills in $etc and $data."""
-    tls = """\
-certfile $etc/hive/server.pem
-keyfile $etc/hive/server.key
-tls_version tlsv1.2
-"""
-    plain = """\
-# No TLS: whoever is on the way reads passwords and messages.  For a VPN or loopback, not a LAN.
-"""
-    return f"""\
-# Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
-
-{f"listener {site.port} {site.address}".strip()}
-{tls if site.tls else plain}
-# Nobody without a password, and each node only what is its own.
-allow_anonymous false
-password_file $etc/hive/passwords
-acl_file $etc/hive/acl
-
-# What was acknowledged is on disk a moment later, not in half an hour.
-persistence true
-persistence_location $data/
-autosave_interval 1
-autosave_on_changes true
-
-# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
-max_queued_messages 0
-persistent_client_expiration {SESSION_EXPIRY // 86400}d
-max_packet_size {MAX_PACKET}
-"""
-
-
-def mosquitto_acl(site: MosquittoSetup) -> str:
+def mosquitto_acl(setup: MosquittoSetup) -> str:
     """The ACL file: general rules for whoever has a password, and one for each agent."""
-    topics, me = site.topics, "%u"
+    topics, me = setup.topics, "%u"
     state = topics.meta("+", "state")
     general = (
         ("read", topics.to(me), "what is addressed to it"),
@@ -9646,30 +9795,19 @@ def mosquitto_acl(site: MosquittoSetup) -> str:
     ]
     for access, topic, why in general:
         lines += [f"# {why}", f"pattern {access} {topic}"]
-    for node, agents in site.nodes.items():
+    for node, agents in setup.nodes.items():
         others = [agent for agent in dict.fromkeys(agents) if agent != node]
         if others:
             lines += ["", f"user {node}", *(f"topic read {topics.to(one)}" for one in others)]
     return "\n".join(lines) + "\n"
 
 
-def node_toml(site: MosquittoSetup, node: str) -> str:
-    """What a node's hive.toml says about the broker."""
-    lines = [
-        "[mqtt]",
-        f'host = "{site.host}"',
-        f"port = {site.port}",
-        f'username = "{node}"',
-        'password_file = "mqtt-password"',
-    ]
-    return "\n".join([*lines, *(["tls = true", 'ca_file = "mqtt-ca.pem"'] if site.tls else [])])
-
-
+# @WORD@ is filled in; a line after "@tls " or "@plain " is there with TLS, or without it.
 SCRIPT_HEAD = """\
 #!/bin/sh
 # Sets up Mosquitto for the hive whose topics begin with @PREFIX@/, and for its nodes
 #   @NODES@
-# which will reach it at @HOST@:@PORT@.
+# which will reach it at @ADDRESS@.
 #
 # Read it, then run it on the machine that shall host Mosquitto:
 #
@@ -9727,6 +9865,42 @@ chmod 711 "$etc/hive" # Mosquitto goes through it, and only who runs this writes
 if [ -e "$etc/mosquitto.conf" ] && ! grep -q mosquitto-conf "$etc/mosquitto.conf"; then
   cp -p "$etc/mosquitto.conf" "$etc/mosquitto.conf.before-hive"
 fi
+"""
+
+SCRIPT_FILES = """
+# == The configuration
+
+put "$etc/mosquitto.conf" 644 <<END
+# Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
+
+listener @LISTENER@
+@tls certfile $etc/hive/server.pem
+@tls keyfile $etc/hive/server.key
+@tls tls_version tlsv1.2
+@plain # No TLS: whoever is on the way reads passwords and messages.
+@plain # For a VPN or loopback, not a LAN.
+
+# Nobody without a password, and each node only what is its own.
+allow_anonymous false
+password_file $etc/hive/passwords
+acl_file $etc/hive/acl
+
+# What was acknowledged is on disk a moment later, not in half an hour.
+persistence true
+persistence_location $data/
+autosave_interval 1
+autosave_on_changes true
+
+# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
+max_queued_messages 0
+persistent_client_expiration @EXPIRY@d
+max_packet_size @MAX_PACKET@
+END
+
+# == Who may do what
+
+put "$etc/hive/acl" 600 <<'END'
+@ACL@END
 """
 
 SCRIPT_PASSWORDS = """
@@ -9811,12 +9985,18 @@ for node in "$@"; do
   echo
   give_to="ssh $node 'umask 077; mkdir -p ~/.config/hive; cat >~/.config/hive"
   echo "  ${sudo}cat '$etc/hive/$node.password' | $give_to/mqtt-password'"
-@CA@
+@tls   echo "  ${sudo}cat '$etc/hive/ca.pem' | $give_to/mqtt-ca.pem'"
   cat <<END
 
 and in its ~/.config/hive/hive.toml:
 
-@TOML@
+[mqtt]
+host = "@HOST@"
+port = @PORT@
+username = "$node"
+password_file = "mqtt-password"
+@tls tls = true
+@tls ca_file = "mqtt-ca.pem"
 END
 done
 echo
@@ -9824,55 +10004,36 @@ echo "When a node has its password: ${sudo}rm $etc/hive/NODE.password"
 """
 
 
-def certificate_names(host: str) -> str:
-    """The subjectAltName of the server: the name that the nodes use, and this machine itself."""
-    names = [f"IP:{host}" if is_address(host) else f"DNS:{host}", "DNS:localhost", "IP:127.0.0.1"]
-    return ",".join(dict.fromkeys(names))
-
-
-def mosquitto_script(site: MosquittoSetup) -> str:
+def mosquitto_script(setup: MosquittoSetup) -> str:
     """The whole script: several files in one stream, which can be read, kept and run."""
-    config, acl = mosquitto_conf(site), mosquitto_acl(site)
-    files = f"""
-# == The configuration
-
-put "$etc/mosquitto.conf" 644 <<END
-{config}END
-
-# == Who may do what
-
-put "$etc/hive/acl" 600 <<'END'
-{acl}END
-"""
-    ca = """  echo "  ${sudo}cat '$etc/hive/ca.pem' | $give_to/mqtt-ca.pem'\""""
+    host, port, numeric = setup.host, setup.port, is_address(setup.host)
+    certified = (f"IP:{host}" if numeric else f"DNS:{host}", "DNS:localhost", "IP:127.0.0.1")
     words = {
-        "PREFIX": site.topics.prefix,
-        "NODES": " ".join(site.nodes),
-        "HOST": f"[{site.host}]" if ":" in site.host else site.host,
-        "PORT": str(site.port),
+        "PREFIX": setup.topics.prefix,
+        "NODES": " ".join(setup.nodes),
+        "HOST": host,
+        "PORT": str(port),
+        "ADDRESS": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        "LISTENER": f"{port} {host}" if numeric else str(port),  # else at every address
+        "EXPIRY": str(SESSION_EXPIRY // 86400),
+        "MAX_PACKET": str(MAX_PACKET),
+        "ACL": mosquitto_acl(setup),
         "SCRIPT": "setup.sh",
-        "OPENSSL": " openssl" if site.tls else "",
+        "OPENSSL": " openssl" if setup.tls else "",
         "DAYS": str(SURE_DAYS),
-        "CN": site.host[:64],  # X.509's limit; the names that count are in subjectAltName
-        "NAMES": certificate_names(site.host),
-        "CA": ca if site.tls else "  :",
-        "TOML": node_toml(site, "$node"),
+        "CN": host[:64],  # X.509's limit; the names that count are in subjectAltName
+        "NAMES": ",".join(dict.fromkeys(certified)),
     }
-    parts = [SCRIPT_HEAD, files, SCRIPT_PASSWORDS, SCRIPT_TLS if site.tls else "", SCRIPT_TAIL]
-    return re.sub(r"@([A-Z]+)@", lambda found: words[found[1]], "".join(parts))
+    tls = SCRIPT_TLS if setup.tls else ""
+    text = "".join((SCRIPT_HEAD, SCRIPT_FILES, SCRIPT_PASSWORDS, tls, SCRIPT_TAIL))
+    absent, present = ("@plain ", "@tls ") if setup.tls else ("@tls ", "@plain ")
+    text = re.sub(rf"(?m)^{absent}.*\n|^{present}", "", text)
+    return re.sub(r"@([A-Z_]+)@", lambda found: words[found[1]], text)
 
 
 # ---- Commands: one function for each subcommand ------------------------------------------
 #
 # Options stand beside the function that reads them; Main builds the parser from COMMANDS.
-
-OVERRIDES = {  # option on the command line: key of hive.toml
-    "node": "node.id",
-    "prefix": "node.topic_prefix",
-    "host": "mqtt.host",
-    "port": "mqtt.port",
-    "log_level": "logging.level",
-}
 
 
 class Command(Value):
@@ -9886,9 +10047,42 @@ class Command(Value):
 COMMANDS: dict[str, Command] = {}
 
 
+def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """Make a kind of Config or a field's check serve as argparse's type=."""
+
+    def convert(said: str) -> Any:
+        try:
+            return kind(said)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {kind.__doc__}") from None
+
+    return convert
+
+
 def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """One option, as argparse's add_argument takes it."""
-    return flags, how
+    """One option, as argparse's add_argument takes it, but for `type`, which is a kind."""
+    return flags, how | ({"type": as_type(how["type"])} if "type" in how else {})
+
+
+def key_option(
+    dotted: str, flag: str = "", more: str = "", **how: Any
+) -> tuple[tuple[str, ...], Mapping[str, Any]]:
+    """An option that sets a key of hive.toml ("mqtt.port"): kind and help are the key's own."""
+    declared = setting_of(dotted)
+    if "action" not in how:
+        how = {"type": declared.kind, "metavar": declared.name.upper()} | how
+    flag = flag or f"--{declared.name.replace('_', '-')}"
+    return option(flag, dest=dotted, help=declared.help + more, **how)
+
+
+COMMON_OPTIONS = (  # of every command, before or after its name
+    option("--config", metavar="FILE", help="hive.toml to read; init writes it"),
+    key_option("node.id", "--node"),
+    key_option("node.topic_prefix", "--prefix"),
+    key_option("mqtt.host"),
+    key_option("mqtt.port"),
+    key_option("logging.level", "--log-level"),
+)
 
 
 def subcommand(
@@ -9906,9 +10100,7 @@ def subcommand(
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of keys of hive.toml."""
     return {
-        dotted: getattr(args, dest)
-        for dest, dotted in OVERRIDES.items()
-        if getattr(args, dest, None) is not None
+        dotted: value for dotted, value in vars(args).items() if "." in dotted and value is not None
     }
 
 
@@ -9953,13 +10145,39 @@ def ttl_seconds(said: str) -> int:
 
 
 DIRECT = option("--direct", action="store_true", help="publish without this node's daemon")
-BROKER_HELP = {key: declared.help for key, declared in BrokerConfig.FIELDS.items()}
 AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON instead of text")
+
+
+def start_again() -> None:
+    """Go on as a process that reads the compiled file, if this one had to compile it.
+
+    Python compiles a script at each start, and never gives back 24 MB of what that takes.
+    Where nothing can be written into its cache, nothing would be gained.
+    """
+    from importlib.machinery import SourceFileLoader
+
+    if __spec__ is not None or not isinstance(globals().get("__loader__"), SourceFileLoader):
+        return  # it is no script that Python itself runs
+    from importlib.util import cache_from_source
+
+    file = str(own_file())
+    SourceFileLoader("hive", file).get_code("hive")
+    if not os.path.exists(cache_from_source(file)):
+        return
+    code = (
+        f"import sys; sys.path[:1] = {sys.path[:1]}; del sys.argv[0]; __file__ = sys.argv[0];"
+        " from importlib.machinery import SourceFileLoader;"
+        ' exec(SourceFileLoader("hive", __file__).get_code("hive"))'
+    )
+    interpreter = sys.orig_argv[: -len(sys.argv)]
+    with contextlib.suppress(OSError):
+        os.execv(sys.executable, [*interpreter, "-c", code, file, *sys.argv[1:]])
 
 
 @subcommand(examples="hive.py daemon --node alpha --host broker.lan")
 def command_daemon(args: argparse.Namespace) -> int:
     """Run this node, in the foreground, until SIGTERM or Ctrl-C."""
+    start_again()
     config = config_of(args)
     log = Log(config.logging.level, config.logging.format)
     instance = new_id()
@@ -9970,11 +10188,11 @@ def command_daemon(args: argparse.Namespace) -> int:
         loop = Loop(log)
         ending.callback(loop.close)
         link = partial(session_link, loop)
-        node = Node(config, loop, log, journal, instance, predecessor, link)
-        ending.callback(node.abandon)
+        daemon = Daemon(config, loop, log, journal, instance, predecessor, link)
+        ending.callback(daemon.abandon)
         source = config.source or "defaults"
-        log.info("starting", node=node.name, version=__version__, build=build(), config=source)
-        node.start()
+        log.info("starting", node=config.node.id, version=__version__, build=build(), config=source)
+        daemon.start()
         loop.run()
     log.info("stopped")
     return Exit.DONE
@@ -10002,7 +10220,8 @@ def session_link(loop: Loop, config: Config, will: OutgoingMessage) -> MqttClien
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
     node, topics = config.node.id, config.topics
     subscriptions = [(topic, 1) for topic in topics.for_node([node, *config.agents])]
-    subscriptions.append((topics.meta("+", "state"), 0))  # QoS 0: not kept while we are away
+    for document in ("state", "roster"):  # QoS 0: not kept while we are away
+        subscriptions.append((topics.meta("+", document), 0))
     # A colon is in no name and in no level, so no two hives of a broker have one client id.
     client_id = f"{topics.prefix}/{node}".replace("/", ":")
     return MqttClient(loop, config.mqtt, client_id, subscriptions, will)
@@ -10411,25 +10630,12 @@ def command_config(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def option_for(dotted: str, more: str = "") -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """An option that sets a key of hive.toml: kind and help are the key's own."""
-    declared = setting_of(dotted)
-    flag = f"--{declared.name.replace('_', '-')}"
-    about = declared.help + more
-    return option(flag, type=declared.kind, metavar=declared.name.upper(), help=about)
-
-
-SETUP_KEYS = {  # and what init makes of them besides
-    "node.handler_dir": "",
-    "mqtt.username": "",
-    "mqtt.password_file": "; - takes it from stdin",
-    "mqtt.ca_file": "; means --tls",
-}
-
-
 @subcommand(
-    *(option_for(dotted, more) for dotted, more in SETUP_KEYS.items()),
-    option("--tls", action=argparse.BooleanOptionalAction, help=setting_of("mqtt.tls").help),
+    key_option("node.handler_dir"),
+    key_option("mqtt.username"),
+    key_option("mqtt.password_file", more="; - takes it from stdin"),
+    key_option("mqtt.ca_file", more="; means --tls"),
+    key_option("mqtt.tls", action=argparse.BooleanOptionalAction),
     option(
         "--agent",
         action="append",
@@ -10472,20 +10678,16 @@ def command_init(args: argparse.Namespace) -> int:
 def said_by_options(args: argparse.Namespace, ask: Prompt) -> dict[str, Any]:
     """What the options say, by dotted key; paths are meant from where we are."""
     said = overrides_of(args)
-    for dotted in SETUP_KEYS:
-        value = getattr(args, dotted.partition(".")[2])
-        if value is not None:
-            said[dotted] = Path(os.path.abspath(value)) if isinstance(value, Path) else value
-    tls = bool(args.ca_file) if args.tls is None else args.tls
-    said |= {"mqtt.tls": tls} if tls or args.tls is not None else {}
-    if args.password_file == Path("-"):
+    if said.get("mqtt.password_file") == Path("-"):
         del said["mqtt.password_file"]
         password = ask.password("Password there") if ask.asking else read_text("-")
         try:
             said["mqtt.password"] = password_line(password)
         except ValueError:
             raise UsageError(f"--password-file -: not {password_line.__doc__}") from None
-    return said
+    if "mqtt.ca_file" in said:
+        said.setdefault("mqtt.tls", True)
+    return {k: Path(os.path.abspath(v)) if isinstance(v, Path) else v for k, v in said.items()}
 
 
 def next_commands(file: Path) -> str:
@@ -10521,9 +10723,9 @@ def command_doctor(args: argparse.Namespace) -> int:
 
 
 @subcommand(
-    option("--socket", type=file_path, metavar="PATH", help=BROKER_HELP["socket"]),
-    option("--listen", type=listen_address, metavar="HOST:PORT", help=BROKER_HELP["listen"]),
-    option("--anonymous", action="store_true", help=BROKER_HELP["anonymous"]),
+    key_option("broker.socket", metavar="PATH"),
+    key_option("broker.listen", metavar="HOST:PORT"),
+    key_option("broker.anonymous", action="store_const", const=True),
     option(
         "--mosquitto-conf",
         action="store_true",
@@ -10544,26 +10746,26 @@ hive.py broker --mosquitto-conf --host 100.64.0.7 alpha beta > setup.sh""",
 )
 def command_broker(args: argparse.Namespace) -> int:
     """Run the embedded broker alone, in the foreground; or set up Mosquitto."""
+    if not args.mosquitto_conf:
+        start_again()
     config = config_of(args)
     if args.mosquitto_conf:
-        site = mosquitto_site(config, args.nodes, args.tls, socket.gethostname())
-        print(mosquitto_script(site), end="")
+        setup = mosquitto_setup(config, args.nodes, args.tls, socket.gethostname())
+        print(mosquitto_script(setup), end="")
         return Exit.DONE
     if args.nodes or args.tls:
         raise UsageError("broker: --tls and names of nodes belong to --mosquitto-conf")
-    run_broker(config, args)
+    run_broker(config)
     return Exit.DONE
 
 
-def run_broker(config: Config, args: argparse.Namespace) -> None:
+def run_broker(config: Config) -> None:
     """Until SIGTERM or Ctrl-C."""
-    said = {key: getattr(args, key) for key in ("socket", "listen", "anonymous")}
-    settings = config.broker.replace(**{key: value for key, value in said.items() if value})
     log = Log(config.logging.level, config.logging.format)
     loop = Loop(log)
     with contextlib.ExitStack() as ending:
         ending.callback(loop.close)
-        hosted = Broker(loop, log, settings)
+        hosted = Broker(loop, log, config.broker)
         ending.callback(hosted.close)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.on_signal(number, loop.stop)
@@ -10573,18 +10775,6 @@ def run_broker(config: Config, args: argparse.Namespace) -> None:
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------
-
-
-def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a kind of Config or a field's check serve as argparse's type=."""
-
-    def convert(said: str) -> Any:
-        try:
-            return kind(said)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {kind.__doc__}") from None
-
-    return convert
 
 
 class Parser(argparse.ArgumentParser):
@@ -10606,11 +10796,8 @@ def common_options() -> Parser:
     """Options that may stand before or after the subcommand."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("configuration")
-    group.add_argument("--config", metavar="FILE", help="hive.toml to read; init writes it")
-    for dest, dotted in OVERRIDES.items():
-        declared = setting_of(dotted)
-        flag, kind = f"--{dest.replace('_', '-')}", as_type(declared.kind)
-        group.add_argument(flag, type=kind, metavar=declared.name.upper(), help=declared.help)
+    for flags, how in COMMON_OPTIONS:
+        group.add_argument(*flags, **how)
     return common
 
 
@@ -10643,8 +10830,7 @@ def make_parser(only: str = "") -> Parser:
             epilog=f"examples:\n{indented(one.examples)}" if one.examples else None,
         )
         for flags, how in one.options:
-            kind = {"type": as_type(how["type"])} if "type" in how else {}
-            sub.add_argument(*flags, **{**how, **kind})
+            sub.add_argument(*flags, **how)
         sub.set_defaults(run=one.run)
     return parser
 

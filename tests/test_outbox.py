@@ -27,6 +27,8 @@ class Wire:
 
     def close(self, done: object, within: float) -> None: ...
 
+    def probe(self, done: object) -> None: ...
+
     def take(self, code: int = 0, words: str = "Success") -> str:
         """The broker takes the first one, or refuses it."""
         publication = self.given.pop(0)

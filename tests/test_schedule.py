@@ -136,3 +136,40 @@ def test_the_agent_hears_of_the_outcomes_that_are_asked_for(
 
 def test_a_first_run_that_fails_is_a_change() -> None:
     assert every(60).end(ok=False) == "is failing"
+
+
+def test_jitter_is_as_much_as_chance_says() -> None:
+    often, daily = every(300, jitter="30s"), ScheduleConfig(action="x", at="07:30", jitter=60.0)
+    often.last = NOON
+    often.plan(NOON, chance=0.5)
+    assert often.next == NOON + 315
+    at_dawn = ScheduledRun(daily)
+    at_dawn.plan(local("2026-11-22 06:00"), chance=1)
+    assert at_dawn.next == local("2026-11-22 07:31")
+
+
+def test_what_runs_often_need_not_wait_longer_for_its_first_run() -> None:
+    sentinel = every(5)
+    sentinel.plan(NOON, chance=0)
+    assert sentinel.next == NOON + 5
+
+
+def test_a_time_of_day_that_has_never_run_waits_for_it() -> None:
+    sentinel = ScheduledRun(ScheduleConfig(action="check", at="07:30"))
+    sentinel.plan(local("2026-11-22 12:00"), chance=0)
+    assert sentinel.next == local("2026-11-23 07:30")
+
+
+def test_a_clock_that_is_put_back_a_little_changes_nothing() -> None:
+    sentinel = every(60, jitter="30s")
+    sentinel.last = NOON
+    sentinel.plan(NOON, chance=1)
+    assert not sentinel.due(NOON) and not sentinel.due(NOON + 89)
+    assert sentinel.due(NOON + 90)
+    assert sentinel.due(NOON - 1)  # further away than it can ever be: the clock was put back
+
+
+def test_a_schedule_is_told_by_what_it_does_and_when() -> None:
+    assert every(300).when == "every 300s"
+    daily = ScheduledRun(ScheduleConfig(action="check", at="07:30", text="look"))
+    assert (daily.when, daily.key) == ("07:30", "schedule check 07:30 look")
