@@ -11,8 +11,7 @@ tokens; only what needs judgment wakes an agent.
 #   words   Basics     what a user can act on, with its exit code; how a value is declared
 #           Envelope   one message: its channel, what a node does with it; its fields; its topic
 #           Config     every key once; TOML in, values out
-#   rules   Memory     answers that somebody waits for
-#           Routing    decide(...) -> Decision: what should happen, not how
+#   rules   Routing    decide(...) -> Decision: what should happen, not how
 #   hands   Log        a line for each event, and a few a minute of what peers do wrong
 #           Loop       files, deadlines and signals on one selector; systemd hears that it runs
 #           Stream     a connected socket: bytes in, bytes out, both bounded
@@ -28,12 +27,12 @@ tokens; only what needs judgment wakes an agent.
 #           Hosting    which broker, and whose turn it is to be one
 #   node    Outbox     what the broker has yet to take
 #           Members    who is alive, who has left, who has failed; what we show of ourselves
-#           Reception  what this node's command line asks of its daemon
+#           Requests   what may be asked of a node, as one table
 #           Node       what comes in, what goes out, the end of a turn
 #           Work       who runs next, what became of it, and what agents say
 #           Daemon     wires the above; comes, shows that it is alive, goes
 #   doors   Output     rows to a table or to JSON; returns strings
-#           Client     one question from the shell: publish, wait, collect
+#           Client     a command asks its node: the daemon, or the same in its own process
 #           Setup      a hive.toml for this machine, asked for or taken from options
 #           Doctor     is everything as it must be: one small check after the other
 #           Mosquitto  a configuration for it that serves one hive and nobody else
@@ -45,6 +44,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import itertools
 import json
 import os
@@ -1216,39 +1216,6 @@ def effective_config(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- Memory: what is remembered for a while ----------------------------------------------
-#
-# Bounded, and forgets by time.  Knows ids and times, no message.
-
-SETTLING = 10.0  # seconds in which an answer is still the one that somebody has just read
-
-
-class Waiting:
-    """Exchanges whose answers somebody at this node's command line waits for, or has just read."""
-
-    def __init__(self) -> None:
-        self._asking: dict[str, int] = {}  # by how many
-        self._settled: dict[str, float] = {}  # until when
-
-    def add(self, corr: str) -> None:
-        """Somebody waits, until drop() is called."""
-        self._asking[corr] = self._asking.get(corr, 0) + 1
-
-    def settle(self, corr: str, now: float) -> None:
-        """An answer was read: that this node has yet to hear of it is no news."""
-        self._settled = {known: until for known, until in self._settled.items() if until > now}
-        self._settled[corr] = now + SETTLING
-
-    def drop(self, corr: str) -> None:
-        """One less waits."""
-        left = self._asking.pop(corr, 0) - 1
-        if left > 0:
-            self._asking[corr] = left
-
-    def expects(self, corr: str | None, now: float) -> bool:
-        return corr is not None and (corr in self._asking or self._settled.get(corr, now) > now)
-
-
 # ---- Routing: what should happen, not how ------------------------------------------------
 #
 # Pure: an envelope and the little that a node knows, to a Decision.  The channel's row decides.
@@ -1274,6 +1241,7 @@ class Decision(Value):
     now: bool = False  # at once, or with the agent's next heartbeat
 
 
+AWAITED = "somebody waits for it"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
 
@@ -1312,7 +1280,7 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if channel.handler and envelope.action and envelope.action in here.handlers:
         return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
-        return Decision(Do.NOTE, "somebody waits for it")
+        return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
@@ -2884,14 +2852,20 @@ def make_private(folder: Path) -> None:
 class Database:
     """An SQLite database in the file, or for the time being in memory."""
 
-    def __init__(self, file: Path, tables: Sequence[str], log: Log, risk: str) -> None:
-        """`tables` are statements that make them; `risk` is what it means to have no disk."""
+    def __init__(self, file: Path | None, tables: Sequence[str], log: Log, risk: str) -> None:
+        """In memory if no file is named.
+
+        `tables` are statements that make them; `risk` is what it means to have no disk.
+        """
         import sqlite3
 
-        self.on_disk = True
-        self._sqlite, self._file, self._tables = sqlite3, file, tables
+        self.on_disk = file is not None
+        self._sqlite, self._file, self._tables = sqlite3, file or Path(), tables
         self._log, self._risk = log, risk
         self._turn: list[tuple[str, tuple[object, ...]]] = []  # what was written since commit()
+        if file is None:
+            self._database = self._prepare(None)
+            return
         try:
             make_private(file.parent)
             self._database = self._open_file()
@@ -3211,10 +3185,14 @@ class PendingRequest(Value):
 class Journal:
     """The tables, and what they are asked."""
 
-    def __init__(self, directory: Path, log: Log, keep: float, max_size: int) -> None:
-        """`keep`: seconds that a row is kept; `max_size`: bytes of them all."""
+    def __init__(self, directory: Path | None, log: Log, keep: float, max_size: int) -> None:
+        """`keep`: seconds that a row is kept; `max_size`: bytes of them all.
+
+        Without a directory it is in memory.
+        """
         risk = "what a crash interrupts is lost, or done twice"
-        self._store = Database(directory / "journal.sqlite3", JOURNAL_TABLES, log, risk)
+        file = directory / "journal.sqlite3" if directory else None
+        self._store = Database(file, JOURNAL_TABLES, log, risk)
         self._keep, self._max_size = keep, max_size
         self._rows = self._size = 0  # written since the last look
         self._newest = int(self._store.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
@@ -3505,6 +3483,7 @@ MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
 CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
 SHORT_PLACE = Path("/tmp")
+CONTROL_EVENTS = {"published", "answer"}  # in a line that is no answer, but comes when it happens
 
 
 def shortened_socket_path(direct: Path) -> Path:
@@ -3611,43 +3590,64 @@ class ControlServer:
         self._file.unlink(missing_ok=True)
 
 
+class DaemonError(HiveError):
+    """This node's daemon does not answer, or not sensibly."""
+
+
 class ControlClient:
     """The command's side: one request after another, until it is closed."""
 
-    def __init__(self, file: Path) -> None:
-        """Raises OSError where no daemon answers."""
+    def __init__(self, file: Path, node: str, patience: float = CONTROL_TIMEOUT) -> None:
+        """Raises OSError where no daemon answers; `patience`: seconds for each request."""
+        self._node, self._patience = node, patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(CONTROL_TIMEOUT)
+        self._sock.settimeout(patience)
         try:
             self._sock.connect(str(file))
         except OSError:
             self._sock.close()
             raise
         self._in = bytearray()
+        self._events: deque[dict[str, Any]] = deque()  # what came while an answer was awaited
 
     def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
-        """Send a request and give the answer; raises OSError."""
-        self._sock.sendall(encode_json(request) + b"\n")
-        answer = self.hear(CONTROL_TIMEOUT)
-        if answer is None:
-            raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
-        return answer
+        """Send a request and give the answer; raises DaemonError."""
+        ends = time.monotonic() + self._patience
+        self._sock.settimeout(self._patience)
+        try:
+            self._sock.sendall(encode_json(request) + b"\n")
+        except OSError as error:
+            raise self._fault(reason_of(error)) from None
+        while (line := self._next_line(ends)) is not None:
+            if not CONTROL_EVENTS & line.keys():
+                return line
+            self._events.append(line)
+        raise self._fault("it does not answer")
 
-    def hear(self, within: float | None) -> dict[str, Any] | None:
-        """The next line; None if none comes in so many seconds.  Raises OSError at its end."""
-        ends = None if within is None else time.monotonic() + within
+    def receive(self, within: float | None) -> dict[str, Any] | None:
+        """What it says besides; None if that is nothing in so many seconds.  Raises DaemonError."""
+        if self._events:
+            return self._events.popleft()
+        return self._next_line(None if within is None else time.monotonic() + within)
+
+    def _next_line(self, ends: float | None) -> dict[str, Any] | None:
         while b"\n" not in self._in:
             self._sock.settimeout(None if ends is None else max(0.001, ends - time.monotonic()))
             try:
                 data = self._sock.recv(PIPE_CHUNK)
             except TimeoutError:
                 return None
+            except OSError as error:
+                raise self._fault(reason_of(error)) from None
             if not data:
-                raise ConnectionResetError(errno.ECONNRESET, "it has ended")
+                raise self._fault("it has ended")
             self._in += data
         line, _, rest = bytes(self._in).partition(b"\n")
         self._in = bytearray(rest)
         return read_json_object(line) or {}
+
+    def _fault(self, why: str) -> DaemonError:
+        return DaemonError(f"the daemon of {self._node}: {why}")
 
     def close(self) -> None:
         self._sock.close()
@@ -6384,6 +6384,21 @@ NO_BROKER = (
     "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
     f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
 )
+HINTS = (  # what is in the reason, what to try
+    (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
+    (r"name or service|nodename|name resolution|not known", "is [mqtt] host spelled right?"),
+    (
+        r"bad user name|not authorized|banned",
+        "check [mqtt] username and password, and the broker's ACL",
+    ),
+    (
+        r"certificate|ssl|tls",
+        "check [mqtt] tls, ca_file, port, and that host is the certificate's name",
+    ),
+    (r"timed out|no answer|unreachable", "are host and port right, and no firewall in between?"),
+    (r"closed", "does the port want TLS ([mqtt] tls = true), or is it no MQTT broker?"),
+)
+HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
 
 
 def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
@@ -6447,6 +6462,14 @@ def with_broker(config: Config) -> Config:
             raise BrokerError(NO_BROKER)
         time.sleep(0.05)
     return config.replace(mqtt=mqtt)
+
+
+def broker_fault(mqtt: MqttConfig, reason: str) -> BrokerError:
+    """Which broker, why not, what to try."""
+    hints = [hint for pattern, hint in HINTS if re.search(pattern, reason, re.IGNORECASE)]
+    if mqtt.unix and "no answer" in reason:
+        hints = [HUNG]
+    return BrokerError("; ".join([f"broker {mqtt.address}: {reason}", *hints[:1]]))
 
 
 class BrokerHost:
@@ -6713,9 +6736,12 @@ class Members:
         if not NAME.fullmatch(name):
             return
         payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
-        content = read_json_object(payload) or {}
+        said = read_json_object(payload) or {}
+        content = {key: value for key, value in said.items() if portable({key: value})}
         if kind == "state" and len(payload) > LONG_STATE:
-            payload = encode_json({k: v for k, v in content.items() if k != "known_peers"})
+            content.pop("known_peers", None)
+        if content != said:
+            payload = encode_json(content)
         self._keep(name, kind, payload if content else b"")
         if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
             self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
@@ -7145,10 +7171,10 @@ class NameConflictCheck:
         )
 
 
-# ---- Reception: what this node's command line asks of it ---------------------------------
+# ---- Requests: what may be asked of a node, as one table ---------------------------------
 #
-# The daemon's side of each request that comes through the door.  Reads the journal; what is to
-# be sent it hands to the node.
+# The one door for commands, whether they come through the control socket or run the node in
+# their own process.  Reads the journal and the members; what is to be sent it hands to the node.
 
 
 def row_document(row: JournalEntry) -> dict[str, Any]:
@@ -7170,7 +7196,7 @@ def row_document(row: JournalEntry) -> dict[str, Any]:
 
 
 def documents_of(rows: Iterable[JournalEntry]) -> list[dict[str, Any]]:
-    """As many of these rows as fit into one line at the door."""
+    """As many of these rows as fit into one line."""
     documents, size = [], 0
     for row in rows:
         documents.append(row_document(row))
@@ -7216,160 +7242,270 @@ def pending_document(journal: Journal) -> dict[str, Any]:
     }
 
 
-def are_filters(said: object) -> bool:
-    """Is it something that a log can be filtered by?"""
-    return (
-        isinstance(said, dict)
-        and said.keys() <= LOG_FILTERS.keys()
-        and all(
-            NAME.fullmatch(value) or ID.fullmatch(value)
-            if isinstance(value, str)
-            else bounded_number(value, 0, MAX_TS) is not None
-            for value in said.values()
-        )
-    )
+def log_filters(value: object) -> dict[str, Any]:
+    """an object of ch, from, to, action, corr, since"""
+    if not isinstance(value, dict) or not value.keys() <= LOG_FILTERS.keys():
+        raise ValueError
+    for said in value.values():
+        word = isinstance(said, str) and (NAME.fullmatch(said) or ID.fullmatch(said))
+        if not word and bounded_number(said, 0, MAX_TS) is None:
+            raise ValueError
+    return value
 
 
-def look_up(journal: Journal, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer a question about what is in the journal; {"error": ...} if it makes no sense."""
-    id, filters = request.get("id"), request.get("filters", {})
-    after, last = (bounded_number(request.get(key, 0), 0, 2**53) for key in ("after", "last"))
-    if request.get("do") in ("message", "exchange") and (
-        not isinstance(id, str) or not ID.fullmatch(id)
-    ):
-        return {"error": "id: missing"}
-    match request.get("do"):
-        case "message":
-            row = journal.message(str(id))
-            return row_document(row) if row else {"error": "not known here"}
-        case "exchange":
-            return {"rows": documents_of(journal.exchange(str(id), int(after or 0)))}
-        case "pending":
-            return pending_document(journal)
-        case "log" if are_filters(filters):
-            return {"rows": documents_of(journal.rows(filters, int(after or 0), int(last or 0)))}
-    return {"error": f"no such request: {quoted(request.get('do'))}"}
+def row_number(value: object) -> int:
+    """a whole number from 0"""
+    return whole(value, 0, 2**53)
+
+
+def envelope_object(value: object) -> Envelope:
+    """an envelope: an object as in the protocol"""
+    if not isinstance(value, dict):
+        raise ValueError
+    return Envelope.check(value)
+
+
+class Requester(Protocol):
+    """Who asks: a connection to the control socket, or the command whose process this is."""
+
+    on_close: list[Callable[[], object]]
+
+    @property
+    def busy(self) -> bool: ...
+    def send(self, document: Mapping[str, Any]) -> None: ...
+
+
+class RequestField(Value):
+    """What a request may say, or must."""
+
+    check: Callable[[Any], Any]  # its docstring says what it takes
+    help: str
+    default: Any = None
+    required: bool = False
+
+    def read(self, name: str, value: object) -> Any:
+        """Its value, checked; raises UsageError."""
+        if value is None:
+            if self.required:
+                raise UsageError(f"{name}: missing")
+            return self.default
+        try:
+            return self.check(value)
+        except ValueError:
+            what = f"{quoted(value)} is not {self.check.__doc__}"
+            raise UsageError(f"{name}: {what}") from None
 
 
 def do_nothing() -> None:
     """For whoever only wants a turn to end once more."""
 
 
+class Request(Value):
+    """One thing that may be asked: what answers it, what it is for, what it takes."""
+
+    run: Callable[..., dict[str, Any] | None]
+    help: str
+    fields: Mapping[str, RequestField] = {}
+    looks_back: bool = False  # the journal answers it, though no node runs
+
+    @classmethod
+    def find(cls, said: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
+        """What is asked, and its fields, checked; raises UsageError."""
+        do = said.get("do")
+        found = REQUESTS.get(do) if isinstance(do, str) else None
+        if found is None:
+            raise UsageError(f"{NO_SUCH_REQUEST}: {quoted(do)}")
+        return found, {name: one.read(name, said.get(name)) for name, one in found.fields.items()}
+
+
 class Requests:
-    """Answers the commands that come in, some of them later."""
+    """Answers what is asked of a node, some of it later."""
 
     def __init__(
         self,
         node: str,
         journal: Journal,
-        waiting: Waiting,
-        clock: Callable[[], float],
+        members: Members,
+        after_commit: Callable[[Callable[[], None]], None],
         send: Callable[[Envelope], str],
-        when_safe: Callable[[Callable[[], None]], None],
-        situation: Callable[[], dict[str, Any]],
+        connection: Callable[[], dict[str, Any]],
     ) -> None:
-        """`send` gives why not, or nothing; `when_safe` calls back when the journal has it all."""
-        self._node, self._journal, self._waiting, self._clock = node, journal, waiting, clock
-        self._send, self._when_safe, self._situation = send, when_safe, situation
-        self._senders: dict[
-            str, ControlConnection
-        ] = {}  # who wants to know whether an id was published
-        self._listeners: dict[
-            str, list[ControlConnection]
-        ] = {}  # who waits for answers, by exchange
-        self._followers: dict[
-            ControlConnection, tuple[dict[str, Any], int]
-        ] = {}  # filters, last row seen
+        """`send` gives why not, or nothing; `connection` tells how the node's one is."""
+        self._node, self._journal, self._members = node, journal, members
+        self._after_commit, self._send, self._connection = after_commit, send, connection
+        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
+        self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
+        self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
 
-    def answer(self, request: dict[str, Any], visitor: ControlConnection) -> dict[str, Any] | None:
+    def handle(self, said: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """Answer one request; None if that comes later."""
-        match request.get("do"):
-            case "send" | "sent":
-                return self._take_in(request, visitor)
-            case "settle":  # a command that listens by itself has read an answer
-                self._waiting.settle(str(request.get("id")), self._clock())
-                return {"ok": True}
-            case "states":
-                return self._situation()
-            case "follow":
-                return self._follow(request, visitor)
-        return look_up(self._journal, request)
-
-    def _take_in(
-        self, request: Mapping[str, Any], visitor: ControlConnection
-    ) -> dict[str, Any] | None:
-        """A message to be sent; or one that the command is about to publish itself."""
         try:
-            envelope = Envelope.check(dict(request.get("envelope") or {}))
-        except (EnvelopeError, TypeError, ValueError) as error:
+            request, given = Request.find(said)
+        except HiveError as error:
             return {"error": str(error)}
-        if envelope.sender != self._node:
-            return {"error": f"this is the daemon of {self._node}, not of {envelope.sender}"}
-        if request.get("wait"):
-            self._listen(envelope.exchange, visitor, forward=request["do"] == "send")
-        if request["do"] == "sent":
-            self._journal.sent(envelope, time.time())
-            self._when_safe(lambda: visitor.send({"ok": True}))
-            return None
-        fault = self._send(envelope)
-        if fault:
+        if request.looks_back:
+            return request.run(self._journal, given)
+        return request.run(self, given, requester)
+
+    # -- what the table names --
+
+    def send(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """A message to be sent."""
+        envelope: Envelope = given["envelope"]
+        if fault := self._not_ours(envelope):
             return {"error": fault}
-        self._senders[envelope.id] = visitor
-        visitor.on_close.append(lambda: self._senders.pop(envelope.id, None))
-        here = self._situation()
-        said = here if request.get("wait") else {"connected": here["connected"]}
-        self._when_safe(lambda: visitor.send({"queued": True, **said}))
+        if given["wait"]:
+            self._listen(envelope.exchange, requester)
+        if fault := self._send(envelope):
+            return {"error": fault}
+        self._senders[envelope.id] = requester
+        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
+        connected = self._connection()["connected"]
+        self._after_commit(lambda: requester.send({"queued": True, "connected": connected}))
         return None
 
-    def _listen(self, exchange: str, visitor: ControlConnection, forward: bool) -> None:
-        self._waiting.add(exchange)
-        visitor.on_close.append(lambda: self._waiting.drop(exchange))
-        if forward:
-            self._listeners.setdefault(exchange, []).append(visitor)
-            visitor.on_close.append(lambda: self._deaf(exchange, visitor))
+    def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """A message that the command is about to publish by itself."""
+        envelope: Envelope = given["envelope"]
+        if fault := self._not_ours(envelope):
+            return {"error": fault}
+        if given["wait"]:
+            self._listen(envelope.exchange, requester)
+        self._journal.sent(envelope, time.time())
+        self._after_commit(lambda: requester.send({"ok": True}))
+        return None
 
-    def _deaf(self, exchange: str, visitor: ControlConnection) -> None:
+    def read(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """An answer that the command has read by itself: it is no news when it comes here too."""
+        answer: Envelope = given["envelope"]
+        if requester not in self._listeners.get(answer.corr or "", ()):
+            return {"error": f"{answer.id}: this command does not wait for it"}
+        self._journal.record(Event.RECEIVED, answer, time.time(), AWAITED)
+        self._journal.answered(answer.corr)
+        self._after_commit(lambda: requester.send({"ok": True}))
+        return None
+
+    def follow(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Show what there is, and from now on whatever is new."""
+        answer = log_page(self._journal, given)
+        last = answer["rows"][-1]["n"] if answer["rows"] else given["after"]
+        self._followers[requester] = (given["filters"], last)
+        requester.on_close.append(lambda: self._followers.pop(requester, None))
+        self._after_commit(do_nothing)
+        return answer
+
+    def states(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {**self._connection(), "states": self._members.documents("state")}
+
+    def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {**self._connection(), "rosters": self._members.documents("roster")}
+
+    def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {"node": self._node, "version": __version__}
+
+    def _not_ours(self, envelope: Envelope) -> str:
+        """Why this node does not send it, or nothing."""
+        if envelope.sender == self._node:
+            return ""
+        return f"this is the daemon of {self._node}, not of {envelope.sender}"
+
+    def _listen(self, exchange: str, requester: Requester) -> None:
+        self._listeners.setdefault(exchange, []).append(requester)
+        requester.on_close.append(lambda: self._stop_listening(exchange, requester))
+
+    def _stop_listening(self, exchange: str, requester: Requester) -> None:
         listeners = self._listeners[exchange]
-        listeners.remove(visitor)
+        listeners.remove(requester)
         if not listeners:
             del self._listeners[exchange]
 
-    def _follow(self, request: Mapping[str, Any], visitor: ControlConnection) -> dict[str, Any]:
-        """Show what there is, and from now on whatever is new."""
-        answer = look_up(self._journal, {**request, "do": "log"})
-        if "rows" in answer:
-            asked_for = bounded_number(request.get("after"), 0, 2**53)
-            last = answer["rows"][-1]["n"] if answer["rows"] else int(asked_for or 0)
-            self._followers[visitor] = (request.get("filters", {}), last)
-            visitor.on_close.append(lambda: self._followers.pop(visitor, None))
-            self._when_safe(do_nothing)
-        return answer
+    # -- what the node reports --
 
     def published(self, id: str, code: int, words: str) -> None:
         """The broker has a message, or refused it; whoever sent it may still be there."""
-        visitor = self._senders.pop(id, None)
-        if visitor:
-            visitor.send({"published": code, "words": words})
+        requester = self._senders.pop(id, None)
+        if requester:
+            requester.send({"published": code, "words": words})
 
     def heard(self, answer: Envelope) -> None:
         """An answer has come, and is in the journal."""
-        for visitor in [*self._listeners.get(answer.corr or "", ())]:
-            visitor.send({"answer": answer.document()})
+        for requester in [*self._listeners.get(answer.corr or "", ())]:
+            requester.send({"answer": answer.document()})
 
-    def waits(self, exchange: str) -> bool:
-        return self._waiting.expects(exchange, self._clock())
+    def waits(self, exchange: str | None) -> bool:
+        """Does somebody wait for the answers of this exchange?"""
+        return exchange in self._listeners
 
     def show_news(self) -> None:
         """Something was committed: whoever follows the log wants to see it."""
-        for visitor, (filters, last) in [*self._followers.items()]:
-            if visitor.busy:
+        for requester, (filters, last) in [*self._followers.items()]:
+            if requester.busy:
                 continue  # it does not read; what it has not seen stays in the journal
             newest = self._journal.newest
             rows = documents_of(self._journal.rows(filters, last)) if newest > last else []
-            self._followers[visitor] = (filters, rows[-1]["n"] if rows else newest)
+            self._followers[requester] = (filters, rows[-1]["n"] if rows else newest)
             if rows:
-                visitor.send({"rows": rows})
-                self._when_safe(do_nothing)  # look again: there may be more than one page
+                requester.send({"rows": rows})
+                self._after_commit(do_nothing)  # look again: there may be more than one page
+
+
+def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    row = journal.message(given["id"])
+    return row_document(row) if row else {"error": "not known here"}
+
+
+def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rows": documents_of(journal.exchange(given["id"], given["after"]))}
+
+
+def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rows": documents_of(journal.rows(given["filters"], given["after"], given["last"]))}
+
+
+def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return pending_document(journal)
+
+
+NO_SUCH_REQUEST = "no such request"
+ID_FIELD = RequestField(identifier, "the id of a message", required=True)
+ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
+WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
+AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
+LOG_FIELDS = {
+    "filters": RequestField(log_filters, "only rows with this in them", {}),
+    "after": AFTER_FIELD,
+    "last": RequestField(row_number, "the last so many; 0 is all of them, page by page", 0),
+}
+REQUESTS = {
+    "send": Request(
+        Requests.send,
+        "send a message, and hear what the broker says of it",
+        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
+    ),
+    "sent": Request(
+        Requests.sent,
+        "take note of a message that a command publishes by itself",
+        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
+    ),
+    "read": Request(
+        Requests.read,
+        "take note of an answer that a command has read by itself",
+        {"envelope": ENVELOPE_FIELD},
+    ),
+    "states": Request(Requests.states, "how every node and agent is"),
+    "roster": Request(Requests.roster, "what every node can do"),
+    "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
+    "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
+    "log": Request(log_page, "what this node received, sent and did", LOG_FIELDS, looks_back=True),
+    "message": Request(message_row, "one message", {"id": ID_FIELD}, looks_back=True),
+    "exchange": Request(
+        exchange_page,
+        "all messages of the exchange that a message belongs to",
+        {"id": ID_FIELD, "after": AFTER_FIELD},
+        looks_back=True,
+    ),
+    "pending": Request(pending_page, "what is not answered, done or delivered", looks_back=True),
+}
 
 
 # ---- Node: what comes in, what goes out, the end of a turn -------------------------------
@@ -7379,6 +7515,11 @@ class Requests:
 # Knows no handler, no agent, no broker: for a daemon Work and Members stand beside it.
 
 MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, too large, no disk
+
+
+def hive_of(config: Config) -> str:
+    """Which hive a configuration means: where its broker is, and its prefix."""
+    return f"{config.mqtt.address if config.mqtt.named else 'ours'} {config.topics.prefix}"
 
 
 class Worker:
@@ -7405,25 +7546,24 @@ class Node:
         self.config, self.loop, self.log, self.journal = config, loop, log, journal
         self.name, self.topics = config.node.id, config.topics
         self.connected = self.stopping = False
+        self.heard_all = False  # since it is connected: how all others are
+        self._broker, self._fault = config.mqtt.address, ""  # why it is not connected
+        self._seen_broker = 0.0  # when it last was, in Unix seconds
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
         self.members = Members(config, loop, log, self.send, self.publish, self._probe)
-        self._waiting, self._complaints = Waiting(), RateLimit()
-        self.requests = self._make_requests()
+        self._complaints = RateLimit()
+        self.requests = Requests(
+            self.name,
+            journal,
+            self.members,
+            self.settle_soon,
+            self._send_for_command,
+            self._connection,
+        )
         self._settling = False
         self._when_safe: list[Callable[[], None]] = []
         self._overdue: Timer | None = None
-
-    def _make_requests(self) -> Requests:
-        return Requests(
-            self.name,
-            self.journal,
-            self._waiting,
-            self.loop.clock,
-            self._send_for_command,
-            self.settle_soon,
-            lambda: {"connected": self.connected, "states": self.members.documents("state")},
-        )
 
     def attach(self, link: Transport) -> None:
         """From now on messages go out by this link."""
@@ -7435,14 +7575,28 @@ class Node:
         self._tend_journal()
         self._watch_questions()
 
-    def link_up(self) -> None:
-        self.connected = True
+    def link_up(self, broker: str) -> None:
+        self.connected, self._broker, self._fault = True, broker, ""
         self.members.grant_grace(self.loop.clock())
         self.settle_soon()
 
-    def link_down(self) -> None:
-        self.connected = False
+    def link_down(self, fault: str) -> None:
+        if self.connected:
+            self._seen_broker = time.time()
+        self.connected = self.heard_all = False
+        self._fault = fault
         self.members.doubt_losses()
+
+    def _connection(self) -> dict[str, Any]:
+        """How this node's way to the broker is, for its commands."""
+        return {
+            "hive": hive_of(self.config),
+            "broker": self._broker,
+            "connected": self.connected,
+            "complete": self.heard_all,
+            "fault": self._fault,
+            "seen": time.time() if self.connected else self._seen_broker,
+        }
 
     def publish(self, message: OutgoingMessage) -> None:
         """Send what need not be in the journal."""
@@ -7488,6 +7642,8 @@ class Node:
             name, document = meta
             if document in ("state", "roster"):
                 self.members.hear_document(name, document, delivery)
+            if meta == (self.name, "state") and not delivery.retained:
+                self.heard_all = True  # our own, which we publish last
             return
         self.counts["received"] += 1
         try:
@@ -7530,12 +7686,11 @@ class Node:
             self.settle_soon(lambda: self.requests.heard(envelope))
 
     def context(self) -> RoutingContext:
-        now = self.loop.clock()
         return RoutingContext(
             node=self.name,
             agents=self.worker.agents,
             handlers=self.worker.handlers,
-            expects=lambda corr: self._waiting.expects(corr, now),
+            expects=self.requests.waits,
         )
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
@@ -8182,7 +8337,7 @@ class Daemon:
     def _open_control_socket(self) -> None:
         file = control_socket_path(self.config)
         try:
-            self._control = ControlServer(self.loop, file, self.node.requests.answer)
+            self._control = ControlServer(self.loop, file, self.node.requests.handle)
         except OSError as error:
             self.log.error("no door for the command line", file=file, why=reason_of(error))
 
@@ -8227,11 +8382,11 @@ class Daemon:
         self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
         self._outage = False
         self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
-        self.node.link_up()
+        self.node.link_up(self._mqtt.address)
         self._presence.begin()
 
     def link_down(self, reason: str) -> None:
-        self.node.link_down()
+        self.node.link_down(str(broker_fault(self._mqtt, reason)))
         self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self._mqtt.address, why=reason)
@@ -8535,152 +8690,248 @@ def for_due(due: float | None, now: float) -> str:
     return "-" if due is None else f"in {for_people(due - now)}" if due > now else "over"
 
 
-# ---- Client: one question from the shell -------------------------------------------------
+# ---- Client: a command asks its node -----------------------------------------------------
 #
-# Publish and wait for the acknowledgement; publish and wait for answers; collect what is
-# retained.  Each on a connection of its own, each with an end.  Prints nothing.
+# open_control() gives the daemon's control socket, or, where no daemon runs, the same node in
+# this process for a moment; whoever uses it cannot tell which.  Prints nothing.
 
-PUBACK_DEADLINE = 10.0  # seconds
+PATIENCE = 10.0  # seconds until a command that was given no other time gives up
+MIN_PATIENCE = 2.0  # seconds that it takes to find out, however little it was given
+GOODBYE = 1.0  # seconds
 LOOKING_BACK = 1.0  # seconds that a command may have the lock of a daemon that does not run
 STARTING = 3.0  # seconds that a daemon may take until it can be spoken to, and is connected
-PUBLISHED_DEADLINE = 2.0  # seconds that a command waits for the broker, once its daemon has it all
-HINTS = (  # what is in the reason, what to try
-    (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
-    (r"name or service|nodename|name resolution|not known", "is [mqtt] host spelled right?"),
-    (
-        r"bad user name|not authorized|banned",
-        "check [mqtt] username and password, and the broker's ACL",
-    ),
-    (
-        r"certificate|ssl|tls",
-        "check [mqtt] tls, ca_file, port, and that host is the certificate's name",
-    ),
-    (r"timed out|no answer|unreachable", "are host and port right, and no firewall in between?"),
-    (r"closed", "does the port want TLS ([mqtt] tls = true), or is it no MQTT broker?"),
-)
 
 
-HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
+class Control(Protocol):
+    """Where a command asks; raises HiveError where there is no answer."""
+
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]: ...
+    def receive(self, within: float | None) -> dict[str, Any] | None: ...
+    def close(self) -> None: ...
 
 
-def broker_fault(mqtt: MqttConfig, reason: str) -> BrokerError:
-    """Which broker, why not, what to try."""
-    hints = [hint for pattern, hint in HINTS if re.search(pattern, reason, re.IGNORECASE)]
-    if mqtt.unix and "no answer" in reason:
-        hints = [HUNG]
-    return BrokerError("; ".join([f"broker {mqtt.address}: {reason}", *hints[:1]]))
-
-
-def connect_to_daemon(config: Config) -> ControlClient | None:
+def connect_to_daemon(config: Config, patience: float = CONTROL_TIMEOUT) -> ControlClient | None:
     """Speak to this node's daemon, if it runs on this machine."""
     file = control_socket_path(config)
     try:
-        return None if directory_objection(file) else ControlClient(file)
+        if directory_objection(file):
+            return None
+        return ControlClient(file, config.node.id, min(patience, CONTROL_TIMEOUT))
     except OSError:
         return None
 
 
-def meet(config: Config) -> ControlClient | None:
+def await_daemon(config: Config, patience: float) -> ControlClient | None:
     """The same, with some patience for a daemon that has just been started."""
     begun = time.monotonic()
     while True:
-        visit = connect_to_daemon(config)
-        if visit:
-            return visit
+        client = connect_to_daemon(config, patience)
+        if client:
+            return client
         starting = is_locked(config.state_dir / "lock")
-        patience = STARTING if starting else 0.0 if find_broker(config) else LOOK_AGAIN
-        if time.monotonic() - begun >= patience:
+        wait = STARTING if starting else 0.0 if find_broker(config) else LOOK_AGAIN
+        if time.monotonic() - begun >= min(wait, patience):
             return None
         time.sleep(0.05)
 
 
-def ask_daemon(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
-    """One request to this node's daemon; raises HiveError where there is none."""
-    visit = connect_to_daemon(config)
-    if visit is None:
-        raise HiveError(
-            f"no daemon of {config.node.id} runs on this machine (no {control_socket_path(config)})"
-        )
-    try:
-        return visit.ask(request)
-    except OSError as error:
-        raise HiveError(f"the daemon of {config.node.id}: {reason_of(error)}") from None
-    finally:
-        visit.close()
+def open_control(config: Config, patience: float = PATIENCE, direct: bool = False) -> Control:
+    """This node's daemon; or, without one or beside it, the same node in this process."""
+    if direct:
+        return InProcessNode(config, patience, connect_to_daemon(config, patience / 2))
+    return await_daemon(config, patience / 2) or InProcessNode(config, patience)
 
 
-def ask_journal(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
-    """Look something up: the daemon does it, or, where none runs, we do.  Raises HiveError."""
-    visit = connect_to_daemon(config)
-    if visit:
-        visit.close()
-        answer = ask_daemon(config, request)
-    else:
-        answer = look_up_alone(config, request)
+def look_up(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
+    """What is in the journal: the daemon's, or the one that it left.  Raises HiveError."""
+    control = connect_to_daemon(config) or InProcessNode(config, PATIENCE)
+    with contextlib.closing(control):
+        answer = control.ask(request)
     if "error" in answer:
         raise HiveError(str(answer["error"]))
     return answer
 
 
-def look_up_alone(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
-    """In the journal that a daemon left behind."""
-    directory = config.state_dir
-    if not (directory / "journal.sqlite3").exists():
-        raise HiveError(f"no daemon of {config.node.id} has run here yet (nothing in {directory})")
-    try:
-        lock = FileLock(directory / "lock")
-    except BlockingIOError:
-        raise HiveError(
-            f"the daemon of {config.node.id} runs, but not at"
-            f" {control_socket_path(config)}; see its log"
-        ) from None
-    except OSError as error:
-        raise HiveError(f"{directory}: {reason_of(error)}") from None
-    with (
-        contextlib.closing(lock),
-        contextlib.closing(open_journal(config, Log("error"))) as journal,
-    ):
-        return look_up(journal, request)
+class InProcessNode:
+    """Answers a command in its own process: connects when that is asked for, and once."""
 
+    busy = False
 
-def open_journal(config: Config, log: Log) -> Journal:
-    keep, size = config.journal.keep_days * 86400.0, config.journal.max_mb * 1_000_000
-    return Journal(config.state_dir, log, keep, size)
+    def __init__(
+        self, config: Config, patience: float, daemon: ControlClient | None = None
+    ) -> None:
+        """Beside a `daemon` it tells that one of what passes it by."""
+        self.on_close: list[Callable[[], object]] = []
+        self._config, self._mqtt = config, config.mqtt
+        self._patience, self._daemon = patience, daemon
+        self._ends = time.monotonic() + patience
+        self._lines: deque[dict[str, Any]] = deque()
+        self._node: Node | None = None
+        self._client: MqttClient | None = None
 
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        """Answer a request; what is to be sent is sent then, or BrokerError says why not."""
+        found, given = Request.find(request)
+        if found.looks_back:
+            with self._journal_left_behind() as journal:
+                return found.run(journal, given) or {}
+        filters = self._filters(str(request["do"]), given)
+        if request["do"] == "send":
+            self._topic = self._config.topics.of(given["envelope"])
+            if given["wait"] or CHANNELS[given["envelope"].ch].handler:
+                # so that the daemon can tell its agent what an answer is about
+                self._tell_daemon({**request, "do": "sent"})
+        node = self._node or self._connect(filters)
+        answer = node.requests.handle(request, self)
+        if answer is None:
+            published = self._turn(lambda: len(self._lines) > 1, self._ends)
+            if not published:
+                raise self._late("no answer (PUBACK)")
+            answer = self._lines.popleft()
+        return answer
 
-def read_log(
-    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
-) -> None:
-    """All rows that a request is about, page after page."""
-    while rows := ask_journal(config, request)["rows"]:
-        write(rows)
-        request = {**request, "last": 0, "after": rows[-1]["n"]}
+    def receive(self, within: float | None) -> dict[str, Any] | None:
+        """What comes besides; None if that is nothing in so many seconds."""
+        self._turn(lambda: self._lines, time.monotonic() + (within or 0.0))
+        return self._lines.popleft() if self._lines else None
 
+    def send(self, document: Mapping[str, Any]) -> None:
+        """What the node has to say to the command."""
+        code = document.get("published", 0)
+        if code < 0 or code >= 0x80:  # MQTT 5, 2.4
+            why = str(document["words"]).lower()
+            raise broker_fault(self._mqtt, f"refused to publish to {self._topic}: {why}")
+        self._lines.append(dict(document))
+        if "answer" in document:
+            self._tell_daemon({"do": "read", "envelope": document["answer"]})
 
-def follow_log(
-    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
-) -> None:
-    """The same, and what is new from then on, until the daemon ends."""
-    visit = connect_to_daemon(config)
-    if visit is None:
-        raise HiveError(f"no daemon of {config.node.id} runs on this machine: nothing to follow")
-    with contextlib.closing(visit):
+    def close(self) -> None:
+        for call in self.on_close:
+            call()
+        if self._daemon:
+            self._daemon.close()
+        if self._node and self._client:
+            gone: list[bool] = []
+            self._client.close(lambda: gone.append(True), within=GOODBYE)
+            self._turn(lambda: gone, time.monotonic() + PATIENCE)
+        if self._node:
+            self._node.journal.close()
+            self._node.loop.close()
+
+    def _filters(self, do: str, given: Mapping[str, Any]) -> list[str]:
+        """What must be heard to answer a request; raises HiveError where only a daemon can."""
+        topics, node = self._config.topics, self._config.node.id
+        match do:
+            case "send" if given["wait"]:
+                to = given["envelope"].to
+                whose = "+" if to == EVERYONE else to
+                own = [topics.to(node, ch) for ch in ("response", "alert")]
+                return [*own, topics.meta(whose, "state")]
+            case "send":
+                return []
+            case "states":
+                return [topics.meta("+", "state")]
+            case "roster":
+                return [topics.meta("+", "roster")]
+        raise HiveError(f"no daemon of {node} runs on this machine: nothing to {do}")
+
+    # -- the node --
+
+    def _connect(self, filters: Sequence[str]) -> Node:
+        load_paho()  # where it is missing, a broker is of no use
+        self._mqtt = with_broker(self._config).mqtt
+        loop, log = Loop(Log("error")), Log("error", stream=io.StringIO())
+        node = self._node = Node(
+            self._config.replace(oc_instances=(), schedule=()),
+            loop,
+            log,
+            open_journal(self._config, log, on_disk=False),
+        )
+        node.members.stop()
+        self._client = self._open_client(node, filters)
+        node.attach(self._client)
+        if not self._turn(lambda: node.heard_all, self._ends):
+            raise self._late("no answer")
+        return node
+
+    def _open_client(self, node: Node, filters: Sequence[str]) -> MqttClient:
+        if not filters:
+            client = MqttClient(node.loop, self._mqtt)
+            client.open(self)
+            return client
+        marker = self._config.topics.private(node.name, new_id())
+        return RetainedQuery(
+            *(node.loop, self._mqtt, filters, marker),
+            *(self.deliver, self.link_up, self.link_down),
+        ).link
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def link_up(self) -> None:
+        if self._node:
+            self._node.link_up(self._mqtt.address)
+            self._node.heard_all = True
+
+    def link_down(self, reason: str) -> None:
+        raise broker_fault(self._mqtt, reason)
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        if self._node:
+            self._node.deliver(delivery)
+
+    def _late(self, what: str) -> BrokerError:
+        return broker_fault(self._mqtt, f"{what} in {self._patience:.2g} s")
+
+    def _turn(self, done: Callable[[], object], ends: float) -> bool:
+        """Let the node live until something is done; False if that takes too long."""
+        if not self._node:
+            return bool(done())
+        timer = self._node.loop.after(max(0.0, ends - time.monotonic()), do_nothing)
+        while not done() and time.monotonic() < ends:
+            self._node.loop.step()
+        timer.cancel()
+        return bool(done())
+
+    def _tell_daemon(self, request: Mapping[str, object]) -> None:
+        """What it does not hear of, or hears later, it would take for something else."""
+        if self._daemon:
+            try:
+                self._daemon.ask(request)
+            except DaemonError:
+                self._daemon.close()
+                self._daemon = None
+
+    @contextlib.contextmanager
+    def _journal_left_behind(self) -> Iterator[Journal]:
+        """The journal of a daemon that runs no more; raises HiveError."""
+        directory, node = self._config.state_dir, self._config.node.id
+        if not (directory / "journal.sqlite3").exists():
+            raise HiveError(f"no daemon of {node} has run here yet (nothing in {directory})")
         try:
-            said: dict[str, Any] | None = visit.ask({**request, "do": "follow"})
-            while True:
-                if said and "error" in said:
-                    raise HiveError(str(said["error"]))
-                write((said or {}).get("rows", []))
-                said = visit.hear(None)
+            lock = FileLock(directory / "lock")
+        except BlockingIOError:
+            socket_path = control_socket_path(self._config)
+            raise HiveError(
+                f"the daemon of {node} runs, but not at {socket_path}; see its log"
+            ) from None
         except OSError as error:
-            raise HiveError(f"the daemon of {config.node.id}: {reason_of(error)}") from None
+            raise HiveError(f"{directory}: {reason_of(error)}") from None
+        journal = open_journal(self._config, Log("error"))
+        with contextlib.closing(lock), contextlib.closing(journal):
+            yield journal
+
+
+def open_journal(config: Config, log: Log, on_disk: bool = True) -> Journal:
+    keep, size = config.journal.keep_days * 86400.0, config.journal.max_mb * 1_000_000
+    return Journal(config.state_dir if on_disk else None, log, keep, size)
 
 
 class ReplyCollector:
     """Whose answers to a message are still missing."""
 
     def __init__(self, envelope: Envelope, heartbeat: HeartbeatConfig) -> None:
-        self.silent = {envelope.to}  # who has not answered
+        self.outstanding = {envelope.to}  # who has not answered
         self.refused = False  # did an alert come?
         self.states: dict[str, dict[str, Any]] = {}
         self._envelope, self._heartbeat = envelope, heartbeat
@@ -8689,9 +8940,8 @@ class ReplyCollector:
         """These are the nodes and agents; from all, everyone who is online shall answer."""
         self.states = states
         if self._envelope.to == EVERYONE:
-            rows = self.rows()
-            self.silent = {row.name for row in rows if row.is_node and row.alive}
-            if not self.silent:
+            self.outstanding = {row.name for row in self.rows() if row.is_node and row.alive}
+            if not self.outstanding:
                 raise NoReplyError("no node is online; see: hive-cli status")
 
     def rows(self) -> list[StatusRow]:
@@ -8704,229 +8954,8 @@ class ReplyCollector:
         if answer.reply_to not in (None, self._envelope.id):
             return False  # it answers an earlier message of the exchange
         self.refused |= answer.ch == "alert"
-        self.silent.discard(answer.sender if self._envelope.to == EVERYONE else self._envelope.to)
-        return True
-
-
-class Errand:
-    """What one command wants from the broker; ends by finish() or by an error."""
-
-    def __init__(self, config: Config) -> None:
-        load_paho()  # where it is missing, a broker is of no use
-        self.config = with_broker(config)
-        self.topics, self.node = config.topics, config.node.id
-        self.loop = Loop(Log("error"))
-        self._finished = False
-
-    def finish(self) -> None:
-        self._finished = True
-
-    def run(self) -> None:
-        """Do it; raises BrokerError."""
-        try:
-            while not self._finished:
-                self.loop.step()
-        finally:
-            self.loop.close()
-
-    def before_connecting(self, go_on: Callable[[], None]) -> None:
-        go_on()
-
-    def link_down(self, reason: str) -> None:
-        raise broker_fault(self.config.mqtt, reason)
-
-    def deliver(self, delivery: IncomingMessage) -> None:
-        """Nothing is subscribed to."""
-
-    def publish(self, link: MqttClient, envelope: Envelope, done: Callable[[int], None]) -> None:
-        """Publish; `done` gets the broker's reason code, where it is no failure."""
-        topic = self.topics.of(envelope)
-
-        def acknowledged(code: int, words: str) -> None:
-            if code < 0 or code >= 0x80:
-                raise broker_fault(
-                    self.config.mqtt, f"refused to publish to {topic}: {words.lower()}"
-                )
-            overdue.cancel()
-            done(code)
-
-        def late() -> None:
-            raise broker_fault(self.config.mqtt, f"no answer (PUBACK) in {PUBACK_DEADLINE:g} s")
-
-        overdue = self.loop.after(PUBACK_DEADLINE, late)
-        expires = self.loop.clock() + envelope.ttl if envelope.ttl else None
-        link.publish(OutgoingMessage(topic, envelope.encode(), expires=expires, done=acknowledged))
-
-
-class Sending(Errand):
-    """Publish one envelope and see it acknowledged."""
-
-    def __init__(self, config: Config, envelope: Envelope) -> None:
-        super().__init__(config)
-        self.heard_by_nobody = False
-        self._envelope = envelope
-        self._link = MqttClient(self.loop, self.config.mqtt)
-        self._link.open(self)
-
-    def link_up(self) -> None:
-        self.publish(self._link, self._envelope, self._sent)
-
-    def _sent(self, code: int) -> None:
-        self.heard_by_nobody = code == NO_SUBSCRIBERS
-        self._link.close(self.finish, within=1.0)
-
-
-class Collecting(Errand):
-    """Collect the retained documents of every name: `state` or `roster`."""
-
-    def __init__(self, config: Config, document: str) -> None:
-        super().__init__(config)
-        self.documents: dict[str, dict[str, Any]] = {}
-        topics = [self.topics.meta("+", document)]
-        marker = self.topics.private(self.node, new_id())
-        self.survey = RetainedQuery(
-            self.loop, self.config.mqtt, topics, marker, self._found, self._complete, self.link_down
-        )
-
-    def _found(self, delivery: IncomingMessage) -> None:
-        meta = self.topics.meta_of(delivery.topic)
-        content = read_json_object(delivery.payload) if len(delivery.payload) <= MAX_STATE else None
-        if meta and content and NAME.fullmatch(meta[0]):
-            self.documents[meta[0]] = content
-
-    def _complete(self) -> None:
-        self.survey.link.close(self.finish, within=1.0)
-
-
-class Asking(Errand):
-    """Publish one envelope and wait for the answers to it."""
-
-    def __init__(
-        self, config: Config, envelope: Envelope, wait: float, heard: Callable[[Envelope], None]
-    ) -> None:
-        """Calls `heard` with each response and each alert of the exchange, as they come."""
-        super().__init__(config)
-        self.answers = ReplyCollector(envelope, config.heartbeat)
-        self.heard_by_nobody = False
-        self._states: dict[str, dict[str, Any]] = {}
-        self._envelope, self._wait, self._heard = envelope, wait, heard
-        self._topics = [self.topics.to(self.node, ch) for ch in ("response", "alert")]
-        whose = "+" if envelope.to == EVERYONE else envelope.to
-        self._survey = RetainedQuery(
-            self.loop,
-            self.config.mqtt,
-            [*self._topics, self.topics.meta(whose, "state")],
-            self.topics.private(self.node, new_id()),
-            self._found,
-            self._ask,
-            self.link_down,
-        )
-
-    def _ask(self) -> None:
-        """Everyone's state is in."""
-        self.answers.expect(self._states)
-        self.publish(self._survey.link, self._envelope, self._asked)
-        self.loop.after(self._wait, self._leave)
-
-    def _asked(self, code: int) -> None:
-        self.heard_by_nobody = code == NO_SUBSCRIBERS and self._envelope.to != EVERYONE
-        if self.heard_by_nobody:
-            self._leave()  # the broker has dropped it: nobody will ever answer
-
-    def run(self) -> None:
-        """As long as the door stays open, answers do not wake this node's own agent."""
-        self._knock = connect_to_daemon(self.config)
-        try:
-            self._tell_own_daemon(
-                {"do": "sent", "envelope": self._envelope.document(), "wait": True}
-            )
-            super().run()
-        finally:
-            if self._knock:
-                self._knock.close()
-
-    def _tell_own_daemon(self, request: Mapping[str, object]) -> None:
-        """Say what we do; without a daemon there is no agent to be woken either."""
-        if self._knock:
-            with contextlib.suppress(OSError):
-                self._knock.ask(request)
-
-    def _found(self, delivery: IncomingMessage) -> None:
-        if delivery.topic not in self._topics:
-            meta = self.topics.meta_of(delivery.topic)
-            if meta and len(delivery.payload) <= MAX_STATE:
-                self._states[meta[0]] = read_json_object(delivery.payload) or {}
-            return
-        try:
-            answer = Envelope.parse(delivery.payload)
-        except EnvelopeError:
-            return
-        if self.answers.take(answer):
-            self._tell_own_daemon({"do": "settle", "id": self._envelope.exchange})
-            self._heard(answer)
-            if not self.answers.silent:
-                self._leave()
-
-    def _leave(self) -> None:
-        self._survey.link.close(self.finish, within=1.0)
-
-
-class HandedIn(Value):
-    """A message that is in the daemon's journal."""
-
-    connected: bool  # is there a broker at the moment?
-    states: dict[str, dict[str, Any]]
-
-    @classmethod
-    def of(cls, said: Mapping[str, Any]) -> Self:
-        """What the daemon said of its situation."""
-        return cls(bool(said.get("connected")), said.get("states") or {})
-
-
-class Mail:
-    """The way through the local daemon: what it has taken is not lost."""
-
-    def __init__(self, config: Config, visit: ControlClient, envelope: Envelope) -> None:
-        self._mqtt, self._visit, self._envelope = config.mqtt, visit, envelope
-
-    def hand_in(self, wait: bool) -> HandedIn:
-        """Give it to the daemon.  Raises OSError if that does not answer, HiveError if it won't."""
-        document = self._envelope.document()
-        said = self._visit.ask({"do": "send", "envelope": document, "wait": wait})
-        if "error" in said:
-            raise HiveError(f"the daemon of {self._envelope.sender}: {said['error']}")
-        if not said.get("queued"):
-            raise OSError(errno.EPROTO, "it does not understand; is it of another version?")
-        return HandedIn.of(said)
-
-    def published(self) -> bool | None:
-        """Wait a moment for the broker: did anybody hear it?  None if that is not known yet."""
-        said = self._visit.hear(PUBLISHED_DEADLINE)
-        if said is None or "published" not in said:
-            return None
-        code, words = int(said["published"]), str(said.get("words"))
-        if code < 0 or code >= 0x80:
-            raise broker_fault(self._mqtt, f"refused to publish: {words.lower()}")
-        return code != NO_SUBSCRIBERS
-
-    def wait(
-        self, answers: ReplyCollector, seconds: float, heard: Callable[[Envelope], None]
-    ) -> bool:
-        """Until all have answered, or it is too late; False if nobody can hear the question."""
-        ends = time.monotonic() + seconds
-        while answers.silent and (left := ends - time.monotonic()) > 0:
-            said = self._visit.hear(left)
-            if said is None:
-                break
-            code = said.get("published", 0)
-            if code < 0 or code >= 0x80:
-                raise broker_fault(self._mqtt, f"refused to publish: {said.get('words')}".lower())
-            if code == NO_SUBSCRIBERS and self._envelope.to != EVERYONE:
-                return False
-            if "answer" in said:
-                answer = Envelope.check(said["answer"])
-                if answers.take(answer):
-                    heard(answer)
+        to_all = self._envelope.to == EVERYONE
+        self.outstanding.discard(answer.sender if to_all else self._envelope.to)
         return True
 
 
@@ -9443,10 +9472,10 @@ def check_daemon(context: DoctorContext) -> Iterator[Finding]:
         return
     with contextlib.closing(control):
         try:
-            answer = control.ask({"do": "doctor", "id": new_id()})
+            answer = control.ask({"do": "doctor"})
             why = "" if answer else "no answer"
-        except OSError as error:
-            why = reason_of(error)
+        except DaemonError as error:
+            why = str(error).partition(": ")[2]
     if why:
         yield Finding(Level.FAIL, f"{node}'s does not answer at {file}: {why}", "restart it")
     else:
@@ -10216,120 +10245,140 @@ def command_send(args: argparse.Namespace) -> int:
     return send_and_wait(config, envelope, args, args.wait)
 
 
+def ask_or_bypass(
+    config: Config,
+    request: Mapping[str, object],
+    expected: str,
+    direct: bool,
+    patience: float = PATIENCE,
+) -> tuple[Control, dict[str, Any]]:
+    """Ask the daemon where one runs; one that makes no sense is passed by.
+
+    `expected` is in every answer that does.
+    """
+    ends = time.monotonic() + patience
+    control = open_control(config, patience, direct)
+    try:
+        try:
+            answer = control.ask(request)
+            if expected in answer:
+                return control, answer
+            if not str(answer.get("error", NO_SUCH_REQUEST)).startswith(NO_SUCH_REQUEST):
+                raise HiveError(f"the daemon of {config.node.id}: {answer['error']}")
+            other = "it does not understand; is it of another version?"
+            raise DaemonError(f"the daemon of {config.node.id}: {other}")
+        except DaemonError as error:  # at worst a message goes out twice, and is acted upon once
+            print(f"hive: {error}; {BYPASS[expected]}", file=sys.stderr)
+        control.close()
+        control = InProcessNode(config, max(1.0, ends - time.monotonic()))
+        return control, control.ask(request)
+    except BaseException:
+        control.close()
+        raise
+
+
+BYPASS = {"queued": "sending directly", "complete": "asking the broker instead"}
+
+
 def send_and_wait(
     config: Config, envelope: Envelope, args: argparse.Namespace, wait: float | None = None
 ) -> int:
-    """Through the daemon where one runs; directly where none does, or if that is asked for."""
-    visit = None if args.direct else meet(config)
-    if visit:
-        with contextlib.closing(visit):
-            mail = Mail(config, visit, envelope)
-            try:
-                handed_in = mail.hand_in(bool(wait))
-            except OSError as error:  # at worst it goes out twice, and is acted upon once
-                why = reason_of(error)
-                print(
-                    f"hive: the daemon of {envelope.sender}: {why}; sending directly",
-                    file=sys.stderr,
-                )
-            else:
-                if wait:
-                    return wait_through(config, envelope, args, mail, handed_in)
-                return say_sent(config, envelope, args, mail, handed_in)
-    return ask_directly(config, envelope, args) if wait else send_directly(config, envelope, args)
+    """Send it; print what is known of it then, or its answers as they come."""
+    ends = time.monotonic() + (wait or 0.0)
+    patience = max(wait, MIN_PATIENCE) if wait else PATIENCE
+    request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
+    control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
+    with contextlib.closing(control):
+        if wait is None:
+            return say_sent(config, envelope, args, control, said["connected"])
+        return print_replies(config, envelope, args, control, said["connected"], ends)
+
+
+PUBLISHED_TIMEOUT = 2.0  # seconds that a command waits for the broker, once its daemon has it all
 
 
 def say_sent(
-    config: Config, envelope: Envelope, args: argparse.Namespace, mail: Mail, handed_in: HandedIn
+    config: Config, envelope: Envelope, args: argparse.Namespace, control: Control, connected: bool
 ) -> int:
     """It is in the journal: what else is known of it?"""
-    heard = None
+    code = None
     why = "no broker at the moment"
-    if handed_in.connected:
-        heard, why = mail.published(), "the broker has not taken it yet"
+    if connected:
+        code = published(config, control.receive(PUBLISHED_TIMEOUT))
+        why = "the broker has not taken it yet"
     topic = config.topics.of(envelope)
     if args.as_json:
         print(envelope.encode().decode())
-    elif heard is None:
+    elif code is None:
         print(f"queued {envelope.id}, {why}")
     else:
         print(f"sent {envelope.id} -> {topic}")
-    if heard is False:
-        say_unheard(topic)
+    if code == NO_SUBSCRIBERS:
+        print(f"hive: nobody listens on {topic}; who is there: hive-cli status", file=sys.stderr)
     return Exit.DONE
 
 
-def say_unheard(topic: str) -> None:
-    print(f"hive: nobody listens on {topic}; who is there: hive-cli status", file=sys.stderr)
+def published(config: Config, said: Mapping[str, Any] | None) -> int | None:
+    """The broker's reason code, if that is what was said; raises BrokerError if it refused."""
+    code = (said or {}).get("published")
+    if code is not None and (code < 0 or code >= 0x80):  # MQTT 5, 2.4
+        words = str((said or {}).get("words")).lower()
+        raise broker_fault(config.mqtt, f"refused to publish: {words}")
+    return code
 
 
-def send_directly(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
-    """Publish, and say so once the broker has acknowledged it."""
-    if CHANNELS[envelope.ch].handler:
-        # so that the daemon can tell its agent what an answer is about
-        with contextlib.suppress(HiveError):
-            ask_daemon(config, {"do": "sent", "envelope": envelope.document()})
-    sending = Sending(config, envelope)
-    sending.run()
-    topic = config.topics.of(envelope)
-    print(envelope.encode().decode() if args.as_json else f"sent {envelope.id} -> {topic}")
-    if sending.heard_by_nobody:
-        say_unheard(topic)
-    return Exit.DONE
-
-
-def wait_through(
-    config: Config, envelope: Envelope, args: argparse.Namespace, mail: Mail, handed_in: HandedIn
+def print_replies(
+    config: Config,
+    envelope: Envelope,
+    args: argparse.Namespace,
+    control: Control,
+    connected: bool,
+    ends: float,
 ) -> int:
-    """Print the answers that the daemon hands on."""
-    answers = ReplyCollector(envelope, config.heartbeat)
-    until = time.monotonic() + min(STARTING, args.wait)
-    while envelope.to == EVERYONE and not handed_in.states and time.monotonic() < until:
-        time.sleep(0.05)  # it is on its way to the broker, and has heard of nobody yet
-        handed_in = HandedIn.of(ask_daemon(config, {"do": "states"}))
-    answers.expect(handed_in.states)
-    if not handed_in.connected:
-        print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
-    write = partial(write_answer, as_json=args.as_json, label=envelope.to == EVERYONE)
+    """Print the answers until all have come, or `ends` (monotonic) has; raises NoReplyError."""
+    replies = ReplyCollector(envelope, config.heartbeat)
+    ends = max(ends, time.monotonic() + min(args.wait, 1.0))  # to get here took some of it
     try:
-        heard = mail.wait(answers, args.wait, write)
-    except OSError as error:
+        if envelope.to == EVERYONE:
+            replies.expect(ask_members(control, "states", ends)["states"])
+        if not connected:
+            print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
+        while replies.outstanding and (left := ends - time.monotonic()) > 0:
+            said = control.receive(left) or {}
+            if published(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
+                topic, why = config.topics.of(envelope), explain_no_reply(control, replies)
+                raise NoReplyError(f"nobody listens on {topic}{why}")
+            answer = Envelope.check(said["answer"]) if "answer" in said else None
+            if answer and replies.take(answer):
+                write_answer(answer, args.as_json, label=envelope.to == EVERYONE)
+    except DaemonError as error:
         raise HiveError(
-            f"the daemon of {config.node.id}: {reason_of(error)}; it has {envelope.id},"
-            " and tells the agent of the answer"
+            f"{error}; it has {envelope.id}, and tells the agent of the answer"
         ) from None
-    if answers.silent:
-        with contextlib.suppress(HiveError):
-            answers.states = ask_daemon(config, {"do": "states"}).get("states", {})
-    return exit_code(config, envelope, args.wait, answers, heard)
+    if replies.outstanding:
+        silent, why = ", ".join(sorted(replies.outstanding)), explain_no_reply(control, replies)
+        raise NoReplyError(f"no answer from {silent} in {args.wait:g} s{why}")
+    return Exit.REFUSED if replies.refused else Exit.DONE
 
 
-def ask_directly(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
-    """Publish, and print the answers as they come."""
-    write = partial(write_answer, as_json=args.as_json, label=envelope.to == EVERYONE)
-    asking = Asking(config, envelope, args.wait, write)
-    asking.run()
-    return exit_code(config, envelope, args.wait, asking.answers, not asking.heard_by_nobody)
+def ask_members(
+    control: Control, do: str, ends: float, said: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What is known of all nodes; a daemon that has just connected has yet to hear of them."""
+    ends = min(ends, time.monotonic() + STARTING)
+    said = said or control.ask({"do": do})
+    while not (said.get("complete") or said.get("fault")) and time.monotonic() < ends:
+        time.sleep(0.05)
+        said = control.ask({"do": do})
+    return said
 
 
-def exit_code(
-    config: Config, envelope: Envelope, wait: float, answers: ReplyCollector, heard: bool
-) -> int:
-    """How the waiting ended; raises SilenceError with those who kept silent."""
-    if not heard:
-        raise NoReplyError(
-            f"nobody listens on {config.topics.of(envelope)}{explain_no_reply(answers)}"
-        )
-    if answers.silent:
-        silent = ", ".join(sorted(answers.silent))
-        raise NoReplyError(f"no answer from {silent} in {wait:g} s{explain_no_reply(answers)}")
-    return Exit.REFUSED if answers.refused else Exit.DONE
-
-
-def explain_no_reply(answers: ReplyCollector) -> str:
+def explain_no_reply(control: Control, replies: ReplyCollector) -> str:
     """What is known of those who did not answer."""
-    rows = {row.name: row for row in answers.rows()}
-    for name in sorted(answers.silent):
+    with contextlib.suppress(DaemonError):
+        replies.states = control.ask({"do": "states"}).get("states", {})
+    rows = {row.name: row for row in replies.rows()}
+    for name in sorted(replies.outstanding):
         if name not in rows:
             return f"; no node or agent {name} has been seen, is it spelled right?"
         if not rows[name].alive:
@@ -10363,7 +10412,7 @@ def find_original(config: Config, said: str) -> Envelope:
 
 def known_envelope(config: Config, id: str) -> Envelope:
     """An envelope that this node has received or sent, whole; or HiveError."""
-    answer = ask_journal(config, {"do": "message", "id": id})
+    answer = look_up(config, {"do": "message", "id": id})
     if not isinstance(answer.get("envelope"), dict):
         raise HiveError(f"{id}: its text is kept no longer; see [journal] in hive.toml")
     return Envelope.check(answer["envelope"])
@@ -10429,12 +10478,35 @@ def command_log(args: argparse.Namespace) -> int:
 @subcommand(AS_JSON)
 def command_pending(args: argparse.Namespace) -> int:
     """Show what was asked and is not answered, and what this node still has to do or deliver."""
-    document = ask_journal(config_of(args), {"do": "pending"})
+    document = look_up(config_of(args), {"do": "pending"})
     if args.as_json:
         print(json.dumps(document, indent=2))
     else:
         print(pending_table(document, time.time(), colourful(sys.stdout)), end="")
     return Exit.DONE
+
+
+def read_log(
+    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """All rows that a request is about, page after page."""
+    while rows := look_up(config, request)["rows"]:
+        write(rows)
+        request = {**request, "last": 0, "after": rows[-1]["n"]}
+
+
+def follow_log(
+    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """The same, and what is new from then on, until the daemon ends."""
+    control = connect_to_daemon(config) or InProcessNode(config, PATIENCE)
+    with contextlib.closing(control):
+        said: dict[str, Any] | None = control.ask({**request, "do": "follow"})
+        while True:
+            if said and "error" in said:
+                raise HiveError(str(said["error"]))
+            write((said or {}).get("rows", []))
+            said = control.receive(None)
 
 
 def read_original(said: str) -> bytes:
@@ -10452,43 +10524,64 @@ def read_original(said: str) -> bytes:
         ) from None
 
 
-@subcommand(AS_JSON, examples="hive.py status --json | jq '.[] | select(.status != \"online\")'")
+ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")
+
+
+@subcommand(
+    ASK_BROKER,
+    AS_JSON,
+    examples="hive.py status --json | jq '.[] | select(.status != \"online\")'",
+)
 def command_status(args: argparse.Namespace) -> int:
     """Show how every node and agent is."""
     config = config_of(args)
-    collecting = Collecting(config, "state")
-    collecting.run()
-    rows = status_rows(collecting.documents, config.heartbeat, time.time())
-    if args.as_json:
+    said = known_members(config, "states", args.direct)
+    rows = status_rows(said["states"], config.heartbeat, time.time())
+    if args.as_json and (rows or not said["fault"]):
         print(json.dumps([vars(row) for row in rows], indent=2))
     elif rows:
         print(status_table(rows, colourful(sys.stdout)) + status_notes(rows), end="")
-    else:
-        say_nobody(config)
-    return Exit.DONE
+    return say_of_members(config, args, said, bool(rows))
 
 
-@subcommand(AS_JSON)
+@subcommand(ASK_BROKER, AS_JSON)
 def command_roster(args: argparse.Namespace) -> int:
     """Show what every node can do: its agents, its handlers, its version."""
     config = config_of(args)
-    collecting = Collecting(config, "roster")
-    collecting.run()
-    if args.as_json:
-        print(json.dumps(sorted(collecting.documents.values(), key=str), indent=2))
-    elif collecting.documents:
-        print(roster_table(collecting.documents, colourful(sys.stdout)), end="")
-        print(schedule_lines(collecting.documents, time.time()), end="")
-    else:
-        say_nobody(config)
+    said = known_members(config, "roster", args.direct)
+    rosters = said["rosters"]
+    if args.as_json and (rosters or not said["fault"]):
+        print(json.dumps(sorted(rosters.values(), key=str), indent=2))
+    elif rosters:
+        print(roster_table(rosters, colourful(sys.stdout)), end="")
+        print(schedule_lines(rosters, time.time()), end="")
+    return say_of_members(config, args, said, bool(rosters))
+
+
+def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
+    """What the daemon knows of all nodes, or the broker."""
+    control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
+    with contextlib.closing(control):
+        if said["hive"] == hive_of(config):
+            return ask_members(control, do, time.monotonic() + STARTING, said)
+    with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
+        return control.ask({"do": do})  # the daemon's is another hive
+
+
+def say_of_members(
+    config: Config, args: argparse.Namespace, said: Mapping[str, Any], any: bool
+) -> int:
+    """How good is what was shown?  Raises BrokerError if it is old."""
+    if not said["connected"]:
+        if any and not args.as_json:
+            age = for_people(time.time() - said["seen"])
+            print(f"\nas of {age} ago, when the broker was lost")
+        raise BrokerError(said["fault"] or f"broker {said['broker']}: no connection yet")
+    if not any and not args.as_json:
+        where = f"at {said['broker']} under {config.topics.prefix}/"
+        start = "start one with: hive.py daemon"
+        print(f"hive: no node has been seen {where} yet; {start}", file=sys.stderr)
     return Exit.DONE
-
-
-def say_nobody(config: Config) -> None:
-    where = f"at {with_broker(config).mqtt.address} under {config.topics.prefix}/"
-    print(
-        f"hive: no node has been seen {where} yet; start one with: hive.py daemon", file=sys.stderr
-    )
 
 
 @subcommand(
