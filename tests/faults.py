@@ -241,15 +241,15 @@ class Trial:
 
     def _hand_in(self, envelope: hive.Envelope) -> bool:
         config = hive.load_config(str(self.alpha.config))
-        visit = hive.connect_to_daemon(config)
-        if visit is None:
+        client = hive.connect_to_daemon(config)
+        if client is None:
             return False
-        with contextlib.closing(visit):
+        with contextlib.closing(client):
             try:
-                hive.Mail(config, visit, envelope).hand_in(wait=False)
-            except OSError:  # it was killed: nobody was told that it is sent
+                said = client.ask({"do": "send", "envelope": envelope.document()})
+            except hive.DaemonError:  # it was killed: nobody was told that it is sent
                 return False
-        return True
+        return bool(said.get("queued")) or "was handed in before" in said["error"]
 
     def send_by_command(self) -> None:
         """One by a real hive.py send, which gives it an id of its own."""
@@ -296,7 +296,7 @@ class Trial:
         lines = self.told_file.read_text().splitlines() if self.told_file.exists() else []
         ids = [next(w for w in line.split() if w.startswith("id="))[3:] for line in lines]
         both = zip(ids, lines, strict=True)
-        return [(id, hive.PERHAPS_TOLD in line) for id, line in both if id in self.words]
+        return [(id, hive.UNCERTAIN_NOTE in line) for id, line in both if id in self.words]
 
     def answers(self) -> dict[str, list[str]]:
         """What alpha has been answered to each id: the kind of message, and why if that says so."""
