@@ -1614,19 +1614,19 @@ class Stream:
         self._total.size -= size
         self.read_at = self._loop.clock()
 
-    def write(self, *parts: bytes) -> None:
+    def write(self, head: bytes, body: bytes = b"") -> None:
         """Send this; whoever lets more than the bound pile up is cut off."""
-        size = sum(map(len, parts))
-        if not size or not self.is_open:
+        size = len(head) + len(body)
+        if not size or self.closed or self._ending:
             return
         if not self._output:
             self.written_at = self._loop.clock()
         if size >= MAX_COPIED:
-            self._output += filter(None, parts)
+            self._output += filter(None, (head, body))
         elif self._output and isinstance(self._output[-1], bytearray):
-            self._output[-1] += b"".join(parts)
+            self._output[-1] += head + body
         else:
-            self._output.append(bytearray().join(parts))
+            self._output.append(bytearray(head + body))
         self.output_size += size
         self._total.size += size
         self._flush_soon()
@@ -4886,9 +4886,7 @@ class ClientConnection:
             self._on_connect(body)
         elif kind is PacketType.PUBLISH:
             self._on_publish(Publish.parse(first & 15, body, self.version), session)
-        elif kind is PacketType.PUBREL:
-            self._on_pubrel(*parse_ack(kind, body, self.version), session)
-        elif kind in (PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBCOMP):
+        elif kind in ACKED:
             self._on_ack(kind, *parse_ack(kind, body, self.version), session)
         elif kind is PacketType.SUBSCRIBE:
             self._on_subscribe(*parse_subscribe(body, self.version), session)
@@ -4994,7 +4992,7 @@ class ClientConnection:
             raise ProtocolError(f"topic alias {alias} stands for nothing")
         return publish.replace(topic=self._aliases[alias])
 
-    def _on_pubrel(self, packet_id: int, reason: int, session: Session) -> None:
+    def _on_pubrel(self, packet_id: int, session: Session) -> None:
         code = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
         if packet_id in session.unreleased:
             code = ReasonCode.SUCCESS
@@ -5003,6 +5001,8 @@ class ClientConnection:
         self._acknowledge(PacketType.PUBCOMP, packet_id, code)
 
     def _on_ack(self, kind: PacketType, packet_id: int, reason: int, session: Session) -> None:
+        if kind is PacketType.PUBREL:
+            return self._on_pubrel(packet_id, session)
         queued = session.inflight.get(packet_id)
         if queued and (kind is PacketType.PUBACK) != (queued.qos == 1):
             queued = None
@@ -5047,6 +5047,7 @@ class ClientConnection:
         self._hang_up()
 
 
+ACKED = (PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBREL, PacketType.PUBCOMP)
 RETAINED_WANTED = {(0, False), (0, True), (1, True)}  # retain handling, is the subscription new?
 
 
