@@ -628,7 +628,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "in a name": lambda file: file.write_bytes(file.read_bytes().replace(b"meta", b"m\xffta")),
     "in a column": lambda file: file.write_bytes(file.read_bytes().replace(b"expiry", b"expirx")),
     "in a table": lambda file: file.write_bytes(
-        file.read_bytes().replace(b"CREATE TABLE wills", b"CREATE\xffTABLE wills")
+        file.read_bytes().replace(b"CREATE TABLE messages", b"CREATE\xffTABLE messages")
     ),
 }
 

@@ -96,16 +96,16 @@ def test_a_stream_that_nobody_reads_any_more_is_survived(format: str) -> None:
             log.error("hello", text="x" * 500)
 
 
-def test_a_fault_is_complained_about_a_few_times_a_minute() -> None:
+def test_a_fault_of_a_peer_is_logged_a_few_times_a_minute() -> None:
     limit = RateLimit()
-    first = [limit.admit("noise", now) for now in range(50)]
+    first = [limit.allow("noise", now) for now in range(50)]
     assert first == [True] * RATE_LIMIT_BURST + [False] * (50 - RATE_LIMIT_BURST)
-    assert not limit.admit("noise", 59)
-    assert limit.admit("noise", 100)
+    assert not limit.allow("noise", 59)
+    assert limit.allow("noise", 100)
 
 
 def test_one_kind_of_fault_does_not_hide_another() -> None:
     limit = RateLimit()
     for _ in range(1000):
-        limit.admit("noise", 1)
-    assert limit.admit("dropped", 1)
+        limit.allow("noise", 1)
+    assert limit.allow("dropped", 1)

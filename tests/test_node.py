@@ -81,6 +81,7 @@ class Rig:
         settings: Mapping[str, hive.HandlerConfig],
         level: str,
         heartbeat: hive.HeartbeatConfig | None = None,
+        schedule: Sequence[hive.ScheduleConfig] = (),
         **node: Any,
     ) -> None:
         self.handler_dir, self.state_dir = home / "hive-daemon.d", home / "state"
@@ -93,6 +94,7 @@ class Rig:
             oc_instances=tuple(agents),
             handlers=settings,
             heartbeat=heartbeat or hive.HeartbeatConfig(),
+            schedule=tuple(schedule),
         )
         self.clock, self.log, self.acked = Clock(), io.StringIO(), 0
         log = hive.Log(level, "json", self.log)
