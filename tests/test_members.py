@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Callable
 
 import pytest
 
 from hive import (
+    MAX_DOCUMENTS,
     MAX_MEMBERS,
     Config,
     Envelope,
+    IncomingMessage,
     Log,
     Loop,
     MemberEvent,
@@ -197,3 +200,55 @@ def test_members_remember_when_a_peer_was_seen() -> None:
     attic = peers.member("attic")
     assert attic and attic.seen == 1771143500
     assert peers.member("stranger") is None
+
+
+def document(name: str, **fields: object) -> IncomingMessage:
+    said = {"node_id": name, "daemon_node": name, "status": "online", **fields}
+    return IncomingMessage(f"hive/meta/{name}/state", json.dumps(said).encode(), True, None, nobody)
+
+
+def nobody() -> None:
+    pass
+
+
+def test_the_documents_of_others_are_kept_whole_until_they_take_them_back() -> None:
+    peers = members()
+    peers.hear_document("attic", "state", document("attic", last_seen=5, oc={"main": {}}))
+    peers.hear_document("attic", "roster", document("attic", handlers=["ping"]))
+    peers.hear_document("helper", "state", document("helper", daemon_node="attic"))
+    states = peers.documents("state")
+    assert [*states] == ["attic", "helper"] and states["attic"]["oc"] == {"main": {}}
+    assert peers.documents("roster")["attic"]["handlers"] == ["ping"]
+    assert peers.alive() == ["attic"]
+    peers.hear_document("attic", "state", IncomingMessage("", b"", True, None, nobody))
+    assert [*peers.documents("state")] == ["helper"]
+    assert [*peers.documents("roster")] == ["attic"]
+
+
+def test_a_heartbeat_counts_for_the_state_that_came_before_it() -> None:
+    peers = members()
+    peers.hear_document("attic", "state", document("attic", last_seen=100))
+    peers.heartbeat_from("attic", 200, seen=108)
+    assert peers.documents("state")["attic"]["last_seen"] == 108
+    peers.hear_document("attic", "state", document("attic", last_seen=110))
+    assert peers.documents("state")["attic"]["last_seen"] == 110
+
+
+def test_documents_without_end_do_not_grow_the_memory_and_small_ones_stay() -> None:
+    peers = members()
+    peers.hear_document("attic", "state", document("attic"))
+    for i in range(300):
+        peers.hear_document(f"n{i}", "roster", document(f"n{i}", text="x" * 60_000))
+    kept = peers.documents("roster")
+    assert sum(len(json.dumps(said)) for said in kept.values()) <= MAX_DOCUMENTS < 300 * 60_000
+    assert len(kept) > 100 and "attic" in peers.documents("state")
+    peers.hear_document("huge", "state", document("huge", text="x" * 70_000))
+    assert "huge" not in peers.documents("state")
+
+
+def test_whom_a_node_knows_is_not_kept_where_that_is_long() -> None:
+    peers = members()
+    known = [f"node-{i}" for i in range(1000)]
+    peers.hear_document("attic", "state", document("attic", known_peers=known, load_1m=0.5))
+    state = peers.documents("state")["attic"]
+    assert state["load_1m"] == 0.5 and "known_peers" not in state
