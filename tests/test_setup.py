@@ -293,6 +293,25 @@ def test_of_many_at_once_one_wins_and_its_file_is_whole(tmp_path: Path) -> None:
     assert len([*config_file(tmp_path).parent.iterdir()]) == 2
 
 
+def test_where_the_second_file_came_in_between_the_first_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    password, config = tmp_path / "mqtt-password", tmp_path / "hive.toml"
+    write_beside = hive.write_beside
+
+    def be_late(file: Path, *more: Any) -> str:
+        temporary = write_beside(file, *more)
+        if file == config:
+            config.write_text("another's")
+        return temporary
+
+    monkeypatch.setattr(hive, "write_beside", be_late)
+    with pytest.raises(hive.HiveError) as caught:
+        hive.write_privately({password: PASSWORD, config: "[node]"}, force=False)
+    assert str(caught.value) == f"{config}: File exists; nothing was written"
+    assert [*tmp_path.iterdir()] == [config] and config.read_text() == "another's"
+
+
 def test_a_link_is_not_followed_and_a_device_not_replaced(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link.toml"
     link.symlink_to(target)
