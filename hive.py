@@ -1581,6 +1581,7 @@ class Stream:
         # When some of the input was last consumed, and the socket last took something; or, where
         # there was nothing to be consumed or to be written, when there was again.
         self.read_at = self.written_at = loop.clock()
+        self.is_open = True  # what comes in is still heard, and what is written sent
         self.closed = False
         self._loop, self._sock = loop, sock
         self._on_ready, self._on_close = on_ready, on_close
@@ -1593,11 +1594,6 @@ class Stream:
         self._watched = 0
         sock.setblocking(False)
         self._watch()
-
-    @property
-    def is_open(self) -> bool:
-        """Is what comes in still heard, and what is written sent?"""
-        return not self.closed and self._ending is None
 
     def pause(self) -> None:
         """Read nothing more for now."""
@@ -1617,7 +1613,7 @@ class Stream:
     def write(self, head: bytes, body: bytes = b"") -> None:
         """Send this; whoever lets more than the bound pile up is cut off."""
         size = len(head) + len(body)
-        if not size or self.closed or self._ending:
+        if not size or not self.is_open:
             return
         if not self._output:
             self.written_at = self._loop.clock()
@@ -1657,6 +1653,7 @@ class Stream:
         `linger`: seconds that it has for that.
         """
         if self.is_open:
+            self.is_open = False
             self._ending = self._loop.after(linger, self.close)
             self.consume(len(self.input))
             self._flush_soon()
@@ -1666,7 +1663,7 @@ class Stream:
         """The connection is gone, with all that was not yet written."""
         if self.closed:
             return
-        self.closed = True
+        self.closed, self.is_open = True, False
         if self._ending:
             self._ending.cancel()
         self._drop_all()
@@ -1676,6 +1673,7 @@ class Stream:
 
     def _abort(self) -> None:
         """Close it at the end of this turn: somebody may be in the middle of writing to it."""
+        self.is_open = False
         if self._ending:
             self._ending.cancel()
         self._ending = self._loop.after(0, self.close)
@@ -4024,15 +4022,26 @@ def matches(filter: str, topic: str) -> bool:
     )
 
 
-class Publish(Value):
+class Publish:
     """A message on its way, to the broker or from it."""
 
-    topic: str  # empty where an alias stands for it
-    payload: bytes
-    qos: int = 0
-    retain: bool = False
-    packet_id: int = 0
-    properties: Mapping[str, Any] = {}
+    __slots__ = ("packet_id", "payload", "properties", "qos", "retain", "topic")
+
+    def __init__(
+        self,
+        topic: str,  # empty where an alias stands for it
+        payload: bytes,
+        qos: int = 0,
+        retain: bool = False,
+        packet_id: int = 0,
+        properties: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.topic, self.payload, self.qos, self.retain = topic, payload, qos, retain
+        self.packet_id, self.properties = packet_id, properties or {}
+
+    def __eq__(self, other: object) -> bool:
+        mine = (getattr(self, name) for name in self.__slots__)
+        return [*mine] == [getattr(other, name, None) for name in self.__slots__]
 
     @classmethod
     def parse(cls, flags: int, body: bytes, version: int) -> Self:
@@ -4955,7 +4964,7 @@ class ClientConnection:
 
     def _on_publish(self, publish: Publish, session: Session) -> None:
         if "topic_alias" in publish.properties:
-            publish = self._resolve(publish, publish.properties["topic_alias"])
+            self._resolve(publish, publish.properties["topic_alias"])
         packet_id, qos = publish.packet_id, publish.qos
         if qos == 2:
             if packet_id in session.unreleased:  # it is safe with us already
@@ -4982,7 +4991,7 @@ class ClientConnection:
     def _acknowledge(self, kind: PacketType, packet_id: int, reason: int) -> None:
         self.stream.write(encode_ack(kind, packet_id, reason, self.version))
 
-    def _resolve(self, publish: Publish, alias: int) -> Publish:
+    def _resolve(self, publish: Publish, alias: int) -> None:
         """Put the topic in the place of its alias (MQTT 5, 3.3.2.3.4)."""
         if not 0 < alias <= MAX_ALIASES:
             raise MalformedPacket(f"topic alias {alias}", ReasonCode.TOPIC_ALIAS_INVALID)
@@ -4990,7 +4999,7 @@ class ClientConnection:
             self._aliases[alias] = publish.topic
         elif alias not in self._aliases:
             raise ProtocolError(f"topic alias {alias} stands for nothing")
-        return publish.replace(topic=self._aliases[alias])
+        publish.topic = self._aliases[alias]
 
     def _on_pubrel(self, packet_id: int, session: Session) -> None:
         code = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
