@@ -6830,18 +6830,17 @@ class Members:
 
     def mark_left(self, name: str) -> bool:
         """A peer said goodbye; was it alive to us?"""
-        member = self._members.get(name)
-        if member is None or member.status is not MemberStatus.ALIVE:
-            return False
-        member.status = MemberStatus.LEFT
-        return True
+        return self._end(name, MemberStatus.LEFT, None)
 
     def mark_failed(self, name: str, now: float) -> bool:
         """A peer's connection died, or it is too silent; was it alive to us?"""
+        return self._end(name, MemberStatus.FAILED, now)
+
+    def _end(self, name: str, status: MemberStatus, failed: float | None) -> bool:
         member = self._members.get(name)
         if member is None or member.status is not MemberStatus.ALIVE:
             return False
-        member.status, member.failed = MemberStatus.FAILED, now
+        member.status, member.failed = status, failed
         return True
 
     def failed_since(self, now: float) -> list[str]:
@@ -7553,7 +7552,7 @@ class Node:
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
         self.members = Members(config, loop, log, self.send, self.publish, self._probe)
-        self._complaints = RateLimit()
+        self._rate_limit = RateLimit()
         self.requests = Requests(
             self.name,
             journal,
@@ -7651,7 +7650,7 @@ class Node:
             envelope = Envelope.parse(delivery.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
-            self._complain("not an envelope", topic=delivery.topic, why=error)
+            self._log_limited("not an envelope", topic=delivery.topic, why=error)
             return self.settle_soon(delivery.ack)
         what, row = self._receive(envelope, delivery)
         if what is SIGN_OF_LIFE:
@@ -7700,7 +7699,7 @@ class Node:
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
-                say = self.log.debug if what == SEEN_BEFORE else self._complain
+                say = self.log.debug if what == SEEN_BEFORE else self._log_limited
                 say("dropped", **facts, why=what.reason)
             case Do.HEAR:
                 self.log.debug("received", **facts)
@@ -7711,11 +7710,11 @@ class Node:
                 say("received", **facts, note=note)
                 self.log.debug("text", id=envelope.id, text=envelope.text)
 
-    def _complain(self, event: str, **facts: object) -> None:
+    def _log_limited(self, event: str, **facts: object) -> None:
         """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
         kind = f"{event}: {facts['why']}" if event == "dropped" else event
         say = (
-            self.log.warning if self._complaints.allow(kind, self.loop.clock()) else self.log.debug
+            self.log.warning if self._rate_limit.allow(kind, self.loop.clock()) else self.log.debug
         )
         say(event, **facts)
 
@@ -7998,7 +7997,7 @@ class Work(Worker):
         self._journal = node.journal
         self._children = ChildProcesses(node.loop)
         self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
-        self._catalogue = HandlerSet()
+        self._handler_set = HandlerSet()
         self._looked = float("-inf")
         self._agents = {
             name: Agent(node.loop, self._children, one, self)
@@ -8069,7 +8068,7 @@ class Work(Worker):
     def _tell_again(self, task: Task) -> None:
         note = UNCERTAIN_NOTE if task.began else task.note
         if task.agent in self._agents:
-            self._wake(task.agent, task.envelope, task.urgent, note, task.until, task.n)
+            self._wake(task, note)
         else:
             self._journal.finish(task.n)
             reason = f"{self._node.name} has no agent {task.agent} any more"
@@ -8167,15 +8166,15 @@ class Work(Worker):
 
     def look_for_handlers(self) -> bool:
         """Read the handler directory again; is anything different?"""
-        before, self._catalogue = self._catalogue, scan_handlers(self._config.handler_dir)
-        self.handlers = self._catalogue.handlers
+        before, self._handler_set = self._handler_set, scan_handlers(self._config.handler_dir)
+        self.handlers = self._handler_set.handlers
         if before.handlers.keys() != self.handlers.keys():
             actions = ",".join(self.handlers)
             self._log.info("handlers", dir=self._config.handler_dir, actions=actions)
-        for file, reason in self._catalogue.refused.items():
+        for file, reason in self._handler_set.refused.items():
             if before.refused.get(file) != reason:
                 self._log.warning("not a handler", file=file, why=reason)
-        return before != self._catalogue
+        return before != self._handler_set
 
     # -- schedule --
 
@@ -8232,24 +8231,19 @@ class Work(Worker):
 
     def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
         for agent in what.agents:
-            task = self._journal.owe(row, agent, until, what.now, what.reason)
-            self._wake(agent, envelope, what.now, what.reason, until, task)
+            n = self._journal.owe(row, agent, until, what.now, what.reason)
+            task = Task(n, envelope, agent, until, what.now, what.reason, began=False)
+            self._wake(task, what.reason)
 
-    def _wake(
-        self,
-        agent: str,
-        envelope: Envelope,
-        now: bool,
-        note: str,
-        until: float | None,
-        task: int,
-    ) -> None:
+    def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
+        envelope = task.envelope
         asked = self._journal.message(envelope.exchange) if envelope.corr else None
         question = asked.envelope.text[:MAX_QUESTION] if asked and asked.envelope else ""
         latest = self._loop.clock() + self._config.node.agent_patience
-        deadline = min(self._deadline(until), latest)
-        self._agents[agent].wake(PendingEvent(envelope, now, deadline, note, question, task))
+        deadline = min(self._deadline(task.until), latest)
+        event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
+        self._agents[task.agent].wake(event)
 
     def agent_begins(self, group: Sequence[PendingEvent]) -> None:
         """It is being told: if we crash now, nobody knows whether it was."""
