@@ -23,7 +23,7 @@ tokens; only what needs judgment wakes an agent.
 #           Service    what systemd wants to hear
 #           Handlers   which executables there are, and the contract with them
 #           Agent      ways to wake one, one call at a time, tried again
-#           Store      an SQLite file that may fail, and come back
+#           Database   an SQLite file that may fail, and come back
 #           Journal    what came, what went, what is still owed
 #           Door       a socket where this node's command line speaks to its daemon
 #           Packets    MQTT on the wire: bytes to packets and back
@@ -2978,10 +2978,10 @@ def hook_url(instance: InstanceConfig, port: int | None) -> str:
     return instance.hook_url or f"http://127.0.0.1:{port or OPENCLAW_PORT}/hooks/wake"
 
 
-# ---- Store: an SQLite file that may fail -------------------------------------------------
+# ---- Database: an SQLite file that may fail ----------------------------------------------
 #
 # One file with one user, and one transaction a turn of the loop.  Where the disk fails it goes
-# on in memory, and goes back when the disk does.  Knows no table.
+# on in memory, and returns when the disk does.  Knows no table.
 
 DATABASE_CACHE = 1024  # KiB of memory
 DATABASE_WAL = 8 * KIB * KIB  # bytes that its write-ahead log keeps on disk when it is idle
@@ -2994,20 +2994,36 @@ def make_private(folder: Path) -> None:
             one.mkdir(mode=0o700, exist_ok=True)
 
 
-class Database:
-    """An SQLite database in the file, or for the time being in memory."""
+def keep_layout(database: sqlite3.Connection) -> None:
+    """There is no older layout of these tables."""
 
-    def __init__(self, file: Path, tables: Sequence[str], log: Log, risk: str) -> None:
-        """`tables` are statements that make them; `risk` is what it means to have no disk."""
+
+class Database:
+    """An SQLite database in the file, or in memory: for the time being, or if there is none."""
+
+    def __init__(
+        self,
+        file: Path | None,
+        tables: Sequence[str],
+        log: Log,
+        risk: str,
+        upgrade: Callable[[sqlite3.Connection], None] = keep_layout,
+    ) -> None:
+        """`tables` are statements that make them; `risk` is what it means to have no disk.
+
+        `upgrade` is called before: it brings the tables of an older file to what they are now.
+        """
         import sqlite3
 
-        self.on_disk = True
-        self._sqlite, self._file, self._tables = sqlite3, file, tables
+        self.on_disk = file is not None
+        self._sqlite, self._file, self._tables = sqlite3, file or Path(), tables
+        self._has_file, self._upgrade = file is not None, upgrade
         self._log, self._risk = log, risk
-        self._turn: list[tuple[str, tuple[object, ...]]] = []  # what was written since commit()
+        self._uncommitted: list[tuple[str, tuple[object, ...]]] = []  # what commit() makes last
         try:
-            make_private(file.parent)
-            self._database = self._open_file()
+            if file:
+                make_private(file.parent)
+            self._database = self._open_file() if file else self._prepare(None)
         except (OSError, sqlite3.Error) as error:
             self._go_on_in_memory(None, reason_of(error))
 
@@ -3018,7 +3034,7 @@ class Database:
         except (self._sqlite.DatabaseError, UnicodeDecodeError) as error:
             if not self._damaged(error):
                 raise
-            return self._set_aside(error)
+            return self._quarantine(error)
 
     def _damaged(self, error: Exception) -> bool:
         codes = (self._sqlite.SQLITE_CORRUPT, self._sqlite.SQLITE_NOTADB)
@@ -3026,7 +3042,7 @@ class Database:
             return True
         return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes  # the rest is detail
 
-    def _set_aside(self, error: Exception) -> sqlite3.Connection:
+    def _quarantine(self, error: Exception) -> sqlite3.Connection:
         """Begin anew beside a damaged file."""
         aside = self._file.with_name(f"{self._file.name}.damaged-{int(time.time())}")
         os.replace(self._file, aside)
@@ -3047,26 +3063,29 @@ class Database:
                 f"journal_size_limit={DATABASE_WAL}",
             ):
                 database.execute(f"PRAGMA {setting}")
+            database.execute("BEGIN IMMEDIATE")  # a crash leaves the tables of one version
+            self._upgrade(database)
             for table in self._tables:
                 database.execute(table)
+            database.execute("COMMIT")
         except BaseException:
             database.close()
             raise
         return database
 
     def _recover(self, error: Exception) -> None:
-        """The disk has failed us: go on with what there is, this turn's writing included."""
-        failed, turn = self._database, self._turn
+        """The disk has failed us: go on with what there is, and with what is not committed."""
+        failed = self._database
         try:
             if self.on_disk and self._damaged(error):
                 failed.close()
-                self._database = self._set_aside(error)
+                self._database = self._quarantine(error)
             else:
                 self._go_on_in_memory(failed, reason_of(error))
         except (OSError, self._sqlite.Error) as again:
             self._go_on_in_memory(None, reason_of(again))
         self._database.execute("BEGIN")
-        for statement, values in turn:
+        for statement, values in self._uncommitted:
             self._database.execute(statement, values)
 
     def _go_on_in_memory(self, failed: sqlite3.Connection | None, why: str) -> None:
@@ -3083,18 +3102,18 @@ class Database:
                 self._database = self._prepare(None)
             failed.close()
 
-    def begin_anew(self, error: Exception) -> None:
+    def recreate(self, error: Exception) -> None:
         """What can be read makes no sense: be empty, beside the damaged file."""
         self._database.close()
-        self._turn.clear()
+        self._uncommitted.clear()
         try:
-            self._database, self.on_disk = self._set_aside(error), True
+            self._database, self.on_disk = self._quarantine(error), True
         except (OSError, self._sqlite.Error) as again:
             self._go_on_in_memory(None, reason_of(again))
 
-    def go_back_to_disk(self) -> None:
+    def return_to_disk(self) -> None:
         """Try whether the disk is well again; all that is in memory goes there."""
-        if self.on_disk:
+        if self.on_disk or not self._has_file:
             return
         self.commit()
         try:
@@ -3112,49 +3131,45 @@ class Database:
         self._database, self.on_disk = database, True
         self._log.info("can write again", file=self._file)
 
+    def _execute(
+        self, statement: str, values: tuple[object, ...] = (), begin: bool = False
+    ) -> tuple[sqlite3.Cursor, list[Any]]:
+        """Execute it and fetch all rows; where the disk fails, once more on what we go on with."""
+        try:
+            if begin and not self._database.in_transaction:
+                self._database.execute("BEGIN")
+            cursor = self._database.execute(statement, values)
+            return cursor, cursor.fetchall()
+        except self._sqlite.DatabaseError as error:
+            if not (isinstance(error, self._sqlite.OperationalError) or self._damaged(error)):
+                raise  # a fault of ours, not of the disk
+            self._recover(error)
+        cursor = self._database.execute(statement, values)
+        return cursor, cursor.fetchall()
+
     def read(self, question: str, values: tuple[object, ...] = ()) -> list[Any]:
         """All rows of the answer."""
-        try:
-            return self._database.execute(question, values).fetchall()
-        except self._sqlite.OperationalError as error:
-            self._recover(error)
-        except self._sqlite.DatabaseError as error:
-            if not self._damaged(error):
-                raise
-            self._recover(error)
-        return self._database.execute(question, values).fetchall()
+        return self._execute(question, values)[1]
+
+    def _change(self, statement: str, values: tuple[object, ...]) -> sqlite3.Cursor:
+        cursor, _ = self._execute(statement, values, begin=True)
+        self._uncommitted.append((statement, values))
+        return cursor
 
     def write(self, statement: str, values: tuple[object, ...] = ()) -> int:
         """Execute it, to last from commit() on; how many rows it touched."""
-        return self._execute(statement, values).rowcount
+        return self._change(statement, values).rowcount
 
     def insert(self, statement: str, values: tuple[object, ...]) -> int | None:
         """The same for one new row: its number, or None if it was ignored."""
-        cursor = self._execute(statement, values)
+        cursor = self._change(statement, values)
         return cursor.lastrowid if cursor.rowcount == 1 else None
-
-    def _execute(self, statement: str, values: tuple[object, ...]) -> sqlite3.Cursor:
-        try:
-            if not self._database.in_transaction:
-                self._database.execute("BEGIN")
-            cursor = self._database.execute(statement, values)
-        except self._sqlite.DatabaseError as error:
-            if not (isinstance(error, self._sqlite.OperationalError) or self._damaged(error)):
-                raise
-            self._recover(error)
-            cursor = self._database.execute(statement, values)
-        self._turn.append((statement, values))
-        return cursor
 
     def commit(self) -> None:
         """Make what was written last."""
         if self._database.in_transaction:
-            try:
-                self._database.execute("COMMIT")
-            except self._sqlite.DatabaseError as error:
-                self._recover(error)
-                self._database.execute("COMMIT")
-        self._turn.clear()
+            self._execute("COMMIT")
+        self._uncommitted.clear()
 
     def close(self) -> None:
         self.commit()
@@ -3347,8 +3362,8 @@ class Journal:
             self.prune(time.time())
         self._store.commit()
 
-    def go_back_to_disk(self) -> None:
-        self._store.go_back_to_disk()
+    def return_to_disk(self) -> None:
+        self._store.return_to_disk()
 
     def close(self) -> None:
         self._store.close()
@@ -5482,7 +5497,7 @@ class Broker:
         if next(self._ticks) % (DISK_AGAIN / BROKER_TICK) == 0:
             for topic in [one for one, kept in self.retained.items() if kept.expired(now)]:
                 self._unretain(topic)
-            self.ledger.store.go_back_to_disk()
+            self.ledger.store.return_to_disk()
         self.ledger.store.commit()
 
     def complain(self, event: str, guest: ClientConnection | None, why: str) -> None:
@@ -5780,7 +5795,7 @@ class Broker:
         try:
             self._load()
         except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
-            self.ledger.store.begin_anew(error)
+            self.ledger.store.recreate(error)
             for known in (self.sessions, self.retained, self.wills):
                 known.clear()
             self.filters, self._held, self._retained_size = SubscriptionTree(), 0, 0
@@ -7385,7 +7400,7 @@ class Node:
 
     def _tend_journal(self) -> None:
         """Now and then, in small steps."""
-        self._journal.go_back_to_disk()
+        self._journal.return_to_disk()
         more = self._journal.prune(time.time())
         self._settle_soon()
         self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._tend_journal)

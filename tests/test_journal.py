@@ -736,7 +736,7 @@ def test_without_a_disk_it_goes_on_in_memory_and_tells_the_risk_once(
     journal = open_journal(tmp_path / "file" / "x")
     assert not journal.on_disk
     owing(journal, "a", "b")
-    journal.go_back_to_disk()
+    journal.return_to_disk()
     assert_owing(journal, "a", "b")
     (error,) = errors(log)
     assert error["level"] == "error" and "lost, or done twice" in error["so"]
@@ -755,7 +755,7 @@ def test_when_the_disk_is_full_nothing_is_lost_and_all_of_it_goes_back(
     assert not journal.on_disk
     tasks, waiting = journal.tasks(), journal.outgoing(0, 1000)
     assert_owing(journal, "a", "b", *more)
-    journal.go_back_to_disk()
+    journal.return_to_disk()
     assert journal.on_disk and (journal.tasks(), journal.outgoing(0, 1000)) == (tasks, waiting)
     owing(journal, "after")
     journal.close()
@@ -794,10 +794,10 @@ def test_a_disk_that_is_really_full_and_has_room_again(
         owing(journal, *names)
         assert not journal.on_disk
         assert_owing(journal, "a", *names)
-        journal.go_back_to_disk()
+        journal.return_to_disk()
         assert not journal.on_disk, "it is full still"
         (folder / "other").unlink()
-        journal.go_back_to_disk()
+        journal.return_to_disk()
         journal.commit()
         if not journal.on_disk:
             pytest.fail(log.getvalue())
@@ -816,10 +816,10 @@ def test_a_folder_that_is_read_only_and_is_writable_again(
     journal = open_journal()
     assert not journal.on_disk
     owing(journal, "a", "b")
-    journal.go_back_to_disk()
+    journal.return_to_disk()
     assert not journal.on_disk
     folder.chmod(0o700)
-    journal.go_back_to_disk()
+    journal.return_to_disk()
     assert journal.on_disk
     journal.close()
     assert_owing(open_journal(), "a", "b")
@@ -834,7 +834,7 @@ def test_a_folder_in_place_of_the_file_does_not_keep_a_daemon_from_starting(
     assert not journal.on_disk
     assert [is_new(journal, id) for id in ("a", "a")] == [True, False]
     (folder / "journal.sqlite3").rmdir()
-    journal.go_back_to_disk()
+    journal.return_to_disk()
     assert journal.on_disk
     assert len(errors(log)) == 1
 

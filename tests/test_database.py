@@ -1,4 +1,4 @@
-"""Store: an SQLite file that may fail, on a real disk."""
+"""Database: an SQLite file that may fail, on a real disk."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_it_goes_back_when_the_disk_does(open_store: Open, file: Path, log: io.S
     for n in range(100):
         store.write(INSERT, (f"{n} {'x' * 200}",))
     store.commit()
-    store.go_back_to_disk()
+    store.return_to_disk()
     assert store.on_disk
     store.write(INSERT, ("after",))
     store.commit()
@@ -130,11 +130,11 @@ def test_it_stays_in_memory_as_long_as_the_disk_is_away(
     store = open_store()
     store.write(INSERT, ("one",))
     for _ in range(3):
-        store.go_back_to_disk()
+        store.return_to_disk()
     assert not store.on_disk
     file.parent.unlink()
     file.parent.mkdir(mode=0o700)
-    store.go_back_to_disk()
+    store.return_to_disk()
     assert store.on_disk
     assert on_disk(file) == ["one"]
     assert log.getvalue().count("going on in memory") == 1
