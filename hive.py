@@ -6365,6 +6365,11 @@ def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
         return False
 
 
+def is_failure(code: int) -> bool:
+    """Does a reason mean that it was not published?  Below 0 are ours, from 0x80 the broker's."""
+    return code < 0 or code >= 0x80  # MQTT 5, 2.4
+
+
 def ignore_published(message: OutgoingMessage, code: int, words: str) -> None:
     """For who asks each message by itself."""
 
@@ -7578,7 +7583,7 @@ class Node:
         self._settle_soon()
         if message.id is None:
             return
-        failed = code < 0 or code >= 0x80  # MQTT 5, 2.4
+        failed = is_failure(code)
         if failed or code == NO_SUBSCRIBERS:
             envelope = Envelope.parse(message.payload)  # as it was encoded here
             if failed:
@@ -8447,7 +8452,7 @@ class Errand:
         topic = self.topics.of(envelope)
 
         def acknowledged(code: int, words: str) -> None:
-            if code < 0 or code >= 0x80:
+            if is_failure(code):
                 raise broker_fault(
                     self.config.mqtt, f"refused to publish to {topic}: {words.lower()}"
                 )
@@ -8610,7 +8615,7 @@ class Mail:
         if said is None or "published" not in said:
             return None
         code, words = int(said["published"]), str(said.get("words"))
-        if code < 0 or code >= 0x80:
+        if is_failure(code):
             raise broker_fault(self._mqtt, f"refused to publish: {words.lower()}")
         return code != NO_SUBSCRIBERS
 
@@ -8624,7 +8629,7 @@ class Mail:
             if said is None:
                 break
             code = said.get("published", 0)
-            if code < 0 or code >= 0x80:
+            if is_failure(code):
                 raise broker_fault(self._mqtt, f"refused to publish: {said.get('words')}".lower())
             if code == NO_SUBSCRIBERS and self._envelope.to != EVERYONE:
                 return False
@@ -8984,7 +8989,7 @@ class Probing(Visit):
 
     def _answered(self, code: int, words: str) -> None:
         topic, _ = self._unanswered.popleft()
-        if code < 0 or code >= 0x80:
+        if is_failure(code):
             self.refused[topic] = words.lower()
         self._next()
 

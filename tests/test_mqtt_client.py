@@ -819,7 +819,14 @@ def test_an_outage_begins_with_the_first_failure_and_ends_with_a_connection(
     assert asked == [(0, 0.0), (1, 7.0), (2, 14.0), (0, 0.0)]
 
 
-# The numbers that a broker is told
+# The numbers that a broker is told, and tells
+
+
+@pytest.mark.parametrize(
+    ("code", "failed"), [(-1, True), (0, False), (0x10, False), (0x7F, False), (0x80, True)]
+)
+def test_a_reason_is_a_failure_from_0x80_on(code: int, failed: bool) -> None:
+    assert hive.is_failure(code) is failed
 
 
 def test_the_broker_keeps_a_session_for_a_week_and_none_without_a_client_id(loop: Loop) -> None:

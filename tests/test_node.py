@@ -41,7 +41,7 @@ class Wire:
         self.published: list[hive.OutgoingMessage] = []
         self.echoes: list[hive.OutgoingMessage] = []
         self.unacknowledged: list[hive.OutgoingMessage] = []
-        self.up = self.closed = False
+        self.up = self.closed = self.silent = False
 
     def set_broker(self, settings: hive.MqttConfig) -> None:
         pass
@@ -71,9 +71,9 @@ class Wire:
         if "/all/" in message.topic:
             self.echoes.append(message)
 
-    def take(self, code: int = 0, words: str = "Success") -> None:
-        """The broker acknowledges the next one, or refuses."""
-        message = self.unacknowledged.pop(0)
+    def acknowledge(self, message: hive.OutgoingMessage, code: int, words: str) -> None:
+        """The broker has it, or refuses it."""
+        self.unacknowledged.remove(message)
         if self.outbox and message.n:
             self.outbox.dequeue(message, acknowledged=code == 0)
         self.told(message, code, words)
@@ -141,8 +141,8 @@ class Rig:
     def turn(self) -> None:
         """Do whatever is due by now."""
         for _ in range(3):
-            while self.wire.up and self.wire.unacknowledged:
-                self.wire.take()
+            while self.wire.up and self.wire.unacknowledged and not self.wire.silent:
+                self.wire.acknowledge(self.wire.unacknowledged[0], 0, "Success")
             for echo in self.wire.echoes[:]:
                 self.wire.echoes.remove(echo)
                 self.node.deliver(
