@@ -4,8 +4,10 @@
 # make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
 # make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed
 # make fuzz     mutated traffic against the embedded broker, for SECONDS=3600 (20 of it in check)
+# make brokers  the end-to-end tests on NATS, RabbitMQ, aedes and amqtt too, as a table
 # make bench    how long things take, beside their peers, in one run
 # make bench-journal  the same for messages a second, and for send
+# make mutants  how tight the tests are: which of N=150 small mistakes in hive.py they find
 # make faults   what survives which fault, counted, as a table
 # make bench-broker   what the embedded broker does, beside Mosquitto
 # make install  hive and hive-cli into ~/.local/bin, a unit, ~/.config/hive; START=1 starts it.
@@ -84,6 +86,13 @@ fuzz: $(VENV)/ready  ## another seed each time; SEED=... to choose it
 faults: $(VENV)/ready mosquitto  ## what survives which fault, as a table
 	HIVE_FAULTS_TABLE=- $(python) -m pytest -q --timeout 150 tests/test_faults.py
 
+brokers: $(VENV)/ready mosquitto  ## BROKERS="nats amqtt" for some of them
+	$(python) tests/brokers.py $(BROKERS)
+
+mutants: $(VENV)/ready mosquitto  ## takes hours, goes on where it stopped; SECTIONS=Broker,Loop
+	$(python) tests/mutants.py --count $(or $(N),150) --seed $(or $(SEED),1) \
+	  --jobs $(or $(JOBS),2) --sections '$(SECTIONS)' $(if $(AGAIN),--again)
+
 bench-journal: $(VENV)/ready mosquitto
 	$(python) tests/bench_journal.py
 
@@ -111,7 +120,7 @@ mosquitto:
 	  echo "installing Mosquitto with Homebrew"; brew install --quiet mosquitto >/dev/null || true; \
 	else echo "Mosquitto is missing: tests that need a broker will be skipped (apt-get install mosquitto)"; fi
 
-# systemd-analyze and plistutil for tests/test_units.py, openssl for test_link.py, pgrep.
+# systemd-analyze and plistutil for tests/test_units.py, openssl for test_mqtt_client.py, pgrep.
 checkers:
 	@missing=; \
 	command -v systemd-analyze >/dev/null || missing="systemd"; \
@@ -129,4 +138,4 @@ clean:  ## remove what make has made
 	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
-  bench-broker bench-journal faults fuzz fuzz-check venv mosquitto checkers clean
+  bench-broker bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto checkers clean

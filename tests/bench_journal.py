@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ def flood_of(topic: str, run: str) -> bytes:
             "flood", "beta", "sync", "x", id=f"{run}-{number}", urgency="later"
         )
         missing = SIZE - len(envelope.encode())
-        payload = replace(envelope, text="x" * (missing + 1)).encode()
+        payload = envelope.replace(text="x" * (missing + 1)).encode()
         mid = (number % 65535 + 1).to_bytes(2, "big")
         packets.append(packet(0x32, field(topic.encode()) + mid + payload))
     return b"".join(packets)

@@ -161,6 +161,10 @@ def broker_of(kind: str, home: Path) -> Broker:
     """Start one; skip the test where there is none of this kind."""
     if kind == EMBEDDED:
         return EmbeddedBroker(home)
+    if kind != MOSQUITTO:
+        from other_brokers import OTHER_BROKERS
+
+        return OTHER_BROKERS[kind](home)
     need_mosquitto()
     return Broker(home)
 

@@ -920,3 +920,130 @@ def test_a_message_in_a_thousand_pieces(hosted: Hosted) -> None:
     for byte in publish_packet("t", b"whole") * 3:
         client.send(bytes([byte]))
     assert [client.receive().payload for _ in range(3)] == [b"whole"] * 3
+
+
+# On either side of each bound.
+
+
+@pytest.mark.parametrize(("asked", "told"), [(0, 60), (1, None), (60, None), (61, 60)])
+def test_mqtt_5_is_told_a_keep_alive_where_its_own_will_not_do(
+    hosted: Hosted, asked: int, told: int | None
+) -> None:
+    """3.2.2.3.14"""
+    said = hosted.client().connect("a", keepalive=asked).properties
+    assert said.get("server_keep_alive") == told
+
+
+@pytest.mark.parametrize("asked", [0, 1000])
+def test_the_keep_alive_that_was_told_is_kept_to(hosted: Hosted, asked: int) -> None:
+    client = hosted.connected("a", keepalive=asked)
+    hosted.skip(80)  # of 90, which is one and a half of 60
+    client.quiet()
+    hosted.skip(91)
+    client.ended(ReasonCode.KEEP_ALIVE_TIMEOUT)
+
+
+def test_whoever_says_connect_in_time_is_heard(hosted: Hosted) -> None:
+    slow, whole = hosted.client(), connect_packet(client_id="slow")
+    slow.send(whole[:7])
+    eventually("it is in", lambda: len(hosted.broker.guests) == 1)
+    hosted.skip(8)
+    slow.send(whole[7:])
+    assert slow.expect(PacketType.CONNACK).reason == 0
+
+
+@both
+def test_how_long_a_name_may_be(hosted: Hosted, version: int) -> None:
+    assert hosted.client(version).connect("x" * 1024).reason == 0
+    assert hosted.client(version).connect("x" * 1025).reason == (0x85 if version == 5 else 2)
+
+
+def test_a_connected_client_has_all_of_its_expiry_after_a_restart(hosted: Hosted) -> None:
+    for seconds, present in ((90, True), (110, False)):
+        hosted.connected("a", clean=False, session_expiry=100)
+        hosted.stop()
+        hosted.clock.skipped += 1000  # nobody runs meanwhile: its time begins at the start
+        hosted.start()
+        hosted.skip(seconds)
+        hosted.connected("other").quiet()
+        assert hosted.client().connect("a", clean=False, session_expiry=100).present is present
+
+
+def test_small_and_large_messages_keep_their_order(hosted: Hosted) -> None:
+    client, sender = hosted.connected("a"), hosted.connected("s")
+    client.subscribe(("t", 0))
+    sizes = [1, 4000, 4096, 5000, 2, 3, 100_000, 4, 4095, 4097]
+    bodies = [bytes([n]) * size for n, size in enumerate(sizes)]
+    sender.send(*(publish_packet("t", body) for body in bodies))
+    assert [client.receive().payload for _ in bodies] == bodies
+
+
+def test_a_will_lives_from_its_publication(hosted: Hosted) -> None:
+    """3.1.3.2.4"""
+    client = hosted.connected("w", **kept(5))
+    client.subscribe("will")
+    hosted.drop(client)
+    will = Publish("will", b"gone", 1, properties={"message_expiry": 50})
+    for name, wait, expected in (("a", 20, [b"gone"]), ("b", 60, [])):
+        hosted.connected(name, will=will)
+        hosted.skip(100)  # longer than its life: it has not begun
+        hosted.drop(hosted.clients[-1])
+        hosted.skip(wait)
+        reader = hosted.connected("w", **kept(5))
+        for payload in expected:
+            message = reader.receive()
+            assert message.payload == payload
+            assert 28 <= message.properties["message_expiry"] <= 30
+        reader.quiet()
+        hosted.drop(reader)
+
+
+def test_what_has_expired_is_not_kept_for_ever(hosted: Hosted) -> None:
+    client = hosted.connected("a")
+    client.publish("gone", retain=True, message_expiry=10)
+    client.publish("there", retain=True, message_expiry=10_000)
+
+    def only_one_is_kept() -> bool:
+        hosted.skip(1)
+        client.quiet()
+        return [*hosted.broker.retained] == ["there"]
+
+    eventually("what has expired is removed", only_one_is_kept)
+    client.subscribe("#")
+    assert client.receive().topic == "there"
+    client.quiet()
+
+
+def test_an_empty_retained_message_is_handed_on_and_not_kept(hosted: Hosted) -> None:
+    """[MQTT-3.3.1-6] [MQTT-3.3.1-7]"""
+    client = hosted.connected("a")
+    client.subscribe("t")
+    client.publish("t", b"", retain=True)
+    assert client.receive().payload == b""
+    client.subscribe("t")
+    client.quiet()
+    assert not hosted.broker.retained
+
+
+def test_a_second_subscription_takes_the_place_of_the_first(hosted: Hosted) -> None:
+    """[MQTT-3.8.4-3]"""
+    client = hosted.connected("a")
+    assert client.subscribe(("t/+", 0), identifier=1) == [0]
+    assert client.subscribe(("t/+", 2), identifier=2) == [2]
+    client.publish("t/1", qos=1)
+    message = client.receive()
+    assert (message.qos, message.properties) == (1, {"subscription_id": [2]})
+    client.quiet()
+    assert client.unsubscribe("t/+", "t/+") == [0, ReasonCode.NO_SUBSCRIPTION_EXISTED]
+    client.publish("t/1", qos=0)
+    client.quiet()
+
+
+def test_what_was_refused_is_in_the_log(hosted: Hosted) -> None:
+    hosted.client().connect("x" * 2000)
+    client = hosted.connected("clumsy")
+    client.send(encode_packet(PacketType.SUBSCRIBE, encode_two_bytes(1) + b"\0", 2))
+    client.ended(ReasonCode.PROTOCOL_ERROR)
+    log = hosted.log.getvalue()
+    assert 'event="client refused" why=client_identifier_not_valid' in log
+    assert 'event="packet refused" client="\'clumsy\'" why="SUBSCRIBE to nothing"' in log

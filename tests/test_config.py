@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ moderate = settings(
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 TABLES = ["node", "mqtt", "heartbeat", "journal", "logging", "oc_instances", "handlers", "schedule"]
-KEYS = sorted({f.name for table in ALL_TABLES.values() for f in fields(table)})
+KEYS = sorted({key for table in ALL_TABLES.values() for key in table.FIELDS})
 NESTED = [f"{table}.{key}" for table in [*TABLES, "handlers.x"] for key in [*KEYS, "other"]]
 texts = st.text(max_size=20) | st.sampled_from(["main", "1", "1e3", "~", "~nobody/x", "..", "/"])
 scalars = (
@@ -237,13 +236,13 @@ def test_every_line_of_the_example_is_accepted(place: Path) -> None:
     said |= {"[oc_instances]": said["oc_instances"][0], "[schedule]": said["schedule"][0]}
     said |= {"handlers.NAME": said["handlers"]["NAME"]}
     for title, table in ALL_TABLES.items():
-        assert {*said[title]} == {f.name for f in fields(table)} - {*"".join(APART).split(" =")}
+        assert {*said[title]} == {*table.FIELDS} - {*"".join(APART).split(" =")}
 
 
 def test_the_example_as_it_is_changes_nothing() -> None:
     example = load(example_config())
     plain = load("")
-    assert all(getattr(example, f.name) == getattr(plain, f.name) for f in fields(Config)[:8])
+    assert all(getattr(example, name) == getattr(plain, name) for name in [*Config.FIELDS][:8])
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -490,3 +489,261 @@ def test_the_command_line_overrides_the_file(capsys: pytest.CaptureFixture[str])
     assert code == 0
     assert (shown["mqtt"]["host"], shown["mqtt"]["port"]) == ("near", 99)
     assert (shown["node"]["id"], shown["node"]["topic_prefix"]) == ("alpha", "a/b")
+
+
+# -- what each key is worth --
+
+DEFAULTS = """
+[node]
+id = "box"
+topic_prefix = "hive"
+handler_dir = "HERE/hive-daemon.d"
+handler_timeout = 30.0
+handler_workers = 4
+agent_patience = 3600.0
+state_dir = "HOME/.local/state/hive/box"
+[mqtt]
+keepalive = 30
+protocol = "5"
+tls = false
+[broker]
+anonymous = false
+queue_messages = 10000
+queue_mib = 64
+total_mib = 256
+retained_mib = 64
+[heartbeat]
+interval = 5.0
+miss_threshold = 3
+[journal]
+keep_days = 7
+max_mb = 64
+[logging]
+level = "info"
+format = "text"
+[[oc_instances]]
+name = "main"
+openclaw_cmd = "openclaw"
+via = "cli"
+agent = "main"
+agent_timeout = 300.0
+[handlers.sync]
+workers = 1
+retry = false
+[[schedule]]
+action = "sync"
+every = 60.0
+jitter = 0.0
+text = "scheduled"
+notify = "change"
+"""
+
+
+def test_what_nobody_set_is_as_it_always_was(place: Path) -> None:
+    said = "[node]\nid = 'box'\n[[oc_instances]]\nname = 'main'\n[handlers.sync]\n"
+    config = load(f"{said}[[schedule]]\naction = 'sync'\nevery = '1m'")
+    expected = DEFAULTS.replace("HERE", str(place.resolve()))
+    expected = expected.replace("HOME", str(place.parent / "home"))
+    assert tomllib.loads(effective_config(config)) == tomllib.loads(expected)
+    assert config.agents == {"main": config.oc_instances[0]}
+    assert config.topics.prefix == "hive"
+
+
+@pytest.mark.parametrize(
+    ("key", "said", "value"),
+    [
+        ("mqtt.port", "8883", 8883),
+        ("mqtt.keepalive", "5", 5),
+        ("broker.queue_messages", "1000000", 1_000_000),
+        ("broker.total_mib", "7", 7),
+        ("broker.listen", '"[::1]:1883"', "[::1]:1883"),
+        ("heartbeat.interval", "1.5", 1.5),
+        ("node.handler_timeout", "31622400", 31_622_400.0),
+        ("schedule.every", "1", 1.0),
+        ("schedule.every", "'90s'", 90.0),
+        ("schedule.every", "'5m'", 300.0),
+        ("schedule.every", "'1h30m'", 5400.0),
+        ("schedule.every", "'1d2h3m4s'", 93_784.0),
+        ("schedule.every", "'366d'", 31_622_400.0),
+        ("schedule.at", "'07:30'", "07:30"),
+        ("schedule.at", "23:59:58", "23:59"),
+        ("schedule.jitter", "0", 0.0),
+        ("schedule.jitter", "'30s'", 30.0),
+        ("oc_instances.command", "['a', 'b']", ["a", "b"]),
+        ("oc_instances.hook_url", "'https://a:1/b'", "https://a:1/b"),
+    ],
+)
+def test_a_value_means_what_it_says(key: str, said: str, value: object) -> None:
+    table, _, name = key.partition(".")
+    rest = {"schedule": "action = 'x'\n", "oc_instances": "name = 'x'\n"}.get(table, "")
+    if table == "schedule" and name == "jitter":
+        rest += "every = 60\n"
+    header = f"[[{table}]]" if rest else f"[{table}]"
+    shown = tomllib.loads(effective_config(load(f"{header}\n{rest}{name} = {said}")))[table]
+    shown = shown[0] if rest else shown
+    assert (shown[name], type(shown[name])) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("key", "bad"),
+    [
+        ("every", "'' '0s' 0 0.9 '1x' 's' '1m1h' '-1s' '367d' 31622401 true \"\\u0661s\""),
+        ("at", "'24:00' '7:30' '07:60' '0730' 7 ''"),
+        ("jitter", "-1 0.5 '0s' false 31622401"),
+        ("notify", "'sometimes' true"),
+        ("text", "'' 1"),
+    ],
+)
+def test_a_schedule_is_held_to_its_kinds(key: str, bad: str) -> None:
+    for value in bad.split():
+        other = "" if key in ("every", "at") else "every = 60\n"
+        line = refusal(f"[[schedule]]\naction = 'x'\n{other}{key} = {value}")
+        assert line.startswith(f"hive.toml: schedule[0].{key}: "), value
+
+
+@pytest.mark.parametrize(
+    ("key", "bad"),
+    [
+        ("broker.queue_messages", "0 1000001 1.5 true"),
+        ("broker.total_mib", "0 10001 1.5"),
+        ("broker.listen", "'' ':1883' '127.0.0.1' '::1:1883' '[]:1' 'h:0' 'h:65536' '[::1:1' 1"),
+        ("oc_instances.hook_url", "'' 'ftp://a/' 'http://' 'http:///x' 'http://a@b/' 'http://a/ä'"),
+        ("oc_instances.port", "0 65536"),
+        ("oc_instances.agent_timeout", "0 -1"),
+        ("mqtt.username", '1 "\\u0000"'),
+        ("node.agent_patience", "0 31622401"),
+    ],
+)
+def test_more_values_are_held_to_their_kinds(key: str, bad: str) -> None:
+    table, _, name = key.partition(".")
+    header = "[[oc_instances]]\nname = 'x'" if table == "oc_instances" else f"[{table}]"
+    for value in bad.split():
+        line = refusal(f"{header}\n{name} = {value}")
+        where = "oc_instances[0]" if table == "oc_instances" else table
+        assert line.startswith(f"hive.toml: {where}.{name}: "), value
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (
+            "[[schedule]]\naction = 'x'",
+            'schedule[0]: either every or at, as in every = "5m"',
+        ),
+        (
+            "[[schedule]]\naction = 'x'\nevery = 60\nat = '07:30'",
+            'schedule[0]: either every or at, as in every = "5m"',
+        ),
+        (
+            "[[schedule]]\nevery = 60",
+            'schedule[0].action: missing; as in action = "health-check"',
+        ),
+        ("[schedule]\nx = 1", "schedule = …: expected [[schedule]], twice bracketed"),
+        ("handlers = 5", "handlers = 5: expected tables, as in [handlers.git-sync]"),
+        ("handlers.x = 5", "handlers.x = 5: expected a table, as in [handlers.x]"),
+        (
+            "[broker]\nusername = 'x'",
+            "broker.username and broker.password_file: one is of no use alone",
+        ),
+        (
+            "[broker]\npassword = 'x'",
+            "broker.username and broker.password_file: one is of no use alone",
+        ),
+        (
+            "[mqtt]\nkey_file = 'a'",
+            "mqtt.cert_file and mqtt.key_file: one is of no use without the other",
+        ),
+        (
+            "[[oc_instances]]\nname = 'x'\ncommand = 'y'\nvia = 'call'",
+            "oc_instances[0].via: has no meaning beside command; leave one of them out",
+        ),
+        (
+            "[[oc_instances]]\nname = 'x'\nvia = 'hook'",
+            'oc_instances[0].hook_token: missing; via = "hook" needs it',
+        ),
+        (
+            "[mqtt]\npassword = 'x'\npassword_file = 'y'",
+            "mqtt.password_file: password is set as well; keep one of the two",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_an_error(content: str, line: str) -> None:
+    assert refusal(content) == f"hive.toml: {line}"
+
+
+def test_what_goes_together_is_taken(place: Path) -> None:
+    (place / "secret").write_text("s\nmore")
+    agent = "[[oc_instances]]\nname = 'x'\n"
+    for content in (
+        f"{agent}via = 'hook'\nhook_token = 's'",
+        f"{agent}via = 'hook'\nhook_token_file = 'secret'",
+        f"{agent}via = 'auto'\nhook_token = 's'",
+    ):
+        assert load(content).oc_instances[0].hook_token == "s"
+    assert load(f"{agent}command = 'y'\nvia = 'cli'").oc_instances[0].command == ("y",)
+    config = load("[broker]\nusername = 'u'\npassword_file = 'secret'").broker
+    assert (config.username, config.password) == ("u", "s")
+    assert load("[mqtt]\ncert_file = 'c'\nkey_file = 'k'").mqtt.key_file == place.resolve() / "k"
+
+
+@pytest.mark.parametrize(
+    ("content", "exposed"),
+    [
+        ("[broker]\nusername = 'u'\npassword = 'x'", ["hive.toml"]),
+        ("[broker]\nusername = 'u'\npassword_file = 'secret'", ["secret"]),
+        ("[mqtt]\npassword_file = 'secret'", ["secret"]),
+        ("[[oc_instances]]\nname = 'a'\nhook_token = 'x'", ["hive.toml"]),
+        ("[[oc_instances]]\nname = 'a'\nhook_token_file = 'secret'", ["secret"]),
+        ("[[oc_instances]]\nname = 'a'\n[[oc_instances]]\nname = 'b'\ntoken = 'x'", ["hive.toml"]),
+        ("[[oc_instances]]\nname = 'a'", []),
+    ],
+)
+def test_each_place_of_a_secret_is_watched(place: Path, content: str, exposed: list[str]) -> None:
+    (place / "secret").write_text("x")
+    (place / "secret").chmod(0o644)
+    named = [Path(one.partition(":")[0]).name for one in load(content, 0o644).warnings]
+    assert named == exposed
+    (place / "secret").chmod(0o600)
+    assert load(content, 0o600).warnings == ()
+
+
+def test_a_file_that_everybody_may_write_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^hive\.toml: is writable by everyone; try: chmod o-w "):
+        load("mqtt.port = 1", 0o602)
+    assert load("mqtt.port = 1", 0o620).mqtt.port == 1
+
+
+def test_where_the_broker_is() -> None:
+    nowhere = load("").mqtt
+    assert (nowhere.named, nowhere.endpoint) == (False, ("localhost", 1883))
+    assert nowhere.address == "localhost:1883"
+    assert load("mqtt.port = 7").mqtt.named and load("mqtt.host = 'x'").mqtt.named
+    assert load("mqtt.port = 7").mqtt.endpoint == ("localhost", 7)
+    unix = load("mqtt.host = '/run/broker'").mqtt
+    assert (unix.unix, unix.address) == (True, "/run/broker")
+    assert not load("mqtt.host = 'x/y'").mqtt.unix and not nowhere.unix
+
+
+def test_the_configuration_in_force_shows_what_was_repeated(place: Path) -> None:
+    toml = (
+        "[handlers.a]\ntimeout = 2\n[handlers.b]\nworkers = 3\n"
+        "[[oc_instances]]\nname = 'x'\nopenclaw_cmd = ['oc', '--y']\n[[oc_instances]]\nname = 'z'\n"
+    )
+    text = effective_config(load(toml))
+    shown = tomllib.loads(text)
+    assert (shown["handlers"]["a"]["timeout"], shown["handlers"]["b"]["workers"]) == (2.0, 3)
+    assert [one["name"] for one in shown["oc_instances"]] == ["x", "z"]
+    assert shown["oc_instances"][0]["openclaw_cmd"] == ["oc", "--y"]
+    assert re.search(r"^workers = 3 +# hive\.toml$", text, re.M)
+    assert effective_config(load_config()).startswith("# from hive.toml\n")
+    Path("hive.toml").unlink()
+    assert effective_config(load_config()).startswith("# no configuration file: the defaults\n")
+
+
+def test_what_may_be_a_secret_is_not_shown_and_the_rest_is() -> None:
+    assert refusal("[node]\nmy_credential = 'x'").startswith("hive.toml: node.my_credential = …: ")
+    assert (
+        refusal("[node]\nidd = 'x'") == "hive.toml: node.idd = 'x': no such key; did you mean id?"
+    )
+    assert refusal("[node]\nidd = [1]").startswith("hive.toml: node.idd = …: no such key; ")
+    assert refusal("[mqtt]\npasword = 1").endswith("did you mean password?")

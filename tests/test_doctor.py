@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import paho.mqtt.publish as publish
 import pytest
 from conftest import (
     PATIENCE,
@@ -49,26 +50,17 @@ def levels(rows: Rows, *checks: str) -> list[str]:
     return [rows[check]["level"] for check in checks]
 
 
-class Peer(module.Errand):
-    """Another node, with a clock of its own: says one thing at the broker."""
-
-    def __init__(self, config: module.Config, topic: str, said: object, retain: bool) -> None:
-        super().__init__(config)
-        self._publication = module.OutgoingMessage(
-            topic, module.encode_json(said), retain=retain, done=lambda *_: self.finish()
-        )
-        self._link = module.MqttClient(self.loop, config.mqtt)
-        self._link.open(self)
-
-    def link_up(self) -> None:
-        self._link.publish(self._publication)
+def say(node: Daemon, topic: str, said: object, retain: bool) -> None:
+    """Publish as another node does, with a clock of its own."""
+    mqtt = module.load_config(str(node.config)).mqtt
+    payload, (host, port) = module.encode_json(said), mqtt.endpoint
+    publish.single(topic, payload, 1, retain, hostname=host, port=port)
 
 
 def state(node: Daemon, peer: str, ahead: float, **more: object) -> None:
     """Leave a retained state as a peer does whose clock is ahead."""
-    config = module.load_config(str(node.config))
     said = {"status": "online", "last_seen": int(time.time() + ahead), "interval": 0.5} | more
-    Peer(config, config.topics.meta(peer, "state"), said, retain=True).run()
+    say(node, module.Topics(node.hive.prefix).meta(peer, "state"), said, retain=True)
 
 
 @pytest.fixture
@@ -76,17 +68,17 @@ def beating(hive: Hive) -> Iterator[Callable[[str, float], None]]:
     """Peers that show that they are alive, until the test ends."""
     stop, threads = threading.Event(), list[threading.Thread]()
 
-    def beat(peer: str, ahead: float) -> None:
-        config = module.load_config(str(next(iter(hive.nodes.values())).config))
-        topic = config.topics.to("all", "heartbeat")
+    def beat(node: Daemon, peer: str, ahead: float) -> None:
+        topic = module.Topics(hive.prefix).to("all", "heartbeat")
         while not stop.wait(0.1):
             now = time.time() + ahead
             said = module.Envelope.new(peer, "all", "heartbeat", "{}", now=now)
-            Peer(config, topic, said.document(), retain=False).run()
+            say(node, topic, said.document(), retain=False)
 
     def start(peer: str, ahead: float) -> None:
-        state(next(iter(hive.nodes.values())), peer, 0)
-        threads.append(threading.Thread(target=beat, args=(peer, ahead)))
+        node = next(iter(hive.nodes.values()))
+        state(node, peer, 0)
+        threads.append(threading.Thread(target=beat, args=(node, peer, ahead)))
         threads[-1].start()
 
     yield start
@@ -438,13 +430,36 @@ def test_an_old_state_is_no_wrong_clock_but_one_from_the_future_is(hive: Hive) -
 
 def test_rubbish_at_the_broker_is_no_trouble(hive: Hive) -> None:
     alpha = hive.node("alpha")
-    config = module.load_config(str(alpha.config))
-    for peer, said in (("a", [1]), ("b", {"status": [], "last_seen": "x"}), ("c", "x" * 70000)):
-        Peer(config, config.topics.meta(peer, "state"), said, retain=True).run()
+    large = {"status": "online", "last_seen": int(time.time() + 7200), "padding": "x" * 70000}
+    for peer, said in (("a", [1]), ("b", {"status": [], "last_seen": "x"}), ("c", large)):
+        say(alpha, module.Topics(hive.prefix).meta(peer, "state"), said, retain=True)
     odd: list[object] = [True, [], -1, 1e30]
     for seen in odd:
         state(alpha, "d", 0, last_seen=seen)
         assert doctor(alpha)["clock"]["level"] == "skipped"
+
+
+@pytest.mark.parametrize("peer", ["a/b", "x" * 64, "", None, 7, ["beta"]])
+def test_a_heartbeat_of_no_name_tells_no_time(peer: object) -> None:
+    config = module.make_config({"node": {"id": "alpha"}}, None, {})
+    clocks = module.PeerClocks(config)
+    beat = module.Envelope.new("beta", "all", "heartbeat", "{}", now=time.time() + 7200).document()
+
+    def hear(said: object) -> None:
+        topic, payload = config.topics.to("all", "heartbeat"), module.encode_json(said)
+        clocks.hear(module.IncomingMessage(topic, payload, False, None, lambda: None))
+
+    hear(beat | {"from": peer})
+    assert clocks.ahead == {}
+    hear(beat)
+    assert [*clocks.ahead] == ["beta"] and clocks.ahead["beta"] > 7000
+
+
+def test_one_connection_is_enough(own_broker: Broker, hive_of: Callable[..., Hive]) -> None:
+    alpha = hive_of(own_broker).node("alpha")
+    assert levels(doctor(alpha), *ASK_BROKER[:-1]) == ["ok"] * 3
+    log = (own_broker.home / "mosquitto.log").read_text()
+    assert (log.count("New client connected"), log.count(" disconnected.")) == (1, 1)
 
 
 def test_it_is_coloured_on_a_terminal_alone(hive: Hive) -> None:

@@ -1,4 +1,4 @@
-"""One message: parse, check, encode, reply.  Whatever comes in, one kind of error comes out."""
+"""One message: its fields, channel and topic.  Whatever comes in, one kind of error comes out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paho.mqtt.client import topic_matches_sub
 
-from hive import CHANNELS, Envelope, EnvelopeError
+from hive import CHANNELS, Envelope, EnvelopeError, Topics, Wake, main, topic_prefix
 
 MAX_TEXT = 256 * 1024
 GOOD: dict[str, Any] = {
@@ -344,3 +345,98 @@ def test_a_new_envelope_is_checked_too() -> None:
 def test_a_message_is_stale_when_its_time_is_over(ttl: int | None, age: int, stale: bool) -> None:
     envelope = Envelope.parse(payload(ttl=ttl))
     assert envelope.stale(envelope.ts + age) is stale
+
+
+# -- what a node does with each kind --
+
+
+def test_there_are_the_six_channels_of_the_protocol() -> None:
+    assert set(CHANNELS) == {"command", "response", "sync", "heartbeat", "status", "alert"}
+    assert all(channel.name == key for key, channel in CHANNELS.items())
+
+
+def test_only_command_and_sync_are_answered_so_there_are_no_loops() -> None:
+    assert {name for name, channel in CHANNELS.items() if channel.handler} == {"command", "sync"}
+
+
+def test_a_heartbeat_alone_never_wakes_the_agent() -> None:
+    assert [name for name in CHANNELS if CHANNELS[name].wake is Wake.NEVER] == ["heartbeat"]
+
+
+def test_an_alert_alone_never_waits_for_the_agents_next_heartbeat() -> None:
+    assert [name for name, channel in CHANNELS.items() if channel.mode_now] == ["alert"]
+
+
+def test_nobody_can_change_a_channel() -> None:
+    with pytest.raises(AttributeError):
+        CHANNELS["heartbeat"].handler = True  # type: ignore[misc]
+
+
+def test_send_offers_every_channel(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["send", "--to", "beta", "--text", "hello", "--ch", "gossip"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and all(name in said for name in CHANNELS)
+
+
+# -- where messages go --
+
+
+@pytest.mark.parametrize("prefix", ["hive", "home/attic/hive"])
+@pytest.mark.parametrize("to", ["beta", "all"])
+def test_an_envelope_goes_where_its_recipient_listens(prefix: str, to: str) -> None:
+    topics = Topics(prefix)
+    topic = topics.of(Envelope.new("alpha", to, "sync", "hello"))
+    assert topic == f"{prefix}/{to}/sync" == topics.to(to, "sync")
+    assert topic_matches_sub(topics.to(to), topic)
+    assert not topic_matches_sub(topics.to("gamma"), topic)
+    assert topics.meta_of(topic) is None
+
+
+@pytest.mark.parametrize("prefix", ["hive", "home/attic/hive"])
+@pytest.mark.parametrize("document", ["state", "roster", "git-sync"])
+def test_a_meta_topic_can_be_taken_apart_again(prefix: str, document: str) -> None:
+    topics = Topics(prefix)
+    topic = topics.meta("beta", document)
+    assert topic == f"{prefix}/meta/beta/{document}"
+    assert topics.meta_of(topic) == ("beta", document)
+    assert topic_matches_sub(topics.meta("+", document), topic)
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "hive/beta/command",
+        "hive/meta/beta",
+        "hive/meta/beta/state/more",
+        "other/meta/beta/state",
+        "meta/beta/state",
+        "hivemeta/beta/state",
+        "hive/hive/meta/beta/state",
+        "",
+    ],
+)
+def test_no_other_topic_is_taken_for_a_meta_topic(topic: str) -> None:
+    assert Topics("hive").meta_of(topic) is None
+
+
+def test_no_daemon_hears_what_a_command_line_asks_for_itself() -> None:
+    topics = Topics("hive")
+    topic = topics.private("beta", "token")
+    assert topic.startswith("hive/beta/")
+    assert not any(topic_matches_sub(topics.to(name), topic) for name in ("beta", "all", "+"))
+    assert not topic_matches_sub(topics.meta("+", "+"), topic)
+
+
+@pytest.mark.parametrize("prefix", ["hive", "a/b/c", "Attic-2", "x" * 200])
+def test_a_prefix_has_levels(prefix: str) -> None:
+    assert topic_prefix(prefix) == prefix
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "/hive", "hive/", "a//b", "+", "a/#", "$SYS", "a b", "a\0", "hive\n", "é", "x" * 201, 1],
+)
+def test_a_prefix_that_would_not_do_is_refused(prefix: object) -> None:
+    with pytest.raises(ValueError):
+        topic_prefix(prefix)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -493,3 +495,177 @@ def test_those_who_wait_can_be_sent_home() -> None:
     assert len(queue) == 0
     queue.done("a")
     assert queue.take() is None
+
+
+# The edges of all that
+
+
+def test_a_readme_is_passed_over_in_silence(folder: Path) -> None:
+    put(folder / "README")
+    put(folder / "README.md", 0o644)
+    put(folder / "readme")
+    assert hive.scan_handlers(folder) == hive.HandlerSet({"readme": folder / "readme"})
+
+
+def standing(mode: int, uid: int, gid: int = 7) -> os.stat_result:
+    return os.stat_result((mode, 0, 0, 1, uid, gid, 0, 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "uid", "objection"),
+    [
+        (0o755, 1000, None),
+        (0o755, 0, None),
+        (0o755, 1001, "belongs to another user"),
+        (0o757, 1001, "belongs to another user"),
+        (0o757, 1000, "is writable by everyone; try: chmod o-w"),
+        (0o757, 0, "is writable by everyone; try: chmod o-w"),
+        (0o775, 1000, "is writable by its group; try: chmod g-w"),
+        (0o1777, 1000, "is writable by everyone; try: chmod o-w"),
+    ],
+)
+def test_whoever_may_change_a_file_is_named(
+    monkeypatch: pytest.MonkeyPatch, mode: int, uid: int, objection: str | None
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(hive, "is_private_group", lambda gid: False)
+    assert hive.writable_by_others(standing(mode, uid)) == objection
+
+
+@pytest.mark.parametrize(
+    ("name", "members", "private"),
+    [
+        ("me", [], True),
+        ("me", ["me"], True),
+        ("me", ["me", "you"], False),
+        ("me", ["you"], False),
+        ("staff", [], False),
+        ("staff", ["me"], False),
+    ],
+)
+def test_a_group_is_private_if_it_is_named_after_its_one_user(
+    monkeypatch: pytest.MonkeyPatch, name: str, members: list[str], private: bool
+) -> None:
+    group = grp.struct_group((name, "x", 7, members))
+    me = pwd.struct_passwd(("me", "x", os.geteuid(), 7, "", "/", "/bin/sh"))
+    monkeypatch.setattr(grp, "getgrgid", {7: group}.__getitem__)
+    monkeypatch.setattr(pwd, "getpwuid", {os.geteuid(): me}.__getitem__)
+    assert hive.is_private_group(7) is private
+    assert hive.is_private_group(8) is False  # a group that nobody knows
+
+
+def test_a_link_may_lead_through_a_folder_where_nobody_can_replace_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As /tmp is: everybody may write, but only an owner may rename or remove."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    put(shared / "program")
+    (folder / "ping").symlink_to(shared / "program")
+    shared.chmod(0o1777)
+    assert hive.scan_handlers(folder).handlers == {"ping": folder / "ping"}
+    shared.chmod(0o777)
+    assert hive.scan_handlers(folder).refused == {
+        "ping": f"is a link through {shared}, which is writable by everyone; try: chmod o-w"
+    }
+
+
+def test_every_folder_on_the_way_is_looked_into(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir(mode=0o755)
+    (tmp_path / "open").mkdir()
+    put(tmp_path / "bin" / "program")
+    (folder / "direct").symlink_to("../bin/program")
+    (folder / "detour").symlink_to("../open/../bin/program")
+    (tmp_path / "open").chmod(0o777)
+    found = hive.scan_handlers(folder)
+    assert [*found.handlers] == ["direct"]
+    assert [*found.refused] == ["detour"]
+    way = [*hive.directories_in_path(folder / "direct")]
+    assert way[0] == Path("/")
+    assert way[-3:] == [folder, tmp_path, tmp_path / "bin"]
+
+
+def test_a_link_to_a_file_that_is_not_executable_or_not_safe_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "plain").symlink_to(put(tmp_path / "plain", 0o644))
+    (folder / "open").symlink_to(put(tmp_path / "program", 0o757))
+    assert hive.scan_handlers(folder).refused == {
+        "open": "is writable by everyone; try: chmod o-w",
+        "plain": f"not executable; try: chmod +x {folder / 'plain'}",
+    }
+
+
+def test_a_handler_is_run_in_its_folder_with_the_message_as_a_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIVEN", "yes")
+    config = hive.make_config(
+        {
+            "node": {"id": "beta", "topic_prefix": "home", "handler_timeout": 7},
+            "handlers": {"slow": {"timeout": 99}, "other": {"workers": 2}},
+        },
+        None,
+        {},
+    )
+    job = hive.handler_job(config, folder / "git-sync", ASKED, None)
+    assert ([*job.argv], job.cwd, job.deadline) == ([str(folder / "git-sync")], folder, 7.0)
+    assert job.stdin.endswith(b"}\n") and job.stdin.count(b"\n") == 1
+    assert hive.Envelope.parse(job.stdin) == ASKED
+    assert (job.environment["GIVEN"], job.environment["HIVE_PREFIX"]) == ("yes", "home")
+    deadlines = [hive.handler_deadline(config, action) for action in ("slow", "other", "unknown")]
+    assert deadlines == [99.0, 7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "mark", "expected"),
+    [
+        ("abc", 3, "", "abc"),
+        ("abcd", 3, "", "abc"),
+        ("abc", 3, "…", "abc"),
+        ("abcdef", 5, "…", "ab…"),
+        ("aää", 4, "", "aä"),
+        ("aää", 5, "", "aää"),
+        ("", 0, "", ""),
+    ],
+)
+def test_a_text_is_cut_between_letters(text: str, limit: int, mark: str, expected: str) -> None:
+    assert hive.cut(text, limit, mark) == expected
+
+
+def test_what_just_fits_is_not_cut() -> None:
+    whole = b"x" * 256 * 1024
+    assert hive.printed(outcome_of(whole)) == whole.decode()
+    assert hive.printed(outcome_of(whole + b"\n")) == whole.decode()
+    said = hive.printed(outcome_of(whole + b"x"))
+    assert len(said) == 256 * 1024 and said.endswith("x\n[cut by hive: longer than 256 KiB]")
+
+
+@pytest.mark.parametrize("stderr", [b"x" * 8192, b"\xff" * 8192, b" " * 8192, b"x" * 7992 + b"!"])
+def test_an_error_has_a_bound(stderr: bytes) -> None:
+    error = hive.failure(outcome_of(exit=1, stderr=stderr), 2.5)
+    assert len(error.encode()) <= 8 * 1024
+    kept = stderr.decode(errors="replace").strip()
+    if kept:
+        assert len(error.encode()) > 7900
+        assert kept.endswith(error.removeprefix("exit 1: "))
+    else:
+        assert error == "exit 1"
+
+
+def test_a_deadline_is_told_as_it_was_set() -> None:
+    late = outcome_of(exit=-15, late=True)
+    assert hive.failure(late, 2.5) == "took longer than 2.5 s and was ended"
+    assert hive.failure(late, 120.0) == "took longer than 120 s and was ended"
+
+
+def test_how_many_run_is_known() -> None:
+    queue = hive.HandlerQueue(workers=3, workers_of=lambda action: 2)
+    for action, number in (("a", 0), ("a", 1), ("b", 0), ("b", 1)):
+        queue.put(turn(action, number))
+    assert (taken(queue), queue.running, len(queue)) == (["a-0", "a-1", "b-0"], 3, 1)
+    queue.done("a")
+    assert (taken(queue), queue.running) == (["b-1"], 3)
+    for action in ("a", "b", "b"):
+        queue.done(action)
+    assert queue.running == 0

@@ -313,9 +313,9 @@ def test_a_largest_message_goes_through() -> None:
 
 def test_a_machine_whose_name_is_no_hosts_needs_another() -> None:
     config = module.make_config({"node": {"id": "alpha"}}, None, {})
-    assert module.mosquitto_site(config, [], True, "mini.lan").host == "mini.lan"
+    assert module.mosquitto_setup(config, [], True, "mini.lan").host == "mini.lan"
     with pytest.raises(module.UsageError, match="neither a host's name"):
-        module.mosquitto_site(config, [], True, "it's my mac")
+        module.mosquitto_setup(config, [], True, "it's my mac")
 
 
 # ---- What is written ---------------------------------------------------------------------

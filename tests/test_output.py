@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -63,7 +62,7 @@ def test_any_state_makes_a_row(states: dict[str, dict[str, Any]]) -> None:
     lines = status_table(rows, False).splitlines()
     assert len(lines) == len(rows) + 1 == len(states) + 1
     assert all(line.isprintable() and len(line) < 2000 for line in lines)
-    assert json.dumps([asdict(row) for row in rows], allow_nan=False).isprintable()
+    assert json.dumps([vars(row) for row in rows], allow_nan=False).isprintable()
 
 
 @settings(deadline=None)

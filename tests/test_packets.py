@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode as TheirReason
 from raw_mqtt import connect_packet, publish_packet, subscribe_packet, unsubscribe_packet
 
 import hive
@@ -395,3 +398,167 @@ def test_the_tree_of_filters_means_what_each_filter_means(
     for filter in kept:
         tree.remove(session, filter)
     assert tree.branches == 0
+
+
+# Against another's reading of the standard, and against bytes written out by hand: what encodes
+# and parses with the same table would not notice a wrong one.
+
+FORMS = {  # the wire types of MQTT 5, 1.5, as paho lists them, and what they are called here
+    "Byte": {"byte", "flag"},
+    "Two Byte Integer": {"two", "positive"},
+    "Four Byte Integer": {"four", "positive four"},
+    "Variable Byte Integer": {"variable"},
+    "Binary Data": {"binary"},
+    "UTF-8 Encoded String": {"text"},
+    "UTF-8 String Pair": {"pair"},
+}
+
+
+def test_the_properties_are_those_of_the_standard() -> None:
+    theirs = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+    assert PROPERTIES.keys() == theirs.properties.keys()
+    for id, (form, packets) in theirs.properties.items():
+        names = {
+            "WILL" if kind == PacketTypes.WILLMESSAGE else PacketTypes.Names[kind].upper()
+            for kind in packets
+        }
+        one = PROPERTIES[id]
+        assert (one.id, {*one.packets}) == (id, names), one.name
+        assert one.wire in FORMS[theirs.types[form]], one.name
+
+
+def test_the_kinds_of_packet_and_the_reasons_are_those_of_the_standard() -> None:
+    kinds = {name.upper(): number for number, name in enumerate(PacketTypes.Names[:16]) if number}
+    assert {kind.name: kind.value for kind in PacketType} == kinds
+    theirs = TheirReason(PacketTypes.DISCONNECT).names
+    for reason in ReasonCode:
+        names = {name.upper().replace(" ", "_") for name in theirs[reason]}
+        name = reason.name.replace("EXISTED", "FOUND").replace("SUBSCRIPTIONS", "SUBSCRIPTION")
+        assert name in names, (reason, names)  # paho's words differ from MQTT 5's in these two
+
+
+@pytest.mark.parametrize(
+    ("value", "bytes_"),
+    [
+        (0, "00"),
+        (127, "7f"),
+        (128, "80 01"),
+        (16_383, "ff 7f"),
+        (16_384, "80 80 01"),
+        (2_097_151, "ff ff 7f"),
+        (2_097_152, "80 80 80 01"),
+        (268_435_455, "ff ff ff 7f"),
+    ],
+)
+def test_a_variable_number_is_that_of_the_standard(value: int, bytes_: str) -> None:
+    assert encode_variable_byte_integer(value) == bytes.fromhex(bytes_)  # MQTT 5, table 1-1
+    assert packet_bounds(bytearray(b"\x30" + bytes.fromhex(bytes_)), 0, 300 << 20) in (
+        None,  # the body is not there yet
+        (2, 2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "bytes_"),
+    [
+        (hive.publish_head(b"a/b", 0, 7, None, 2), "30 07 0003 612f62"),
+        (hive.publish_head(b"a/b", 3, 10, None, 2), "33 09 0003 612f62 000a"),
+        (hive.publish_head(b"a/b", 12, 258, b"", 0), "3c 08 0003 612f62 0102 00"),
+        (hive.publish_head(b"t", 1, 0, b"\x01\x01", 1), "31 07 0001 74 02 0101"),
+        (encode_packet(PacketType.PINGRESP), "d0 00"),
+        (hive.encode_ack(PacketType.PUBACK, 258, 0, 5), "40 02 0102"),
+        (hive.encode_ack(PacketType.PUBREC, 1, 0x97, 5), "50 03 0001 97"),
+        (hive.encode_ack(PacketType.PUBREC, 1, 0x97, 4), "50 02 0001"),
+        (hive.encode_ack(PacketType.PUBREL, 1, 0, 5), "62 02 0001"),
+        (hive.encode_ack(PacketType.PUBCOMP, 1, 0x92, 5), "70 03 0001 92"),
+        (hive.encode_suback(PacketType.SUBACK, 2, b"\0\2\x8f\x97", 5), "90 07 0002 00 00028f97"),
+        (hive.encode_suback(PacketType.SUBACK, 2, b"\0\2\x8f\x97", 4), "90 06 0002 00028080"),
+        (hive.encode_suback(PacketType.UNSUBACK, 2, b"\0\x11", 5), "b0 05 0002 00 0011"),
+        (hive.encode_suback(PacketType.UNSUBACK, 2, b"\0\x11", 4), "b0 02 0002"),
+        (hive.encode_connack(True, 0, {}, 4), "20 02 01 00"),
+        (hive.encode_connack(False, 0x84, {}, 4), "20 02 00 01"),  # 3.1.1, table 3.1
+        (hive.encode_connack(False, 0x85, {}, 4), "20 02 00 02"),
+        (hive.encode_connack(False, 0x97, {}, 4), "20 02 00 03"),
+        (hive.encode_connack(False, 0x86, {}, 4), "20 02 00 04"),
+        (hive.encode_connack(False, 0x8C, {}, 4), "20 02 00 05"),
+        (hive.encode_connack(True, 0, {"receive_maximum": 20}, 5), "20 06 01 00 03 210014"),
+        (hive.encode_connack(False, 0x86, {}, 5), "20 03 00 86 00"),
+        (encode_properties({"subscription_id": [1, 200]}), "0b 01 0b c8 01"),
+        (encode_properties({"user": [("a", "b")]}), "26 0001 61 0001 62"),
+        (encode_properties({"will_delay": 258}), "18 00000102"),
+    ],
+)  # fmt: skip
+def test_a_packet_is_that_of_the_standard_byte_for_byte(said: bytes, bytes_: str) -> None:
+    assert said == bytes.fromhex(bytes_)
+
+
+def test_what_is_just_within_the_bounds_is_allowed() -> None:
+    deepest = "/".join("a" * hive.MAX_LEVELS)
+    assert hive.check_topic(deepest) == hive.check_filter(deepest) == deepest
+    assert reason_of(hive.check_topic, deepest + "/") is ReasonCode.TOPIC_NAME_INVALID
+    assert reason_of(hive.check_filter, deepest + "/") is ReasonCode.TOPIC_FILTER_INVALID
+    many = [("a", 0)] * 10_000
+    assert len(hive.parse_subscribe(body_of(subscribe_packet(*many)), 5)[1]) == 10_000
+    whole = unsubscribe_packet(*(name for name, _ in many))
+    assert len(hive.parse_unsubscribe(body_of(whole), 5)[1]) == 10_000
+    largest = encode_properties({"user": [("", "x" * 60_000), ("", "y" * 5526)]})
+    assert len(largest) == 64 << 10
+    assert Reader(with_length(largest)).properties("PUBLISH")["user"][1] == ("", "y" * 5526)
+    assert packet_bounds(bytearray(b"\x30\x03abc"), 0, 5) == (2, 5)
+    assert reason_of(packet_bounds, bytearray(b"\x30\x03abc"), 0, 4) is ReasonCode.PACKET_TOO_LARGE
+    assert packet_bounds(bytearray(b"\x30\x81\x80\x80"), 0, 1000) is None
+
+
+def test_what_a_subscription_asks_for() -> None:
+    """MQTT 5, 3.8.3.1."""
+    bits = [Subscription("a", bits) for bits in (0b00_0001, 0b00_0110, 0b00_1000, 0b10_0000)]
+    assert [one.qos for one in bits] == [1, 2, 0, 0]
+    assert [one.no_local for one in bits] == [False, True, False, False]
+    assert [one.as_published for one in bits] == [False, False, True, False]
+    assert [one.retain_handling for one in bits] == [0, 0, 0, 2]
+    assert [Subscription(name, 0).shared for name in ("$share/g/a", "share/g")] == [True, False]
+    _, [one] = hive.parse_subscribe(body_of(subscribe_packet("a", identifier=9)), 5)
+    assert one.identifier == 9
+
+
+def test_how_long_a_session_outlives_its_connection() -> None:
+    def session_expiry(version: int, clean: bool, **properties: Any) -> int:
+        whole = connect_packet(version, clean=clean, **properties)
+        return Connect.parse(body_of(whole)).session_expiry
+
+    assert session_expiry(5, False) == 0
+    assert session_expiry(5, True, session_expiry=0xFFFF_FFFF) == 0xFFFF_FFFF
+    assert session_expiry(5, False, session_expiry=7) == 7
+    assert session_expiry(4, False) == 0xFFFF_FFFF
+    assert session_expiry(4, True) == 0
+
+
+def test_a_goodbye_says_why() -> None:
+    assert hive.parse_disconnect(b"", 5) == (0, {})
+    assert hive.parse_disconnect(b"", 4) == (0, {})
+    assert hive.parse_disconnect(b"\x04", 5) == (4, {})
+    assert hive.parse_disconnect(b"\x8e\x05\x11\0\0\0\x09", 5) == (0x8E, {"session_expiry": 9})
+
+
+def test_an_acknowledgement_may_leave_out_what_is_0() -> None:
+    assert hive.parse_ack(PacketType.PUBACK, b"\x01\x02", 4) == (258, 0)
+    assert hive.parse_ack(PacketType.PUBACK, b"\x01\x02", 5) == (258, 0)
+    assert hive.parse_ack(PacketType.PUBREC, b"\0\x01\x97", 5) == (1, 0x97)
+    assert hive.parse_ack(PacketType.PUBREL, b"\0\x01\x92\x04\x1f\0\x01x", 5) == (1, 0x92)
+    wrong = b"\0\x01\0\x02\x24\x01"  # a maximum QoS, which is CONNACK's
+    assert reason_of(hive.parse_ack, PacketType.PUBACK, wrong, 5) is PROTOCOL
+
+
+def test_a_payload_that_says_it_is_text_is_text() -> None:
+    said = {"payload_format": 1}
+    assert hive.properly_formatted(Publish("t", b"\xff"))
+    assert hive.properly_formatted(Publish("t", b"\xff", properties={"payload_format": 0}))
+    assert hive.properly_formatted(Publish("t", "ä".encode(), properties=said))
+    assert not hive.properly_formatted(Publish("t", b"\xff", properties=said))
+
+
+def test_an_alias_may_stand_for_a_topic() -> None:
+    body = encode_string("") + b"\x03\x23\x00\x05" + b"text"
+    assert Publish.parse(0, body, 5) == Publish("", b"text", properties={"topic_alias": 5})
+    body = encode_string("a+") + b"\x03\x23\x00\x05"  # [MQTT-3.3.2-2], with an alias or without
+    assert reason_of(Publish.parse, 0, body, 5) is ReasonCode.TOPIC_NAME_INVALID

@@ -491,3 +491,69 @@ def exists(number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_is_late_already_is_not_called_stopped(
+    loop: hive.Loop,
+    children: hive.ChildProcesses,
+    clock: Clock,
+    script: Script,
+    lifeline: Lifeline,
+) -> None:
+    outcomes: list[hive.ProcessResult] = []
+    argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
+    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
+    assert child
+    turn_until(loop, "it is ready", lifeline.is_ready)
+    clock.skipped += PATIENCE
+    loop.step()
+    child.stop()
+    turn_until(loop, "the outcome", lambda: outcomes)
+    assert [(o.late, o.stopped, o.ok) for o in outcomes] == [(True, False, False)]
+    assert PATIENCE <= outcomes[0].seconds < 2 * PATIENCE
+
+
+def test_a_child_is_ended_at_once_where_there_is_no_time(
+    loop: hive.Loop,
+    children: hive.ChildProcesses,
+    script: Script,
+    lifeline: Lifeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hive, "SIGKILL_AFTER", PATIENCE)
+    outcomes: list[hive.ProcessResult] = []
+    for _ in range(2):
+        argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
+        children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
+    turn_until(loop, "both are ready", lambda: lifeline.is_ready(2))
+    children.kill()
+    turn_until(loop, "both outcomes", lambda: len(outcomes) == 2, patience=5.0)
+    turn_until(loop, "everyone has ended", lifeline.is_free)
+    assert [outcome.exit for outcome in outcomes] == [-signal.SIGKILL] * 2
+
+
+def test_a_child_has_two_seconds_between_sigterm_and_sigkill(
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, lifeline: Lifeline
+) -> None:
+    outcomes: list[hive.ProcessResult] = []
+    argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
+    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
+    assert child
+    turn_until(loop, "it is ready", lifeline.is_ready)
+    began = time.monotonic()
+    child.stop()
+    turn_until(loop, "the outcome", lambda: outcomes)
+    assert time.monotonic() - began >= 2.0
+
+
+def test_bounds_of_ones_own_are_kept(
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script
+) -> None:
+    outcomes: list[hive.ProcessResult] = []
+    argv = script("printf abcdef; printf uvwxyz >&2")
+    spec = hive.ProcessSpec(argv, os.environ, PATIENCE, max_stdout=4, max_stderr=3)
+    children.start(spec, outcomes.append)
+    turn_until(loop, "the outcome", lambda: outcomes)
+    [outcome] = outcomes
+    assert (outcome.stdout, outcome.stderr, outcome.truncated) == (b"abcd", b"xyz", True)

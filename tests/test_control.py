@@ -1,4 +1,4 @@
-"""Door: a real socket between a node's command line and its daemon."""
+"""Control: a real socket between a node's command line and its daemon."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from test_node import Rig
 import hive
 
 
-class Visit:
+class RawCommand:
     """A command that speaks raw bytes."""
 
-    def __init__(self, house: House) -> None:
-        self.house, self.shut = house, False
+    def __init__(self, host: Host) -> None:
+        self.host, self.shut = host, False
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.setblocking(False)
-        self.sock.connect(str(house.file))
+        self.sock.connect(str(host.file))
         self._in = b""
 
     def say(self, said: bytes) -> None:
-        """Say it, however much it is; the other side may shut the door meanwhile."""
+        """Say it, however much it is; the other side may hang up meanwhile."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while said:
                 with contextlib.suppress(BlockingIOError):
                     said = said[self.sock.send(said) :]
-                self.house.turn()
+                self.host.turn()
 
     def heard(self) -> list[Any]:
         """All answers that have come so far."""
-        self.house.turn()
+        self.host.turn()
         with contextlib.suppress(BlockingIOError):
             try:
                 data = self.sock.recv(1 << 20)
@@ -52,40 +52,40 @@ class Visit:
         return [json.loads(line) for line in self._in.split(b"\n")[:-1]]
 
 
-class House:
-    """A door that answers with what it was asked, and the loop that turns it."""
+class Host:
+    """A control socket that answers with what it was asked, and the loop that turns it."""
 
     def __init__(self, file: Path) -> None:
         self.log, self.file = io.StringIO(), file
         self.left: list[str] = []
         self.waiting: list[hive.ControlConnection] = []  # who asked for an answer later
-        self.visits: list[Visit] = []
+        self.commands: list[RawCommand] = []
         self.loop = hive.Loop(hive.Log("debug", "json", self.log))
-        self.door: hive.ControlServer | None = None
+        self.server: hive.ControlServer | None = None
 
-    def open(self) -> House:
-        self.door = hive.ControlServer(self.loop, self.file, self.answer)
+    def open(self) -> Host:
+        self.server = hive.ControlServer(self.loop, self.file, self.answer)
         return self
 
     def answer(
-        self, request: dict[str, Any], visitor: hive.ControlConnection
+        self, request: dict[str, Any], connection: hive.ControlConnection
     ) -> dict[str, Any] | None:
         if request.get("later"):
-            self.waiting.append(visitor)
+            self.waiting.append(connection)
             return None
         if "name" in request:
-            visitor.leaving.append(lambda: self.left.append(request["name"]))
+            connection.on_close.append(lambda: self.left.append(request["name"]))
         return {"asked": request}
 
-    def visit(self) -> Visit:
-        self.visits.append(Visit(self))
+    def command(self) -> RawCommand:
+        self.commands.append(RawCommand(self))
         self.turn()
-        return self.visits[-1]
+        return self.commands[-1]
 
     @property
     def inside(self) -> set[hive.ControlConnection]:
-        assert self.door
-        return self.door.visitors
+        assert self.server
+        return self.server.connections
 
     def turn(self) -> None:
         for _ in range(3):
@@ -99,30 +99,30 @@ class House:
             self.turn()
 
     def end(self) -> None:
-        if self.door:
-            self.door.close()
-        for visit in self.visits:
-            visit.sock.close()
+        if self.server:
+            self.server.close()
+        for command in self.commands:
+            command.sock.close()
         self.loop.close()
         assert '"bug"' not in self.log.getvalue(), self.log.getvalue()
 
 
 @pytest.fixture
-def house_of() -> Iterator[Callable[[Path], House]]:
-    made: list[House] = []
+def host_of() -> Iterator[Callable[[Path], Host]]:
+    made: list[Host] = []
 
-    def make(file: Path) -> House:
-        made.append(House(file))
+    def make(file: Path) -> Host:
+        made.append(Host(file))
         return made[-1].open()
 
     yield make
-    for house in made:
-        house.end()
+    for host in made:
+        host.end()
 
 
 @pytest.fixture
-def house(tmp_path: Path, house_of: Callable[[Path], House]) -> House:
-    return house_of(tmp_path / "state" / "door")
+def host(tmp_path: Path, host_of: Callable[[Path], Host]) -> Host:
+    return host_of(tmp_path / "state" / "door")
 
 
 LONG = b'{"a": "' + b"x" * 1_000_000 + b'"}\n'
@@ -144,224 +144,232 @@ LONG = b'{"a": "' + b"x" * 1_000_000 + b'"}\n'
     ids=range(9),
 )
 def test_every_line_is_answered_once_it_is_whole(
-    house: House, said: list[bytes], asked: list[dict[str, Any]]
+    host: Host, said: list[bytes], asked: list[dict[str, Any]]
 ) -> None:
-    visit = house.visit()
+    command = host.command()
     for part in said:
-        assert len(visit.heard()) < len(asked)
-        visit.say(part)
-    house.until("all is answered", lambda: len(visit.heard()) >= len(asked))
-    assert visit.heard() == [{"asked": request} for request in asked]
-    assert not visit.shut
+        assert len(command.heard()) < len(asked)
+        command.say(part)
+    host.until("all is answered", lambda: len(command.heard()) >= len(asked))
+    assert command.heard() == [{"asked": request} for request in asked]
+    assert not command.shut
 
 
-def test_a_visitor_that_speaks_slowly_delays_nobody(house: House) -> None:
-    slow, quick = house.visit(), house.visit()
+def test_a_command_that_speaks_slowly_delays_nobody(host: Host) -> None:
+    slow, quick = host.command(), host.command()
     slow.say(b'{"a": ')
     quick.say(b'{"b": 2}\n')
-    house.until("an answer", quick.heard)
+    host.until("an answer", quick.heard)
     assert slow.heard() == []
     slow.say(b"1}\n")
-    house.until("the other answer", slow.heard)
+    host.until("the other answer", slow.heard)
 
 
-def test_a_line_without_end_ends_the_visit(house: House) -> None:
-    visit = house.visit()
-    visit.say(b"x" * (hive.MAX_LINE + hive.PIPE_CHUNK))
-    house.until("the door is shut", lambda: visit.heard() or visit.shut)
-    assert visit.heard() == [] and visit.shut
-    again = house.visit()
+def test_a_line_without_end_ends_the_connection(host: Host) -> None:
+    command = host.command()
+    command.say(b"x" * (hive.MAX_LINE + hive.PIPE_CHUNK))
+    host.until("it is cut off", lambda: command.heard() or command.shut)
+    assert command.heard() == [] and command.shut
+    again = host.command()
     again.say(b"{}\n")
-    house.until("the next one is served", again.heard)
+    host.until("the next one is served", again.heard)
 
 
 @pytest.mark.parametrize("last", [b"", b'{"half', b'{"name": "b"}\n'])
-def test_what_is_to_be_done_when_a_visitor_goes_is_done_once(house: House, last: bytes) -> None:
-    visit, other = house.visit(), house.visit()
-    visit.say(b'{"name": "a"}\n')
+def test_what_is_to_be_done_when_a_command_goes_is_done_once(host: Host, last: bytes) -> None:
+    command, other = host.command(), host.command()
+    command.say(b'{"name": "a"}\n')
     other.say(b'{"name": "other"}\n')
-    house.until("an answer", visit.heard)
-    assert house.left == []
-    visit.say(last)
-    visit.sock.close()
-    house.until("it has gone", lambda: house.left)
-    house.turn()
-    assert house.left == (["a", "b"] if b"name" in last else ["a"])
+    host.until("an answer", command.heard)
+    assert host.left == []
+    command.say(last)
+    command.sock.close()
+    host.until("it has gone", lambda: host.left)
+    host.turn()
+    assert host.left == (["a", "b"] if b"name" in last else ["a"])
 
 
-def test_visitors_that_are_there_when_the_door_closes_go(house: House) -> None:
-    visit = house.visit()
-    visit.say(b'{"name": "a"}\n')
-    house.until("an answer", visit.heard)
-    assert house.door
-    house.door.close()
-    assert house.left == ["a"] and not house.file.exists()
+def test_commands_that_are_there_when_the_server_closes_go(host: Host) -> None:
+    command = host.command()
+    command.say(b'{"name": "a"}\n')
+    host.until("an answer", command.heard)
+    assert host.server
+    host.server.close()
+    assert host.left == ["a"] and not host.file.exists()
     with pytest.raises(FileNotFoundError):
-        hive.ControlClient(house.file)
+        hive.ControlClient(host.file)
 
 
 def test_a_crowd_is_served_up_to_a_bound_and_again_when_some_have_gone(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hive, "MAX_CONTROL_CONNECTIONS", 20)
-    crowd = [house.visit() for _ in range(30)]
-    for visit in crowd:
-        visit.say(b"{}\n")
-    house.until("the first are served", lambda: all(visit.heard() for visit in crowd[:20]))
-    house.until("the others are turned away", lambda: all(v.heard() or v.shut for v in crowd[20:]))
-    assert [visit.heard() for visit in crowd[20:]] == [[]] * 10
-    for visit in crowd[:10]:
-        visit.sock.close()
-    house.turn()
-    late = house.visit()
+    crowd = [host.command() for _ in range(30)]
+    for command in crowd:
+        command.say(b"{}\n")
+    host.until("the first are served", lambda: all(command.heard() for command in crowd[:20]))
+    host.until("the others are turned away", lambda: all(v.heard() or v.shut for v in crowd[20:]))
+    assert [command.heard() for command in crowd[20:]] == [[]] * 10
+    for command in crowd[:10]:
+        command.sock.close()
+    host.turn()
+    late = host.command()
     late.say(b"{}\n")
-    house.until("there is room again", late.heard)
+    host.until("there is room again", late.heard)
 
 
 # Something said later
 
 
-def test_an_answer_may_come_later_and_more_than_one(house: House) -> None:
-    visit, other = house.visit(), house.visit()
-    visit.say(b'{"later": 1}\n{"b": 2}\n')
+def test_an_answer_may_come_later_and_more_than_one(host: Host) -> None:
+    command, other = host.command(), host.command()
+    command.say(b'{"later": 1}\n{"b": 2}\n')
     other.say(b'{"later": 1}\n')
-    house.until("the second request is answered", visit.heard)
-    assert visit.heard() == [{"asked": {"b": 2}}]
-    first, second = house.waiting
+    host.until("the second request is answered", command.heard)
+    assert command.heard() == [{"asked": {"b": 2}}]
+    first, second = host.waiting
     for said in ({"n": 1}, {"n": 2, "text": "ä \u2028\n"}):
-        first.say(said)
-    house.until("both are heard", lambda: len(visit.heard()) == 3)
-    assert visit.heard()[1:] == [{"n": 1}, {"n": 2, "text": "ä \u2028\n"}]
+        first.send(said)
+    host.until("both are heard", lambda: len(command.heard()) == 3)
+    assert command.heard()[1:] == [{"n": 1}, {"n": 2, "text": "ä \u2028\n"}]
     assert other.heard() == []
-    second.say({"n": 3})
-    house.until("the other hears", other.heard)
+    second.send({"n": 3})
+    host.until("the other hears", other.heard)
 
 
-def test_to_say_something_to_one_who_has_gone_harms_nobody(house: House) -> None:
-    visit = house.visit()
-    visit.say(b'{"later": 1}\n{"name": "a"}\n')
-    house.until("it has come in", lambda: house.waiting)
-    (visitor,) = house.waiting
-    visit.sock.close()
-    visitor.say({"n": 1})  # before the door knows
-    house.until("it has gone", lambda: house.left)
-    visitor.say({"n": 2})
-    visitor.close()
-    house.turn()
-    assert house.left == ["a"] and not house.inside
+def test_to_say_something_to_one_who_has_gone_harms_nobody(host: Host) -> None:
+    command = host.command()
+    command.say(b'{"later": 1}\n{"name": "a"}\n')
+    host.until("it has come in", lambda: host.waiting)
+    (connection,) = host.waiting
+    command.sock.close()
+    connection.send({"n": 1})  # before the server knows
+    host.until("it has gone", lambda: host.left)
+    connection.send({"n": 2})
+    connection.close()
+    host.turn()
+    assert host.left == ["a"] and not host.inside
 
 
-def test_a_visitor_that_does_not_read_is_busy_and_dropped_in_the_end(
-    house: House, monkeypatch: pytest.MonkeyPatch
+def test_a_command_that_does_not_read_is_busy_and_dropped_in_the_end(
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hive, "MAX_UNREAD", 1_000_000)
-    deaf, other = house.visit(), house.visit()
+    deaf, other = host.command(), host.command()
     deaf.say(b'{"later": 1}\n{"name": "deaf"}\n')
-    house.until("it has come in", lambda: house.waiting)
-    (visitor,) = house.waiting
-    assert not visitor.busy
+    host.until("it has come in", lambda: host.waiting)
+    (connection,) = host.waiting
+    assert not connection.busy
     for n in range(100):
-        visitor.say({"n": n, "text": "x" * 100_000})
+        connection.send({"n": n, "text": "x" * 100_000})
         if n == 3:
-            assert visitor.busy and visitor in house.inside
-    assert house.left == ["deaf"] and visitor not in house.inside
+            assert connection.busy and connection in host.inside
+    host.turn()
+    assert host.left == ["deaf"] and connection not in host.inside
     other.say(b"{}\n")
-    house.until("the other is served", other.heard)
+    host.until("the other is served", other.heard)
 
 
-def test_a_visitor_that_reads_slowly_gets_everything(house: House) -> None:
-    visit = house.visit()
-    visit.say(b'{"later": 1}\n')
-    house.until("it has come in", lambda: house.waiting)
-    (visitor,) = house.waiting
+def test_a_command_that_reads_slowly_gets_everything(host: Host) -> None:
+    command = host.command()
+    command.say(b'{"later": 1}\n')
+    host.until("it has come in", lambda: host.waiting)
+    (connection,) = host.waiting
     for n in range(30):
-        visitor.say({"n": n, "text": "x" * 100_000})
-    assert visitor.busy
-    house.until("all is read", lambda: len(visit.heard()) == 30)
-    assert [said["n"] for said in visit.heard()] == [*range(30)]
-    house.until("nothing is left", lambda: not visitor.busy)
+        connection.send({"n": n, "text": "x" * 100_000})
+    assert connection.busy
+    host.until("all is read", lambda: len(command.heard()) == 30)
+    assert [said["n"] for said in command.heard()] == [*range(30)]
+    host.until("nothing is left", lambda: not connection.busy)
 
 
-def test_a_visitor_that_asks_and_asks_and_never_reads_is_dropped(
-    house: House, monkeypatch: pytest.MonkeyPatch
+def test_a_command_that_asks_and_asks_and_never_reads_is_dropped(
+    host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hive, "MAX_LINE", 1_000_000)  # of what it asked and did not hear yet
-    visit = house.visit()
-    house.until("it is in", lambda: house.inside)
+    command = host.command()
+    host.until("it is in", lambda: host.inside)
     for _ in range(40):
-        visit.say(LONG[:100_000] + b'"}\n')
-        if not house.inside:
+        command.say(LONG[:100_000] + b'"}\n')
+        if not host.inside:
             break
-    assert not house.inside
-    again = house.visit()
+    assert not host.inside
+    again = host.command()
     again.say(b"{}\n")
-    house.until("the next one is served", again.heard)
+    host.until("the next one is served", again.heard)
 
 
-def test_a_hundred_visitors_at_once_each_hear_their_own(house: House) -> None:
-    crowd = [house.visit() for _ in range(hive.MAX_CONTROL_CONNECTIONS)]
-    for i, visit in enumerate(crowd):
-        visit.say(b'{"later": 1}\n{"i": %d' % i)
-    house.until("all are in", lambda: len(house.waiting) == len(crowd))
-    for visitor in house.waiting:
-        visitor.say({"for": "you"})
-    for visit in crowd:
-        visit.say(b"}\n")
-    house.until("all have heard", lambda: all(len(visit.heard()) == 2 for visit in crowd))
-    assert [visit.heard()[1] for visit in crowd] == [{"asked": {"i": i}} for i in range(len(crowd))]
-    assert [visit.heard()[0] for visit in crowd] == [{"for": "you"}] * len(crowd)
+def test_a_hundred_commands_at_once_each_hear_their_own(host: Host) -> None:
+    crowd = [host.command() for _ in range(hive.MAX_CONTROL_CONNECTIONS)]
+    for i, command in enumerate(crowd):
+        command.say(b'{"later": 1}\n{"i": %d' % i)
+    host.until("all are in", lambda: len(host.waiting) == len(crowd))
+    for connection in host.waiting:
+        connection.send({"for": "you"})
+    for command in crowd:
+        command.say(b"}\n")
+    host.until("all have heard", lambda: all(len(command.heard()) == 2 for command in crowd))
+    assert [command.heard()[1] for command in crowd] == [
+        {"asked": {"i": i}} for i in range(len(crowd))
+    ]
+    assert [command.heard()[0] for command in crowd] == [{"for": "you"}] * len(crowd)
 
 
-def test_two_hundred_visits_in_a_row_leave_nothing_behind(house: House) -> None:
-    def visit() -> None:
-        one = house.visit()
+def test_two_hundred_commands_in_a_row_leave_nothing_behind(host: Host) -> None:
+    def command() -> None:
+        one = host.command()
         one.say(b"{}\n")
-        house.until("an answer", one.heard)
-        house.visits.remove(one)
+        host.until("an answer", one.heard)
+        host.commands.remove(one)
         one.sock.close()
-        house.turn()
+        host.turn()
 
-    visit()
+    command()
     before = len(os.listdir("/dev/fd"))
     for _ in range(200):
-        visit()
+        command()
     assert len(os.listdir("/dev/fd")) == before
-    assert house.door and not house.door.visitors
+    assert host.server and not host.server.connections
 
 
-def test_only_this_user_can_open_it(tmp_path: Path, house_of: Callable[[Path], House]) -> None:
+def test_only_this_user_can_open_it(tmp_path: Path, host_of: Callable[[Path], Host]) -> None:
     before = os.umask(0)
     try:
-        house = house_of(tmp_path / "a" / "state" / "door")
+        host = host_of(tmp_path / "a" / "state" / "door")
         assert os.umask(0) == 0, "the umask is as it was"
     finally:
         os.umask(before)
-    assert stat.S_IMODE(house.file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(house.file.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(host.file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(host.file.parent.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("left", ["socket", "file"])
 def test_what_a_killed_daemon_left_is_replaced(
-    tmp_path: Path, house_of: Callable[[Path], House], left: str
+    tmp_path: Path, host_of: Callable[[Path], Host]
 ) -> None:
     file = tmp_path / "door"
-    if left == "socket":
-        with socket.socket(socket.AF_UNIX) as stale:
-            stale.bind(str(file))
-        with pytest.raises(ConnectionRefusedError):
-            hive.ControlClient(file)
-    else:
-        file.write_text("x")
-    visit = house_of(file).visit()
-    visit.say(b"{}\n")
-    visit.house.until("an answer", visit.heard)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(file))
+    with pytest.raises(ConnectionRefusedError):
+        hive.ControlClient(file)
+    command = host_of(file).command()
+    command.say(b"{}\n")
+    command.host.until("an answer", command.heard)
+
+
+def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    host, file = Host(tmp_path / "other"), tmp_path / "door"
+    file.write_text("x")
+    with pytest.raises(FileExistsError, match="is no socket, and is left alone"):
+        hive.ControlServer(host.loop, file, host.answer)
+    assert file.read_text() == "x"
+    host.end()
 
 
 def config_for(state_dir: Path) -> hive.Config:
     return hive.Config(hive.NodeConfig("beta", state_dir=state_dir))
 
 
-def test_a_door_is_in_the_state_directory_unless_that_path_is_too_long(tmp_path: Path) -> None:
+def test_the_socket_is_in_the_state_directory_unless_that_path_is_too_long(tmp_path: Path) -> None:
     assert hive.control_socket_path(config_for(Path("/state"))) == Path("/state/door")
     fits = "/" + "x" * (hive.MAX_SOCKET_PATH - len("//door"))
     assert hive.control_socket_path(config_for(Path(fits))) == Path(f"{fits}/door")
@@ -372,21 +380,21 @@ def test_a_door_is_in_the_state_directory_unless_that_path_is_too_long(tmp_path:
         assert str(os.geteuid()) in str(path)
 
 
-def test_a_door_with_a_long_path_opens_all_the_same(
-    tmp_path: Path, house_of: Callable[[Path], House]
+def test_a_socket_with_a_long_path_opens_all_the_same(
+    tmp_path: Path, host_of: Callable[[Path], Host]
 ) -> None:
     config = config_for(tmp_path / ("x" * 200))
     file = hive.control_socket_path(config)
     made = not file.parent.exists()
     try:
-        visit = house_of(file).visit()
+        command = host_of(file).command()
         assert not file.parent.stat().st_mode & 0o077
-        visit.say(b"{}\n")
-        visit.house.until("an answer", visit.heard)
+        command.say(b"{}\n")
+        command.host.until("an answer", command.heard)
         knock = hive.connect_to_daemon(config)
         assert knock
         knock.close()
-        visit.house.end()
+        command.host.end()
     finally:
         file.unlink(missing_ok=True)
         if made:
@@ -396,30 +404,30 @@ def test_a_door_with_a_long_path_opens_all_the_same(
 
 @pytest.mark.parametrize("mode", [0o777, 0o722, 0o1777])
 def test_a_directory_that_others_may_write_is_refused_on_both_sides(
-    tmp_path: Path, house_of: Callable[[Path], House], mode: int
+    tmp_path: Path, host_of: Callable[[Path], Host], mode: int
 ) -> None:
     folder = tmp_path / "state"
-    house = house_of(folder / "door")
+    host = host_of(folder / "door")
     knock = hive.connect_to_daemon(config_for(folder))
     assert knock
     knock.close()
     folder.chmod(mode)
     assert hive.connect_to_daemon(config_for(folder)) is None
     with pytest.raises(PermissionError, match="writable by"):
-        hive.ControlServer(house.loop, folder / "other", house.answer)
+        hive.ControlServer(host.loop, folder / "other", host.answer)
     assert not (folder / "other").exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
 def test_a_directory_of_another_user_is_refused_on_both_sides(
-    tmp_path: Path, house_of: Callable[[Path], House]
+    tmp_path: Path, host_of: Callable[[Path], Host]
 ) -> None:
     folder = tmp_path / "state"
-    house = house_of(folder / "door")
+    host = host_of(folder / "door")
     os.chown(folder, 12345, 12345)
     assert hive.connect_to_daemon(config_for(folder)) is None
     with pytest.raises(PermissionError, match="another user"):
-        hive.ControlServer(house.loop, folder / "other", house.answer)
+        hive.ControlServer(host.loop, folder / "other", host.answer)
 
 
 @pytest.mark.parametrize("there", ["nothing", "a file", "a stale socket", "no such folder"])

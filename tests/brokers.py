@@ -1,0 +1,76 @@
+"""Run the end-to-end tests on other people's brokers, and print what works on which.
+
+    make brokers                      on all of them
+    make brokers BROKERS="nats amqtt" on these
+
+Each is installed from Debian, npm or PyPI, and started by the tests themselves on a free port.
+Exits 0 whatever works: the table is the answer, and names each test that failed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from conftest import ROOT
+from other_brokers import OTHER_BROKERS, install
+
+KINDS = ("mosquitto", "embedded", *OTHER_BROKERS)
+ABILITIES = {  # what a user asks: the tests that answer it, by parts of their names
+    "send, ask, answer": ("command_runs_a_handler", "failure_is_an_alert"),
+    "kept for a node that is away": ("sent_while_a_node_is_away",),
+    "a killed node is told at once": ("killed_node_is_noticed",),
+    "status and roster": ("status_and_roster",),
+    "the broker restarts": ("broker_restart", "dies_while_the_broker_is_down"),
+    "a name that is taken": ("of_one_name",),
+}
+
+
+def run_tests(kind: str, report: Path) -> dict[str, bool]:
+    """Each test's name on this broker, and whether it passed."""
+    words = ["-q", "--tb=no", "-n", "2", "--timeout", "180", f"--junitxml={report}"]
+    subprocess.run(
+        [sys.executable, "-m", "pytest", *words, ROOT / "tests" / "test_end_to_end.py"],
+        env={**os.environ, "HIVE_TEST_BROKERS": kind},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
+    cases = ElementTree.parse(report).getroot().iter("testcase")
+    return {case.get("name", ""): case.find("failure") is None for case in cases}
+
+
+def row(ability: str, parts: tuple[str, ...], results: dict[str, dict[str, bool]]) -> str:
+    cells = []
+    for passed in results.values():
+        said = [ok for test, ok in passed.items() if any(part in test for part in parts)]
+        cells.append("yes" if said and all(said) else "no" if said else "?")
+    return f"| {ability} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    kinds = sys.argv[1:] or KINDS
+    results: dict[str, dict[str, bool]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in kinds:
+            print(f"{kind} ...", file=sys.stderr, flush=True)
+            if kind in OTHER_BROKERS:
+                install(kind)
+            results[kind] = run_tests(kind, Path(folder) / f"{kind}.xml")
+    print("| | " + " | ".join(results) + " |")
+    print("|---" * (len(results) + 1) + "|")
+    for ability, parts in ABILITIES.items():
+        print(row(ability, parts, results))
+    counts = (f"{sum(passed.values())} of {len(passed)}" for passed in results.values())
+    print("| all end-to-end tests | " + " | ".join(counts) + " |")
+    for kind, passed in results.items():
+        for test, ok in passed.items():
+            if not ok:
+                print(f"{kind}: {test} failed", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Brokers that are neither ours nor Mosquitto: each starts, stops and keeps its files in `home`.
+
+`make brokers` installs them and runs the end-to-end tests on each; see tests/brokers.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from conftest import ROOT, Broker, eventually, find_program, free_port
+
+CACHE = ROOT / ".cache" / "brokers"
+RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+BOOT = 90.0  # seconds; RabbitMQ takes ten of them on two quiet cores
+
+
+class OtherBroker(Broker):
+    """What the tests know of any broker: its port, start() and stop()."""
+
+    program: tuple[str, ...] = ()
+    settings: Mapping[str, str] = MappingProxyType({})
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.home, self.port = home, free_port()
+        self._process = None
+        self.configure()
+        self.start()
+
+    def configure(self) -> None:
+        """Write what it reads at its start."""
+
+    def start(self) -> None:
+        with (self.home / "broker.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [part.format(home=self.home, port=self.port) for part in self.program],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "HOME": str(self.home), **self.settings},
+                cwd=self.home,
+                start_new_session=True,
+            )
+        eventually("the broker speaks MQTT", self.speaks_mqtt, BOOT)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """With its children: some of these are started by a shell."""
+        if self._process:
+            os.killpg(self._process.pid, number)
+            self._process.wait()
+            self._process = None
+
+    def speaks_mqtt(self) -> bool:
+        from hive import speaks_mqtt
+
+        assert self._process and self._process.poll() is None, (
+            self.home / "broker.log"
+        ).read_text()
+        return speaks_mqtt("127.0.0.1", self.port)
+
+
+class Nats(OtherBroker):
+    """nats-server with JetStream; it speaks MQTT 3.1.1."""
+
+    program = ("nats-server", "-c", "{home}/nats.conf")
+
+    def configure(self) -> None:
+        (self.home / "nats.conf").write_text(
+            f'server_name: hive\nlisten: "127.0.0.1:{free_port()}"\n'
+            f'jetstream {{ store_dir: "{self.home}/jetstream" }}\n'
+            f"mqtt {{ host: 127.0.0.1, port: {self.port} }}\n"
+        )
+
+
+class RabbitMQ(OtherBroker):
+    """RabbitMQ with rabbitmq_mqtt; it speaks MQTT 3.1.1."""
+
+    program = (str(RABBITMQ),)
+
+    def configure(self) -> None:
+        (self.home / "rabbitmq.conf").write_text(
+            f"listeners.tcp.1 = 127.0.0.1:{free_port()}\n"
+            f"mqtt.listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+            "mqtt.allow_anonymous = true\nmqtt.default_user = guest\nmqtt.default_pass = guest\n"
+        )
+        (self.home / "plugins").write_text("[rabbitmq_mqtt].\n")
+        self.settings = {
+            "RABBITMQ_NODENAME": f"hive{self.port}@localhost",
+            "RABBITMQ_CONFIG_FILE": str(self.home / "rabbitmq.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.home / "plugins"),
+            "RABBITMQ_MNESIA_BASE": str(self.home / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(self.home / "logs"),
+            "RABBITMQ_PID_FILE": str(self.home / "pid"),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "ERL_EPMD_PORT": str(free_port()),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+        }
+
+
+AEDES = """\
+const { Aedes } = require("aedes");
+Aedes.createBroker().then((broker) =>
+  require("net").createServer(broker.handle).listen(Number(process.argv[2]), "127.0.0.1"));
+"""
+
+
+class AedesBroker(OtherBroker):
+    """aedes, in memory; it speaks MQTT 3.1.1."""
+
+    program = ("node", "{home}/aedes.js", "{port}")
+    settings = MappingProxyType({"NODE_PATH": str(CACHE / "node_modules")})
+
+    def configure(self) -> None:
+        (self.home / "aedes.js").write_text(AEDES)
+
+
+class Amqtt(OtherBroker):
+    """amqtt, in memory; it answers nothing at all to MQTT 5."""
+
+    program = (str(CACHE / "venv" / "bin" / "amqtt"), "-c", "{home}/amqtt.yaml")
+
+    def configure(self) -> None:
+        (self.home / "amqtt.yaml").write_text(
+            f"listeners:\n  default:\n    type: tcp\n    bind: 127.0.0.1:{self.port}\n"
+            "plugins:\n  amqtt.plugins.authentication.AnonymousAuthPlugin:\n"
+            "    allow_anonymous: true\n"
+        )
+
+
+OTHER_BROKERS = {
+    "nats": Nats,
+    "rabbitmq": RabbitMQ,
+    "aedes": AedesBroker,
+    "amqtt": Amqtt,
+}
+
+
+def install(kind: str) -> None:
+    """Get it from the package registries; raises CalledProcessError, or says what is missing."""
+    INSTALL[kind]()
+
+
+def apt(package: str, program: str) -> None:
+    if find_program(program) or Path(program).exists():
+        return
+    if not shutil.which("apt-get") or os.geteuid() != 0:
+        sys.exit(f"{package} is missing, and only root can install it: apt-get install {package}")
+    quiet = {**os.environ, "RUNLEVEL": "1", "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", package]):
+        subprocess.run(["apt-get", *words], check=True, env=quiet, stdout=subprocess.DEVNULL)
+
+
+def npm(package: str) -> None:
+    if (CACHE / "node_modules" / package.partition("@")[0]).exists():
+        return
+    CACHE.mkdir(parents=True, exist_ok=True)
+    (CACHE / "package.json").write_text('{"private": true}\n')
+    words = ["npm", "install", "--loglevel=error", "--no-fund", "--no-audit", package]
+    subprocess.run(words, check=True, cwd=CACHE)
+
+
+def pip(package: str) -> None:
+    home = CACHE / "venv"
+    if (home / "bin" / package.partition("=")[0]).exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
+    subprocess.run([home / "bin" / "python", "-m", "pip", "install", "-q", package], check=True)
+
+
+INSTALL: dict[str, Callable[[], None]] = {
+    "nats": lambda: apt("nats-server", "nats-server"),
+    "rabbitmq": lambda: apt("rabbitmq-server", str(RABBITMQ)),
+    "aedes": lambda: npm("aedes@1.2.0"),
+    "amqtt": lambda: pip("amqtt==0.12.1"),
+}
