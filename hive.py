@@ -3231,10 +3231,6 @@ def make_private(folder: Path) -> None:
             one.mkdir(mode=0o700, exist_ok=True)
 
 
-def keep_layout(database: sqlite3.Connection) -> None:
-    """There is no older layout of these tables."""
-
-
 class Database:
     """An SQLite database in the file, or in memory: for the time being, or if there is none."""
 
@@ -3244,7 +3240,7 @@ class Database:
         tables: Sequence[str],
         log: Log,
         risk: str,
-        upgrade: Callable[[sqlite3.Connection], None] = keep_layout,
+        upgrade: Callable[[sqlite3.Connection], None] | None = None,
     ) -> None:
         """`tables` are statements that make them; `risk` is what it means to have no disk.
 
@@ -3258,14 +3254,13 @@ class Database:
         self._log, self._risk = log, risk
         self._uncommitted: list[tuple[str, tuple[object, ...]]] = []  # what commit() makes last
         try:
-            if file:
-                make_private(file.parent)
             self._database = self._open_file() if file else self._prepare(None)
         except (OSError, sqlite3.Error) as error:
             self._go_on_in_memory(None, reason_of(error))
 
     def _open_file(self) -> sqlite3.Connection:
         """Open it; what is damaged is set aside.  Raises OSError, sqlite3.Error."""
+        make_private(self._file.parent)
         try:
             return self._prepare(self._file)
         except (self._sqlite.DatabaseError, UnicodeDecodeError) as error:
@@ -3301,7 +3296,8 @@ class Database:
             ):
                 database.execute(f"PRAGMA {setting}")
             database.execute("BEGIN IMMEDIATE")  # a crash leaves the tables of one version
-            self._upgrade(database)
+            if self._upgrade:
+                self._upgrade(database)
             for table in self._tables:
                 database.execute(table)
             database.execute("COMMIT")
@@ -3563,9 +3559,7 @@ class OutgoingMessage(Value):
     until: float | None = None  # Unix seconds; then it is of no use any more
     n: int = 0  # its row in the outbox; it has none if it goes past that
     id: str | None = None  # of the envelope that it is
-    done: Callable[[int, str], None] = lambda code, words: (
-        None
-    )  # the broker's reason, 0 for success
+    done: Callable[[int, str], object] = lambda code, words: None  # 0 for success
 
 
 class Journal:
@@ -6122,7 +6116,7 @@ def max_client_connections() -> int:
 DIAL_TIMEOUT = 5.0  # seconds for each address of the broker
 DIAL_DEADLINE = 30.0  # seconds until CONNACK, all in all; DNS has no limit of its own
 RETRY = (0.5, 2.0, 30.0)  # seconds: the first wait, the longest of a minute, the longest
-RETRY_PART = 1 / 30  # of an outage that is longer: nobody waits for less than was waited already
+RETRY_PART = 1 / 30  # of an outage: how the longest wait grows with it
 RESEND_WITHIN = 86400.0  # seconds after a crash of ours in which receivers surely know an id
 SESSION_EXPIRY = 7 * 86400  # seconds that the broker keeps what came while we were away
 RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
@@ -6585,12 +6579,8 @@ class MqttClient:
         will: OutgoingMessage | None = None,
     ) -> None:
         """Without a client id the broker keeps no session.  Raises ConfigError, UsageError."""
-        self.loop, self.settings, self.subscriptions, self.will = (
-            loop,
-            settings,
-            subscriptions,
-            will,
-        )
+        self.loop, self.settings = loop, settings
+        self.subscriptions, self.will = subscriptions, will
         self.persistent = bool(client_id)
         self.client_id = client_id or CLIENT_ID_PREFIX + new_id().replace("-", "")[:16]
         self.protocol_errors = paho_errors()
@@ -7814,8 +7804,7 @@ class Node:
         self._client.publish(OutgoingMessage(topic, encode_json(content), retain=True))
 
     def _correct_state(self, name: str, state: dict[str, Any]) -> None:
-        self._journal.enqueue(self.topics.meta(name, "state"), encode_json(state), retain=True)
-        self._settle_soon()
+        self._publish_meta(name, "state", state)
 
     # -- handlers --
 
