@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,8 +17,11 @@ from typing import Any, TypeVar
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hive import ChildProcesses, Log, Loop
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -325,6 +329,42 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture
+def log() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def loop(log: io.StringIO, clock: Clock) -> Iterator[Loop]:
+    """A loop whose clock may be put forward, in which nothing may break."""
+    loop = Loop(Log("debug", "json", log), clock)
+    yield loop
+    loop.close()
+    assert '"bug"' not in log.getvalue(), log.getvalue()
+
+
+@pytest.fixture
+def children(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChildProcesses]:
+    """Children that end with the test, then without much time to tidy up."""
+    children = ChildProcesses(loop)
+    yield children
+    monkeypatch.setattr("hive.SIGKILL_AFTER", 0.3)
+    children.stop()
+    run_until(loop, "all children have ended", lambda: not len(children))
+
+
+def run_until(
+    loop: Loop, what: str, check: Callable[[], object], patience: float = PATIENCE
+) -> None:
+    """Let a loop run until `check` gives something true, in real seconds."""
+    until = time.monotonic() + patience
+    while not check():
+        assert time.monotonic() < until, f"never happened: {what}"
+        tick = loop.after(0.01, lambda: None)
+        loop.step()
+        tick.cancel()
 
 
 @pytest.fixture

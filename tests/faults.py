@@ -297,7 +297,7 @@ class Trial:
         lines = self.told_file.read_text().splitlines() if self.told_file.exists() else []
         ids = [next(w for w in line.split() if w.startswith("id="))[3:] for line in lines]
         both = zip(ids, lines, strict=True)
-        return [(id, hive.PERHAPS_TOLD in line) for id, line in both if id in self.words]
+        return [(id, hive.UNCERTAIN_NOTE in line) for id, line in both if id in self.words]
 
     def answers(self) -> dict[str, list[str]]:
         """What alpha has been answered to each id: the kind of message, and why if that says so."""

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -603,3 +604,146 @@ def test_nothing_to_look_back_on_is_said(tmp_path: Path) -> None:
         assert done.stderr.startswith("hive: no daemon of alpha has run here yet (nothing in ")
     done = run("--node", "alpha", "log", "--follow", cwd=tmp_path)
     assert done.returncode == 1 and "nothing to follow" in done.stderr
+
+
+# What each option does
+
+
+def test_every_option_of_send_ends_up_in_the_envelope(hive: Hive) -> None:
+    hive.node("alpha").start()
+    said = ["--to", "all", "--ch", "sync", "--text", "-", "--action", "a-1", "--urgency", "later"]
+    more = ["--ttl", "60", "--corr", "c-1", "--json"]
+    envelope = json.loads(hive.cli("alpha", "send", *said, *more, stdin="two\nlines\n\n").stdout)
+    assert envelope.pop("id") and abs(envelope.pop("ts") - time.time()) < PATIENCE
+    assert envelope == {
+        "v": 1,
+        "from": "alpha",
+        "to": "all",
+        "ch": "sync",
+        "urgency": "later",
+        "text": "two\nlines\n",
+        "action": "a-1",
+        "corr": "c-1",
+        "ttl": 60,
+    }
+    plain = json.loads(hive.cli("alpha", "send", "--to", "x", "--text", "y", "--json").stdout)
+    assert (plain["ch"], plain["urgency"]) == ("command", "now")
+    assert not {"action", "corr", "ttl"} & plain.keys()
+
+
+def test_a_text_from_stdin_has_a_bound(tmp_path: Path) -> None:
+    arguments = ("--port", str(free_port()), "send", "--to", "beta", "--text", "-")
+    for text, code in (("x" * 256 * 1024 + "\n", 3), ("x" * (256 * 1024 + 1), 2)):
+        assert run(*arguments, cwd=tmp_path, stdin=text).returncode == code
+    command = [sys.executable, str(ROOT / "hive.py"), *arguments]
+    for data, why in (
+        (b"ab\xffc", "stdin: not UTF-8 at byte 2"),
+        (b"x" + "ä".encode() * 200_000, "stdin: more than 256 KiB"),  # cut within a letter
+        ("ä".encode() * 200_000, "text: "),
+    ):
+        home = os.environ | {"HOME": str(tmp_path)}
+        done = subprocess.run(command, input=data, capture_output=True, cwd=tmp_path, env=home)
+        assert done.returncode == 2
+        assert done.stderr.decode().startswith(f"hive: {why}"), done.stderr
+
+
+def test_an_alert_is_an_answer_on_stderr_and_exit_1(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("fail", "#!/bin/sh\necho why >&2\nexit 3\n")
+    alpha.start()
+    asked = ["send", "--to", "alpha", "--action", "fail", "--text", "x", "--wait", "20"]
+    done = hive.cli("alpha", *asked, code=1)
+    assert (done.stdout, done.stderr) == ("", "alpha: fail failed: exit 3: why\n")
+    as_json = hive.cli("alpha", *asked, "--json", code=1)
+    assert (json.loads(as_json.stdout)["ch"], as_json.stderr) == ("alert", "")
+
+
+def test_an_answer_that_does_not_come_in_time_is_exit_4(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("slow", "#!/bin/sh\nexec sleep 60\n")
+    alpha.start()
+    began = time.monotonic()
+    asked = ["send", "--to", "alpha", "--action", "slow", "--text", "x", "--wait", "1.5"]
+    done = hive.cli("alpha", *asked, code=4)
+    assert (done.stdout, done.stderr) == ("", "hive: no answer from alpha in 1.5 s\n")
+    assert time.monotonic() - began >= 1.5
+
+
+def test_the_log_shows_the_last_hundred(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    for n in range(51):
+        hive_send(alpha, f"{n}")
+    eventually("all have come", lambda: len(alpha.events("received", ch="status")) == 51)
+
+    def texts(*arguments: str) -> list[str]:
+        rows = json_lines(hive.cli("alpha", "log", "--json", *arguments).stdout)
+        return [row["envelope"]["text"] for row in rows]
+
+    assert len(texts()) == 100
+    assert texts("--lines", "1") == ["50"], "newest last"
+    assert len(texts("--since", "1h")) == len(texts("-n", "1000")) == 102
+    assert len(texts("--to", "alpha", "--ch", "status", "-n", "2")) == 2
+    assert texts("--ch", "alert") == []
+
+
+def test_where_there_are_no_handlers_that_is_said(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    assert hive.cli("alpha", "handler", "list").stdout == (
+        f"no handlers in {alpha.handlers.resolve()}\n"
+    )
+    alpha.handler("ping", "#!/bin/sh\necho pong\n")
+    lines = hive.cli("alpha", "handler", "list").stdout.splitlines()
+    assert [line.split() for line in lines] == [
+        ["ACTION", "TIMEOUT", "WORKERS", "FILE"],
+        ["ping", "30s", "1", str(alpha.handlers.resolve() / "ping")],
+    ]
+
+
+def test_a_handler_is_tested_with_what_it_would_find(hive: Hive) -> None:
+    alpha = hive.node("alpha", '[[oc_instances]]\nname = "main"\nprofile = "work"\n')
+    alpha.handler(
+        "who", '#!/bin/sh\necho "$HIVE_FROM $HIVE_TO $HIVE_CH $HIVE_AGENT $HIVE_PROFILE"; cat\n'
+    )
+    done = hive.cli("alpha", "handler", "test", "who")
+    first, message = done.stdout.splitlines()
+    assert first == "alpha alpha command main work"
+    assert module.Envelope.parse(message.encode()).text == "test"
+    given = hive.cli("alpha", "handler", "test", "who", "--text", "-", stdin="from stdin\n").stdout
+    assert module.Envelope.parse(given.splitlines()[1].encode()).text == "from stdin"
+    assert "{" not in hive.cli("alpha", "handler", "list").stdout
+
+
+def test_status_and_roster_as_json(hive: Hive) -> None:
+    alpha = hive.node("alpha", '[[oc_instances]]\nname = "main"\nopenclaw_cmd = "true"\n')
+    alpha.handler("ping", "#!/bin/sh\necho pong\n")
+    alpha.start()
+    hive.node("beta").start()
+    rows = json.loads(hive.cli("alpha", "status", "--json").stdout)
+    assert [(row["name"], row["node"], row["status"]) for row in rows] == [
+        ("alpha", "alpha", "online"),
+        ("main", "alpha", "online"),
+        ("beta", "beta", "online"),
+    ]
+    assert {*rows[0]} >= {
+        *("name", "node", "status", "agents", "load_1m", "uptime_s", "last_seen", "age_s"),
+        *("version", "reason"),
+    }
+    assert rows[0]["agents"] == {"main": "unknown"}
+    assert 0 <= rows[0]["age_s"] < PATIENCE
+    assert rows[0]["version"].startswith(f"{module.__version__} (")
+    documents = json.loads(hive.cli("alpha", "roster", "--json").stdout)
+    mine = next(one for one in documents if one["node"] == "alpha")
+    assert (mine["agents"], mine["handlers"]) == (["main"], ["ping"])
+    assert [one["node"] for one in documents] == ["alpha", "beta"]
+
+
+@pytest.mark.parametrize("what", [["--tls"], ["alpha"]])
+def test_options_for_mosquitto_alone_are_refused_to_the_embedded_broker(
+    tmp_path: Path, what: list[str]
+) -> None:
+    done = run("broker", *what, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "hive: broker: --tls and names of nodes belong to --mosquitto-conf\n",
+    )
+    assert [*tmp_path.iterdir()] == []

@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import hive
-from hive import ALL_TABLES, Config, ConfigError, effective_config, example_config, load_config
+from hive import CONFIG_TABLES, Config, ConfigError, effective_config, example_config, load_config
 
 moderate = settings(
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 TABLES = ["node", "mqtt", "heartbeat", "journal", "logging", "oc_instances", "handlers", "schedule"]
-KEYS = sorted({key for table in ALL_TABLES.values() for key in table.FIELDS})
+KEYS = sorted({key for table in CONFIG_TABLES.values() for key in table.FIELDS})
 NESTED = [f"{table}.{key}" for table in [*TABLES, "handlers.x"] for key in [*KEYS, "other"]]
 texts = st.text(max_size=20) | st.sampled_from(["main", "1", "1e3", "~", "~nobody/x", "..", "/"])
 scalars = (
@@ -233,10 +233,10 @@ def test_every_line_of_the_example_is_accepted(place: Path) -> None:
     config = load(content)
     assert config.mqtt.password == "x"
     said = tomllib.loads(content)
-    said |= {"[oc_instances]": said["oc_instances"][0], "[schedule]": said["schedule"][0]}
-    said |= {"handlers.NAME": said["handlers"]["NAME"]}
-    for title, table in ALL_TABLES.items():
-        assert {*said[title]} == {*table.FIELDS} - {*"".join(APART).split(" =")}
+    said |= {repeated: said[repeated][0] for repeated in ("oc_instances", "schedule")}
+    said["handlers"] = said["handlers"]["NAME"]
+    for name, table in CONFIG_TABLES.items():
+        assert {*said[name]} == {*table.FIELDS} - {*"".join(APART).split(" =")}
 
 
 def test_the_example_as_it_is_changes_nothing() -> None:

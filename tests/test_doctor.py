@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import paho.mqtt.publish as publish
@@ -482,3 +484,291 @@ def test_it_is_coloured_on_a_terminal_alone(hive: Hive) -> None:
     assert done.wait(PATIENCE) == 1
     assert b"\x1b[32mok  \x1b[0m  python" in seen and b"\x1b[31mfail\x1b[0m  broker" in seen
     assert "\x1b" not in hive.cli("alpha", "doctor", code=0).stdout
+
+
+# -- each check by itself --
+
+
+def config_of(**tables: Any) -> module.Config:
+    return module.make_config({"node": {"id": "alpha"}} | tables, None, {})
+
+
+def context_of(config: module.Config, **broker: Any) -> Any:
+    return SimpleNamespace(config=config, broker=SimpleNamespace(**broker))
+
+
+@pytest.fixture
+def clocks() -> Iterator[module.PeerClocks]:
+    """Those of the peers of alpha, in whose hive a heartbeat comes every 2 s."""
+    yield module.PeerClocks(config_of(heartbeat={"interval": 2}))
+
+
+def heard(clocks: module.PeerClocks, topic: str, said: object, retained: bool = True) -> None:
+    payload = said if isinstance(said, bytes) else module.encode_json(said)
+    clocks.hear(module.IncomingMessage(f"hive/{topic}", payload, retained, None, lambda: None))
+
+
+def alive(ahead: float = 0, **more: object) -> dict[str, object]:
+    return {"status": "online", "last_seen": int(time.time() + ahead)} | more
+
+
+def test_who_is_said_to_be_alive_is_awaited_as_long_as_its_heartbeat_takes(
+    clocks: module.PeerClocks,
+) -> None:
+    assert clocks.complete and clocks.patience == 0
+    heard(clocks, "meta/beta/state", alive())
+    assert (clocks.awaited, clocks.patience) == ({"beta"}, 3.0)  # it says no interval: ours
+    heard(clocks, "meta/gamma/state", alive(interval=4, status="degraded"))
+    assert (clocks.awaited, clocks.patience) == ({"beta", "gamma"}, 5.0)
+    heard(clocks, "meta/delta/state", alive(interval=1))
+    assert clocks.patience == 5.0
+    heard(clocks, "meta/epsilon/state", alive(interval=60))
+    assert clocks.patience == 6.0  # longer than that nobody wants to wait
+    assert not clocks.complete and not clocks.ahead
+    for peer in sorted(clocks.awaited):
+        heard(clocks, f"meta/{peer}/state", alive(), retained=False)
+    assert clocks.complete and {*clocks.ahead} == clocks.awaited
+    assert all(abs(ahead) < 2 for ahead in clocks.ahead.values())
+
+
+@pytest.mark.parametrize(
+    ("topic", "said"),
+    [
+        ("meta/beta/state", {"status": "offline", "last_seen": 1771143500}),
+        ("meta/main/state", {"status": "online", "last_seen": 1771143500, "daemon_node": "beta"}),
+        ("meta/alpha/state", {"status": "online", "last_seen": 1771143500}),
+        ("meta/beta/state", {"status": "online", "last_seen": 0}),
+        ("meta/beta/state", {"status": "online"}),
+        ("meta/beta/state", {"status": "online", "ts": 1771143500}),
+        ("beta/heartbeat", {"from": "beta", "ts": 1771143500}),
+        ("all/status", {"from": "beta", "ts": 1771143500}),
+        ("meta/beta/state", b"no JSON"),
+    ],
+)
+def test_whatever_else_tells_no_time(clocks: module.PeerClocks, topic: str, said: object) -> None:
+    for retained in (True, False):
+        heard(clocks, topic, said, retained)
+    assert not clocks.awaited and not clocks.ahead
+
+
+def test_a_state_has_a_bound(clocks: module.PeerClocks) -> None:
+    fits = json.dumps(alive()).ljust(module.MAX_STATE).encode()
+    heard(clocks, "meta/large/state", fits + b" ")
+    heard(clocks, "meta/fits/state", fits)
+    assert clocks.awaited == {"fits"}
+
+
+def test_only_a_time_that_is_still_to_come_is_wrong_for_certain(clocks: module.PeerClocks) -> None:
+    heard(clocks, "meta/past/state", alive(-100))
+    heard(clocks, "meta/near/state", alive(4))
+    heard(clocks, "meta/far/state", alive(7))
+    assert [*clocks.ahead] == ["far"] and 6 < clocks.ahead["far"] < 8
+    assert clocks.awaited == {"past", "near"}
+    beat = {"from": "past", "ts": int(time.time() - 100)}
+    heard(clocks, "all/heartbeat", beat, retained=False)
+    assert -101 < clocks.ahead["past"] < -98
+
+
+def test_no_more_peers_are_heard_than_there_can_be(
+    clocks: module.PeerClocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_PEERS", 2)
+    for retained in (True, False):
+        for peer in ("a", "b", "c"):
+            heard(clocks, f"meta/{peer}/state", alive(), retained)
+    assert clocks.awaited == {*clocks.ahead} == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("ahead", "level", "what"),
+    [
+        ({}, "SKIPPED", "not compared: no other node was heard"),
+        ({"a": 0.5}, "OK", "that of 1 other node(s) says the same"),
+        ({"a": 5.0, "b": -5.0}, "OK", "that of 2 other node(s) says the same"),
+        ({"a": 61.0}, "WARN", "a's is 1m 1s ahead: one of the two is wrong"),
+        ({"a": 0.0, "b": -61.0}, "WARN", "b's is 1m 1s behind: one of the two is wrong"),
+        (
+            {"c": 0.0, "b": -61.0, "a": 9.0},
+            "WARN",
+            "a's is 9s ahead, b's is 1m 1s behind: this machine's clock is the odd one",
+        ),
+        (
+            dict.fromkeys("abcde", 9.0),
+            "WARN",
+            "a's is 9s ahead, b's is 9s ahead, c's is 9s ahead (and 2 more):"
+            " this machine's clock is the odd one",
+        ),
+    ],
+)
+def test_the_clocks_are_compared(ahead: dict[str, float], level: str, what: str) -> None:
+    heard_of = SimpleNamespace(ahead=ahead)
+    context = context_of(config_of(), clocks=heard_of, compare_clocks=lambda: None)
+    [finding] = module.check_clock(context)
+    assert (finding.level.name, finding.what) == (level, what)
+    assert ("NTP" in finding.todo) is (level == "WARN")
+
+
+@pytest.mark.parametrize(
+    ("names", "limit", "said"),
+    [
+        (["a"], 1, "a"),
+        (["a", "b"], 1, "a (and 1 more)"),
+        (["a", "b"], 2, "a, b"),
+        (["a", "b", "c", "d"], 2, "a, b (and 2 more)"),
+    ],
+)
+def test_of_many_names_the_first_few_are_said(names: list[str], limit: int, said: str) -> None:
+    assert module.and_more(names, limit) == said
+
+
+def test_what_the_broker_must_allow_is_said() -> None:
+    agents = [{"name": "main"}]
+    logins: list[tuple[dict[str, str], str]] = [
+        ({"username": "me"}, "me"),
+        ({}, "anonymous clients"),
+    ]
+    for mqtt, user in logins:
+        assert module.acl_for(config_of(mqtt=mqtt, oc_instances=agents)) == (
+            f"in the broker's ACL let {user} read hive/alpha/#, hive/main/#, hive/all/# and"
+            " hive/meta/#, and write hive/#"
+        )
+
+
+def test_what_comes_of_publishing_is_said() -> None:
+    for protocol, more in (("5", ""), ("3.1.1", ", as MQTT 3.1.1 always says")):
+        config = config_of(mqtt={"protocol": protocol})
+        context = context_of(config, refused={}, publish=lambda: None)
+        [finding] = module.check_publishing(context)
+        assert finding == module.Finding(module.Level.OK, f"messages to ourselves are taken{more}")
+    refused = {"one": "not authorized", "two": "quota exceeded"}
+    [finding] = module.check_publishing(
+        context_of(config_of(), refused=refused, publish=lambda: None)
+    )
+    assert finding.level is module.Level.FAIL
+    assert finding.what == "to one (and 1 more): not authorized"
+    [finding] = module.check_receiving(context_of(config_of(), missing={"one": b"", "two": b""}))
+    assert finding.what == "what goes to one (and 1 more) never arrives: no right to read?"
+    assert "ACL" in finding.todo
+
+
+@pytest.mark.parametrize(
+    ("keys", "openclaw", "silent", "level", "words"),
+    [
+        ({}, True, "", "OK", "x: its gateway listens on 127.0.0.1:7"),
+        ({}, True, "refused", "WARN", "x: nothing listens on 127.0.0.1:7: refused"),
+        ({}, False, "", "FAIL", "x: no HOME/.openclaw/openclaw.json"),
+        ({"port": 7}, False, "", "WARN", "x: no HOME/.openclaw/openclaw.json"),
+        ({"openclaw_cmd": ["true", "-v"]}, False, "", "WARN", "x: no HOME/.openclaw/openclaw.json"),
+        ({"openclaw_cmd": "no-such"}, True, "", "FAIL", "x: no program no-such"),
+        ({"command": "no-such"}, True, "", "FAIL", "x: no program no-such"),
+        ({"command": "true"}, False, "", "OK", "x: true is there; more would wake it"),
+        (
+            {"openclaw_cmd": "no-such", "via": "hook", "hook_token": "t"},
+            True,
+            "",
+            "OK",
+            "x: its gateway listens on 127.0.0.1:7",
+        ),
+        (
+            {"openclaw_cmd": "no-such", "via": "auto", "hook_token": "t"},
+            True,
+            "",
+            "FAIL",
+            "x: no program no-such",
+        ),
+        (
+            {"via": "hook", "hook_token": "t", "hook_url": "http://h/w"},
+            False,
+            "",
+            "OK",
+            "x: its gateway listens on 127.0.0.1:7",
+        ),
+    ],
+)
+def test_an_agent_is_looked_at(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, Any],
+    openclaw: bool,
+    silent: str,
+    level: str,
+    words: str,
+) -> None:
+    (tmp_path / "openclaw").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    if openclaw:
+        (tmp_path / ".openclaw").mkdir()
+        (tmp_path / ".openclaw" / "openclaw.json").write_text("{}")
+    agent = config_of(oc_instances=[{"name": "x"} | keys]).oc_instances[0]
+    finding = module.agent_finding(agent, tmp_path, 7, {7: silent})
+    assert (finding.level.name, finding.what) == (level, words.replace("HOME", str(tmp_path)))
+    assert bool(finding.todo) is (level != "OK")
+
+
+def test_an_agent_whose_port_is_not_known_is_not_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = config_of(oc_instances=[{"name": "x", "openclaw_cmd": "true"}]).oc_instances[0]
+    (tmp_path / ".openclaw").mkdir()
+    (tmp_path / ".openclaw" / "openclaw.json").write_text("{}")
+    finding = module.agent_finding(agent, tmp_path, None, {})
+    assert finding == module.Finding(
+        module.Level.OK, "x: its gateway's port cannot be known without waking it"
+    )
+
+
+@pytest.mark.parametrize(("mode", "level"), [(0o700, []), (0o750, ["WARN"]), (0o701, ["WARN"])])
+def test_nobody_may_look_into_the_state_directory(
+    tmp_path: Path, mode: int, level: list[str]
+) -> None:
+    folder = tmp_path / "state"
+    assert [*module.check_folder(folder / "below")] == []  # it can be made
+    folder.mkdir()
+    folder.chmod(mode)
+    assert [found.level.name for found in module.check_folder(folder)] == level
+
+
+def test_a_handler_directory_that_was_named_must_be_there(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    [finding] = module.check_handlers(context_of(config_of(node={"handler_dir": str(missing)})))
+    assert finding == module.Finding(
+        module.Level.WARN, f"none: no directory {missing}", f"mkdir {missing}"
+    )
+    missing.mkdir(0o755)
+    [finding] = module.check_handlers(context_of(config_of(node={"handler_dir": str(missing)})))
+    assert finding == module.Finding(module.Level.OK, f"none, in {missing}")
+
+
+def test_a_check_that_breaks_is_a_finding() -> None:
+    def refused(context: object) -> Iterator[module.Finding]:
+        yield module.Finding(module.Level.OK, "first")
+        raise module.BrokerError("broker x: refused; try another")
+
+    def vanished(context: object) -> Iterator[module.Finding]:
+        yield module.Finding(module.Level.OK, "first")
+        raise FileNotFoundError(2, "No such file or directory", "/x")
+
+    found = [*module.run_check(module.Check("broker", refused), context_of(config_of()))]
+    assert found[1] == module.Finding(module.Level.FAIL, "x: refused", "try another")
+    found = [*module.run_check(module.Check("files", vanished), context_of(config_of()))]
+    assert found[1] == module.Finding(module.Level.FAIL, "/x: No such file or directory")
+
+
+def test_a_finding_is_one_line() -> None:
+    warn = module.Finding(module.Level.WARN, "it\nis so", "do that")
+    assert module.finding_line("clock", warn, False) == "warn  clock      it?is so; do that"
+    assert module.finding_line("subscribe", module.Finding(module.Level.OK, "well"), False) == (
+        "ok    subscribe  well"
+    )
+    assert module.finding_line("clock", warn, True).startswith("\033[33mwarn\033[0m  clock ")
+
+
+def test_no_check_takes_longer_than_all_may() -> None:
+    with contextlib.ExitStack() as ending:
+        context = module.DoctorContext(config_of, time.monotonic(), ending)
+        assert context.left(4.0) == 4.0
+        assert 13 < context.left(100.0) <= 14
+        late = module.DoctorContext(config_of, time.monotonic() - 13.2, ending)
+        assert 0.5 <= late.left(4.0) <= 0.8
+        over = module.DoctorContext(config_of, time.monotonic() - 20, ending)
+        assert over.left(4.0) == 0.5

@@ -1,4 +1,4 @@
-"""Handlers: which executables there are, what they are given, what is made of their outcome."""
+"""Handlers: which executables there are, what they are given, what is made of their result."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def put(file: Path, mode: int = 0o755, content: str = "#!/bin/sh\n") -> Path:
     return file
 
 
-def outcome_of(stdout: bytes = b"", exit: int | None = 0, **more: Any) -> hive.ProcessResult:
-    return hive.ProcessResult(exit=exit, stdout=stdout, **more)
+def result_of(stdout: bytes = b"", exit: int | None = 0, **more: Any) -> hive.ProcessResult:
+    return hive.ProcessResult(exit, DEADLINE, stdout, **more)
 
 
 # What may be run
@@ -256,17 +256,17 @@ def test_a_handlers_own_settings_reach_it() -> None:
     )
 
 
-# What is made of an outcome
+# What is made of an result
 
 
-def result(outcome: hive.ProcessResult, deadline: float = DEADLINE) -> Mapping[str, Any]:
-    document = hive.result_document(ASKED, "beta", outcome, deadline, now=1771143500.9)
+def document_of(result: hive.ProcessResult) -> Mapping[str, Any]:
+    document = hive.result_document(ASKED, "beta", result, now=1771143500.9)
     json.dumps(document, allow_nan=False).encode()  # whoever reads it may be strict
     return document
 
 
 def test_the_result_of_a_success() -> None:
-    assert result(outcome_of(b'{"commit": "abc"}\n', seconds=0.8124)) == {
+    assert document_of(result_of(b'{"commit": "abc"}\n', seconds=0.8124)) == {
         "node": "beta",
         "action": "git-sync",
         "id": "id-1",
@@ -309,49 +309,49 @@ def test_the_result_of_a_success() -> None:
     ],
 )
 def test_stdout_is_json_where_it_is_that_and_else_text(stdout: bytes, value: object) -> None:
-    assert result(outcome_of(stdout))["result"] == value
+    assert document_of(result_of(stdout))["result"] == value
 
 
 @pytest.mark.parametrize(
-    ("outcome", "status", "error"),
+    ("result", "status", "error"),
     [
-        (outcome_of(exit=3, stderr=b"no remote\n"), "error", "exit 3: no remote"),
-        (outcome_of(exit=3), "error", "exit 3"),
-        (outcome_of(exit=-11), "error", "was ended by signal 11"),
-        (outcome_of(exit=1, stderr=b"\xff\xfe"), "error", "exit 1: \ufffd\ufffd"),
-        (outcome_of(exit=-15, late=True), "timeout", "took longer than 30 s and was ended"),
+        (result_of(exit=3, stderr=b"no remote\n"), "error", "exit 3: no remote"),
+        (result_of(exit=3), "error", "exit 3"),
+        (result_of(exit=-11), "error", "was ended by signal 11"),
+        (result_of(exit=1, stderr=b"\xff\xfe"), "error", "exit 1: \ufffd\ufffd"),
+        (result_of(exit=-15, timed_out=True), "timeout", "took longer than 30 s and was ended"),
         (
-            outcome_of(exit=0, late=True, stderr=b"bye"),
+            result_of(exit=0, timed_out=True, stderr=b"bye"),
             "timeout",
             "took longer than 30 s and was ended: bye",
         ),
         (
-            outcome_of(exit=-15, stopped=True),
+            result_of(exit=-15, cancelled=True),
             "interrupted",
             "interrupted: the node was stopped; it may have done a part",
         ),
         (
-            outcome_of(exit=None, stopped=True, fault="the daemon ended meanwhile"),
+            result_of(exit=None, cancelled=True, fault="the daemon ended meanwhile"),
             "interrupted",
             "interrupted: the daemon ended meanwhile; it may have done a part",
         ),
         (
-            outcome_of(exit=-15, stopped=True, late=True, stderr=b"half done\n"),
+            result_of(exit=-15, cancelled=True, timed_out=True, stderr=b"half done\n"),
             "interrupted",
             "interrupted: the node was stopped; it may have done a part: half done",
         ),
         (
-            outcome_of(exit=None, fault="No such file"),
+            result_of(exit=None, fault="No such file"),
             "error",
             "could not be started: No such file",
         ),
     ],
 )
-def test_a_failure_says_why(outcome: hive.ProcessResult, status: str, error: str) -> None:
-    document = result(outcome)
-    assert (document["status"], document["exit"]) == (status, outcome.exit)
+def test_a_failure_says_why(result: hive.ProcessResult, status: str, error: str) -> None:
+    document = document_of(result)
+    assert (document["status"], document["exit"]) == (status, result.exit)
     assert document["error"] == error
-    answer = hive.answer_to(ASKED, "beta", outcome, DEADLINE)
+    answer = hive.answer_to(ASKED, "beta", result)
     assert answer.ch == "alert"
     assert answer.text == f"beta: git-sync failed: {error}"
 
@@ -359,10 +359,10 @@ def test_a_failure_says_why(outcome: hive.ProcessResult, status: str, error: str
 @pytest.mark.parametrize("noise", [b"x", b"\xff", "ä".encode()], ids=["ASCII", "no UTF-8", "UTF-8"])
 def test_a_failure_ends_with_the_end_of_stderr(noise: bytes) -> None:
     stderr = (noise * 20_000 + b"fatal: the remote hung up\n")[-8 * 1024 :]
-    outcome = outcome_of(exit=1, stderr=stderr)
+    result = result_of(exit=1, stderr=stderr)
     for told in (
-        result(outcome)["error"],
-        hive.answer_to(ASKED, "beta", outcome, DEADLINE).text,
+        document_of(result)["error"],
+        hive.answer_to(ASKED, "beta", result).text,
     ):
         assert told.endswith("fatal: the remote hung up")
         assert len(told.encode()) < 16 * 1024
@@ -373,7 +373,7 @@ def test_a_failure_ends_with_the_end_of_stderr(noise: bytes) -> None:
     [(b"", "ok"), (b"\n", "ok"), (b"pong\n", "pong"), (b"  \n", "  "), (b'{"a": 1}\n', '{"a": 1}')],
 )
 def test_a_success_is_answered_with_what_was_printed(stdout: bytes, text: str) -> None:
-    answer = hive.answer_to(ASKED, "beta", outcome_of(stdout), DEADLINE)
+    answer = hive.answer_to(ASKED, "beta", result_of(stdout))
     assert answer == hive.Envelope.check(
         {
             "v": 1,
@@ -392,44 +392,44 @@ def test_a_success_is_answered_with_what_was_printed(stdout: bytes, text: str) -
 
 @pytest.mark.parametrize("byte", [b"x", b"\xff", b"\0", b'"'])
 def test_output_that_was_cut_says_so(byte: bytes) -> None:
-    outcome = outcome_of(byte * 256 * 1024, truncated=True)
-    answer = hive.answer_to(ASKED, "beta", outcome, DEADLINE)
+    result = result_of(byte * 256 * 1024, truncated=True)
+    answer = hive.answer_to(ASKED, "beta", result)
     assert answer.text.endswith("[cut by hive: longer than 256 KiB]")
-    assert result(outcome)["truncated"] is True
-    assert result(outcome)["result"] == answer.text
+    assert document_of(result)["truncated"] is True
+    assert document_of(result)["result"] == answer.text
 
 
 def test_text_that_grew_too_long_in_utf_8_says_that_it_was_cut() -> None:
-    answer = hive.answer_to(ASKED, "beta", outcome_of(b"\xff" * 256 * 1024), DEADLINE)
+    answer = hive.answer_to(ASKED, "beta", result_of(b"\xff" * 256 * 1024))
     assert answer.text.endswith("[cut by hive: longer than 256 KiB]")
 
 
-outcomes = st.builds(
+results = st.builds(
     hive.ProcessResult,
     exit=st.none() | st.integers(-64, 255),
     stdout=st.binary(max_size=300) | st.binary(min_size=1, max_size=8).map(lambda b: b * 40_000),
     stderr=st.binary(max_size=300) | st.binary(min_size=1, max_size=8).map(lambda b: b * 1024),
     truncated=st.booleans(),
-    late=st.booleans(),
-    stopped=st.booleans(),
+    timed_out=st.booleans(),
+    cancelled=st.booleans(),
     fault=st.just("No such file or directory"),
 )
 
 
 @settings(deadline=None)
-@given(outcomes)
-@example(outcome_of(b"\x00" * 256 * 1024, truncated=True))
-def test_any_outcome_fits_into_an_envelope_and_a_document(outcome: hive.ProcessResult) -> None:
-    answer = hive.answer_to(ASKED, "beta", outcome, DEADLINE)
+@given(results)
+@example(result_of(b"\x00" * 256 * 1024, truncated=True))
+def test_any_result_fits_into_an_envelope_and_a_document(result: hive.ProcessResult) -> None:
+    answer = hive.answer_to(ASKED, "beta", result)
     assert hive.Envelope.parse(answer.encode()) == answer
-    document = hive.result_document(ASKED, "beta", outcome, DEADLINE, now=1.0)
+    document = hive.result_document(ASKED, "beta", result, now=1.0)
     assert hive.read_json_object(hive.encode_json(document)) == document
 
 
-# Whose turn it is
+# Which runs next
 
 
-def turn(action: str, number: int = 0) -> hive.HandlerRun:
+def run_of(action: str, number: int = 0) -> hive.HandlerRun:
     envelope = hive.Envelope.new("alpha", "beta", "command", "go", id=f"{action}-{number}")
     return hive.HandlerRun(envelope, action)
 
@@ -439,10 +439,10 @@ def taken(queue: hive.HandlerQueue) -> list[str]:
     return [one.envelope.id for one in iter(queue.take, None)]
 
 
-def test_turns_come_in_order() -> None:
+def test_handlers_run_in_order() -> None:
     queue = hive.HandlerQueue(workers=10, workers_of=lambda action: 10)
     for i in range(5):
-        assert queue.put(turn("a", i))
+        assert queue.put(run_of("a", i))
     assert taken(queue) == ["a-0", "a-1", "a-2", "a-3", "a-4"]
     assert queue.take() is None and len(queue) == 0
 
@@ -450,7 +450,7 @@ def test_turns_come_in_order() -> None:
 def test_the_same_action_does_not_run_twice_at_once() -> None:
     queue = hive.HandlerQueue(workers=4, workers_of=lambda action: 1)
     for action, number in (("a", 0), ("a", 1), ("b", 0), ("a", 2), ("b", 1)):
-        queue.put(turn(action, number))
+        queue.put(run_of(action, number))
     assert taken(queue) == ["a-0", "b-0"]
     queue.done("a")
     assert taken(queue) == ["a-1"]
@@ -464,14 +464,14 @@ def test_the_same_action_does_not_run_twice_at_once() -> None:
 def test_an_action_may_be_allowed_to_run_twice_at_once() -> None:
     queue = hive.HandlerQueue(workers=4, workers_of=lambda action: 2 if action == "a" else 1)
     for action, number in (("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2)):
-        queue.put(turn(action, number))
+        queue.put(run_of(action, number))
     assert taken(queue) == ["a-0", "b-0", "a-1"]
 
 
 def test_no_more_run_at_once_than_there_are_workers() -> None:
     queue = hive.HandlerQueue(workers=2, workers_of=lambda action: 9)
     for action in "abc":
-        queue.put(turn(action))
+        queue.put(run_of(action))
     assert taken(queue) == ["a-0", "b-0"]
     queue.done("b")
     assert taken(queue) == ["c-0"]
@@ -479,17 +479,17 @@ def test_no_more_run_at_once_than_there_are_workers() -> None:
 
 def test_a_line_that_is_too_long_takes_nobody_in() -> None:
     queue = hive.HandlerQueue(workers=1, workers_of=lambda action: 1)
-    assert all(queue.put(turn("a", i)) for i in range(1000))
-    assert not queue.put(turn("a", 1000))
+    assert all(queue.put(run_of("a", i)) for i in range(1000))
+    assert not queue.put(run_of("a", 1000))
     assert len(queue) == 1000
     assert queue.take()
-    assert queue.put(turn("a", 1001))
+    assert queue.put(run_of("a", 1001))
 
 
-def test_those_who_wait_can_be_sent_home() -> None:
+def test_those_who_wait_can_be_called_off() -> None:
     queue = hive.HandlerQueue(workers=1, workers_of=lambda action: 1)
     for i in range(3):
-        queue.put(turn("a", i))
+        queue.put(run_of("a", i))
     queue.take()
     assert [one.envelope.id for one in queue.clear()] == ["a-1", "a-2"]
     assert len(queue) == 0
@@ -608,11 +608,11 @@ def test_a_handler_is_run_in_its_folder_with_the_message_as_a_line(
         None,
         {},
     )
-    job = hive.handler_job(config, folder / "git-sync", ASKED, None)
-    assert ([*job.argv], job.cwd, job.deadline) == ([str(folder / "git-sync")], folder, 7.0)
-    assert job.stdin.endswith(b"}\n") and job.stdin.count(b"\n") == 1
-    assert hive.Envelope.parse(job.stdin) == ASKED
-    assert (job.environment["GIVEN"], job.environment["HIVE_PREFIX"]) == ("yes", "home")
+    spec = hive.handler_spec(config, folder / "git-sync", ASKED, None)
+    assert ([*spec.argv], spec.cwd, spec.deadline) == ([str(folder / "git-sync")], folder, 7.0)
+    assert spec.stdin.endswith(b"}\n") and spec.stdin.count(b"\n") == 1
+    assert hive.Envelope.parse(spec.stdin) == ASKED
+    assert (spec.environment["GIVEN"], spec.environment["HIVE_PREFIX"]) == ("yes", "home")
     deadlines = [hive.handler_deadline(config, action) for action in ("slow", "other", "unknown")]
     assert deadlines == [99.0, 7.0, 7.0]
 
@@ -635,15 +635,15 @@ def test_a_text_is_cut_between_letters(text: str, limit: int, mark: str, expecte
 
 def test_what_just_fits_is_not_cut() -> None:
     whole = b"x" * 256 * 1024
-    assert hive.printed(outcome_of(whole)) == whole.decode()
-    assert hive.printed(outcome_of(whole + b"\n")) == whole.decode()
-    said = hive.printed(outcome_of(whole + b"x"))
+    assert hive.printed(result_of(whole)) == whole.decode()
+    assert hive.printed(result_of(whole + b"\n")) == whole.decode()
+    said = hive.printed(result_of(whole + b"x"))
     assert len(said) == 256 * 1024 and said.endswith("x\n[cut by hive: longer than 256 KiB]")
 
 
 @pytest.mark.parametrize("stderr", [b"x" * 8192, b"\xff" * 8192, b" " * 8192, b"x" * 7992 + b"!"])
 def test_an_error_has_a_bound(stderr: bytes) -> None:
-    error = hive.failure(outcome_of(exit=1, stderr=stderr), 2.5)
+    error = hive.failure(result_of(exit=1, stderr=stderr))
     assert len(error.encode()) <= 8 * 1024
     kept = stderr.decode(errors="replace").strip()
     if kept:
@@ -653,16 +653,16 @@ def test_an_error_has_a_bound(stderr: bytes) -> None:
         assert error == "exit 1"
 
 
-def test_a_deadline_is_told_as_it_was_set() -> None:
-    late = outcome_of(exit=-15, late=True)
-    assert hive.failure(late, 2.5) == "took longer than 2.5 s and was ended"
-    assert hive.failure(late, 120.0) == "took longer than 120 s and was ended"
+@pytest.mark.parametrize(("deadline", "words"), [(2.5, "2.5 s"), (120.0, "120 s")])
+def test_a_deadline_is_told_as_it_was_set(deadline: float, words: str) -> None:
+    result = hive.ProcessResult(exit=-15, deadline=deadline, timed_out=True)
+    assert hive.failure(result) == f"took longer than {words} and was ended"
 
 
 def test_how_many_run_is_known() -> None:
     queue = hive.HandlerQueue(workers=3, workers_of=lambda action: 2)
     for action, number in (("a", 0), ("a", 1), ("b", 0), ("b", 1)):
-        queue.put(turn(action, number))
+        queue.put(run_of(action, number))
     assert (taken(queue), queue.running, len(queue)) == (["a-0", "a-1", "b-0"], 3, 1)
     queue.done("a")
     assert (taken(queue), queue.running) == (["b-1"], 3)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hive import Log
+from hive import RATE_LIMIT_BURST, Log, RateLimit
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=100)
 LEVELS = ["debug", "info", "warning", "error"]
@@ -94,3 +94,18 @@ def test_a_stream_that_nobody_reads_any_more_is_survived(format: str) -> None:
         log = Log("info", format, broken)
         for _ in range(3):
             log.error("hello", text="x" * 500)
+
+
+def test_a_fault_of_a_peer_is_logged_a_few_times_a_minute() -> None:
+    limit = RateLimit()
+    first = [limit.allow("noise", now) for now in range(50)]
+    assert first == [True] * RATE_LIMIT_BURST + [False] * (50 - RATE_LIMIT_BURST)
+    assert not limit.allow("noise", 59)
+    assert limit.allow("noise", 100)
+
+
+def test_one_kind_of_fault_does_not_hide_another() -> None:
+    limit = RateLimit()
+    for _ in range(1000):
+        limit.allow("noise", 1)
+    assert limit.allow("dropped", 1)

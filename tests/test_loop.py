@@ -20,11 +20,6 @@ import hive
 
 
 @pytest.fixture
-def log() -> io.StringIO:
-    return io.StringIO()
-
-
-@pytest.fixture
 def loop(log: io.StringIO) -> Iterator[hive.Loop]:
     loop = hive.Loop(hive.Log("debug", "json", log))
     loop.after(PATIENCE, lambda: pytest.fail("the loop waits for something that never comes"))
@@ -109,17 +104,17 @@ def test_a_cancelled_timer_does_not_come(loop: hive.Loop) -> None:
     assert came == []
 
 
-def test_after_0_runs_at_the_end_of_the_same_turn(loop: hive.Loop) -> None:
+def test_after_0_runs_at_the_end_of_the_same_step(loop: hive.Loop) -> None:
     came: list[str] = []
 
     def first() -> None:
-        loop.after(0, lambda: came.append("end of the turn"))
+        loop.after(0, lambda: came.append("end of the step"))
         came.append("first")
 
     loop.post(first)
     loop.post(lambda: came.append("second"))
     loop.step()
-    assert came == ["first", "second", "end of the turn"]
+    assert came == ["first", "second", "end of the step"]
 
 
 def test_a_call_from_another_thread_wakes_a_sleeping_loop(loop: hive.Loop) -> None:
@@ -153,7 +148,7 @@ def test_no_call_of_many_threads_is_lost(loop: hive.Loop) -> None:
     assert len(came) == 4000
 
 
-def test_a_signal_arrives_as_a_call_in_the_next_turn(loop: hive.Loop) -> None:
+def test_a_signal_arrives_as_a_call_in_the_next_step(loop: hive.Loop) -> None:
     came: list[str] = []
     loop.on_signal(signal.SIGUSR1, lambda: came.append("one"))
     loop.on_signal(signal.SIGUSR2, lambda: came.append("two"))
@@ -278,7 +273,7 @@ def test_a_file_is_called_when_it_is_ready_and_told_for_what(
     assert len(came) == 2
 
 
-def test_a_file_forgotten_in_the_same_turn_is_not_called(
+def test_a_file_forgotten_in_the_same_step_is_not_called(
     loop: hive.Loop, pair: Callable[[], tuple[socket.socket, socket.socket]]
 ) -> None:
     came: list[str] = []
@@ -300,7 +295,7 @@ def test_a_file_forgotten_in_the_same_turn_is_not_called(
     assert len(came) == 1
 
 
-def test_a_file_that_takes_over_a_number_in_the_same_turn_is_not_called(
+def test_a_file_that_takes_over_a_number_in_the_same_step_is_not_called(
     loop: hive.Loop, pair: Callable[[], tuple[socket.socket, socket.socket]]
 ) -> None:
     called: list[str] = []

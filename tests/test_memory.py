@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hive import RATE_LIMIT_BURST, SETTLING, RateLimit, Waiting
+from hive import SETTLING, Waiting
 
 
 def test_an_answer_is_expected_for_as_long_as_somebody_waits() -> None:
@@ -62,18 +62,3 @@ def test_one_exchange_does_not_settle_another() -> None:
     waiting.settle("m-2", now=100)
     waiting.settle("m-3", now=1e9)
     assert waiting.expects("m-1", 1e9) and not waiting.expects("m-2", 1e9)
-
-
-def test_a_fault_is_complained_about_a_few_times_a_minute() -> None:
-    complaints = RateLimit()
-    first = [complaints.admit("noise", now) for now in range(50)]
-    assert first == [True] * RATE_LIMIT_BURST + [False] * (50 - RATE_LIMIT_BURST)
-    assert not complaints.admit("noise", 59)
-    assert complaints.admit("noise", 100)
-
-
-def test_one_kind_of_fault_does_not_hide_another() -> None:
-    complaints = RateLimit()
-    for _ in range(1000):
-        complaints.admit("noise", 1)
-    assert complaints.admit("dropped", 1)

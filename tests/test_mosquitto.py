@@ -610,3 +610,95 @@ def test_over_tls_a_node_with_the_authority_connects_and_one_without_says_why(
     assert "ca_file" in refused.stderr
     alpha.start(wait=False)
     alpha.logged("no broker, trying again")
+
+
+# ---- Word for word -----------------------------------------------------------------------
+
+LISTENER = {
+    "plain": ["listener 1883 fd7a::7"],
+    "tls": [
+        "listener 8883",
+        "certfile $etc/hive/server.pem",
+        "keyfile $etc/hive/server.key",
+        "tls_version tlsv1.2",
+    ],
+}
+CONF = """\
+allow_anonymous false
+password_file $etc/hive/passwords
+acl_file $etc/hive/acl
+persistence true
+persistence_location $data/
+autosave_interval 1
+autosave_on_changes true
+max_queued_messages 0
+persistent_client_expiration 7d
+max_packet_size 1708032"""
+ACL = """\
+pattern read lab/%u/+
+pattern readwrite lab/%u/response/+
+pattern read lab/all/+
+pattern write lab/+/+
+pattern read lab/meta/+/+
+pattern write lab/meta/%u/+
+pattern write lab/meta/+/state
+user alpha
+topic read lab/main/+"""
+TOML = {
+    "plain": """\
+[mqtt]
+host = "fd7a::7"
+port = 1883
+username = "$node"
+password_file = "mqtt-password\"""",
+    "tls": """\
+[mqtt]
+host = "broker.lan"
+port = 8883
+username = "$node"
+password_file = "mqtt-password"
+tls = true
+ca_file = "mqtt-ca.pem\"""",
+}
+
+
+def part(text: str, begin: str) -> list[str]:
+    """A file within the script, without what is only for its reader."""
+    inside = text.partition(begin)[2].partition("\n")[2].partition("\nEND\n")[0]
+    return [line for line in inside.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [("plain", ("--host", "fd7a::7")), ("tls", ("--tls", "--host", "broker.lan"))],
+)
+def test_what_the_script_writes_is_this(kind: str, arguments: tuple[str, ...]) -> None:
+    text = script(*arguments, "--prefix", "lab", *NODES)
+    conf = part(text, 'put "$etc/mosquitto.conf" 644 <<END')
+    assert conf == [*LISTENER[kind], *CONF.splitlines()]
+    assert part(text, """put "$etc/hive/acl" 600 <<'END'""") == ACL.splitlines()
+    assert TOML[kind] in text
+    assert ("No TLS" in text) is (kind == "plain")
+    assert "@" not in re.sub(r'"\$@"|\$@', "", text)  # everything is filled in
+    assert subprocess.run(["sh", "-n"], input=text, text=True).returncode == 0
+
+
+def test_a_certificate_is_for_the_name_that_the_nodes_use_and_for_this_machine() -> None:
+    for host, names in (
+        ("broker.lan", "DNS:broker.lan,DNS:localhost,IP:127.0.0.1"),
+        ("192.168.1.4", "IP:192.168.1.4,DNS:localhost,IP:127.0.0.1"),
+        ("fd7a::7", "IP:fd7a::7,DNS:localhost,IP:127.0.0.1"),
+        ("127.0.0.1", "IP:127.0.0.1,DNS:localhost"),
+        ("localhost", "DNS:localhost,IP:127.0.0.1"),
+    ):
+        assert f"\nnames='{names}'\n" in script("--tls", "--host", host)
+    long = ".".join(["x" * 30] * 3)
+    assert f"\nCN = {long[:64]}\n" in script("--tls", "--host", long)
+
+
+@pytest.mark.parametrize(
+    ("said", "node", "agents"),
+    [("beta", "beta", ()), ("beta:main", "beta", ("main",)), ("b:x,y", "b", ("x", "y"))],
+)
+def test_a_node_may_be_named_with_its_agents(said: str, node: str, agents: object) -> None:
+    assert module.node_and_agents(said) == (node, agents)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from conftest import calls_of, eventually
 import hive
 
 T = TypeVar("T")
+EVERY_FIVE_SECONDS = hive.HeartbeatConfig()
 NOBODY = "no handler for action other, and no agent to ask about it"
 
 
@@ -41,6 +43,8 @@ class Wire:
         self.published: list[hive.OutgoingMessage] = []
         self.echoes: list[hive.OutgoingMessage] = []
         self.unacknowledged: list[hive.OutgoingMessage] = []
+        self.probes: list[Callable[[bool], None]] = []
+        self.takes_connections: bool | None = True  # None: it does not answer
         self.up = self.closed = self.silent = False
 
     def set_broker(self, settings: hive.MqttConfig) -> None:
@@ -82,6 +86,11 @@ class Wire:
         self.closed = True
         done()
 
+    def probe(self, done: Callable[[bool], None]) -> None:
+        self.probes.append(done)
+        if self.takes_connections is not None:
+            done(self.takes_connections)
+
 
 class Rig:
     """The node beta on such a link, in the middle of its life."""
@@ -93,6 +102,7 @@ class Rig:
         agents: Sequence[hive.InstanceConfig],
         settings: Mapping[str, hive.HandlerConfig],
         level: str,
+        heartbeat: hive.HeartbeatConfig | None = None,
         **node: Any,
     ) -> None:
         self.handler_dir, self.state_dir = home / "hive-daemon.d", home / "state"
@@ -104,12 +114,13 @@ class Rig:
             hive.NodeConfig("beta", handler_dir=self.handler_dir, state_dir=self.state_dir, **node),
             oc_instances=tuple(agents),
             handlers=settings,
+            heartbeat=heartbeat or hive.HeartbeatConfig(),
         )
         self.clock, self.log, self.acked = Clock(), io.StringIO(), 0
         log = hive.Log(level, "json", self.log)
         self.loop = hive.Loop(log, self.clock)
         self.journal = hive.Journal(self.state_dir, log, 7 * 86400, 64_000_000)
-        self.node = hive.Node(
+        self.node = hive.Daemon(
             self.config, self.loop, log, self.journal, "this-run", "", self._make_wire
         )
         self.node.start()
@@ -279,10 +290,12 @@ def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         settings: Mapping[str, hive.HandlerConfig] | None = None,
         level: str = "debug",
         node: Mapping[str, Any] | None = None,
+        heartbeat: hive.HeartbeatConfig = EVERY_FIVE_SECONDS,
         **handlers: str,
     ) -> Rig:
         handlers = {"ping": "echo pong", **handlers}
-        made.append(Rig(tmp_path, handlers, agents, settings or {}, level, **(node or {})))
+        rig = Rig(tmp_path, handlers, agents, settings or {}, level, heartbeat, **(node or {}))
+        made.append(rig)
         return made[-1]
 
     yield make
@@ -546,9 +559,9 @@ def test_a_handler_that_sleeps_delays_nobody(rig_of: Callable[..., Rig]) -> None
     rig = rig_of(hang=HANGS)
     waiting = [rig.say("command", "hang"), rig.say("command", "hang")]
     assert rig.works()
-    before = len(rig.kept("beta", "state"))
+    before = len(rig.heartbeats())
     rig.advance(10)
-    assert len(rig.kept("beta", "state")) == before + 2
+    assert len(rig.heartbeats()) == before + 2
     assert rig.started() == ["hang", "ping"]
     (rig.handler_dir.parent / "gate").touch()
     assert [rig.answer_to(one).text for one in waiting] == ["through"] * 2
@@ -887,9 +900,11 @@ def test_no_payload_stops_a_node(rig_of: Callable[..., Rig], topic: str, retaine
         rig.hand_in(topic, payload, retained)
         rig.turn()
     assert rig.acked == (0 if "meta" in topic else len(payloads))
-    before = len(rig.kept("beta", "state"))
+    heartbeats, states = len(rig.heartbeats()), len(rig.kept("beta", "state"))
     rig.advance(5)
-    assert len(rig.kept("beta", "state")) > before, "it no longer shows that it is alive"
+    assert len(rig.heartbeats()) > heartbeats, "it no longer shows that it is alive"
+    rig.advance(5)
+    assert len(rig.kept("beta", "state")) > states
     assert rig.works()
 
 
@@ -922,6 +937,15 @@ def test_a_heartbeat_without_sense_is_still_a_sign_of_life(rig: Rig, text: str) 
     assert len(rig.sent("alert")) == 1
 
 
+def test_runs_and_failures_are_counted(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(fail="exit 1")
+    for action in ("ping", "ping", "fail", "ping"):
+        rig.answer_to(rig.say("command", action))
+    rig.advance(10)
+    counters = rig.kept("beta", "state")[-1]["counters"]
+    assert (counters["runs"], counters["failures"]) == (4, 1)
+
+
 def test_ten_thousand_bad_messages_are_a_few_lines_in_the_log(rig_of: Callable[..., Rig]) -> None:
     rig = rig_of(level="info")
     asked = rig.say("command", "ping")
@@ -937,7 +961,7 @@ def test_ten_thousand_bad_messages_are_a_few_lines_in_the_log(rig_of: Callable[.
     rig.turn()
     assert rig.acked == 10_001
     assert 4 <= len(rig.events()) - before <= 100
-    rig.advance(5)
+    rig.advance(10)
     counters = rig.kept("beta", "state")[-1]["counters"]
     assert counters["invalid"] == 2500 and counters["dropped"] == 7500
     assert rig.works()
@@ -1182,6 +1206,127 @@ def test_a_broker_that_stops_does_not_make_everyone_lost(rig: Rig) -> None:
     assert rig.sent() == []
 
 
+def dies(rig: Rig, *names: str) -> None:
+    """The broker publishes their wills."""
+    for name in names:
+        rig.hear_state(name, status="offline", reason="connection lost")
+
+
+def alerts(rig: Rig) -> list[str]:
+    return [alert.text.partition(" is lost")[0] for alert in rig.sent("alert")]
+
+
+MANY = [f"n{i:02}" for i in range(30)]
+
+
+@pytest.mark.parametrize("seconds", [1, 4, 20])
+@pytest.mark.parametrize("count", [2, 3, 30])
+def test_a_broker_that_stops_slowly_is_no_loss(rig: Rig, count: int, seconds: float) -> None:
+    """It closes one connection after the other, ours last, and takes none any more."""
+    for name in MANY[:count]:
+        rig.beat(name)
+    rig.wire.takes_connections = False
+    for i, name in enumerate(MANY[:count]):
+        dies(rig, name)
+        for other in MANY[i + 1 : count]:  # the rest is served
+            rig.beat(other)
+        rig.advance(seconds / count)
+    rig.disconnect()
+    rig.wire.takes_connections = True
+    rig.advance(30)
+    rig.connect()
+    rig.live(60, *MANY[:count])
+    assert rig.sent() == []
+
+
+def test_a_broker_that_hangs_while_it_stops_is_no_loss(rig: Rig) -> None:
+    rig.live(10, "alpha", "gamma")
+    rig.wire.takes_connections = None
+    dies(rig, "alpha", "gamma")
+    rig.advance(20)
+    rig.disconnect()
+    rig.advance(100)
+    assert rig.sent() == []
+
+
+def test_a_crowd_whose_connections_die_but_who_come_back_is_no_loss(rig: Rig) -> None:
+    """As behind a router that restarts: the broker itself is well."""
+    for name in MANY:
+        rig.beat(name)
+    for i, name in enumerate(MANY):
+        dies(rig, name)
+        rig.advance(0.1)
+        for back in MANY[max(0, i - 12) : i - 9]:
+            rig.beat(back)
+    for name in MANY:
+        rig.beat(name)
+    rig.advance(10)
+    assert rig.sent() == []
+
+
+@pytest.mark.parametrize("count", [1, 5, 30])
+def test_those_who_really_died_are_told_within_four_seconds(rig: Rig, count: int) -> None:
+    for name in ("zeta", *MANY):
+        rig.beat(name)
+    rig.turn()
+    dies(rig, *MANY[:count])
+    rig.advance(3.5)
+    assert sorted(alerts(rig)) == MANY[:count]
+    assert len(rig.wire.probes) == 1
+
+
+def test_a_loss_is_told_once_the_broker_takes_connections_again(rig: Rig) -> None:
+    rig.wire.takes_connections = False
+    rig.beat("gamma")
+    rig.turn()
+    dies(rig, "gamma")
+    rig.advance(10)
+    assert alerts(rig) == []
+    rig.wire.takes_connections = True
+    rig.advance(3)
+    assert alerts(rig) == ["gamma"]
+
+
+def test_a_broker_that_takes_no_more_connections_does_not_hide_a_loss_for_ever(rig: Rig) -> None:
+    rig.wire.takes_connections = False
+    rig.live(5, "alpha", "gamma")
+    dies(rig, "gamma")
+    rig.live(50, "alpha")
+    assert alerts(rig) == []
+    rig.live(20, "alpha")
+    assert alerts(rig) == ["gamma"]
+
+
+def test_what_was_shown_before_a_loss_shows_nothing_about_it(rig: Rig) -> None:
+    """A connection that was asked for before the last one died proves nothing."""
+    rig.wire.takes_connections = None
+    rig.beat("gamma")
+    rig.beat("delta")
+    rig.turn()
+    dies(rig, "gamma")
+    rig.advance(2)
+    dies(rig, "delta")
+    rig.wire.probes[0](True)
+    rig.advance(1)
+    assert alerts(rig) == []
+    rig.advance(1)
+    rig.wire.probes[1](True)
+    rig.advance(1)
+    assert sorted(alerts(rig)) == ["delta", "gamma"]
+
+
+def test_who_comes_and_goes_all_the_time_does_not_hide_the_loss_of_another(rig: Rig) -> None:
+    rig.beat("gamma")
+    rig.turn()
+    dies(rig, "gamma")
+    for _ in range(70):
+        rig.beat("delta")
+        rig.turn()
+        dies(rig, "delta")
+        rig.advance(1)
+    assert "gamma" in alerts(rig)
+
+
 def test_a_node_that_slept_does_not_blame_the_others(rig: Rig) -> None:
     rig.beat("gamma")
     rig.turn()
@@ -1270,6 +1415,55 @@ def test_a_heartbeat_comes_every_interval(rig: Rig) -> None:
     assert [row["seq"] for row in inner] == sorted({row["seq"] for row in inner})
 
 
+def test_a_state_that_says_nothing_new_is_published_before_it_seems_stale(rig: Rig) -> None:
+    """By whatever version it is read: last_seen, interval and miss_threshold are what it has."""
+    rig.live(61, "gamma")
+    seen = [state["uptime_s"] for state in rig.kept("beta", "state")]
+    gaps = [later - earlier for earlier, later in pairwise(seen)]
+    assert gaps[1:] == [10.0] * len(gaps[1:]), "no more than it must be"
+    for _ in range(10):
+        rig.advance(2.5)
+        rig.disconnect()
+        rig.connect()
+        rig.live(21, "gamma")
+    seen = [state["uptime_s"] for state in rig.kept("beta", "state")]
+    assert max(later - earlier for earlier, later in pairwise(seen)) <= 5.0 * 2 + 0.5
+
+
+@pytest.mark.parametrize("what", ["known_peers", "status", "after an outage"])
+def test_a_state_that_says_something_new_is_published_with_the_next_heartbeat(
+    rig_of: Callable[..., Rig], what: str
+) -> None:
+    agents = [hive.InstanceConfig("main", openclaw_cmd=("/no/such/openclaw",))]
+    rig = rig_of(agents)
+    rig.advance(11)
+    before = len(rig.kept("beta", "state"))
+    match what:
+        case "known_peers":
+            rig.beat("gamma")
+        case "status":
+            rig.say("command")
+        case _:
+            rig.disconnect()
+            rig.connect()
+            assert len(rig.kept("beta", "state")) == before + 1
+            return
+    rig.advance(4.5)
+    assert len(rig.kept("beta", "state")) == before + 1
+    assert len(rig.kept("main", "state")) == len(rig.kept("beta", "state"))
+
+
+@pytest.mark.parametrize("missed", [1, 2, 10])
+def test_a_state_is_renewed_as_often_as_its_miss_threshold_asks(
+    rig_of: Callable[..., Rig], missed: int
+) -> None:
+    rig = rig_of(heartbeat=hive.HeartbeatConfig(miss_threshold=missed))
+    rig.advance(101)
+    seen = [state["uptime_s"] for state in rig.kept("beta", "state")]
+    gaps = {later - earlier for earlier, later in pairwise(seen)}
+    assert gaps == {5.0 * max(1, missed - 1)}
+
+
 def test_somebody_with_our_name_is_answered_with_a_heartbeat(rig: Rig) -> None:
     rig.advance(2)
     before = len(rig.heartbeats())
@@ -1282,7 +1476,7 @@ def test_somebody_with_our_name_is_answered_with_a_heartbeat(rig: Rig) -> None:
 def test_the_state_tells_how_a_node_is(rig_of: Callable[..., Rig]) -> None:
     agent = hive.InstanceConfig("main", openclaw_cmd=("/no/such/openclaw",), token="secret")
     rig = rig_of([agent])
-    rig.live(10, "gamma", "alpha")
+    rig.live(15, "gamma", "alpha")
     for name in ("beta", "main"):
         (*_, published) = [p for p in rig.wire.published if p.topic == f"hive/meta/{name}/state"]
         assert (published.qos, published.retain) == (1, True)
@@ -1291,7 +1485,7 @@ def test_the_state_tells_how_a_node_is(rig_of: Callable[..., Rig]) -> None:
         assert state["daemon_node"] == "beta"
         assert state["status"] == "online"
         assert abs(state["last_seen"] - time.time()) < 60
-        assert state["uptime_s"] == 10.0
+        assert state["uptime_s"] == 15.0
         assert state["known_peers"] == ["alpha", "gamma"]
         assert state["version"].startswith(hive.__version__)
         assert state["instance"] == "this-run"
@@ -1414,6 +1608,19 @@ def test_a_running_handler_may_end_before_the_node_does(rig_of: Callable[..., Ri
     assert last_words(rig) == [OFFLINE]
 
 
+def test_nothing_is_sent_for_a_command_while_a_node_stops(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(hang=HANGS)
+    rig.say("command", "hang")
+    rig.until("it runs", rig.started)
+    rig.node.stop()
+    knock = hive.ControlClient(rig.state_dir / "door")
+    late = hive.Envelope.new("beta", "alpha", "command", "too late", id="late").document()
+    assert rig.ask(knock, do="send", envelope=late) == {"error": "the daemon is stopping"}
+    knock.close()
+    rig.advance(1)
+    assert rig.sent("command") == [] and rig.journal.message("late") is None
+
+
 def test_what_waits_when_a_node_stops_is_done_at_its_next_start(rig_of: Callable[..., Rig]) -> None:
     rig = rig_of(hang=HANGS)
     running, queued = rig.say("command", "hang"), rig.say("command", "hang")
@@ -1452,7 +1659,7 @@ def test_what_a_crash_left_is_taken_up(rig_of: Callable[..., Rig]) -> None:
         task = rig.journal.add_task(row or 0)
         if action != "count":
             rig.journal.start_tasks([task])
-    rig.node._take_up()
+    rig.node.work.take_up()
     assert rig.answer_to(asked["count"]).text == "done"
     assert rig.answer_to(asked["again"]).text == "done"
     alert = rig.answer_to(asked["lost"])

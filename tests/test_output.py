@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hive
 from hive import (
     HeartbeatConfig,
     StatusRow,
@@ -256,3 +259,197 @@ def test_colours_come_only_when_asked_for_and_change_no_word() -> None:
 )
 def test_seconds_are_shown_for_people(seconds: object, words: str) -> None:
     assert for_people(seconds) == words
+
+
+# -- the journal, and what is pending --
+
+
+def entry(**said: Any) -> dict[str, Any]:
+    """A row of the journal as the daemon hands it out."""
+    row = {
+        "event": "in",
+        "time": NOW,
+        "id": "0123456789abcdef",
+        "exchange": "fedcba9876543210",
+        "from": "beta",
+        "to": "alpha",
+        "ch": "command",
+        "action": "ping",
+        "note": "",
+        "envelope": {"text": "please"},
+    }
+    return row | said
+
+
+@pytest.fixture
+def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose clock shows UTC."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("utc")
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (entry(), "02-15 08:18:20 in  beta       command  01234567 ping: please"),
+        (entry(event="out"), "02-15 08:18:20 out alpha      command  01234567 ping: please"),
+        (
+            entry(event="did", note="exit 0", id=""),
+            "02-15 08:18:20 did beta       command  fedcba98 ping: exit 0",
+        ),
+        (
+            entry(action=None, ch="chat", envelope=None, note="a chat that is not urgent"),
+            "02-15 08:18:20 in  beta       chat     01234567 a chat that is not urgent",
+        ),
+        (
+            entry(action="", envelope={"text": "two\nlines"}),
+            "02-15 08:18:20 in  beta       command  01234567 two?lines",
+        ),
+        (
+            entry(action="", envelope={"text": "x" * 100}),
+            "02-15 08:18:20 in  beta       command  01234567 " + "x" * 31 + "…",
+        ),
+    ],
+)
+def test_a_line_of_the_log_reads_like_this(row: dict[str, Any], line: str) -> None:
+    assert hive.log_line(row, 80) == line
+
+
+@pytest.mark.usefixtures("utc")
+def test_the_story_of_an_exchange_reads_like_this() -> None:
+    rows = [
+        entry(event="out", note="refused once", envelope={"text": "do\x1b[2J\nit"}),
+        entry(event="did", note="exit 3: no\nremote"),
+        entry(ch="response", action=None, envelope=None, **{"from": "alpha", "to": "beta"}),
+        entry(action="", envelope={"text": ""}),
+    ]
+    assert hive.exchange_story(rows, terminal=True).splitlines() == [
+        "02-15 08:18:20 out: command from beta to alpha, ping (refused once)",
+        "  id 0123456789abcdef",
+        "  | do\\x1b[2J",
+        "  | it",
+        "02-15 08:18:20 did: exit 3: no?remote",
+        "02-15 08:18:20 in: response from alpha to beta",
+        "  id 0123456789abcdef",
+        "  | (its text is kept no longer)",
+        "02-15 08:18:20 in: command from beta to alpha",
+        "  id 0123456789abcdef",
+        "  | ",
+    ]
+    assert "do\x1b[2J" in hive.exchange_story(rows, terminal=False)
+
+
+@pytest.mark.usefixtures("utc")
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [(0, "01-01 00:00:00"), (NOW, "02-15 08:18:20"), (None, "-"), (-1, "-"), ("x", "-")],
+)
+def test_a_moment_is_shown_by_this_machines_clock(at: object, said: str) -> None:
+    assert hive.clock_time(at) == said
+
+
+def pending(**said: Any) -> str:
+    document = {"questions": [], "tasks": [], "outbox": [], "outbox_size": 0}
+    return hive.pending_table(document | said, NOW, False)
+
+
+def test_what_is_pending_reads_like_this() -> None:
+    question = {"id": "q1", "to": "beta", "action": "ping", "asked": NOW - 60, "due": NOW + 30}
+    for_ever = question | {"id": "q2", "action": None, "due": None}
+    over = question | {"id": "q3", "due": NOW}
+    task = {"id": "t1", "from": "beta", "agent": "", "action": "sync", "since": NOW + 5, "began": 0}
+    begun = task | {"id": "t2", "agent": "main", "since": NOW - 3700, "began": NOW}
+    mail = {"topic": "hive/beta/command", "bytes": 70}
+    said = pending(
+        questions=[question, for_ever, over],
+        tasks=[task, begun],
+        outbox=[mail],
+        outbox_size=3,
+    )
+    assert said.splitlines() == [
+        "NOT ANSWERED  BY    ACTION  ASKED   DUE",
+        "q1            beta  ping    1m ago  in 30s",
+        "q2            beta  -       1m ago  -",
+        "q3            beta  ping    1m ago  over",
+        "",
+        "TO DO  FROM  FOR   SENT       BEGUN",
+        "t1     beta  sync  0s ago     no",
+        "t2     beta  main  1h 1m ago  yes",
+        "",
+        "NOT DELIVERED      BYTES",
+        "hive/beta/command  70",
+        "",
+        "and 2 more to be delivered",
+    ]
+
+
+def test_only_what_is_pending_has_a_part() -> None:
+    mail = {"topic": "hive/beta/command", "bytes": 70}
+    assert pending() == "nothing is pending\n"
+    assert pending(outbox=[mail], outbox_size=1).count("\n") == 2
+    assert pending(outbox_size=5) == "and 5 more to be delivered\n"
+
+
+# -- below the tables --
+
+
+def test_why_a_node_is_not_simply_online_stands_below_the_table() -> None:
+    rows = status_rows(
+        {
+            "beta": state("degraded", reason="the agent main is down"),
+            "main": state("degraded", daemon_node="beta", reason="the agent main is down"),
+            "attic": state(),
+        },
+        HeartbeatConfig(),
+        NOW,
+    )
+    assert hive.status_notes(rows) == "\nbeta: the agent main is down\n"
+    assert hive.status_notes(status_rows({"a": state()}, HeartbeatConfig(), NOW)) == ""
+
+
+def test_schedules_stand_below_the_roster() -> None:
+    entries = [
+        {"action": "sync", "when": "every 300s", "last": NOW - 60, "next": NOW + 240, "ok": True},
+        {"action": "check", "when": "07:30", "last": NOW - 60, "next": NOW - 5, "ok": False},
+        {"action": "new", "when": "07:30", "last": None, "next": NOW + 60, "ok": None},
+        {"action": "odd", "when": "07:30", "last": NOW, "next": None, "ok": None},
+        "rubbish",
+    ]
+    documents = {"beta": {"schedule": entries}, "attic": {"schedule": entries[:1]}, "c": {}}
+    assert hive.schedule_lines(documents, NOW).splitlines() == [
+        "",
+        "attic: sync every 300s, ran 1m ago: ok, runs in 4m",
+        "beta: sync every 300s, ran 1m ago: ok, runs in 4m",
+        "beta: check 07:30, ran 1m ago: failing, runs in 0s",
+        "beta: new 07:30, has not run yet, runs in 1m",
+        "beta: odd 07:30, ran 0s ago: not known",
+    ]
+    assert hive.schedule_lines({"beta": {"schedule": []}, "c": {"schedule": 5}}, NOW) == ""
+    many = {"beta": {"schedule": entries[:1] * 101}}
+    assert hive.schedule_lines(many, NOW).count("\n") == 1 + 100
+
+
+def test_a_list_of_a_hundred_words_is_enough() -> None:
+    rows = roster_table({"beta": {"handlers": ["x"] * 101, "agents": "main"}}, False)
+    assert rows.count("x,") == 99 and "beta  -  " in rows
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "said"),
+    [("abc", 3, "abc"), ("abcd", 3, "ab…"), ("a\tb", 60, "a?b"), (None, 60, "-"), (5, 60, "5")],
+)
+def test_what_is_printed_is_cut(value: object, limit: int, said: str) -> None:
+    assert printable(value, limit) == said
+
+
+@pytest.mark.parametrize(("age", "status"), [(16, "online"), (16.5, "stale")])
+def test_a_node_is_given_a_second_more_than_it_promised(age: float, status: str) -> None:
+    """Three heartbeats of 5 s; times of documents are whole seconds."""
+    row = status_rows(
+        {"beta": {"status": "online", "last_seen": NOW - age}}, HeartbeatConfig(), NOW
+    )
+    assert (row[0].status, row[0].age_s) == (status, age)

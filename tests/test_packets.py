@@ -431,9 +431,9 @@ def test_the_kinds_of_packet_and_the_reasons_are_those_of_the_standard() -> None
     kinds = {name.upper(): number for number, name in enumerate(PacketTypes.Names[:16]) if number}
     assert {kind.name: kind.value for kind in PacketType} == kinds
     theirs = TheirReason(PacketTypes.DISCONNECT).names
-    for reason in ReasonCode:
+    for reason_name, reason in ReasonCode.__members__.items():  # an alias would be a wrong one
         names = {name.upper().replace(" ", "_") for name in theirs[reason]}
-        name = reason.name.replace("EXISTED", "FOUND").replace("SUBSCRIPTIONS", "SUBSCRIPTION")
+        name = reason_name.replace("EXISTED", "FOUND").replace("SUBSCRIPTIONS", "SUBSCRIPTION")
         assert name in names, (reason, names)  # paho's words differ from MQTT 5's in these two
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import random
 import signal
 import sys
 import time
@@ -12,32 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Clock
+from conftest import PATIENCE, Clock, run_until
 
 import hive
 
 Script = Callable[[str], list[str]]
-
-
-@pytest.fixture
-def log() -> io.StringIO:
-    return io.StringIO()
-
-
-@pytest.fixture
-def loop(log: io.StringIO, clock: Clock) -> Iterator[hive.Loop]:
-    loop = hive.Loop(hive.Log("debug", "json", log), clock)
-    yield loop
-    loop.close()
-    assert '"bug"' not in log.getvalue()
-
-
-@pytest.fixture
-def children(loop: hive.Loop) -> Iterator[hive.ChildProcesses]:
-    children = hive.ChildProcesses(loop)
-    yield children
-    children.stop()
-    turn_until(loop, "all children have ended", lambda: not len(children))
 
 
 @pytest.fixture
@@ -89,17 +68,6 @@ class Lifeline:
             return False
 
 
-def turn_until(
-    loop: hive.Loop, what: str, check: Callable[[], object], patience: float = PATIENCE
-) -> None:
-    alarm = loop.after(patience, lambda: pytest.fail(f"never happened: {what}"))
-    while not check():
-        tick = loop.after(0.01, lambda: None)
-        loop.step()
-        tick.cancel()
-    alarm.cancel()
-
-
 def run(
     loop: hive.Loop,
     children: hive.ChildProcesses,
@@ -109,25 +77,25 @@ def run(
     environment: dict[str, str] | None = None,
 ) -> hive.ProcessResult:
     """Run a child to its end."""
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     surroundings = os.environ if environment is None else environment
-    children.start(hive.ProcessSpec(argv, surroundings, PATIENCE, stdin, cwd), outcomes.append)
-    assert outcomes == [], "the outcome comes later, never from within start()"
-    turn_until(loop, "the outcome", lambda: outcomes)
+    children.start(hive.ProcessSpec(argv, surroundings, PATIENCE, stdin, cwd), results.append)
+    assert results == [], "the result comes later, never from within start()"
+    run_until(loop, "the result", lambda: results)
     loop.after(0, loop.stop)
     loop.run()
-    assert len(outcomes) == 1
-    return outcomes[0]
+    assert len(results) == 1
+    return results[0]
 
 
-def test_what_a_child_prints_is_its_outcome(
+def test_what_a_child_prints_is_in_its_result(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
-    outcome = run(loop, children, script("echo answer; echo remark >&2"))
-    assert (outcome.exit, outcome.stdout, outcome.stderr) == (0, b"answer\n", b"remark\n")
-    assert outcome.ok and not outcome.truncated and not outcome.late and not outcome.stopped
-    assert 0 < outcome.seconds < PATIENCE
-    assert outcome.fault == ""
+    result = run(loop, children, script("echo answer; echo remark >&2"))
+    assert (result.exit, result.stdout, result.stderr) == (0, b"answer\n", b"remark\n")
+    assert result.ok and not result.truncated and not result.timed_out and not result.cancelled
+    assert 0 < result.seconds < PATIENCE
+    assert result.fault == ""
 
 
 @pytest.mark.parametrize(
@@ -143,32 +111,32 @@ def test_what_a_child_prints_is_its_outcome(
 def test_how_a_child_ended_is_told(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script, lines: str, exit: int
 ) -> None:
-    outcome = run(loop, children, script(lines))
-    assert outcome.exit == exit
-    assert outcome.ok == (exit == 0)
-    assert outcome.stdout == b""
+    result = run(loop, children, script(lines))
+    assert result.exit == exit
+    assert result.ok == (exit == 0)
+    assert result.stdout == b""
 
 
 def test_a_child_runs_where_and_with_what_it_was_given(
     loop: hive.Loop, children: hive.ChildProcesses, tmp_path: Path
 ) -> None:
     (tmp_path / "here").write_text("found")
-    outcome = run(
+    result = run(
         loop,
         children,
         ["/bin/sh", "-c", 'cat here; echo "$GIVEN,$HOME"'],
         cwd=tmp_path,
         environment={"GIVEN": "yes", "PATH": os.environ["PATH"]},
     )
-    assert outcome.stdout == b"foundyes,\n"
+    assert result.stdout == b"foundyes,\n"
 
 
 def test_a_child_gets_its_stdin_whole(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
     sent = os.urandom(256 * 1024)
-    outcome = run(loop, children, script("exec cat"), stdin=sent)
-    assert outcome.ok and outcome.stdout == sent and not outcome.truncated
+    result = run(loop, children, script("exec cat"), stdin=sent)
+    assert result.ok and result.stdout == sent and not result.truncated
 
 
 def test_a_child_without_stdin_sees_its_end(
@@ -190,36 +158,36 @@ def test_a_child_without_stdin_sees_its_end(
 def test_a_child_need_not_read_its_stdin(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script, lines: str
 ) -> None:
-    outcome = run(loop, children, script(lines), stdin=b"x" * 1024 * 1024)
-    assert (outcome.exit, outcome.stdout) == (0, b"done\n")
+    result = run(loop, children, script(lines), stdin=b"x" * 1024 * 1024)
+    assert (result.exit, result.stdout) == (0, b"done\n")
 
 
 def test_stdout_over_the_bound_is_cut_marked_and_read_to_its_end(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
     flood = script("head -c 20000000 /dev/zero | tr '\\0' 'x'; echo drained >&2; exit 3")
-    outcome = run(loop, children, flood)
-    assert outcome.stdout == b"x" * 256 * 1024
-    assert outcome.truncated
-    assert (outcome.exit, outcome.stderr) == (3, b"drained\n")
+    result = run(loop, children, flood)
+    assert result.stdout == b"x" * 256 * 1024
+    assert result.truncated
+    assert (result.exit, result.stderr) == (3, b"drained\n")
 
 
 @pytest.mark.parametrize(("size", "truncated"), [(256 * 1024, False), (256 * 1024 + 1, True)])
 def test_only_stdout_over_the_bound_is_marked(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script, size: int, truncated: bool
 ) -> None:
-    outcome = run(loop, children, script(f"head -c {size} /dev/zero"))
-    assert outcome.truncated == truncated
-    assert len(outcome.stdout) == 256 * 1024
+    result = run(loop, children, script(f"head -c {size} /dev/zero"))
+    assert result.truncated == truncated
+    assert len(result.stdout) == 256 * 1024
 
 
 def test_the_end_of_stderr_is_kept(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
     flood = script("head -c 1000000 /dev/zero | tr '\\0' 'x' >&2; echo the end >&2")
-    outcome = run(loop, children, flood)
-    assert outcome.stderr.endswith(b"xxx" + b"the end\n")
-    assert len(outcome.stderr) == 8 * 1024
+    result = run(loop, children, flood)
+    assert result.stderr.endswith(b"xxx" + b"the end\n")
+    assert len(result.stderr) == 8 * 1024
 
 
 ONCE_STOPPED = "until ps -o stat= -p $$ | grep -q T; do :; done"
@@ -249,15 +217,17 @@ def test_a_deadline_ends_the_whole_process_group(
     lines: str,
     exit: int,
 ) -> None:
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     argv = script(f"{lifeline.hold}; echo begun; {lines.replace('READY', lifeline.ready)}")
-    children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
-    turn_until(loop, "it is ready", lifeline.is_ready)
-    assert not outcomes
+    children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
+    run_until(loop, "it is ready", lifeline.is_ready)
+    assert not results
     clock.skipped += PATIENCE
-    turn_until(loop, "the outcome", lambda: outcomes)
-    turn_until(loop, "everyone has ended", lifeline.is_free)
-    assert [(o.exit, o.late, o.ok, o.stdout) for o in outcomes] == [(exit, True, False, b"begun\n")]
+    run_until(loop, "the result", lambda: results)
+    run_until(loop, "everyone has ended", lifeline.is_free)
+    assert [(o.exit, o.timed_out, o.ok, o.stdout) for o in results] == [
+        (exit, True, False, b"begun\n")
+    ]
 
 
 def test_a_child_may_tidy_up_before_sigkill(
@@ -269,14 +239,14 @@ def test_a_child_may_tidy_up_before_sigkill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hive, "SIGKILL_AFTER", PATIENCE)
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     tidy = "trap 'sleep 0.2; echo tidy; exit 7' TERM"
     argv = script(f"{lifeline.hold}; {tidy}; {lifeline.ready}; sleep 60 & wait")
-    children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
-    turn_until(loop, "it is ready", lifeline.is_ready)
+    children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
+    run_until(loop, "it is ready", lifeline.is_ready)
     clock.skipped += PATIENCE
-    turn_until(loop, "the outcome", lambda: outcomes)
-    assert [(o.exit, o.late, o.stdout) for o in outcomes] == [(7, True, b"tidy\n")]
+    run_until(loop, "the result", lambda: results)
+    assert [(o.exit, o.timed_out, o.stdout) for o in results] == [(7, True, b"tidy\n")]
 
 
 @pytest.mark.usefixtures("impatient")
@@ -284,10 +254,10 @@ def test_a_grandchild_that_holds_stdout_does_not_hold_up_the_result(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script, lifeline: Lifeline
 ) -> None:
     began = time.monotonic()
-    outcome = run(loop, children, script(f"{lifeline.hold}; echo held; sleep 60 & echo answer"))
-    assert (outcome.exit, outcome.stdout, outcome.ok) == (0, b"held\nanswer\n", True)
+    result = run(loop, children, script(f"{lifeline.hold}; echo held; sleep 60 & echo answer"))
+    assert (result.exit, result.stdout, result.ok) == (0, b"held\nanswer\n", True)
     assert time.monotonic() - began < PATIENCE
-    turn_until(loop, "it has ended", lifeline.is_free)
+    run_until(loop, "it has ended", lifeline.is_free)
 
 
 def test_a_grandchild_that_lets_go_of_stdout_in_time_is_heard(
@@ -297,9 +267,9 @@ def test_a_grandchild_that_lets_go_of_stdout_in_time_is_heard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hive, "OUTPUT_TIMEOUT", PATIENCE)
-    outcome = run(loop, children, script("(sleep 0.2; echo late) & echo early"))
-    assert (outcome.exit, outcome.stdout) == (0, b"early\nlate\n")
-    assert outcome.seconds < PATIENCE
+    result = run(loop, children, script("(sleep 0.2; echo late) & echo early"))
+    assert (result.exit, result.stdout) == (0, b"early\nlate\n")
+    assert result.seconds < PATIENCE
 
 
 FUGITIVE = """
@@ -319,32 +289,32 @@ time.sleep(float(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("how", ["ends", "late", "stopped", "stopped after its end"])
+@pytest.mark.parametrize("how", ["ends", "timed out", "stopped", "stopped after its end"])
 @pytest.mark.usefixtures("impatient")
 def test_a_grandchild_that_left_the_group_does_not_hold_up_the_result(
     loop: hive.Loop, children: hive.ChildProcesses, clock: Clock, tmp_path: Path, how: str
 ) -> None:
     before = sorted(os.listdir("/dev/fd"))
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     argv = [sys.executable, "-c", FUGITIVE, "0" if "end" in how else "60"]
     child = children.start(
-        hive.ProcessSpec(argv, os.environ, PATIENCE, cwd=tmp_path), outcomes.append
+        hive.ProcessSpec(argv, os.environ, PATIENCE, cwd=tmp_path), results.append
     )
     assert child
-    turn_until(loop, "the grandchild has left", (tmp_path / "numbers").exists)
+    run_until(loop, "the grandchild has left", (tmp_path / "numbers").exists)
     parent, fugitive = map(int, (tmp_path / "numbers").read_text().split())
     try:
         if how == "stopped after its end":
-            turn_until(loop, "the parent has ended", lambda: not exists(parent))
+            run_until(loop, "the parent has ended", lambda: not exists(parent))
         if "stopped" in how:
-            assert not outcomes
+            assert not results
             child.stop()
-        clock.skipped += PATIENCE if how == "late" else 0
-        turn_until(loop, "the outcome", lambda: outcomes, patience=5.0)
+        clock.skipped += PATIENCE if how == "timed out" else 0
+        run_until(loop, "the result", lambda: results, patience=5.0)
         assert sorted(os.listdir("/dev/fd")) == before
     finally:
         os.kill(fugitive, signal.SIGKILL)
-    assert [outcome.exit for outcome in outcomes] == [0 if "end" in how else -signal.SIGTERM]
+    assert [result.exit for result in results] == [0 if "end" in how else -signal.SIGTERM]
 
 
 NO_PROGRAM = "no program; does its first line name one, as in #!/bin/sh ?"
@@ -371,8 +341,9 @@ def test_a_file_that_cannot_be_run_is_told(
     file = tmp_path / "file"
     file.write_text(content)
     file.chmod(mode)
-    outcome = run(loop, children, [str(file)], stdin=b"x" * 1000)
-    assert (outcome.exit, outcome.fault, outcome.ok) == (None, fault, False)
+    result = run(loop, children, [str(file)], stdin=b"x" * 1000)
+    assert (result.exit, result.fault, result.ok) == (None, fault, False)
+    assert not result.truncated and not result.timed_out and not result.cancelled
 
 
 @pytest.mark.parametrize(
@@ -390,32 +361,87 @@ def test_a_file_that_cannot_be_run_is_told(
 def test_a_command_that_cannot_be_run_is_told(
     loop: hive.Loop, children: hive.ChildProcesses, argv: list[str], fault: str
 ) -> None:
-    outcome = run(loop, children, argv, environment={"PATH": "/usr/bin:/bin"})
-    assert outcome.exit is None and fault in outcome.fault
+    result = run(loop, children, argv, environment={"PATH": "/usr/bin:/bin"})
+    assert result.exit is None and fault in result.fault
     assert len(children) == 0
 
 
 def test_a_folder_that_is_missing_is_told(
     loop: hive.Loop, children: hive.ChildProcesses, tmp_path: Path
 ) -> None:
-    outcome = run(loop, children, ["/bin/echo"], cwd=tmp_path / "missing")
-    assert (outcome.exit, outcome.fault) == (None, "No such file or directory")
+    result = run(loop, children, ["/bin/echo"], cwd=tmp_path / "missing")
+    assert (result.exit, result.fault) == (None, "No such file or directory")
 
 
 @pytest.mark.usefixtures("impatient")
 def test_stopping_ends_every_child(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script, lifeline: Lifeline
 ) -> None:
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     for lines in ("READY; sleep 60", "trap '' TERM; READY; sleep 60"):
         argv = script(f"{lifeline.hold}; {lines.replace('READY', lifeline.ready)}")
-        children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
-    turn_until(loop, "both are ready", lambda: lifeline.is_ready(2))
+        children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
+    run_until(loop, "both are ready", lambda: lifeline.is_ready(2))
     children.stop()
-    turn_until(loop, "both outcomes", lambda: len(outcomes) == 2)
-    turn_until(loop, "everyone has ended", lifeline.is_free)
-    assert [outcome.exit for outcome in outcomes] == [-signal.SIGTERM, -signal.SIGKILL]
-    assert all(o.stopped and not o.late and not o.ok for o in outcomes)
+    run_until(loop, "both results", lambda: len(results) == 2)
+    run_until(loop, "everyone has ended", lifeline.is_free)
+    assert [result.exit for result in results] == [-signal.SIGTERM, -signal.SIGKILL]
+    assert all(o.cancelled and not o.timed_out and not o.ok for o in results)
+
+
+STATES = {  # of a child at the moment when all are stopped
+    "running": "READY; sleep 60",
+    "deaf": "trap '' TERM; READY; sleep 60; sleep 60",
+    "held": "sleep 60 & echo $$ >ended; READY",  # it has ended, and its child holds stdout
+    "stopped": "trap '' TERM; READY; sleep 60; sleep 60",  # once already
+    "overdue": "trap '' TERM; READY; sleep 60; sleep 60",
+}
+NAMES = [*STATES]
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        (),
+        *((name,) for name in NAMES),
+        *(tuple((NAMES * 2)[i : i + 3]) for i in range(len(NAMES))),
+        *(("held", name, "running") for name in NAMES),
+        *(tuple(random.Random(seed).choices(NAMES, k=20)) for seed in range(4)),
+    ],
+    ids=lambda mix: f"{len(mix)}-{'-'.join(mix[:3])}",
+)
+def test_stopping_ends_every_child_whatever_the_others_are_at(
+    loop: hive.Loop,
+    children: hive.ChildProcesses,
+    clock: Clock,
+    tmp_path: Path,
+    lifeline: Lifeline,
+    monkeypatch: pytest.MonkeyPatch,
+    mix: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(hive, "SIGKILL_AFTER", 0.3)
+    monkeypatch.setattr(hive, "OUTPUT_TIMEOUT", PATIENCE)
+    ended: list[int] = []
+    for i, state in enumerate(mix):
+        (tmp_path / str(i)).mkdir()
+        lines = STATES[state].replace("READY", lifeline.ready)
+        argv = ["/bin/sh", "-c", f"{lifeline.hold}; {lines}"]
+        deadline = 1.0 if state == "overdue" else 10 * PATIENCE
+        spec = hive.ProcessSpec(argv, os.environ, deadline, cwd=tmp_path / str(i))
+        child = children.start(spec, lambda result, i=i: ended.append(i))  # type: ignore[misc]
+        run_until(loop, "it is ready", lambda i=i: lifeline.is_ready(i + 1))  # type: ignore[misc]
+        if state == "stopped" and child:
+            child.stop()
+        if state == "held":
+            number = int((tmp_path / str(i) / "ended").read_text())
+            run_until(loop, "it has ended", lambda n=number: not exists(n))  # type: ignore[misc]
+    clock.skipped += 1.0
+    loop.after(0, children.stop)
+    run_until(loop, "all have ended", lambda: len(ended) == len(mix), patience=5.0)
+    assert sorted(ended) == [*range(len(mix))]
+    assert not len(children)
+    if mix:
+        run_until(loop, "their children too", lifeline.is_free, patience=5.0)
 
 
 def test_stopping_again_and_again_does_not_put_off_the_end(
@@ -427,17 +453,17 @@ def test_stopping_again_and_again_does_not_put_off_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hive, "SIGKILL_AFTER", PATIENCE)
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
-    children.start(hive.ProcessSpec(argv, os.environ, 10 * PATIENCE), outcomes.append)
-    turn_until(loop, "it is ready", lifeline.is_ready)
+    children.start(hive.ProcessSpec(argv, os.environ, 10 * PATIENCE), results.append)
+    run_until(loop, "it is ready", lifeline.is_ready)
     for _ in range(6):
         children.stop()
         clock.skipped += PATIENCE / 4
         loop.after(0, loop.stop)
         loop.run()
-    turn_until(loop, "the outcome", lambda: outcomes, patience=5.0)
-    assert [outcome.exit for outcome in outcomes] == [-signal.SIGKILL]
+    run_until(loop, "the result", lambda: results, patience=5.0)
+    assert [result.exit for result in results] == [-signal.SIGKILL]
 
 
 def test_children_run_side_by_side(
@@ -445,18 +471,18 @@ def test_children_run_side_by_side(
 ) -> None:
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    outcomes: list[bytes] = []
+    results: list[bytes] = []
 
-    def ended(outcome: hive.ProcessResult) -> None:
-        outcomes.append(outcome.stdout)
+    def ended(result: hive.ProcessResult) -> None:
+        results.append(result.stdout)
 
     reader = hive.ProcessSpec(script(f"cat '{gate}'"), os.environ, PATIENCE)
     writer = hive.ProcessSpec(script(f"echo met > '{gate}'; echo wrote"), os.environ, PATIENCE)
     children.start(reader, ended)
     children.start(writer, ended)
     assert len(children) == 2
-    turn_until(loop, "both have met", lambda: len(outcomes) == 2)
-    assert sorted(outcomes) == [b"met\n", b"wrote\n"]
+    run_until(loop, "both have met", lambda: len(results) == 2)
+    assert sorted(results) == [b"met\n", b"wrote\n"]
 
 
 def test_a_hundred_children_leave_nothing_behind(
@@ -475,13 +501,13 @@ def test_a_hundred_children_leave_nothing_behind(
 def test_a_hundred_children_at_once_are_all_noticed(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
-    outcomes: list[hive.ProcessResult] = []
-    job = hive.ProcessSpec(script("echo $$"), os.environ, PATIENCE)
+    results: list[hive.ProcessResult] = []
+    spec = hive.ProcessSpec(script("echo $$"), os.environ, PATIENCE)
     for _ in range(100):
-        children.start(job, outcomes.append)
-    turn_until(loop, "all outcomes", lambda: len(outcomes) == 100)
-    assert all(outcome.ok for outcome in outcomes)
-    assert [o for o in outcomes if exists(int(o.stdout))] == []
+        children.start(spec, results.append)
+    run_until(loop, "all results", lambda: len(results) == 100)
+    assert all(result.ok for result in results)
+    assert [o for o in results if exists(int(o.stdout))] == []
 
 
 def exists(number: int) -> bool:
@@ -501,17 +527,17 @@ def test_what_is_late_already_is_not_called_stopped(
     script: Script,
     lifeline: Lifeline,
 ) -> None:
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
-    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
+    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
     assert child
-    turn_until(loop, "it is ready", lifeline.is_ready)
+    run_until(loop, "it is ready", lifeline.is_ready)
     clock.skipped += PATIENCE
     loop.step()
     child.stop()
-    turn_until(loop, "the outcome", lambda: outcomes)
-    assert [(o.late, o.stopped, o.ok) for o in outcomes] == [(True, False, False)]
-    assert PATIENCE <= outcomes[0].seconds < 2 * PATIENCE
+    run_until(loop, "the result", lambda: results)
+    assert [(o.timed_out, o.cancelled, o.ok) for o in results] == [(True, False, False)]
+    assert PATIENCE <= results[0].seconds < 2 * PATIENCE
 
 
 def test_a_child_is_ended_at_once_where_there_is_no_time(
@@ -522,38 +548,38 @@ def test_a_child_is_ended_at_once_where_there_is_no_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hive, "SIGKILL_AFTER", PATIENCE)
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     for _ in range(2):
         argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
-        children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
-    turn_until(loop, "both are ready", lambda: lifeline.is_ready(2))
+        children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
+    run_until(loop, "both are ready", lambda: lifeline.is_ready(2))
     children.kill()
-    turn_until(loop, "both outcomes", lambda: len(outcomes) == 2, patience=5.0)
-    turn_until(loop, "everyone has ended", lifeline.is_free)
-    assert [outcome.exit for outcome in outcomes] == [-signal.SIGKILL] * 2
+    run_until(loop, "both results", lambda: len(results) == 2, patience=5.0)
+    run_until(loop, "everyone has ended", lifeline.is_free)
+    assert [result.exit for result in results] == [-signal.SIGKILL] * 2
 
 
 def test_a_child_has_two_seconds_between_sigterm_and_sigkill(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script, lifeline: Lifeline
 ) -> None:
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
-    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), outcomes.append)
+    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
     assert child
-    turn_until(loop, "it is ready", lifeline.is_ready)
+    run_until(loop, "it is ready", lifeline.is_ready)
     began = time.monotonic()
     child.stop()
-    turn_until(loop, "the outcome", lambda: outcomes)
+    run_until(loop, "the result", lambda: results)
     assert time.monotonic() - began >= 2.0
 
 
 def test_bounds_of_ones_own_are_kept(
     loop: hive.Loop, children: hive.ChildProcesses, script: Script
 ) -> None:
-    outcomes: list[hive.ProcessResult] = []
+    results: list[hive.ProcessResult] = []
     argv = script("printf abcdef; printf uvwxyz >&2")
     spec = hive.ProcessSpec(argv, os.environ, PATIENCE, max_stdout=4, max_stderr=3)
-    children.start(spec, outcomes.append)
-    turn_until(loop, "the outcome", lambda: outcomes)
-    [outcome] = outcomes
-    assert (outcome.stdout, outcome.stderr, outcome.truncated) == (b"abcd", b"xyz", True)
+    children.start(spec, results.append)
+    run_until(loop, "the result", lambda: results)
+    [result] = results
+    assert (result.stdout, result.stderr, result.truncated) == (b"abcd", b"xyz", True)

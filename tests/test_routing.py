@@ -8,15 +8,11 @@ import pytest
 
 from hive import (
     CHANNELS,
-    Drop,
+    Decision,
+    Do,
     Envelope,
-    Hear,
-    Note,
-    Refuse,
     RoutingContext,
-    Run,
     Topics,
-    WakeAgents,
     decide,
     misplaced,
 )
@@ -39,7 +35,7 @@ def envelope(ch: str, to: str = "beta", **more: Any) -> Envelope:
     return Envelope.new("alpha", to, ch, "hello", id="m-1", now=1, **more)
 
 
-def situation(agents: tuple[str, ...] = ("main",), awaited: str = "") -> RoutingContext:
+def context(agents: tuple[str, ...] = ("main",), awaited: str = "") -> RoutingContext:
     return RoutingContext("beta", agents, {"git-sync"}, lambda corr: corr == awaited)
 
 
@@ -55,52 +51,52 @@ def test_a_node_does_what_the_protocol_says(
     ch: str, column: int, agents: tuple[str, ...], urgency: str, to: str
 ) -> None:
     action = ("git-sync", "no-such", None)[column]
-    step = decide(envelope(ch, to, action=action, urgency=urgency), situation(agents))
+    decision = decide(envelope(ch, to, action=action, urgency=urgency), context(agents))
     does = TABLE[ch][column]
     if to not in ("beta", "all", *agents):
-        assert isinstance(step, Drop)
+        assert decision.do is Do.DROP
     elif does == "run":
-        assert step == Run("git-sync")
+        assert decision == Decision(Do.RUN)
     elif does == "hear":
-        assert isinstance(step, Hear)
+        assert decision == Decision(Do.HEAR)
     elif does == "wake if urgent" and urgency == "later":
-        assert isinstance(step, Note)
+        assert decision.do is Do.NOTE
     elif agents:
         told = {"beta": agents[:1], "all": agents}.get(to, (to,))
         now = urgency == "now" or does == "wake at once"
-        assert isinstance(step, WakeAgents)
-        assert (step.agents, step.now) == (told, now)
+        assert decision.do is Do.WAKE
+        assert (decision.agents, decision.now) == (told, now)
     elif ch in ("command", "sync") and action:
-        assert isinstance(step, Refuse) and "no-such" in step.reason
+        assert decision.do is Do.REFUSE and "no-such" in decision.reason
     else:
-        assert isinstance(step, Note)
+        assert decision.do is Do.NOTE
 
 
 @pytest.mark.parametrize("ch", ["command", "sync"])
 def test_an_agent_is_told_that_there_is_no_handler(ch: str) -> None:
-    asked = decide(envelope(ch, action="no-such"), situation())
-    plain = decide(envelope(ch), situation())
-    assert isinstance(asked, WakeAgents) and "no-such" in asked.note
-    assert plain == WakeAgents(("main",), True)
+    asked = decide(envelope(ch, action="no-such"), context())
+    plain = decide(envelope(ch), context())
+    assert asked.do is Do.WAKE and "no-such" in asked.reason
+    assert plain == Decision(Do.WAKE, agents=("main",), now=True)
 
 
 @pytest.mark.parametrize("agents", AGENTS)
 @pytest.mark.parametrize("ch", ["response", "alert"])
 def test_an_answer_goes_to_whoever_waits_for_it(ch: str, agents: tuple[str, ...]) -> None:
     answer = envelope(ch, corr="m-0")
-    assert isinstance(decide(answer, situation(agents, awaited="m-0")), Note)
-    assert isinstance(decide(answer, situation(("main",), awaited="m-9")), WakeAgents)
+    assert decide(answer, context(agents, awaited="m-0")).do is Do.NOTE
+    assert decide(answer, context(("main",), awaited="m-9")).do is Do.WAKE
 
 
 @pytest.mark.parametrize("ch", [ch for ch in TABLE if ch not in ("response", "alert")])
 def test_nothing_but_an_answer_is_kept_from_the_agent_by_one_who_waits(ch: str) -> None:
     message = envelope(ch, corr="m-0")
-    assert decide(message, situation(awaited="m-0")) == decide(message, situation())
+    assert decide(message, context(awaited="m-0")) == decide(message, context())
 
 
 @pytest.mark.parametrize("ch", TABLE)
 def test_a_message_for_another_node_is_dropped(ch: str) -> None:
-    assert isinstance(decide(envelope(ch, "gamma", action="git-sync"), situation()), Drop)
+    assert decide(envelope(ch, "gamma", action="git-sync"), context()).do is Do.DROP
 
 
 @pytest.mark.parametrize("text", ["waiting", "not waiting"])
@@ -111,7 +107,7 @@ def test_no_word_on_the_bus_means_anything_to_a_node(ch: str, sender: str, text:
         Envelope.new(sender, "beta", ch, words, corr="m-1", urgency="later")
         for words in (text, "hello")
     )
-    assert decide(said, situation()) == decide(plain, situation())
+    assert decide(said, context()) == decide(plain, context())
 
 
 @pytest.mark.parametrize(

@@ -34,56 +34,56 @@ def local(text: str) -> float:
 
 
 def test_what_has_never_run_runs_soon_after_the_start_and_then_every_so_often() -> None:
-    sentinel = every(300)
-    sentinel.plan(NOON, chance=0)
-    assert sentinel.next == NOON + FIRST_RUN
-    assert not sentinel.due(NOON) and sentinel.due(NOON + FIRST_RUN)
-    sentinel.begin(NOON + 10)
-    sentinel.plan(NOON + 10, chance=0)
-    assert sentinel.next == NOON + 310
+    scheduled = every(300)
+    scheduled.plan(NOON, chance=0)
+    assert scheduled.next == NOON + FIRST_RUN
+    assert not scheduled.due(NOON) and scheduled.due(NOON + FIRST_RUN)
+    scheduled.begin(NOON + 10)
+    scheduled.plan(NOON + 10, chance=0)
+    assert scheduled.next == NOON + 310
 
 
 def test_a_restart_does_not_run_it_again_before_its_time() -> None:
-    sentinel = every(86400)
-    sentinel.last = NOON - 100
-    sentinel.plan(NOON, chance=0)
-    assert sentinel.next == NOON - 100 + 86400
+    scheduled = every(86400)
+    scheduled.last = NOON - 100
+    scheduled.plan(NOON, chance=0)
+    assert scheduled.next == NOON - 100 + 86400
 
 
 def test_a_machine_that_slept_runs_what_it_missed_once() -> None:
-    sentinel = every(300)
-    sentinel.last = NOON - 10 * 300
-    sentinel.plan(NOON, chance=0)
-    assert sentinel.due(NOON)
-    sentinel.begin(NOON)
-    sentinel.plan(NOON, chance=0)
-    sentinel.end(ok=True)
-    assert not sentinel.due(NOON + 299) and sentinel.due(NOON + 300)
+    scheduled = every(300)
+    scheduled.last = NOON - 10 * 300
+    scheduled.plan(NOON, chance=0)
+    assert scheduled.due(NOON)
+    scheduled.begin(NOON)
+    scheduled.plan(NOON, chance=0)
+    scheduled.end(ok=True)
+    assert not scheduled.due(NOON + 299) and scheduled.due(NOON + 300)
 
 
 def test_a_run_that_is_still_going_is_not_started_again() -> None:
-    sentinel = every(60)
-    sentinel.begin(NOON)
-    sentinel.plan(NOON, chance=0)
-    assert not sentinel.due(NOON + 1000)
-    sentinel.end(ok=True)
-    assert sentinel.due(NOON + 1000)
+    scheduled = every(60)
+    scheduled.begin(NOON)
+    scheduled.plan(NOON, chance=0)
+    assert not scheduled.due(NOON + 1000)
+    scheduled.end(ok=True)
+    assert scheduled.due(NOON + 1000)
 
 
 def test_a_clock_that_is_put_back_does_not_silence_it() -> None:
-    sentinel = every(60)
-    sentinel.begin(NOON)
-    sentinel.plan(NOON, chance=0)
-    sentinel.end(ok=True)
-    assert sentinel.due(NOON - 86400)
+    scheduled = every(60)
+    scheduled.begin(NOON)
+    scheduled.plan(NOON, chance=0)
+    scheduled.end(ok=True)
+    assert scheduled.due(NOON - 86400)
 
 
 @given(st.floats(0, 1))
 def test_jitter_only_delays_and_never_beyond_its_bound(chance: float) -> None:
-    sentinel = every(300, jitter="30s")
-    sentinel.last = NOON
-    sentinel.plan(NOON, chance)
-    assert NOON + 300 <= sentinel.next <= NOON + 330
+    scheduled = every(300, jitter="30s")
+    scheduled.last = NOON
+    scheduled.plan(NOON, chance)
+    assert NOON + 300 <= scheduled.next <= NOON + 330
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,14 @@ def test_the_next_time_of_day_is_always_within_a_day_or_so(
 
 
 def test_a_time_of_day_that_was_missed_runs_once() -> None:
-    sentinel = ScheduledRun(ScheduleConfig(action="check", at="07:30"))
-    sentinel.last = local("2026-11-20 07:30")
+    scheduled = ScheduledRun(ScheduleConfig(action="check", at="07:30"))
+    scheduled.last = local("2026-11-20 07:30")
     now = local("2026-11-22 12:00")
-    sentinel.plan(now, chance=0)
-    assert sentinel.due(now)
-    sentinel.begin(now)
-    sentinel.plan(now, chance=0)
-    assert sentinel.next == local("2026-11-23 07:30")
+    scheduled.plan(now, chance=0)
+    assert scheduled.due(now)
+    scheduled.begin(now)
+    scheduled.plan(now, chance=0)
+    assert scheduled.next == local("2026-11-23 07:30")
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,46 @@ def test_a_time_of_day_that_was_missed_runs_once() -> None:
 def test_the_agent_hears_of_the_outcomes_that_are_asked_for(
     notify: str, told: list[str | None]
 ) -> None:
-    sentinel = every(60, notify=notify)
-    assert [sentinel.end(ok) for ok in (True, False, False, True, True)] == told
+    scheduled = every(60, notify=notify)
+    assert [scheduled.end(ok) for ok in (True, False, False, True, True)] == told
 
 
 def test_a_first_run_that_fails_is_a_change() -> None:
     assert every(60).end(ok=False) == "is failing"
+
+
+def test_jitter_is_as_much_as_chance_says() -> None:
+    often, daily = every(300, jitter="30s"), ScheduleConfig(action="x", at="07:30", jitter=60.0)
+    often.last = NOON
+    often.plan(NOON, chance=0.5)
+    assert often.next == NOON + 315
+    at_dawn = ScheduledRun(daily)
+    at_dawn.plan(local("2026-11-22 06:00"), chance=1)
+    assert at_dawn.next == local("2026-11-22 07:31")
+
+
+def test_what_runs_often_need_not_wait_longer_for_its_first_run() -> None:
+    sentinel = every(5)
+    sentinel.plan(NOON, chance=0)
+    assert sentinel.next == NOON + 5
+
+
+def test_a_time_of_day_that_has_never_run_waits_for_it() -> None:
+    sentinel = ScheduledRun(ScheduleConfig(action="check", at="07:30"))
+    sentinel.plan(local("2026-11-22 12:00"), chance=0)
+    assert sentinel.next == local("2026-11-23 07:30")
+
+
+def test_a_clock_that_is_put_back_a_little_changes_nothing() -> None:
+    sentinel = every(60, jitter="30s")
+    sentinel.last = NOON
+    sentinel.plan(NOON, chance=1)
+    assert not sentinel.due(NOON) and not sentinel.due(NOON + 89)
+    assert sentinel.due(NOON + 90)
+    assert sentinel.due(NOON - 1)  # further away than it can ever be: the clock was put back
+
+
+def test_a_schedule_is_told_by_what_it_does_and_when() -> None:
+    assert every(300).when == "every 300s"
+    daily = ScheduledRun(ScheduleConfig(action="check", at="07:30", text="look"))
+    assert (daily.when, daily.key) == ("07:30", "schedule check 07:30 look")

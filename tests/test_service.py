@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Broker, Hive
+from conftest import PATIENCE, Broker, Hive, eventually, run_until
 
-from hive import Log, Loop, ServiceManager
+from hive import Loop, ServiceManager
 
 
 @pytest.fixture
@@ -43,36 +43,42 @@ def waiting(manager: socket.socket) -> list[str]:
     return said
 
 
-def test_it_says_ready_status_reloading_and_stopping(manager: socket.socket) -> None:
-    loop = Loop(Log("error"))
+def hear_until(manager: socket.socket, start: str) -> list[str]:
+    """Hear what is said until something begins like this."""
+    said = list[str]()
+
+    def is_said() -> bool:
+        said.append(heard(manager))
+        return said[-1].startswith(start)
+
+    eventually(f"{start} is said", is_said)
+    return said
+
+
+def test_what_is_said_at_once_is_one_datagram(loop: Loop, manager: socket.socket) -> None:
     service = ServiceManager(loop, environment(manager))
-    service.ready("starting")
-    service.status("connected")
-    service.reloading()
-    service.reloaded()
-    service.stopping()
+    service.notify("READY=1", "STATUS=starting")
+    service.notify("STATUS=connected")
     assert heard(manager) == "READY=1\nSTATUS=starting"
     assert heard(manager) == "STATUS=connected"
-    assert heard(manager).startswith("RELOADING=1\nMONOTONIC_USEC=")
-    assert heard(manager) == "READY=1"
-    assert heard(manager) == "STOPPING=1\nSTATUS=stopping"
-    loop.close()
 
 
-def test_the_watchdog_is_fed_while_the_loop_turns_and_not_when_it_stalls(
-    manager: socket.socket,
+def test_the_watchdog_is_fed_while_the_loop_runs_and_not_when_it_stalls(
+    loop: Loop, manager: socket.socket
 ) -> None:
-    loop = Loop(Log("error"))
-    ServiceManager(loop, environment(manager, WATCHDOG_USEC="100000")).ready("up")
+    ServiceManager(loop, environment(manager, WATCHDOG_USEC="100000"))
     fed = list[str]()
-    while fed.count("WATCHDOG=1") < 3:
-        loop.step()
-        fed += waiting(manager)
+
+    def is_fed() -> bool:
+        fed.extend(waiting(manager))
+        return fed.count("WATCHDOG=1") >= 3
+
+    run_until(loop, "it is fed", is_fed)
+    assert {*fed} == {"WATCHDOG=1"}
     time.sleep(0.3)  # a stalled loop: three periods of nothing
     assert waiting(manager) == []
     loop.step()
     assert waiting(manager) == ["WATCHDOG=1"]
-    loop.close()
 
 
 @pytest.mark.parametrize(
@@ -84,20 +90,21 @@ def test_the_watchdog_is_fed_while_the_loop_turns_and_not_when_it_stalls(
         {"NOTIFY_SOCKET": "x" * 1000},
     ],
 )
-def test_without_a_service_manager_nothing_happens(given: dict[str, str]) -> None:
-    loop = Loop(Log("error"))
+def test_without_a_service_manager_nothing_happens(loop: Loop, given: dict[str, str]) -> None:
     service = ServiceManager(loop, given)
-    service.ready("up")
-    service.stopping()
-    loop.close()
+    service.notify("READY=1", "STATUS=up")
+    loop.after(0, lambda: None)
+    loop.step()
+    service.notify("STOPPING=1")
 
 
-def test_another_process_watchdog_is_not_ours_to_feed(manager: socket.socket) -> None:
-    loop = Loop(Log("error"))
+def test_another_process_watchdog_is_not_ours_to_feed(loop: Loop, manager: socket.socket) -> None:
     more = {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": str(os.getpid() + 1)}
-    ServiceManager(loop, environment(manager, **more)).ready("up")
+    service = ServiceManager(loop, environment(manager, **more))
+    service.notify("READY=1", "STATUS=up")
+    loop.after(0.01, lambda: None)
+    loop.step()
     assert waiting(manager) == ["READY=1\nSTATUS=up"]
-    loop.close()
 
 
 def test_a_daemon_under_systemd_tells_its_story_and_its_handlers_do_not(
@@ -108,12 +115,10 @@ def test_a_daemon_under_systemd_tells_its_story_and_its_handlers_do_not(
     alpha = hive.node("alpha")
     alpha.handler("env", "#!/bin/sh\nenv\n")
     alpha.start()
-    said = set[str]()
-    while (
-        not {"WATCHDOG=1", f"STATUS=alpha is connected to localhost:{shared_broker.port}"} <= said
-    ):
-        said.add(heard(manager))
+    connected = f"STATUS=alpha is connected to localhost:{shared_broker.port}"
+    said = hear_until(manager, connected)
     assert "READY=1\nSTATUS=looking for the broker" in said
+    hear_until(manager, "WATCHDOG=1")
     answer = hive.cli(
         "alpha", "send", "--to", "alpha", "--action", "env", "--text", "x", "--wait", "20"
     )
@@ -127,8 +132,9 @@ def test_a_daemon_under_systemd_tells_its_story_and_its_handlers_do_not(
     assert waiting(manager) == []
     os.kill(alpha.pid, signal.SIGCONT)
     os.kill(alpha.pid, signal.SIGHUP)
-    while not heard(manager).startswith("RELOADING=1"):
-        pass
+    *_, reloading = hear_until(manager, "RELOADING=1\nMONOTONIC_USEC=")
+    microseconds = int(reloading.rpartition("=")[2])
+    assert abs(time.monotonic() - microseconds / 1e6) < PATIENCE
+    assert hear_until(manager, "READY=1")[-1] == "READY=1"
     assert alpha.stop() == 0
-    while heard(manager) != "STOPPING=1\nSTATUS=stopping":
-        pass
+    assert hear_until(manager, "STOPPING=1")[-1] == "STOPPING=1\nSTATUS=stopping"

@@ -293,6 +293,25 @@ def test_of_many_at_once_one_wins_and_its_file_is_whole(tmp_path: Path) -> None:
     assert len([*config_file(tmp_path).parent.iterdir()]) == 2
 
 
+def test_where_the_second_file_came_in_between_the_first_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    password, config = tmp_path / "mqtt-password", tmp_path / "hive.toml"
+    write_beside = hive.write_beside
+
+    def be_late(file: Path, *more: Any) -> str:
+        temporary = write_beside(file, *more)
+        if file == config:
+            config.write_text("another's")
+        return temporary
+
+    monkeypatch.setattr(hive, "write_beside", be_late)
+    with pytest.raises(hive.HiveError) as caught:
+        hive.write_privately({password: PASSWORD, config: "[node]"}, force=False)
+    assert str(caught.value) == f"{config}: File exists; nothing was written"
+    assert [*tmp_path.iterdir()] == [config] and config.read_text() == "another's"
+
+
 def test_a_link_is_not_followed_and_a_device_not_replaced(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link.toml"
     link.symlink_to(target)
@@ -412,3 +431,75 @@ def test_what_was_chosen_is_what_the_file_says(host: str, agents: list[str], por
         chosen["oc_instances"] = [{"name": one, "profile": one} for one in agents]
     said = tomllib.loads(hive.example_config(chosen))
     assert {table: keys for table, keys in said.items() if keys} == chosen
+
+
+# The edges of all that
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (hive.yes_or_no, {"y": True, "Yes": True, "N": False, "no": False}, ["", "ye", "1", 1]),
+        (hive.user_name, {"me": "me", "a b": "a b", "": ""}, ["a\tb", "a\nb", "\x7f", 5]),
+        (hive.password_line, {"x": "x", " x ": " x "}, ["", "a\nb", "a\n", "a\u2028b", None]),
+    ],
+)
+def test_an_answer_is_held_to_its_kind(
+    kind: Callable[[Any], object], good: dict[str, object], bad: list[object]
+) -> None:
+    assert {said: kind(said) for said in good} == good
+    for said in bad:
+        with pytest.raises(ValueError):
+            kind(said)
+
+
+def test_of_the_agents_that_are_found_those_are_woken_that_are_wanted() -> None:
+    found, nobody = {"main": None, "a": "a", "b": "b"}, hive.Prompt(asking=False)
+    everyone = [{"name": "main"}, {"name": "a", "profile": "a"}, {"name": "b", "profile": "b"}]
+    assert hive.choose_agents(nobody, found, None) == everyone
+    assert hive.choose_agents(nobody, found, ["b", "main"]) == [everyone[0], everyone[2]]
+    assert hive.choose_agents(nobody, found, []) == []
+    with pytest.raises(hive.UsageError, match=r"'c': no such .* profile; there are: main, a, b$"):
+        hive.choose_agents(nobody, found, ["a", "c"])
+
+
+def test_advice_names_what_it_is_about_once() -> None:
+    place = Path("/x")
+    assert hive.said_against(place, "is open; try: chmod o-w") == "/x: is open; try: chmod o-w /x"
+    assert hive.said_against(place, "is closed; try: chmod +x /x") == (
+        "/x: is closed; try: chmod +x /x"
+    )
+    assert hive.said_against(place, "belongs to another user") == "/x: belongs to another user"
+
+
+def test_a_folder_where_nobody_can_replace_anothers_file_will_do(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    assert init(tmp_path, "--config", "hive.toml")[0] == 0
+    assert stat.S_IMODE((tmp_path / "hive.toml").stat().st_mode) == 0o600
+
+
+def test_without_a_user_name_no_password_is_asked_for(
+    terminal: Callable[..., Terminal], load: Callable[[], hive.Config]
+) -> None:
+    person = terminal("--node", "beta")
+    person.answer(r"Broker.*\[none: this machine alone\]", "broker.lan")
+    person.answer(r"User name there \[none\]", "")
+    person.answer("TLS", "y")
+    person.answer(r"Certificate.*\[the system's list\]", "")
+    assert person.end() == 0
+    mqtt = load().mqtt
+    assert (mqtt.address, mqtt.tls, mqtt.ca_file) == ("broker.lan:8883", True, None)
+    assert (mqtt.username, mqtt.password) == (None, None)
+    assert "Password" not in person.seen
+
+
+def test_what_is_said_of_a_broker_means_one_on_this_machine(
+    tmp_path: Path, load: Callable[[], hive.Config]
+) -> None:
+    code, out, _ = init(tmp_path, "--tls", "--no-agents")
+    assert code == 0 and ", broker: localhost, agents: none\n" in out
+    assert (load().mqtt.address, load().mqtt.tls) == ("localhost:8883", True)
+    assert init(tmp_path, "--port", "77", "--tls", "--force")[0] == 0
+    assert load().mqtt.address == "localhost:77"
+    assert init(tmp_path, "--no-tls", "--force")[0] == 0
+    assert (load().mqtt.address, load().mqtt.tls) == ("localhost:1883", False)

@@ -1,0 +1,231 @@
+"""How a process starts: what it reads, and once more through the compiled file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, ROOT, eventually
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+
+
+class Alone:
+    """A copy of hive.py in a folder of its own, which writes its compiled file there."""
+
+    def __init__(self, home: Path, name: str = "hive.py") -> None:
+        self.folder, self.elsewhere = home / "program", home / "elsewhere"
+        for folder in (self.folder, self.elsewhere):
+            folder.mkdir()
+        self.file = self.folder / name
+        shutil.copy(ROOT / "hive.py", self.file)
+        self.environment = {k: v for k, v in os.environ.items() if k[:6] not in ("PYTHON", "HIVE_")}
+        self.environment |= {"HOME": str(home), "XDG_RUNTIME_DIR": str(home)}
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *line: str | Path, **more: str) -> subprocess.Popen[str]:
+        """Start the embedded broker, or what else the line says, and wait until it speaks."""
+        process = subprocess.Popen(
+            line,
+            cwd=self.elsewhere,
+            env=self.environment | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def broker(self, *interpreter: str | Path, **more: str) -> subprocess.Popen[str]:
+        words = interpreter or (sys.executable, self.file)
+        process = self.start(*words, "broker", "--socket", "s", **more)
+        assert process.stdout and process.stdout.readline() == "broker listens on s\n"
+        return process
+
+
+@pytest.fixture
+def alone_as(tmp_path: Path) -> Iterator[Callable[[str], Alone]]:
+    made: list[Alone] = []
+
+    def make(name: str) -> Alone:
+        made.append(Alone(tmp_path, name))
+        return made[-1]
+
+    yield make
+    for process in [process for alone in made for process in alone.started]:
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
+
+
+@pytest.fixture
+def alone(alone_as: Callable[[str], Alone]) -> Alone:
+    return alone_as("hive.py")
+
+
+def words_of(process: subprocess.Popen[str]) -> list[str]:
+    """What ps shows."""
+    return Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[:-1]
+
+
+def memory_of(process: subprocess.Popen[str]) -> int:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0])
+
+
+def end(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> tuple[int, str]:
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=PATIENCE)
+    return process.returncode, said
+
+
+@needs_proc
+def test_a_script_that_stays_reads_the_compiled_file_and_keeps_no_more_than_hive_cli(
+    alone: Alone,
+) -> None:
+    script = alone.broker()
+    assert [*(alone.folder / "__pycache__").iterdir()]
+    assert words_of(script)[-4:] == [str(alone.file), "broker", "--socket", "s"]
+    kept = memory_of(script)
+    assert end(script) == (0, "")
+    shutil.copy(ROOT / "hive-cli", alone.folder)
+    imported = alone.broker(sys.executable, alone.folder / "hive-cli")
+    assert words_of(imported)[1] == str(alone.folder / "hive-cli")  # that one is as it was started
+    assert kept < 1.2 * memory_of(imported)  # 2.3 times as much before
+
+
+@needs_proc
+def test_a_daemon_tells_systemd_of_the_process_that_it_knows(alone: Alone) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(alone.folder / "notify"))
+        manager.settimeout(PATIENCE)
+        line = f"WATCHDOG_PID=$$ exec '{sys.executable}' '{alone.file}' daemon --node a"
+        told = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "100000"}
+        daemon = alone.start("/bin/sh", "-c", line, **told)
+        assert manager.recv(4096).startswith(b"READY=1")
+        while manager.recv(4096) != b"WATCHDOG=1":
+            pass
+    assert words_of(daemon)[-4:] == [str(alone.file), "daemon", "--node", "a"]
+    code, said = end(daemon)
+    assert code == 0 and said.count("event=starting") == said.count("event=stopped") == 1
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "flags",
+    [("-O",), ("-OO",), ("-I", "-S"), ("-P", "-s"), ("-X", "utf8", "-u"), ("-W", "error", "-bb")],
+    ids=" ".join,
+)
+def test_flags_of_the_interpreter_are_kept(alone: Alone, flags: tuple[str, ...]) -> None:
+    broker = alone.broker(sys.executable, *flags, alone.file)
+    assert words_of(broker)[: len(flags) + 2] == [sys.executable, *flags, "-c"]
+    assert end(broker) == (0, "")
+
+
+@needs_proc
+@pytest.mark.parametrize("name", ["node.py", "hive", "hive-2", "my hive.py", "it's.py"])
+def test_the_file_may_be_called_as_one_likes(alone_as: Callable[[str], Alone], name: str) -> None:
+    alone = alone_as(name)
+    broker = alone.broker()
+    assert "-c" in words_of(broker) and str(alone.file) in words_of(broker)
+    assert end(broker) == (0, "")
+
+
+@needs_proc
+def test_through_a_link_the_compiled_file_is_that_of_the_real_one(alone: Alone) -> None:
+    (alone.elsewhere / "link.py").symlink_to(alone.file)
+    broker = alone.broker(sys.executable, "link.py")
+    assert str(alone.file) in words_of(broker)
+    assert end(broker) == (0, "") and not (alone.elsewhere / "__pycache__").exists()
+
+
+@needs_proc
+@pytest.mark.parametrize("how", ["nowhere to write", "told not to"])
+def test_where_nothing_is_compiled_to_a_file_it_goes_on_as_it_is(alone: Alone, how: str) -> None:
+    line: list[str | Path] = [sys.executable, alone.file]
+    if how == "told not to":
+        line.insert(1, "-B")
+    else:
+        (alone.folder / "__pycache__").write_text("a read-only directory, to root as well")
+    broker = alone.broker(*line)
+    assert "-c" not in words_of(broker)
+    assert end(broker) == (0, "")
+
+
+@needs_proc
+def test_what_is_read_compiled_already_is_not_started_again(alone: Alone) -> None:
+    module = alone.broker(sys.executable, "-m", "hive", PYTHONPATH=str(alone.folder))
+    assert words_of(module)[1:4] == ["-m", "hive", "broker"]
+    assert end(module) == (0, "")
+    with zipfile.ZipFile(alone.folder / "packed", "w") as packed:
+        packed.write(alone.file, "hive.py")
+        packed.writestr("__main__.py", "import sys\nfrom hive import main\nsys.exit(main())\n")
+    zipped = alone.broker(sys.executable, alone.folder / "packed")
+    assert words_of(zipped)[1] == str(alone.folder / "packed")
+    assert end(zipped) == (0, "")
+
+
+def test_another_program_that_runs_the_script_is_not_left(alone: Alone) -> None:
+    profiled = alone.start(sys.executable, "-m", "cProfile", alone.file, "broker", "--socket", "s")
+    assert profiled.stdout and profiled.stdout.readline() == "broker listens on s\n"
+    code, said = end(profiled)
+    assert code == 0 and "function calls" in said
+
+
+def test_no_module_is_taken_from_where_one_happens_to_be(alone: Alone) -> None:
+    for name in ("json", "importlib", "socket", "sqlite3", "hive", "warnings"):
+        (alone.elsewhere / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
+    assert end(alone.broker()) == (0, "")
+
+
+def test_modules_beside_the_script_are_found(alone: Alone) -> None:
+    (alone.folder / "sqlite3.py").write_text("raise SystemExit('the one beside it')\n")
+    process = alone.start(sys.executable, alone.file, "broker", "--socket", "s")
+    assert process.communicate(timeout=PATIENCE)[0].endswith("the one beside it\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_at_any_moment(alone: Alone, number: int) -> None:
+    end(alone.broker())  # it is compiled now
+    for delay in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
+        process = alone.start(sys.executable, alone.file, "broker", "--socket", "s")
+        time.sleep(delay)
+        process.send_signal(number)
+        assert process.wait(PATIENCE) in (0, -number, 130, 1)
+
+
+def test_what_is_ignored_stays_ignored(alone: Alone) -> None:
+    line = f"trap '' HUP; exec '{sys.executable}' '{alone.file}' broker --socket s"
+    broker = alone.start("/bin/sh", "-c", line)
+    assert broker.stdout and broker.stdout.readline() == "broker listens on s\n"
+    broker.send_signal(signal.SIGHUP)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        broker.wait(0.3)
+    assert broker.poll() is None and end(broker) == (0, "")
+
+
+def test_a_mistake_is_told_before_anything_is_started_again(alone: Alone) -> None:
+    process = alone.start(sys.executable, alone.file, "broker", "--sockets", "s")
+    said = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 2 and said.count("\n") == 1
+    assert "see: hive.py broker --help" in said or "see: hive.py --help" in said
+    assert not (alone.folder / "__pycache__").exists()
+
+
+def test_a_warning_of_the_configuration_is_told_once(alone: Alone) -> None:
+    config = alone.elsewhere / "hive.toml"
+    config.write_text('[broker]\nusername = "u"\npassword = "p"\n')
+    config.chmod(0o644)
+    broker = alone.start(sys.executable, alone.file, "broker", "--socket", "s")
+    eventually("it listens", (alone.elsewhere / "s").exists)
+    code, said = end(broker)
+    assert code == 0 and said.count("others may read it") == 1
