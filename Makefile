@@ -70,8 +70,8 @@ install uninstall:  ## see contrib/install.sh
 dist: $(VENV)/ready  ## then: scp dist/hive node: && ssh node python3 hive daemon
 	$(python) contrib/dist.py
 
-bench: $(VENV)/ready mosquitto
-	$(python) tests/bench.py
+bench: $(VENV)/ready mosquitto  ## RUNS=7, beside commit BASE=8360744
+	$(python) tests/bench.py $(or $(RUNS),7) $(BASE)
 
 bench-broker: $(VENV)/ready mosquitto
 	$(python) tests/bench_broker.py

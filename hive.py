@@ -11,14 +11,13 @@ tokens; only what needs judgment wakes an agent.
 #   words   Basics     what a user can act on, with its exit code; how a value is declared
 #           Envelope   one message: its channel, what a node does with it; its fields; its topic
 #           Config     every key once; TOML in, values out
-#   rules   Memory     answers that somebody waits for
-#           Routing    decide(...) -> Decision: what should happen, not how
+#   rules   Routing    decide(...) -> Decision: what should happen, not how
 #   hands   Log        a line for each event, and a few a minute of what peers do wrong
 #           Loop       files, deadlines and signals on one selector; systemd hears that it runs
 #           Stream     a connected socket: bytes in, bytes out, both bounded
-#           Process    one child: bytes in, outcome out, always by a deadline
+#           Process    one child: bytes in, its result out, always by a deadline
 #           Handlers   which executables there are, and the contract with them
-#           Agent      ways to wake one, one call at a time, tried again
+#           Agent      methods to wake one, one call at a time, tried again
 #           Database   an SQLite file that may fail, and come back
 #           Journal    what came, what went, what is not finished: tasks, requests, outbox
 #           Control    a socket where this node's command line speaks to its daemon
@@ -27,12 +26,12 @@ tokens; only what needs judgment wakes an agent.
 #           MqttClient connect, return, subscribe, publish; alone in importing paho
 #           BrokerHost which broker, and whose turn it is to be one
 #   node    Members    who is alive, who has left, who has failed; what we show of ourselves
-#           Reception  what this node's command line asks of its daemon
+#           Requests   what may be asked of a node, as one table
 #           Node       what comes in, what goes out, the end of a turn
 #           Work       who runs next, what became of it, and what agents say
 #           Daemon     wires the above; comes, shows that it is alive, goes
 #   doors   Output     rows to a table or to JSON; returns strings
-#           Client     one question from the shell: publish, wait, collect
+#           Client     a command asks its node: the daemon, or the same in its own process
 #           Setup      a hive.toml for this machine, asked for or taken from options
 #           Doctor     is everything as it must be: one small check after the other
 #           Mosquitto  a configuration for it that serves one hive and nobody else
@@ -44,6 +43,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import itertools
 import json
 import os
@@ -1215,39 +1215,6 @@ def effective_config(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- Memory: what is remembered for a while ----------------------------------------------
-#
-# Bounded, and forgets by time.  Knows ids and times, no message.
-
-SETTLING = 10.0  # seconds in which an answer is still the one that somebody has just read
-
-
-class Waiting:
-    """Exchanges whose answers somebody at this node's command line waits for, or has just read."""
-
-    def __init__(self) -> None:
-        self._asking: dict[str, int] = {}  # by how many
-        self._settled: dict[str, float] = {}  # until when
-
-    def add(self, corr: str) -> None:
-        """Somebody waits, until drop() is called."""
-        self._asking[corr] = self._asking.get(corr, 0) + 1
-
-    def settle(self, corr: str, now: float) -> None:
-        """An answer was read: that this node has yet to hear of it is no news."""
-        self._settled = {known: until for known, until in self._settled.items() if until > now}
-        self._settled[corr] = now + SETTLING
-
-    def drop(self, corr: str) -> None:
-        """One less waits."""
-        left = self._asking.pop(corr, 0) - 1
-        if left > 0:
-            self._asking[corr] = left
-
-    def expects(self, corr: str | None, now: float) -> bool:
-        return corr is not None and (corr in self._asking or self._settled.get(corr, now) > now)
-
-
 # ---- Routing: what should happen, not how ------------------------------------------------
 #
 # Pure: an envelope and the little that a node knows, to a Decision.  The channel's row decides.
@@ -1273,6 +1240,7 @@ class Decision(Value):
     now: bool = False  # at once, or with the agent's next heartbeat
 
 
+AWAITED = "somebody waits for it"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
 
@@ -1311,7 +1279,7 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if channel.handler and envelope.action and envelope.action in here.handlers:
         return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
-        return Decision(Do.NOTE, "somebody waits for it")
+        return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
@@ -1609,7 +1577,9 @@ class Stream:
     ) -> None:
         self.input = bytearray()  # what came in, until it is consumed
         self.output_size = 0  # bytes that wait for the socket
-        self.written_at = loop.clock()  # when the socket last took something, or had nothing to
+        # When some of the input was last consumed, and the socket last took something; or, where
+        # there was nothing to be consumed or to be written, when there was again.
+        self.read_at = self.written_at = loop.clock()
         self.closed = False
         self._loop, self._sock = loop, sock
         self._on_ready, self._on_close = on_ready, on_close
@@ -1641,20 +1611,21 @@ class Stream:
         """So many bytes of what came in are done with."""
         del self.input[:size]
         self._total.size -= size
+        self.read_at = self._loop.clock()
 
-    def write(self, *parts: bytes) -> None:
+    def write(self, head: bytes, body: bytes = b"") -> None:
         """Send this; whoever lets more than the bound pile up is cut off."""
-        size = sum(map(len, parts))
-        if not size or not self.is_open:
+        size = len(head) + len(body)
+        if not size or self.closed or self._ending:
             return
         if not self._output:
             self.written_at = self._loop.clock()
         if size >= MAX_COPIED:
-            self._output += filter(None, parts)
+            self._output += filter(None, (head, body))
         elif self._output and isinstance(self._output[-1], bytearray):
-            self._output[-1] += b"".join(parts)
+            self._output[-1] += head + body
         else:
-            self._output.append(bytearray().join(parts))
+            self._output.append(bytearray(head + body))
         self.output_size += size
         self._total.size += size
         self._flush_soon()
@@ -1745,6 +1716,8 @@ class Stream:
             return
         except OSError:
             data = b""
+        if not self.input:
+            self.read_at = self._loop.clock()
         if self._ending is None:
             self.input += data
             self._total.size += len(data)
@@ -3571,6 +3544,7 @@ MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
 CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
 SHORT_PLACE = Path("/tmp")
+CONTROL_EVENTS = {"published", "answer"}  # in a line that is no answer, but comes when it happens
 
 
 def shortened_socket_path(direct: Path) -> Path:
@@ -3677,43 +3651,64 @@ class ControlServer:
         self._file.unlink(missing_ok=True)
 
 
+class DaemonError(HiveError):
+    """This node's daemon does not answer, or not sensibly."""
+
+
 class ControlClient:
     """The command's side: one request after another, until it is closed."""
 
-    def __init__(self, file: Path) -> None:
-        """Raises OSError where no daemon answers."""
+    def __init__(self, file: Path, node: str, patience: float = CONTROL_TIMEOUT) -> None:
+        """Raises OSError where no daemon answers; `patience`: seconds for each request."""
+        self._node, self._patience = node, patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(CONTROL_TIMEOUT)
+        self._sock.settimeout(patience)
         try:
             self._sock.connect(str(file))
         except OSError:
             self._sock.close()
             raise
         self._in = bytearray()
+        self._events: deque[dict[str, Any]] = deque()  # what came while an answer was awaited
 
     def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
-        """Send a request and give the answer; raises OSError."""
-        self._sock.sendall(encode_json(request) + b"\n")
-        answer = self.hear(CONTROL_TIMEOUT)
-        if answer is None:
-            raise TimeoutError(errno.ETIMEDOUT, "it does not answer")
-        return answer
+        """Send a request and give the answer; raises DaemonError."""
+        ends = time.monotonic() + self._patience
+        self._sock.settimeout(self._patience)
+        try:
+            self._sock.sendall(encode_json(request) + b"\n")
+        except OSError as error:
+            raise self._fault(reason_of(error)) from None
+        while (line := self._next_line(ends)) is not None:
+            if not CONTROL_EVENTS & line.keys():
+                return line
+            self._events.append(line)
+        raise self._fault("it does not answer")
 
-    def hear(self, within: float | None) -> dict[str, Any] | None:
-        """The next line; None if none comes in so many seconds.  Raises OSError at its end."""
-        ends = None if within is None else time.monotonic() + within
+    def receive(self, within: float | None) -> dict[str, Any] | None:
+        """What it says besides; None if that is nothing in so many seconds.  Raises DaemonError."""
+        if self._events:
+            return self._events.popleft()
+        return self._next_line(None if within is None else time.monotonic() + within)
+
+    def _next_line(self, ends: float | None) -> dict[str, Any] | None:
         while b"\n" not in self._in:
             self._sock.settimeout(None if ends is None else max(0.001, ends - time.monotonic()))
             try:
                 data = self._sock.recv(PIPE_CHUNK)
             except TimeoutError:
                 return None
+            except OSError as error:
+                raise self._fault(reason_of(error)) from None
             if not data:
-                raise ConnectionResetError(errno.ECONNRESET, "it has ended")
+                raise self._fault("it has ended")
             self._in += data
         line, _, rest = bytes(self._in).partition(b"\n")
         self._in = bytearray(rest)
         return read_json_object(line) or {}
+
+    def _fault(self, why: str) -> DaemonError:
+        return DaemonError(f"the daemon of {self._node}: {why}")
 
     def close(self) -> None:
         self._sock.close()
@@ -3722,7 +3717,8 @@ class ControlClient:
 # ---- Packets: MQTT on the wire -----------------------------------------------------------
 #
 # Bytes to packets and back as a broker needs them, MQTT 5 and 3.1.1.  Whatever bytes arrive,
-# that ends in a packet or in Malformed, which has the reason code.  Knows no socket, no session.
+# that ends in a packet or in MalformedPacket, which has the reason code.  Knows no socket and no
+# session.
 
 MAX_PACKET = MAX_PAYLOAD + 68 * KIB  # bytes: the largest envelope, its topic and properties
 MAX_LEVELS = 128  # of one topic or filter
@@ -3778,6 +3774,15 @@ class ReasonCode(IntEnum):
     PAYLOAD_FORMAT_INVALID = 0x99
     SHARED_SUBSCRIPTIONS_NOT_SUPPORTED = 0x9E
 
+    @property
+    def words(self) -> str:
+        return self.name.lower().replace("_", " ")
+
+
+def is_failure(reason: int) -> bool:
+    """Does this reason code mean that something was not done?  Those below 0 are our own."""
+    return reason < 0 or reason >= ReasonCode.UNSPECIFIED_ERROR
+
 
 # What CONNACK says in MQTT 3.1.1, 3.2.2.3; all else is "server unavailable".
 CONNECT_RETURN_CODES = {
@@ -3799,9 +3804,16 @@ FIXED_FLAGS: Mapping[PacketType, int] = dict.fromkeys(set(PacketType) - {PacketT
 class MalformedPacket(Exception):
     """These bytes are not what MQTT allows."""
 
-    def __init__(self, reason: ReasonCode, why: str) -> None:
+    def __init__(self, why: str, reason: ReasonCode = ReasonCode.MALFORMED_PACKET) -> None:
         super().__init__(why)
         self.reason = reason
+
+
+class ProtocolError(MalformedPacket):
+    """These bytes are well formed, and out of place."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why, ReasonCode.PROTOCOL_ERROR)
 
 
 class Reader:
@@ -3819,7 +3831,7 @@ class Reader:
     def take(self, size: int) -> bytes:
         end = self._at + size
         if end > len(self._data):
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "it ends too early")
+            raise MalformedPacket("it ends too early")
         taken, self._at = self._data[self._at : end], end
         return taken
 
@@ -3829,31 +3841,19 @@ class Reader:
     def flag(self) -> int:
         value = self.byte()
         if value > 1:
-            raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "a flag is neither 0 nor 1")
+            raise ProtocolError("a flag is neither 0 nor 1")
         return value
 
-    def two(self) -> int:
+    def two_byte_integer(self) -> int:
         at, self._at = self._at, self._at + 2
         if self._at > len(self._data):
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "it ends too early")
+            raise MalformedPacket("it ends too early")
         return self._data[at] << 8 | self._data[at + 1]
 
-    def positive(self) -> int:
-        value = self.two()
-        if not value:
-            raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "a number is 0")
-        return value
-
-    def four(self) -> int:
+    def four_byte_integer(self) -> int:
         return int.from_bytes(self.take(4), "big")
 
-    def positive_four(self) -> int:
-        value = self.four()
-        if not value:
-            raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "a number is 0")
-        return value
-
-    def variable(self) -> int:
+    def variable_byte_integer(self) -> int:
         """A number of one to four bytes, no more than it needs (MQTT 5, 1.5.5)."""
         value = 0
         for shift in (0, 7, 14, 21):
@@ -3863,63 +3863,55 @@ class Reader:
                 if shift and not byte:
                     break
                 return value
-        raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "a number has too many bytes")
-
-    def positive_variable(self) -> int:
-        value = self.variable()
-        if not value:
-            raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "a number is 0")
-        return value
+        raise MalformedPacket("a number has too many bytes")
 
     def binary(self) -> bytes:
-        return self.take(self.two())
+        return self.take(self.two_byte_integer())
 
-    def text(self) -> str:
+    def utf8_string(self) -> str:
         try:
-            said = self.binary().decode()
+            value = self.binary().decode()
         except UnicodeDecodeError:
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "a string is not UTF-8") from None
-        if "\0" in said:
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "a string holds NUL")
-        return said
+            raise MalformedPacket("a string is not UTF-8") from None
+        if "\0" in value:
+            raise MalformedPacket("a string holds NUL")
+        return value
 
-    def pair(self) -> tuple[str, str]:
-        return self.text(), self.text()
+    def string_pair(self) -> tuple[str, str]:
+        return self.utf8_string(), self.utf8_string()
 
     def packet_id(self) -> int:
-        id = self.two()
-        if not id:
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "its packet identifier is 0")
-        return id
+        packet_id = self.two_byte_integer()
+        if not packet_id:
+            raise MalformedPacket("its packet identifier is 0")
+        return packet_id
 
     def properties(self, packet: str) -> dict[str, Any]:
         """The properties of a packet by name; those that may be repeated are lists."""
-        size = self.variable()
+        size = self.variable_byte_integer()
         if not size:
             return {}
         if size > MAX_PROPERTIES:
-            raise MalformedPacket(ReasonCode.PACKET_TOO_LARGE, f"properties of {size} bytes")
+            raise MalformedPacket(f"properties of {size} bytes", ReasonCode.PACKET_TOO_LARGE)
         reader, found = Reader(self.take(size)), dict[str, Any]()
         while reader.left:
-            known = PROPERTIES.get(reader.variable())
+            known = PROPERTIES.get(reader.variable_byte_integer())
             if not known or packet not in known.packets:
-                raise MalformedPacket(
-                    ReasonCode.PROTOCOL_ERROR, f"a property that {packet} has not"
-                )
+                raise ProtocolError(f"a property that {packet} has not")
             value = WIRE[known.wire][0](reader)
+            if known.positive and not value:
+                raise ProtocolError("a number is 0")
             if known.repeated:
                 found.setdefault(known.name, []).append(value)
             elif known.name in found:
-                raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, f"{known.name} is there twice")
+                raise ProtocolError(f"{known.name} is there twice")
             else:
                 found[known.name] = value
         return found
 
     def end(self) -> None:
         if self.left:
-            raise MalformedPacket(
-                ReasonCode.MALFORMED_PACKET, "there is more in it than belongs there"
-            )
+            raise MalformedPacket("there is more in it than belongs there")
 
 
 def encode_variable_byte_integer(value: int) -> bytes:
@@ -3961,14 +3953,12 @@ def encode_string_pair(value: tuple[str, str]) -> bytes:
 WIRE: Mapping[str, tuple[Callable[[Reader], Any], Callable[[Any], bytes]]] = {
     "byte": (Reader.byte, encode_byte),
     "flag": (Reader.flag, encode_byte),
-    "two": (Reader.two, encode_two_bytes),
-    "positive": (Reader.positive, encode_two_bytes),
-    "four": (Reader.four, encode_four_bytes),
-    "positive four": (Reader.positive_four, encode_four_bytes),
-    "variable": (Reader.positive_variable, encode_variable_byte_integer),
-    "text": (Reader.text, encode_string),
+    "two": (Reader.two_byte_integer, encode_two_bytes),
+    "four": (Reader.four_byte_integer, encode_four_bytes),
+    "variable": (Reader.variable_byte_integer, encode_variable_byte_integer),
+    "string": (Reader.utf8_string, encode_string),
     "binary": (Reader.binary, encode_binary),
-    "pair": (Reader.pair, encode_string_pair),
+    "pair": (Reader.string_pair, encode_string_pair),
 }
 
 
@@ -3981,6 +3971,7 @@ class Property(Value):
     packets: tuple[str, ...]
     forwarded: bool = False  # with a message, unaltered, to whoever gets it
     repeated: bool = False
+    positive: bool = False  # it may not be 0
 
 
 ACKS = ("PUBACK", "PUBREC", "PUBREL", "PUBCOMP")
@@ -3993,28 +3984,32 @@ PROPERTIES = {
     for one in (
         Property(0x01, "payload_format", "flag", MESSAGES, forwarded=True),
         Property(0x02, "message_expiry", "four", MESSAGES),
-        Property(0x03, "content_type", "text", MESSAGES, forwarded=True),
-        Property(0x08, "response_topic", "text", MESSAGES, forwarded=True),
+        Property(0x03, "content_type", "string", MESSAGES, forwarded=True),
+        Property(0x08, "response_topic", "string", MESSAGES, forwarded=True),
         Property(0x09, "correlation_data", "binary", MESSAGES, forwarded=True),
-        Property(0x0B, "subscription_id", "variable", ("PUBLISH", "SUBSCRIBE"), repeated=True),
+        Property(
+            *(0x0B, "subscription_id", "variable", ("PUBLISH", "SUBSCRIBE")),
+            repeated=True,
+            positive=True,
+        ),
         Property(0x11, "session_expiry", "four", ("CONNECT", "CONNACK", "DISCONNECT")),
-        Property(0x12, "assigned_client_id", "text", ("CONNACK",)),
+        Property(0x12, "assigned_client_id", "string", ("CONNACK",)),
         Property(0x13, "server_keep_alive", "two", ("CONNACK",)),
-        Property(0x15, "authentication_method", "text", ("CONNECT", "CONNACK", "AUTH")),
+        Property(0x15, "authentication_method", "string", ("CONNECT", "CONNACK", "AUTH")),
         Property(0x16, "authentication_data", "binary", ("CONNECT", "CONNACK", "AUTH")),
         Property(0x17, "request_problem_information", "flag", ("CONNECT",)),
         Property(0x18, "will_delay", "four", ("WILL",)),
         Property(0x19, "request_response_information", "flag", ("CONNECT",)),
-        Property(0x1A, "response_information", "text", ("CONNACK",)),
-        Property(0x1C, "server_reference", "text", ("CONNACK", "DISCONNECT")),
-        Property(0x1F, "reason_string", "text", ANSWERS),
-        Property(0x21, "receive_maximum", "positive", ("CONNECT", "CONNACK")),
+        Property(0x1A, "response_information", "string", ("CONNACK",)),
+        Property(0x1C, "server_reference", "string", ("CONNACK", "DISCONNECT")),
+        Property(0x1F, "reason_string", "string", ANSWERS),
+        Property(0x21, "receive_maximum", "two", ("CONNECT", "CONNACK"), positive=True),
         Property(0x22, "topic_alias_maximum", "two", ("CONNECT", "CONNACK")),
         Property(0x23, "topic_alias", "two", ("PUBLISH",)),
         Property(0x24, "maximum_qos", "flag", ("CONNACK",)),
         Property(0x25, "retain_available", "flag", ("CONNACK",)),
         Property(0x26, "user", "pair", ANY_PACKET, forwarded=True, repeated=True),
-        Property(0x27, "maximum_packet_size", "positive four", ("CONNECT", "CONNACK")),
+        Property(0x27, "maximum_packet_size", "four", ("CONNECT", "CONNACK"), positive=True),
         Property(0x28, "wildcards_available", "flag", ("CONNACK",)),
         Property(0x29, "subscription_ids_available", "flag", ("CONNACK",)),
         Property(0x2A, "shared_available", "flag", ("CONNACK",)),
@@ -4052,27 +4047,27 @@ def packet_bounds(data: bytearray, at: int, limit: int) -> tuple[int, int] | Non
         if byte < 0x80:
             end = place + 1 + size
             if end - at > limit:
-                raise MalformedPacket(ReasonCode.PACKET_TOO_LARGE, f"a packet of {size} bytes")
+                raise MalformedPacket(f"a packet of {size} bytes", ReasonCode.PACKET_TOO_LARGE)
             return (place + 1, end) if end <= len(data) else None
     if len(data) > at + 4:
-        raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "its length has more than four bytes")
+        raise MalformedPacket("its length has more than four bytes")
     return None
 
 
 def check_topic(topic: str, reason: ReasonCode = ReasonCode.TOPIC_NAME_INVALID) -> str:
-    """A topic to publish to, or Malformed."""
+    """A topic to publish to, or MalformedPacket."""
     if not topic or "+" in topic or "#" in topic or topic.count("/") >= MAX_LEVELS:
-        raise MalformedPacket(reason, f"{quoted(topic)} is no topic to publish to")
+        raise MalformedPacket(f"{quoted(topic)} is no topic to publish to", reason)
     return topic
 
 
 def check_filter(filter: str) -> str:
-    """A filter to subscribe to, or Malformed."""
+    """A filter to subscribe to, or MalformedPacket."""
     levels = filter.split("/")
     wild = any(("+" in level or "#" in level) and level not in ("+", "#") for level in levels)
     if not filter or wild or "#" in levels[:-1] or len(levels) > MAX_LEVELS:
         raise MalformedPacket(
-            ReasonCode.TOPIC_FILTER_INVALID, f"{quoted(filter)} is no topic filter"
+            f"{quoted(filter)} is no topic filter", ReasonCode.TOPIC_FILTER_INVALID
         )
     return filter
 
@@ -4097,30 +4092,34 @@ class Publish(Value):
     payload: bytes
     qos: int = 0
     retain: bool = False
-    id: int = 0
+    packet_id: int = 0
     properties: Mapping[str, Any] = {}
 
     @classmethod
     def parse(cls, flags: int, body: bytes, version: int) -> Self:
         qos = flags >> 1 & 3
         if qos == 3 or (flags & 8 and not qos):
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "flags that no PUBLISH has")
+            raise MalformedPacket("flags that no PUBLISH has")
         reader = Reader(body)
-        topic = reader.text()
-        id = reader.packet_id() if qos else 0
+        topic = reader.utf8_string()
+        packet_id = reader.packet_id() if qos else 0
         properties = reader.properties("PUBLISH") if version == 5 else {}
         if "subscription_id" in properties:
-            raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "only a broker names subscriptions")
+            raise ProtocolError("only a broker names subscriptions")
         if topic or "topic_alias" not in properties:
             check_topic(topic)
         if "response_topic" in properties:
             check_topic(properties["response_topic"], ReasonCode.PROTOCOL_ERROR)
-        return cls(topic, reader.take(reader.left), qos, bool(flags & 1), id, properties)
+        return cls(topic, reader.take(reader.left), qos, bool(flags & 1), packet_id, properties)
 
 
-def publish_head(topic: bytes, flags: int, id: int, properties: bytes | None, size: int) -> bytes:
+def publish_head(
+    topic: bytes, flags: int, packet_id: int, properties: bytes | None, size: int
+) -> bytes:
     """All of a PUBLISH before its payload of `size` bytes; MQTT 3.1.1 has no properties."""
-    middle = encode_two_bytes(len(topic)) + topic + (encode_two_bytes(id) if flags & 6 else b"")
+    middle = (
+        encode_two_bytes(len(topic)) + topic + (encode_two_bytes(packet_id) if flags & 6 else b"")
+    )
     if properties is not None:
         middle += with_length(properties)
     return (
@@ -4161,30 +4160,30 @@ class Connect(Value):
 
     @staticmethod
     def version_of(body: bytes) -> int:
-        """Which MQTT it speaks; Malformed if it is none."""
+        """Which MQTT it speaks; MalformedPacket if it is none."""
         reader = Reader(body)
-        if reader.text() != "MQTT":
+        if reader.utf8_string() != "MQTT":
             raise MalformedPacket(
-                ReasonCode.UNSUPPORTED_PROTOCOL_VERSION, "the protocol's name is not MQTT"
+                "the protocol's name is not MQTT", ReasonCode.UNSUPPORTED_PROTOCOL_VERSION
             )
         return reader.byte()
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
         reader = Reader(body)
-        reader.text()
-        version, flags, keepalive = reader.byte(), reader.byte(), reader.two()
+        reader.utf8_string()
+        version, flags, keepalive = reader.byte(), reader.byte(), reader.two_byte_integer()
         v5, has_will = version == 5, bool(flags & 4)
         if flags & 1 or flags & 0x18 == 0x18 or (flags & 0x38 and not has_will):
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "flags that no CONNECT has")
+            raise MalformedPacket("flags that no CONNECT has")
         if not v5 and flags & 0xC0 == 0x40:
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "a password without a user name")
+            raise MalformedPacket("a password without a user name")
         properties = reader.properties("CONNECT") if v5 else {}
         if "authentication_data" in properties and "authentication_method" not in properties:
-            raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "authentication data without a method")
-        client_id = reader.text()
+            raise ProtocolError("authentication data without a method")
+        client_id = reader.utf8_string()
         will = cls._will(reader, flags, v5) if has_will else None
-        username = reader.text() if flags & 0x80 else None
+        username = reader.utf8_string() if flags & 0x80 else None
         password = reader.binary() if flags & 0x40 else None
         reader.end()
         clean = bool(flags & 2)
@@ -4193,7 +4192,7 @@ class Connect(Value):
     @staticmethod
     def _will(reader: Reader, flags: int, v5: bool) -> Publish:
         properties = reader.properties("WILL") if v5 else {}
-        topic = check_topic(reader.text())
+        topic = check_topic(reader.utf8_string())
         qos, retain = flags >> 3 & 3, bool(flags & 0x20)
         return Publish(topic, reader.binary(), qos, retain, properties=properties)
 
@@ -4226,59 +4225,54 @@ class Subscription(Value):
         return self.filter.startswith("$share/")
 
 
+def parse_filters(reader: Reader, none: str) -> Iterator[str]:
+    """The filters of a SUBSCRIBE or UNSUBSCRIBE; `none` says that there are none."""
+    if not reader.left:
+        raise ProtocolError(none)
+    for _ in range(MAX_FILTERS):
+        yield check_filter(reader.utf8_string())
+        if not reader.left:
+            return
+    many = f"more than {MAX_FILTERS} filters at once"
+    raise MalformedPacket(many, ReasonCode.QUOTA_EXCEEDED)
+
+
 def parse_subscribe(body: bytes, version: int) -> tuple[int, list[Subscription]]:
     """The packet id and the subscriptions that a SUBSCRIBE asks for."""
     reader = Reader(body)
-    id = reader.packet_id()
+    packet_id = reader.packet_id()
     named = reader.properties("SUBSCRIBE").get("subscription_id", [0]) if version == 5 else [0]
     if len(named) > 1:
-        raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "two subscription identifiers")
+        raise ProtocolError("two subscription identifiers")
     wanted = list[Subscription]()
-    while reader.left:
-        if len(wanted) == MAX_FILTERS:
-            raise MalformedPacket(
-                ReasonCode.QUOTA_EXCEEDED, f"more than {MAX_FILTERS} filters at once"
-            )
-        filter, options = check_filter(reader.text()), reader.byte()
+    for filter in parse_filters(reader, "SUBSCRIBE to nothing"):
+        options = reader.byte()
         if options & 3 == 3 or options & (0xC0 if version == 5 else 0xFC):
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "options that no subscription has")
+            raise MalformedPacket("options that no subscription has")
         if options & 0x30 == 0x30:
-            raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "retain handling 3")
+            raise ProtocolError("retain handling 3")
         wanted.append(Subscription(filter, options, named[0]))
-    if not wanted:
-        raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "SUBSCRIBE to nothing")
-    return id, wanted
+    return packet_id, wanted
 
 
 def parse_unsubscribe(body: bytes, version: int) -> tuple[int, list[str]]:
     """The packet id and the filters that an UNSUBSCRIBE names."""
     reader = Reader(body)
-    id = reader.packet_id()
+    packet_id = reader.packet_id()
     if version == 5:
         reader.properties("UNSUBSCRIBE")
-    filters = list[str]()
-    while reader.left:
-        if len(filters) == MAX_FILTERS:
-            raise MalformedPacket(
-                ReasonCode.QUOTA_EXCEEDED, f"more than {MAX_FILTERS} filters at once"
-            )
-        filters.append(check_filter(reader.text()))
-    if not filters:
-        raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "UNSUBSCRIBE from nothing")
-    return id, filters
+    return packet_id, [*parse_filters(reader, "UNSUBSCRIBE from nothing")]
 
 
 def parse_ack(kind: PacketType, body: bytes, version: int) -> tuple[int, int]:
     """The packet id and the reason code of a PUBACK, PUBREC, PUBREL or PUBCOMP."""
     reader = Reader(body)
-    id = reader.packet_id()
-    if not reader.left:
-        return id, ReasonCode.SUCCESS
+    packet_id = reader.packet_id()
     reason = reader.byte() if version == 5 and reader.left else 0
     if version == 5 and reader.left:
         reader.properties(kind.name)
     reader.end()
-    return id, reason
+    return packet_id, reason
 
 
 def parse_disconnect(body: bytes, version: int) -> tuple[int, Mapping[str, Any]]:
@@ -4290,18 +4284,20 @@ def parse_disconnect(body: bytes, version: int) -> tuple[int, Mapping[str, Any]]
     return reason, properties
 
 
-def encode_ack(kind: PacketType, id: int, reason: int, version: int) -> bytes:
+def encode_ack(kind: PacketType, packet_id: int, reason: int, version: int) -> bytes:
     """A PUBACK, PUBREC, PUBREL or PUBCOMP."""
     said = encode_byte(reason) if reason and version == 5 else b""
-    return encode_packet(kind, encode_two_bytes(id) + said, FIXED_FLAGS[kind])
+    return encode_packet(kind, encode_two_bytes(packet_id) + said, FIXED_FLAGS[kind])
 
 
-def encode_suback(kind: PacketType, id: int, reasons: bytes, version: int) -> bytes:
+def encode_suback(kind: PacketType, packet_id: int, reasons: bytes, version: int) -> bytes:
     """A SUBACK or UNSUBACK; in MQTT 3.1.1 a failure is 0x80, and UNSUBACK has no codes."""
     if version == 5:
-        return encode_packet(kind, encode_two_bytes(id) + b"\0" + reasons)
+        return encode_packet(kind, encode_two_bytes(packet_id) + b"\0" + reasons)
     old = bytes(min(reason, ReasonCode.UNSPECIFIED_ERROR) for reason in reasons)
-    return encode_packet(kind, encode_two_bytes(id) + (old if kind is PacketType.SUBACK else b""))
+    return encode_packet(
+        kind, encode_two_bytes(packet_id) + (old if kind is PacketType.SUBACK else b"")
+    )
 
 
 def encode_connack(
@@ -4337,33 +4333,44 @@ MAX_SESSIONS = 5000
 MAX_SUBSCRIPTIONS = 10_000  # of one session
 MAX_SUBSCRIPTION_NODES = 200_000  # levels of filters with wildcards, of all sessions: some 60 MB
 MAX_RETAINED = 10_000
-SMALL = 4 * KIB  # bytes that are copied rather than shared
-SEND_QUOTA = 1000  # messages under way to one client, at most
-BROKER_RECEIVE_MAXIMUM = 100  # messages of QoS 2 under way from one client
+SEND_QUOTA = 1000  # messages sent to one client and not acknowledged, at most
+BROKER_RECEIVE_MAXIMUM = 100  # messages of QoS 2 from one client that it has not released
 MAX_ALIASES = 16  # topic aliases of one client
+NO_PACKET_LIMIT = 1 << 28  # bytes, which no packet has (MQTT 5, 2.1.4)
 MAX_OUT = 1024 * KIB  # bytes that wait for one socket; beyond it QoS 0 is dropped, the rest queued
 MAX_BUFFERED = 128 * KIB * KIB  # bytes half read or not yet written, of all clients
-BACKPRESSURE_LIMITS = (
-    1000,
-    4 * KIB * KIB,
-)  # messages and bytes waiting for a client: whoever sends more waits
+BACKPRESSURE_LIMITS = (1000, 4 * KIB * KIB)  # messages and bytes for a client: its senders wait
 BACKPRESSURE_TIMEOUT = 1.0  # seconds that senders wait for it; then it is left behind
 
 BROKER_TABLES = (
-    "CREATE TABLE IF NOT EXISTS sessions"
-    " (n INTEGER PRIMARY KEY, client TEXT UNIQUE, expiry INTEGER, ends REAL)",
-    "CREATE TABLE IF NOT EXISTS subscriptions (session INTEGER, filter TEXT, options INTEGER,"
-    " identifier INTEGER, PRIMARY KEY (session, filter)) WITHOUT ROWID",
+    # state: expiry, ends, subscriptions, packet ids not yet released and will, in JSON
+    "CREATE TABLE IF NOT EXISTS session_states"
+    " (n INTEGER PRIMARY KEY, client TEXT UNIQUE, state TEXT)",
     "CREATE TABLE IF NOT EXISTS messages (n INTEGER PRIMARY KEY, topic TEXT, payload BLOB,"
     " qos INTEGER, retain INTEGER, properties BLOB, publisher TEXT, expires REAL)",
-    "CREATE TABLE IF NOT EXISTS parcels (session INTEGER, n INTEGER, message INTEGER, qos INTEGER,"
-    " retain INTEGER, identifiers TEXT, id INTEGER, received INTEGER,"
-    " PRIMARY KEY (session, n)) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS incoming"
-    " (session INTEGER, id INTEGER, PRIMARY KEY (session, id)) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS retained (topic TEXT PRIMARY KEY, message INTEGER) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS wills (client TEXT PRIMARY KEY, message INTEGER, delay INTEGER,"
-    " life INTEGER, due REAL) WITHOUT ROWID",
+    # session 0: what is retained
+    "CREATE TABLE IF NOT EXISTS queued_messages (session INTEGER, n INTEGER, message INTEGER,"
+    " qos INTEGER, retain INTEGER, subscription_ids TEXT, packet_id INTEGER,"
+    " pubrec_received INTEGER, PRIMARY KEY (session, n)) WITHOUT ROWID",
+)
+# Until 0.1.0 each kind of state had a table of its own.
+TAKE_OVER = (
+    "INSERT INTO queued_messages SELECT * FROM parcels",
+    "INSERT INTO queued_messages SELECT 0, message, message, 0, 1, '', 0, 0 FROM retained",
+    "INSERT INTO session_states SELECT n, client, json_object('expiry', expiry, 'ends', ends,"
+    " 'subscriptions', (SELECT json_group_array(json_array(filter, options, identifier))"
+    " FROM subscriptions WHERE session = sessions.n), 'unreleased',"
+    " (SELECT json_group_array(id) FROM incoming WHERE session = sessions.n), 'will',"
+    " (SELECT json_array(message, delay, life, due) FROM wills WHERE client = sessions.client))"
+    " FROM sessions",
+    "INSERT INTO session_states (client, state) SELECT client, json_object('expiry', 0,"
+    " 'ends', NULL, 'subscriptions', json_array(), 'unreleased', json_array(),"
+    " 'will', json_array(message, delay, life, due))"
+    " FROM wills WHERE client NOT IN (SELECT client FROM sessions)",
+    *(
+        f"DROP TABLE {table}"
+        for table in ("sessions", "subscriptions", "parcels", "incoming", "retained", "wills")
+    ),
 )
 
 
@@ -4372,7 +4379,7 @@ class ApplicationMessage:
 
     __slots__ = (
         *("topic", "payload", "qos", "retain", "properties", "publisher", "expires"),
-        *("n", "holders", "size"),
+        *("n", "references", "size"),
     )
 
     def __init__(
@@ -4388,28 +4395,24 @@ class ApplicationMessage:
     ) -> None:
         self.topic, self.payload, self.qos, self.retain = topic, payload, qos, retain
         self.properties, self.publisher, self.expires, self.n = properties, publisher, expires, n
-        self.holders = 0  # queues, retained topics and wills that need it
+        self.references = 0  # queues, retained topics and wills that need it
         self.size = len(topic) + len(payload) + len(properties) + 200  # bytes of memory, about
 
     @classmethod
-    def of(cls, said: Publish, publisher: str, now: float) -> Self:
-        forwarded = {name: said.properties[name] for name in FORWARDED if name in said.properties}
-        life = said.properties.get("message_expiry")
-        return cls(
-            said.topic,
-            said.payload,
-            said.qos,
-            said.retain,
-            encode_properties(forwarded) if forwarded else b"",
-            publisher,
-            None if life is None else now + life,
-        )
+    def of(cls, packet: Publish, publisher: str, now: float) -> Self:
+        said = packet.properties
+        forwarded = {name: said[name] for name in FORWARDED if name in said}
+        properties = encode_properties(forwarded) if forwarded else b""
+        expiry = said.get("message_expiry")
+        expires = None if expiry is None else now + expiry
+        about = packet.qos, packet.retain, properties, publisher
+        return cls(packet.topic, packet.payload, *about, expires)
 
     def expired(self, now: float) -> bool:
         return self.expires is not None and now >= self.expires
 
     def anew(self, expires: float | None) -> ApplicationMessage:
-        """The same as a message of its own, which nobody holds yet."""
+        """The same as a message of its own, which nobody needs yet."""
         about = self.qos, self.retain, self.properties, self.publisher
         return ApplicationMessage(self.topic, self.payload, *about, expires)
 
@@ -4417,42 +4420,46 @@ class ApplicationMessage:
 class QueuedMessage:
     """A message for one session."""
 
-    __slots__ = ("id", "identifiers", "message", "n", "qos", "received", "retain")
+    __slots__ = (
+        *("message", "qos", "retain", "subscription_ids"),
+        *("n", "packet_id", "pubrec_received"),
+    )
 
     def __init__(
         self,
         message: ApplicationMessage,
         qos: int,
         retain: bool,
-        identifiers: tuple[int, ...],  # of the subscriptions that it matched
+        subscription_ids: tuple[int, ...],  # of the subscriptions that it matched
         n: int = 0,  # its row in the file; 0: it has none
-        id: int = 0,  # its packet identifier, once it was sent
-        received: bool = False,  # PUBREC has come; what is left to send is PUBREL
+        packet_id: int = 0,  # once it was sent
+        pubrec_received: bool = False,  # what is left to send is PUBREL
     ) -> None:
-        self.message, self.qos, self.retain, self.identifiers = message, qos, retain, identifiers
-        self.n, self.id, self.received = n, id, received
+        self.message, self.qos, self.retain = message, qos, retain
+        self.subscription_ids = subscription_ids
+        self.n, self.packet_id, self.pubrec_received = n, packet_id, pubrec_received
 
 
 class Will:
-    """What is said of a client that goes without goodbye."""
+    """What is published of a client that goes without DISCONNECT."""
 
     def __init__(
         self,
         message: ApplicationMessage,
         delay: int,  # seconds
-        life: int | None,  # seconds from its publication
+        expiry: int | None,  # seconds from its publication
         due: float | None = None,  # wall clock; None while it is connected
     ) -> None:
-        self.message, self.delay, self.life, self.due = message, delay, life, due
+        self.message, self.delay, self.expiry, self.due = message, delay, expiry, due
 
 
 class SubscriptionNode(dict[str, "SubscriptionNode"]):
     """A level of the filters that have wildcards: the levels below it, and who ends here."""
 
-    __slots__ = ("takers",)
+    __slots__ = ("subscribers",)
 
     def __init__(self) -> None:
-        self.takers: dict[Session, Subscription] = {}
+        self.subscribers: dict[Session, Subscription] = {}
 
 
 class SubscriptionTree:
@@ -4461,265 +4468,271 @@ class SubscriptionTree:
     def __init__(self) -> None:
         self._plain: dict[str, dict[Session, Subscription]] = {}
         self._root = SubscriptionNode()
-        self.branches = 0
+        self.size = 0  # nodes below the root
 
     def add(self, session: Session, subscription: Subscription) -> None:
         filter = subscription.filter
         if "+" not in filter and "#" not in filter:
             self._plain.setdefault(filter, {})[session] = subscription
             return
-        branch = self._root
+        node = self._root
         for level in filter.split("/"):
-            if level not in branch:
-                branch[level] = SubscriptionNode()
-                self.branches += 1
-            branch = branch[level]
-        branch.takers[session] = subscription
+            if level not in node:
+                node[level] = SubscriptionNode()
+                self.size += 1
+            node = node[level]
+        node.subscribers[session] = subscription
 
     def remove(self, session: Session, filter: str) -> None:
         if "+" not in filter and "#" not in filter:
-            takers = self._plain[filter]
-            del takers[session]
-            if not takers:
+            subscribers = self._plain[filter]
+            del subscribers[session]
+            if not subscribers:
                 del self._plain[filter]
             return
-        way = [self._root]
+        path = [self._root]
         levels = filter.split("/")
         for level in levels:
-            way.append(way[-1][level])
-        del way[-1].takers[session]
+            path.append(path[-1][level])
+        del path[-1].subscribers[session]
         for level in reversed(levels):
-            if way[-1] or way[-1].takers:
+            if path[-1] or path[-1].subscribers:
                 break
-            way.pop()
-            del way[-1][level]
-            self.branches -= 1
+            path.pop()
+            del path[-1][level]
+            self.size -= 1
 
     def matching(self, topic: str) -> Iterator[tuple[Session, Subscription]]:
         """Each subscription that means this topic (MQTT 5, 4.7)."""
         yield from self._plain.get(topic, {}).items()
-        branches = [self._root]
+        nodes = [self._root]
         hidden = topic.startswith("$")
         for level in topic.split("/"):
             below = []
-            for branch in branches:
-                if level in branch:
-                    below.append(branch[level])
+            for node in nodes:
+                if level in node:
+                    below.append(node[level])
                 if not hidden:
-                    if "+" in branch:
-                        below.append(branch["+"])
-                    if "#" in branch:
-                        yield from branch["#"].takers.items()
-            branches, hidden = below, False
-            if not branches:
+                    if "+" in node:
+                        below.append(node["+"])
+                    if "#" in node:
+                        yield from node["#"].subscribers.items()
+            nodes, hidden = below, False
+            if not nodes:
                 return
-        for branch in branches:
-            yield from branch.takers.items()
-            if "#" in branch:
-                yield from branch["#"].takers.items()
+        for node in nodes:
+            yield from node.subscribers.items()
+            if "#" in node:
+                yield from node["#"].subscribers.items()
 
 
 class Session:
-    """What is kept for a client, whether it is connected or not."""
+    """What is kept for a client, whether it is connected or not (MQTT 5, 4.1)."""
 
     def __init__(self, client_id: str, expiry: int, bounds: tuple[int, int]) -> None:
         self.client_id, self.expiry = client_id, expiry
         self.n = 0  # its row in the file; 0: it has none
-        self.guest: ClientConnection | None = None
+        self.connection: ClientConnection | None = None
         self.ends: float | None = None  # wall clock; None while it is connected, or for ever
+        self.will: Will | None = None
         self.subscriptions: dict[str, Subscription] = {}
         self.queue: deque[QueuedMessage] = deque()  # not sent yet
-        self.again: deque[QueuedMessage] = deque()  # sent over an earlier connection
-        self.inflight: dict[int, QueuedMessage] = {}  # by packet identifier; those in `again` too
-        self.incoming: set[int] = set()  # packet identifiers of QoS 2, until PUBREL
+        self.redelivery: deque[QueuedMessage] = deque()  # sent over an earlier connection
+        self.inflight: dict[int, QueuedMessage] = {}  # by packet id; those in redelivery too
+        self.unreleased: set[int] = set()  # packet ids of QoS 2 from the client, until PUBREL
         self.size = 0  # bytes in queue and inflight
+        self.blocked: set[ClientConnection] = set()  # they send to it, and wait until it has read
         self._bounds = bounds
-        self._last_id = 0
-        self._crowded_since: float | None = None
-        self.waiting: set[ClientConnection] = (
-            set()
-        )  # clients who send to it, and wait until it has read
+        self._last_packet_id = 0
+        self._congested_since: float | None = None
 
-    def room_for(self, message: ApplicationMessage) -> bool:
+    def has_room_for(self, message: ApplicationMessage) -> bool:
         messages, size = self._bounds
         waiting = len(self.queue) + len(self.inflight)
         return waiting < messages and (not waiting or self.size + message.size <= size)
 
-    def new_id(self) -> int:
+    def next_packet_id(self) -> int:
         while True:
-            self._last_id = self._last_id % 0xFFFF + 1
-            if self._last_id not in self.inflight:
-                return self._last_id
+            self._last_packet_id = self._last_packet_id % 0xFFFF + 1
+            if self._last_packet_id not in self.inflight:
+                return self._last_packet_id
 
-    def crowded(self, now: float) -> bool:
+    def congested(self, now: float) -> bool:
         """Is more waiting for it than is good, and has it not been so for long?"""
         messages, size = BACKPRESSURE_LIMITS
-        out = self.guest.out_size if self.guest else 0
-        load = max(len(self.queue) / messages, self.size / size, out / (MAX_OUT / 2))
+        output = self.connection.stream.output_size if self.connection else 0
+        load = max(len(self.queue) / messages, self.size / size, output / (MAX_OUT / 2))
         if load > 1:
-            if self._crowded_since is None:
-                self._crowded_since = now
+            if self._congested_since is None:
+                self._congested_since = now
         elif load < 0.5:
-            self._crowded_since = None
-        since = self._crowded_since
-        return self.guest is not None and since is not None and now - since < BACKPRESSURE_TIMEOUT
+            self._congested_since = None
+        since = self._congested_since
+        connected = self.connection is not None
+        return connected and since is not None and now - since < BACKPRESSURE_TIMEOUT
 
 
 class SessionStore:
-    """The broker's file: sessions and what they wait for, retained messages, wills.
+    """The broker's file: sessions and what they wait for, retained messages.
 
     What has no row, because it need not outlive the process, is passed over.
     """
 
     def __init__(self, file: Path, log: Log) -> None:
         risk = "a restart loses sessions and retained messages"
-        self.store = Database(file, BROKER_TABLES, log, risk)
-        self._rows = itertools.count(1)
+        self.database = Database(file, BROKER_TABLES, log, risk)
+        self._numbers = itertools.count(1)
+        self._unsaved: set[Session] = set()
 
-    def session(self, session: Session) -> None:
-        if not session.n:
-            session.n = next(self._rows)
-        self.store.write(
-            "REPLACE INTO sessions VALUES (?, ?, ?, ?)",
-            (session.n, session.client_id, session.expiry, session.ends),
-        )
-
-    def end(self, session: Session) -> None:
-        for table in ("parcels", "subscriptions", "incoming") if session.n else ():
-            self.store.write(f"DELETE FROM {table} WHERE session = ?", (session.n,))
-        self.store.write("DELETE FROM sessions WHERE n = ?", (session.n,))
-
-    def subscribed(self, session: Session, said: Subscription) -> None:
+    def save(self, session: Session) -> None:
+        """It has changed: with the next commit() it lasts, if it is to."""
+        if not session.n and (session.expiry or session.will):
+            session.n = next(self._numbers)
         if session.n:
-            self.store.write(
-                "REPLACE INTO subscriptions VALUES (?, ?, ?, ?)",
-                (session.n, said.filter, said.options, said.identifier),
-            )
+            self._unsaved.add(session)
 
-    def unsubscribed(self, session: Session, filter: str) -> None:
+    def commit(self) -> None:
+        """Make what was written last, and each session that has changed."""
+        for session in self._unsaved:
+            state = json.dumps(self._state_of(session), separators=(",", ":"))
+            self.database.write(
+                "REPLACE INTO session_states VALUES (?, ?, ?)",
+                (session.n, session.client_id, state),
+            )
+        self._unsaved.clear()
+        self.database.commit()
+
+    def _state_of(self, session: Session) -> dict[str, Any]:
+        will = session.will
+        return {
+            "expiry": session.expiry,
+            "ends": session.ends,
+            "subscriptions": [
+                (one.filter, one.options, one.identifier) for one in session.subscriptions.values()
+            ],
+            "unreleased": [*session.unreleased],
+            "will": will and (self._row_of(will.message), will.delay, will.expiry, will.due),
+        }
+
+    def delete(self, session: Session) -> None:
         if session.n:
-            self.store.write(
-                "DELETE FROM subscriptions WHERE session = ? AND filter = ?", (session.n, filter)
-            )
+            self._unsaved.discard(session)
+            self.database.write("DELETE FROM queued_messages WHERE session = ?", (session.n,))
+            self.database.write("DELETE FROM session_states WHERE n = ?", (session.n,))
 
-    def _message(self, message: ApplicationMessage) -> int:
-        """Its row; it is written once, whoever needs it."""
+    def _row_of(self, message: ApplicationMessage) -> int:
+        """The row of a message; it is written once, whoever needs it."""
         if not message.n:
-            message.n = next(self._rows)
-            self.store.write(
+            message.n = next(self._numbers)
+            self.database.write(
                 "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    message.n,
-                    message.topic,
-                    message.payload,
-                    message.qos,
-                    message.retain,
-                    message.properties,
-                    message.publisher,
-                    message.expires,
+                    *(message.n, message.topic, message.payload, message.qos, message.retain),
+                    *(message.properties, message.publisher, message.expires),
                 ),
             )
         return message.n
 
-    def forget(self, message: ApplicationMessage) -> None:
+    def delete_message(self, message: ApplicationMessage) -> None:
         if message.n:
-            self.store.write("DELETE FROM messages WHERE n = ?", (message.n,))
+            self.database.write("DELETE FROM messages WHERE n = ?", (message.n,))
             message.n = 0
 
-    def queued(self, session: Session, parcel: QueuedMessage) -> None:
-        if session.n:
-            parcel.n = next(self._rows)
-            identifiers = ",".join(map(str, parcel.identifiers))
-            self.store.write(
-                "INSERT INTO parcels VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    session.n,
-                    parcel.n,
-                    self._message(parcel.message),
-                    parcel.qos,
-                    parcel.retain,
-                    identifiers,
-                    parcel.id,
-                    parcel.received,
-                ),
-            )
+    def enqueue(self, session: Session, queued: QueuedMessage) -> None:
+        if session.expiry:
+            queued.n = next(self._numbers)
+            self._insert(session.n, queued)
 
-    def moved(self, session: Session, parcel: QueuedMessage) -> None:
+    def _insert(self, session: int, queued: QueuedMessage) -> None:
+        self.database.write(
+            "INSERT INTO queued_messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(session, queued.n, self._row_of(queued.message), queued.qos, queued.retain),
+                ",".join(map(str, queued.subscription_ids)),
+                *(queued.packet_id, queued.pubrec_received),
+            ),
+        )
+
+    def update(self, session: Session, queued: QueuedMessage) -> None:
         """It was sent, or PUBREC has come."""
-        if parcel.n:
-            self.store.write(
-                "UPDATE parcels SET id = ?, received = ? WHERE session = ? AND n = ?",
-                (parcel.id, parcel.received, session.n, parcel.n),
+        if queued.n:
+            self.database.write(
+                "UPDATE queued_messages SET packet_id = ?, pubrec_received = ?"
+                " WHERE session = ? AND n = ?",
+                (queued.packet_id, queued.pubrec_received, session.n, queued.n),
             )
 
-    def done(self, session: Session, parcel: QueuedMessage) -> None:
-        if parcel.n:
-            self.store.write(
-                "DELETE FROM parcels WHERE session = ? AND n = ?", (session.n, parcel.n)
+    def dequeue(self, session: Session, queued: QueuedMessage) -> None:
+        if queued.n:
+            self.database.write(
+                "DELETE FROM queued_messages WHERE session = ? AND n = ?", (session.n, queued.n)
             )
 
-    def incoming(self, session: Session, id: int) -> None:
-        if session.n:
-            self.store.write("INSERT OR IGNORE INTO incoming VALUES (?, ?)", (session.n, id))
+    def retain(self, message: ApplicationMessage) -> None:
+        self._insert(0, QueuedMessage(message, 0, True, (), self._row_of(message)))
 
-    def released(self, session: Session, id: int) -> None:
-        if session.n:
-            self.store.write("DELETE FROM incoming WHERE session = ? AND id = ?", (session.n, id))
+    def unretain(self, message: ApplicationMessage) -> None:
+        self.database.write("DELETE FROM queued_messages WHERE session = 0 AND n = ?", (message.n,))
 
-    def retained(self, topic: str, message: ApplicationMessage | None) -> None:
-        if message:
-            self.store.write("REPLACE INTO retained VALUES (?, ?)", (topic, self._message(message)))
-        else:
-            self.store.write("DELETE FROM retained WHERE topic = ?", (topic,))
+    def recreate(self, error: Exception) -> None:
+        """What can be read makes no sense: begin with an empty file."""
+        self._unsaved.clear()
+        self.database.recreate(error)
 
-    def will(self, client_id: str, will: Will | None) -> None:
-        if will:
-            self.store.write(
-                "REPLACE INTO wills VALUES (?, ?, ?, ?, ?)",
-                (client_id, self._message(will.message), will.delay, will.life, will.due),
-            )
-        else:
-            self.store.write("DELETE FROM wills WHERE client = ?", (client_id,))
-
-    def messages(self) -> dict[int, ApplicationMessage]:
-        """All messages by row.  Call it first when loading."""
-        used = self.store.read(
-            "SELECT max(n) FROM (SELECT max(n) AS n FROM sessions UNION ALL"
-            " SELECT max(n) FROM messages UNION ALL SELECT max(n) FROM parcels)"
-        )
-        self._rows = itertools.count((used[0][0] or 0) + 1)
-        rows = self.store.read(
-            "SELECT topic, payload, qos, retain, properties, publisher, expires, n FROM messages"
-        )
-        return {
-            n: ApplicationMessage(
-                topic, payload, qos, bool(retain), properties, publisher, expires, n
-            )
-            for topic, payload, qos, retain, properties, publisher, expires, n in rows
+    def load(
+        self, bounds: tuple[int, int]
+    ) -> tuple[list[ApplicationMessage], list[Session], list[ApplicationMessage]]:
+        """All messages, all sessions with what they wait for, and what is retained."""
+        read = self.database.read
+        if read("SELECT 1 FROM sqlite_master WHERE name = 'parcels'"):
+            for statement in TAKE_OVER:
+                self.database.write(statement)
+        columns = "topic, payload, qos, retain, properties, publisher, expires, n"
+        messages = {
+            row[-1]: ApplicationMessage(*row) for row in read(f"SELECT {columns} FROM messages")
         }
-
-    def fill(self, session: Session, messages: Mapping[int, ApplicationMessage]) -> None:
-        """Give a session what its rows say."""
-        for said in self.store.read(
-            "SELECT filter, options, identifier FROM subscriptions WHERE session = ?", (session.n,)
+        sessions = {
+            n: self._session(Session(client_id, 0, bounds), n, json.loads(state), messages)
+            for n, client_id, state in read("SELECT n, client, state FROM session_states")
+        }
+        retained, largest = [], max([0, *messages, *sessions])
+        for number, n, message, qos, retain, ids, packet_id, pubrec in read(
+            "SELECT * FROM queued_messages ORDER BY n"
         ):
-            session.subscriptions[said[0]] = Subscription(*said)
-        for (id,) in self.store.read("SELECT id FROM incoming WHERE session = ?", (session.n,)):
-            session.incoming.add(id)
-        for message, qos, retain, identifiers, n, id, received in self.store.read(
-            "SELECT message, qos, retain, identifiers, n, id, received FROM parcels"
-            " WHERE session = ? ORDER BY n",
-            (session.n,),
-        ):
-            if message in messages:
-                named = tuple(int(one) for one in identifiers.split(",") if one)
-                parcel = QueuedMessage(
-                    messages[message], qos, bool(retain), named, n, id, bool(received)
+            largest = max(largest, n)
+            if message not in messages:
+                continue
+            said = (
+                messages[message],
+                qos,
+                bool(retain),
+                tuple(map(int, ids.split(",") if ids else ())),
+            )
+            if number == 0:
+                retained.append(messages[message])
+            elif number in sessions and packet_id:
+                sessions[number].inflight[packet_id] = QueuedMessage(
+                    *said, n, packet_id, bool(pubrec)
                 )
-                if id:
-                    session.inflight[id] = parcel
-                else:
-                    session.queue.append(parcel)
+            elif number in sessions:
+                sessions[number].queue.append(QueuedMessage(*said, n))
+        self._numbers = itertools.count(largest + 1)
+        return [*messages.values()], [*sessions.values()], retained
+
+    @staticmethod
+    def _session(
+        session: Session,
+        n: int,
+        state: Mapping[str, Any],
+        messages: Mapping[int, ApplicationMessage],
+    ) -> Session:
+        """Give a session what its row says."""
+        session.n, session.expiry, session.ends = n, state["expiry"], state["ends"]
+        session.subscriptions = {said[0]: Subscription(*said) for said in state["subscriptions"]}
+        session.unreleased = {*state["unreleased"]}
+        if state["will"] and state["will"][0] in messages:
+            session.will = Will(messages[state["will"][0]], *state["will"][1:])
+        return session
 
 
 class ClientConnection:
@@ -4728,280 +4741,208 @@ class ClientConnection:
     def __init__(self, broker: Broker, sock: socket.socket, trusted: bool) -> None:
         self.session: Session | None = None
         self.version = 0  # not known yet: it would not understand an answer
-        self.window, self.max_packet = SEND_QUOTA, SESSION_NEVER_EXPIRES
-        self.under_way = 0  # messages sent on this connection and not acknowledged
-        self.out_size = 0  # bytes that wait for the socket
-        self.closed = False
-        self.waits_for: Session | None = None
-        self.will: Will | None = None
-        self._broker, self._loop, self._sock = broker, broker.loop, sock
+        self.send_quota, self.max_packet = SEND_QUOTA, NO_PACKET_LIMIT
+        self.unacknowledged = 0  # messages sent on this connection
+        self.blocked_on: Session | None = None
+        self._broker, self._loop = broker, broker.loop
         self._trusted = trusted  # needs no password
         self._keepalive = 0
         self._aliases: dict[int, str] = {}
-        self._in, self._out = bytearray(), deque[bytes | bytearray | memoryview]()
         self._retained: deque[Iterator[tuple[ApplicationMessage, Subscription] | None]] = deque()
-        self._due = self._loop.clock() + CONNECT_DEADLINE  # when it must have been heard
-        self._wrote = self._loop.clock()  # when the socket last took something
-        self._half: float | None = None  # since when a packet is half here
-        self._farewell: float | None = None  # it has been told to go, and has until then
-        self._watched = 0
-        self._full = False  # the socket takes no more for now
+        self._held_at = 0.0  # when it was last not listened to
         self._timer: Timer | None = None
-        sock.setblocking(False)
-        self._watch()
+        self.stream = Stream(
+            *(self._loop, sock, self._on_ready, self._on_close),
+            max_input=2 * MAX_PACKET,
+            max_output=2 * MAX_OUT,
+            flush_soon=partial(broker.commit_soon, self),
+            total=broker.buffered,
+        )
 
     # Bytes in.
 
-    def _watch(self) -> None:
-        """Read unless it shall wait; write if there is something to write."""
-        if self.closed:
-            return
-        events = selectors.EVENT_WRITE if self._full else 0
-        if self._farewell is not None or not (self._held() or self._timer):
-            events |= selectors.EVENT_READ
-        if events == self._watched:
-            return
-        self._watched = events
-        if events:
-            self._loop.watch(self._sock, events, self._ready)
-        else:
-            self._loop.forget(self._sock)
-
-    def _held(self) -> bool:
-        """Shall it not be heard for now: others must read first, or it must itself?"""
-        waiting_to_read = self.out_size > MAX_OUT / 2 or self._telling()
-        return self.closed or waiting_to_read or self.waits_for is not None
-
-    def _telling(self) -> bool:
-        """Are retained messages on their way to it, and not held up by its own acknowledgements?"""
-        return bool(self._retained) and not (self.session and self.session.queue)
-
-    def _ready(self, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
-            self.flush()
-        if events & selectors.EVENT_READ and not self.closed:
-            self._read()
-
-    def _read(self) -> None:
-        try:
-            data = self._sock.recv(READ_CHUNK)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-        elif self._farewell is None:
-            self._in += data
-            self._broker.buffered += len(data)
+    def _on_ready(self) -> None:
+        if not self._timer:
             self._work()
 
     def _work(self) -> None:
         """Handle what has come in, for a slice of this turn."""
         self._timer = None
-        if self.closed or self._farewell is not None:
-            return
-        began, at = self._loop.clock(), 0
-        until = began + SLICE
+        until = self._loop.clock() + SLICE
         try:
-            self._tell(until)
-            while self._farewell is None and not self._held():
+            self._send_retained(until)
+            while self.stream.is_open and not self._is_held():
                 if self._loop.clock() >= until:
-                    self.resume()
+                    self.work_soon()
                     break
-                found = self._next(at)
-                if not found:
+                packet = self._next_packet()
+                if not packet:
                     break
-                first, body = self._in[at], bytes(memoryview(self._in)[found[0] : found[1]])
-                at = found[1]
-                self._handle(first, body)
+                self._handle(*packet)
+            if self.stream.input and self._broker.buffered.size > MAX_BUFFERED:
+                self.disconnect(ReasonCode.QUOTA_EXCEEDED)
         except MalformedPacket as error:
-            self._broker.complain("packet refused", self, str(error))
-            self.fail(error.reason)
-        finally:  # whatever happened, no packet is handled twice
-            self._heard(at, began)
+            self._broker.log_limited("packet refused", self, str(error))
+            self.disconnect(error.reason)
+        finally:
+            self._pause_or_resume()
 
-    def _next(self, at: int) -> tuple[int, int] | None:
-        """Where the next packet is, if all of it is there."""
-        if not self.session and at < len(self._in) and self._in[at] != PacketType.CONNECT << 4:
-            raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, "the first packet is not CONNECT")
-        return packet_bounds(self._in, at, MAX_PACKET)
+    def _next_packet(self) -> tuple[int, bytes] | None:
+        """The first byte and the body of the next packet, if all of it is there."""
+        data = self.stream.input
+        if not self.session and data and data[0] != PacketType.CONNECT << 4:
+            raise ProtocolError("the first packet is not CONNECT")
+        bounds = packet_bounds(data, 0, MAX_PACKET)
+        if not bounds:
+            return None
+        begin, end = bounds
+        first, body = data[0], bytes(memoryview(data)[begin:end])
+        self.stream.consume(end)  # whatever becomes of it, it is not handled twice
+        return first, body
 
-    def _heard(self, at: int, now: float) -> None:
-        """So many bytes of what came in are done with."""
-        if self.closed or self._farewell is not None:
-            return
-        if at:
-            del self._in[:at]
-            self._broker.buffered -= at
-            if self.session:
-                self._due = now + self._keepalive * 1.5 if self._keepalive else float("inf")
-        if not self._in:
-            self._half = None
-        elif at or self._half is None:
-            self._half = now
-        if self._in and self._broker.buffered > MAX_BUFFERED:
-            self.fail(ReasonCode.QUOTA_EXCEEDED)
-        self._watch()
+    def _is_held(self) -> bool:
+        """Shall it not be heard for now: others must read first, or it must itself?"""
+        must_read = self.stream.output_size > MAX_OUT / 2 or (
+            # Retained messages are on their way, and do not wait for its own acknowledgements.
+            bool(self._retained) and not (self.session and self.session.queue)
+        )
+        return must_read or self.blocked_on is not None
 
-    def resume(self) -> None:
+    def _pause_or_resume(self) -> None:
+        if self._is_held() or self._timer:
+            self.stream.pause()
+        else:
+            self.stream.resume()
+
+    def work_soon(self) -> None:
         """Go on with what has come in already, in the next turn; read no more before that."""
-        if not self._timer and not self.closed:
+        if not self._timer and self.stream.is_open:
             self._timer = self._loop.after(0, self._work)
-            self._watch()
+            self.stream.pause()
 
-    def check(self, now: float) -> None:
-        """Has a deadline passed?"""
-        if self._farewell is not None:
-            if now >= self._farewell:
-                self.close()
-        elif self._out and now - self._wrote > STALLED:
-            self._broker.complain("client ended", self, "it does not read")
-            self.close()
-        elif self._held():  # it is we who do not listen
-            self._due, self._half = max(self._due, now + CONNECT_DEADLINE), None
+    def check_deadlines(self, now: float) -> None:
+        """Has it kept silent, or left something unread, for too long?"""
+        stream = self.stream
+        limit = self._keepalive * 1.5 or float("inf") if self.session else CONNECT_DEADLINE
+        if stream.input:
+            limit = min(limit, STALLED)
+        if not stream.is_open:
+            return
+        if stream.output_size and now - stream.written_at > STALLED:
+            self._broker.log_limited("client ended", self, "it does not read")
+            stream.close()
+        elif self._is_held():  # it is we who do not listen
+            self._held_at = now
             if self._retained:
-                self.resume()
-        elif now >= self._due or (self._half is not None and now - self._half > STALLED):
-            self.fail(ReasonCode.KEEP_ALIVE_TIMEOUT)
+                self.work_soon()
+        elif now - max(stream.read_at, self._held_at) >= limit:
+            self.disconnect(ReasonCode.KEEP_ALIVE_TIMEOUT)
+
+    def block_on(self, session: Session | None) -> None:
+        """Hear no more of this client until a session that it sends to has read."""
+        if self.blocked_on:
+            self.blocked_on.blocked.discard(self)
+        self.blocked_on = session
+        if session:
+            session.blocked.add(self)
+        else:
+            self.work_soon()
 
     # Bytes out.
 
-    def send(self, head: bytes, payload: bytes = b"") -> None:
-        """To be written when this turn is on disk."""
-        if self.closed or self._farewell is not None:
-            return
-        size = len(head) + len(payload)
-        if not self._out:
-            self._wrote = self._loop.clock()
-        if size >= SMALL:
-            self._out += filter(None, (head, payload))  # many may share this payload
-        elif self._out and isinstance(self._out[-1], bytearray):
-            self._out[-1] += head + payload
-        else:
-            self._out.append(bytearray(head + payload))
-        self.out_size += size
-        self._broker.buffered += size
-        self._broker.settle_soon(self)
-
     def flush(self) -> None:
-        """Write what the socket takes."""
-        self._full = False
-        try:
-            while self._out:
-                self._written(self._sock.sendmsg(itertools.islice(self._out, 64)))
-        except (BlockingIOError, InterruptedError):
-            self._full = True
-        except OSError:
-            return self.close()
-        if self._farewell is not None and not self._out:
-            # It may still be sending: to close now would be a reset, and the reason lost with it.
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_WR)
-        elif self.session and self.out_size < MAX_OUT / 4:
-            self._broker.pump(self.session)
-            if self._retained or self._in:
-                self.resume()
-        self._watch()
-
-    def _written(self, size: int) -> None:
-        self._wrote = self._loop.clock()
-        self.out_size -= size
-        self._broker.buffered -= size
-        while size:
-            chunk = self._out[0]
-            if len(chunk) > size:
-                self._out[0] = memoryview(chunk)[size:]
-                return
-            size -= len(chunk)
-            self._out.popleft()
+        """Write what is on disk by now, and go on where there is room again."""
+        self.stream.flush()
+        if self.session and self.stream.output_size < MAX_OUT / 4:
+            self._broker.send_queued(self.session)
+            if self._retained or self.stream.input:
+                self.work_soon()
+        self._pause_or_resume()
 
     @property
-    def roomy(self) -> bool:
+    def has_room(self) -> bool:
         """May more be sent to it now?"""
-        return self.out_size < MAX_OUT / 4 and self._broker.buffered < MAX_BUFFERED
+        room = self.stream.output_size < MAX_OUT / 4 and self._broker.buffered.size < MAX_BUFFERED
+        return room and self.stream.is_open
 
-    def publish(self, parcel: QueuedMessage, again: bool = False) -> bool:
+    def publish(self, queued: QueuedMessage, dup: bool = False) -> bool:
         """Send a message; False if it is larger than this client takes."""
-        message, properties = parcel.message, None
+        message, properties = queued.message, None
         if self.version == 5:
             properties = message.properties
             if message.expires is not None:
                 left = max(1, round(message.expires - self._broker.clock()))
                 properties += encode_properties({"message_expiry": left})
-            if parcel.identifiers:
-                properties += encode_properties({"subscription_id": parcel.identifiers})
-        flags = parcel.qos << 1 | parcel.retain | (8 if again else 0)
+            if queued.subscription_ids:
+                properties += encode_properties({"subscription_id": queued.subscription_ids})
+        flags = queued.qos << 1 | queued.retain | (8 if dup else 0)
         size = len(message.payload)
-        head = publish_head(message.topic.encode(), flags, parcel.id, properties, size)
+        head = publish_head(message.topic.encode(), flags, queued.packet_id, properties, size)
         if len(head) + size > self.max_packet:
             return False
-        self.send(head, message.payload)
+        self.stream.write(head, message.payload)
         return True
+
+    def _send_retained(self, until: float) -> None:
+        """Send retained messages that it has subscribed to, as long as there is room and time."""
+        while self._retained and self.session and self.has_room and not self.session.queue:
+            if self._loop.clock() >= until:
+                return self.work_soon()
+            try:
+                found = next(self._retained[0])
+            except StopIteration:
+                self._retained.popleft()
+            else:
+                if found:
+                    self._broker.send_retained(self.session, *found)
 
     # Its end.
 
-    def fail(self, reason: ReasonCode) -> None:
+    def disconnect(self, reason: ReasonCode) -> None:
         """Tell it why (MQTT 5 can), and hang up; its will is published."""
-        if self.closed or self._farewell is not None:
-            return
-        if not self.session:
-            # MQTT 3.1.1, 3.1.4: no CONNACK where CONNECT is malformed.
-            return self.refuse(
-                reason if self.version == 5 or reason in CONNECT_RETURN_CODES else None
-            )
-        self.goodbye(reason)
-        self.leave(with_will=True)
-        self._say_farewell()
+        if self.session:
+            self.send_disconnect(reason)
+            self._end_session(with_will=True)
+        elif self.version == 5 or reason in CONNECT_RETURN_CODES:
+            return self._refuse_connect(reason)
+        self._hang_up()  # MQTT 3.1.1, 3.1.4: no CONNACK where CONNECT is malformed
 
-    def goodbye(self, reason: ReasonCode) -> None:
+    def send_disconnect(self, reason: ReasonCode) -> None:
         if self.version == 5:
-            self.send(encode_packet(PacketType.DISCONNECT, encode_byte(reason) + b"\0"))
+            body = encode_byte(reason) + b"\0"
+            self.stream.write(encode_packet(PacketType.DISCONNECT, body))
 
-    def refuse(self, reason: ReasonCode | None) -> None:
+    def _refuse_connect(self, reason: ReasonCode) -> None:
         """Answer CONNECT with no, where it can be understood."""
-        if self.version and reason:
-            self.send(encode_connack(False, reason, {}, self.version))
-        self._say_farewell()
+        if self.version:
+            self.stream.write(encode_connack(False, reason, {}, self.version))
+        self._hang_up()
 
-    def _say_farewell(self) -> None:
-        self._farewell = self._loop.clock() + DISCONNECT_LINGER
-        self._broker.settle_soon(self)
+    def _hang_up(self) -> None:
+        self.stream.end(DISCONNECT_LINGER)
         self._retained.clear()
-        self._forget_input()
-        self._watch()
+        self.block_on(None)
 
-    def _forget_input(self) -> None:
-        self._broker.buffered -= len(self._in)
-        self._in = bytearray()
-        self.wait_for(None)
-
-    def close(self) -> None:
-        """The connection is gone."""
-        if self.closed:
-            return
-        self.leave(with_will=True)
-        self._forget_input()
-        self.closed = True
-        self._broker.buffered -= self.out_size
-        self.out_size = 0
-        self._out.clear()
-        self._loop.forget(self._sock)
-        self._sock.close()
-        self._broker.guests.discard(self)
-
-    def leave(self, with_will: bool) -> None:
+    def _end_session(self, with_will: bool) -> None:
         """Its session is on its own from now on."""
         session, self.session = self.session, None
         if session:
-            self._broker.detach(session, self.will if with_will else None)
+            self._broker.close_session(session, with_will)
+
+    def _on_close(self) -> None:
+        self._end_session(with_will=True)
+        self.block_on(None)
+        self._retained.clear()
+        if self._timer:
+            self._timer.cancel()
+        self._broker.connections.discard(self)
 
     # Packets in.
 
     def _handle(self, first: int, body: bytes) -> None:
         session, kind = self.session, PACKET_TYPES.get(first >> 4)
         if not kind or (kind is not PacketType.PUBLISH and FIXED_FLAGS[kind] != first & 15):
-            raise MalformedPacket(ReasonCode.MALFORMED_PACKET, "flags that no packet has")
+            raise MalformedPacket("flags that no packet has")
         if not session:
             self._on_connect(body)
         elif kind is PacketType.PUBLISH:
@@ -5014,41 +4955,35 @@ class ClientConnection:
             self._on_unsubscribe(*parse_unsubscribe(body, self.version), session)
         elif kind is PacketType.PINGREQ:
             Reader(body).end()
-            self.send(encode_packet(PacketType.PINGRESP))
+            self.stream.write(encode_packet(PacketType.PINGRESP))
         elif kind is PacketType.DISCONNECT:
             self._on_disconnect(*parse_disconnect(body, self.version), session)
         else:
-            raise MalformedPacket(ReasonCode.PROTOCOL_ERROR, f"{kind.name} is out of place")
+            raise ProtocolError(f"{kind.name} is out of place")
 
     def _on_connect(self, body: bytes) -> None:
         version = Connect.version_of(body)
         self.version = 5 if version >= 5 else 4
         if version not in (4, 5):
             raise MalformedPacket(
-                ReasonCode.UNSUPPORTED_PROTOCOL_VERSION, f"MQTT version {version}"
+                f"MQTT version {version}", ReasonCode.UNSUPPORTED_PROTOCOL_VERSION
             )
-        said = Connect.parse(body)
-        objection = self._objection(said)
+        connect = Connect.parse(body)
+        objection = self._objection(connect)
         if objection:
-            self._broker.complain("client refused", self, objection.name.lower())
-            return self.refuse(objection)
-        given = not said.client_id
-        client_id = f"hive-{new_id()}" if given else said.client_id
-        self.window = min(SEND_QUOTA, said.properties.get("receive_maximum", SEND_QUOTA))
-        self.max_packet = said.properties.get("maximum_packet_size", SESSION_NEVER_EXPIRES)
-        self._keepalive = said.keepalive
-        answer: dict[str, Any] = {"assigned_client_id": client_id} if given else {}
+            self._broker.log_limited("client refused", self, objection.words)
+            return self._refuse_connect(objection)
+        client_id = connect.client_id or f"hive-{new_id()}"
+        self.send_quota = min(SEND_QUOTA, connect.properties.get("receive_maximum", SEND_QUOTA))
+        self.max_packet = connect.properties.get("maximum_packet_size", NO_PACKET_LIMIT)
+        self._keepalive = connect.keepalive
+        answer: dict[str, Any] = {} if connect.client_id else {"assigned_client_id": client_id}
         if self.version == 5:
             answer |= self._terms()
-        if said.will:
-            message = ApplicationMessage.of(said.will, client_id, self._broker.clock())
-            message.expires = None  # its life begins when it is published
-            named = said.will.properties
-            self.will = Will(message, named.get("will_delay", 0), named.get("message_expiry"))
-        session, present = self._broker.attach(self, client_id, said.clean, said.session_expiry)
-        self.session = session
-        self.send(encode_connack(present, ReasonCode.SUCCESS, answer, self.version))
-        self._broker.take_up(session)
+        self.session, present = self._broker.open_session(self, client_id, connect)
+        connack = encode_connack(present, ReasonCode.SUCCESS, answer, self.version)
+        self.stream.write(connack)
+        self._broker.resume_session(self.session)
 
     def _terms(self) -> dict[str, Any]:
         """What MQTT 5 tells a client of our bounds."""
@@ -5062,129 +4997,115 @@ class ClientConnection:
             self._keepalive = terms["server_keep_alive"] = MAX_KEEPALIVE
         return terms
 
-    def _objection(self, said: Connect) -> ReasonCode | None:
+    def _objection(self, connect: Connect) -> ReasonCode | None:
         """Why this client may not come in."""
-        if "authentication_method" in said.properties:
+        client_id, sessions = connect.client_id, self._broker.sessions
+        if "authentication_method" in connect.properties:
             return ReasonCode.BAD_AUTHENTICATION_METHOD
-        if not self._trusted and not self._broker.knows(said.username, said.password):
+        if not self._trusted and not self._broker.knows(connect.username, connect.password):
             return ReasonCode.BAD_USER_NAME_OR_PASSWORD
-        nameless = not said.client_id and not said.clean and self.version == 4
-        if nameless or len(said.client_id) > MAX_CLIENT_ID:
+        nameless = not client_id and not connect.clean and self.version == 4
+        if nameless or len(client_id) > MAX_CLIENT_ID:
             return ReasonCode.CLIENT_IDENTIFIER_NOT_VALID
-        if said.will and not properly_formatted(said.will):
+        if connect.will and not properly_formatted(connect.will):
             return ReasonCode.PAYLOAD_FORMAT_INVALID
-        if said.session_expiry and self._broker.is_full_for(said.client_id):
+        # Sessions that end with their connection may always be one more.
+        if connect.session_expiry and client_id not in sessions and len(sessions) >= MAX_SESSIONS:
             return ReasonCode.QUOTA_EXCEEDED
         return None
 
-    def _on_publish(self, said: Publish, session: Session) -> None:
-        if "topic_alias" in said.properties:
-            said = self._resolve(said, said.properties["topic_alias"])
-        if said.qos == 2:
-            if said.id in session.incoming:  # it is safe with us already
-                return self.send(encode_ack(PacketType.PUBREC, said.id, 0, self.version))
-            if self.version == 5 and len(session.incoming) >= BROKER_RECEIVE_MAXIMUM:
+    def _on_publish(self, publish: Publish, session: Session) -> None:
+        if "topic_alias" in publish.properties:
+            publish = self._resolve(publish, publish.properties["topic_alias"])
+        packet_id, qos = publish.packet_id, publish.qos
+        if qos == 2:
+            if packet_id in session.unreleased:  # it is safe with us already
+                return self._acknowledge(PacketType.PUBREC, packet_id, 0)
+            if self.version == 5 and len(session.unreleased) >= BROKER_RECEIVE_MAXIMUM:
                 raise MalformedPacket(
-                    ReasonCode.RECEIVE_MAXIMUM_EXCEEDED, "more at QoS 2 than receive maximum"
+                    "more at QoS 2 than receive maximum", ReasonCode.RECEIVE_MAXIMUM_EXCEEDED
                 )
         reason = ReasonCode.PAYLOAD_FORMAT_INVALID
-        if properly_formatted(said):
-            message = ApplicationMessage.of(said, session.client_id, self._broker.clock())
+        if properly_formatted(publish):
+            message = ApplicationMessage.of(publish, session.client_id, self._broker.clock())
             reason = self._broker.route(message, self)
-        if reason >= ReasonCode.UNSPECIFIED_ERROR:
-            self._broker.complain("message refused", self, reason.name.lower())
-            if self.version == 4 and said.qos:  # it cannot be told, and must not believe it is safe
-                return self.fail(reason)
-        if said.qos == 2 and reason < ReasonCode.UNSPECIFIED_ERROR:
-            session.incoming.add(said.id)
-            self._broker.ledger.incoming(session, said.id)
-        if said.qos:
-            kind = PacketType.PUBACK if said.qos == 1 else PacketType.PUBREC
-            self.send(encode_ack(kind, said.id, reason, self.version))
+        if is_failure(reason):
+            self._broker.log_limited("message refused", self, reason.words)
+            if self.version == 4 and qos:  # it cannot be told, and must not believe it is safe
+                return self.disconnect(reason)
+        elif qos == 2:
+            session.unreleased.add(packet_id)
+            self._broker.store.save(session)
+        if qos:
+            kind = PacketType.PUBACK if qos == 1 else PacketType.PUBREC
+            self._acknowledge(kind, packet_id, reason)
 
-    def _resolve(self, said: Publish, alias: int) -> Publish:
+    def _acknowledge(self, kind: PacketType, packet_id: int, reason: int) -> None:
+        self.stream.write(encode_ack(kind, packet_id, reason, self.version))
+
+    def _resolve(self, publish: Publish, alias: int) -> Publish:
         """Put the topic in the place of its alias (MQTT 5, 3.3.2.3.4)."""
         if not 0 < alias <= MAX_ALIASES:
-            raise MalformedPacket(ReasonCode.TOPIC_ALIAS_INVALID, f"topic alias {alias}")
-        if said.topic:
-            self._aliases[alias] = said.topic
+            raise MalformedPacket(f"topic alias {alias}", ReasonCode.TOPIC_ALIAS_INVALID)
+        if publish.topic:
+            self._aliases[alias] = publish.topic
         elif alias not in self._aliases:
-            raise MalformedPacket(
-                ReasonCode.PROTOCOL_ERROR, f"topic alias {alias} stands for nothing"
-            )
-        return said.replace(topic=self._aliases[alias])
+            raise ProtocolError(f"topic alias {alias} stands for nothing")
+        return publish.replace(topic=self._aliases[alias])
 
-    def _on_ack(self, kind: PacketType, id: int, reason: int, session: Session) -> None:
+    def _on_pubrel(self, packet_id: int, session: Session) -> None:
+        code = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
+        if packet_id in session.unreleased:
+            code = ReasonCode.SUCCESS
+            session.unreleased.discard(packet_id)
+            self._broker.store.save(session)
+        self._acknowledge(PacketType.PUBCOMP, packet_id, code)
+
+    def _on_ack(self, kind: PacketType, packet_id: int, reason: int, session: Session) -> None:
         if kind is PacketType.PUBREL:
-            known = id in session.incoming
-            if known:
-                session.incoming.discard(id)
-                self._broker.ledger.released(session, id)
-            code = ReasonCode.SUCCESS if known else ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
-            return self.send(encode_ack(PacketType.PUBCOMP, id, code, self.version))
-        parcel = session.inflight.get(id)
-        expected = parcel and (kind is PacketType.PUBACK) == (parcel.qos == 1)
-        if kind is PacketType.PUBREC and reason < ReasonCode.UNSPECIFIED_ERROR:
-            code = ReasonCode.SUCCESS if expected else ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
-            self.send(encode_ack(PacketType.PUBREL, id, code, self.version))
-            if expected and parcel and not parcel.received:
-                parcel.received = True
-                self._broker.ledger.moved(session, parcel)
-        elif expected and parcel:
-            self.under_way = max(0, self.under_way - 1)
-            self._broker.drop(session, parcel)
-            self._broker.pump(session)
+            return self._on_pubrel(packet_id, session)
+        queued = session.inflight.get(packet_id)
+        if queued and (kind is PacketType.PUBACK) != (queued.qos == 1):
+            queued = None
+        if kind is PacketType.PUBREC and not is_failure(reason):
+            code = ReasonCode.SUCCESS if queued else ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
+            self._acknowledge(PacketType.PUBREL, packet_id, code)
+            if queued and not queued.pubrec_received:
+                queued.pubrec_received = True
+                self._broker.store.update(session, queued)
+        elif queued:
+            self.unacknowledged = max(0, self.unacknowledged - 1)
+            self._broker.acknowledge(session, queued)
+            self._broker.send_queued(session)
             if self._retained:
-                self.resume()
+                self.work_soon()
 
-    def _on_subscribe(self, id: int, wanted: Sequence[Subscription], session: Session) -> None:
+    def _on_subscribe(
+        self, packet_id: int, wanted: Sequence[Subscription], session: Session
+    ) -> None:
         reasons = bytearray()
         for subscription in wanted:
             new = subscription.filter not in session.subscriptions
             reason = self._broker.subscribe(session, subscription)
             reasons.append(reason or subscription.qos)
             if not reason and (subscription.retain_handling, new) in RETAINED_WANTED:
-                self._retained.append(self._broker.retained_for(subscription))
-        self.send(encode_suback(PacketType.SUBACK, id, bytes(reasons), self.version))
+                self._retained.append(self._broker.matching_retained(subscription))
+        suback = encode_suback(PacketType.SUBACK, packet_id, bytes(reasons), self.version)
+        self.stream.write(suback)
         if self._retained:
-            self.resume()
+            self.work_soon()
 
-    def _on_unsubscribe(self, id: int, filters: Sequence[str], session: Session) -> None:
+    def _on_unsubscribe(self, packet_id: int, filters: Sequence[str], session: Session) -> None:
         reasons = bytes(self._broker.unsubscribe(session, filter) for filter in filters)
-        self.send(encode_suback(PacketType.UNSUBACK, id, reasons, self.version))
+        self.stream.write(encode_suback(PacketType.UNSUBACK, packet_id, reasons, self.version))
 
     def _on_disconnect(self, reason: int, properties: Mapping[str, Any], session: Session) -> None:
         expiry = properties.get("session_expiry", session.expiry)
         if expiry and not session.expiry:
-            raise MalformedPacket(
-                ReasonCode.PROTOCOL_ERROR, "a session expiry where there was none"
-            )
+            raise ProtocolError("a session expiry where there was none")
         session.expiry = expiry
-        self.leave(with_will=bool(reason))
-        self._say_farewell()
-
-    def _tell(self, until: float) -> None:
-        """Send retained messages that it has subscribed to, as long as there is room."""
-        while self._retained and self.session and self.roomy and not self.session.queue:
-            for found in self._retained[0]:
-                if found:
-                    self._broker.tell(self.session, *found)
-                if self.session.queue or not self.roomy or self._loop.clock() >= until:
-                    break
-            else:
-                self._retained.popleft()
-                continue
-            if self.roomy and not self.session.queue:
-                self.resume()
-            return
-
-    def wait_for(self, session: Session | None) -> None:
-        """Hear no more of this client until a session that it sends to has read."""
-        if self.waits_for:
-            self.waits_for.waiting.discard(self)
-        self.waits_for = session
-        if session:
-            session.waiting.add(self)
+        self._end_session(with_will=bool(reason))
+        self._hang_up()
 
 
 ACKED = (PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBREL, PacketType.PUBCOMP)
@@ -5253,29 +5174,32 @@ class Broker:
         self.loop, self.clock = loop, clock  # the wall clock: deadlines outlive the process
         self.file = broker_home(settings) / "broker.sqlite3"
         self.socket_path = broker_socket(settings)
-        self.guests: set[ClientConnection] = set()
-        self.sessions: dict[str, Session] = {}
-        self.retained: dict[str, ApplicationMessage] = {}
-        self.wills: dict[str, Will] = {}
-        self.filters = SubscriptionTree()
-        self.buffered = 0  # bytes half read or not yet written
+        self.connections: set[ClientConnection] = set()
+        self.buffered = ByteCount()  # half read or not yet written
         self._log, self._settings = log, settings
-        self._held = self._retained_size = 0  # bytes
-        self._complaints = RateLimit()
-        self._touched: set[ClientConnection] = set()
-        self._settling: Timer | None = None
+        self._begin()
+        self._rate_limit = RateLimit()
+        self._unflushed: set[ClientConnection] = set()
+        self._committing: Timer | None = None
         self._ticks = itertools.count(1)
         self._timer: Timer | None = None
-        self._again: Timer | None = None  # when the door opens again
-        self._max_guests = max_client_connections()
+        self._accepting: Timer | None = None  # when it does so again
+        self._max_connections = max_client_connections()
         with contextlib.ExitStack() as ending:
-            self._take(ending)
-            self.ledger = SessionStore(self.file, log)
-            ending.callback(self.ledger.store.close)
-            self._load_or_begin_anew()
+            self._lock(ending)
+            self.store = SessionStore(self.file, log)
+            ending.callback(self.store.database.close)
+            self._load_or_recreate()
             self._ending = ending.pop_all()
 
-    def _take(self, ending: contextlib.ExitStack) -> None:
+    def _begin(self) -> None:
+        """Know of no session and no message."""
+        self.sessions: dict[str, Session] = {}
+        self.retained: dict[str, ApplicationMessage] = {}
+        self.subscriptions = SubscriptionTree()
+        self._size = self._retained_size = 0  # bytes of messages
+
+    def _lock(self, ending: contextlib.ExitStack) -> None:
         """Make the two directories, and lock what is in them."""
         if len(os.fsencode(self.socket_path)) > MAX_SOCKET_PATH:
             raise BrokerError(f"{self.socket_path}: a socket's path has {MAX_SOCKET_PATH} bytes")
@@ -5328,77 +5252,79 @@ class Broker:
         try:
             for _ in range(32):
                 sock, _address = listener.accept()
-                if len(self.guests) >= self._max_guests:
-                    self.complain("client refused", None, f"{len(self.guests)} are connected")
+                if len(self.connections) >= self._max_connections:
+                    why = f"{len(self.connections)} are connected"
+                    self.log_limited("client refused", None, why)
                     sock.close()
                     continue
                 if sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self.guests.add(ClientConnection(self, sock, trusted))
+                self.connections.add(ClientConnection(self, sock, trusted))
         except BlockingIOError:
             pass
         except OSError as error:  # no file left: to try again at once would be a busy loop
-            self.complain("client refused", None, reason_of(error))
+            self.log_limited("client refused", None, reason_of(error))
             self.loop.forget(listener)
             accept = partial(self._accept, listener, trusted)
-            self._again = self.loop.after(
+            self._accepting = self.loop.after(
                 1.0, partial(self.loop.watch, listener, selectors.EVENT_READ, accept)
             )
 
     def close(self) -> None:
         """Say goodbye.  Wills wait: whoever was connected may come back after a restart."""
-        for guest in [*self.guests]:
-            if guest.session:
-                guest.goodbye(ReasonCode.SERVER_SHUTTING_DOWN)
-        self._settle()
-        for guest in [*self.guests]:
-            guest.session = None
-            guest.close()
-        for timer in (self._timer, self._again, self._settling):
+        for connection in self.connections:
+            if connection.session:
+                connection.send_disconnect(ReasonCode.SERVER_SHUTTING_DOWN)
+                connection.session = None
+        self._commit()
+        for connection in [*self.connections]:
+            connection.stream.close()
+        for timer in (self._timer, self._accepting, self._committing):
             if timer:
                 timer.cancel()
         self._ending.close()
 
     # Turns and time.
 
-    def settle_soon(self, guest: ClientConnection) -> None:
+    def commit_soon(self, connection: ClientConnection) -> None:
         """At the end of this turn, make it last, and then write to this client."""
-        self._touched.add(guest)
-        if not self._settling:
-            self._settling = self.loop.after(0, self._settle)
+        self._unflushed.add(connection)
+        if not self._committing:
+            self._committing = self.loop.after(0, self._commit)
 
-    def _settle(self) -> None:
-        if self._settling:  # it may be called before its time
-            self._settling.cancel()
-        self._settling = None
-        touched, self._touched = self._touched, set()
-        self.ledger.store.commit()
-        for guest in touched:
-            if not guest.closed:
-                guest.flush()
+    def _commit(self) -> None:
+        if self._committing:  # it may be called before its time
+            self._committing.cancel()
+        self._committing = None
+        unflushed, self._unflushed = self._unflushed, set()
+        self.store.commit()
+        for connection in unflushed:
+            connection.flush()
 
     def _tick(self) -> None:
         """Look at every deadline."""
         self._timer = self.loop.after(BROKER_TICK, self._tick)
         now = self.clock()
-        for guest in [*self.guests]:
-            guest.check(self.loop.clock())
-        for session in [one for one in self.sessions.values() if one.ends and now >= one.ends]:
-            self._end(session)
-        for client_id in [id for id, will in self.wills.items() if will.due and now >= will.due]:
-            self._publish_will(client_id)
-        for session in [one for one in self.sessions.values() if one.guest]:
-            self.pump(session)
+        for connection in [*self.connections]:
+            connection.check_deadlines(self.loop.clock())
+        for session in [*self.sessions.values()]:
+            if session.will and session.will.due and now >= session.will.due:
+                self._publish_will(session)
+            needed = session.connection or session.expiry or session.will
+            if not needed or (session.ends and now >= session.ends):
+                self._end(session)
+            elif session.connection:
+                self.send_queued(session)
         if next(self._ticks) % (DISK_AGAIN / BROKER_TICK) == 0:
             for topic in [one for one, kept in self.retained.items() if kept.expired(now)]:
                 self._unretain(topic)
-            self.ledger.store.return_to_disk()
-        self.ledger.store.commit()
+            self.store.database.return_to_disk()
+        self.store.commit()
 
-    def complain(self, event: str, guest: ClientConnection | None, why: str) -> None:
+    def log_limited(self, event: str, connection: ClientConnection | None, why: str) -> None:
         """Say what was refused or dropped; a few times a minute of each kind."""
-        if self._complaints.allow(event, self.loop.clock()):
-            session = guest.session if guest else None
+        if self._rate_limit.allow(event, self.loop.clock()):
+            session = connection.session if connection else None
             self._log.warning(event, client=session and quoted(session.client_id), why=why)
 
     # Sessions.
@@ -5412,66 +5338,67 @@ class Broker:
         right = hmac.compare_digest(password or b"", (settings.password or "").encode())
         return settings.password is not None and named and right
 
-    def is_full_for(self, client_id: str) -> bool:
-        """Are there too many sessions to keep one more?  The others end with their connection."""
-        return len(self.sessions) >= MAX_SESSIONS and client_id not in self.sessions
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        """Messages and bytes that a session may wait for."""
+        return self._settings.queue_messages, self._settings.queue_mib * KIB * KIB
 
-    def attach(
-        self, guest: ClientConnection, client_id: str, clean: bool, expiry: int
+    def open_session(
+        self, connection: ClientConnection, client_id: str, connect: Connect
     ) -> tuple[Session, bool]:
         """The session of a client that has connected, and whether it was there before."""
         session = self.sessions.get(client_id)
-        if session and session.guest:
-            old = session.guest
-            if not clean and old.will and old.will.delay:
-                old.will = None  # MQTT 5, 3.1.3.2.2: its session goes on
-            old.fail(ReasonCode.SESSION_TAKEN_OVER)
+        if session and session.connection:
+            if not connect.clean and session.will and session.will.delay:
+                self._drop_will(session)  # MQTT 5, 3.1.3.2.2: its session goes on
+            session.connection.disconnect(ReasonCode.SESSION_TAKEN_OVER)
             session = self.sessions.get(client_id)
-        if session and clean:
+        if session and not session.expiry:  # it ended with the last broker; its will waits for it
+            self._drop_will(session)
+        if session and (connect.clean or not session.expiry):
             self._end(session)
             session = None
-        self._forget_will(client_id)
         present = session is not None
         if not session:
-            bounds = (self._settings.queue_messages, self._settings.queue_mib * KIB * KIB)
-            session = self.sessions[client_id] = Session(client_id, expiry, bounds)
-        session.guest, session.expiry, session.ends = guest, expiry, None
-        if session.n or expiry:
-            self.ledger.session(session)
-        if guest.will:
-            self.hold(guest.will.message)
-            self.wills[client_id] = guest.will
-            self.ledger.will(client_id, guest.will)
+            session = self.sessions[client_id] = Session(client_id, 0, self._bounds)
+        self._drop_will(session)
+        session.connection, session.expiry, session.ends = connection, connect.session_expiry, None
+        if connect.will:
+            message = ApplicationMessage.of(connect.will, client_id, self.clock())
+            message.expires = None  # its life begins when it is published
+            said = connect.will.properties
+            session.will = Will(message, said.get("will_delay", 0), said.get("message_expiry"))
+            self.acquire(message)
+        self.store.save(session)
         return session, present
 
-    def take_up(self, session: Session) -> None:
+    def resume_session(self, session: Session) -> None:
         """Go on where the last connection ended (MQTT 5, 4.4)."""
-        guest = session.guest
-        session.again = deque(one for one in session.inflight.values() if not one.received)
-        for parcel in session.inflight.values():
-            if guest and parcel.received:
-                guest.send(encode_ack(PacketType.PUBREL, parcel.id, 0, guest.version))
-                guest.under_way += 1
-        self.pump(session)
+        connection = session.connection
+        unreceived = (one for one in session.inflight.values() if not one.pubrec_received)
+        session.redelivery = deque(unreceived)
+        for queued in session.inflight.values():
+            if connection and queued.pubrec_received:
+                pubrel = encode_ack(PacketType.PUBREL, queued.packet_id, 0, connection.version)
+                connection.stream.write(pubrel)
+                connection.unacknowledged += 1
+        self.send_queued(session)
 
-    def detach(self, session: Session, will: Will | None) -> None:
+    def close_session(self, session: Session, with_will: bool) -> None:
         """Its connection is gone."""
-        session.guest = None
-        for guest in [*session.waiting]:
-            guest.wait_for(None)
-            guest.resume()
-        now = self.clock()
+        session.connection = None
+        for sender in [*session.blocked]:
+            sender.block_on(None)
+        now, will = self.clock(), session.will
         if session.expiry not in (0, SESSION_NEVER_EXPIRES):
             session.ends = now + session.expiry
-        if session.n:
-            self.ledger.session(session)
-        if not will:
-            self._forget_will(session.client_id)
-        elif will.delay and session.expiry:
+        if not with_will:
+            self._drop_will(session)
+        elif will and will.delay and session.expiry:
             will.due = now + will.delay
-            self.ledger.will(session.client_id, will)
         else:
-            self._publish_will(session.client_id)
+            self._publish_will(session)
+        self.store.save(session)
         if not session.expiry:
             self._end(session)
 
@@ -5479,46 +5406,46 @@ class Broker:
         """Nobody will come back for it."""
         del self.sessions[session.client_id]
         for filter in session.subscriptions:
-            self.filters.remove(session, filter)
-        for parcel in (*session.queue, *session.inflight.values()):
-            self.release(parcel.message)
-        if session.n:
-            self.ledger.end(session)
-        self._publish_will(session.client_id)
+            self.subscriptions.remove(session, filter)
+        for queued in (*session.queue, *session.inflight.values()):
+            self.release(queued.message)
+        self._publish_will(session)
+        self.store.delete(session)
 
-    def _forget_will(self, client_id: str) -> Will | None:
-        will = self.wills.pop(client_id, None)
+    def _drop_will(self, session: Session) -> Will | None:
+        will, session.will = session.will, None
         if will:
-            self.ledger.will(client_id, None)
+            self.store.save(session)
             self.release(will.message)
         return will
 
-    def _publish_will(self, client_id: str) -> None:
-        will = self._forget_will(client_id)
+    def _publish_will(self, session: Session) -> None:
+        will = self._drop_will(session)
         if will:
-            expires = None if will.life is None else self.clock() + will.life
+            expires = None if will.expiry is None else self.clock() + will.expiry
             reason = self.route(will.message.anew(expires))
-            if reason >= ReasonCode.UNSPECIFIED_ERROR:
-                self.complain("will dropped", None, f"{client_id}: {reason.name.lower()}")
+            if is_failure(reason):
+                self.log_limited("will dropped", None, f"{session.client_id}: {reason.words}")
 
-    def subscribe(self, session: Session, said: Subscription) -> ReasonCode:
+    def subscribe(self, session: Session, subscription: Subscription) -> ReasonCode:
         """File a subscription in the place of an older one."""
-        if said.shared:
+        filter = subscription.filter
+        if subscription.shared:
             return ReasonCode.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED
-        new = said.filter not in session.subscriptions
-        wide = self.filters.branches + said.filter.count("/") >= MAX_SUBSCRIPTION_NODES
-        if new and (len(session.subscriptions) >= MAX_SUBSCRIPTIONS or wide):
+        wide = self.subscriptions.size + filter.count("/") >= MAX_SUBSCRIPTION_NODES
+        full = len(session.subscriptions) >= MAX_SUBSCRIPTIONS
+        if filter not in session.subscriptions and (full or wide):
             return ReasonCode.QUOTA_EXCEEDED
-        session.subscriptions[said.filter] = said
-        self.filters.add(session, said)
-        self.ledger.subscribed(session, said)
+        session.subscriptions[filter] = subscription
+        self.subscriptions.add(session, subscription)
+        self.store.save(session)
         return ReasonCode.SUCCESS
 
     def unsubscribe(self, session: Session, filter: str) -> ReasonCode:
         if not session.subscriptions.pop(filter, None):
             return ReasonCode.NO_SUBSCRIPTION_EXISTED
-        self.filters.remove(session, filter)
-        self.ledger.unsubscribed(session, filter)
+        self.subscriptions.remove(session, filter)
+        self.store.save(session)
         return ReasonCode.SUCCESS
 
     # Messages.
@@ -5527,112 +5454,114 @@ class Broker:
         self, message: ApplicationMessage, sender: ClientConnection | None = None
     ) -> ReasonCode:
         """Hand a message to all who want it; what to say to its sender."""
-        parcels = self._parcels(message)
+        wanted = self._queued_for_each(message)
         full = {
-            one for one, parcel in parcels.items() if parcel.qos and not self._room(one, message)
+            session
+            for session, queued in wanted.items()
+            if queued.qos and not self._has_room(session, message)
         }
         if full and sender and sender.version == 4:
             return ReasonCode.QUOTA_EXCEEDED  # it will send it again: so to all or to none
         if message.retain and not self._retain(message):
             return ReasonCode.QUOTA_EXCEEDED
-        for session, parcel in parcels.items():
+        for session, queued in wanted.items():
             if session not in full:
-                self._deliver(session, parcel)
+                self._deliver(session, queued)
         now = self.loop.clock()
-        for session in parcels:
-            if sender and session.guest is not sender and session.crowded(now):
-                sender.wait_for(session)
+        for session in wanted:
+            if sender and session.connection is not sender and session.congested(now):
+                sender.block_on(session)
                 break
         if full:
             return ReasonCode.QUOTA_EXCEEDED
-        return ReasonCode.SUCCESS if parcels else ReasonCode.NO_MATCHING_SUBSCRIBERS
+        return ReasonCode.SUCCESS if wanted else ReasonCode.NO_MATCHING_SUBSCRIBERS
 
-    def _parcels(self, message: ApplicationMessage) -> dict[Session, QueuedMessage]:
+    def _queued_for_each(self, message: ApplicationMessage) -> dict[Session, QueuedMessage]:
         """One for each session that wants it, however many of its filters say so."""
-        parcels: dict[Session, QueuedMessage] = {}
-        for session, wanted in self.filters.matching(message.topic):
+        found: dict[Session, QueuedMessage] = {}
+        for session, wanted in self.subscriptions.matching(message.topic):
             if wanted.no_local and session.client_id == message.publisher:
                 continue
             qos, retain = min(wanted.qos, message.qos), message.retain and wanted.as_published
-            parcel = parcels.get(session)
-            if not parcel:
-                parcel = parcels[session] = QueuedMessage(message, qos, retain, ())
+            queued = found.get(session)
+            if not queued:
+                queued = found[session] = QueuedMessage(message, qos, retain, ())
             else:
-                parcel.qos, parcel.retain = max(parcel.qos, qos), parcel.retain or retain
+                queued.qos, queued.retain = max(queued.qos, qos), queued.retain or retain
             if wanted.identifier:
-                parcel.identifiers += (wanted.identifier,)
-        return parcels
+                queued.subscription_ids += (wanted.identifier,)
+        return found
 
-    def _room(self, session: Session, message: ApplicationMessage) -> bool:
+    def _has_room(self, session: Session, message: ApplicationMessage) -> bool:
         """May this session have one more; is there memory for it?"""
-        wanted = 0 if message.holders else message.size
+        needed = 0 if message.references else message.size
         bound = self._settings.total_mib * KIB * KIB
-        return session.room_for(message) and self._held + wanted <= bound
+        return session.has_room_for(message) and self._size + needed <= bound
 
-    def _deliver(self, session: Session, parcel: QueuedMessage) -> None:
-        guest = session.guest
-        if parcel.qos:
-            self.queue(session, parcel)
-        elif guest and guest.out_size < MAX_OUT and self.buffered < MAX_BUFFERED:
-            guest.publish(parcel)
-        elif guest:
-            self.complain("message at QoS 0 dropped", guest, "the client does not read")
+    def _deliver(self, session: Session, queued: QueuedMessage) -> None:
+        connection = session.connection
+        if queued.qos:
+            self.enqueue(session, queued)
+        elif not connection:
+            return
+        elif connection.stream.output_size < MAX_OUT and self.buffered.size < MAX_BUFFERED:
+            connection.publish(queued)
+        else:
+            self.log_limited("message at QoS 0 dropped", connection, "the client does not read")
 
-    def queue(self, session: Session, parcel: QueuedMessage) -> None:
+    def enqueue(self, session: Session, queued: QueuedMessage) -> None:
         """Keep a message for a session, and send it if it may have it now."""
-        self.hold(parcel.message)
-        session.size += parcel.message.size
-        session.queue.append(parcel)
-        self.pump(session)
-        waiting = bool(session.queue) and session.queue[-1] is parcel
-        if waiting or session.inflight.get(parcel.id) is parcel:
-            self.ledger.queued(session, parcel)
+        self.acquire(queued.message)
+        session.size += queued.message.size
+        session.queue.append(queued)
+        self.send_queued(session)
+        waits = bool(session.queue) and session.queue[-1] is queued
+        if waits or session.inflight.get(queued.packet_id) is queued:
+            self.store.enqueue(session, queued)
 
-    def pump(self, session: Session) -> None:
+    def send_queued(self, session: Session) -> None:
         """Send what a session waits for, as far as its client takes it."""
-        guest = session.guest
-        while guest and (session.again or session.queue):
-            if guest.under_way >= guest.window or not guest.roomy:
+        connection = session.connection
+        while connection and (session.redelivery or session.queue):
+            if connection.unacknowledged >= connection.send_quota or not connection.has_room:
                 break
-            again = bool(session.again)
-            parcel = (session.again or session.queue).popleft()
-            if again and session.inflight.get(parcel.id) is not parcel:
+            dup = bool(session.redelivery)
+            queued = (session.redelivery or session.queue).popleft()
+            if dup and session.inflight.get(queued.packet_id) is not queued:
                 continue  # it was acknowledged after all
-            if not again:
-                parcel.id = session.new_id()
-                session.inflight[parcel.id] = parcel
-            if not again and parcel.message.expired(self.clock()):
-                self.drop(session, parcel)
-            elif not guest.publish(parcel, again):
-                self.complain("message dropped", guest, "larger than the client takes")
-                self.drop(session, parcel)
+            if not dup:
+                queued.packet_id = session.next_packet_id()
+                session.inflight[queued.packet_id] = queued
+            if not dup and queued.message.expired(self.clock()):
+                self.acknowledge(session, queued)
+            elif not connection.publish(queued, dup):
+                self.log_limited("message dropped", connection, "larger than the client takes")
+                self.acknowledge(session, queued)
             else:
-                guest.under_way += 1
-                if not again:
-                    self.ledger.moved(session, parcel)
-        if session.waiting and not session.crowded(self.loop.clock()):
-            for sender in [*session.waiting]:
-                sender.wait_for(None)
-                sender.resume()
+                connection.unacknowledged += 1
+                if not dup:
+                    self.store.update(session, queued)
+        if session.blocked and not session.congested(self.loop.clock()):
+            for sender in [*session.blocked]:
+                sender.block_on(None)
 
-    def drop(self, session: Session, parcel: QueuedMessage) -> None:
+    def acknowledge(self, session: Session, queued: QueuedMessage) -> None:
         """A session is done with a message that it was sent."""
-        del session.inflight[parcel.id]
-        session.size -= parcel.message.size
-        self.ledger.done(session, parcel)
-        self.release(parcel.message)
+        del session.inflight[queued.packet_id]
+        session.size -= queued.message.size
+        self.store.dequeue(session, queued)
+        self.release(queued.message)
 
-    def hold(self, message: ApplicationMessage) -> None:
-        if not message.holders:
-            self._held += message.size
-        message.holders += 1
+    def acquire(self, message: ApplicationMessage) -> None:
+        if not message.references:
+            self._size += message.size
+        message.references += 1
 
     def release(self, message: ApplicationMessage) -> None:
-        """One who needed it needs it no more; the last one puts out the light."""
-        message.holders -= 1
-        if not message.holders:
-            self._held -= message.size
-            self.ledger.forget(message)
+        message.references -= 1
+        if not message.references:
+            self._size -= message.size
+            self.store.delete_message(message)
 
     # Retained messages.
 
@@ -5645,22 +5574,22 @@ class Broker:
             bound = self._settings.retained_mib * KIB * KIB
             if size > bound or (not before and len(self.retained) >= MAX_RETAINED):
                 return False
-            self.hold(message)
+            self.acquire(message)
         if before:
             self._unretain(topic)
         if message.payload:
             self.retained[topic] = message
             self._retained_size += message.size
-            self.ledger.retained(topic, message)
+            self.store.retain(message)
         return True
 
     def _unretain(self, topic: str) -> None:
         message = self.retained.pop(topic)
         self._retained_size -= message.size
-        self.ledger.retained(topic, None)
+        self.store.unretain(message)
         self.release(message)
 
-    def retained_for(
+    def matching_retained(
         self, wanted: Subscription
     ) -> Iterator[tuple[ApplicationMessage, Subscription] | None]:
         """The retained messages that a subscription means, and None now and then on the way."""
@@ -5670,68 +5599,67 @@ class Broker:
             fits = message and matches(wanted.filter, topic)
             yield (message, wanted) if message and fits else None
 
-    def tell(self, session: Session, message: ApplicationMessage, wanted: Subscription) -> None:
+    def send_retained(
+        self, session: Session, message: ApplicationMessage, wanted: Subscription
+    ) -> None:
         """Send a retained message to a new subscriber."""
         if message.expired(self.clock()):
             return
         named = (wanted.identifier,) if wanted.identifier else ()
-        parcel = QueuedMessage(message, min(message.qos, wanted.qos), True, named)
-        if parcel.qos:
-            self.queue(session, parcel)
-        elif session.guest:
-            session.guest.publish(parcel)
+        queued = QueuedMessage(message, min(message.qos, wanted.qos), True, named)
+        if queued.qos:
+            self.enqueue(session, queued)
+        elif session.connection:
+            session.connection.publish(queued)
 
     # The file.
 
-    def _load_or_begin_anew(self) -> None:
+    def _load_or_recreate(self) -> None:
         """Damage that SQLite does not see is in a name, a number, or a column."""
         import sqlite3
 
         try:
             self._load()
-        except (sqlite3.Error, TypeError, ValueError, LookupError) as error:
-            self.ledger.store.recreate(error)
-            for known in (self.sessions, self.retained, self.wills):
-                known.clear()
-            self.filters, self._held, self._retained_size = SubscriptionTree(), 0, 0
+        except (sqlite3.Error, AttributeError, TypeError, ValueError, LookupError) as error:
+            self.store.recreate(error)
+            self._begin()
 
     def _load(self) -> None:
         """Take up what an earlier process has left."""
-        now, store = self.clock(), self.ledger.store
-        messages = self.ledger.messages()
-        bounds = (self._settings.queue_messages, self._settings.queue_mib * KIB * KIB)
-        for n, client_id, expiry, ends in store.read(
-            "SELECT n, client, expiry, ends FROM sessions"
-        ):
-            session = self.sessions[client_id] = Session(client_id, expiry, bounds)
-            session.n, session.ends = n, ends
-            if ends is None and expiry not in (0, SESSION_NEVER_EXPIRES):  # it was connected
-                session.ends = now + expiry
-                self.ledger.session(session)
-            self.ledger.fill(session, messages)
-            for subscription in session.subscriptions.values():
-                self.filters.add(session, subscription)
-            for parcel in (*session.inflight.values(), *session.queue):
-                self.hold(parcel.message)
-                session.size += parcel.message.size
-        for session in [one for one in self.sessions.values() if not one.expiry]:
+        now = self.clock()
+        messages, sessions, retained = self.store.load(self._bounds)
+        for session in sessions:
+            self.sessions[session.client_id] = session
+            self._load_session(session, now)
+        for message in retained:
+            self.acquire(message)
+            self.retained[message.topic] = message
+            self._retained_size += message.size
+        for message in messages:
+            if not message.references:
+                self.store.delete_message(message)
+        self.store.commit()
+
+    def _load_session(self, session: Session, now: float) -> None:
+        """What was connected may come back; what ended with its connection has its will left."""
+        if not session.expiry:
+            session.subscriptions, session.queue, session.inflight = {}, deque(), {}
+        for subscription in session.subscriptions.values():
+            self.subscriptions.add(session, subscription)
+        for queued in (*session.inflight.values(), *session.queue):
+            self.acquire(queued.message)
+            session.size += queued.message.size
+        if session.ends is None and session.expiry not in (0, SESSION_NEVER_EXPIRES):
+            session.ends = now + session.expiry
+            self.store.save(session)
+        will = session.will
+        if will:
+            self.acquire(will.message)
+            if will.due is None:
+                will.due = now + max(will.delay, WILL_GRACE)
+                self.store.save(session)
+        elif not session.expiry:
             self._end(session)
-        for topic, n in store.read("SELECT topic, message FROM retained"):
-            if n in messages:
-                self.hold(messages[n])
-                self.retained[topic] = messages[n]
-                self._retained_size += messages[n].size
-        for client_id, n, delay, life, due in store.read(
-            "SELECT client, message, delay, life, due FROM wills"
-        ):
-            if n in messages:
-                self.hold(messages[n])
-                due = now + max(delay, WILL_GRACE) if due is None else due
-                self.wills[client_id] = Will(messages[n], delay, life, due)
-        for message in messages.values():
-            if not message.holders:
-                self.ledger.forget(message)
-        store.commit()
 
 
 def max_client_connections() -> int:
@@ -5807,11 +5735,9 @@ class Transport(Protocol):
     """What Node needs of a client."""
 
     def set_broker(self, settings: MqttConfig) -> None: ...
-    def open(
-        self,
-        listener: ClientListener,
-        outbox: Journal | None = None,
-        published: Callable[[OutgoingMessage, int, str], None] = ...,
+    def open(self, listener: ClientListener) -> None: ...
+    def use_outbox(
+        self, outbox: Journal, published: Callable[[OutgoingMessage, int, str], None]
     ) -> None: ...
     def publish(self, message: OutgoingMessage) -> None: ...
     def send_queued(self) -> None: ...
@@ -6211,11 +6137,6 @@ def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
         return False
 
 
-def is_failure(code: int) -> bool:
-    """Does a reason mean that it was not published?  Below 0 are ours, from 0x80 the broker's."""
-    return code < 0 or code >= 0x80  # MQTT 5, 2.4
-
-
 def ignore_published(message: OutgoingMessage, code: int, words: str) -> None:
     """For who asks each message by itself."""
 
@@ -6267,20 +6188,20 @@ class MqttClient:
         """From the next connection on, this is the broker."""
         self.settings = settings
 
-    def open(
-        self,
-        listener: ClientListener,
-        outbox: Journal | None = None,
-        published: Callable[[OutgoingMessage, int, str], None] = ignore_published,
+    def use_outbox(
+        self, outbox: Journal, published: Callable[[OutgoingMessage, int, str], None]
     ) -> None:
-        """Begin to connect; `listener` hears of everything from now on.
+        """Send what waits there, when asked to.
 
         `published` is told what became of each message that was sent at QoS 1: the broker's
         reason, 0 for success, or -1 where it never got it.  It has no `id` the second time.
         """
-        self._listener, self._outbox, self._published = listener, outbox, published
-        if outbox:
-            self._again = outbox.requeue(time.time() - RESEND_WITHIN)
+        self._outbox, self._published = outbox, published
+        self._again = outbox.requeue(time.time() - RESEND_WITHIN)
+
+    def open(self, listener: ClientListener) -> None:
+        """Begin to connect; `listener` hears of everything from now on."""
+        self._listener = listener
         listener.before_connecting(self._connect)
 
     def _try_again(self) -> None:
@@ -6549,6 +6470,21 @@ NO_BROKER = (
     "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
     f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
 )
+HINTS = (  # what is in the reason, what to try
+    (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
+    (r"name or service|nodename|name resolution|not known", "is [mqtt] host spelled right?"),
+    (
+        r"bad user name|not authorized|banned",
+        "check [mqtt] username and password, and the broker's ACL",
+    ),
+    (
+        r"certificate|ssl|tls",
+        "check [mqtt] tls, ca_file, port, and that host is the certificate's name",
+    ),
+    (r"timed out|no answer|unreachable", "are host and port right, and no firewall in between?"),
+    (r"closed", "does the port want TLS ([mqtt] tls = true), or is it no MQTT broker?"),
+)
+HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
 
 
 def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
@@ -6612,6 +6548,14 @@ def with_broker(config: Config) -> Config:
             raise BrokerError(NO_BROKER)
         time.sleep(0.05)
     return config.replace(mqtt=mqtt)
+
+
+def broker_fault(mqtt: MqttConfig, reason: str) -> BrokerError:
+    """Which broker, why not, what to try."""
+    hints = [hint for pattern, hint in HINTS if re.search(pattern, reason, re.IGNORECASE)]
+    if mqtt.unix and "no answer" in reason:
+        hints = [HUNG]
+    return BrokerError("; ".join([f"broker {mqtt.address}: {reason}", *hints[:1]]))
 
 
 class BrokerHost:
@@ -6812,9 +6756,12 @@ class Members:
         if not NAME.fullmatch(name):
             return
         payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
-        content = read_json_object(payload) or {}
+        said = read_json_object(payload) or {}
+        content = {key: value for key, value in said.items() if portable({key: value})}
         if kind == "state" and len(payload) > LONG_STATE:
-            payload = encode_json({k: v for k, v in content.items() if k != "known_peers"})
+            content.pop("known_peers", None)
+        if content != said:
+            payload = encode_json(content)
         self._keep(name, kind, payload if content else b"")
         if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
             self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
@@ -7244,10 +7191,10 @@ class NameConflictCheck:
         )
 
 
-# ---- Reception: what this node's command line asks of it ---------------------------------
+# ---- Requests: what may be asked of a node, as one table ---------------------------------
 #
-# The daemon's side of each request that comes through the door.  Reads the journal; what is to
-# be sent it hands to the node.
+# The one door for commands, whether they come through the control socket or run the node in
+# their own process.  Reads the journal and the members; what is to be sent it hands to the node.
 
 
 def pending_document(journal: Journal) -> dict[str, Any]:
@@ -7277,159 +7224,269 @@ def pending_document(journal: Journal) -> dict[str, Any]:
     }
 
 
-def are_filters(said: object) -> bool:
-    """Is it something that a log can be filtered by?"""
-    return (
-        isinstance(said, dict)
-        and said.keys() <= LOG_FILTERS.keys()
-        and all(
-            NAME.fullmatch(value) or ID.fullmatch(value)
-            if isinstance(value, str)
-            else bounded_number(value, 0, MAX_TS) is not None
-            for value in said.values()
-        )
-    )
+def log_filters(value: object) -> dict[str, Any]:
+    """an object of ch, from, to, action, corr, since"""
+    if not isinstance(value, dict) or not value.keys() <= LOG_FILTERS.keys():
+        raise ValueError
+    for said in value.values():
+        word = isinstance(said, str) and (NAME.fullmatch(said) or ID.fullmatch(said))
+        if not word and bounded_number(said, 0, MAX_TS) is None:
+            raise ValueError
+    return value
 
 
-def look_up(journal: Journal, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer a question about what is in the journal; {"error": ...} if it makes no sense."""
-    id, filters = request.get("id"), request.get("filters", {})
-    after, last = (bounded_number(request.get(key, 0), 0, 2**53) for key in ("after", "last"))
-    if request.get("do") in ("message", "exchange") and (
-        not isinstance(id, str) or not ID.fullmatch(id)
-    ):
-        return {"error": "id: missing"}
-    match request.get("do"):
-        case "message":
-            return journal.message(str(id)) or {"error": "not known here"}
-        case "exchange":
-            return {"rows": journal.exchange(str(id), int(after or 0))}
-        case "pending":
-            return pending_document(journal)
-        case "log" if are_filters(filters):
-            return {"rows": journal.rows(filters, int(after or 0), int(last or 0))}
-    return {"error": f"no such request: {quoted(request.get('do'))}"}
+def row_number(value: object) -> int:
+    """a whole number from 0"""
+    return whole(value, 0, 2**53)
+
+
+def envelope_object(value: object) -> Envelope:
+    """an envelope: an object as in the protocol"""
+    if not isinstance(value, dict):
+        raise ValueError
+    return Envelope.check(value)
+
+
+class Requester(Protocol):
+    """Who asks: a connection to the control socket, or the command whose process this is."""
+
+    on_close: list[Callable[[], object]]
+
+    @property
+    def busy(self) -> bool: ...
+    def send(self, document: Mapping[str, Any]) -> None: ...
+
+
+class RequestField(Value):
+    """What a request may say, or must."""
+
+    check: Callable[[Any], Any]  # its docstring says what it takes
+    help: str
+    default: Any = None
+    required: bool = False
+
+    def read(self, name: str, value: object) -> Any:
+        """Its value, checked; raises UsageError."""
+        if value is None:
+            if self.required:
+                raise UsageError(f"{name}: missing")
+            return self.default
+        try:
+            return self.check(value)
+        except ValueError:
+            what = f"{quoted(value)} is not {self.check.__doc__}"
+            raise UsageError(f"{name}: {what}") from None
 
 
 def do_nothing() -> None:
     """For whoever only wants a turn to end once more."""
 
 
+class Request(Value):
+    """One thing that may be asked: what answers it, what it is for, what it takes."""
+
+    run: Callable[..., dict[str, Any] | None]
+    help: str
+    fields: Mapping[str, RequestField] = {}
+    looks_back: bool = False  # the journal answers it, though no node runs
+
+    @classmethod
+    def find(cls, said: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
+        """What is asked, and its fields, checked; raises UsageError."""
+        do = said.get("do")
+        found = REQUESTS.get(do) if isinstance(do, str) else None
+        if found is None:
+            raise UsageError(f"{NO_SUCH_REQUEST}: {quoted(do)}")
+        return found, {name: one.read(name, said.get(name)) for name, one in found.fields.items()}
+
+
 class Requests:
-    """Answers the commands that come in, some of them later."""
+    """Answers what is asked of a node, some of it later."""
 
     def __init__(
         self,
         node: str,
         journal: Journal,
-        waiting: Waiting,
-        clock: Callable[[], float],
+        members: Members,
+        after_commit: Callable[[Callable[[], None]], None],
         send: Callable[[Envelope], str],
-        when_safe: Callable[[Callable[[], None]], None],
-        situation: Callable[[], dict[str, Any]],
+        connection: Callable[[], dict[str, Any]],
     ) -> None:
-        """`send` gives why not, or nothing; `when_safe` calls back when the journal has it all."""
-        self._node, self._journal, self._waiting, self._clock = node, journal, waiting, clock
-        self._send, self._when_safe, self._situation = send, when_safe, situation
-        self._senders: dict[
-            str, ControlConnection
-        ] = {}  # who wants to know whether an id was published
-        self._listeners: dict[
-            str, list[ControlConnection]
-        ] = {}  # who waits for answers, by exchange
-        self._followers: dict[
-            ControlConnection, tuple[dict[str, Any], int]
-        ] = {}  # filters, last row seen
+        """`send` gives why not, or nothing; `connection` tells how the node's one is."""
+        self._node, self._journal, self._members = node, journal, members
+        self._after_commit, self._send, self._connection = after_commit, send, connection
+        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
+        self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
+        self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
 
-    def answer(self, request: dict[str, Any], visitor: ControlConnection) -> dict[str, Any] | None:
+    def handle(self, said: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """Answer one request; None if that comes later."""
-        match request.get("do"):
-            case "send" | "sent":
-                return self._take_in(request, visitor)
-            case "settle":  # a command that listens by itself has read an answer
-                self._waiting.settle(str(request.get("id")), self._clock())
-                return {"ok": True}
-            case "states":
-                return self._situation()
-            case "follow":
-                return self._follow(request, visitor)
-        return look_up(self._journal, request)
-
-    def _take_in(
-        self, request: Mapping[str, Any], visitor: ControlConnection
-    ) -> dict[str, Any] | None:
-        """A message to be sent; or one that the command is about to publish itself."""
         try:
-            envelope = Envelope.check(dict(request.get("envelope") or {}))
-        except (EnvelopeError, TypeError, ValueError) as error:
+            request, given = Request.find(said)
+        except HiveError as error:
             return {"error": str(error)}
-        if envelope.sender != self._node:
-            return {"error": f"this is the daemon of {self._node}, not of {envelope.sender}"}
-        if request.get("wait"):
-            self._listen(envelope.exchange, visitor, forward=request["do"] == "send")
-        if request["do"] == "sent":
-            self._journal.sent(envelope, time.time())
-            self._when_safe(lambda: visitor.send({"ok": True}))
-            return None
-        fault = self._send(envelope)
-        if fault:
+        if request.looks_back:
+            return request.run(self._journal, given)
+        return request.run(self, given, requester)
+
+    # -- what the table names --
+
+    def send(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """A message to be sent."""
+        envelope: Envelope = given["envelope"]
+        if fault := self._not_ours(envelope):
             return {"error": fault}
-        self._senders[envelope.id] = visitor
-        visitor.on_close.append(lambda: self._senders.pop(envelope.id, None))
-        here = self._situation()
-        said = here if request.get("wait") else {"connected": here["connected"]}
-        self._when_safe(lambda: visitor.send({"queued": True, **said}))
+        if given["wait"]:
+            self._listen(envelope.exchange, requester)
+        if fault := self._send(envelope):
+            return {"error": fault}
+        self._senders[envelope.id] = requester
+        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
+        connected = self._connection()["connected"]
+        self._after_commit(lambda: requester.send({"queued": True, "connected": connected}))
         return None
 
-    def _listen(self, exchange: str, visitor: ControlConnection, forward: bool) -> None:
-        self._waiting.add(exchange)
-        visitor.on_close.append(lambda: self._waiting.drop(exchange))
-        if forward:
-            self._listeners.setdefault(exchange, []).append(visitor)
-            visitor.on_close.append(lambda: self._deaf(exchange, visitor))
+    def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """A message that the command is about to publish by itself."""
+        envelope: Envelope = given["envelope"]
+        if fault := self._not_ours(envelope):
+            return {"error": fault}
+        if given["wait"]:
+            self._listen(envelope.exchange, requester)
+        self._journal.sent(envelope, time.time())
+        self._after_commit(lambda: requester.send({"ok": True}))
+        return None
 
-    def _deaf(self, exchange: str, visitor: ControlConnection) -> None:
+    def read(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """An answer that the command has read by itself: it is no news when it comes here too."""
+        answer: Envelope = given["envelope"]
+        if requester not in self._listeners.get(answer.corr or "", ()):
+            return {"error": f"{answer.id}: this command does not wait for it"}
+        self._journal.record(Event.RECEIVED, answer, time.time(), AWAITED)
+        self._journal.resolve_request(answer.corr)
+        self._after_commit(lambda: requester.send({"ok": True}))
+        return None
+
+    def follow(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Show what there is, and from now on whatever is new."""
+        answer = log_page(self._journal, given)
+        last = answer["rows"][-1]["n"] if answer["rows"] else given["after"]
+        self._followers[requester] = (given["filters"], last)
+        requester.on_close.append(lambda: self._followers.pop(requester, None))
+        self._after_commit(do_nothing)
+        return answer
+
+    def states(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {**self._connection(), "states": self._members.documents("state")}
+
+    def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {**self._connection(), "rosters": self._members.documents("roster")}
+
+    def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {"node": self._node, "version": __version__}
+
+    def _not_ours(self, envelope: Envelope) -> str:
+        """Why this node does not send it, or nothing."""
+        if envelope.sender == self._node:
+            return ""
+        return f"this is the daemon of {self._node}, not of {envelope.sender}"
+
+    def _listen(self, exchange: str, requester: Requester) -> None:
+        self._listeners.setdefault(exchange, []).append(requester)
+        requester.on_close.append(lambda: self._stop_listening(exchange, requester))
+
+    def _stop_listening(self, exchange: str, requester: Requester) -> None:
         listeners = self._listeners[exchange]
-        listeners.remove(visitor)
+        listeners.remove(requester)
         if not listeners:
             del self._listeners[exchange]
 
-    def _follow(self, request: Mapping[str, Any], visitor: ControlConnection) -> dict[str, Any]:
-        """Show what there is, and from now on whatever is new."""
-        answer = look_up(self._journal, {**request, "do": "log"})
-        if "rows" in answer:
-            asked_for = bounded_number(request.get("after"), 0, 2**53)
-            last = answer["rows"][-1]["n"] if answer["rows"] else int(asked_for or 0)
-            self._followers[visitor] = (request.get("filters", {}), last)
-            visitor.on_close.append(lambda: self._followers.pop(visitor, None))
-            self._when_safe(do_nothing)
-        return answer
+    # -- what the node reports --
 
     def published(self, id: str, code: int, words: str) -> None:
         """The broker has a message, or refused it; whoever sent it may still be there."""
-        visitor = self._senders.pop(id, None)
-        if visitor:
-            visitor.send({"published": code, "words": words})
+        requester = self._senders.pop(id, None)
+        if requester:
+            requester.send({"published": code, "words": words})
 
     def heard(self, answer: Envelope) -> None:
         """An answer has come, and is in the journal."""
-        for visitor in [*self._listeners.get(answer.corr or "", ())]:
-            visitor.send({"answer": answer.document()})
+        for requester in [*self._listeners.get(answer.corr or "", ())]:
+            requester.send({"answer": answer.document()})
 
-    def waits(self, exchange: str) -> bool:
-        return self._waiting.expects(exchange, self._clock())
+    def waits(self, exchange: str | None) -> bool:
+        """Does somebody wait for the answers of this exchange?"""
+        return exchange in self._listeners
 
     def show_news(self) -> None:
         """Something was committed: whoever follows the log wants to see it."""
-        for visitor, (filters, last) in [*self._followers.items()]:
-            if visitor.busy:
+        for requester, (filters, last) in [*self._followers.items()]:
+            if requester.busy:
                 continue  # it does not read; what it has not seen stays in the journal
             newest = self._journal.newest
             rows = self._journal.rows(filters, last) if newest > last else []
-            self._followers[visitor] = (filters, rows[-1]["n"] if rows else newest)
+            self._followers[requester] = (filters, rows[-1]["n"] if rows else newest)
             if rows:
-                visitor.send({"rows": rows})
-                self._when_safe(do_nothing)  # look again: there may be more than one page
+                requester.send({"rows": rows})
+                self._after_commit(do_nothing)  # look again: there may be more than one page
+
+
+def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return journal.message(given["id"]) or {"error": "not known here"}
+
+
+def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rows": journal.exchange(given["id"], given["after"])}
+
+
+def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rows": journal.rows(given["filters"], given["after"], given["last"])}
+
+
+def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return pending_document(journal)
+
+
+NO_SUCH_REQUEST = "no such request"
+ID_FIELD = RequestField(identifier, "the id of a message", required=True)
+ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
+WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
+AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
+LOG_FIELDS = {
+    "filters": RequestField(log_filters, "only rows with this in them", {}),
+    "after": AFTER_FIELD,
+    "last": RequestField(row_number, "the last so many; 0 is all of them, page by page", 0),
+}
+REQUESTS = {
+    "send": Request(
+        Requests.send,
+        "send a message, and hear what the broker says of it",
+        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
+    ),
+    "sent": Request(
+        Requests.sent,
+        "take note of a message that a command publishes by itself",
+        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
+    ),
+    "read": Request(
+        Requests.read,
+        "take note of an answer that a command has read by itself",
+        {"envelope": ENVELOPE_FIELD},
+    ),
+    "states": Request(Requests.states, "how every node and agent is"),
+    "roster": Request(Requests.roster, "what every node can do"),
+    "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
+    "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
+    "log": Request(log_page, "what this node received, sent and did", LOG_FIELDS, looks_back=True),
+    "message": Request(message_row, "one message", {"id": ID_FIELD}, looks_back=True),
+    "exchange": Request(
+        exchange_page,
+        "all messages of the exchange that a message belongs to",
+        {"id": ID_FIELD, "after": AFTER_FIELD},
+        looks_back=True,
+    ),
+    "pending": Request(pending_page, "what is not answered, done or delivered", looks_back=True),
+}
 
 
 # ---- Node: what comes in, what goes out, the end of a turn -------------------------------
@@ -7439,6 +7496,11 @@ class Requests:
 # Knows no handler, no agent, no broker: for a daemon Work and Members stand beside it.
 
 MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, too large, no disk
+
+
+def hive_of(config: Config) -> str:
+    """Which hive a configuration means: where its broker is, and its prefix."""
+    return f"{config.mqtt.address if config.mqtt.named else 'ours'} {config.topics.prefix}"
 
 
 class Worker:
@@ -7465,43 +7527,57 @@ class Node:
         self.config, self.loop, self.log, self.journal = config, loop, log, journal
         self.name, self.topics = config.node.id, config.topics
         self.connected = self.stopping = False
+        self.heard_all = False  # since it is connected: how all others are
+        self._broker, self._fault = config.mqtt.address, ""  # why it is not connected
+        self._seen_broker = 0.0  # when it last was, in Unix seconds
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
         self.members = Members(config, loop, log, self.send, self.publish, self._probe)
-        self._waiting, self._complaints = Waiting(), RateLimit()
-        self.requests = self._make_requests()
+        self._complaints = RateLimit()
+        self.requests = Requests(
+            self.name,
+            journal,
+            self.members,
+            self.settle_soon,
+            self._send_for_command,
+            self._connection,
+        )
         self._settling = False
         self._when_safe: list[Callable[[], None]] = []
         self._overdue: Timer | None = None
 
-    def _make_requests(self) -> Requests:
-        return Requests(
-            self.name,
-            self.journal,
-            self._waiting,
-            self.loop.clock,
-            self._send_for_command,
-            self.settle_soon,
-            lambda: {"connected": self.connected, "states": self.members.documents("state")},
-        )
-
     def attach(self, client: Transport) -> None:
         """From now on messages go out by this client."""
         self._client = client
+        client.use_outbox(self.journal, self.published)
 
     def start(self) -> None:
         """Look after the journal from now on."""
         self._tend_journal()
         self._watch_questions()
 
-    def link_up(self) -> None:
-        self.connected = True
+    def link_up(self, broker: str) -> None:
+        self.connected, self._broker, self._fault = True, broker, ""
         self.members.grant_grace(self.loop.clock())
         self.settle_soon()
 
-    def link_down(self) -> None:
-        self.connected = False
+    def link_down(self, fault: str) -> None:
+        if self.connected:
+            self._seen_broker = time.time()
+        self.connected = self.heard_all = False
+        self._fault = fault
         self.members.doubt_losses()
+
+    def _connection(self) -> dict[str, Any]:
+        """How this node's way to the broker is, for its commands."""
+        return {
+            "hive": hive_of(self.config),
+            "broker": self._broker,
+            "connected": self.connected,
+            "complete": self.heard_all,
+            "fault": self._fault,
+            "seen": time.time() if self.connected else self._seen_broker,
+        }
 
     def publish(self, message: OutgoingMessage) -> None:
         """Send what need not be in the journal."""
@@ -7547,6 +7623,8 @@ class Node:
             name, document = meta
             if document in ("state", "roster"):
                 self.members.hear_document(name, document, delivery)
+            if meta == (self.name, "state") and not delivery.retained:
+                self.heard_all = True  # our own, which we publish last
             return
         self.counts["received"] += 1
         try:
@@ -7589,12 +7667,11 @@ class Node:
             self.settle_soon(lambda: self.requests.heard(envelope))
 
     def context(self) -> RoutingContext:
-        now = self.loop.clock()
         return RoutingContext(
             node=self.name,
             agents=self.worker.agents,
             handlers=self.worker.handlers,
-            expects=lambda corr: self._waiting.expects(corr, now),
+            expects=self.requests.waits,
         )
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
@@ -8235,7 +8312,7 @@ class Daemon:
         self.loop.on_signal(signal.SIGHUP, self._reread)
         self._open_control_socket()
         self.work.start()
-        self._client.open(self, self.node.journal, self.node.published)
+        self._client.open(self)
         self._heartbeat()
         self.node.start()
         self._service.notify("READY=1", "STATUS=looking for the broker")
@@ -8243,7 +8320,7 @@ class Daemon:
     def _open_control_socket(self) -> None:
         file = control_socket_path(self.config)
         try:
-            self._control = ControlServer(self.loop, file, self.node.requests.answer)
+            self._control = ControlServer(self.loop, file, self.node.requests.handle)
         except OSError as error:
             self.log.error("no door for the command line", file=file, why=reason_of(error))
 
@@ -8288,11 +8365,11 @@ class Daemon:
         self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
         self._outage = False
         self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
-        self.node.link_up()
+        self.node.link_up(self._mqtt.address)
         self._presence.begin()
 
     def link_down(self, reason: str) -> None:
-        self.node.link_down()
+        self.node.link_down(str(broker_fault(self._mqtt, reason)))
         self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self._mqtt.address, why=reason)
@@ -8596,152 +8673,248 @@ def for_due(due: float | None, now: float) -> str:
     return "-" if due is None else f"in {for_people(due - now)}" if due > now else "over"
 
 
-# ---- Client: one question from the shell -------------------------------------------------
+# ---- Client: a command asks its node -----------------------------------------------------
 #
-# Publish and wait for the acknowledgement; publish and wait for answers; collect what is
-# retained.  Each on a connection of its own, each with an end.  Prints nothing.
+# open_control() gives the daemon's control socket, or, where no daemon runs, the same node in
+# this process for a moment; whoever uses it cannot tell which.  Prints nothing.
 
-PUBACK_DEADLINE = 10.0  # seconds
+PATIENCE = 10.0  # seconds until a command that was given no other time gives up
+MIN_PATIENCE = 2.0  # seconds that it takes to find out, however little it was given
+GOODBYE = 1.0  # seconds
 LOOKING_BACK = 1.0  # seconds that a command may have the lock of a daemon that does not run
 STARTING = 3.0  # seconds that a daemon may take until it can be spoken to, and is connected
-PUBLISHED_DEADLINE = 2.0  # seconds that a command waits for the broker, once its daemon has it all
-HINTS = (  # what is in the reason, what to try
-    (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
-    (r"name or service|nodename|name resolution|not known", "is [mqtt] host spelled right?"),
-    (
-        r"bad user name|not authorized|banned",
-        "check [mqtt] username and password, and the broker's ACL",
-    ),
-    (
-        r"certificate|ssl|tls",
-        "check [mqtt] tls, ca_file, port, and that host is the certificate's name",
-    ),
-    (r"timed out|no answer|unreachable", "are host and port right, and no firewall in between?"),
-    (r"closed", "does the port want TLS ([mqtt] tls = true), or is it no MQTT broker?"),
-)
 
 
-HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
+class Control(Protocol):
+    """Where a command asks; raises HiveError where there is no answer."""
+
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]: ...
+    def receive(self, within: float | None) -> dict[str, Any] | None: ...
+    def close(self) -> None: ...
 
 
-def broker_fault(mqtt: MqttConfig, reason: str) -> BrokerError:
-    """Which broker, why not, what to try."""
-    hints = [hint for pattern, hint in HINTS if re.search(pattern, reason, re.IGNORECASE)]
-    if mqtt.unix and "no answer" in reason:
-        hints = [HUNG]
-    return BrokerError("; ".join([f"broker {mqtt.address}: {reason}", *hints[:1]]))
-
-
-def connect_to_daemon(config: Config) -> ControlClient | None:
+def connect_to_daemon(config: Config, patience: float = CONTROL_TIMEOUT) -> ControlClient | None:
     """Speak to this node's daemon, if it runs on this machine."""
     file = control_socket_path(config)
     try:
-        return None if directory_objection(file) else ControlClient(file)
+        if directory_objection(file):
+            return None
+        return ControlClient(file, config.node.id, min(patience, CONTROL_TIMEOUT))
     except OSError:
         return None
 
 
-def meet(config: Config) -> ControlClient | None:
+def await_daemon(config: Config, patience: float) -> ControlClient | None:
     """The same, with some patience for a daemon that has just been started."""
     begun = time.monotonic()
     while True:
-        visit = connect_to_daemon(config)
-        if visit:
-            return visit
+        client = connect_to_daemon(config, patience)
+        if client:
+            return client
         starting = is_locked(config.state_dir / "lock")
-        patience = STARTING if starting else 0.0 if find_broker(config) else LOOK_AGAIN
-        if time.monotonic() - begun >= patience:
+        wait = STARTING if starting else 0.0 if find_broker(config) else LOOK_AGAIN
+        if time.monotonic() - begun >= min(wait, patience):
             return None
         time.sleep(0.05)
 
 
-def ask_daemon(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
-    """One request to this node's daemon; raises HiveError where there is none."""
-    visit = connect_to_daemon(config)
-    if visit is None:
-        raise HiveError(
-            f"no daemon of {config.node.id} runs on this machine (no {control_socket_path(config)})"
-        )
-    try:
-        return visit.ask(request)
-    except OSError as error:
-        raise HiveError(f"the daemon of {config.node.id}: {reason_of(error)}") from None
-    finally:
-        visit.close()
+def open_control(config: Config, patience: float = PATIENCE, direct: bool = False) -> Control:
+    """This node's daemon; or, without one or beside it, the same node in this process."""
+    if direct:
+        return InProcessNode(config, patience, connect_to_daemon(config, patience / 2))
+    return await_daemon(config, patience / 2) or InProcessNode(config, patience)
 
 
-def ask_journal(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
-    """Look something up: the daemon does it, or, where none runs, we do.  Raises HiveError."""
-    visit = connect_to_daemon(config)
-    if visit:
-        visit.close()
-        answer = ask_daemon(config, request)
-    else:
-        answer = look_up_alone(config, request)
+def look_up(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
+    """What is in the journal: the daemon's, or the one that it left.  Raises HiveError."""
+    control = connect_to_daemon(config) or InProcessNode(config, PATIENCE)
+    with contextlib.closing(control):
+        answer = control.ask(request)
     if "error" in answer:
         raise HiveError(str(answer["error"]))
     return answer
 
 
-def look_up_alone(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
-    """In the journal that a daemon left behind."""
-    directory = config.state_dir
-    if not (directory / "journal.sqlite3").exists():
-        raise HiveError(f"no daemon of {config.node.id} has run here yet (nothing in {directory})")
-    try:
-        lock = FileLock(directory / "lock")
-    except BlockingIOError:
-        raise HiveError(
-            f"the daemon of {config.node.id} runs, but not at"
-            f" {control_socket_path(config)}; see its log"
-        ) from None
-    except OSError as error:
-        raise HiveError(f"{directory}: {reason_of(error)}") from None
-    with (
-        contextlib.closing(lock),
-        contextlib.closing(open_journal(config, Log("error"))) as journal,
-    ):
-        return look_up(journal, request)
+class InProcessNode:
+    """Answers a command in its own process: connects when that is asked for, and once."""
 
+    busy = False
 
-def open_journal(config: Config, log: Log) -> Journal:
-    keep, size = config.journal.keep_days * 86400.0, config.journal.max_mb * 1_000_000
-    return Journal(config.state_dir, log, keep, size)
+    def __init__(
+        self, config: Config, patience: float, daemon: ControlClient | None = None
+    ) -> None:
+        """Beside a `daemon` it tells that one of what passes it by."""
+        self.on_close: list[Callable[[], object]] = []
+        self._config, self._mqtt = config, config.mqtt
+        self._patience, self._daemon = patience, daemon
+        self._ends = time.monotonic() + patience
+        self._lines: deque[dict[str, Any]] = deque()
+        self._node: Node | None = None
+        self._client: MqttClient | None = None
 
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        """Answer a request; what is to be sent is sent then, or BrokerError says why not."""
+        found, given = Request.find(request)
+        if found.looks_back:
+            with self._journal_left_behind() as journal:
+                return found.run(journal, given) or {}
+        filters = self._filters(str(request["do"]), given)
+        if request["do"] == "send":
+            self._topic = self._config.topics.of(given["envelope"])
+            if given["wait"] or CHANNELS[given["envelope"].ch].handler:
+                # so that the daemon can tell its agent what an answer is about
+                self._tell_daemon({**request, "do": "sent"})
+        node = self._node or self._connect(filters)
+        answer = node.requests.handle(request, self)
+        if answer is None:
+            published = self._turn(lambda: len(self._lines) > 1, self._ends)
+            if not published:
+                raise self._late("no answer (PUBACK)")
+            answer = self._lines.popleft()
+        return answer
 
-def read_log(
-    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
-) -> None:
-    """All rows that a request is about, page after page."""
-    while rows := ask_journal(config, request)["rows"]:
-        write(rows)
-        request = {**request, "last": 0, "after": rows[-1]["n"]}
+    def receive(self, within: float | None) -> dict[str, Any] | None:
+        """What comes besides; None if that is nothing in so many seconds."""
+        self._turn(lambda: self._lines, time.monotonic() + (within or 0.0))
+        return self._lines.popleft() if self._lines else None
 
+    def send(self, document: Mapping[str, Any]) -> None:
+        """What the node has to say to the command."""
+        code = document.get("published", 0)
+        if is_failure(code):
+            why = str(document["words"]).lower()
+            raise broker_fault(self._mqtt, f"refused to publish to {self._topic}: {why}")
+        self._lines.append(dict(document))
+        if "answer" in document:
+            self._tell_daemon({"do": "read", "envelope": document["answer"]})
 
-def follow_log(
-    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
-) -> None:
-    """The same, and what is new from then on, until the daemon ends."""
-    visit = connect_to_daemon(config)
-    if visit is None:
-        raise HiveError(f"no daemon of {config.node.id} runs on this machine: nothing to follow")
-    with contextlib.closing(visit):
+    def close(self) -> None:
+        for call in self.on_close:
+            call()
+        if self._daemon:
+            self._daemon.close()
+        if self._node and self._client:
+            gone: list[bool] = []
+            self._client.close(lambda: gone.append(True), within=GOODBYE)
+            self._turn(lambda: gone, time.monotonic() + PATIENCE)
+        if self._node:
+            self._node.journal.close()
+            self._node.loop.close()
+
+    def _filters(self, do: str, given: Mapping[str, Any]) -> list[str]:
+        """What must be heard to answer a request; raises HiveError where only a daemon can."""
+        topics, node = self._config.topics, self._config.node.id
+        match do:
+            case "send" if given["wait"]:
+                to = given["envelope"].to
+                whose = "+" if to == EVERYONE else to
+                own = [topics.to(node, ch) for ch in ("response", "alert")]
+                return [*own, topics.meta(whose, "state")]
+            case "send":
+                return []
+            case "states":
+                return [topics.meta("+", "state")]
+            case "roster":
+                return [topics.meta("+", "roster")]
+        raise HiveError(f"no daemon of {node} runs on this machine: nothing to {do}")
+
+    # -- the node --
+
+    def _connect(self, filters: Sequence[str]) -> Node:
+        load_paho()  # where it is missing, a broker is of no use
+        self._mqtt = with_broker(self._config).mqtt
+        loop, log = Loop(Log("error")), Log("error", stream=io.StringIO())
+        node = self._node = Node(
+            self._config.replace(oc_instances=(), schedule=()),
+            loop,
+            log,
+            open_journal(self._config, log, on_disk=False),
+        )
+        node.members.stop()
+        self._client = self._open_client(node, filters)
+        node.attach(self._client)
+        if not self._turn(lambda: node.heard_all, self._ends):
+            raise self._late("no answer")
+        return node
+
+    def _open_client(self, node: Node, filters: Sequence[str]) -> MqttClient:
+        if not filters:
+            client = MqttClient(node.loop, self._mqtt)
+            client.open(self)
+            return client
+        marker = self._config.topics.private(node.name, new_id())
+        return RetainedQuery(
+            *(node.loop, self._mqtt, filters, marker),
+            *(self.deliver, self.link_up, self.link_down),
+        ).client
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def link_up(self) -> None:
+        if self._node:
+            self._node.link_up(self._mqtt.address)
+            self._node.heard_all = True
+
+    def link_down(self, reason: str) -> None:
+        raise broker_fault(self._mqtt, reason)
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        if self._node:
+            self._node.deliver(delivery)
+
+    def _late(self, what: str) -> BrokerError:
+        return broker_fault(self._mqtt, f"{what} in {self._patience:.2g} s")
+
+    def _turn(self, done: Callable[[], object], ends: float) -> bool:
+        """Let the node live until something is done; False if that takes too long."""
+        if not self._node:
+            return bool(done())
+        timer = self._node.loop.after(max(0.0, ends - time.monotonic()), do_nothing)
+        while not done() and time.monotonic() < ends:
+            self._node.loop.step()
+        timer.cancel()
+        return bool(done())
+
+    def _tell_daemon(self, request: Mapping[str, object]) -> None:
+        """What it does not hear of, or hears later, it would take for something else."""
+        if self._daemon:
+            try:
+                self._daemon.ask(request)
+            except DaemonError:
+                self._daemon.close()
+                self._daemon = None
+
+    @contextlib.contextmanager
+    def _journal_left_behind(self) -> Iterator[Journal]:
+        """The journal of a daemon that runs no more; raises HiveError."""
+        directory, node = self._config.state_dir, self._config.node.id
+        if not (directory / "journal.sqlite3").exists():
+            raise HiveError(f"no daemon of {node} has run here yet (nothing in {directory})")
         try:
-            said: dict[str, Any] | None = visit.ask({**request, "do": "follow"})
-            while True:
-                if said and "error" in said:
-                    raise HiveError(str(said["error"]))
-                write((said or {}).get("rows", []))
-                said = visit.hear(None)
+            lock = FileLock(directory / "lock")
+        except BlockingIOError:
+            socket_path = control_socket_path(self._config)
+            raise HiveError(
+                f"the daemon of {node} runs, but not at {socket_path}; see its log"
+            ) from None
         except OSError as error:
-            raise HiveError(f"the daemon of {config.node.id}: {reason_of(error)}") from None
+            raise HiveError(f"{directory}: {reason_of(error)}") from None
+        journal = open_journal(self._config, Log("error"))
+        with contextlib.closing(lock), contextlib.closing(journal):
+            yield journal
+
+
+def open_journal(config: Config, log: Log, on_disk: bool = True) -> Journal:
+    keep, size = config.journal.keep_days * 86400.0, config.journal.max_mb * 1_000_000
+    return Journal(config.state_dir if on_disk else None, log, keep, size)
 
 
 class ReplyCollector:
     """Whose answers to a message are still missing."""
 
     def __init__(self, envelope: Envelope, heartbeat: HeartbeatConfig) -> None:
-        self.silent = {envelope.to}  # who has not answered
+        self.outstanding = {envelope.to}  # who has not answered
         self.refused = False  # did an alert come?
         self.states: dict[str, dict[str, Any]] = {}
         self._envelope, self._heartbeat = envelope, heartbeat
@@ -8750,9 +8923,8 @@ class ReplyCollector:
         """These are the nodes and agents; from all, everyone who is online shall answer."""
         self.states = states
         if self._envelope.to == EVERYONE:
-            rows = self.rows()
-            self.silent = {row.name for row in rows if row.is_node and row.alive}
-            if not self.silent:
+            self.outstanding = {row.name for row in self.rows() if row.is_node and row.alive}
+            if not self.outstanding:
                 raise NoReplyError("no node is online; see: hive-cli status")
 
     def rows(self) -> list[StatusRow]:
@@ -8765,229 +8937,8 @@ class ReplyCollector:
         if answer.reply_to not in (None, self._envelope.id):
             return False  # it answers an earlier message of the exchange
         self.refused |= answer.ch == "alert"
-        self.silent.discard(answer.sender if self._envelope.to == EVERYONE else self._envelope.to)
-        return True
-
-
-class Errand:
-    """What one command wants from the broker; ends by finish() or by an error."""
-
-    def __init__(self, config: Config) -> None:
-        load_paho()  # where it is missing, a broker is of no use
-        self.config = with_broker(config)
-        self.topics, self.node = config.topics, config.node.id
-        self.loop = Loop(Log("error"))
-        self._finished = False
-
-    def finish(self) -> None:
-        self._finished = True
-
-    def run(self) -> None:
-        """Do it; raises BrokerError."""
-        try:
-            while not self._finished:
-                self.loop.step()
-        finally:
-            self.loop.close()
-
-    def before_connecting(self, go_on: Callable[[], None]) -> None:
-        go_on()
-
-    def link_down(self, reason: str) -> None:
-        raise broker_fault(self.config.mqtt, reason)
-
-    def deliver(self, delivery: IncomingMessage) -> None:
-        """Nothing is subscribed to."""
-
-    def publish(self, client: MqttClient, envelope: Envelope, done: Callable[[int], None]) -> None:
-        """Publish; `done` gets the broker's reason code, where it is no failure."""
-        topic = self.topics.of(envelope)
-
-        def acknowledged(code: int, words: str) -> None:
-            if is_failure(code):
-                raise broker_fault(
-                    self.config.mqtt, f"refused to publish to {topic}: {words.lower()}"
-                )
-            overdue.cancel()
-            done(code)
-
-        def late() -> None:
-            raise broker_fault(self.config.mqtt, f"no answer (PUBACK) in {PUBACK_DEADLINE:g} s")
-
-        overdue = self.loop.after(PUBACK_DEADLINE, late)
-        until = time.time() + envelope.ttl if envelope.ttl else None
-        client.publish(OutgoingMessage(topic, envelope.encode(), until=until, done=acknowledged))
-
-
-class Sending(Errand):
-    """Publish one envelope and see it acknowledged."""
-
-    def __init__(self, config: Config, envelope: Envelope) -> None:
-        super().__init__(config)
-        self.heard_by_nobody = False
-        self._envelope = envelope
-        self._client = MqttClient(self.loop, self.config.mqtt)
-        self._client.open(self)
-
-    def link_up(self) -> None:
-        self.publish(self._client, self._envelope, self._sent)
-
-    def _sent(self, code: int) -> None:
-        self.heard_by_nobody = code == NO_SUBSCRIBERS
-        self._client.close(self.finish, within=1.0)
-
-
-class Collecting(Errand):
-    """Collect the retained documents of every name: `state` or `roster`."""
-
-    def __init__(self, config: Config, document: str) -> None:
-        super().__init__(config)
-        self.documents: dict[str, dict[str, Any]] = {}
-        topics = [self.topics.meta("+", document)]
-        marker = self.topics.private(self.node, new_id())
-        self.survey = RetainedQuery(
-            self.loop, self.config.mqtt, topics, marker, self._found, self._complete, self.link_down
-        )
-
-    def _found(self, delivery: IncomingMessage) -> None:
-        meta = self.topics.meta_of(delivery.topic)
-        content = read_json_object(delivery.payload) if len(delivery.payload) <= MAX_STATE else None
-        if meta and content and NAME.fullmatch(meta[0]):
-            self.documents[meta[0]] = content
-
-    def _complete(self) -> None:
-        self.survey.client.close(self.finish, within=1.0)
-
-
-class Asking(Errand):
-    """Publish one envelope and wait for the answers to it."""
-
-    def __init__(
-        self, config: Config, envelope: Envelope, wait: float, heard: Callable[[Envelope], None]
-    ) -> None:
-        """Calls `heard` with each response and each alert of the exchange, as they come."""
-        super().__init__(config)
-        self.answers = ReplyCollector(envelope, config.heartbeat)
-        self.heard_by_nobody = False
-        self._states: dict[str, dict[str, Any]] = {}
-        self._envelope, self._wait, self._heard = envelope, wait, heard
-        self._topics = [self.topics.to(self.node, ch) for ch in ("response", "alert")]
-        whose = "+" if envelope.to == EVERYONE else envelope.to
-        self._survey = RetainedQuery(
-            self.loop,
-            self.config.mqtt,
-            [*self._topics, self.topics.meta(whose, "state")],
-            self.topics.private(self.node, new_id()),
-            self._found,
-            self._ask,
-            self.link_down,
-        )
-
-    def _ask(self) -> None:
-        """Everyone's state is in."""
-        self.answers.expect(self._states)
-        self.publish(self._survey.client, self._envelope, self._asked)
-        self.loop.after(self._wait, self._leave)
-
-    def _asked(self, code: int) -> None:
-        self.heard_by_nobody = code == NO_SUBSCRIBERS and self._envelope.to != EVERYONE
-        if self.heard_by_nobody:
-            self._leave()  # the broker has dropped it: nobody will ever answer
-
-    def run(self) -> None:
-        """As long as the door stays open, answers do not wake this node's own agent."""
-        self._knock = connect_to_daemon(self.config)
-        try:
-            self._tell_own_daemon(
-                {"do": "sent", "envelope": self._envelope.document(), "wait": True}
-            )
-            super().run()
-        finally:
-            if self._knock:
-                self._knock.close()
-
-    def _tell_own_daemon(self, request: Mapping[str, object]) -> None:
-        """Say what we do; without a daemon there is no agent to be woken either."""
-        if self._knock:
-            with contextlib.suppress(OSError):
-                self._knock.ask(request)
-
-    def _found(self, delivery: IncomingMessage) -> None:
-        if delivery.topic not in self._topics:
-            meta = self.topics.meta_of(delivery.topic)
-            if meta and len(delivery.payload) <= MAX_STATE:
-                self._states[meta[0]] = read_json_object(delivery.payload) or {}
-            return
-        try:
-            answer = Envelope.parse(delivery.payload)
-        except EnvelopeError:
-            return
-        if self.answers.take(answer):
-            self._tell_own_daemon({"do": "settle", "id": self._envelope.exchange})
-            self._heard(answer)
-            if not self.answers.silent:
-                self._leave()
-
-    def _leave(self) -> None:
-        self._survey.client.close(self.finish, within=1.0)
-
-
-class HandedIn(Value):
-    """A message that is in the daemon's journal."""
-
-    connected: bool  # is there a broker at the moment?
-    states: dict[str, dict[str, Any]]
-
-    @classmethod
-    def of(cls, said: Mapping[str, Any]) -> Self:
-        """What the daemon said of its situation."""
-        return cls(bool(said.get("connected")), said.get("states") or {})
-
-
-class Mail:
-    """The way through the local daemon: what it has taken is not lost."""
-
-    def __init__(self, config: Config, visit: ControlClient, envelope: Envelope) -> None:
-        self._mqtt, self._visit, self._envelope = config.mqtt, visit, envelope
-
-    def hand_in(self, wait: bool) -> HandedIn:
-        """Give it to the daemon.  Raises OSError if that does not answer, HiveError if it won't."""
-        document = self._envelope.document()
-        said = self._visit.ask({"do": "send", "envelope": document, "wait": wait})
-        if "error" in said:
-            raise HiveError(f"the daemon of {self._envelope.sender}: {said['error']}")
-        if not said.get("queued"):
-            raise OSError(errno.EPROTO, "it does not understand; is it of another version?")
-        return HandedIn.of(said)
-
-    def published(self) -> bool | None:
-        """Wait a moment for the broker: did anybody hear it?  None if that is not known yet."""
-        said = self._visit.hear(PUBLISHED_DEADLINE)
-        if said is None or "published" not in said:
-            return None
-        code, words = int(said["published"]), str(said.get("words"))
-        if is_failure(code):
-            raise broker_fault(self._mqtt, f"refused to publish: {words.lower()}")
-        return code != NO_SUBSCRIBERS
-
-    def wait(
-        self, answers: ReplyCollector, seconds: float, heard: Callable[[Envelope], None]
-    ) -> bool:
-        """Until all have answered, or it is too late; False if nobody can hear the question."""
-        ends = time.monotonic() + seconds
-        while answers.silent and (left := ends - time.monotonic()) > 0:
-            said = self._visit.hear(left)
-            if said is None:
-                break
-            code = said.get("published", 0)
-            if is_failure(code):
-                raise broker_fault(self._mqtt, f"refused to publish: {said.get('words')}".lower())
-            if code == NO_SUBSCRIBERS and self._envelope.to != EVERYONE:
-                return False
-            if "answer" in said:
-                answer = Envelope.check(said["answer"])
-                if answers.take(answer):
-                    heard(answer)
+        to_all = self._envelope.to == EVERYONE
+        self.outstanding.discard(answer.sender if to_all else self._envelope.to)
         return True
 
 
@@ -9504,10 +9455,10 @@ def check_daemon(context: DoctorContext) -> Iterator[Finding]:
         return
     with contextlib.closing(control):
         try:
-            answer = control.ask({"do": "doctor", "id": new_id()})
+            answer = control.ask({"do": "doctor"})
             why = "" if answer else "no answer"
-        except OSError as error:
-            why = reason_of(error)
+        except DaemonError as error:
+            why = str(error).partition(": ")[2]
     if why:
         yield Finding(Level.FAIL, f"{node}'s does not answer at {file}: {why}", "restart it")
     else:
@@ -10277,120 +10228,140 @@ def command_send(args: argparse.Namespace) -> int:
     return send_and_wait(config, envelope, args, args.wait)
 
 
+def ask_or_bypass(
+    config: Config,
+    request: Mapping[str, object],
+    expected: str,
+    direct: bool,
+    patience: float = PATIENCE,
+) -> tuple[Control, dict[str, Any]]:
+    """Ask the daemon where one runs; one that makes no sense is passed by.
+
+    `expected` is in every answer that does.
+    """
+    ends = time.monotonic() + patience
+    control = open_control(config, patience, direct)
+    try:
+        try:
+            answer = control.ask(request)
+            if expected in answer:
+                return control, answer
+            if not str(answer.get("error", NO_SUCH_REQUEST)).startswith(NO_SUCH_REQUEST):
+                raise HiveError(f"the daemon of {config.node.id}: {answer['error']}")
+            other = "it does not understand; is it of another version?"
+            raise DaemonError(f"the daemon of {config.node.id}: {other}")
+        except DaemonError as error:  # at worst a message goes out twice, and is acted upon once
+            print(f"hive: {error}; {BYPASS[expected]}", file=sys.stderr)
+        control.close()
+        control = InProcessNode(config, max(1.0, ends - time.monotonic()))
+        return control, control.ask(request)
+    except BaseException:
+        control.close()
+        raise
+
+
+BYPASS = {"queued": "sending directly", "complete": "asking the broker instead"}
+
+
 def send_and_wait(
     config: Config, envelope: Envelope, args: argparse.Namespace, wait: float | None = None
 ) -> int:
-    """Through the daemon where one runs; directly where none does, or if that is asked for."""
-    visit = None if args.direct else meet(config)
-    if visit:
-        with contextlib.closing(visit):
-            mail = Mail(config, visit, envelope)
-            try:
-                handed_in = mail.hand_in(bool(wait))
-            except OSError as error:  # at worst it goes out twice, and is acted upon once
-                why = reason_of(error)
-                print(
-                    f"hive: the daemon of {envelope.sender}: {why}; sending directly",
-                    file=sys.stderr,
-                )
-            else:
-                if wait:
-                    return wait_through(config, envelope, args, mail, handed_in)
-                return say_sent(config, envelope, args, mail, handed_in)
-    return ask_directly(config, envelope, args) if wait else send_directly(config, envelope, args)
+    """Send it; print what is known of it then, or its answers as they come."""
+    ends = time.monotonic() + (wait or 0.0)
+    patience = max(wait, MIN_PATIENCE) if wait else PATIENCE
+    request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
+    control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
+    with contextlib.closing(control):
+        if wait is None:
+            return say_sent(config, envelope, args, control, said["connected"])
+        return print_replies(config, envelope, args, control, said["connected"], ends)
+
+
+PUBLISHED_TIMEOUT = 2.0  # seconds that a command waits for the broker, once its daemon has it all
 
 
 def say_sent(
-    config: Config, envelope: Envelope, args: argparse.Namespace, mail: Mail, handed_in: HandedIn
+    config: Config, envelope: Envelope, args: argparse.Namespace, control: Control, connected: bool
 ) -> int:
     """It is in the journal: what else is known of it?"""
-    heard = None
+    code = None
     why = "no broker at the moment"
-    if handed_in.connected:
-        heard, why = mail.published(), "the broker has not taken it yet"
+    if connected:
+        code = published(config, control.receive(PUBLISHED_TIMEOUT))
+        why = "the broker has not taken it yet"
     topic = config.topics.of(envelope)
     if args.as_json:
         print(envelope.encode().decode())
-    elif heard is None:
+    elif code is None:
         print(f"queued {envelope.id}, {why}")
     else:
         print(f"sent {envelope.id} -> {topic}")
-    if heard is False:
-        say_unheard(topic)
+    if code == NO_SUBSCRIBERS:
+        print(f"hive: nobody listens on {topic}; who is there: hive-cli status", file=sys.stderr)
     return Exit.DONE
 
 
-def say_unheard(topic: str) -> None:
-    print(f"hive: nobody listens on {topic}; who is there: hive-cli status", file=sys.stderr)
+def published(config: Config, said: Mapping[str, Any] | None) -> int | None:
+    """The broker's reason code, if that is what was said; raises BrokerError if it refused."""
+    code = (said or {}).get("published")
+    if code is not None and is_failure(code):
+        words = str((said or {}).get("words")).lower()
+        raise broker_fault(config.mqtt, f"refused to publish: {words}")
+    return code
 
 
-def send_directly(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
-    """Publish, and say so once the broker has acknowledged it."""
-    if CHANNELS[envelope.ch].handler:
-        # so that the daemon can tell its agent what an answer is about
-        with contextlib.suppress(HiveError):
-            ask_daemon(config, {"do": "sent", "envelope": envelope.document()})
-    sending = Sending(config, envelope)
-    sending.run()
-    topic = config.topics.of(envelope)
-    print(envelope.encode().decode() if args.as_json else f"sent {envelope.id} -> {topic}")
-    if sending.heard_by_nobody:
-        say_unheard(topic)
-    return Exit.DONE
-
-
-def wait_through(
-    config: Config, envelope: Envelope, args: argparse.Namespace, mail: Mail, handed_in: HandedIn
+def print_replies(
+    config: Config,
+    envelope: Envelope,
+    args: argparse.Namespace,
+    control: Control,
+    connected: bool,
+    ends: float,
 ) -> int:
-    """Print the answers that the daemon hands on."""
-    answers = ReplyCollector(envelope, config.heartbeat)
-    until = time.monotonic() + min(STARTING, args.wait)
-    while envelope.to == EVERYONE and not handed_in.states and time.monotonic() < until:
-        time.sleep(0.05)  # it is on its way to the broker, and has heard of nobody yet
-        handed_in = HandedIn.of(ask_daemon(config, {"do": "states"}))
-    answers.expect(handed_in.states)
-    if not handed_in.connected:
-        print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
-    write = partial(write_answer, as_json=args.as_json, label=envelope.to == EVERYONE)
+    """Print the answers until all have come, or `ends` (monotonic) has; raises NoReplyError."""
+    replies = ReplyCollector(envelope, config.heartbeat)
+    ends = max(ends, time.monotonic() + min(args.wait, 1.0))  # to get here took some of it
     try:
-        heard = mail.wait(answers, args.wait, write)
-    except OSError as error:
+        if envelope.to == EVERYONE:
+            replies.expect(ask_members(control, "states", ends)["states"])
+        if not connected:
+            print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
+        while replies.outstanding and (left := ends - time.monotonic()) > 0:
+            said = control.receive(left) or {}
+            if published(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
+                topic, why = config.topics.of(envelope), explain_no_reply(control, replies)
+                raise NoReplyError(f"nobody listens on {topic}{why}")
+            answer = Envelope.check(said["answer"]) if "answer" in said else None
+            if answer and replies.take(answer):
+                write_answer(answer, args.as_json, label=envelope.to == EVERYONE)
+    except DaemonError as error:
         raise HiveError(
-            f"the daemon of {config.node.id}: {reason_of(error)}; it has {envelope.id},"
-            " and tells the agent of the answer"
+            f"{error}; it has {envelope.id}, and tells the agent of the answer"
         ) from None
-    if answers.silent:
-        with contextlib.suppress(HiveError):
-            answers.states = ask_daemon(config, {"do": "states"}).get("states", {})
-    return exit_code(config, envelope, args.wait, answers, heard)
+    if replies.outstanding:
+        silent, why = ", ".join(sorted(replies.outstanding)), explain_no_reply(control, replies)
+        raise NoReplyError(f"no answer from {silent} in {args.wait:g} s{why}")
+    return Exit.REFUSED if replies.refused else Exit.DONE
 
 
-def ask_directly(config: Config, envelope: Envelope, args: argparse.Namespace) -> int:
-    """Publish, and print the answers as they come."""
-    write = partial(write_answer, as_json=args.as_json, label=envelope.to == EVERYONE)
-    asking = Asking(config, envelope, args.wait, write)
-    asking.run()
-    return exit_code(config, envelope, args.wait, asking.answers, not asking.heard_by_nobody)
+def ask_members(
+    control: Control, do: str, ends: float, said: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What is known of all nodes; a daemon that has just connected has yet to hear of them."""
+    ends = min(ends, time.monotonic() + STARTING)
+    said = said or control.ask({"do": do})
+    while not (said.get("complete") or said.get("fault")) and time.monotonic() < ends:
+        time.sleep(0.05)
+        said = control.ask({"do": do})
+    return said
 
 
-def exit_code(
-    config: Config, envelope: Envelope, wait: float, answers: ReplyCollector, heard: bool
-) -> int:
-    """How the waiting ended; raises SilenceError with those who kept silent."""
-    if not heard:
-        raise NoReplyError(
-            f"nobody listens on {config.topics.of(envelope)}{explain_no_reply(answers)}"
-        )
-    if answers.silent:
-        silent = ", ".join(sorted(answers.silent))
-        raise NoReplyError(f"no answer from {silent} in {wait:g} s{explain_no_reply(answers)}")
-    return Exit.REFUSED if answers.refused else Exit.DONE
-
-
-def explain_no_reply(answers: ReplyCollector) -> str:
+def explain_no_reply(control: Control, replies: ReplyCollector) -> str:
     """What is known of those who did not answer."""
-    rows = {row.name: row for row in answers.rows()}
-    for name in sorted(answers.silent):
+    with contextlib.suppress(DaemonError):
+        replies.states = control.ask({"do": "states"}).get("states", {})
+    rows = {row.name: row for row in replies.rows()}
+    for name in sorted(replies.outstanding):
         if name not in rows:
             return f"; no node or agent {name} has been seen, is it spelled right?"
         if not rows[name].alive:
@@ -10424,7 +10395,7 @@ def find_original(config: Config, said: str) -> Envelope:
 
 def known_envelope(config: Config, id: str) -> Envelope:
     """An envelope that this node has received or sent, whole; or HiveError."""
-    answer = ask_journal(config, {"do": "message", "id": id})
+    answer = look_up(config, {"do": "message", "id": id})
     if not isinstance(answer.get("envelope"), dict):
         raise HiveError(f"{id}: its text is kept no longer; see [journal] in hive.toml")
     return Envelope.check(answer["envelope"])
@@ -10490,12 +10461,35 @@ def command_log(args: argparse.Namespace) -> int:
 @subcommand(AS_JSON)
 def command_pending(args: argparse.Namespace) -> int:
     """Show what was asked and is not answered, and what this node still has to do or deliver."""
-    document = ask_journal(config_of(args), {"do": "pending"})
+    document = look_up(config_of(args), {"do": "pending"})
     if args.as_json:
         print(json.dumps(document, indent=2))
     else:
         print(pending_table(document, time.time(), colourful(sys.stdout)), end="")
     return Exit.DONE
+
+
+def read_log(
+    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """All rows that a request is about, page after page."""
+    while rows := look_up(config, request)["rows"]:
+        write(rows)
+        request = {**request, "last": 0, "after": rows[-1]["n"]}
+
+
+def follow_log(
+    config: Config, request: Mapping[str, Any], write: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """The same, and what is new from then on, until the daemon ends."""
+    control = connect_to_daemon(config) or InProcessNode(config, PATIENCE)
+    with contextlib.closing(control):
+        said: dict[str, Any] | None = control.ask({**request, "do": "follow"})
+        while True:
+            if said and "error" in said:
+                raise HiveError(str(said["error"]))
+            write((said or {}).get("rows", []))
+            said = control.receive(None)
 
 
 def read_original(said: str) -> bytes:
@@ -10513,43 +10507,64 @@ def read_original(said: str) -> bytes:
         ) from None
 
 
-@subcommand(AS_JSON, examples="hive.py status --json | jq '.[] | select(.status != \"online\")'")
+ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")
+
+
+@subcommand(
+    ASK_BROKER,
+    AS_JSON,
+    examples="hive.py status --json | jq '.[] | select(.status != \"online\")'",
+)
 def command_status(args: argparse.Namespace) -> int:
     """Show how every node and agent is."""
     config = config_of(args)
-    collecting = Collecting(config, "state")
-    collecting.run()
-    rows = status_rows(collecting.documents, config.heartbeat, time.time())
-    if args.as_json:
+    said = known_members(config, "states", args.direct)
+    rows = status_rows(said["states"], config.heartbeat, time.time())
+    if args.as_json and (rows or not said["fault"]):
         print(json.dumps([vars(row) for row in rows], indent=2))
     elif rows:
         print(status_table(rows, colourful(sys.stdout)) + status_notes(rows), end="")
-    else:
-        say_nobody(config)
-    return Exit.DONE
+    return say_of_members(config, args, said, bool(rows))
 
 
-@subcommand(AS_JSON)
+@subcommand(ASK_BROKER, AS_JSON)
 def command_roster(args: argparse.Namespace) -> int:
     """Show what every node can do: its agents, its handlers, its version."""
     config = config_of(args)
-    collecting = Collecting(config, "roster")
-    collecting.run()
-    if args.as_json:
-        print(json.dumps(sorted(collecting.documents.values(), key=str), indent=2))
-    elif collecting.documents:
-        print(roster_table(collecting.documents, colourful(sys.stdout)), end="")
-        print(schedule_lines(collecting.documents, time.time()), end="")
-    else:
-        say_nobody(config)
+    said = known_members(config, "roster", args.direct)
+    rosters = said["rosters"]
+    if args.as_json and (rosters or not said["fault"]):
+        print(json.dumps(sorted(rosters.values(), key=str), indent=2))
+    elif rosters:
+        print(roster_table(rosters, colourful(sys.stdout)), end="")
+        print(schedule_lines(rosters, time.time()), end="")
+    return say_of_members(config, args, said, bool(rosters))
+
+
+def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
+    """What the daemon knows of all nodes, or the broker."""
+    control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
+    with contextlib.closing(control):
+        if said["hive"] == hive_of(config):
+            return ask_members(control, do, time.monotonic() + STARTING, said)
+    with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
+        return control.ask({"do": do})  # the daemon's is another hive
+
+
+def say_of_members(
+    config: Config, args: argparse.Namespace, said: Mapping[str, Any], any: bool
+) -> int:
+    """How good is what was shown?  Raises BrokerError if it is old."""
+    if not said["connected"]:
+        if any and not args.as_json:
+            age = for_people(time.time() - said["seen"])
+            print(f"\nas of {age} ago, when the broker was lost")
+        raise BrokerError(said["fault"] or f"broker {said['broker']}: no connection yet")
+    if not any and not args.as_json:
+        where = f"at {said['broker']} under {config.topics.prefix}/"
+        start = "start one with: hive.py daemon"
+        print(f"hive: no node has been seen {where} yet; {start}", file=sys.stderr)
     return Exit.DONE
-
-
-def say_nobody(config: Config) -> None:
-    where = f"at {with_broker(config).mqtt.address} under {config.topics.prefix}/"
-    print(
-        f"hive: no node has been seen {where} yet; start one with: hive.py daemon", file=sys.stderr
-    )
 
 
 @subcommand(

@@ -1,12 +1,15 @@
 """How long things take: whole processes, medians, beside their peers in the same run.
 
-python tests/bench.py [RUNS]
+What a start costs is CPU of the whole process, in turn with the same of an older commit.
+
+python tests/bench.py [RUNS [BASE]]
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -16,7 +19,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from conftest import Broker, Daemon, Hive, eventually, find_program
+from conftest import ROOT, Broker, Daemon, Hive, eventually, find_program
+
+BASE = "8360744"  # before a start was made cheaper
 
 SLEEPY = "#!/bin/sh\nexec sleep 10\n"
 PING = "#!/bin/sh\necho pong\n"
@@ -65,6 +70,91 @@ def processes(hive: Hive, runs: int) -> None:
         show(what, each, base)
 
 
+def checkout(commit: str, folder: Path) -> Path | None:
+    """The program as it was at a commit; None, and a line, where the repository has it not."""
+    for name in ("hive.py", "hive-cli"):
+        show = ["git", "-C", str(ROOT), "show", f"{commit}:{name}"]
+        try:
+            (folder / name).write_bytes(
+                subprocess.run(show, check=True, capture_output=True).stdout
+            )
+        except (OSError, subprocess.CalledProcessError):
+            print(f"there is no commit {commit} here: nothing is compared with it")
+            return None
+    return folder
+
+
+def cpu_of(line: list[str], environment: dict[str, str]) -> float:
+    """Milliseconds of CPU that a whole process takes, its start and its end included."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(line, check=True, capture_output=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1000
+
+
+def start_costs(hive: Hive, trees: dict[str, Path], runs: int) -> None:
+    """CPU of whole processes and memory of idle daemons, of each tree in turn."""
+    daemons: dict[tuple[str, str], Daemon] = {}
+    for tree, folder in trees.items():
+        for program in ("hive-cli", "hive.py"):
+            hive.program = [sys.executable, str(folder / program)]
+            daemons[tree, program] = node = hive.node(f"{tree}-{program.replace('.', '-')}")
+            node.start().stop()  # compiles what is not
+            node.start()
+
+    def line(tree: str, program: str, *words: str) -> list[str]:
+        named = ["--config", str(daemons[tree, "hive-cli"].config)]
+        return [sys.executable, str(trees[tree] / program), *words, *named]
+
+    send = ("send", "--to", "t1", "--ch", "status", "--urgency", "later", "--text", "x")
+    commands = {
+        "hive-cli --version": ("hive-cli", "--version"),
+        "hive-cli send, a daemon runs": ("hive-cli", *send),
+        "hive-cli status, a daemon runs": ("hive-cli", "status"),
+        "python hive.py send": ("hive.py", *send),
+    }
+    lines = {("python3 -c pass", "now"): [sys.executable, "-c", "pass"]}
+    lines |= {(what, t): line(t, *words) for what, words in commands.items() for t in trees}
+    took: dict[tuple[str, str], list[float]] = {key: [] for key in lines}
+    for _ in range(max(runs, 15)):
+        for key, words in lines.items():
+            took[key].append(cpu_of(words, hive.environment))
+    print("CPU of whole processes, ms" + (", and of the base" if "base" in trees else ""))
+    for what, tree in lines:
+        if tree == "now":
+            base = took.get((what, "base"))
+            median = statistics.median(took[what, tree])
+            compare(what, median, statistics.median(base) if base else None)
+    if Path("/proc").exists():
+        print(
+            "resident memory of an idle daemon, MB"
+            + (", and of the base" if "base" in trees else "")
+        )
+        kept = {key: resident(node) for key, node in daemons.items()}
+        compare("hive-cli daemon", kept["now", "hive-cli"], kept.get(("base", "hive-cli")))
+        compare("python hive.py daemon", kept["now", "hive.py"], kept.get(("base", "hive.py")))
+
+
+def compare(what: str, value: float, base: float | None = None) -> None:
+    beside = f"{base:8.1f}  {value / base:6.2f} x" if base else ""
+    print(f"{what:38} {value:8.1f}  {beside}")
+
+
+def measure_starts(folder: Path, broker: Broker, commit: str, runs: int) -> None:
+    """Beside a base commit, where the repository has it."""
+    (folder / "base").mkdir(parents=True)
+    trees = {"now": ROOT}
+    if base := checkout(commit, folder / "base"):
+        trees["base"] = base
+        print(f"the base is commit {commit}")
+    hive = Hive(folder, broker, "starts", interval=5.0)
+    hive.environment = {k: v for k, v in hive.environment.items() if not k.startswith("PYTHON")}
+    try:
+        start_costs(hive, trees, runs)
+    finally:
+        hive.close()
+
+
 def starts(hive: Hive, runs: int) -> None:
     """From starting the daemon until the answer to a command that waited for it is seen."""
     gamma = hive.node("gamma")
@@ -109,16 +199,18 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def resident(daemon: Daemon) -> float:
+    """Megabytes of memory that it keeps (Linux only)."""
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
 def idle(daemon: Daemon, seconds: float) -> None:
     """Resident memory and CPU of an idle daemon (Linux only)."""
     before, began = cpu_seconds(daemon.pid), time.monotonic()
     time.sleep(seconds)
     used = (cpu_seconds(daemon.pid) - before) / (time.monotonic() - began) * 60
-    status = Path(f"/proc/{daemon.pid}/status").read_text()
-    resident = int(
-        next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]
-    )
-    print(f"{'idle daemon: memory':46} {resident / 1024:8.1f} MB")
+    print(f"{'idle daemon: memory':46} {resident(daemon):8.1f} MB")
     print(
         f"{'idle daemon: CPU a minute (10 ms steps)':46} {used * 1000:8.0f} ms   over {seconds:g} s"
     )
@@ -126,6 +218,7 @@ def idle(daemon: Daemon, seconds: float) -> None:
 
 def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 7
+    commit = sys.argv[2] if len(sys.argv) > 2 else BASE
     with tempfile.TemporaryDirectory() as folder:
         broker = Broker(Path(folder) / "broker")
         hive = Hive(Path(folder), broker, "bench", interval=5.0)
@@ -138,6 +231,7 @@ def main() -> None:
                 node.handler("sleepy", SLEEPY)
                 node.start()
             print(f"python {sys.version.split()[0]}, {os.cpu_count()} cores, {runs} runs, medians")
+            measure_starts(Path(folder) / "starts", broker, commit, runs)
             processes(hive, runs)
             starts(hive, runs)
             ping_beside_a_sleeper(hive, beta, runs)

@@ -110,7 +110,7 @@ def flood(port: int, packets: bytes) -> None:
 def rows(daemon: Daemon, **request: int) -> list[dict[str, Any]]:
     """Rows of its journal, wherever that is."""
     config = hive.load_config(str(daemon.config))
-    answer = hive.ask_daemon(config, {"do": "log", "filters": {"from": "flood"}, **request})
+    answer = hive.look_up(config, {"do": "log", "filters": {"from": "flood"}, **request})
     return list(answer["rows"])
 
 

@@ -353,7 +353,7 @@ class Slot:
                     os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
-def test_file(section: str) -> str:
+def own_tests(section: str) -> str:
     """MqttClient: test_mqtt_client."""
     return "test_" + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", section).lower()
 
@@ -373,9 +373,11 @@ class Net:
 
     def files(self, section: str) -> tuple[list[str], list[str]]:
         """The test files of a section, and the wider ones, in their order."""
-        mine, others = test_file(section), {*map(test_file, self.source.sections)}
+        mine, others = own_tests(section), {*map(own_tests, self.source.sections)}
         more = {f"test_{name}" for name in MORE_TESTS.get(section, "").split()}
-        own = [n for n in self._files if n == mine or n.startswith(f"{mine}_") and n not in others]
+        own = [
+            n for n in self._files if n == mine or (n.startswith(f"{mine}_") and n not in others)
+        ]
         own += [n for n in self._files if n in more and n not in own]
         return own, [n for n in self._files if n not in own][: self.options.wider]
 

@@ -45,7 +45,7 @@ class Got:
     def publish(self) -> Publish:
         """As what it is, with the identifiers that only a broker may say."""
         reader, qos = Reader(self.body), self.flags >> 1 & 3
-        topic, id = reader.text(), reader.two() if qos else 0
+        topic, id = reader.utf8_string(), reader.two_byte_integer() if qos else 0
         properties = reader.properties("PUBLISH") if self.version == 5 else {}
         rest = reader.take(reader.left)
         return Publish(topic, rest, qos, bool(self.flags & 1), id, properties)
@@ -56,7 +56,11 @@ class Got:
 
     @property
     def id(self) -> int:
-        return self.publish.id if self.kind is PacketType.PUBLISH else Reader(self.body).two()
+        return (
+            self.publish.packet_id
+            if self.kind is PacketType.PUBLISH
+            else Reader(self.body).two_byte_integer()
+        )
 
     @property
     def present(self) -> bool:
@@ -72,7 +76,7 @@ class Got:
     def reasons(self) -> list[int]:
         """Those of a SUBACK or UNSUBACK."""
         reader = Reader(self.body)
-        reader.two()
+        reader.two_byte_integer()
         if self.version == 5:
             reader.properties(self.kind.name)
         return [*reader.take(reader.left)]
@@ -226,11 +230,11 @@ class Raw:
         """The next message, acknowledged."""
         message = self.expect(PacketType.PUBLISH).publish
         if acknowledge and message.qos == 1:
-            self.send(hive.encode_ack(PacketType.PUBACK, message.id, 0, self.version))
+            self.send(hive.encode_ack(PacketType.PUBACK, message.packet_id, 0, self.version))
         elif acknowledge and message.qos == 2:
-            self.send(hive.encode_ack(PacketType.PUBREC, message.id, 0, self.version))
-            assert self.expect(PacketType.PUBREL).id == message.id
-            self.send(hive.encode_ack(PacketType.PUBCOMP, message.id, 0, self.version))
+            self.send(hive.encode_ack(PacketType.PUBREC, message.packet_id, 0, self.version))
+            assert self.expect(PacketType.PUBREL).id == message.packet_id
+            self.send(hive.encode_ack(PacketType.PUBCOMP, message.packet_id, 0, self.version))
         return message
 
     def quiet(self) -> None:
@@ -303,16 +307,16 @@ class Hosted:
 
     def drop(self, client: Raw) -> None:
         """Close a connection, and wait until the broker knows."""
-        guests = len(self.broker.guests)
+        before = len(self.broker.connections)
         client.close()
-        eventually("it is gone", lambda: len(self.broker.guests) < guests)
+        eventually("it is gone", lambda: len(self.broker.connections) < before)
 
     def close(self) -> None:
         for client in self.clients:
             client.close()
         self.stop()
         assert "event=bug" not in self.log.getvalue(), self.log.getvalue()
-        assert self.broker.buffered == 0  # every byte was counted once
+        assert self.broker.buffered.size == 0  # every byte was counted once
 
 
 class OwnBroker:

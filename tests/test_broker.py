@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Clock, eventually, free_port
+from conftest import PATIENCE, Clock, eventually, free_port
 from raw_mqtt import (
     Hosted,
     connect_packet,
@@ -253,10 +253,24 @@ def test_who_never_says_connect_is_ended(hosted: Hosted) -> None:
     """[MQTT-3.1.4-1], 3.1.1, 3.1.4: within a reasonable time"""
     silent, slow = hosted.client(), hosted.client()
     slow.send(connect_packet()[:7])
-    eventually("both are in", lambda: len(hosted.broker.guests) == 2)
+    eventually("both are in", lambda: len(hosted.broker.connections) == 2)
     hosted.skip(11)
     silent.ended()
     slow.ended()
+
+
+def test_the_end_comes_at_once_to_whoever_is_ended(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait until the client has closed, nor until its time to do so is over."""
+    monkeypatch.setattr(hive, "DISCONNECT_LINGER", 10 * PATIENCE)
+    refused = hosted.client()
+    assert refused.connect("x" * 2000).reason == ReasonCode.CLIENT_IDENTIFIER_NOT_VALID
+    older = hosted.connected("a")
+    hosted.connected("a")
+    for client, reason in ((refused, None), (older, ReasonCode.SESSION_TAKEN_OVER)):
+        client.ended(reason)
+    assert len(hosted.broker.connections) == 3, "they may still be sending"
 
 
 # Users.
@@ -946,7 +960,7 @@ def test_the_keep_alive_that_was_told_is_kept_to(hosted: Hosted, asked: int) -> 
 def test_whoever_says_connect_in_time_is_heard(hosted: Hosted) -> None:
     slow, whole = hosted.client(), connect_packet(client_id="slow")
     slow.send(whole[:7])
-    eventually("it is in", lambda: len(hosted.broker.guests) == 1)
+    eventually("it is in", lambda: len(hosted.broker.connections) == 1)
     hosted.skip(8)
     slow.send(whole[7:])
     assert slow.expect(PacketType.CONNACK).reason == 0
@@ -1045,5 +1059,5 @@ def test_what_was_refused_is_in_the_log(hosted: Hosted) -> None:
     client.send(encode_packet(PacketType.SUBSCRIBE, encode_two_bytes(1) + b"\0", 2))
     client.ended(ReasonCode.PROTOCOL_ERROR)
     log = hosted.log.getvalue()
-    assert 'event="client refused" why=client_identifier_not_valid' in log
+    assert 'event="client refused" why="client identifier not valid"' in log
     assert 'event="packet refused" client="\'clumsy\'" why="SUBSCRIBE to nothing"' in log

@@ -199,20 +199,20 @@ def test_a_message_to_many_is_stored_once_and_leaves_nothing(hosted: Hosted) -> 
         reader.subscribe("t")
         hosted.drop(reader)
     hosted.connected("s").publish("t", b"x" * 100_000)
-    tables = ("messages", "parcels", "sessions", "subscriptions")
+    tables = ("messages", "queued_messages", "session_states")
 
     def counts() -> list[int]:
         with closing(sqlite3.connect(hosted.broker.file)) as file:
             return [file.execute(f"SELECT count(*) FROM {one}").fetchone()[0] for one in tables]
 
-    assert counts() == [1, 20, 20, 20]
+    assert counts() == [1, 20, 20]
     for n in range(20):
         reader = hosted.connected(f"r{n}", **KEPT)
         reader.receive()
         reader.send(disconnect_packet(0, session_expiry=0))
         reader.ended()
-    eventually("nothing is left", lambda: counts() == [0, 0, 0, 0])
-    assert hosted.broker._held == 0
+    eventually("nothing is left", lambda: counts() == [0, 0, 0])
+    assert hosted.broker._size == 0
     hosted.connected("a", **KEPT).subscribe("t")  # for restarting with something
     restarted(hosted)
     assert set(hosted.broker.sessions) == {"a"}
@@ -223,9 +223,9 @@ def test_what_needs_no_disk_is_not_written(hosted: Hosted) -> None:
     client.subscribe("t")
     for n in range(20):
         client.publish("t", b"%d" % n, qos=n % 3)
-    assert not hosted.broker.ledger.store._uncommitted
+    assert not hosted.broker.store.database._uncommitted
     with closing(sqlite3.connect(hosted.broker.file)) as file:
-        assert file.execute("SELECT count(*) FROM sessions").fetchone() == (0,)
+        assert file.execute("SELECT count(*) FROM session_states").fetchone() == (0,)
 
 
 def test_a_session_is_kept_from_the_connection_on_that_asks_for_it(hosted: Hosted) -> None:
@@ -240,6 +240,62 @@ def test_a_session_is_kept_from_the_connection_on_that_asks_for_it(hosted: Hoste
     client.receive()
 
 
+def test_a_file_of_seven_tables_is_taken_over(hosted: Hosted) -> None:
+    hosted.stop()
+    hosted.broker.file.unlink()
+    with closing(sqlite3.connect(hosted.broker.file)) as file:
+        file.executescript((ROOT / "tests" / "old_broker.sql").read_text())
+    hosted.start()
+    for _ in range(2):  # what was taken over outlives a restart, too
+        restarted(hosted)
+    assert "damaged" not in hosted.log.getvalue()
+    reader = hosted.connected("reader")
+    reader.subscribe(("kept/#", 1), ("will/#", 1))
+    kept = {one.topic: one for one in (reader.receive(), reader.receive())}
+    assert {topic: one.payload for topic, one in kept.items()} == {
+        "kept": b"retained",
+        "kept/two": b"retained too",
+    }
+    assert kept["kept"].properties == {"response_topic": "r"}
+    away = hosted.client()
+    assert away.connect("away", **KEPT).present
+    assert away.expect(PacketType.PUBREL).id == 2
+    said = {"content_type": "text/plain", "user": [("k", "v")], "subscription_id": [7]}
+    again = away.expect(PacketType.PUBLISH)
+    assert again.dup and again.publish == Publish(
+        "t/1", b"sent, not acknowledged", 1, packet_id=1, properties=said
+    )
+    assert [away.receive().payload for _ in range(2)] == [
+        b"waits \xff\0",
+        b"at QoS 2, not released",
+    ]
+    away.quiet()  # the third has expired
+    assert away.publish("plain", qos=1) == ReasonCode.NO_MATCHING_SUBSCRIBERS  # it is no_local
+    old = hosted.client(4)
+    assert old.connect("mqtt 3", clean=False).present
+    hosted.skip(hive.WILL_GRACE + 1)
+    wills = {(one.topic, one.payload) for one in (reader.receive(), reader.receive())}
+    assert wills == {("will/brief", b"brief is gone"), ("will/sender", b"sender is gone")}
+    sender = hosted.client()
+    assert sender.connect("sender", **KEPT).present
+    sender.send(publish_packet("t/1", b"the same again", 2, 77))
+    assert sender.expect(PacketType.PUBREC).id == 77
+    old.quiet()  # it was taken before the old broker was killed
+    assert sender.publish("t/1", qos=0) == 0 and old.receive().topic == "t/1"
+    with closing(sqlite3.connect(hosted.broker.file)) as file:
+        tables = file.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    assert {name for (name,) in tables} == {"messages", "queued_messages", "session_states"}
+
+
+def test_a_file_of_seven_tables_that_makes_no_sense_is_set_aside(hosted: Hosted) -> None:
+    hosted.stop()
+    with closing(sqlite3.connect(hosted.broker.file)) as file:
+        file.execute("CREATE TABLE parcels (n INTEGER)")
+    hosted.start()
+    assert "damaged, set aside" in hosted.log.getvalue()
+    assert hosted.connected("a", **KEPT).subscribe("t") == [2]
+
+
 def test_a_damaged_file_is_set_aside(hosted: Hosted) -> None:
     hosted.stop()
     hosted.broker.file.write_bytes(b"no database at all" * 100)
@@ -251,7 +307,7 @@ def test_a_damaged_file_is_set_aside(hosted: Hosted) -> None:
 def test_a_full_disk_is_said_and_nothing_is_lost_meanwhile(hosted: Hosted) -> None:
     client = hosted.connected("a", **KEPT)
     client.subscribe("t")
-    hosted.broker.loop.post(lambda: fill(hosted.broker.ledger.store))
+    hosted.broker.loop.post(lambda: fill(hosted.broker.store.database))
     client.close()
     sender = hosted.connected("s")
     for n in range(50):
@@ -271,6 +327,24 @@ def fill(store: hive.Database) -> None:
     """Let the file take no page more, as on a full disk."""
     (pages,) = store.read("PRAGMA page_count")[0]
     store.read(f"PRAGMA max_page_count={pages}")
+
+
+@both
+def test_who_comes_back_after_a_restart_has_no_session_and_no_will_where_none_was_to_stay(
+    hosted: Hosted, version: int
+) -> None:
+    brief = hosted.connected("brief", version, will=Publish("will", b"brief is gone", 1))
+    brief.subscribe("t")
+    restarted(hosted)
+    witness = hosted.connected("w")
+    witness.subscribe("will")
+    client = hosted.client(version)
+    assert not client.connect("brief", **kept(version)).present
+    assert client.publish("t") == (ReasonCode.NO_MATCHING_SUBSCRIBERS if version == 5 else 0)
+    hosted.skip(hive.WILL_GRACE + 1)
+    witness.quiet()
+    restarted(hosted)
+    assert hosted.client(version).connect("brief", **kept(version)).present
 
 
 # Bounds.
@@ -321,7 +395,7 @@ def test_queues_are_bounded_in_bytes_too(host: Make, bounds: dict[str, int]) -> 
     sender = full_queue(hosted, b"x" * 200_000)
     assert sender.publish("t", b"x" * 200_000) == ReasonCode.QUOTA_EXCEEDED
     assert sender.publish("t", b"small") == 0
-    assert hosted.broker._held < 1 << 20
+    assert hosted.broker._size < 1 << 20
 
 
 def test_retained_messages_are_bounded(host: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,7 +525,7 @@ def test_no_more_is_read_than_has_its_turn(hosted: Hosted, flood: str) -> None:
 
     def look() -> None:
         while not done.is_set():
-            most.extend(len(guest._in) for guest in [*hosted.broker.guests])
+            most.extend(len(connection.stream.input) for connection in [*hosted.broker.connections])
             time.sleep(0.001)
 
     looking = threading.Thread(target=look)
@@ -525,13 +599,13 @@ def test_half_packets_of_many_are_bounded(hosted: Hosted, monkeypatch: pytest.Mo
     many = [hosted.connected(f"half{n}") for n in range(4)]
     for one in many:
         push(one, half, 0.2) if one is many[-1] else one.send(half)
-    eventually("one is ended", lambda: len(hosted.broker.guests) < 4 or any_ended(hosted))
-    assert hosted.broker.buffered < 4_000_000
+    eventually("one is ended", lambda: len(hosted.broker.connections) < 4 or any_ended(hosted))
+    assert hosted.broker.buffered.size < 4_000_000
     hosted.connected("a").quiet()
 
 
 def any_ended(hosted: Hosted) -> bool:
-    return any(guest.session is None for guest in [*hosted.broker.guests])
+    return any(connection.session is None for connection in [*hosted.broker.connections])
 
 
 def test_who_never_reads_is_ended_in_the_end(hosted: Hosted) -> None:
@@ -542,9 +616,9 @@ def test_who_never_reads_is_ended_in_the_end(hosted: Hosted) -> None:
         sender.publish("t", b"x" * 500_000, qos=0)
     sender.quiet()
     hosted.skip(hive.STALLED + 1)
-    eventually("it is gone", lambda: len(hosted.broker.guests) == 1)
+    eventually("it is gone", lambda: len(hosted.broker.connections) == 1)
     assert "does not read" in hosted.log.getvalue()
-    assert hosted.broker.buffered < 1000
+    assert hosted.broker.buffered.size < 1000
 
 
 def test_a_fast_sender_waits_for_a_reader_that_reads(host: Make) -> None:
@@ -578,7 +652,10 @@ def test_a_sender_goes_on_when_the_reader_that_it_waits_for_has_gone(hosted: Hos
     reader, sender = hosted.connected("r", receive_maximum=1), hosted.connected("s")
     reader.subscribe(("t", 1))
     sender.send(*(publish_packet("t", b"x", 1, n + 1) for n in range(1500)))
-    eventually("it waits", lambda: any(guest.waits_for for guest in [*hosted.broker.guests]))
+    eventually(
+        "it waits",
+        lambda: any(connection.blocked_on for connection in [*hosted.broker.connections]),
+    )
     reader.close()
     codes = {sender.expect(PacketType.PUBACK).reason for _ in range(1500)}
     assert codes == {0, ReasonCode.NO_MATCHING_SUBSCRIBERS}
@@ -593,7 +670,7 @@ def test_a_loop_that_hosted_one_may_do_other_things_afterwards(tmp_path: Path) -
         broker.start()
         client = Raw(tmp_path / "socket")
         client.send(connect_packet(5, "a", **KEPT), publish_packet("t", b"x", 1, 1))
-        while not any(guest.session for guest in broker.guests):
+        while not any(connection.session for connection in broker.connections):
             loop.step()
         broker.close()
         client.close()
@@ -635,29 +712,33 @@ def test_after_any_traffic_the_books_balance(host: Make) -> None:
     hosted.connected("witness").quiet()
     for client in hosted.clients:
         client.close()
-    eventually("all are gone", lambda: not hosted.broker.guests)
+    eventually("all are gone", lambda: not hosted.broker.connections)
     hosted.stop()
     broker = hosted.broker
-    parcels = [
-        parcel
+    waiting = [
+        queued
         for session in broker.sessions.values()
-        for parcel in (*session.queue, *session.inflight.values())
+        for queued in (*session.queue, *session.inflight.values())
     ]
-    holding = [parcel.message for parcel in parcels]
-    holding += [*broker.retained.values(), *(will.message for will in broker.wills.values())]
+    holding = [queued.message for queued in waiting]
+    holding += [
+        *broker.retained.values(),
+        *(one.will.message for one in broker.sessions.values() if one.will),
+    ]
     assert holding
-    assert broker._held == sum(message.size for message in {*holding})
+    assert broker._size == sum(message.size for message in {*holding})
     assert broker._retained_size == sum(message.size for message in broker.retained.values())
     for message in {*holding}:
-        assert message.holders == holding.count(message)
+        assert message.references == holding.count(message)
     for session in broker.sessions.values():
         mine = (*session.queue, *session.inflight.values())
-        assert session.size == sum(parcel.message.size for parcel in mine)
+        assert session.size == sum(queued.message.size for queued in mine)
     with closing(sqlite3.connect(broker.file)) as file:
         rows = {n for (n,) in file.execute("SELECT n FROM messages")}
         assert rows == {message.n for message in holding}
-        (count,) = file.execute("SELECT count(*) FROM parcels").fetchone()
-        assert count == len(parcels)
+        rows_of = "SELECT count(*) FROM queued_messages WHERE session"
+        assert file.execute(f"{rows_of} != 0").fetchone() == (len(waiting),)
+        assert file.execute(f"{rows_of} = 0").fetchone() == (len(broker.retained),)
 
 
 # The command.

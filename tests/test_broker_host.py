@@ -619,7 +619,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "in a name": lambda file: file.write_bytes(file.read_bytes().replace(b"meta", b"m\xffta")),
     "in a column": lambda file: file.write_bytes(file.read_bytes().replace(b"expiry", b"expirx")),
     "in a table": lambda file: file.write_bytes(
-        file.read_bytes().replace(b"CREATE TABLE wills", b"CREATE\xffTABLE wills")
+        file.read_bytes().replace(b"CREATE TABLE messages", b"CREATE\xffTABLE messages")
     ),
 }
 
@@ -784,16 +784,16 @@ class Sender:
 
     @staticmethod
     def _hand_in(config: Config, envelope: hive.Envelope) -> bool:
-        visit = hive.connect_to_daemon(config)
-        if visit is None:
+        client = hive.connect_to_daemon(config)
+        if client is None:
             return False
-        with contextlib.closing(visit):
+        with contextlib.closing(client):
             try:
-                hive.Mail(config, visit, envelope).hand_in(wait=False)
-            except OSError:  # it was killed: nobody was told that it is sent
+                said = client.ask({"do": "send", "envelope": envelope.document()})
+            except hive.DaemonError:  # it was killed: nobody was told that it is sent
                 return False
-            except hive.HiveError as error:  # it was killed when it had it, and before it said so
-                assert "was handed in before" in str(error)
+        # ... or killed when it had it, and before it said so
+        assert said.get("queued") or "was handed in before" in said["error"]
         return True
 
     def finish(self) -> None:

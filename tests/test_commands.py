@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -12,9 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from conftest import (
@@ -28,6 +30,7 @@ from conftest import (
     free_port,
     need_mosquitto,
 )
+from paho.mqtt import publish
 
 import hive as module
 
@@ -569,11 +572,11 @@ def test_the_log_is_followed_until_the_daemon_ends(hive: Hive) -> None:
 def hive_send(node: Daemon, text: str) -> None:
     """As the command does, without its process."""
     config = module.load_config(str(node.config))
-    knock = module.connect_to_daemon(config)
-    assert knock
+    client = module.connect_to_daemon(config)
+    assert client
     envelope = module.Envelope.new(node.name, node.name, "status", text, urgency="later")
-    module.Mail(config, knock, envelope).hand_in(wait=False)
-    knock.close()
+    assert client.ask({"do": "send", "envelope": envelope.document()})["queued"]
+    client.close()
 
 
 def test_a_question_that_nobody_answers_in_time_is_told_to_the_agent_that_asked(
@@ -604,6 +607,283 @@ def test_nothing_to_look_back_on_is_said(tmp_path: Path) -> None:
         assert done.stderr.startswith("hive: no daemon of alpha has run here yet (nothing in ")
     done = run("--node", "alpha", "log", "--follow", cwd=tmp_path)
     assert done.returncode == 1 and "nothing to follow" in done.stderr
+
+
+# Every wait is bounded by what the user said
+
+SLACK = 4.0  # seconds that Python, a loaded machine and a goodbye may take besides
+ASKING = (  # everything that may have to wait, and for how long at most
+    (("send", "--to", "beta", "--text", "x"), 10),
+    (("send", "--to", "beta", "--text", "x", "--direct"), 10),
+    (("send", "--to", "beta", "--text", "x", "--wait", "3"), 3),
+    (("send", "--to", "all", "--text", "x", "--wait", "3"), 3),
+    (("send", "--to", "beta", "--text", "x", "--wait", "3", "--direct"), 3),
+    (("reply", "--to-msg", "{}", "--text", "y"), 10),
+    (("status",), 10),
+    (("roster",), 10),
+    (("log",), 10),
+    (("show", "m-1"), 10),
+    (("pending",), 10),
+)
+ANSWERED = module.Envelope.new("beta", "alpha", "command", "?").encode().decode()
+
+
+def ask_everything(hive: Hive, node: str) -> dict[str, tuple[int, str, str]]:
+    """Run all of these, a few at once: code, stdout, stderr of each; none takes too long."""
+    found: dict[str, tuple[int, str, str]] = {}
+
+    def ask(arguments: tuple[str, ...], most: float) -> None:
+        said = [ANSWERED if one == "{}" else one for one in arguments]
+        begun = time.monotonic()
+        done = hive.cli(node, *said, code=None)
+        assert time.monotonic() - begun < most + SLACK, (arguments, done.stderr)
+        found[" ".join(arguments)] = (done.returncode, done.stdout, done.stderr)
+
+    with ThreadPoolExecutor(4) as pool:
+        for asked in [pool.submit(ask, *one) for one in ASKING]:
+            asked.result()
+    return found
+
+
+@pytest.fixture(params=["accepts and says nothing", "drops every packet"])
+def silent_port(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A port on this machine where one waits for ever, unless one does not."""
+    with socket.socket() as listener, contextlib.ExitStack() as ending:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(100 if request.param.startswith("accepts") else 0)
+        for _ in range(0 if request.param.startswith("accepts") else 4):  # its queue is full then
+            one = ending.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_no_command_waits_for_a_silent_broker_longer_than_it_was_told(
+    hive: Hive, silent_port: int
+) -> None:
+    hive.mqtt = f'host = "127.0.0.1"\nport = {silent_port}'
+    hive.node("alpha")
+    for asked, (code, out, err) in ask_everything(hive, "alpha").items():
+        looks_back = asked.split()[0] in ("log", "show", "pending")
+        assert (code, out) == (1 if looks_back else 3, ""), (asked, err)
+        why = "has run here yet" if looks_back else rf"hive: broker 127.0.0.1:{silent_port}: .*"
+        assert re.search(why, err) and err.count("\n") == 1, err
+
+
+def test_no_command_waits_for_a_silent_daemon_longer_than_it_was_told(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    hive.node("beta").start()
+    os.kill(alpha.pid, signal.SIGSTOP)
+    try:
+        found = ask_everything(hive, "alpha")
+    finally:
+        os.kill(alpha.pid, signal.SIGCONT)
+    for asked, (code, out, err) in found.items():
+        if asked.split()[0] in ("log", "show", "pending"):
+            assert (code, err) == (1, "hive: the daemon of alpha: it does not answer\n"), asked
+        elif "--wait" in asked:  # there is no agent that could answer it
+            assert code == 4 and "no answer from" in err, (asked, err)
+        else:
+            assert code == 0 and out, (asked, err)
+            assert "--direct" in asked or "it does not answer; " in err, (asked, err)
+
+
+def test_a_daemon_and_a_broker_that_are_both_silent_are_given_up_in_time(
+    hive_of: Callable[..., Hive], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hive = hive_of(Broker(tmp_path / "broker", start=False))
+        hive.mqtt = f'host = "127.0.0.1"\nport = {listener.getsockname()[1]}'
+        alpha = hive.node("alpha").start(wait=False)
+        eventually("its door is open", lambda: (alpha.home / "state" / "door").exists())
+        os.kill(alpha.pid, signal.SIGSTOP)
+        try:
+            found = ask_everything(hive, "alpha")
+        finally:
+            os.kill(alpha.pid, signal.SIGCONT)
+    assert {code for code, _, _ in found.values()} == {1, 3}
+
+
+class OldDaemon:
+    """Something else at the control socket: answers each line with what `answer` makes of it."""
+
+    def __init__(self, node: Daemon, answer: Callable[[dict[str, Any]], bytes]) -> None:
+        folder = node.home / "state"
+        folder.mkdir(mode=0o700)
+        self.asked: list[Any] = []
+        self._answer = answer
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(folder / "door"))
+        self._listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                with sock, sock.makefile("rb") as lines:
+                    for line in lines:
+                        self.asked.append(json.loads(line)["do"])
+                        sock.sendall(self._answer(json.loads(line)))
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def of_another_version(request: dict[str, Any]) -> bytes:
+    """What a daemon says that is older than status and roster as requests."""
+    if request["do"] == "states":
+        return b'{"connected": true, "states": {"alpha": {"status": "online"}}}\n'
+    return json.dumps({"error": f"no such request: {request['do']!r}"}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (of_another_version, "it does not understand; is it of another version?"),
+        (lambda request: b"{}\n", "it does not understand; is it of another version?"),
+        (lambda request: b"", "it does not answer"),
+    ],
+    ids=["older", "nonsense", "half open"],
+)
+def test_what_is_no_daemon_of_this_version_is_passed_by_and_that_is_said(
+    hive: Hive, answer: Callable[[dict[str, Any]], bytes], why: str
+) -> None:
+    hive.node("beta").start()
+    daemon = OldDaemon(hive.node("alpha"), answer)
+    try:
+        sent = hive.cli("alpha", "send", "--to", "beta", "--text", "x")
+        asked = [hive.cli("alpha", command) for command in ("status", "roster")]
+    finally:
+        daemon.close()
+    assert sent.stderr == f"hive: the daemon of alpha: {why}; sending directly\n"
+    assert sent.stdout.startswith("sent ")
+    hive.nodes["beta"].logged("text", text="x")
+    for done in asked:
+        assert done.stderr == f"hive: the daemon of alpha: {why}; asking the broker instead\n"
+        assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["beta"]
+
+
+def test_a_name_server_that_says_nothing_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    over = threading.Event()
+
+    def silence(*given: object, **more: object) -> NoReturn:
+        over.wait(PATIENCE)
+        raise OSError("the test is over")
+
+    monkeypatch.setattr(socket, "getaddrinfo", silence)
+    begun = time.monotonic()
+    arguments = ["--host", "no.such.host", "send", "--to", "beta", "--text", "x", "--wait", "2"]
+    code = module.main(arguments)
+    over.set()
+    assert time.monotonic() - begun < 2 + SLACK
+    assert code == 3 and "broker no.such.host:1883: no answer in 2 s" in capsys.readouterr().err
+
+
+# The daemon's word on all nodes
+
+
+def test_status_and_roster_come_from_the_daemon_without_paho(hive: Hive, tmp_path: Path) -> None:
+    alpha = hive.node("alpha").start()
+    beta = hive.node("beta")
+    beta.handler("ping", "#!/bin/sh\necho pong\n")
+    beta.start()
+    shown = {}
+    for command in ("status", "roster"):
+        done = subprocess.run(  # -I -S: no paho-mqtt can be imported
+            [
+                *(sys.executable, "-I", "-S", str(ROOT / "hive.py")),
+                *("--config", str(alpha.config), command, "--json"),
+            ],
+            capture_output=True,
+            text=True,
+            env=hive.environment,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        shown[command] = json.loads(done.stdout)
+        direct = json.loads(hive.cli("alpha", command, "--json", "--direct").stdout)
+        assert [row.keys() for row in direct] == [row.keys() for row in shown[command]]
+    rows = {row["name"]: row for row in shown["status"]}
+    assert {name: row["status"] for name, row in rows.items()} == dict.fromkeys(
+        ("alpha", "beta"), "online"
+    )
+    assert rows["beta"]["version"] and rows["beta"]["uptime_s"] >= 0
+    assert {one["node"]: one["handlers"] for one in shown["roster"]} == {
+        "alpha": [],
+        "beta": ["ping"],
+    }
+
+
+def test_a_daemon_that_is_cut_off_says_so_and_what_it_knew(
+    hive_of: Callable[..., Hive], own_broker: Broker
+) -> None:
+    hive = hive_of(own_broker)
+    alpha = hive.node("alpha").start()
+    hive.node("beta").start()
+    eventually("both are seen", lambda: "beta" in hive.cli("alpha", "status").stdout)
+    own_broker.stop()
+    alpha.logged("no broker, trying again")
+    fault = (
+        f"hive: broker localhost:{own_broker.port}: Connection refused;"
+        " is a broker running there? mosquitto is one\n"
+    )
+    eventually("it says why", lambda: hive.cli("alpha", "status", code=3).stderr == fault)
+    for command in ("status", "roster"):
+        done = hive.cli("alpha", command, code=3)
+        assert done.stderr == fault
+        assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ["alpha", "beta"]
+        assert re.search(r"\nas of (\d+[smh] ?)+ ago, when the broker was lost\n$", done.stdout)
+        assert len(json.loads(hive.cli("alpha", command, "--json", code=3).stdout)) == 2
+        assert hive.cli("alpha", command, "--direct", code=3).stdout == ""
+
+
+def test_the_hive_that_the_command_line_names_is_asked_not_that_of_the_daemon(hive: Hive) -> None:
+    hive.node("alpha").start()
+    assert "alpha" in hive.cli("alpha", "status").stdout
+    other = hive.cli("alpha", "--prefix", "other/hive", "status")
+    assert other.stdout == "" and "no node has been seen" in other.stderr
+    port = free_port()
+    other = hive.cli("alpha", "--port", str(port), "roster", code=3)
+    assert other.stderr.startswith(f"hive: broker localhost:{port}: Connection refused")
+
+
+def test_who_waits_with_the_broker_away_is_told_that_it_is_queued(
+    hive_of: Callable[..., Hive], own_broker: Broker
+) -> None:
+    hive = hive_of(own_broker)
+    alpha = hive.node("alpha").start()
+    hive.node("beta").start()
+    eventually("both are seen", lambda: "beta" in hive.cli("alpha", "status").stdout)
+    own_broker.stop()
+    alpha.logged("no broker, trying again")
+    done = hive.cli("alpha", "send", "--to", "beta", "--text", "x", "--wait", "0.5", code=4)
+    queued, silent = done.stderr.splitlines()
+    assert re.fullmatch(r"hive: queued [0-9a-f-]{36}, no broker at the moment", queued)
+    assert silent.startswith("hive: no answer from beta in 0.5 s")
+
+
+def test_an_answer_that_was_read_directly_does_not_wake_the_agent_and_a_later_one_does(
+    hive: Hive, fast_agent: Path
+) -> None:
+    alpha = hive.node("alpha", f'[[oc_instances]]\nname = "main"\nopenclaw_cmd = "{fast_agent}"\n')
+    alpha.start()
+    beta = hive.node("beta")
+    beta.handler("ping", "#!/bin/sh\necho pong\n")
+    beta.start()
+    arguments = ("send", "--direct", "--to", "beta", "--action", "ping", "--text", "x", "--wait")
+    for _ in range(5):
+        assert hive.cli("alpha", *arguments, "20").stdout == "pong\n"
+    (*_, answer) = json_lines(hive.cli("alpha", "log", "--json", "--ch", "response").stdout)
+    assert answer["note"] == "somebody waits for it"
+    late = module.Envelope.check(answer["envelope"]).replace(id="late-1", text="later")
+    publish.single(f"{hive.prefix}/alpha/response", late.encode(), qos=1, port=hive.broker.port)
+    (call,) = eventually("the agent is told of the late one", lambda: calls_of(fast_agent))
+    assert "later" in call["argv"][3]
 
 
 # What each option does

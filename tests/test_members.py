@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
+import hive
 from hive import (
     MAX_MEMBERS,
     Config,
     Envelope,
+    IncomingMessage,
     Log,
     Loop,
     MemberEvent,
@@ -197,3 +202,259 @@ def test_members_remember_when_a_peer_was_seen() -> None:
     attic = peers.member("attic")
     assert attic and attic.seen == 1771143500
     assert peers.member("stranger") is None
+
+
+# What is kept of them
+
+
+class Hall:
+    """Members, and all that they say, on a clock that the test puts forward."""
+
+    def __init__(self, me: str = "beta") -> None:
+        self.log, self.now = io.StringIO(), 100.0
+        self.sent: list[Envelope] = []
+        self.published: list[OutgoingMessage] = []
+        log = Log("debug", "json", self.log)
+        self.loop = Loop(log, lambda: self.now)
+        self.members = Members(
+            Config(NodeConfig(me)),
+            self.loop,
+            log,
+            self.sent.append,
+            self.published.append,
+            lambda done: done(True),
+        )
+
+    def hear(self, name: str, kind: str, said: object, retained: bool = False) -> None:
+        payload = said if isinstance(said, bytes) else hive.encode_json(said)
+        topic = f"hive/meta/{name}/{kind}"
+        message = IncomingMessage(topic, payload, retained, None, lambda: None)
+        self.members.hear_document(name, kind, message)
+
+    def beat(self, name: str, **said: object) -> None:
+        text = hive.encode_json({"interval": 5.0, **said}).decode()
+        self.members.hear(Envelope.new(name, "all", "heartbeat", text, urgency="later"))
+
+    def advance(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(until, self.now + 0.5)
+            self.loop.post(lambda: None)
+            self.loop.step()
+
+    def events(self, level: str) -> list[dict[str, Any]]:
+        rows = map(json.loads, self.log.getvalue().splitlines())
+        return [
+            {key: value for key, value in row.items() if key not in ("time", "ts", "level")}
+            for row in rows
+            if row["level"] == level
+        ]
+
+
+@pytest.fixture
+def hall() -> Iterator[Hall]:
+    made = Hall()
+    yield made
+    made.loop.close()
+    assert '"bug"' not in made.log.getvalue()
+
+
+def test_the_last_document_of_each_kind_is_kept(hall: Hall) -> None:
+    for word in ("old", "new"):
+        hall.hear("attic", "state", {"status": "online", "word": word}, retained=True)
+        hall.hear("attic", "roster", {"node": "attic", "word": word}, retained=True)
+    hall.hear("beta", "state", {"status": "online"})  # our own is one of them
+    hall.hear("main", "state", {"status": "online", "daemon_node": "attic"})
+    states, rosters = hall.members.documents("state"), hall.members.documents("roster")
+    assert {name: state.get("word") for name, state in states.items()} == {
+        "attic": "new",
+        "beta": None,
+        "main": None,
+    }
+    assert rosters == {"attic": {"node": "attic", "word": "new"}}
+    assert hall.members.alive() == ["attic"]  # an agent's node speaks for it
+    hall.hear("attic", "state", b"")
+    hall.hear("stranger", "state", b"")
+    assert [*hall.members.documents("state")] == ["beta", "main"]
+    assert hall.members.member("stranger") is None
+    assert [*hall.members.documents("roster")] == ["attic"]
+
+
+@pytest.mark.parametrize("noise", [b"no JSON", b"[1]", b"5", b"\xff"])
+def test_what_is_no_document_takes_the_place_of_none(hall: Hall, noise: bytes) -> None:
+    hall.hear("attic", "state", noise)
+    hall.hear("a b", "state", {"status": "online"})
+    assert hall.members.documents("state") == {}
+    assert hall.members.member("attic") is hall.members.member("a b") is None
+
+
+def test_a_heartbeat_counts_to_a_state_that_is_older(hall: Hall) -> None:
+    before = int(time.time())
+    hall.hear("attic", "state", {"status": "online", "last_seen": 5}, retained=True)
+    hall.hear("cellar", "state", {"status": "online", "last_seen": before + 500}, retained=True)
+    hall.hear("attic", "roster", {"node": "attic", "last_seen": 5})
+    assert hall.members.documents("state")["attic"]["last_seen"] == 5
+    hall.beat("attic")
+    hall.beat("cellar")
+    states = hall.members.documents("state")
+    assert before <= states["attic"]["last_seen"] <= time.time()
+    assert states["cellar"]["last_seen"] == before + 500
+    assert hall.members.documents("roster")["attic"]["last_seen"] == 5
+
+
+def test_a_long_state_is_kept_without_whom_it_knows(hall: Hall) -> None:
+    short = {"status": "online", "known_peers": ["x" * 60]}
+    hall.hear("short", "state", short)
+    hall.hear("long", "state", {"status": "online", "known_peers": ["x" * 60] * 80})
+    hall.hear("roster", "roster", {"known_peers": ["x" * 60] * 80})
+    states = hall.members.documents("state")
+    assert states == {"short": short, "long": {"status": "online"}}
+    assert "known_peers" in hall.members.documents("roster")["roster"]
+
+
+def test_a_document_has_a_bound(hall: Hall) -> None:
+    for more, kept in ((0, ["attic"]), (1, [])):
+        said = hive.encode_json({"node": "attic"}).ljust(64 * 1024 + more)
+        hall.hear("attic", "roster", said)
+        assert [*hall.members.documents("roster")] == kept
+
+
+def test_all_documents_together_have_a_bound(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    def roster(size: int) -> bytes:
+        return b'{"node": 1}'.ljust(size)
+
+    monkeypatch.setattr(hive, "MAX_DOCUMENTS", 1000)
+    hall.hear("a", "roster", roster(300))
+    hall.hear("b", "roster", roster(400))
+    hall.hear("c", "roster", roster(300))
+    assert [*hall.members.documents("roster")] == ["a", "b", "c"]
+    hall.hear("a", "roster", roster(301))  # in the place of its last one
+    assert [*hall.members.documents("roster")] == ["c", "a"]  # the longest went
+    hall.hear("d", "roster", roster(390))
+    assert [*hall.members.documents("roster")] == ["c", "a", "d"]
+    hall.hear("a", "roster", b"")
+    hall.hear("e", "roster", roster(310))
+    assert [*hall.members.documents("roster")] == ["c", "d", "e"]
+
+
+def test_whoever_is_forgotten_takes_its_documents_along(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_MEMBERS", 2)
+    monkeypatch.setattr(hive, "MAX_DOCUMENTS", 100)
+    for name in ("a", "b", "c", "d", "e"):
+        hall.hear(name, "roster", b'{"node": 1}'.ljust(50))
+    assert [*hall.members.documents("roster")] == ["d", "e"]
+
+
+# What is said of them
+
+
+@pytest.mark.parametrize(
+    ("status", "more", "alive", "level", "words"),
+    [
+        ("online", {}, ["attic"], "info", None),
+        ("degraded", {}, ["attic"], "info", None),
+        ("offline", {"reason": "stopped"}, [], "info", {"event": "peer has stopped"}),
+        ("offline", {}, [], "info", {"event": "peer has stopped"}),
+        (
+            "offline",
+            {"reason": "lost"},
+            [],
+            "warning",
+            {"event": "peer is lost", "why": "another node says so"},
+        ),
+        (
+            "offline",
+            {"reason": "connection lost"},
+            [],
+            "warning",
+            {"event": "peer is lost", "why": "its connection died"},
+        ),
+    ],
+)
+def test_what_a_new_state_of_a_living_peer_means(
+    hall: Hall,
+    status: str,
+    more: dict[str, str],
+    alive: list[str],
+    level: str,
+    words: dict[str, str] | None,
+) -> None:
+    hall.beat("attic")
+    before = len(hall.events(level))
+    for _ in range(2):  # said twice it is no more news
+        hall.hear("attic", "state", {"status": status, **more})
+    assert hall.members.alive() == alive
+    assert hall.events(level)[before:] == ([{**words, "peer": "attic"}] if words else [])
+
+
+def test_a_retained_state_is_no_goodbye_and_no_loss(hall: Hall) -> None:
+    hall.beat("attic")
+    for reason in ("stopped", "lost", "connection lost"):
+        hall.hear("attic", "state", {"status": "offline", "reason": reason}, retained=True)
+    assert hall.members.alive() == ["attic"]
+    hall.hear("cellar", "state", {"status": "asleep"}, retained=True)
+    assert hall.members.alive() == ["attic"]
+
+
+def test_who_comes_goes_and_restarts_is_in_the_log(hall: Hall) -> None:
+    hall.beat("attic", boot="one")
+    hall.beat("attic", boot="one")
+    hall.beat("attic", boot="two")
+    hall.beat("attic", boot=["no id"])
+    assert [row["event"] for row in hall.events("info")] == ["peer is up", "peer has restarted"]
+
+
+def test_a_loss_is_told_once_with_when_it_was_seen(hall: Hall) -> None:
+    seen = int(time.time()) - 1000
+    state = {"status": "online", "last_seen": seen, "interval": 5}
+    hall.hear("attic", "state", state, retained=True)
+    for _ in range(4):
+        hall.advance(5)
+        hall.members.check(hall.now)
+    hall.advance(1)
+    assert hall.sent == []  # a moment of doubt
+    for _ in range(2):
+        hall.advance(5)
+        hall.members.check(hall.now)
+    [alert] = hall.sent
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seen))
+    assert alert.text == f"attic is lost: no heartbeat for 20 s; last seen {when}"
+    assert (alert.ch, alert.to, alert.corr) == ("alert", "all", loss_of("attic"))
+    [state_of_attic] = hall.published
+    assert (state_of_attic.topic, state_of_attic.retain) == ("hive/meta/attic/state", True)
+    assert json.loads(state_of_attic.payload) == {
+        "node_id": "attic",
+        "daemon_node": "attic",
+        "status": "offline",
+        "reason": "lost",
+        "last_seen": seen,
+        "reported_by": "beta",
+    }
+    hall.members.mark_announced(loss_of("attic"))
+    hall.beat("attic")
+    assert [one.text for one in hall.sent[1:]] == ["attic is back"]
+    assert (hall.sent[1].ch, hall.sent[1].urgency, hall.sent[1].to) == ("status", "later", "all")
+
+
+def test_who_stops_says_nothing_of_others_any_more(hall: Hall) -> None:
+    hall.beat("attic")
+    hall.members.stop()
+    for _ in range(5):
+        hall.advance(5)
+        hall.members.check(hall.now)
+    assert hall.sent == [] and hall.members.alive() == []
+
+
+def test_a_sleep_of_ours_is_nobodys_silence(hall: Hall) -> None:
+    hall.beat("attic")
+    hall.members.check(hall.now)
+    hall.now += 1000
+    hall.members.check(hall.now)
+    assert hall.members.alive() == ["attic"]
+    hall.advance(10)
+    hall.members.check(hall.now)  # just as late as that: no sleep
+    hall.advance(6)
+    hall.members.check(hall.now)
+    assert hall.members.alive() == []

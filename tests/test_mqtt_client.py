@@ -44,7 +44,8 @@ class Listener:
         self.published: list[tuple[str | None, int, str]] = []
 
     def open(self) -> None:
-        self.client.open(self, self.journal, self.hear_of)
+        self.client.use_outbox(self.journal, self.hear_of)
+        self.client.open(self)
 
     def hear_of(self, message: OutgoingMessage, code: int, words: str) -> None:
         self.published.append((message.id or message.payload.decode(), code, words))
@@ -511,7 +512,8 @@ class Rig:
         """As a daemon that begins with what an earlier one left."""
         self.journal = Journal(self.folder, self.log, 7 * 86400, 10**8)
         self.client = MqttClient(self.loop, MqttConfig())
-        self.client.open(Listener(self.client), self.journal, self.hear_of)
+        self.client.use_outbox(self.journal, self.hear_of)
+        self.client.open(Listener(self.client))
         self.connect()
 
     def hear_of(self, message: OutgoingMessage, code: int, words: str) -> None:

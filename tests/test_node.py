@@ -50,13 +50,13 @@ class Wire:
     def set_broker(self, settings: hive.MqttConfig) -> None:
         pass
 
-    def open(
-        self,
-        listener: hive.ClientListener,
-        outbox: hive.Journal | None = None,
-        published: Callable[[hive.OutgoingMessage, int, str], None] = hive.ignore_published,
+    def use_outbox(
+        self, outbox: hive.Journal, published: Callable[[hive.OutgoingMessage, int, str], None]
     ) -> None:
         self.outbox, self.told, self.last = outbox, published, 0
+
+    def open(self, listener: hive.ClientListener) -> None:
+        pass
 
     def publish(self, message: hive.OutgoingMessage) -> None:
         if self.up:
@@ -103,6 +103,7 @@ class Rig:
         settings: Mapping[str, hive.HandlerConfig],
         level: str,
         heartbeat: hive.HeartbeatConfig | None = None,
+        schedule: Sequence[hive.ScheduleConfig] = (),
         **node: Any,
     ) -> None:
         self.handler_dir, self.state_dir = home / "hive-daemon.d", home / "state"
@@ -115,6 +116,7 @@ class Rig:
             oc_instances=tuple(agents),
             handlers=settings,
             heartbeat=heartbeat or hive.HeartbeatConfig(),
+            schedule=tuple(schedule),
         )
         self.clock, self.log, self.acked = Clock(), io.StringIO(), 0
         log = hive.Log(level, "json", self.log)
@@ -189,10 +191,10 @@ class Rig:
 
     # What comes in
 
-    def ask(self, knock: hive.ControlClient, **request: object) -> dict[str, Any]:
+    def ask(self, client: hive.ControlClient, **request: object) -> dict[str, Any]:
         """What a command on this machine is told at the door."""
         answers: list[dict[str, Any]] = []
-        asking = threading.Thread(target=lambda: answers.append(knock.ask(request)))
+        asking = threading.Thread(target=lambda: answers.append(client.ask(request)))
         asking.start()
         self.until("an answer at the door", lambda: not asking.is_alive())
         return answers[0]
@@ -594,16 +596,16 @@ def test_the_answer_that_somebody_waits_for_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    knock = hive.ControlClient(rig.state_dir / "door")
+    client = hive.ControlClient(rig.state_dir / "door", "beta")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
-    assert rig.ask(knock, do="sent", envelope=asked, wait=True) == {"ok": True}
+    assert rig.ask(client, do="sent", envelope=asked, wait=True) == {"ok": True}
     rig.say("response", corr="c-1")
     rig.say("response", corr="c-1")  # of a question to everyone
     rig.advance(120)
     assert rig.started() == []
     rig.say("response", corr="c-2")
     rig.until("the agent hears of another", lambda: rig.started() == ["main"])
-    knock.close()
+    client.close()
     rig.advance(5)
     rig.say("response", corr="c-1")
     rig.until("the agent hears it after all", lambda: rig.started() == ["main"] * 2)
@@ -613,29 +615,29 @@ def test_the_answer_that_somebody_has_just_read_does_not_wake_the_agent(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig
 ) -> None:
     rig = rig_of([main])
-    knock = hive.ControlClient(rig.state_dir / "door")
+    client = hive.ControlClient(rig.state_dir / "door", "beta")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
-    rig.ask(knock, do="sent", envelope=asked, wait=True)
-    rig.ask(knock, do="settle", id="c-1")
-    knock.close()
+    rig.ask(client, do="sent", envelope=asked, wait=True)
+    answer = hive.Envelope.new("alpha", "beta", "response", "yes", id="a-1", corr="c-1")
+    assert rig.ask(client, do="read", envelope=answer.document()) == {"ok": True}
+    client.close()
     rig.turn()
-    rig.say("response", corr="c-1")
+    rig.say("response", id="a-1", corr="c-1", text="yes")
     rig.turn()
     assert rig.started() == []
-    rig.advance(hive.SETTLING)
-    rig.say("response", corr="c-1")
-    rig.until("the agent hears a late one", lambda: rig.started() == ["main"])
+    rig.say("response", id="a-2", corr="c-1")
+    rig.until("the agent hears another one", lambda: rig.started() == ["main"])
 
 
 def test_the_answer_to_a_question_that_nobody_waits_for_wakes_the_agent_with_the_question(
     rig_of: Callable[..., Rig], main: hive.InstanceConfig, fast_agent: Path
 ) -> None:
     rig = rig_of([main])
-    knock = hive.ControlClient(rig.state_dir / "door")
+    client = hive.ControlClient(rig.state_dir / "door", "beta")
     text = "is the backup\ndone?" + " " * 1000
     asked = hive.Envelope.new("beta", "alpha", "command", text, id="c-1").document()
-    assert rig.ask(knock, do="send", envelope=asked)["queued"]
-    knock.close()
+    assert rig.ask(client, do="send", envelope=asked)["queued"]
+    client.close()
     rig.say("response", corr="c-1", text="yes")
     (call,) = rig.until("the agent is called", lambda: calls_of(fast_agent))
     header, said, _ = call["argv"][3].split("\n")
@@ -1613,10 +1615,10 @@ def test_nothing_is_sent_for_a_command_while_a_node_stops(rig_of: Callable[..., 
     rig.say("command", "hang")
     rig.until("it runs", rig.started)
     rig.node.stop()
-    knock = hive.ControlClient(rig.state_dir / "door")
+    client = hive.ControlClient(rig.state_dir / "door", "beta")
     late = hive.Envelope.new("beta", "alpha", "command", "too late", id="late").document()
-    assert rig.ask(knock, do="send", envelope=late) == {"error": "the daemon is stopping"}
-    knock.close()
+    assert rig.ask(client, do="send", envelope=late) == {"error": "the daemon is stopping"}
+    client.close()
     rig.advance(1)
     assert rig.sent("command") == [] and rig.journal.message("late") is None
 

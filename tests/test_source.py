@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Hive
 
 import hive
 
@@ -135,3 +136,34 @@ def test_hive_cli_works_through_a_link(argument: str, tmp_path: Path) -> None:
     direct = python(str(FILE), argument, cwd=tmp_path, home=tmp_path)
     assert linked.returncode == 0
     assert (linked.stdout, linked.stderr) == (direct.stdout, direct.stderr)
+
+
+BANNED = {
+    *("ast", "bz2", "dataclasses", "difflib", "hashlib", "heapq", "inspect", "logging", "lzma"),
+    *("paho", "platform", "random", "shutil", "sqlite3", "ssl", "subprocess", "threading"),
+    *("traceback", "uuid"),
+}
+
+
+def imported(*line: str, home: Path) -> set[str]:
+    """What a whole process imports, by -X importtime."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-X", "importtime", FILE.with_name("hive-cli"), *line],
+        env={"HOME": str(home), "PATH": os.defpath},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    modules = re.findall(r"^import time: .*\| +([\w.]+)$", done.stderr, re.M)
+    hive_began = modules.index("__future__")  # what site imports before it, is not ours
+    return {name.partition(".")[0] for name in modules[hive_began:]}
+
+
+def test_a_send_through_the_socket_imports_nothing_that_it_does_not_need(hive: Hive) -> None:
+    node = hive.node("alpha").start()
+    send = ("send", "--to", "alpha", "--ch", "status", "--urgency", "later", "--text", "x")
+    assert not BANNED & imported(*send, "--config", str(node.config), home=hive.home)
+    daemon = Path(f"/proc/{node.pid}/maps")
+    if daemon.exists():  # no TLS is wanted, so that it is not loaded
+        assert "_ssl." not in daemon.read_text()

@@ -1,0 +1,169 @@
+"""Work: what a daemon owes to handlers, agents and its schedule, over crashes and restarts."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import calls_of, free_port
+from test_node import Rig
+
+import hive
+
+Make = Callable[..., Rig]
+
+
+@pytest.fixture
+def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """Start a node with these handlers; the one before it has ended, and left its journal."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made: list[Rig] = []
+
+    def make(
+        *agents: hive.InstanceConfig,
+        schedule: tuple[hive.ScheduleConfig, ...] = (),
+        **handlers: str,
+    ) -> Rig:
+        if made:
+            made[-1].end()
+        made.append(Rig(tmp_path, handlers, agents, {}, "debug", schedule=schedule))
+        return made[-1]
+
+    yield make
+    made[-1].end()
+
+
+@pytest.fixture
+def main(fast_agent: Path) -> hive.InstanceConfig:
+    """An agent that is really called."""
+    return hive.InstanceConfig("main", openclaw_cmd=(str(fast_agent),))
+
+
+def told(agent: Path) -> list[str]:
+    """What the agent was told so far."""
+    return [call["argv"][3] for call in calls_of(agent)]
+
+
+def every_second(**more: Any) -> tuple[hive.ScheduleConfig]:
+    return (hive.ScheduleConfig("check", every=1.0, **more),)
+
+
+# What was not finished
+
+
+def test_what_an_agent_was_perhaps_told_is_told_again_with_that_word(
+    rig_of: Make, main: hive.InstanceConfig, fast_agent: Path
+) -> None:
+    rig = rig_of(main)
+    for text, began in (("first", True), ("second", False)):
+        asked = hive.Envelope.new("alpha", "beta", "status", text)
+        row = rig.journal.record(hive.Event.RECEIVED, asked, 1.0) or 0
+        task = rig.journal.add_task(row, "main", None, True, "a note")
+        if began:
+            rig.journal.start_tasks([task])
+    rig.node.work.take_up()
+    rig.until("both are told", lambda: not rig.journal.tasks())
+    said = "\n".join(told(fast_agent))
+    assert said.count(hive.UNCERTAIN_NOTE) == said.count("a note") == 1
+    assert said.index(hive.UNCERTAIN_NOTE) < said.index("a note")
+    assert [row["tasks"] for row in rig.events("taking up what was not finished")] == [2]
+
+
+def test_whoever_wrote_to_an_agent_that_is_gone_is_told(
+    rig_of: Make, main: hive.InstanceConfig, fast_agent: Path
+) -> None:
+    rig = rig_of(main)
+    asked = hive.Envelope.new("alpha", "gone", "command", "x")
+    row = rig.journal.record(hive.Event.RECEIVED, asked, 1.0) or 0
+    rig.journal.add_task(row, "gone")
+    rig.node.work.take_up()
+    answer = rig.answer_to(asked)
+    assert (answer.ch, answer.text) == (
+        "alert",
+        "beta: message refused: beta has no agent gone any more",
+    )
+    assert rig.journal.tasks() == [] and told(fast_agent) == []
+
+
+def test_a_handler_that_runs_has_begun_for_the_journal(rig_of: Make) -> None:
+    rig = rig_of(hang="sleep 60")
+    asked = rig.say("command", "hang")
+    rig.until("it runs", rig.started)
+    rig.turn()
+    assert [(task.envelope.id, task.began) for task in rig.journal.tasks()] == [(asked.id, True)]
+
+
+# The schedule
+
+
+def test_how_it_ended_is_known_after_a_restart(
+    rig_of: Make, main: hive.InstanceConfig, fast_agent: Path
+) -> None:
+    rig = rig_of(main, schedule=every_second(), check="echo why >&2; exit 3")
+    rig.until("it fails twice", lambda: len(rig.events("handler ended")) >= 2)
+    rig.until("the agent is told", lambda: told(fast_agent))
+    rig = rig_of(main, schedule=every_second(), check="exit 4")
+    rig.until("it fails again", lambda: rig.events("handler ended"))
+    rig.handler("check", "echo fine")
+    rig.until("it is well again", lambda: rig.events("handler ended", status="ok"))
+    rig.until("the agent is told", lambda: len(told(fast_agent)) == 2)
+    first, second = told(fast_agent)
+    assert "check is failing: exit 3: why" in first and "[hive] alert from beta to beta" in first
+    assert "check is well again: fine" in second and "[hive] status from beta to beta" in second
+
+
+def test_what_runs_by_itself_answers_nobody(rig_of: Make) -> None:
+    rig = rig_of(schedule=every_second(text="look around"), check="cat")
+    rig.until("it has run", lambda: rig.events("handler ended"))
+    rig.turn()
+    assert rig.sent() == []
+    [result] = rig.kept("beta", "check")[:1]
+    assert (result["from"], result["status"]) == ("beta", "ok")
+    assert result["result"]["text"] == "look around"
+    [entry] = rig.kept("beta", "roster")[-1]["schedule"]
+    assert (entry["action"], entry["when"], entry["ok"]) == ("check", "every 1s", True)
+    assert entry["next"] >= entry["last"] > 0
+
+
+def test_a_schedule_does_not_run_twice_at_once(rig_of: Make) -> None:
+    rig = rig_of(schedule=every_second(), check="echo x >>../runs; sleep 60")
+    rig.until("it runs", rig.started)
+    began = rig.clock.now
+    rig.until("it is due again", lambda: rig.clock.now > began + 3, tick=0.05)
+    assert rig.started() == ["check"]
+
+
+# Agents
+
+
+def test_a_gateway_is_looked_at_before_anybody_writes(rig_of: Make, tmp_path: Path) -> None:
+    port = free_port()
+    agent = hive.InstanceConfig("main", openclaw_cmd=("true",), port=port)
+    rig = rig_of(agent)
+    rig.until("it is known", lambda: rig.events("agent is down, trying again"))
+    why = f"nothing listens on 127.0.0.1:{port}: Connection refused"
+    assert rig.node.work.status().trouble == f"agent main: {why}"
+    rig.advance(5)
+    state = rig.kept("beta", "state")[-1]
+    assert (state["status"], state["reason"]) == ("degraded", f"agent main: {why}")
+    with socket.create_server(("127.0.0.1", port)):
+        rig = rig_of(agent)
+        rig.until("it is well", lambda: rig.node.work.status().agents["main"]["status"] == "ok")
+    assert rig.node.work.status().trouble == ""
+
+
+def test_an_agent_hears_of_the_question_that_is_answered(
+    rig_of: Make, main: hive.InstanceConfig, fast_agent: Path
+) -> None:
+    rig = rig_of(main)
+    question = hive.Envelope.new("beta", "alpha", "command", "is the backup done?")
+    rig.node.node.send(question)
+    rig.turn()
+    rig.tell(question.reply("alpha", "yes"))
+    rig.until("it is told", lambda: told(fast_agent))
+    [said] = told(fast_agent)
+    assert json.dumps("yes") in said and "is the backup done?" in said
