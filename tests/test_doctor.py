@@ -572,7 +572,7 @@ def test_only_a_time_that_is_still_to_come_is_wrong_for_certain(clocks: module.P
 def test_no_more_peers_are_heard_than_there_can_be(
     clocks: module.PeerClocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_PEERS", 2)
+    monkeypatch.setattr(module, "MAX_MEMBERS", 2)
     for retained in (True, False):
         for peer in ("a", "b", "c"):
             heard(clocks, f"meta/{peer}/state", alive(), retained)
