@@ -41,8 +41,10 @@ tokens; only what needs judgment wakes an agent.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
+import gc
 import io
 import itertools
 import json
@@ -10877,6 +10879,7 @@ def indented(lines: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; give the exit code."""
+    atexit.register(gc.freeze)  # what goes with the process need not be searched for garbage
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
