@@ -6476,7 +6476,7 @@ class RetainedQuery:
 # The one that is configured, always.  Else this user's embedded broker if one listens; else what
 # answers at localhost; else a daemon hosts the embedded one, until it ends: then another does.
 
-PROBE_TIMEOUT = 1.0  # seconds for each place that is looked at
+LOCATE_TIMEOUT = 1.0  # seconds for each place that is looked at
 LOOK_AGAIN = 1.0  # seconds, where another daemon may be about to host it
 MANY_LOOKS = 3  # with the same result: no daemon takes as long to begin
 NO_BROKER = (
@@ -6512,7 +6512,7 @@ def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
 def embedded_listens(place: Path) -> bool:
     """Does a broker of ours listen there, and of nobody else?"""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(PROBE_TIMEOUT)
+        probe.settimeout(LOCATE_TIMEOUT)
         probe.connect(str(place))
         return directory_objection(place) is None
     return False
@@ -6522,7 +6522,7 @@ def speaks_mqtt(host: str, port: int) -> bool:
     """Is what listens there a broker?  Whether it would let us in is another question."""
     hello = encode_string("MQTT") + bytes((4, 2, 0, 10)) + encode_string("")  # 3.1.1, clean, 10 s
     try:
-        with socket.create_connection((host, port), PROBE_TIMEOUT) as probe:
+        with socket.create_connection((host, port), LOCATE_TIMEOUT) as probe:
             probe.sendall(encode_packet(PacketType.CONNECT, hello))
             return probe.recv(1) == bytes((PacketType.CONNACK << 4,))
     except OSError:
