@@ -6431,8 +6431,7 @@ def embedded_listens(place: Path) -> bool:
 
 def speaks_mqtt(host: str, port: int) -> bool:
     """Is what listens there a broker?  Whether it would let us in is another question."""
-    words = WIRE["text"][1]
-    hello = words("MQTT") + bytes((4, 2, 0, 10)) + words("")  # 3.1.1, clean, 10 s
+    hello = encode_string("MQTT") + bytes((4, 2, 0, 10)) + encode_string("")  # 3.1.1, clean, 10 s
     try:
         with socket.create_connection((host, port), LOOK_TIMEOUT) as probe:
             probe.sendall(encode_packet(PacketType.CONNECT, hello))
