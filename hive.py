@@ -1580,6 +1580,7 @@ class Stream:
         # When some of the input was last consumed, and the socket last took something; or, where
         # there was nothing to be consumed or to be written, when there was again.
         self.read_at = self.written_at = loop.clock()
+        self.is_open = True  # what comes in is still heard, and what is written sent
         self.closed = False
         self._loop, self._sock = loop, sock
         self._on_ready, self._on_close = on_ready, on_close
@@ -1592,11 +1593,6 @@ class Stream:
         self._watched = 0
         sock.setblocking(False)
         self._watch()
-
-    @property
-    def is_open(self) -> bool:
-        """Is what comes in still heard, and what is written sent?"""
-        return not self.closed and self._ending is None
 
     def pause(self) -> None:
         """Read nothing more for now."""
@@ -1616,7 +1612,7 @@ class Stream:
     def write(self, head: bytes, body: bytes = b"") -> None:
         """Send this; whoever lets more than the bound pile up is cut off."""
         size = len(head) + len(body)
-        if not size or self.closed or self._ending:
+        if not size or not self.is_open:
             return
         if not self._output:
             self.written_at = self._loop.clock()
@@ -1656,6 +1652,7 @@ class Stream:
         `linger`: seconds that it has for that.
         """
         if self.is_open:
+            self.is_open = False
             self._ending = self._loop.after(linger, self.close)
             self.consume(len(self.input))
             self._flush_soon()
@@ -1665,7 +1662,7 @@ class Stream:
         """The connection is gone, with all that was not yet written."""
         if self.closed:
             return
-        self.closed = True
+        self.closed, self.is_open = True, False
         if self._ending:
             self._ending.cancel()
         self._drop_all()
@@ -1675,6 +1672,7 @@ class Stream:
 
     def _abort(self) -> None:
         """Close it at the end of this turn: somebody may be in the middle of writing to it."""
+        self.is_open = False
         if self._ending:
             self._ending.cancel()
         self._ending = self._loop.after(0, self.close)
@@ -4085,15 +4083,26 @@ def matches(filter: str, topic: str) -> bool:
     )
 
 
-class Publish(Value):
+class Publish:
     """A message on its way, to the broker or from it."""
 
-    topic: str  # empty where an alias stands for it
-    payload: bytes
-    qos: int = 0
-    retain: bool = False
-    packet_id: int = 0
-    properties: Mapping[str, Any] = {}
+    __slots__ = ("packet_id", "payload", "properties", "qos", "retain", "topic")
+
+    def __init__(
+        self,
+        topic: str,  # empty where an alias stands for it
+        payload: bytes,
+        qos: int = 0,
+        retain: bool = False,
+        packet_id: int = 0,
+        properties: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.topic, self.payload, self.qos, self.retain = topic, payload, qos, retain
+        self.packet_id, self.properties = packet_id, properties or {}
+
+    def __eq__(self, other: object) -> bool:
+        mine = (getattr(self, name) for name in self.__slots__)
+        return [*mine] == [getattr(other, name, None) for name in self.__slots__]
 
     @classmethod
     def parse(cls, flags: int, body: bytes, version: int) -> Self:
@@ -5016,7 +5025,7 @@ class ClientConnection:
 
     def _on_publish(self, publish: Publish, session: Session) -> None:
         if "topic_alias" in publish.properties:
-            publish = self._resolve(publish, publish.properties["topic_alias"])
+            self._resolve(publish, publish.properties["topic_alias"])
         packet_id, qos = publish.packet_id, publish.qos
         if qos == 2:
             if packet_id in session.unreleased:  # it is safe with us already
@@ -5043,7 +5052,7 @@ class ClientConnection:
     def _acknowledge(self, kind: PacketType, packet_id: int, reason: int) -> None:
         self.stream.write(encode_ack(kind, packet_id, reason, self.version))
 
-    def _resolve(self, publish: Publish, alias: int) -> Publish:
+    def _resolve(self, publish: Publish, alias: int) -> None:
         """Put the topic in the place of its alias (MQTT 5, 3.3.2.3.4)."""
         if not 0 < alias <= MAX_ALIASES:
             raise MalformedPacket(f"topic alias {alias}", ReasonCode.TOPIC_ALIAS_INVALID)
@@ -5051,7 +5060,7 @@ class ClientConnection:
             self._aliases[alias] = publish.topic
         elif alias not in self._aliases:
             raise ProtocolError(f"topic alias {alias} stands for nothing")
-        return publish.replace(topic=self._aliases[alias])
+        publish.topic = self._aliases[alias]
 
     def _on_pubrel(self, packet_id: int, session: Session) -> None:
         code = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
@@ -6463,7 +6472,7 @@ class RetainedQuery:
 # The one that is configured, always.  Else this user's embedded broker if one listens; else what
 # answers at localhost; else a daemon hosts the embedded one, until it ends: then another does.
 
-PROBE_TIMEOUT = 1.0  # seconds for each place that is looked at
+LOCATE_TIMEOUT = 1.0  # seconds for each place that is looked at
 LOOK_AGAIN = 1.0  # seconds, where another daemon may be about to host it
 MANY_LOOKS = 3  # with the same result: no daemon takes as long to begin
 NO_BROKER = (
@@ -6499,7 +6508,7 @@ def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
 def embedded_listens(place: Path) -> bool:
     """Does a broker of ours listen there, and of nobody else?"""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(PROBE_TIMEOUT)
+        probe.settimeout(LOCATE_TIMEOUT)
         probe.connect(str(place))
         return directory_objection(place) is None
     return False
@@ -6507,10 +6516,9 @@ def embedded_listens(place: Path) -> bool:
 
 def speaks_mqtt(host: str, port: int) -> bool:
     """Is what listens there a broker?  Whether it would let us in is another question."""
-    words = WIRE["text"][1]
-    hello = words("MQTT") + bytes((4, 2, 0, 10)) + words("")  # 3.1.1, clean, 10 s
+    hello = encode_string("MQTT") + bytes((4, 2, 0, 10)) + encode_string("")  # 3.1.1, clean, 10 s
     try:
-        with socket.create_connection((host, port), PROBE_TIMEOUT) as probe:
+        with socket.create_connection((host, port), LOCATE_TIMEOUT) as probe:
             probe.sendall(encode_packet(PacketType.CONNECT, hello))
             return probe.recv(1) == bytes((PacketType.CONNACK << 4,))
     except OSError:
@@ -6849,18 +6857,17 @@ class Members:
 
     def mark_left(self, name: str) -> bool:
         """A peer said goodbye; was it alive to us?"""
-        member = self._members.get(name)
-        if member is None or member.status is not MemberStatus.ALIVE:
-            return False
-        member.status = MemberStatus.LEFT
-        return True
+        return self._end(name, MemberStatus.LEFT, None)
 
     def mark_failed(self, name: str, now: float) -> bool:
         """A peer's connection died, or it is too silent; was it alive to us?"""
+        return self._end(name, MemberStatus.FAILED, now)
+
+    def _end(self, name: str, status: MemberStatus, failed: float | None) -> bool:
         member = self._members.get(name)
         if member is None or member.status is not MemberStatus.ALIVE:
             return False
-        member.status, member.failed = MemberStatus.FAILED, now
+        member.status, member.failed = status, failed
         return True
 
     def failed_since(self, now: float) -> list[str]:
@@ -7528,12 +7535,12 @@ class Node:
         self.name, self.topics = config.node.id, config.topics
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
-        self._broker, self._fault = config.mqtt.address, ""  # why it is not connected
-        self._seen_broker = 0.0  # when it last was, in Unix seconds
+        self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
+        self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
         self.members = Members(config, loop, log, self.send, self.publish, self._probe)
-        self._complaints = RateLimit()
+        self._rate_limit = RateLimit()
         self.requests = Requests(
             self.name,
             journal,
@@ -7556,27 +7563,39 @@ class Node:
         self._tend_journal()
         self._watch_questions()
 
-    def link_up(self, broker: str) -> None:
-        self.connected, self._broker, self._fault = True, broker, ""
+    def link_up(self, mqtt: MqttConfig) -> None:
+        self.connected, self._mqtt, self._fault = True, mqtt, ""
         self.members.grant_grace(self.loop.clock())
         self.settle_soon()
 
-    def link_down(self, fault: str) -> None:
+    def all_heard(self) -> None:
+        """How all others are has been heard by now."""
+        self.heard_all, self._seen_broker = True, self.loop.clock()
+
+    def link_down(self, mqtt: MqttConfig, reason: str) -> None:
         if self.connected:
-            self._seen_broker = time.time()
+            self._seen_broker = self.loop.clock()
         self.connected = self.heard_all = False
-        self._fault = fault
+        self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
 
     def _connection(self) -> dict[str, Any]:
-        """How this node's way to the broker is, for its commands."""
+        """How this node's way to the broker is, for its commands.
+
+        A broker that hangs is known by our own state, which does not come back.
+        """
+        own, fault = self.config.heartbeat, self._fault
+        silence = self.loop.clock() - self._seen_broker
+        hangs = self.heard_all and is_overdue(silence, own.interval, own.miss_threshold + 1)
+        if hangs:
+            fault = str(broker_fault(self._mqtt, f"no answer for {silence:.0f} s"))
         return {
             "hive": hive_of(self.config),
-            "broker": self._broker,
-            "connected": self.connected,
+            "broker": self._mqtt.address,
+            "connected": self.connected and not hangs,
             "complete": self.heard_all,
-            "fault": self._fault,
-            "seen": time.time() if self.connected else self._seen_broker,
+            "fault": fault,
+            "age": silence if fault else 0.0,  # of what is known
         }
 
     def publish(self, message: OutgoingMessage) -> None:
@@ -7624,14 +7643,14 @@ class Node:
             if document in ("state", "roster"):
                 self.members.hear_document(name, document, delivery)
             if meta == (self.name, "state") and not delivery.retained:
-                self.heard_all = True  # our own, which we publish last
+                self.all_heard()  # our own, which we publish last
             return
         self.counts["received"] += 1
         try:
             envelope = Envelope.parse(delivery.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
-            self._complain("not an envelope", topic=delivery.topic, why=error)
+            self._log_limited("not an envelope", topic=delivery.topic, why=error)
             return self.settle_soon(delivery.ack)
         what, row = self._receive(envelope, delivery)
         if what is SIGN_OF_LIFE:
@@ -7680,7 +7699,7 @@ class Node:
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
-                say = self.log.debug if what == SEEN_BEFORE else self._complain
+                say = self.log.debug if what == SEEN_BEFORE else self._log_limited
                 say("dropped", **facts, why=what.reason)
             case Do.HEAR:
                 self.log.debug("received", **facts)
@@ -7691,11 +7710,11 @@ class Node:
                 say("received", **facts, note=note)
                 self.log.debug("text", id=envelope.id, text=envelope.text)
 
-    def _complain(self, event: str, **facts: object) -> None:
+    def _log_limited(self, event: str, **facts: object) -> None:
         """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
         kind = f"{event}: {facts['why']}" if event == "dropped" else event
         say = (
-            self.log.warning if self._complaints.allow(kind, self.loop.clock()) else self.log.debug
+            self.log.warning if self._rate_limit.allow(kind, self.loop.clock()) else self.log.debug
         )
         say(event, **facts)
 
@@ -7979,7 +7998,7 @@ class Work(Worker):
         self._journal = node.journal
         self._children = ChildProcesses(node.loop)
         self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
-        self._catalogue = HandlerSet()
+        self._handler_set = HandlerSet()
         self._looked = float("-inf")
         self._agents = {
             name: Agent(node.loop, self._children, one, self)
@@ -8050,7 +8069,7 @@ class Work(Worker):
     def _tell_again(self, task: Task) -> None:
         note = UNCERTAIN_NOTE if task.began else task.note
         if task.agent in self._agents:
-            self._wake(task.agent, task.envelope, task.urgent, note, task.until, task.n)
+            self._wake(task, note)
         else:
             self._journal.remove_task(task.n)
             reason = f"{self._node.name} has no agent {task.agent} any more"
@@ -8148,15 +8167,15 @@ class Work(Worker):
 
     def look_for_handlers(self) -> bool:
         """Read the handler directory again; is anything different?"""
-        before, self._catalogue = self._catalogue, scan_handlers(self._config.handler_dir)
-        self.handlers = self._catalogue.handlers
+        before, self._handler_set = self._handler_set, scan_handlers(self._config.handler_dir)
+        self.handlers = self._handler_set.handlers
         if before.handlers.keys() != self.handlers.keys():
             actions = ",".join(self.handlers)
             self._log.info("handlers", dir=self._config.handler_dir, actions=actions)
-        for file, reason in self._catalogue.refused.items():
+        for file, reason in self._handler_set.refused.items():
             if before.refused.get(file) != reason:
                 self._log.warning("not a handler", file=file, why=reason)
-        return before != self._catalogue
+        return before != self._handler_set
 
     # -- schedule --
 
@@ -8213,25 +8232,20 @@ class Work(Worker):
 
     def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
         for agent in what.agents:
-            task = self._journal.add_task(row, agent, until, what.now, what.reason)
-            self._wake(agent, envelope, what.now, what.reason, until, task)
+            n = self._journal.add_task(row, agent, until, what.now, what.reason)
+            task = Task(n, envelope, agent, until, what.now, what.reason, began=False)
+            self._wake(task, what.reason)
 
-    def _wake(
-        self,
-        agent: str,
-        envelope: Envelope,
-        now: bool,
-        note: str,
-        until: float | None,
-        task: int,
-    ) -> None:
+    def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
+        envelope = task.envelope
         entry = self._journal.message(envelope.exchange) if envelope.corr else None
         asked = entry["envelope"] if entry else None
         question = asked["text"][:MAX_QUESTION] if asked else ""
         latest = self._loop.clock() + self._config.node.agent_patience
-        deadline = min(self._deadline(until), latest)
-        self._agents[agent].wake(PendingEvent(envelope, now, deadline, note, question, task))
+        deadline = min(self._deadline(task.until), latest)
+        event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
+        self._agents[task.agent].wake(event)
 
     def agent_begins(self, group: Sequence[PendingEvent]) -> None:
         """It is being told: if we crash now, nobody knows whether it was."""
@@ -8365,11 +8379,11 @@ class Daemon:
         self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
         self._outage = False
         self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
-        self.node.link_up(self._mqtt.address)
+        self.node.link_up(self._mqtt)
         self._presence.begin()
 
     def link_down(self, reason: str) -> None:
-        self.node.link_down(str(broker_fault(self._mqtt, reason)))
+        self.node.link_down(self._mqtt, reason)
         self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self._mqtt.address, why=reason)
@@ -8853,8 +8867,8 @@ class InProcessNode:
 
     def link_up(self) -> None:
         if self._node:
-            self._node.link_up(self._mqtt.address)
-            self._node.heard_all = True
+            self._node.link_up(self._mqtt)
+            self._node.all_heard()
 
     def link_down(self, reason: str) -> None:
         raise broker_fault(self._mqtt, reason)
@@ -10557,9 +10571,9 @@ def say_of_members(
     """How good is what was shown?  Raises BrokerError if it is old."""
     if not said["connected"]:
         if any and not args.as_json:
-            age = for_people(time.time() - said["seen"])
-            print(f"\nas of {age} ago, when the broker was lost")
-        raise BrokerError(said["fault"] or f"broker {said['broker']}: no connection yet")
+            print(f"\nas of {for_people(said['age'])} ago, when the broker was lost")
+        none_yet = f"broker {said['broker']}: no connection yet" if config.mqtt.named else NO_BROKER
+        raise BrokerError(said["fault"] or none_yet)
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
         start = "start one with: hive.py daemon"
