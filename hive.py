@@ -41,8 +41,10 @@ tokens; only what needs judgment wakes an agent.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
+import gc
 import io
 import itertools
 import json
@@ -77,7 +79,7 @@ if TYPE_CHECKING:
     import subprocess
     from ssl import SSLSocket
 
-    import paho.mqtt.client as mqtt
+    import paho.mqtt.client as paho_client
 
 __version__ = "0.1.0"
 
@@ -2903,13 +2905,13 @@ class Database:
             os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         database = self._sqlite.connect(file or ":memory:", isolation_level=None, timeout=0.2)
         try:
-            for setting in (
+            for pragma in (
                 "journal_mode=WAL",
                 "synchronous=NORMAL",  # outlives any crash but that of the whole machine
                 f"cache_size=-{DATABASE_CACHE}",
                 f"journal_size_limit={DATABASE_WAL}",
             ):
-                database.execute(f"PRAGMA {setting}")
+                database.execute(f"PRAGMA {pragma}")
             database.execute("BEGIN IMMEDIATE")  # a crash leaves the tables of one version
             if self._upgrade:
                 self._upgrade(database)
@@ -3361,11 +3363,11 @@ class Journal:
 
     def _count_outbox(self) -> None:
         content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
-        count, size = self._database.read(
+        messages, size = self._database.read(
             f"SELECT count(*), ifnull(sum({content}), 0)"
             " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
         )[0]
-        self.outbox_size, self._outbox_bytes = int(count), int(size)
+        self.outbox_size, self._outbox_bytes = int(messages), int(size)
         rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
         self._acknowledged = int(rows[0][0])
 
@@ -5866,7 +5868,7 @@ class ReadAhead:
         return part
 
 
-def read_ahead(client: mqtt.Client) -> ReadAhead | None:
+def read_ahead(client: paho_client.Client) -> ReadAhead | None:
     """Make paho read ahead: 1.6 times as many messages a second.  None where it cannot be made."""
     method = "_sock_recv"  # not public, so it may be gone one day
     if not hasattr(client, method):
@@ -5887,7 +5889,7 @@ class MqttConnection:
         self._refusal: tuple[str, int] | None = None
         self.heard = time.time()  # when the broker last said something
         self.window, self.max_packet = SEND_WINDOW, sys.maxsize
-        self._received: deque[mqtt.MQTTMessage] = deque()
+        self._received: deque[paho_client.MQTTMessage] = deque()
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
         self._client = self._make_client()
         self._ahead = read_ahead(self._client)
@@ -5902,10 +5904,10 @@ class MqttConnection:
     def v5(self) -> bool:
         return self.protocol == "5"
 
-    def _make_client(self) -> mqtt.Client:
+    def _make_client(self) -> paho_client.Client:
         paho = load_paho()
         settings, persistent = self._owner.settings, self._owner.persistent
-        client: mqtt.Client = paho.Client(
+        client: paho_client.Client = paho.Client(
             paho.CallbackAPIVersion.VERSION2,
             self._owner.client_id,
             protocol=paho.MQTTv5 if self.v5 else paho.MQTTv311,
@@ -6012,7 +6014,7 @@ class MqttConnection:
                 return
         self._loop.post(lambda: self._ready(selectors.EVENT_READ))
 
-    def _deliver(self, message: mqtt.MQTTMessage) -> None:
+    def _deliver(self, message: paho_client.MQTTMessage) -> None:
         def ack() -> None:
             if message.qos and not self.ended:
                 self._client.ack(message.mid, message.qos)
@@ -6128,10 +6130,10 @@ def acknowledge_at_once(sock: Any) -> None:
     Linux takes the option back by itself (tcp(7)), so it is set after each read; where it is
     missing, nothing is lost but time.
     """
-    option = getattr(socket, "TCP_QUICKACK", None)
-    if sock is not None and option is not None:
+    quickack = getattr(socket, "TCP_QUICKACK", None)
+    if sock is not None and quickack is not None:
         with contextlib.suppress(OSError):  # a unix socket; closed meanwhile
-            sock.setsockopt(socket.IPPROTO_TCP, option, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, quickack, 1)
 
 
 def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
@@ -10301,7 +10303,7 @@ def say_sent(
     code = None
     why = "no broker at the moment"
     if connected:
-        code = published(config, control.receive(PUBLISHED_TIMEOUT))
+        code = reason_code_of(config, control.receive(PUBLISHED_TIMEOUT))
         why = "the broker has not taken it yet"
     topic = config.topics.of(envelope)
     if args.as_json:
@@ -10315,7 +10317,7 @@ def say_sent(
     return Exit.DONE
 
 
-def published(config: Config, said: Mapping[str, Any] | None) -> int | None:
+def reason_code_of(config: Config, said: Mapping[str, Any] | None) -> int | None:
     """The broker's reason code, if that is what was said; raises BrokerError if it refused."""
     code = (said or {}).get("published")
     if code is not None and is_failure(code):
@@ -10342,7 +10344,7 @@ def print_replies(
             print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
         while replies.outstanding and (left := ends - time.monotonic()) > 0:
             said = control.receive(left) or {}
-            if published(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
+            if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
                 topic, why = config.topics.of(envelope), explain_no_reply(control, replies)
                 raise NoReplyError(f"nobody listens on {topic}{why}")
             answer = Envelope.check(said["answer"]) if "answer" in said else None
@@ -10877,6 +10879,7 @@ def indented(lines: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; give the exit code."""
+    atexit.register(gc.freeze)  # what goes with the process need not be searched for garbage
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
