@@ -85,7 +85,7 @@ __version__ = "0.1.0"
 
 KIB = 1024
 
-# ---- Basics: what a user can act on, and how a value is declared -------------------------
+# ---- Basics: errors, values, and what a value may be ----------------------------------------
 #
 # Only Main prints the errors, as one line on stderr.  Knows nothing else of this file.
 
@@ -217,6 +217,83 @@ class Value:
         return type(self)(**{**vars(self), **new})
 
 
+# A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
+# hive.toml, requests and the command line share them.
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def plain_string(value: object) -> str:
+    """a string"""
+    if not isinstance(value, str) or "\0" in value or LONE_SURROGATE.search(value):
+        raise ValueError
+    return value
+
+
+def boolean(value: object) -> bool:
+    """true or false"""
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def finite_number(value: object) -> float:
+    """a number"""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    with contextlib.suppress(OverflowError):
+        return float(value)
+    raise ValueError
+
+
+def seconds(value: object) -> float:
+    """seconds, above 0 and at most a year"""
+    given = finite_number(value)
+    if not 0 < given <= 366 * 86400:
+        raise ValueError
+    return given
+
+
+def integer(low: int, high: int, words: str = "a whole number") -> Callable[[object], int]:
+    """Make the kind that takes a whole number in a range."""
+
+    def kind(value: object) -> int:
+        given = finite_number(value)
+        if not (low <= given <= high and given == int(given)):
+            raise ValueError
+        return int(given)
+
+    kind.__doc__ = f"{words} from {low} to {high}"
+    return kind
+
+
+def choice(*allowed: str) -> Callable[[object], str]:
+    """Make the kind that takes one of a few words."""
+
+    def kind(value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError
+        return value
+
+    kind.__doc__ = " or ".join(f'"{word}"' for word in allowed)
+    return kind
+
+
+def bounded_number(value: object, low: float, high: float) -> float | None:
+    """A peer's number, or None for anything that is none in that range."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        return None
+    return float(value)
+
+
+def whole(value: object, low: int, high: int) -> int:
+    """A number in a range, of which a fraction is cut off; raises ValueError."""
+    number = bounded_number(value, low, high)
+    if number is None:
+        raise ValueError
+    return int(number)
+
+
 # ---- Envelope: one message ---------------------------------------------------------------
 #
 # CHANNELS is the one table of what a node does with each kind of message.  Whatever bytes arrive,
@@ -232,7 +309,6 @@ MAX_NESTING = 32  # levels of a field that we don't know
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 EVERYONE = "all"
 RESERVED = (EVERYONE, "meta")
 URGENCIES = ("now", "later")
@@ -269,9 +345,6 @@ CHANNELS = {
         Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
     )
 }
-
-# A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
-# hive.toml and the command line share them.
 
 
 def node_name(value: object) -> str:
@@ -322,26 +395,6 @@ def wire_version(value: object) -> int:
     if type(value) is not int or value != PROTOCOL_VERSION:
         raise ValueError
     return value
-
-
-def choice(*allowed: str) -> Callable[[object], str]:
-    """Make the kind that takes one of a few words."""
-
-    def kind(value: object) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError
-        return value
-
-    kind.__doc__ = " or ".join(f'"{word}"' for word in allowed)
-    return kind
-
-
-def whole(value: object, low: int, high: int) -> int:
-    """A number in a range, of which a fraction is cut off; raises ValueError."""
-    number = bounded_number(value, low, high)
-    if number is None:
-        raise ValueError
-    return int(number)
 
 
 def wire(kind: Callable[[Any], Any], key: str = "", default: Any = ...) -> Any:
@@ -493,13 +546,6 @@ def read_json_object(payload: bytes | str) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def bounded_number(value: object, low: float, high: float) -> float | None:
-    """A peer's number, or None for anything that is none in that range."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        return None
-    return float(value)
-
-
 def topic_prefix(value: object) -> str:
     """a topic prefix: at most 200 of A-Za-z0-9._- in levels joined by /"""
     levels = re.compile(r"(?=.{1,200}$)[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
@@ -545,40 +591,9 @@ class Topics(Value):
 # ValueError.  Reads one file, once.
 
 
-def plain_string(value: object) -> str:
-    """a string"""
-    if not isinstance(value, str) or "\0" in value or LONE_SURROGATE.search(value):
-        raise ValueError
-    return value
-
-
 def secret(value: object) -> str:
     """a string that is never shown"""
     return plain_string(value)
-
-
-def boolean(value: object) -> bool:
-    """true or false"""
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def finite_number(value: object) -> float:
-    """a number"""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError
-    with contextlib.suppress(OverflowError):
-        return float(value)
-    raise ValueError
-
-
-def seconds(value: object) -> float:
-    """seconds, above 0 and at most a year"""
-    given = finite_number(value)
-    if not 0 < given <= 366 * 86400:
-        raise ValueError
-    return given
 
 
 def duration(value: object) -> float:
@@ -606,19 +621,6 @@ def time_of_day(value: object) -> str:
     if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", said, re.ASCII):
         raise ValueError
     return said
-
-
-def integer(low: int, high: int, words: str = "a whole number") -> Callable[[object], int]:
-    """Make the kind that takes a whole number in a range."""
-
-    def kind(value: object) -> int:
-        given = finite_number(value)
-        if not (low <= given <= high and given == int(given)):
-            raise ValueError
-        return int(given)
-
-    kind.__doc__ = f"{words} from {low} to {high}"
-    return kind
 
 
 count = integer(1, 10_000)
@@ -7202,7 +7204,7 @@ class NameConflictCheck:
 
 # ---- Requests: what may be asked of a node, as one table ---------------------------------
 #
-# The one door for commands, whether they come through the control socket or run the node in
+# The one way in for commands, whether they come through the control socket or run the node in
 # their own process.  Reads the journal and the members; what is to be sent it hands to the node.
 
 
@@ -7343,11 +7345,7 @@ class Requests:
     def send(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """A message to be sent."""
         envelope: Envelope = given["envelope"]
-        if fault := self._not_ours(envelope):
-            return {"error": fault}
-        if given["wait"]:
-            self._listen(envelope.exchange, requester)
-        if fault := self._send(envelope):
+        if fault := self._objection(given, requester) or self._send(envelope):
             return {"error": fault}
         self._senders[envelope.id] = requester
         requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
@@ -7358,10 +7356,8 @@ class Requests:
     def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """A message that the command is about to publish by itself."""
         envelope: Envelope = given["envelope"]
-        if fault := self._not_ours(envelope):
+        if fault := self._objection(given, requester):
             return {"error": fault}
-        if given["wait"]:
-            self._listen(envelope.exchange, requester)
         self._journal.sent(envelope, time.time())
         self._after_commit(lambda: requester.send({"ok": True}))
         return None
@@ -7394,11 +7390,14 @@ class Requests:
     def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {"node": self._node, "version": __version__}
 
-    def _not_ours(self, envelope: Envelope) -> str:
-        """Why this node does not send it, or nothing."""
-        if envelope.sender == self._node:
-            return ""
-        return f"this is the daemon of {self._node}, not of {envelope.sender}"
+    def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
+        """Why this node does not send it; else who waits for its answers gets them from now on."""
+        envelope: Envelope = given["envelope"]
+        if envelope.sender != self._node:
+            return f"this is the daemon of {self._node}, not of {envelope.sender}"
+        if given["wait"]:
+            self._listen(envelope.exchange, requester)
+        return ""
 
     def _listen(self, exchange: str, requester: Requester) -> None:
         self._listeners.setdefault(exchange, []).append(requester)
