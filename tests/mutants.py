@@ -61,6 +61,7 @@ MORE_TESTS = {
     "Memory": "channels node",
     "Reception": "door node",
     "Client": "commands end_to_end",
+    "Requests": "control commands",
     "Main": "commands errors",
 }
 WIDER = ("node", "control", "door", "commands", "end_to_end")
