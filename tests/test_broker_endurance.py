@@ -201,7 +201,7 @@ def test_what_needs_no_disk_is_not_written(hosted: Hosted) -> None:
     client.subscribe("t")
     for n in range(20):
         client.publish("t", b"%d" % n, qos=n % 3)
-    assert not hosted.broker.store.database._turn
+    assert not hosted.broker.store.database._uncommitted
     with closing(sqlite3.connect(hosted.broker.file)) as file:
         assert file.execute("SELECT count(*) FROM session_states").fetchone() == (0,)
 
