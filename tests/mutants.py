@@ -52,7 +52,6 @@ MORE_TESTS = {
     "Journal": "requests mqtt_client",
     "Loop": "service",
     "Main": "commands",
-    "Members": "node",
     "MqttClient": "node",
     "Node": "requests mqtt_client",
     "Packets": "broker",

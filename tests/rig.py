@@ -14,6 +14,7 @@ from conftest import eventually
 import hive
 
 T = TypeVar("T")
+HANGS = "while [ ! -e ../gate ]; do sleep 0.02; done; echo through"  # until the gate is there
 
 
 class Clock:
