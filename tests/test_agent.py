@@ -1607,3 +1607,20 @@ def test_secrets_are_in_no_argument(stand_in_of: Make) -> None:
         assert not [
             word for word in command_of(way, keys).argv if TOKEN in word or HOOK_TOKEN in word
         ]
+
+
+def test_one_look_at_a_gateway_is_enough_at_a_time(
+    loop: hive.Loop, stand_in_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Callable[[str], None]] = []
+    monkeypatch.setattr(hive, "probe_port", lambda loop, port, done: answers.append(done))
+    agent = stand_in_of(port=7).agent
+    agent.probe()
+    agent.probe()
+    assert len(answers) == 1
+    answers[0]("Connection refused")
+    for n in range(3):
+        envelope = hive.Envelope.new("alpha", "beta", "command", "x", id=f"m-{n}")
+        agent.wake(hive.PendingEvent(envelope, True, loop.clock() + PATIENCE))
+    assert len(answers) == 2, "messages that wait look again, together"
+    answers[1]("Connection refused")

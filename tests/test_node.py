@@ -724,3 +724,12 @@ def test_only_documents_are_retained(rig: Rig) -> None:
     assert {one.topic for one in messages} == {"hive/all/heartbeat", "hive/alpha/response"}
     assert not any(one.retain for one in messages) and all(one.retain for one in documents)
     assert {one.topic.rpartition("/")[2] for one in documents} == {"state", "roster", "ping"}
+
+
+def test_what_a_node_has_to_say_goes_out_at_the_end_of_the_turn(rig: Rig) -> None:
+    rig.turn()
+    said = hive.Envelope.new("beta", "alpha", "status", "by itself")
+    rig.node.node.send(said)
+    assert said not in rig.sent()  # not before it is on disk
+    rig.turn()
+    assert said in rig.sent()
