@@ -882,3 +882,17 @@ def test_a_probe_says_once_whether_the_broker_takes_a_connection(
         turn(loop, lambda: said)
         assert time.monotonic() - began < PATIENCE / 2
     assert said == [how == "takes it"]
+
+
+def test_what_tls_holds_back_is_read_at_once() -> None:
+    class Held:
+        def __init__(self, size: int) -> None:
+            self.pending = lambda: size
+
+    assert [hive.has_more(one) for one in (Held(5), Held(0), None)] == [True, False, False]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        assert not hive.has_more(ours)
+        theirs.send(b"x")
+        assert hive.has_more(ours) and ours.recv(9) == b"x"

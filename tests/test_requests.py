@@ -523,3 +523,12 @@ def test_a_node_without_a_place_for_its_door_says_so_and_goes_on(
     (line,) = rig.events("no door for the command line")
     assert line["level"] == "error" and line["file"] == str(tmp_path / "state" / "door")
     assert rig.works()
+
+
+def test_only_what_is_overdue_is_given_up(rig: Rig, caller: Caller) -> None:
+    for id, ttl in (("m-1", 1), ("m-2", 1000), ("m-3", None)):
+        caller.ask(do="send", envelope=own(id, ttl=ttl).document())
+    rig.until("the first is given up", lambda: rig.events("no answer"), tick=0.1)
+    rig.turn()
+    assert [row["id"] for row in rig.events("no answer")] == ["m-1"]
+    assert [one["id"] for one in caller.ask(do="pending")["questions"]] == ["m-2", "m-3"]
