@@ -151,3 +151,9 @@ def test_a_gateway_that_goes_away_is_noticed_within_half_a_minute(rig_of: Make) 
         rig.until("it is well", lambda: rig.node.work.status().agents["main"]["status"] == "ok")
     rig.advance(31)
     rig.until("it is noticed", lambda: rig.node.work.status().trouble, tick=0)
+
+
+def test_what_runs_seldom_does_not_hold_up_what_runs_often(rig_of: Make) -> None:
+    seldom = hive.ScheduleConfig("check", every=3600.0, text="seldom")
+    rig = rig_of(schedule=(*every_second(text="often"), seldom), check="true")
+    rig.until("it has run three times", lambda: len(rig.events("handler ended")) >= 3)
