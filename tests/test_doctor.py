@@ -772,3 +772,20 @@ def test_no_check_takes_longer_than_all_may() -> None:
         assert 0.5 <= late.left(4.0) <= 0.8
         over = module.DoctorContext(config_of, time.monotonic() - 20, ending)
         assert over.left(4.0) == 0.5
+
+
+def test_a_configuration_that_others_may_change_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "is_private_group", lambda gid: False)
+    file = tmp_path / "hive.toml"
+    file.write_text(f"node = {{id = 'alpha', state_dir = '{tmp_path}/state'}}\n")
+    file.chmod(0o660)
+    context = context_of(module.load_config(str(file)))
+    [finding] = module.check_files(context)
+    assert finding == module.Finding(
+        module.Level.WARN, f"{file}: is writable by its group", f"chmod g-w {file}"
+    )
+    file.chmod(0o600)
+    [finding] = module.check_files(context)
+    assert finding.level is module.Level.OK

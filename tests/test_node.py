@@ -733,3 +733,14 @@ def test_what_a_node_has_to_say_goes_out_at_the_end_of_the_turn(rig: Rig) -> Non
     assert said not in rig.sent()  # not before it is on disk
     rig.turn()
     assert said in rig.sent()
+
+
+def test_the_log_says_how_it_ended_and_why_nothing_was_done(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(fail="exit 3")
+    rig.answer_to(rig.say("command", "ping"))
+    rig.answer_to(rig.say("command", "fail"))
+    rig.answer_to(rig.say("command", "other"))
+    ended = {row["action"]: row["level"] for row in rig.events("handler ended")}
+    assert ended == {"ping": "info", "fail": "warning"}
+    notes = {row["action"]: row.get("note") for row in rig.events("received", level="info")}
+    assert notes == {"ping": None, "fail": None, "other": NOBODY}
