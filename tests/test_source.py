@@ -112,7 +112,7 @@ def test_sections_use_each_other_in_no_circle() -> None:
 def test_every_section_has_tests_of_its_own() -> None:
     files = Path(__file__).parent.glob("test_*.py")
     names = {file.stem.removeprefix("test_").replace("_", "") for file in files}
-    assert {name.lower() for _, name in BANNERS} - names == {"client", "daemon"}  # end to end
+    assert {name.lower() for _, name in BANNERS} <= names
 
 
 def test_no_name_is_defined_twice() -> None:
