@@ -44,6 +44,7 @@ RESULTS = CACHE / "results.jsonl"
 # The tests of a section are test_SECTION.py and test_SECTION_*.py; these have others besides.
 MORE_TESTS = {
     "Basics": "config envelope",
+    "Broker": "packets",
     "Client": "commands end_to_end",
     "Commands": "end_to_end main",
     "Control": "requests commands",

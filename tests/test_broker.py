@@ -1038,3 +1038,24 @@ def test_what_was_refused_is_in_the_log(hosted: Hosted) -> None:
     log = hosted.log.getvalue()
     assert 'event="client refused" why="client identifier not valid"' in log
     assert 'event="packet refused" client="\'clumsy\'" why="SUBSCRIBE to nothing"' in log
+
+
+def test_an_exchange_that_goes_on_takes_one_place_in_the_window(hosted: Hosted) -> None:
+    """[MQTT-4.9.0-1] [MQTT-4.9.0-2]: PUBREL is sent again and does count until PUBCOMP."""
+    said = {**kept(5), "receive_maximum": 2}
+    client = hosted.connected("a", **said)
+    client.subscribe(("t", 2))
+    sender = hosted.connected("s")
+    sender.publish("t", b"begun", qos=2)
+    begun = client.receive(acknowledge=False)
+    client.send(hive.encode_ack(PacketType.PUBREC, begun.packet_id, 0, 5))
+    assert client.expect(PacketType.PUBREL).id == begun.packet_id
+    hosted.drop(client)
+    for payload in (b"1", b"2"):
+        sender.publish("t", payload, qos=1)
+    client = hosted.connected("a", **said)
+    assert client.expect(PacketType.PUBREL).id == begun.packet_id
+    assert client.receive(acknowledge=False).payload == b"1"
+    client.quiet()  # two are under way
+    client.send(hive.encode_ack(PacketType.PUBCOMP, begun.packet_id, 0, 5))
+    assert client.receive(acknowledge=False).payload == b"2"

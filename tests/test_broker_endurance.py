@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import random
+import resource
 import signal
 import socket
 import sqlite3
@@ -669,6 +670,26 @@ def test_more_connections_than_there_are_files(tmp_path: Path) -> None:
 
     eventually("those that went are forgotten", comes_in)
     broker.close()
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this needs Linux")
+def test_without_a_file_left_it_takes_nobody_and_does_not_run_hot(own: Own) -> None:
+    broker = own().start()
+
+    def cpu_seconds() -> float:
+        fields = Path(f"/proc/{broker.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    files = len(os.listdir(f"/proc/{broker.pid}/fd"))
+    before = resource.prlimit(broker.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, (files + 5, before[1]))
+    crowd = [broker.client() for _ in range(20)]
+    eventually("it says so", lambda: "Too many open files" in broker.log)
+    began = cpu_seconds()
+    time.sleep(0.8)
+    assert cpu_seconds() - began < 0.4
+    resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, before)
+    assert crowd[-1].connect("a").reason == 0  # it waited all the time
 
 
 def test_after_any_traffic_the_books_balance(hosted_of: Make) -> None:

@@ -867,3 +867,18 @@ def test_paho_reads_ahead(loop: Loop, shared_broker: Broker) -> None:
     turn(loop, lambda: len(listener.messages) == 200)
     assert {*taken} == {hive.READ_SIZE} and len(taken) < 300
     closed(loop, client)
+
+
+@pytest.mark.parametrize("how", ["takes it", "closed", "says nothing", "hangs up"])
+def test_a_probe_says_once_whether_the_broker_takes_a_connection(
+    loop: Loop, shared_broker: Broker, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(hive, "PROBE_TIMEOUT", PATIENCE if how != "says nothing" else 0.2)
+    said = list[bool]()
+    with server(lambda sock: sock.close() if how == "hangs up" else time.sleep(1)) as there:
+        port = {"takes it": shared_broker.port, "closed": 1}.get(how, there)
+        hive.ConnectionProbe(loop, MqttConfig(host="127.0.0.1", port=port), said.append)
+        began = time.monotonic()
+        turn(loop, lambda: said)
+        assert time.monotonic() - began < PATIENCE / 2
+    assert said == [how == "takes it"]

@@ -714,3 +714,13 @@ def test_every_message_is_acknowledged_once(rig: Rig) -> None:
     assert rig.acked == 6
     rig.advance(1)
     assert rig.acked == 6
+
+
+def test_only_documents_are_retained(rig: Rig) -> None:
+    rig.answer_to(rig.say("command", "ping"))
+    rig.advance(10)
+    messages = [one for one in rig.wire.published if "/meta/" not in one.topic]
+    documents = [one for one in rig.wire.published if "/meta/" in one.topic]
+    assert {one.topic for one in messages} == {"hive/all/heartbeat", "hive/alpha/response"}
+    assert not any(one.retain for one in messages) and all(one.retain for one in documents)
+    assert {one.topic.rpartition("/")[2] for one in documents} == {"state", "roster", "ping"}
