@@ -1305,6 +1305,8 @@ PLAIN = r"[A-Za-z0-9._:/@+,-]+"
 MAX_LOGGED = 500  # characters of one value
 RATE_LIMIT_BURST = 10  # lines of one kind within RATE_LIMIT_INTERVAL
 RATE_LIMIT_INTERVAL = 60.0  # seconds
+MAX_LINES_WAITING = 2000  # of the log, for a reader that has stopped reading
+LAST_LINES = 0.5  # seconds that such a reader has for them when the process ends
 
 
 class Log:
@@ -1315,7 +1317,7 @@ class Log:
     ) -> None:
         self._least = LEVELS.index(level)
         self._json = format == "json"
-        self._stream = stream or sys.stderr
+        self._stream: LogStream = stream or sys.stderr
 
     def debug(self, event: str, **facts: object) -> None:
         self._write("debug", event, facts)
@@ -1332,6 +1334,31 @@ class Log:
     def _write(self, level: str, event: str, facts: Mapping[str, object]) -> None:
         if LEVELS.index(level) < self._least:
             return
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
+            self._stream.write(self._line(level, event, facts))
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def never_wait(self) -> Iterator[None]:
+        """Meanwhile a reader that has stopped reading holds up nobody."""
+        before = self._stream
+        try:
+            descriptor = before.fileno()
+        except (OSError, ValueError, AttributeError):  # it is no file
+            descriptor = -1
+        if descriptor < 0:
+            yield
+            return
+        writer = self._stream = LogWriter(
+            descriptor, lambda lost: self._line("warning", "lines dropped", {"lines": lost})
+        )
+        try:
+            yield
+        finally:
+            writer.close()
+            self._stream = before
+
+    def _line(self, level: str, event: str, facts: Mapping[str, object]) -> str:
         now = time.time()
         ts = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
         row: dict[str, object] = {"ts": ts, "level": level, "event": event}
@@ -1339,17 +1366,78 @@ class Log:
         if self._json:
             short = (int, float, bool, type(None))
             row = {k: v if isinstance(v, short) else str(v)[:MAX_LOGGED] for k, v in row.items()}
-            line = json.dumps(row)
-        else:
-            line = " ".join(f"{key}={self._quoted(value)}" for key, value in row.items())
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            return json.dumps(row) + "\n"
+        return " ".join(f"{key}={self._quoted(value)}" for key, value in row.items()) + "\n"
 
     @staticmethod
     def _quoted(value: object) -> str:
         said = str(value)[:MAX_LOGGED]
         return said if re.fullmatch(PLAIN, said) else json.dumps(said)
+
+
+class LogStream(Protocol):
+    """What a log is written to: a file, or a LogWriter."""
+
+    def write(self, line: str, /) -> object: ...
+    def flush(self) -> None: ...
+    def fileno(self) -> int: ...
+
+
+class LogWriter:
+    """Writes lines to a file in a thread of its own, because any write may block for ever.
+
+    A pipe that nobody reads, a terminal after Ctrl-S, a disk that is gone: O_NONBLOCK would help
+    with some of them, but would be set for whoever else has the file open too.
+    """
+
+    def __init__(self, descriptor: int, dropped: Callable[[int], str]) -> None:
+        """`dropped` makes the line that says how many could not be kept."""
+        import threading
+
+        self._descriptor, self._dropped = descriptor, dropped
+        self._lines: list[str] = []
+        self._lost = 0
+        self._writing = self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        """Write it soon; drop and count it if too many wait."""
+        with self._changed:
+            if self._closed or len(self._lines) >= MAX_LINES_WAITING:
+                self._lost += 1
+            else:
+                self._lines.append(line)
+            self._changed.notify()
+
+    def flush(self) -> None:
+        """Nobody waits for that."""
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        """Write what is left, as far as somebody reads it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(LAST_LINES)
+
+    def _run(self) -> None:
+        while lines := self._take():
+            data = "".join(lines).encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # nobody reads it any more: not our end
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+
+    def _take(self) -> list[str]:
+        """Wait for lines; none when it is closed and all are written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._lost or self._closed)
+            lines, lost = self._lines, self._lost
+            self._lines, self._lost = [], 0
+        return [*lines, self._dropped(lost)] if lost else lines
 
 
 class RateLimit:
@@ -10158,6 +10246,14 @@ def command_daemon(args: argparse.Namespace) -> int:
     start_again()
     config = config_of(args)
     log = Log(config.logging.level, config.logging.format)
+    with log.never_wait():
+        run_daemon(config, log)
+        log.info("stopped")
+    return Exit.DONE
+
+
+def run_daemon(config: Config, log: Log) -> None:
+    """Until SIGTERM or Ctrl-C."""
     instance = new_id()
     with contextlib.ExitStack() as ending:
         predecessor = take_the_name(config, instance, log, ending)
@@ -10172,8 +10268,6 @@ def command_daemon(args: argparse.Namespace) -> int:
         log.info("starting", node=config.node.id, version=__version__, build=build(), config=source)
         daemon.start()
         loop.run()
-    log.info("stopped")
-    return Exit.DONE
 
 
 def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.ExitStack) -> str:
@@ -10803,7 +10897,7 @@ def run_broker(config: Config) -> None:
     """Until SIGTERM or Ctrl-C."""
     log = Log(config.logging.level, config.logging.format)
     loop = Loop(log)
-    with contextlib.ExitStack() as ending:
+    with log.never_wait(), contextlib.ExitStack() as ending:
         ending.callback(loop.close)
         hosted = Broker(loop, log, config.broker)
         ending.callback(hosted.close)

@@ -679,3 +679,24 @@ def test_git_sync_pulls_on_every_node_that_has_it(hive: Hive, tmp_path: Path) ->
         (workspace,) = json.loads(result)["workspaces"]
         assert (workspace["path"], workspace["status"]) == (f"{tmp_path}/{name}", "updated")
     assert len(done.stdout.splitlines()) == 2
+
+
+def test_a_reader_of_the_log_that_has_stopped_reading_holds_up_nothing(hive: Hive) -> None:
+    hive.node("alpha").start()
+    beta = hive.node("beta")
+    beta.handler("ping", PONG)
+    os.mkfifo(beta.log_file)
+    reader = os.open(beta.log_file, os.O_RDONLY | os.O_NONBLOCK)  # and never reads
+    ping = ("send", "--to", "beta", "--action", "ping", "--text", "x", "--wait")
+    try:
+        beta.start(wait=False)
+        eventually("beta is up", lambda: hive.cli("alpha", *ping, "2", code=None).returncode == 0)
+        texts = [json.dumps(envelope(ch="status", text="x" * 500)).encode() for _ in range(400)]
+        publish(hive, "beta/status", *texts)  # each makes a line of 600 bytes; a pipe has 64 KiB
+        assert hive.cli("alpha", *ping, "20").stdout == "pong\n"
+        assert beta.stop() == 0
+    finally:
+        beta.log_file.unlink()
+        os.close(reader)
+    rows = json.loads(hive.cli("alpha", "status", "--json").stdout)
+    assert [row["reason"] for row in rows if row["name"] == "beta"] == ["stopped"]
