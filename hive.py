@@ -1242,6 +1242,7 @@ class Decision(Value):
 
 
 AWAITED = "somebody waits for it"
+NO_AGENT = "there is no agent to tell"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
 
@@ -1292,7 +1293,9 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
     if asked:
         return Decision(Do.REFUSE, f"{missing}, and no agent to ask about it")
-    return Decision(Do.NOTE, "there is no agent to tell")
+    if channel.handler and envelope.to != EVERYONE:  # whoever speaks to all means those who hear
+        return Decision(Do.REFUSE, NO_AGENT)
+    return Decision(Do.NOTE, NO_AGENT)
 
 
 # ---- Log: a line for each event ----------------------------------------------------------
@@ -6869,6 +6872,11 @@ class Members:
             self._size -= size
             del self._members[of].documents[longest]
 
+    def document(self, name: str, kind: str) -> dict[str, Any]:
+        """The last state or roster of one name, as it came."""
+        member = self._members.get(name)
+        return read_json_object(member.documents.get(kind, b"")) or {} if member else {}
+
     def documents(self, kind: str) -> dict[str, dict[str, Any]]:
         """The last state or roster of each name; to a state its heartbeats count as well."""
         found = {}
@@ -7449,9 +7457,16 @@ class Requests:
             return {"error": fault}
         self._senders[envelope.id] = requester
         requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
-        connected = self._connection()["connected"]
-        self._after_commit(lambda: requester.send({"queued": True, "connected": connected}))
+        answer = {"queued": True, "connected": self._connection()["connected"]}
+        if self._for_an_agent(envelope):
+            answer["agentless"] = self._members.document(envelope.to, "roster").get("agents") == []
+        self._after_commit(lambda: requester.send(answer))
         return None
+
+    @staticmethod
+    def _for_an_agent(envelope: Envelope) -> bool:
+        """Is it of no use to a node that has none?"""
+        return not envelope.action and CHANNELS[envelope.ch].handler
 
     def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """A message that the command is about to publish by itself."""
@@ -9026,12 +9041,20 @@ class ReplyCollector:
         self._envelope, self._heartbeat = envelope, heartbeat
 
     def expect(self, states: dict[str, dict[str, Any]]) -> None:
-        """These are the nodes and agents; from all, everyone who is online shall answer."""
+        """These are the nodes and agents; from all, whoever is online and hears it shall answer."""
         self.states = states
         if self._envelope.to == EVERYONE:
-            self.outstanding = {row.name for row in self.rows() if row.is_node and row.alive}
-            if not self.outstanding:
+            online = {row.name for row in self.rows() if row.is_node and row.alive}
+            if not online:
                 raise NoReplyError("no node is online; see: hive-cli status")
+            hears = online if self._envelope.action else self._with_agents(online)
+            if not hears:
+                raise NoReplyError("no node that is online has an agent; see: hive-cli status")
+            self.outstanding = hears
+
+    def _with_agents(self, names: set[str]) -> set[str]:
+        """All but those whose state says that they have none: they would answer nothing."""
+        return {name for name in names if self.states[name].get("oc") != {}}
 
     def rows(self) -> list[StatusRow]:
         return status_rows(self.states, self._heartbeat, time.time())
@@ -10385,7 +10408,11 @@ def send_and_wait(
     control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
     with contextlib.closing(control):
         if wait is None:
-            return say_sent(config, envelope, args, control, said["connected"])
+            code = say_sent(config, envelope, args, control, said["connected"])
+            if said.get("agentless"):
+                what = f"{envelope.to} has no agent: it will refuse a message without --action"
+                print(f"hive: {what}", file=sys.stderr)
+            return code
         return print_replies(config, envelope, args, control, said["connected"], ends)
 
 

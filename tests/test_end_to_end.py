@@ -700,3 +700,33 @@ def test_a_reader_of_the_log_that_has_stopped_reading_holds_up_nothing(hive: Hiv
         os.close(reader)
     rows = json.loads(hive.cli("alpha", "status", "--json").stdout)
     assert [row["reason"] for row in rows if row["name"] == "beta"] == ["stopped"]
+
+
+def test_a_text_for_a_node_without_agent_is_refused_to_its_sender(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    hive.node("beta").start()
+    to_beta = ("send", "--to", "beta", "--text", "hello")
+    done = hive.cli("alpha", *to_beta, "--wait", "20", code=1)
+    assert done.stderr == "beta: message refused: there is no agent to tell\n"
+    done = hive.cli("alpha", *to_beta)
+    assert done.stderr == "hive: beta has no agent: it will refuse a message without --action\n"
+    alpha.logged("received", ch="alert")
+    assert hive.cli("alpha", "pending").stdout == "nothing is pending\n"
+
+
+def test_a_text_for_all_is_for_those_who_have_an_agent(hive: Hive, fast_agent: Path) -> None:
+    hive.node("alpha").start()
+    beta = hive.node("beta", with_agent(fast_agent))
+    hive.node("gamma").start()
+    to_all = ("send", "--to", "all", "--text", "hello", "--wait")
+
+    def roster() -> str:
+        return hive.cli("alpha", "status").stdout
+
+    eventually("gamma is known", lambda: "gamma" in roster())
+    done = hive.cli("alpha", *to_all, "20", code=4)
+    assert done.stderr == "hive: no node that is online has an agent; see: hive-cli status\n"
+    beta.start()
+    eventually("beta is known", lambda: "beta" in roster())
+    done = hive.cli("alpha", *to_all, "2", code=4)
+    assert done.stderr == "hive: no answer from beta in 2 s\n"

@@ -68,6 +68,8 @@ def test_a_node_does_what_the_protocol_says(
         assert (decision.agents, decision.now) == (told, now)
     elif ch in ("command", "sync") and action:
         assert decision.do is Do.REFUSE and "no-such" in decision.reason
+    elif ch in ("command", "sync") and to != "all":
+        assert decision == Decision(Do.REFUSE, "there is no agent to tell")
     else:
         assert decision.do is Do.NOTE
 
