@@ -1254,6 +1254,7 @@ class RoutingContext(Value):
     agents: Sequence[str] = ()  # the first one speaks for the node
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
+    why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
 
     def addressed(self, to: str) -> tuple[str, ...]:
         """The agents that a message to this name is for."""
@@ -1288,6 +1289,8 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
     missing = f"no handler for action {envelope.action}" if asked else ""
+    if asked and (why := here.why_not(envelope.action or "")):
+        missing += f" ({quoted(why, 300)[1:-1]})"
     agents = here.addressed(envelope.to)
     if agents:
         return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
@@ -2035,6 +2038,62 @@ class ChildProcess:
         pipe.close()
 
 
+NO_PROGRAM = "no program; does its first line name one, as in #!/bin/sh ?"
+
+
+def first_line_fault(file: Path) -> str:
+    """Why the system will not start a file, as far as its first line tells, or nothing."""
+    with file.open("rb") as opened:
+        line = opened.read(4 * KIB).partition(b"\n")[0]
+    if line.startswith(b"\xef\xbb\xbf"):
+        return "a byte order mark comes before its first line; save it as UTF-8 without one"
+    if not line.startswith(b"#!"):
+        binary = re.search(rb"[\x00-\x08\x0e-\x1a\x7f]", line)
+        return "" if binary else NO_PROGRAM
+    words = [word for word in os.fsdecode(line[2:]).replace("\t", " ").split(" ") if word]
+    if not words:
+        return NO_PROGRAM
+    if words[-1].endswith("\r"):
+        return f"its first line names {quoted(words[-1])}: its lines must end in LF, not CRLF"
+    program, *arguments = words
+    if not (file.parent / program).exists():
+        return f"its first line names {quoted(program)}, which is not there"
+    if not os.access(file.parent / program, os.X_OK) or (file.parent / program).is_dir():
+        return f"its first line names {quoted(program)}, which cannot be executed"
+    asked_of_env = os.path.basename(program) == "env" and len(arguments) == 1
+    by_env = asked_of_env and re.fullmatch(r"[^-=][^=]*", arguments[0])
+    if by_env and not program_file(arguments[0], os.environ):
+        return f"its first line names {quoted(arguments[0])}, which is not on the PATH"
+    return ""
+
+
+def program_file(name: str, environment: Mapping[str, str]) -> Path | None:
+    """The file that a command of this name would start; None if there is none."""
+    if "/" in name:
+        return Path(name) if os.path.isfile(name) else None
+    places = environment.get("PATH", os.defpath).split(os.pathsep)
+    found = (Path(place or ".") / name for place in places)
+    return next((file for file in found if os.access(file, os.X_OK) and file.is_file()), None)
+
+
+def start_fault(spec: ProcessSpec, error: Exception) -> str:
+    """Why it could not be started: the system says "No such file" of much that is there."""
+    if isinstance(error, FileNotFoundError) and spec.cwd and not spec.cwd.is_dir():
+        return f"no folder {spec.cwd}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+        file = program_file(spec.argv[0], spec.environment)
+        with contextlib.suppress(OSError):
+            if file and not os.access(file, os.X_OK):
+                return "not executable"
+            if file and (fault := first_line_fault(file)):
+                return fault
+        if file and error.errno == errno.ENOENT:
+            return "made for another system: the loader that it names is not there"
+        if error.errno == errno.ENOEXEC:
+            return NO_PROGRAM
+    return reason_of(error)
+
+
 class ChildProcesses:
     """Every running child; notices when one ends."""
 
@@ -2064,10 +2123,7 @@ class ChildProcesses:
                 bufsize=0,
             )
         except (OSError, ValueError) as error:
-            fault = reason_of(error)
-            if isinstance(error, OSError) and error.errno == errno.ENOEXEC:
-                fault = "no program; does its first line name one, as in #!/bin/sh ?"
-            result = ProcessResult(exit=None, fault=fault)
+            result = ProcessResult(exit=None, fault=start_fault(spec, error))
             self._loop.after(0, lambda: done(result))
             return None
 
@@ -2151,9 +2207,14 @@ def objection_to(file: Path) -> str | None:
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
-    if not os.access(file, os.X_OK):
+    if not status.st_mode & 0o111:
         return f"not executable; try: chmod +x {file}"
-    return objection
+    if not os.access(file, os.X_OK):
+        return "you may not execute it: its mode, or a file system that is mounted noexec"
+    try:
+        return objection or first_line_fault(file) or None
+    except OSError:  # a program need not be readable
+        return None
 
 
 def unsafe_link(link: Path) -> str | None:
@@ -7636,6 +7697,10 @@ class Worker:
     def look_again(self) -> None:
         """An action is not known: a handler for it may have been put there just now."""
 
+    def why_not(self, action: str) -> str:
+        """Why the file of this name is no handler; nothing if there is none."""
+        return ""
+
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         """Run the handler of a message's action; `row` is the message's in the journal."""
 
@@ -7795,6 +7860,7 @@ class Node:
             agents=self.worker.agents,
             handlers=self.worker.handlers,
             expects=self.requests.waits,
+            why_not=self.worker.why_not,
         )
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
@@ -8267,6 +8333,10 @@ class Work(Worker):
             self._looked = now
             if self.look_for_handlers():
                 self._changed()
+
+    def why_not(self, action: str) -> str:
+        refused = self._catalogue.refused
+        return refused.get(action) or refused.get(str(self._config.handler_dir), "")
 
     def look_for_handlers(self) -> bool:
         """Read the handler directory again; is anything different?"""
@@ -9626,10 +9696,14 @@ def agent_finding(
     import shutil
 
     command, ways = (one.command or one.openclaw_cmd)[0], wake_methods(one)
-    if set(ways) != {"hook"} and not shutil.which(command):
-        return Finding(
-            Level.FAIL, f"{one.name}: no program {command}", "install it, or see [[oc_instances]]"
-        )
+    if set(ways) != {"hook"}:
+        program = shutil.which(command)
+        if not program:
+            what, todo = f"no program {command}", "install it, or see [[oc_instances]]"
+            return Finding(Level.FAIL, f"{one.name}: {what}", todo)
+        with contextlib.suppress(OSError):
+            if fault := first_line_fault(Path(program)):
+                return Finding(Level.FAIL, f"{one.name}: {program}: {fault}", "mend it")
     if one.command:
         return Finding(Level.OK, f"{one.name}: {command} is there; more would wake it")
     file = openclaw_file(one.profile, home)

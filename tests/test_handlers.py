@@ -105,6 +105,24 @@ def test_a_file_that_is_not_executable_is_refused_with_advice(folder: Path) -> N
     assert hive.scan_handlers(folder).refused == {"ping": f"not executable; try: chmod +x {file}"}
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("#!/bin/sh\r\necho\r\n", r"its first line names '/bin/sh\r': its lines must end in LF"),
+        ("#!/usr/bin/nosuch\n", "its first line names '/usr/bin/nosuch', which is not there"),
+        ("#!/usr/bin/env nosuch\n", "its first line names 'nosuch', which is not on the PATH"),
+        ("echo hello\n", hive.NO_PROGRAM),
+        ("", hive.NO_PROGRAM),
+    ],
+)
+def test_a_file_that_cannot_be_started_is_no_handler(folder: Path, content: str, why: str) -> None:
+    (folder / "ping").write_bytes(content.encode())
+    (folder / "ping").chmod(0o755)
+    found = hive.scan_handlers(folder)
+    assert found.handlers == {}
+    assert found.refused["ping"].startswith(why)
+
+
 @pytest.mark.parametrize("mode", [0o757, 0o777, 0o703])
 @pytest.mark.usefixtures("private")
 def test_a_handler_that_everyone_may_change_is_refused(folder: Path, mode: int) -> None:

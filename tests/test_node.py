@@ -511,6 +511,31 @@ def test_a_handler_that_changed_since_it_was_found_is_told(rig: Rig, how: str) -
     assert rig.works()
 
 
+@pytest.mark.parametrize(
+    ("mode", "content", "why"),
+    [
+        (0o644, "#!/bin/sh\n", "not executable; try: chmod +x {file}"),
+        (0o777, "#!/bin/sh\n", "is writable by everyone; try: chmod o-w"),
+        (0o755, "#!/no/such\n", "its first line names '/no/such', which is not there"),
+    ],
+)
+def test_whoever_asks_for_a_file_that_is_no_handler_is_told_why(
+    rig: Rig, mode: int, content: str, why: str
+) -> None:
+    rig.turn()
+    file = rig.handler_dir / "deploy"
+    file.write_text(content)
+    file.chmod(mode)
+    rig.advance(5)
+    answer = rig.answer_to(rig.say("command", "deploy"))
+    what = f"no handler for action deploy ({why.format(file=file)}), and no agent to ask about it"
+    assert (answer.ch, answer.text) == ("alert", f"beta: deploy refused: {what}")
+    rig.handler_dir.chmod(0o777)
+    rig.advance(5)
+    answer = rig.answer_to(rig.say("command", "other"))
+    assert "no handler for action other (the directory is writable by everyone; " in answer.text
+
+
 def test_a_handler_that_takes_too_long_is_ended_and_the_next_one_runs(
     rig_of: Callable[..., Rig],
 ) -> None:

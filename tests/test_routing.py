@@ -83,6 +83,15 @@ def test_an_agent_is_told_that_there_is_no_handler(ch: str) -> None:
 
 
 @pytest.mark.parametrize("agents", AGENTS)
+def test_whoever_asks_for_a_file_that_is_no_handler_is_told_why(agents: tuple[str, ...]) -> None:
+    here = context(agents).replace(why_not=lambda action: f"{action} is\r\u2028 not executable")
+    reason = decide(envelope("command", action="deploy"), here).reason
+    said = r"no handler for action deploy (deploy is\r\u2028 not executable)"
+    assert reason == said + ("" if agents else ", and no agent to ask about it")
+    assert decide(envelope("command"), here) == decide(envelope("command"), context(agents))
+
+
+@pytest.mark.parametrize("agents", AGENTS)
 @pytest.mark.parametrize("ch", ["response", "alert"])
 def test_an_answer_goes_to_whoever_waits_for_it(ch: str, agents: tuple[str, ...]) -> None:
     answer = envelope(ch, corr="m-0")
