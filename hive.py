@@ -8336,7 +8336,7 @@ class Work(Worker):
                 self._changed()
 
     def why_not(self, action: str) -> str:
-        refused = self._catalogue.refused
+        refused = self._handler_set.refused
         return refused.get(action) or refused.get(str(self._config.handler_dir), "")
 
     def look_for_handlers(self) -> bool:
