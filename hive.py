@@ -659,6 +659,14 @@ def program(value: object) -> tuple[str, ...]:
     return (os.path.expanduser(words[0].strip()), *words[1:])
 
 
+def variable_names(value: object) -> tuple[str, ...]:
+    """the name of an environment variable, or a list of them"""
+    names = tuple(plain_string(name) for name in (value if isinstance(value, list) else [value]))
+    if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name in names):
+        raise ValueError
+    return names
+
+
 def own_file() -> Path:
     """Where this program lies: hive.py, or the one file that `make dist` puts it into."""
     file = Path(__file__).resolve()
@@ -909,6 +917,9 @@ class InstanceConfig(ConfigTable):
         "any other agent: a program that is run for each message",
         ["notify", "{text}"],
     )
+    env: tuple[str, ...] = setting(
+        (), variable_names, "what its command gets of the daemon's environment besides", ["MY_KEY"]
+    )
 
     def check(self, where: str) -> None:
         if self.command and self.via != "cli":
@@ -918,13 +929,25 @@ class InstanceConfig(ConfigTable):
 
 
 class HandlerConfig(ConfigTable):
-    """What is different for one handler; the table is named after its action."""
+    """What is different for one handler; the table is named after its action.
+
+    [handlers] itself takes env for all of them, as in env = ["AWS_PROFILE"].
+    """
 
     HEADER = NAMED
 
     timeout: float | None = setting(None, seconds, "seconds until it is ended", 120.0)
     workers: int = setting(1, count, "how many of it may run at once")
     retry: bool = setting(False, boolean, "run it again if the daemon ended while it ran")
+    env: tuple[str, ...] = setting(
+        (), variable_names, "what it gets of the daemon's environment besides", ["AWS_PROFILE"]
+    )
+
+
+class HandlersConfig(ConfigTable):
+    """What holds for all handlers, in [handlers] itself."""
+
+    env: tuple[str, ...] = setting((), variable_names, "what they get besides", ["AWS_PROFILE"])
 
 
 NOTIFY = ("change", "failure", "always", "never")
@@ -975,6 +998,7 @@ class Config(Value):
     schedule: tuple[ScheduleConfig, ...] = ()
     journal: JournalConfig = JournalConfig()
     logging: LoggingConfig = LoggingConfig()
+    handler_env: tuple[str, ...] = ()  # [handlers] env, for all of them
     source: Path | None = None  # None: no file, the defaults hold
     origin: Mapping[str, str] = {}  # "mqtt.port": who set it
     warnings: tuple[str, ...] = ()
@@ -1087,6 +1111,7 @@ def make_config(
         if key not in known:
             raise ConfigError(unknown_key(key, value, known, ""))
     base = source.resolve().parent if source else None
+    document, handler_env = without_shared_env(document)
     tables = {name: read_tables(name, document, base) for name in known}
     origin = {
         f"{name}.{key}": str(source) for name in SINGLE_TABLES for key in document.get(name, {})
@@ -1098,11 +1123,21 @@ def make_config(
     if not tables["node"].id:
         tables["node"] = tables["node"].replace(id=short_host_name())
         origin["node.id"] = "this machine's name"
-    config = Config(**tables, source=source, origin=origin)
+    config = Config(**tables, handler_env=handler_env, source=source, origin=origin)
     for i, one in enumerate(config.oc_instances):  # their names are addresses
         if one.name in (other.name for other in config.oc_instances[:i]):
             raise ConfigError(f"oc_instances[{i}].name: {quoted(one.name)} is taken already")
     return config.replace(warnings=tuple(exposed_secrets(config)))
+
+
+def without_shared_env(document: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Take [handlers] env from beside the tables of single handlers; one may be called env, too."""
+    said = document.get("handlers")
+    if not isinstance(said, dict) or isinstance(said.get("env", {}), dict):
+        return document, ()
+    rest = {key: value for key, value in said.items() if key != "env"}
+    shared = HandlersConfig.read({"env": said["env"]}, "handlers")
+    return {**document, "handlers": rest}, shared.env
 
 
 def read_tables(name: str, document: Mapping[str, Any], base: Path | None) -> Any:
@@ -1202,6 +1237,8 @@ def effective_config(config: Config) -> str:
     ]
     tables: list[tuple[str, Any, str]] = [(t, getattr(config, t), f"[{t}]") for t in SINGLE_TABLES]
     tables += [("", instance, "[[oc_instances]]") for instance in config.oc_instances]
+    if config.handler_env:
+        tables.append(("", HandlersConfig(config.handler_env), "[handlers]"))
     tables += [("", table, f"[handlers.{action}]") for action, table in config.handlers.items()]
     tables += [("", one, "[[schedule]]") for one in config.schedule]
     derived = {"node.handler_dir": config.handler_dir, "node.state_dir": config.state_dir}
@@ -2173,7 +2210,7 @@ def scan_handlers(directory: Path) -> HandlerSet:
     handlers: dict[str, Path] = {}
     refused: dict[str, str] = {}
     try:
-        objection = writable_by_others(directory.stat())
+        objection = writable_by_others(directory.stat()) or unsafe_way(directory)
         if objection:
             return HandlerSet(refused={str(directory): f"the directory {objection}"})
         entries = sorted(entry.name for entry in os.scandir(directory))
@@ -2199,9 +2236,7 @@ def objection_to(file: Path) -> str | None:
         if file.name in META_DOCUMENTS:
             return "this name is taken by a topic of hive's own"
         status = file.stat()
-        objection = writable_by_others(status)
-        if file.is_symlink() and not objection:
-            objection = unsafe_link(file)
+        objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
         return f"its name is not {action_name.__doc__}"
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
@@ -2218,14 +2253,16 @@ def objection_to(file: Path) -> str | None:
         return None
 
 
-def unsafe_link(link: Path) -> str | None:
-    """Say which directory on the way to a link's target others could change."""
-    for directory in directories_in_path(link):
+def unsafe_way(file: Path) -> str | None:
+    """Say which directory on the way to a file, or to its link's target, others could change."""
+    for directory in directories_in_path(file):
         status = directory.stat()
         sticky = status.st_mode & stat.S_ISVTX and status.st_uid in (0, os.geteuid())
         objection = None if sticky else writable_by_others(status)
         if objection:
-            return f"is a link through {directory}, which {objection}"
+            how = "is a link through" if file.is_symlink() else "is below"
+            named = f" {directory}" if "; try: " in objection else ""
+            return f"{how} {directory}, which {objection}{named}"
     return None
 
 
@@ -2267,11 +2304,27 @@ def is_private_group(gid: int) -> bool:
     return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
-NOT_INHERITED = {  # by a handler: what the contract gives a meaning, and the daemon's affairs
+# What children get of the daemon's environment: what a program needs to find its way about.  Not
+# the rest, which may be the keys of clouds and services; hive.toml names what shall be passed on.
+INHERITED = (
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_\w+|TZ|TERM|TMPDIR|XDG_\w+|HIVE_\w+"
+    r"|SSH_AUTH_SOCK|DBUS_SESSION_BUS_ADDRESS|DISPLAY|WAYLAND_DISPLAY|XAUTHORITY"
+    r"|(?i:https?|ftp|all|no)_(?i:proxy)|SSL_CERT_FILE|SSL_CERT_DIR"
+    r"|NODE_OPTIONS|NODE_PATH|NODE_EXTRA_CA_CERTS|NVM_DIR|VOLTA_HOME|FNM_DIR|PNPM_HOME"
+)
+CONTRACT = {  # by a handler, not inherited: what has a meaning for it
     *("HIVE_NODE", "HIVE_FROM", "HIVE_TO", "HIVE_ID", "HIVE_CORR", "HIVE_ACTION", "HIVE_CH"),
     *("HIVE_PREFIX", "HIVE_AGENT", "HIVE_PROFILE", "HIVE_OPENCLAW_CMD"),
-    *("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"),
 }
+
+
+def inherited_environment(all: Mapping[str, str], more: Container[str]) -> dict[str, str]:
+    """What a child gets of these; `more` are names from hive.toml."""
+    return {
+        name: value
+        for name, value in all.items()
+        if name in more or (re.fullmatch(INHERITED, name) and name not in CONTRACT)
+    }
 
 
 def handler_environment(
@@ -2282,8 +2335,8 @@ def handler_environment(
     inherited: Mapping[str, str],
 ) -> dict[str, str]:
     """What a handler finds in its environment (protocol, "Handlers")."""
-    environment = {key: value for key, value in inherited.items() if key not in NOT_INHERITED}
-    environment |= {
+    environment = {
+        **inherited,
         "HIVE_NODE": node,
         "HIVE_FROM": envelope.sender,
         "HIVE_TO": envelope.to,
@@ -2312,8 +2365,10 @@ def handler_spec(
     config: Config, file: Path, envelope: Envelope, agent: InstanceConfig | None
 ) -> ProcessSpec:
     """How a handler is run for a message: its environment, its stdin, its deadline."""
+    own = config.handlers.get(file.name, HandlerConfig()).env
+    inherited = inherited_environment(os.environ, {*config.handler_env, *own})
     environment = handler_environment(
-        envelope, config.node.id, config.node.topic_prefix, agent, os.environ
+        envelope, config.node.id, config.node.topic_prefix, agent, inherited
     )
     deadline = handler_deadline(config, file.name)
     return ProcessSpec([str(file)], environment, deadline, envelope.encode() + b"\n", file.parent)
@@ -2582,12 +2637,11 @@ def wake_command(instance: InstanceConfig, name: str, event: SystemEvent) -> Pro
     """The program that wakes an agent by this method.
 
     An inherited OPENCLAW_* would override the profile and reach another gateway (measured with
-    OpenClaw 2026.9.6), so none is passed on but what hive.toml says.
+    OpenClaw 2026.9.6), so it must not be among what is inherited.
     """
     method = WAKE_METHODS[name]
     argv = wake_argv(instance, method.argv, event)
-    own = ("OPENCLAW_", "NOTIFY_SOCKET", "WATCHDOG_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+    environment = inherited_environment(os.environ, instance.env)
     if instance.port:
         environment["OPENCLAW_GATEWAY_PORT"] = str(instance.port)
     if instance.token:
@@ -9337,7 +9391,7 @@ def setup_files(
 
 def said_against(place: Path, objection: str) -> str:
     """What is wrong with a file or folder; where the advice is to change it, naming it."""
-    unnamed = "; try: chmod" in objection and str(place) not in objection
+    unnamed = objection.endswith(("; try: chmod o-w", "; try: chmod g-w"))
     return f"{place}: {objection}" + (f" {place}" if unnamed else "")
 
 

@@ -381,10 +381,16 @@ def test_the_environment_of_a_call(
         monkeypatch.setenv(f"OPENCLAW_{key}", "another's")
     for key in ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"):
         monkeypatch.setenv(key, "the daemon's")
-    environment = dict(command_of(way, {"command": ("x",), **keys}).environment)
+    for key in ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "NODE_AUTH_TOKEN"):
+        monkeypatch.setenv(key, "nobody's business")
+    for key in ("HOME", "PATH", "NODE_OPTIONS", "https_proxy", "HIVE_CONFIG", "MY_KEY"):
+        monkeypatch.setenv(key, "mine")
+    environment = dict(command_of(way, {"command": ("x",), "env": ("MY_KEY",), **keys}).environment)
     assert {k: environment.pop(k) for k in sorted(expected)} == expected
-    alike = {k: v for k, v in os.environ.items() if v not in ("another's", "the daemon's")}
-    assert environment == alike
+    assert not {"another's", "the daemon's", "nobody's business"} & {*environment.values()}
+    mine = {k: v for k, v in os.environ.items() if v == "mine"}
+    assert mine.items() <= environment.items() and len(mine) == 6
+    assert environment.items() <= os.environ.items()
 
 
 @pytest.mark.parametrize(
