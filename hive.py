@@ -2482,6 +2482,12 @@ LATER_WINDOW, MAX_LATER = 1800.0, 15
 
 UNCERTAIN_NOTE = "perhaps told before"  # of a message whose first call had no end
 
+# A gateway that takes an event has it in memory, and forgets it if it restarts before the agent's
+# next turn (measured: kill -9 and SIGTERM).  Nothing tells that it was read; but `GET /readyz` says
+# how long the gateway runs, to anybody.  So what was taken shortly before it began is told again.
+FORGETTABLE = 900.0  # seconds in which an event may still wait for a turn that is under way
+FORGETTABLE_LATER = 2 * LATER_WINDOW  # or for the agent's own heartbeat
+
 PROBE_EVERY, PROBE_SOON, PROBE_DEADLINE = 30.0, 2.0, 3.0  # seconds; soon: while messages wait
 OPENCLAW_PORT = 18789  # where a gateway listens unless it is told otherwise
 
@@ -2809,6 +2815,30 @@ def probe_port(loop: Loop, port: int, done: Callable[[str], None]) -> None:
     loop.watch(sock, selectors.EVENT_WRITE, ready)
 
 
+def ask_uptime(loop: Loop, port: int, done: Callable[[float | None], None]) -> None:
+    """Since how many seconds does the gateway at a local port run?  None if it does not say."""
+    import threading
+
+    def run() -> None:
+        uptime = None
+        with contextlib.suppress(Exception):  # whatever listens there may answer whatever it likes
+            uptime = read_uptime(port)
+        loop.post(lambda: done(uptime))
+
+    threading.Thread(target=run, name="uptime", daemon=True).start()
+
+
+def read_uptime(port: int) -> float | None:
+    from http.client import HTTPConnection
+
+    connection = HTTPConnection("127.0.0.1", port, timeout=PROBE_DEADLINE)
+    with contextlib.closing(connection):
+        connection.request("GET", "/readyz")
+        answer = read_json_object(connection.getresponse().read(MAX_HOOK_ANSWER)) or {}
+    uptime = bounded_number(answer.get("uptimeMs"), 0, 1e15)
+    return None if uptime is None else uptime / 1000
+
+
 class Health(Enum):
     """How an agent is, as far as the last calls and a look at its port tell."""
 
@@ -2826,8 +2856,16 @@ class AgentListener(Protocol):
     def agent_failed(self, group: Sequence[PendingEvent]) -> None:
         """It was not told these, unless they are uncertain; it will be again."""
 
-    def agent_woken(self, agent: str, event: PendingEvent, reply: str | None) -> None:
-        """It was; `reply` is what it said, where the method has one."""
+    def agent_woken(
+        self, agent: str, event: PendingEvent, reply: str | None, forgettable: bool
+    ) -> None:
+        """It was; `reply` is what it said, where the method has one.
+
+        `forgettable`: its gateway may forget it still, until agent_has_read() says otherwise.
+        """
+
+    def agent_has_read(self, event: PendingEvent) -> None:
+        """It was told long enough ago."""
 
     def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
         """It never will be."""
@@ -2850,6 +2888,9 @@ class Agent:
         self._closed = False  # nothing listens on the gateway's port: a call would be in vain
         self._waiting: deque[PendingEvent] = deque()
         self._calling: list[PendingEvent] = []
+        self._accepted: deque[tuple[float, PendingEvent]] = deque()  # when its gateway took it
+        self._asking_uptime = False
+        self._called_at = 0.0  # when the last call began
         self._events: deque[tuple[float, bool]] = deque(maxlen=MAX_LATER + MAX_ALERTS)
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
@@ -2878,6 +2919,12 @@ class Agent:
             self._give_up(oldest, f"more than {MAX_AGENT_QUEUE} messages wait for it")
         self._next()
 
+    def expect_read(self, event: PendingEvent, at: float) -> None:
+        """Its gateway took this at that time, and may have forgotten it since."""
+        self._accepted.append((at, event))
+        if self._port is None or len(self._accepted) > MAX_AGENT_QUEUE:
+            self._listener.agent_has_read(self._accepted.popleft()[1])
+
     def stop(self) -> list[PendingEvent]:
         """Begin no call any more; what was not told yet.  A call that is under way may end."""
         self._stopping = True
@@ -2905,6 +2952,7 @@ class Agent:
             return
         self._calling = self._take(groups)
         self._listener.agent_begins(self._calling)
+        self._called_at = now
         self._try(methods)
 
     def _slot(self, now: float) -> float:
@@ -2974,7 +3022,10 @@ class Agent:
         for event in group:
             self._log.info("agent woken", agent=self.instance.name, id=event.envelope.id)
             answer = (reply or "(no words)") if WAKE_METHODS[name].replies else None
-            self._listener.agent_woken(self.instance.name, event, answer)
+            forgettable = WAKE_METHODS[name].groups and self._port is not None
+            self._listener.agent_woken(self.instance.name, event, answer, forgettable)
+            if forgettable:
+                self.expect_read(event, self._called_at)
 
     def _failed(self, group: Sequence[PendingEvent], why: str) -> None:
         """Try again later, unless it is too late."""
@@ -3032,11 +3083,37 @@ class Agent:
             self._set_health(Health.DOWN, f"nothing listens on 127.0.0.1:{self._port}: {why}")
         elif before or self.health is Health.UNKNOWN:
             self._set_health(Health.OK, "")
-        self._next_probe = self._loop.after(
-            PROBE_SOON if self._waiting else PROBE_EVERY, self.probe
-        )
+        soon = self._waiting or (why and self._accepted)
+        self._next_probe = self._loop.after(PROBE_SOON if soon else PROBE_EVERY, self.probe)
+        if self._port and self._accepted and not why and not self._asking_uptime:
+            self._asking_uptime = True
+            ask_uptime(self._loop, self._port, self._heard_uptime)
         if before and not why:
             self._not_before = 0.0
+            self._next()
+
+    def _heard_uptime(self, uptime: float | None) -> None:
+        """Tell again what its gateway took before it last began; the agent may have read it."""
+        self._asking_uptime = False
+        if self._stopping:
+            return
+        now = self._loop.clock()
+        began = now - uptime if uptime is not None else float("-inf")
+        accepted, self._accepted = self._accepted, deque()
+        forgotten = []
+        for at, event in accepted:
+            if at < began and event.until <= now:
+                self._give_up(event, "its gateway restarted, perhaps before it had read it")
+            elif at < began:
+                forgotten.append(event.replace(note=UNCERTAIN_NOTE))
+            elif now - at > (FORGETTABLE if event.now else FORGETTABLE_LATER):
+                self._listener.agent_has_read(event)
+            else:
+                self._accepted.append((at, event))
+        if forgotten:
+            count, name = len(forgotten), self.instance.name
+            self._log.warning("agent's gateway has restarted, telling again", agent=name, n=count)
+            self._waiting.extendleft(reversed(forgotten))
             self._next()
 
 
@@ -3372,6 +3449,7 @@ class Task(Value):
     urgent: bool
     note: str
     began: bool  # was it under way when we crashed?
+    accepted: int = 0  # Unix seconds: since then it is the agent's gateway that must not forget it
 
 
 class OutgoingMessage(Value):
@@ -3546,6 +3624,10 @@ class Journal:
             self._database.write("UPDATE tasks SET began = 1 WHERE n = ?", (n,))
         self._database.commit()
 
+    def mark_accepted(self, task: int, now: float) -> None:
+        """An agent's gateway has taken it, and has it in memory: it may have to be told again."""
+        self._database.write("UPDATE tasks SET began = ? WHERE n = ?", (int(now), task))
+
     def reset_tasks(self, tasks: Iterable[int]) -> None:
         """It has come to nothing, for certain: these are as before they began."""
         for n in tasks:
@@ -3564,7 +3646,8 @@ class Journal:
         for content, n, agent, until, urgent, note, began in rows:
             with contextlib.suppress(EnvelopeError):
                 envelope = Envelope.parse((content or "").encode())
-                found.append(Task(n, envelope, agent, until, bool(urgent), note, bool(began)))
+                task = Task(n, envelope, agent, until, bool(urgent), note, began == 1)
+                found.append(task.replace(accepted=began if began > 1 else 0))
         return found
 
     # -- what is still to be sent --
@@ -7432,7 +7515,7 @@ def pending_document(journal: Journal) -> dict[str, Any]:
             "since": task.envelope.ts,
         }
         for task in journal.tasks()[:MAX_ROWS]
-        if task.envelope
+        if task.envelope and not task.accepted
     ]
     outbox = [
         {"topic": one.topic, "bytes": len(one.payload)}
@@ -8282,8 +8365,8 @@ class Work(Worker):
     def take_up(self) -> None:
         """Go on with what was not finished when the daemon ended."""
         tasks = self._journal.tasks()
-        if tasks:
-            self._log.info("taking up what was not finished", tasks=len(tasks))
+        if unfinished := sum(not task.accepted for task in tasks):
+            self._log.info("taking up what was not finished", tasks=unfinished)
         for task in tasks:
             if task.agent:
                 self._tell_again(task)
@@ -8294,8 +8377,9 @@ class Work(Worker):
         note = UNCERTAIN_NOTE if task.began else task.note
         if task.agent in self._agents:
             self._wake(task, note)
-        else:
-            self._journal.remove_task(task.n)
+            return
+        self._journal.remove_task(task.n)
+        if not task.accepted:
             reason = f"{self._node.name} has no agent {task.agent} any more"
             self._node.refuse(task.envelope, reason)
 
@@ -8473,7 +8557,10 @@ class Work(Worker):
         latest = self._loop.clock() + self._config.node.agent_patience
         deadline = min(self._deadline(task.until), latest)
         event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
-        self._agents[task.agent].wake(event)
+        if task.accepted:
+            self._agents[task.agent].expect_read(event, self._deadline(task.accepted))
+        else:
+            self._agents[task.agent].wake(event)
 
     def agent_begins(self, group: Sequence[PendingEvent]) -> None:
         """It is being told: if we crash now, nobody knows whether it was."""
@@ -8487,14 +8574,23 @@ class Work(Worker):
                 self._node.refuse(event.envelope, "the node is stopping")
         self._node.settle_soon()
 
-    def agent_woken(self, agent: str, event: PendingEvent, reply: str | None) -> None:
+    def agent_woken(
+        self, agent: str, event: PendingEvent, reply: str | None, forgettable: bool
+    ) -> None:
         """It was; its reply, where the method has one, is the answer."""
         self._journal.record_result(event.envelope, time.time(), f"told {agent}")
-        if event.task:
+        if event.task and forgettable:
+            self._journal.mark_accepted(event.task, time.time())
+        elif event.task:
             self._journal.remove_task(event.task)
         if reply is not None and CHANNELS[event.envelope.ch].handler:
             self._node.send(event.envelope.reply(self._node.name, reply))
         self._node.settle_soon()
+
+    def agent_has_read(self, event: PendingEvent) -> None:
+        if event.task:
+            self._journal.remove_task(event.task)
+            self._node.settle_soon()
 
     def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
         self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
