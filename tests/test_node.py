@@ -161,13 +161,15 @@ def test_a_handler_reads_the_envelope_as_one_line(rig_of: Callable[..., Rig]) ->
 def test_a_handler_finds_its_agent_in_the_environment_and_no_secret(
     rig_of: Callable[..., Rig], main_agent: hive.InstanceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key in hive.NOT_INHERITED:
+    own = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "AWS_SECRET_ACCESS_KEY")
+    for key in (*hive.CONTRACT, *own):
         monkeypatch.setenv(key, "of the daemon")
-    monkeypatch.setenv("EDITOR", "ed")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/xdg")
     other = hive.InstanceConfig("other", profile="work", token="x-y-z", hook_token="x-y-z")
     rig = rig_of([main_agent, other], show="env")
     lines = rig.answer_to(rig.say("command", "show", to="other")).text.splitlines()
-    assert {"HIVE_AGENT=other", "HIVE_PROFILE=work", "HIVE_TO=other", "EDITOR=ed"} <= set(lines)
+    assert {"HIVE_AGENT=other", "HIVE_PROFILE=work", "HIVE_TO=other"} <= set(lines)
+    assert "XDG_CONFIG_HOME=/xdg" in lines
     assert not [line for line in lines if "x-y-z" in line or "of the daemon" in line]
     assert "HIVE_AGENT=main" in rig.answer_to(rig.say("command", "show")).text
 
