@@ -623,6 +623,7 @@ class Decision(Value):
 
 
 AWAITED = "somebody waits for it"
+NO_AGENT = "there is no agent to tell"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
 
@@ -634,6 +635,7 @@ class RoutingContext(Value):
     agents: Sequence[str] = ()  # the first one speaks for the node
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
+    why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
 
     def addressed(self, to: str) -> tuple[str, ...]:
         """The agents that a message to this name is for."""
@@ -668,12 +670,16 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
     missing = f"no handler for action {envelope.action}" if asked else ""
+    if asked and (why := here.why_not(envelope.action or "")):
+        missing += f" ({quoted(why, 300)[1:-1]})"
     agents = here.addressed(envelope.to)
     if agents:
         return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
     if asked:
         return Decision(Do.REFUSE, f"{missing}, and no agent to ask about it")
-    return Decision(Do.NOTE, "there is no agent to tell")
+    if channel.handler and envelope.to != EVERYONE:  # whoever speaks to all means those who hear
+        return Decision(Do.REFUSE, NO_AGENT)
+    return Decision(Do.NOTE, NO_AGENT)
 
 
 # ---- Loop: one selector, one wait --------------------------------------------------------
@@ -1154,6 +1160,7 @@ class Task(Value):
     urgent: bool
     note: str
     began: bool  # was it under way when we crashed?
+    accepted: int = 0  # Unix seconds: since then it is the agent's gateway that must not forget it
 
 
 class OutgoingMessage(Value):
@@ -1328,6 +1335,10 @@ class Journal:
             self._database.write("UPDATE tasks SET began = 1 WHERE n = ?", (n,))
         self._database.commit()
 
+    def mark_accepted(self, task: int, now: float) -> None:
+        """An agent's gateway has taken it, and has it in memory: it may have to be told again."""
+        self._database.write("UPDATE tasks SET began = ? WHERE n = ?", (int(now), task))
+
     def reset_tasks(self, tasks: Iterable[int]) -> None:
         """It has come to nothing, for certain: these are as before they began."""
         for n in tasks:
@@ -1346,7 +1357,8 @@ class Journal:
         for content, n, agent, until, urgent, note, began in rows:
             with contextlib.suppress(EnvelopeError):
                 envelope = Envelope.parse((content or "").encode())
-                found.append(Task(n, envelope, agent, until, bool(urgent), note, bool(began)))
+                task = Task(n, envelope, agent, until, bool(urgent), note, began == 1)
+                found.append(task.replace(accepted=began if began > 1 else 0))
         return found
 
     # -- what is still to be sent --
@@ -1723,7 +1735,7 @@ def pending_document(journal: Journal) -> dict[str, Any]:
             "since": task.envelope.ts,
         }
         for task in journal.tasks()[:MAX_ROWS]
-        if task.envelope
+        if task.envelope and not task.accepted
     ]
     outbox = [
         {"topic": one.topic, "bytes": len(one.payload)}
@@ -1851,9 +1863,16 @@ class Requests:
             return {"error": fault}
         self._senders[envelope.id] = requester
         requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
-        connected = self._connection()["connected"]
-        self._after_commit(lambda: requester.send({"queued": True, "connected": connected}))
+        answer = {"queued": True, "connected": self._connection()["connected"]}
+        if self._for_an_agent(envelope):
+            answer["agentless"] = self._members.document(envelope.to, "roster").get("agents") == []
+        self._after_commit(lambda: requester.send(answer))
         return None
+
+    @staticmethod
+    def _for_an_agent(envelope: Envelope) -> bool:
+        """Is it of no use to a node that has none?"""
+        return not envelope.action and CHANNELS[envelope.ch].handler
 
     def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """A message that the command is about to publish by itself."""
@@ -2022,6 +2041,10 @@ class Worker:
 
     def look_again(self) -> None:
         """An action is not known: a handler for it may have been put there just now."""
+
+    def why_not(self, action: str) -> str:
+        """Why the file of this name is no handler; nothing if there is none."""
+        return ""
 
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         """Run the handler of a message's action; `row` is the message's in the journal."""
@@ -2194,6 +2217,7 @@ class Node:
             agents=self.worker.agents,
             handlers=self.worker.handlers,
             expects=self.requests.waits,
+            why_not=self.worker.why_not,
         )
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
@@ -2561,8 +2585,8 @@ class Work(Worker):
     def take_up(self) -> None:
         """Go on with what was not finished when the daemon ended."""
         tasks = self._journal.tasks()
-        if tasks:
-            self._log.info("taking up what was not finished", tasks=len(tasks))
+        if unfinished := sum(not task.accepted for task in tasks):
+            self._log.info("taking up what was not finished", tasks=unfinished)
         for task in tasks:
             if task.agent:
                 self._tell_again(task)
@@ -2573,8 +2597,9 @@ class Work(Worker):
         note = UNCERTAIN_NOTE if task.began else task.note
         if task.agent in self._agents:
             self._wake(task, note)
-        else:
-            self._journal.remove_task(task.n)
+            return
+        self._journal.remove_task(task.n)
+        if not task.accepted:
             reason = f"{self._node.name} has no agent {task.agent} any more"
             self._node.refuse(task.envelope, reason)
 
@@ -2668,6 +2693,10 @@ class Work(Worker):
             if self.look_for_handlers():
                 self._changed()
 
+    def why_not(self, action: str) -> str:
+        refused = self._handler_set.refused
+        return refused.get(action) or refused.get(str(self._config.handler_dir), "")
+
     def look_for_handlers(self) -> bool:
         """Read the handler directory again; is anything different?"""
         before, self._handler_set = self._handler_set, scan_handlers(self._config.handler_dir)
@@ -2748,7 +2777,10 @@ class Work(Worker):
         latest = self._loop.clock() + self._config.node.agent_patience
         deadline = min(self._deadline(task.until), latest)
         event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
-        self._agents[task.agent].wake(event)
+        if task.accepted:
+            self._agents[task.agent].expect_read(event, self._deadline(task.accepted))
+        else:
+            self._agents[task.agent].wake(event)
 
     def agent_begins(self, group: Sequence[PendingEvent]) -> None:
         """It is being told: if we crash now, nobody knows whether it was."""
@@ -2762,14 +2794,23 @@ class Work(Worker):
                 self._node.refuse(event.envelope, "the node is stopping")
         self._node.commit_soon()
 
-    def agent_woken(self, agent: str, event: PendingEvent, reply: str | None) -> None:
+    def agent_woken(
+        self, agent: str, event: PendingEvent, reply: str | None, forgettable: bool
+    ) -> None:
         """It was; its reply, where the method has one, is the answer."""
         self._journal.record_result(event.envelope, time.time(), f"told {agent}")
-        if event.task:
+        if event.task and forgettable:
+            self._journal.mark_accepted(event.task, time.time())
+        elif event.task:
             self._journal.remove_task(event.task)
         if reply is not None and CHANNELS[event.envelope.ch].handler:
             self._node.send(event.envelope.reply(self._node.name, reply))
         self._node.commit_soon()
+
+    def agent_has_read(self, event: PendingEvent) -> None:
+        if event.task:
+            self._journal.remove_task(event.task)
+            self._node.commit_soon()
 
     def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
         self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
@@ -3008,6 +3049,14 @@ def program(value: object) -> tuple[str, ...]:
     if not words or not words[0].strip():
         raise ValueError
     return (os.path.expanduser(words[0].strip()), *words[1:])
+
+
+def variable_names(value: object) -> tuple[str, ...]:
+    """the name of an environment variable, or a list of them"""
+    names = tuple(plain_string(name) for name in (value if isinstance(value, list) else [value]))
+    if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name in names):
+        raise ValueError
+    return names
 
 
 def own_file() -> Path:
@@ -3260,6 +3309,9 @@ class InstanceConfig(ConfigTable):
         "any other agent: a program that is run for each message",
         ["notify", "{text}"],
     )
+    env: tuple[str, ...] = setting(
+        (), variable_names, "what its command gets of the daemon's environment besides", ["MY_KEY"]
+    )
 
     def check(self, where: str) -> None:
         if self.command and self.via != "cli":
@@ -3269,13 +3321,25 @@ class InstanceConfig(ConfigTable):
 
 
 class HandlerConfig(ConfigTable):
-    """What is different for one handler; the table is named after its action."""
+    """What is different for one handler; the table is named after its action.
+
+    [handlers] itself takes env for all of them, as in env = ["AWS_PROFILE"].
+    """
 
     HEADER = NAMED
 
     timeout: float | None = setting(None, seconds, "seconds until it is ended", 120.0)
     workers: int = setting(1, count, "how many of it may run at once")
     retry: bool = setting(False, boolean, "run it again if the daemon ended while it ran")
+    env: tuple[str, ...] = setting(
+        (), variable_names, "what it gets of the daemon's environment besides", ["AWS_PROFILE"]
+    )
+
+
+class HandlersConfig(ConfigTable):
+    """What holds for all handlers, in [handlers] itself."""
+
+    env: tuple[str, ...] = setting((), variable_names, "what they get besides", ["AWS_PROFILE"])
 
 
 NOTIFY = ("change", "failure", "always", "never")
@@ -3326,6 +3390,7 @@ class Config(Value):
     schedule: tuple[ScheduleConfig, ...] = ()
     journal: JournalConfig = JournalConfig()
     logging: LoggingConfig = LoggingConfig()
+    handler_env: tuple[str, ...] = ()  # [handlers] env, for all of them
     source: Path | None = None  # None: no file, the defaults hold
     origin: Mapping[str, str] = {}  # "mqtt.port": who set it
     warnings: tuple[str, ...] = ()
@@ -3438,6 +3503,7 @@ def make_config(
         if key not in known:
             raise ConfigError(unknown_key(key, value, known, ""))
     base = source.resolve().parent if source else None
+    document, handler_env = without_shared_env(document)
     tables = {name: read_tables(name, document, base) for name in known}
     origin = {
         f"{name}.{key}": str(source) for name in SINGLE_TABLES for key in document.get(name, {})
@@ -3449,11 +3515,21 @@ def make_config(
     if not tables["node"].id:
         tables["node"] = tables["node"].replace(id=short_host_name())
         origin["node.id"] = "this machine's name"
-    config = Config(**tables, source=source, origin=origin)
+    config = Config(**tables, handler_env=handler_env, source=source, origin=origin)
     for i, one in enumerate(config.oc_instances):  # their names are addresses
         if one.name in (other.name for other in config.oc_instances[:i]):
             raise ConfigError(f"oc_instances[{i}].name: {quoted(one.name)} is taken already")
     return config.replace(warnings=tuple(exposed_secrets(config)))
+
+
+def without_shared_env(document: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Take [handlers] env from beside the tables of single handlers; one may be called env, too."""
+    said = document.get("handlers")
+    if not isinstance(said, dict) or isinstance(said.get("env", {}), dict):
+        return document, ()
+    rest = {key: value for key, value in said.items() if key != "env"}
+    shared = HandlersConfig.read({"env": said["env"]}, "handlers")
+    return {**document, "handlers": rest}, shared.env
 
 
 def read_tables(name: str, document: Mapping[str, Any], base: Path | None) -> Any:
@@ -3553,6 +3629,8 @@ def effective_config(config: Config) -> str:
     ]
     tables: list[tuple[str, Any, str]] = [(t, getattr(config, t), f"[{t}]") for t in SINGLE_TABLES]
     tables += [("", instance, "[[oc_instances]]") for instance in config.oc_instances]
+    if config.handler_env:
+        tables.append(("", HandlersConfig(config.handler_env), "[handlers]"))
     tables += [("", table, f"[handlers.{action}]") for action, table in config.handlers.items()]
     tables += [("", one, "[[schedule]]") for one in config.schedule]
     derived = {"node.handler_dir": config.handler_dir, "node.state_dir": config.state_dir}
@@ -3580,6 +3658,8 @@ PLAIN = r"[A-Za-z0-9._:/@+,-]+"
 MAX_LOGGED = 500  # characters of one value
 RATE_LIMIT_BURST = 10  # lines of one kind within RATE_LIMIT_INTERVAL
 RATE_LIMIT_INTERVAL = 60.0  # seconds
+MAX_LINES_WAITING = 2000  # of the log, for a reader that has stopped reading
+LAST_LINES = 0.5  # seconds that such a reader has for them when the process ends
 
 
 class Log:
@@ -3590,7 +3670,7 @@ class Log:
     ) -> None:
         self._least = LEVELS.index(level)
         self._json = format == "json"
-        self._stream = stream or sys.stderr
+        self._stream: LogStream = stream or sys.stderr
 
     def debug(self, event: str, **facts: object) -> None:
         self._write("debug", event, facts)
@@ -3607,6 +3687,31 @@ class Log:
     def _write(self, level: str, event: str, facts: Mapping[str, object]) -> None:
         if LEVELS.index(level) < self._least:
             return
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
+            self._stream.write(self._line(level, event, facts))
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def never_wait(self) -> Iterator[None]:
+        """Meanwhile a reader that has stopped reading holds up nobody."""
+        before = self._stream
+        try:
+            descriptor = before.fileno()
+        except (OSError, ValueError, AttributeError):  # it is no file
+            descriptor = -1
+        if descriptor < 0:
+            yield
+            return
+        writer = self._stream = LogWriter(
+            descriptor, lambda lost: self._line("warning", "lines dropped", {"lines": lost})
+        )
+        try:
+            yield
+        finally:
+            writer.close()
+            self._stream = before
+
+    def _line(self, level: str, event: str, facts: Mapping[str, object]) -> str:
         now = time.time()
         ts = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
         row: dict[str, object] = {"ts": ts, "level": level, "event": event}
@@ -3614,17 +3719,78 @@ class Log:
         if self._json:
             short = (int, float, bool, type(None))
             row = {k: v if isinstance(v, short) else str(v)[:MAX_LOGGED] for k, v in row.items()}
-            line = json.dumps(row)
-        else:
-            line = " ".join(f"{key}={self._quoted(value)}" for key, value in row.items())
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            return json.dumps(row) + "\n"
+        return " ".join(f"{key}={self._quoted(value)}" for key, value in row.items()) + "\n"
 
     @staticmethod
     def _quoted(value: object) -> str:
         said = str(value)[:MAX_LOGGED]
         return said if re.fullmatch(PLAIN, said) else json.dumps(said)
+
+
+class LogStream(Protocol):
+    """What a log is written to: a file, or a LogWriter."""
+
+    def write(self, line: str, /) -> object: ...
+    def flush(self) -> None: ...
+    def fileno(self) -> int: ...
+
+
+class LogWriter:
+    """Writes lines to a file in a thread of its own, because any write may block for ever.
+
+    A pipe that nobody reads, a terminal after Ctrl-S, a disk that is gone: O_NONBLOCK would help
+    with some of them, but would be set for whoever else has the file open too.
+    """
+
+    def __init__(self, descriptor: int, dropped: Callable[[int], str]) -> None:
+        """`dropped` makes the line that says how many could not be kept."""
+        import threading
+
+        self._descriptor, self._dropped = descriptor, dropped
+        self._lines: list[str] = []
+        self._lost = 0
+        self._writing = self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        """Write it soon; drop and count it if too many wait."""
+        with self._changed:
+            if self._closed or len(self._lines) >= MAX_LINES_WAITING:
+                self._lost += 1
+            else:
+                self._lines.append(line)
+            self._changed.notify()
+
+    def flush(self) -> None:
+        """Nobody waits for that."""
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        """Write what is left, as far as somebody reads it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(LAST_LINES)
+
+    def _run(self) -> None:
+        while lines := self._take():
+            data = "".join(lines).encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # nobody reads it any more: not our end
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+
+    def _take(self) -> list[str]:
+        """Wait for lines; none when it is closed and all are written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._lost or self._closed)
+            lines, lost = self._lines, self._lost
+            self._lines, self._lost = [], 0
+        return [*lines, self._dropped(lost)] if lost else lines
 
 
 class RateLimit:
@@ -3826,6 +3992,62 @@ class ChildProcess:
         pipe.close()
 
 
+NO_PROGRAM = "no program; does its first line name one, as in #!/bin/sh ?"
+
+
+def first_line_fault(file: Path) -> str:
+    """Why the system will not start a file, as far as its first line tells, or nothing."""
+    with file.open("rb") as opened:
+        line = opened.read(4 * KIB).partition(b"\n")[0]
+    if line.startswith(b"\xef\xbb\xbf"):
+        return "a byte order mark comes before its first line; save it as UTF-8 without one"
+    if not line.startswith(b"#!"):
+        binary = re.search(rb"[\x00-\x08\x0e-\x1a\x7f]", line)
+        return "" if binary else NO_PROGRAM
+    words = [word for word in os.fsdecode(line[2:]).replace("\t", " ").split(" ") if word]
+    if not words:
+        return NO_PROGRAM
+    if words[-1].endswith("\r"):
+        return f"its first line names {quoted(words[-1])}: its lines must end in LF, not CRLF"
+    program, *arguments = words
+    if not (file.parent / program).exists():
+        return f"its first line names {quoted(program)}, which is not there"
+    if not os.access(file.parent / program, os.X_OK) or (file.parent / program).is_dir():
+        return f"its first line names {quoted(program)}, which cannot be executed"
+    asked_of_env = os.path.basename(program) == "env" and len(arguments) == 1
+    by_env = asked_of_env and re.fullmatch(r"[^-=][^=]*", arguments[0])
+    if by_env and not program_file(arguments[0], os.environ):
+        return f"its first line names {quoted(arguments[0])}, which is not on the PATH"
+    return ""
+
+
+def program_file(name: str, environment: Mapping[str, str]) -> Path | None:
+    """The file that a command of this name would start; None if there is none."""
+    if "/" in name:
+        return Path(name) if os.path.isfile(name) else None
+    places = environment.get("PATH", os.defpath).split(os.pathsep)
+    found = (Path(place or ".") / name for place in places)
+    return next((file for file in found if os.access(file, os.X_OK) and file.is_file()), None)
+
+
+def start_fault(spec: ProcessSpec, error: Exception) -> str:
+    """Why it could not be started: the system says "No such file" of much that is there."""
+    if isinstance(error, FileNotFoundError) and spec.cwd and not spec.cwd.is_dir():
+        return f"no folder {spec.cwd}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+        file = program_file(spec.argv[0], spec.environment)
+        with contextlib.suppress(OSError):
+            if file and not os.access(file, os.X_OK):
+                return "not executable"
+            if file and (fault := first_line_fault(file)):
+                return fault
+        if file and error.errno == errno.ENOENT:
+            return "made for another system: the loader that it names is not there"
+        if error.errno == errno.ENOEXEC:
+            return NO_PROGRAM
+    return reason_of(error)
+
+
 class ChildProcesses:
     """Every running child; notices when one ends."""
 
@@ -3855,10 +4077,7 @@ class ChildProcesses:
                 bufsize=0,
             )
         except (OSError, ValueError) as error:
-            fault = reason_of(error)
-            if isinstance(error, OSError) and error.errno == errno.ENOEXEC:
-                fault = "no program; does its first line name one, as in #!/bin/sh ?"
-            result = ProcessResult(exit=None, fault=fault)
+            result = ProcessResult(exit=None, fault=start_fault(spec, error))
             self._loop.after(0, lambda: done(result))
             return None
 
@@ -3907,7 +4126,7 @@ def scan_handlers(directory: Path) -> HandlerSet:
     handlers: dict[str, Path] = {}
     refused: dict[str, str] = {}
     try:
-        objection = writable_by_others(directory.stat())
+        objection = writable_by_others(directory.stat()) or unsafe_way(directory)
         if objection:
             return HandlerSet(refused={str(directory): f"the directory {objection}"})
         entries = sorted(entry.name for entry in os.scandir(directory))
@@ -3933,28 +4152,33 @@ def objection_to(file: Path) -> str | None:
         if file.name in META_DOCUMENTS:
             return "this name is taken by a topic of hive's own"
         status = file.stat()
-        objection = writable_by_others(status)
-        if file.is_symlink() and not objection:
-            objection = unsafe_link(file)
+        objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
         return f"its name is not {action_name.__doc__}"
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
-    if not os.access(file, os.X_OK):
+    if not status.st_mode & 0o111:
         return f"not executable; try: chmod +x {file}"
-    return objection
+    if not os.access(file, os.X_OK):
+        return "you may not execute it: its mode, or a file system that is mounted noexec"
+    try:
+        return objection or first_line_fault(file) or None
+    except OSError:  # a program need not be readable
+        return None
 
 
-def unsafe_link(link: Path) -> str | None:
-    """Say which directory on the way to a link's target others could change."""
-    for directory in directories_in_path(link):
+def unsafe_way(file: Path) -> str | None:
+    """Say which directory on the way to a file, or to its link's target, others could change."""
+    for directory in directories_in_path(file):
         status = directory.stat()
         sticky = status.st_mode & stat.S_ISVTX and status.st_uid in (0, os.geteuid())
         objection = None if sticky else writable_by_others(status)
         if objection:
-            return f"is a link through {directory}, which {objection}"
+            how = "is a link through" if file.is_symlink() else "is below"
+            named = f" {directory}" if "; try: " in objection else ""
+            return f"{how} {directory}, which {objection}{named}"
     return None
 
 
@@ -3996,11 +4220,27 @@ def is_private_group(gid: int) -> bool:
     return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
-NOT_INHERITED = {  # by a handler: what the contract gives a meaning, and the daemon's affairs
+# What children get of the daemon's environment: what a program needs to find its way about.  Not
+# the rest, which may be the keys of clouds and services; hive.toml names what shall be passed on.
+INHERITED = (
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_\w+|TZ|TERM|TMPDIR|XDG_\w+|HIVE_\w+"
+    r"|SSH_AUTH_SOCK|DBUS_SESSION_BUS_ADDRESS|DISPLAY|WAYLAND_DISPLAY|XAUTHORITY"
+    r"|(?i:https?|ftp|all|no)_(?i:proxy)|SSL_CERT_FILE|SSL_CERT_DIR"
+    r"|NODE_OPTIONS|NODE_PATH|NODE_EXTRA_CA_CERTS|NVM_DIR|VOLTA_HOME|FNM_DIR|PNPM_HOME"
+)
+CONTRACT = {  # by a handler, not inherited: what has a meaning for it
     *("HIVE_NODE", "HIVE_FROM", "HIVE_TO", "HIVE_ID", "HIVE_CORR", "HIVE_ACTION", "HIVE_CH"),
     *("HIVE_PREFIX", "HIVE_AGENT", "HIVE_PROFILE", "HIVE_OPENCLAW_CMD"),
-    *("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"),
 }
+
+
+def inherited_environment(all: Mapping[str, str], more: Container[str]) -> dict[str, str]:
+    """What a child gets of these; `more` are names from hive.toml."""
+    return {
+        name: value
+        for name, value in all.items()
+        if name in more or (re.fullmatch(INHERITED, name) and name not in CONTRACT)
+    }
 
 
 def handler_environment(
@@ -4011,8 +4251,8 @@ def handler_environment(
     inherited: Mapping[str, str],
 ) -> dict[str, str]:
     """What a handler finds in its environment (protocol, "Handlers")."""
-    environment = {key: value for key, value in inherited.items() if key not in NOT_INHERITED}
-    environment |= {
+    environment = {
+        **inherited,
         "HIVE_NODE": node,
         "HIVE_FROM": envelope.sender,
         "HIVE_TO": envelope.to,
@@ -4041,8 +4281,10 @@ def handler_spec(
     config: Config, file: Path, envelope: Envelope, agent: InstanceConfig | None
 ) -> ProcessSpec:
     """How a handler is run for a message: its environment, its stdin, its deadline."""
+    own = config.handlers.get(file.name, HandlerConfig()).env
+    inherited = inherited_environment(os.environ, {*config.handler_env, *own})
     environment = handler_environment(
-        envelope, config.node.id, config.node.topic_prefix, agent, os.environ
+        envelope, config.node.id, config.node.topic_prefix, agent, inherited
     )
     deadline = handler_deadline(config, file.name)
     return ProcessSpec([str(file)], environment, deadline, envelope.encode() + b"\n", file.parent)
@@ -4155,6 +4397,12 @@ MAX_ALERTS = 10  # events within the window that an alert may still be the last 
 LATER_WINDOW, MAX_LATER = 1800.0, 15
 
 UNCERTAIN_NOTE = "perhaps told before"  # of a message whose first call had no end
+
+# A gateway that takes an event has it in memory, and forgets it if it restarts before the agent's
+# next turn (measured: kill -9 and SIGTERM).  Nothing tells that it was read; but `GET /readyz` says
+# how long the gateway runs, to anybody.  So what was taken shortly before it began is told again.
+FORGETTABLE = 900.0  # seconds in which an event may still wait for a turn that is under way
+FORGETTABLE_LATER = 2 * LATER_WINDOW  # or for the agent's own heartbeat
 
 PROBE_EVERY, PROBE_SOON, PROBE_DEADLINE = 30.0, 2.0, 3.0  # seconds; soon: while messages wait
 OPENCLAW_PORT = 18789  # where a gateway listens unless it is told otherwise
@@ -4311,12 +4559,11 @@ def wake_command(instance: InstanceConfig, name: str, event: SystemEvent) -> Pro
     """The program that wakes an agent by this method.
 
     An inherited OPENCLAW_* would override the profile and reach another gateway (measured with
-    OpenClaw 2026.9.6), so none is passed on but what hive.toml says.
+    OpenClaw 2026.9.6), so it must not be among what is inherited.
     """
     method = WAKE_METHODS[name]
     argv = wake_argv(instance, method.argv, event)
-    own = ("OPENCLAW_", "NOTIFY_SOCKET", "WATCHDOG_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+    environment = inherited_environment(os.environ, instance.env)
     if instance.port:
         environment["OPENCLAW_GATEWAY_PORT"] = str(instance.port)
     if instance.token:
@@ -4484,6 +4731,30 @@ def probe_port(loop: Loop, port: int, done: Callable[[str], None]) -> None:
     loop.watch(sock, selectors.EVENT_WRITE, ready)
 
 
+def ask_uptime(loop: Loop, port: int, done: Callable[[float | None], None]) -> None:
+    """Since how many seconds does the gateway at a local port run?  None if it does not say."""
+    import threading
+
+    def run() -> None:
+        uptime = None
+        with contextlib.suppress(Exception):  # whatever listens there may answer whatever it likes
+            uptime = read_uptime(port)
+        loop.post(lambda: done(uptime))
+
+    threading.Thread(target=run, name="uptime", daemon=True).start()
+
+
+def read_uptime(port: int) -> float | None:
+    from http.client import HTTPConnection
+
+    connection = HTTPConnection("127.0.0.1", port, timeout=PROBE_DEADLINE)
+    with contextlib.closing(connection):
+        connection.request("GET", "/readyz")
+        answer = read_json_object(connection.getresponse().read(MAX_HOOK_ANSWER)) or {}
+    uptime = bounded_number(answer.get("uptimeMs"), 0, 1e15)
+    return None if uptime is None else uptime / 1000
+
+
 class Health(Enum):
     """How an agent is, as far as the last calls and a look at its port tell."""
 
@@ -4501,8 +4772,16 @@ class AgentListener(Protocol):
     def agent_failed(self, group: Sequence[PendingEvent]) -> None:
         """It was not told these, unless they are uncertain; it will be again."""
 
-    def agent_woken(self, agent: str, event: PendingEvent, reply: str | None) -> None:
-        """It was; `reply` is what it said, where the method has one."""
+    def agent_woken(
+        self, agent: str, event: PendingEvent, reply: str | None, forgettable: bool
+    ) -> None:
+        """It was; `reply` is what it said, where the method has one.
+
+        `forgettable`: its gateway may forget it still, until agent_has_read() says otherwise.
+        """
+
+    def agent_has_read(self, event: PendingEvent) -> None:
+        """It was told long enough ago."""
 
     def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
         """It never will be."""
@@ -4525,6 +4804,9 @@ class Agent:
         self._closed = False  # nothing listens on the gateway's port: a call would be in vain
         self._waiting: deque[PendingEvent] = deque()
         self._calling: list[PendingEvent] = []
+        self._accepted: deque[tuple[float, PendingEvent]] = deque()  # when its gateway took it
+        self._asking_uptime = False
+        self._called_at = 0.0  # when the last call began
         self._events: deque[tuple[float, bool]] = deque(maxlen=MAX_LATER + MAX_ALERTS)
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
@@ -4553,6 +4835,12 @@ class Agent:
             self._give_up(oldest, f"more than {MAX_AGENT_QUEUE} messages wait for it")
         self._next()
 
+    def expect_read(self, event: PendingEvent, at: float) -> None:
+        """Its gateway took this at that time, and may have forgotten it since."""
+        self._accepted.append((at, event))
+        if self._port is None or len(self._accepted) > MAX_AGENT_QUEUE:
+            self._listener.agent_has_read(self._accepted.popleft()[1])
+
     def stop(self) -> list[PendingEvent]:
         """Begin no call any more; what was not told yet.  A call that is under way may end."""
         self._stopping = True
@@ -4580,6 +4868,7 @@ class Agent:
             return
         self._calling = self._take(groups)
         self._listener.agent_begins(self._calling)
+        self._called_at = now
         self._try(methods)
 
     def _slot(self, now: float) -> float:
@@ -4649,7 +4938,10 @@ class Agent:
         for event in group:
             self._log.info("agent woken", agent=self.instance.name, id=event.envelope.id)
             answer = (reply or "(no words)") if WAKE_METHODS[name].replies else None
-            self._listener.agent_woken(self.instance.name, event, answer)
+            forgettable = WAKE_METHODS[name].groups and self._port is not None
+            self._listener.agent_woken(self.instance.name, event, answer, forgettable)
+            if forgettable:
+                self.expect_read(event, self._called_at)
 
     def _failed(self, group: Sequence[PendingEvent], why: str) -> None:
         """Try again later, unless it is too late."""
@@ -4707,11 +4999,37 @@ class Agent:
             self._set_health(Health.DOWN, f"nothing listens on 127.0.0.1:{self._port}: {why}")
         elif before or self.health is Health.UNKNOWN:
             self._set_health(Health.OK, "")
-        self._next_probe = self._loop.after(
-            PROBE_SOON if self._waiting else PROBE_EVERY, self.probe
-        )
+        soon = self._waiting or (why and self._accepted)
+        self._next_probe = self._loop.after(PROBE_SOON if soon else PROBE_EVERY, self.probe)
+        if self._port and self._accepted and not why and not self._asking_uptime:
+            self._asking_uptime = True
+            ask_uptime(self._loop, self._port, self._heard_uptime)
         if before and not why:
             self._not_before = 0.0
+            self._next()
+
+    def _heard_uptime(self, uptime: float | None) -> None:
+        """Tell again what its gateway took before it last began; the agent may have read it."""
+        self._asking_uptime = False
+        if self._stopping:
+            return
+        now = self._loop.clock()
+        began = now - uptime if uptime is not None else float("-inf")
+        accepted, self._accepted = self._accepted, deque()
+        forgotten = []
+        for at, event in accepted:
+            if at < began and event.until <= now:
+                self._give_up(event, "its gateway restarted, perhaps before it had read it")
+            elif at < began:
+                forgotten.append(event.replace(note=UNCERTAIN_NOTE))
+            elif now - at > (FORGETTABLE if event.now else FORGETTABLE_LATER):
+                self._listener.agent_has_read(event)
+            else:
+                self._accepted.append((at, event))
+        if forgotten:
+            count, name = len(forgotten), self.instance.name
+            self._log.warning("agent's gateway has restarted, telling again", agent=name, n=count)
+            self._waiting.extendleft(reversed(forgotten))
             self._next()
 
 
@@ -5122,6 +5440,11 @@ class Members:
             )
             self._size -= size
             del self._members[of].documents[longest]
+
+    def document(self, name: str, kind: str) -> dict[str, Any]:
+        """The last state or roster of one name, as it came."""
+        member = self._members.get(name)
+        return read_json_object(member.documents.get(kind, b"")) or {} if member else {}
 
     def documents(self, kind: str) -> dict[str, dict[str, Any]]:
         """The last state or roster of each name; to a state its heartbeats count as well."""
@@ -8954,12 +9277,20 @@ class ReplyCollector:
         self._envelope, self._heartbeat = envelope, heartbeat
 
     def expect(self, states: dict[str, dict[str, Any]]) -> None:
-        """These are the nodes and agents; from all, everyone who is online shall answer."""
+        """These are the nodes and agents; from all, whoever is online and hears it shall answer."""
         self.states = states
         if self._envelope.to == EVERYONE:
-            self.outstanding = {row.name for row in self.rows() if row.is_node and row.alive}
-            if not self.outstanding:
+            online = {row.name for row in self.rows() if row.is_node and row.alive}
+            if not online:
                 raise NoReplyError("no node is online; see: hive-cli status")
+            hears = online if self._envelope.action else self._with_agents(online)
+            if not hears:
+                raise NoReplyError("no node that is online has an agent; see: hive-cli status")
+            self.outstanding = hears
+
+    def _with_agents(self, names: set[str]) -> set[str]:
+        """All but those whose state says that they have none: they would answer nothing."""
+        return {name for name in names if self.states[name].get("oc") != {}}
 
     def rows(self) -> list[StatusRow]:
         return status_rows(self.states, self._heartbeat, time.time())
@@ -9175,7 +9506,7 @@ def setup_files(
 
 def said_against(place: Path, objection: str) -> str:
     """What is wrong with a file or folder; where the advice is to change it, naming it."""
-    unnamed = "; try: chmod" in objection and str(place) not in objection
+    unnamed = objection.endswith(("; try: chmod o-w", "; try: chmod g-w"))
     return f"{place}: {objection}" + (f" {place}" if unnamed else "")
 
 
@@ -9531,10 +9862,14 @@ def agent_finding(
     import shutil
 
     command, ways = (one.command or one.openclaw_cmd)[0], wake_methods(one)
-    if set(ways) != {"hook"} and not shutil.which(command):
-        return Finding(
-            Level.FAIL, f"{one.name}: no program {command}", "install it, or see [[oc_instances]]"
-        )
+    if set(ways) != {"hook"}:
+        program = shutil.which(command)
+        if not program:
+            what, todo = f"no program {command}", "install it, or see [[oc_instances]]"
+            return Finding(Level.FAIL, f"{one.name}: {what}", todo)
+        with contextlib.suppress(OSError):
+            if fault := first_line_fault(Path(program)):
+                return Finding(Level.FAIL, f"{one.name}: {program}: {fault}", "mend it")
     if one.command:
         return Finding(Level.OK, f"{one.name}: {command} is there; more would wake it")
     file = openclaw_file(one.profile, home)
@@ -10174,6 +10509,14 @@ def command_daemon(args: argparse.Namespace) -> int:
     start_again()
     config = config_of(args)
     log = Log(config.logging.level, config.logging.format)
+    with log.never_wait():
+        run_daemon(config, log)
+        log.info("stopped")
+    return Exit.DONE
+
+
+def run_daemon(config: Config, log: Log) -> None:
+    """Until SIGTERM or Ctrl-C."""
     instance = new_id()
     with contextlib.ExitStack() as ending:
         predecessor = take_the_name(config, instance, log, ending)
@@ -10188,8 +10531,6 @@ def command_daemon(args: argparse.Namespace) -> int:
         log.info("starting", node=config.node.id, version=__version__, build=build(), config=source)
         daemon.start()
         loop.run()
-    log.info("stopped")
-    return Exit.DONE
 
 
 def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.ExitStack) -> str:
@@ -10307,7 +10648,11 @@ def send_and_wait(
     control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
     with contextlib.closing(control):
         if wait is None:
-            return say_sent(config, envelope, args, control, said["connected"])
+            code = say_sent(config, envelope, args, control, said["connected"])
+            if said.get("agentless"):
+                what = f"{envelope.to} has no agent: it will refuse a message without --action"
+                print(f"hive: {what}", file=sys.stderr)
+            return code
         return print_replies(config, envelope, args, control, said["connected"], ends)
 
 
@@ -10821,7 +11166,7 @@ def run_broker(config: Config) -> None:
     """Until SIGTERM or Ctrl-C."""
     log = Log(config.logging.level, config.logging.format)
     loop = Loop(log)
-    with contextlib.ExitStack() as ending:
+    with log.never_wait(), contextlib.ExitStack() as ending:
         ending.callback(loop.close)
         hosted = Broker(loop, log, config.broker)
         ending.callback(hosted.close)

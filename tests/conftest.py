@@ -213,7 +213,7 @@ class Daemon:
         return made.rename(self.handlers / action)
 
     def start(self, wait: bool = True) -> Daemon:
-        seen = len(self.events("connected"))
+        seen = len(self.events("connected")) if wait else 0
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.hive.program, "daemon", "--config", self.config],

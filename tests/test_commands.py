@@ -433,7 +433,7 @@ def test_sending_through_the_daemon_needs_neither_paho_nor_a_broker_of_its_own(
     done = subprocess.run(  # -I -S: no paho-mqtt can be imported
         [
             *(sys.executable, "-I", "-S", str(ROOT / "hive.py"), "--config", str(other)),
-            *("send", "--to", "beta", "--text", "from inside"),
+            *("send", "--to", "beta", "--ch", "status", "--text", "from inside"),
         ],
         capture_output=True,
         text=True,
@@ -444,9 +444,9 @@ def test_sending_through_the_daemon_needs_neither_paho_nor_a_broker_of_its_own(
     assert hive.nodes["beta"].logged("text")["text"] == "from inside"
 
 
-def test_direct_means_without_the_daemon(hive: Hive) -> None:
+def test_direct_means_without_the_daemon(hive: Hive, fast_agent: Path) -> None:
     alpha = hive.node("alpha").start()
-    hive.node("beta").start()
+    hive.node("beta", f'[[oc_instances]]\nname = "main"\nopenclaw_cmd = "{fast_agent}"\n').start()
     hive.cli("alpha", "send", "--direct", "--to", "beta", "--text", "x")
     assert alpha.events("sent") == []
     (row,) = json_lines(hive.cli("alpha", "log", "--json").stdout)
@@ -504,7 +504,7 @@ def test_the_log_tells_what_came_went_and_was_done(hive: Hive) -> None:
     beta.handler("count", "#!/bin/sh\necho 7\n")
     beta.start()
     hive.cli("alpha", "send", "--to", "beta", "--action", "count", "--text", "x", "--wait", "20")
-    hive.cli("alpha", "send", "--to", "beta", "--text", "a\nlong text " * 50)
+    hive.cli("alpha", "send", "--to", "beta", "--ch", "status", "--text", "a\nlong text " * 50)
     beta.logged("text")
 
     came, did, went, second = hive.cli("beta", "log").stdout.splitlines()
@@ -681,8 +681,10 @@ def test_no_command_waits_for_a_silent_daemon_longer_than_it_was_told(hive: Hive
     for asked, (code, out, err) in found.items():
         if asked.split()[0] in ("log", "show", "pending"):
             assert (code, err) == (1, "hive: the daemon of alpha: it does not answer\n"), asked
-        elif "--wait" in asked:  # there is no agent that could answer it
-            assert code == 4 and "no answer from" in err, (asked, err)
+        elif "--to all" in asked:
+            assert code == 4 and "no node that is online has an agent" in err, (asked, err)
+        elif "--wait" in asked:
+            assert code == 1 and "refused: there is no agent to tell" in err, (asked, err)
         else:
             assert code == 0 and out, (asked, err)
             assert "--direct" in asked or "it does not answer; " in err, (asked, err)

@@ -191,6 +191,8 @@ def test_an_error_names_the_key_its_value_and_what_would_do(content: str, line: 
         ("handlers.x.workers", ["1"], ["0", "1.5"]),
         ("handlers.x.timeout", ["0.5"], ["0"]),
         ("handlers.x.retry", ["true", "false"], ["1", "'yes'"]),
+        ("handlers.x.env", ["'A'", "['A', 'b_2']", "[]"], ["''", "1", "['A=1']", "['a b']", "'*'"]),
+        ("handlers.env", ["'A'", "['A', 'b_2']", "[]"], ["1", "['A=1']", "['2']"]),
         ("journal.keep_days", ["1", "365"], ["0", "-1", "0.5", "true", "'7 days'", "[7]"]),
         ("journal.max_mb", ["1", "4096"], ["0", "1.5", "'64 MB'"]),
     ],
@@ -527,9 +529,11 @@ openclaw_cmd = "openclaw"
 via = "cli"
 agent = "main"
 agent_timeout = 300.0
+env = []
 [handlers.sync]
 workers = 1
 retry = false
+env = []
 [[schedule]]
 action = "sync"
 every = 60.0
@@ -747,3 +751,13 @@ def test_what_may_be_a_secret_is_not_shown_and_the_rest_is() -> None:
     )
     assert refusal("[node]\nidd = [1]").startswith("hive.toml: node.idd = …: no such key; ")
     assert refusal("[mqtt]\npasword = 1").endswith("did you mean password?")
+
+
+def test_what_all_handlers_get_may_be_named_beside_what_one_gets() -> None:
+    config = load("[handlers]\nenv = ['A', 'B']\n[handlers.sync]\nenv = 'C'\nworkers = 2")
+    assert config.handler_env == ("A", "B")
+    assert {name: one.env for name, one in config.handlers.items()} == {"sync": ("C",)}
+    shown = tomllib.loads(effective_config(config))["handlers"]
+    assert (shown["env"], shown["sync"]["env"]) == (["A", "B"], "C")
+    named_env = load("[handlers.env]\nworkers = 2")  # a handler may have that name
+    assert (named_env.handler_env, named_env.handlers["env"].workers) == ((), 2)

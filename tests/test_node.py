@@ -17,6 +17,7 @@ from rig import HANGS, Rig
 import hive
 
 NOBODY = "no handler for action other, and no agent to ask about it"
+SAID_TO_NOBODY = "beta: message refused: there is no agent to tell"
 
 
 # The table of the protocol, "What a node does with an envelope"
@@ -85,8 +86,8 @@ def test_a_node_with_an_agent_and_each_kind_of_message(
     [
         ("command", "other", "now", f"beta: other refused: {NOBODY}"),
         ("sync", "other", "later", f"beta: other refused: {NOBODY}"),
-        ("command", None, "now", None),
-        ("sync", None, "now", None),
+        ("command", None, "now", SAID_TO_NOBODY),
+        ("sync", None, "now", SAID_TO_NOBODY),
         ("sync", None, "later", None),
         ("alert", "other", "now", None),
         ("response", "other", "now", None),
@@ -100,6 +101,8 @@ def test_a_node_without_agent_and_each_kind_of_message(
 ) -> None:
     asked = rig.say(ch, action, urgency=urgency, to=to)
     rig.turn()
+    if alert == SAID_TO_NOBODY and to == "all":
+        alert = None  # who speaks to all means those who have one
     assert [e.text for e in rig.sent()] == ([alert] if alert else [])
     if alert:
         (answer,) = rig.sent("alert")
@@ -158,13 +161,15 @@ def test_a_handler_reads_the_envelope_as_one_line(rig_of: Callable[..., Rig]) ->
 def test_a_handler_finds_its_agent_in_the_environment_and_no_secret(
     rig_of: Callable[..., Rig], main_agent: hive.InstanceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key in hive.NOT_INHERITED:
+    own = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "AWS_SECRET_ACCESS_KEY")
+    for key in (*hive.CONTRACT, *own):
         monkeypatch.setenv(key, "of the daemon")
-    monkeypatch.setenv("EDITOR", "ed")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/xdg")
     other = hive.InstanceConfig("other", profile="work", token="x-y-z", hook_token="x-y-z")
     rig = rig_of([main_agent, other], show="env")
     lines = rig.answer_to(rig.say("command", "show", to="other")).text.splitlines()
-    assert {"HIVE_AGENT=other", "HIVE_PROFILE=work", "HIVE_TO=other", "EDITOR=ed"} <= set(lines)
+    assert {"HIVE_AGENT=other", "HIVE_PROFILE=work", "HIVE_TO=other"} <= set(lines)
+    assert "XDG_CONFIG_HOME=/xdg" in lines
     assert not [line for line in lines if "x-y-z" in line or "of the daemon" in line]
     assert "HIVE_AGENT=main" in rig.answer_to(rig.say("command", "show")).text
 
@@ -227,6 +232,31 @@ def test_a_handler_that_changed_since_it_was_found_is_told(rig: Rig, how: str) -
     assert answer.ch == "alert"
     assert answer.text.startswith("beta: deploy failed: could not be started: ")
     assert rig.works()
+
+
+@pytest.mark.parametrize(
+    ("mode", "content", "why"),
+    [
+        (0o644, "#!/bin/sh\n", "not executable; try: chmod +x {file}"),
+        (0o777, "#!/bin/sh\n", "is writable by everyone; try: chmod o-w"),
+        (0o755, "#!/no/such\n", "its first line names '/no/such', which is not there"),
+    ],
+)
+def test_whoever_asks_for_a_file_that_is_no_handler_is_told_why(
+    rig: Rig, mode: int, content: str, why: str
+) -> None:
+    rig.turn()
+    file = rig.handler_dir / "deploy"
+    file.write_text(content)
+    file.chmod(mode)
+    rig.advance(5)
+    answer = rig.answer_to(rig.say("command", "deploy"))
+    what = f"no handler for action deploy ({why.format(file=file)}), and no agent to ask about it"
+    assert (answer.ch, answer.text) == ("alert", f"beta: deploy refused: {what}")
+    rig.handler_dir.chmod(0o777)
+    rig.advance(5)
+    answer = rig.answer_to(rig.say("command", "other"))
+    assert "no handler for action other (the directory is writable by everyone; " in answer.text
 
 
 def test_a_handler_that_takes_too_long_is_ended_and_the_next_one_runs(
