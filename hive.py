@@ -375,9 +375,12 @@ def identifier(value: object) -> str:
 
 def message_text(value: object) -> str:
     """a text: Unicode, not empty, at most 256 KiB of UTF-8"""
-    if not isinstance(value, str) or not 0 < len(value.encode()) <= MAX_TEXT:
-        raise ValueError  # as encode() does for a lone surrogate
-    return value
+    if not isinstance(value, str):
+        raise ValueError
+    text: str = replace_surrogates(value)
+    if not 0 < len(text.encode()) <= MAX_TEXT:
+        raise ValueError
+    return text
 
 
 def timestamp(value: object) -> int:
@@ -450,9 +453,10 @@ class Envelope(Value):
                 values[attribute] = check(value)
             except ValueError:
                 raise EnvelopeError(f"{key}: {quoted(value)} is not {check.__doc__}") from None
+        rest = replace_surrogates(rest)
         for key, value in rest.items():
             if not portable({key: value}):
-                raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, not Unicode, too deep)")
+                raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, or too deep)")
         return cls(**values, extra=rest)
 
     @classmethod
@@ -508,21 +512,31 @@ WIRE_FIELDS = tuple(
 
 
 def portable(value: object, levels: int = MAX_NESTING) -> bool:
-    """Can this JSON value be handed on: Unicode, finite numbers, and not nested too deep?"""
-    if isinstance(value, str):
-        return not LONE_SURROGATE.search(value)
+    """Can this JSON value be handed on: finite numbers, and not nested too deep?"""
     if isinstance(value, float):
         return abs(value) <= sys.float_info.max  # JSON has neither NaN nor infinity
     if isinstance(value, dict):
-        value = [*value, *value.values()]
+        value = [*value.values()]
     if isinstance(value, list):
         return levels > 0 and all(portable(item, levels - 1) for item in value)
     return True
 
 
-def replace_surrogates(text: str) -> str:
-    """The text with a question mark for each half of a surrogate pair: those cannot be sent."""
-    return text.encode(errors="replace").decode()
+def replace_surrogates(value: Any, levels: int = MAX_NESTING) -> Any:
+    """The JSON value with U+FFFD for each half of a surrogate pair: those cannot be sent.
+
+    A string that JavaScript has cut may end in one; what nests deeper is not portable.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else LONE_SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict) and levels > 0:
+        return {
+            replace_surrogates(key): replace_surrogates(item, levels - 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, list) and levels > 0:
+        return [replace_surrogates(item, levels - 1) for item in value]
+    return value
 
 
 def new_id() -> str:
@@ -2191,7 +2205,7 @@ def result_value(result: ProcessResult) -> object:
 
     said = printed(result)
     try:
-        value = json.loads(said, parse_constant=refuse)
+        value = replace_surrogates(json.loads(said, parse_constant=refuse))
     except (ValueError, RecursionError):
         return said
     return value if portable(value) else said
@@ -6769,7 +6783,8 @@ class Members:
             return
         payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
         said = read_json_object(payload) or {}
-        content = {key: value for key, value in said.items() if portable({key: value})}
+        sent = replace_surrogates(said)
+        content = {key: value for key, value in sent.items() if portable({key: value})}
         if kind == "state" and len(payload) > LONG_STATE:
             content.pop("known_peers", None)
         if content != said:
@@ -10090,7 +10105,8 @@ def config_of(args: argparse.Namespace) -> Config:
 def read_text(said: str) -> str:
     """The text of a message: the argument itself, or all of stdin for `-`."""
     if said != "-":
-        return said
+        text: str = replace_surrogates(said)  # bytes that are not UTF-8 come as halves
+        return text
     data = sys.stdin.buffer.read(MAX_TEXT + 2)
     try:
         return data.decode().removesuffix("\n")
@@ -10512,7 +10528,8 @@ def read_original(said: str) -> bytes:
     if said == "-":
         return sys.stdin.buffer.read(MAX_PAYLOAD + 1)
     if said.lstrip().startswith("{"):
-        return said.encode(errors="replace")
+        document: str = replace_surrogates(said)
+        return document.encode()
     try:
         with open(said, "rb") as file:
             return file.read(MAX_PAYLOAD + 1)

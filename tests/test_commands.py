@@ -279,6 +279,20 @@ def test_reply_takes_an_envelope_as_it_is_from_a_file_or_from_stdin(
     assert texts[-3:] == ["one", "two", "three"]
 
 
+def test_an_argument_that_is_not_utf_8_is_sent_with_a_mark(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("say", "#!/bin/sh\nexec cat\n")
+    alpha.start()
+    shown = hive.cli("alpha", "send", "--to", "alpha", "--ch", "status", "--text", "a\udcff")
+    assert alpha.logged("text", id=shown.stdout.split()[1])["text"] == "a\ufffd"
+    tested = hive.cli("alpha", "handler", "test", "say", "--text", "a\udcff")
+    assert json.loads(tested.stdout)["text"] == "a\ufffd"
+    message = '{"v": 1, "id": "m-1", "ts": 1, "from": "alpha", "to": "beta", "ch": "command",'
+    message += ' "urgency": "now", "text": "a\udcff"}'
+    reply = ["reply", "--to-msg", message, "--text", "b\udcff", "--json"]
+    assert json.loads(hive.cli("alpha", *reply).stdout)["text"] == "b\ufffd"
+
+
 def test_a_peers_answer_cannot_drive_the_terminal(hive: Hive) -> None:
     alpha = hive.node("alpha")
     alpha.handler("evil", "#!/bin/sh\nprintf '\\033[2Jgone\\nnext'\n")

@@ -263,14 +263,27 @@ def test_nesting_without_end_is_refused(brackets: str) -> None:
 @pytest.mark.parametrize("levels", [100, 500, 900])
 def test_an_unknown_field_nested_too_deep_is_refused(levels: int) -> None:
     line = refusal(raw("weird", "[" * levels + "]" * levels))
-    assert line == "'weird': no portable JSON (NaN, not Unicode, too deep)"
+    assert line == "'weird': no portable JSON (NaN, or too deep)"
 
 
-def test_a_lone_surrogate_is_refused_wherever_it_is() -> None:
-    assert refusal(payload(text="\ud800")).startswith("text: '\\ud800' ")
-    refusal(payload(unknown={"deep": ["\udfff"]}))
-    refusal(payload(**{"\ud800": 1}))
-    assert Envelope.parse(payload(text="\U0001f41d")).text == "\U0001f41d"
+@pytest.mark.parametrize("half", ["\ud83d", "\udfff", "\ud800"])
+def test_a_broken_surrogate_is_kept_as_a_mark_wherever_it_is(half: str) -> None:
+    said = payload(text=f"cut {half}", unknown={"deep": [{half: half}]}, **{half: 1})
+    envelope = Envelope.parse(said)
+    assert envelope.text == "cut \ufffd"
+    assert envelope.extra == {"unknown": {"deep": [{"\ufffd": "\ufffd"}]}, "\ufffd": 1}
+    assert Envelope.parse(envelope.encode()) == envelope
+    assert Envelope.new("alpha", "beta", "command", half).text == "\ufffd"
+
+
+def test_a_whole_pair_stays_as_it_is() -> None:
+    assert Envelope.parse(payload(text="\U0001f41d", more="\U0001f41d")).text == "\U0001f41d"
+    assert Envelope.parse(raw("more", '"\\ud83d\\udc1d"')).extra == {"more": "\U0001f41d"}
+
+
+@pytest.mark.parametrize("field", ["id", "from", "to", "ch", "corr", "replyTo", "action"])
+def test_a_name_with_a_broken_surrogate_is_refused(field: str) -> None:
+    refusal(payload(**{field: "half\ud83d"}))
 
 
 def test_a_text_may_have_256_kib_of_utf_8() -> None:

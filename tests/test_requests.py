@@ -391,6 +391,16 @@ def test_no_document_of_a_peer_can_stand_in_the_way_of_others(
     assert documents["delta"] == {"status": "online"} and {*documents} <= {"delta", "gamma"}
 
 
+@pytest.mark.parametrize("document", ["state", "roster"])
+def test_a_broken_surrogate_in_a_document_of_a_peer_costs_no_field(
+    rig: Rig, caller: Caller, document: str
+) -> None:
+    retain(rig, f"gamma/{document}", b'{"version": "cut \\ud83d", "\\udfff": ["\\ud800"]}')
+    do = {"state": "states", "roster": "roster"}[document]
+    kept = caller.ask(do=do)[f"{document}s"]["gamma"]
+    assert kept == {"version": "cut \ufffd", "\ufffd": ["\ufffd"]}
+
+
 def test_all_documents_together_have_a_bound_and_the_longest_go_first(
     rig: Rig, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
