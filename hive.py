@@ -308,7 +308,7 @@ MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
 MAX_NESTING = 32  # levels of a field that we don't know
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
 EVERYONE = "all"
 RESERVED = (EVERYONE, "meta")
 URGENCIES = ("now", "later")
@@ -367,7 +367,7 @@ def action_name(value: object) -> str:
 
 
 def identifier(value: object) -> str:
-    """an id: 1 to 64 of A-Za-z0-9._:-"""
+    """an id: 1 to 64 of A-Za-z0-9._:- , the first a letter or digit"""
     if not isinstance(value, str) or not ID.fullmatch(value):
         raise ValueError
     return value
@@ -3105,6 +3105,8 @@ MAX_OUTBOX = 10_000  # messages that wait for the broker
 MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for weeks
 UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
 MAX_ROWS = 100  # that are read at once
+MIN_ID_PREFIX = 4  # characters that may stand for an id
+MAX_MEANINGS = 5  # of such a beginning that are listed
 PRUNE_STEP = 500  # rows that are forgotten at once
 PRUNE_TEXTS = 50  # texts that are
 PRUNE_AFTER = 1000  # rows written, or ...
@@ -3297,6 +3299,25 @@ class Journal:
             if size > MAX_PAYLOAD:
                 break
         return entries
+
+    def find_id(self, said: str) -> str:
+        """The id that begins so, of a message or of an exchange; itself if none is known.
+
+        Raises UsageError where several do.
+        """
+        if len(said) < MIN_ID_PREFIX:
+            return said
+        known = " UNION ".join(
+            f"SELECT * FROM (SELECT DISTINCT {column} FROM log WHERE {column} >= ? AND {column} < ?"
+            f" ORDER BY {column} LIMIT {MAX_MEANINGS + 1})"
+            for column in ("id", "exchange")
+        )
+        bounds = (said, f"{said}\x7f")  # above all that an id is made of
+        found = [row[0] for row in self._database.read(f"{known} ORDER BY 1", bounds * 2)]
+        if len(found) > 1 and found[0] != said:
+            meanings = [*found[:MAX_MEANINGS], *(["..."] if found[MAX_MEANINGS:] else [])]
+            raise UsageError(f"{said}: which one? {', '.join(meanings)}")
+        return str(found[0]) if found else said
 
     def message(self, id: str) -> dict[str, Any] | None:
         """The message with this id; what came in before what went out."""
@@ -6685,7 +6706,8 @@ PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
 
 def loss_of(name: str) -> str:
     """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
-    return f"lost:{name}"[-64:]  # an id has 64 characters at most; the whole name is in it
+    # An id has 64 characters at most, and begins with a letter or digit; the whole name is in it.
+    return f"lost:{name}"[-64:].removeprefix(":")
 
 
 def is_overdue(silence: float, interval: float, missed: float) -> bool:
@@ -7349,11 +7371,11 @@ class Requests:
         """Answer one request; None if that comes later."""
         try:
             request, given = Request.find(said)
-        except HiveError as error:
+            if request.looks_back:
+                return request.run(self._journal, given)
+            return request.run(self, given, requester)
+        except UsageError as error:
             return {"error": str(error)}
-        if request.looks_back:
-            return request.run(self._journal, given)
-        return request.run(self, given, requester)
 
     # -- what the table names --
 
@@ -7389,6 +7411,7 @@ class Requests:
 
     def follow(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         """Show what there is, and from now on whatever is new."""
+        given = {**given, "filters": whole_filters(self._journal, given["filters"])}
         answer = log_page(self._journal, given)
         last = answer["rows"][-1]["n"] if answer["rows"] else given["after"]
         self._followers[requester] = (given["filters"], last)
@@ -7455,15 +7478,26 @@ class Requests:
 
 
 def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return journal.message(given["id"]) or {"error": "not known here"}
+    found = journal.message(journal.find_id(given["id"]))
+    return found or {"error": f"{given['id']}: {NOT_KNOWN}"}
 
 
 def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": journal.exchange(given["id"], given["after"])}
+    return {"rows": journal.exchange(journal.find_id(given["id"]), given["after"])}
+
+
+def whole_filters(journal: Journal, filters: Mapping[str, Any]) -> dict[str, Any]:
+    """The filters with the exchange that is meant: any id of it may say so, or its beginning."""
+    if "corr" not in filters:
+        return dict(filters)
+    id = journal.find_id(str(filters["corr"]))
+    message = journal.message(id)
+    return {**filters, "corr": message["exchange"] if message else id}
 
 
 def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": journal.rows(given["filters"], given["after"], given["last"])}
+    filters = whole_filters(journal, given["filters"])
+    return {"rows": journal.rows(filters, given["after"], given["last"])}
 
 
 def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -7471,7 +7505,8 @@ def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 NO_SUCH_REQUEST = "no such request"
-ID_FIELD = RequestField(identifier, "the id of a message", required=True)
+NOT_KNOWN = "not known here; the last days are: hive-cli log"
+ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
 ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
 WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
 AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
@@ -10401,7 +10436,12 @@ def explain_no_reply(control: Control, replies: ReplyCollector) -> str:
 
 
 @subcommand(
-    option("--to-msg", required=True, metavar="ID", help="the message: its id, JSON, a file, or -"),
+    option(
+        "--to-msg",
+        required=True,
+        metavar="ID",
+        help="the message: its id, JSON, a file, or -",
+    ),
     option("--text", required=True, help="what to say; - reads it from stdin"),
     DIRECT,
     AS_JSON,
@@ -10419,7 +10459,7 @@ def command_reply(args: argparse.Namespace) -> int:
 
 def find_original(config: Config, said: str) -> Envelope:
     """The envelope to answer: known to the daemon by its id, or read from somewhere."""
-    if ID.fullmatch(said) and said != "-" and not os.path.exists(said):
+    if ID.fullmatch(said) and not os.path.exists(said):
         return known_envelope(config, said)
     return Envelope.parse(read_original(said))
 
@@ -10443,7 +10483,7 @@ def command_show(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     read_log(config, {"do": "exchange", "id": args.id}, rows.extend)
     if not rows:
-        raise HiveError(f"{args.id}: not known here; the last days are: hive-cli log")
+        raise HiveError(f"{args.id}: {NOT_KNOWN}")
     if args.as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
@@ -10457,7 +10497,7 @@ def command_show(args: argparse.Namespace) -> int:
     option("--from", dest="sender", type=node_name, metavar="NAME", help="only from this one"),
     option("--to", type=recipient_name, metavar="NAME", help="only to this one"),
     option("--action", type=action_name, help="only with this action"),
-    option("--corr", type=identifier, metavar="ID", help="only of this exchange"),
+    option("--corr", type=identifier, metavar="ID", help="only of this exchange: any id of it"),
     option("--since", type=duration, metavar="AGE", help="not older than this, as in 2h or 30m"),
     option("--lines", "-n", type=count, default=100, help="how many, without --since (100)"),
     AS_JSON,

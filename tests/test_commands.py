@@ -401,8 +401,15 @@ def test_a_message_is_shown_and_answered_by_its_id(hive: Hive, fast_agent: Path)
     hive.cli("beta", "reply", "--to-msg", id, "--text", "verstanden")
     answer = alpha.logged("received", ch="response")
     assert alpha.logged("text", id=answer["id"])["text"] == "verstanden"
-    unknown = hive.cli("beta", "show", "no-such-id", code=1)
-    assert unknown.stderr == "hive: no-such-id: not known here; the last days are: hive-cli log\n"
+    shown = hive.cli("beta", "log").stdout.splitlines()[0].split()[5]
+    assert shown == id[:8], "what log prints, show and reply take"
+    assert hive.cli("beta", "show", shown).stdout.splitlines()[1] == f"  id {id}"
+    assert len(hive.cli("beta", "log", "--corr", shown).stdout.splitlines()) == 3
+    whole = hive.cli("beta", "reply", "--to-msg", shown, "--text", "kurz", "--json")
+    assert json.loads(whole.stdout)["replyTo"] == id
+    for command in (["show", "no-such-id"], ["reply", "--text", "x", "--to-msg", "no-such-id"]):
+        unknown = hive.cli("beta", *command, code=1).stderr
+        assert unknown == "hive: no-such-id: not known here; the last days are: hive-cli log\n"
     beta.stop()
     late = hive.cli("beta", "reply", "--to-msg", id, "--text", "x")
     assert late.stdout.startswith("sent ")

@@ -30,7 +30,7 @@ FIELDS = [*GOOD, *OPTIONAL]
 NUMBERS = ("v", "ts", "ttl")
 
 moderate = settings(deadline=None, max_examples=150)
-ids = st.text("AZaz09._:-", min_size=1, max_size=64)
+ids = st.builds(str.__add__, st.sampled_from("AZaz09"), st.text("AZaz09._:-", max_size=63))
 names = st.builds(str.__add__, st.sampled_from("AZaz09"), st.text("AZaz09._-", max_size=62)).filter(
     lambda one: one not in ("all", "meta")
 )
@@ -245,7 +245,10 @@ def test_all_is_a_recipient_and_no_sender() -> None:
             payload(text=""),
             "text: '' is not a text: Unicode, not empty, at most 256 KiB of UTF-8",
         ),
-        (payload(replyTo=[]), "replyTo: [] is not an id: 1 to 64 of A-Za-z0-9._:-"),
+        (
+            payload(replyTo=[]),
+            "replyTo: [] is not an id: 1 to 64 of A-Za-z0-9._:- , the first a letter or digit",
+        ),
         (payload(action="../x"), "action: '../x' is not an action: 1 to 63 of A-Za-z0-9._-"),
     ],
 )
@@ -300,6 +303,14 @@ def test_the_longest_text_survives_whatever_its_characters_cost_in_json() -> Non
 def test_a_payload_without_end_is_refused_before_it_is_read() -> None:
     line = refusal(b" " * 10_000_000)
     assert line.startswith("payload: 10000000 bytes, the limit is ")
+
+
+@pytest.mark.parametrize("field", ["id", "corr", "replyTo"])
+@pytest.mark.parametrize("first", "-._:")
+def test_an_id_begins_with_a_letter_or_digit(field: str, first: str) -> None:
+    line = refusal(payload(**{field: f"{first}-help"}))
+    assert line.endswith("the first a letter or digit")
+    assert Envelope.parse(payload(**{field: f"0{first}a"})).document()[field] == f"0{first}a"
 
 
 def test_a_float_as_time_is_truncated() -> None:
