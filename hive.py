@@ -605,6 +605,9 @@ class Topics(Value):
 # ValueError.  Reads one file, once.
 
 
+HANDLER_FOLDER = "hive-daemon.d"
+
+
 def secret(value: object) -> str:
     """a string that is never shown"""
     return plain_string(value)
@@ -765,7 +768,7 @@ class NodeConfig(ConfigTable):
     id: str = setting("", node_name, "this node's name; without it the short host name", "alpha")
     topic_prefix: str = setting("hive", topic_prefix, "what every topic of this hive begins with")
     handler_dir: Path | None = setting(
-        None, file_path, "handlers; else those beside this file or hive.py", "hive-daemon.d"
+        None, file_path, "handlers; else those beside this file or hive.py", HANDLER_FOLDER
     )
     handler_timeout: float = setting(30.0, seconds, "seconds until a handler is ended")
     handler_workers: int = setting(4, count, "handlers that may run at once")
@@ -1004,7 +1007,7 @@ class Config(Value):
     @property
     def handler_dir(self) -> Path:
         home = self.source.resolve() if self.source else own_file()
-        return self.node.handler_dir or home.parent / "hive-daemon.d"
+        return self.node.handler_dir or home.parent / HANDLER_FOLDER
 
     @property
     def state_dir(self) -> Path:
@@ -2057,6 +2060,15 @@ def scan_handlers(directory: Path) -> HandlerSet:
         else:
             handlers[entry] = directory / entry
     return HandlerSet(handlers, refused)
+
+
+def why_no_handlers(folder: Path) -> str:
+    """Why there are none, and where there are some: the folder moves with the configuration."""
+    why = "it is empty" if folder.is_dir() else "no such directory"
+    beside = own_file().parent / HANDLER_FOLDER
+    if beside != folder and scan_handlers(beside).handlers:
+        why += f"; for those in {beside} set [node] handler_dir"
+    return why
 
 
 def objection_to(file: Path) -> str | None:
@@ -8061,6 +8073,9 @@ class Work(Worker):
     def start(self) -> None:
         """Begin, with what was not finished when the daemon ended."""
         self.look_for_handlers()
+        if not self.handlers:
+            folder = self._config.handler_dir
+            self._log.warning("no handlers", dir=folder, why=why_no_handlers(folder))
         for agent in self._agents.values():
             agent.probe()
         self.take_up()
@@ -9504,10 +9519,12 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
     names = ", ".join(found.handlers) or "none"
-    if folder.is_dir() or not context.config.node.handler_dir:
+    if folder.is_dir():
         yield Finding(Level.OK, f"{names}, in {folder}")
     else:
-        yield Finding(Level.WARN, f"none: no directory {folder}", f"mkdir {folder}")
+        named = context.config.node.handler_dir is not None
+        other = "" if named else why_no_handlers(folder).partition("; ")[2]
+        yield Finding(Level.WARN, f"none: no directory {folder}", other or f"mkdir {folder}")
 
 
 def check_daemon(context: DoctorContext) -> Iterator[Finding]:

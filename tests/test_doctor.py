@@ -332,6 +332,14 @@ def test_files_that_others_may_read_or_change_are_named(hive: Hive) -> None:
     assert doctor(alpha)["files"]["what"] == f"state directory {folder}: you may not write to it"
 
 
+def test_a_handler_directory_that_is_not_there_is_a_warning(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handlers.rmdir()
+    found = doctor(alpha)["handlers"]
+    assert (found["level"], found["what"]) == ("warn", f"none: no directory {alpha.handlers}")
+    assert found["todo"] == f"for those in {ROOT}/hive-daemon.d set [node] handler_dir"
+
+
 def test_handlers_that_are_refused_are_named_and_why(hive: Hive) -> None:
     alpha = hive.node("alpha")
     alpha.handler("ping", "#!/bin/sh\n")

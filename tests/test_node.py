@@ -1552,6 +1552,40 @@ def test_sighup_makes_a_node_look_at_its_handlers(rig: Rig) -> None:
     assert rig.kept("beta", "roster")[-1]["handlers"] == ["deploy", "ping"]
 
 
+@pytest.mark.parametrize(
+    ("there", "elsewhere", "why"),
+    [
+        (True, False, "it is empty"),
+        (False, False, "no such directory"),
+        (False, True, "no such directory; for those in {} set [node] handler_dir"),
+    ],
+)
+def test_a_start_without_handlers_says_where_they_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, elsewhere: bool, why: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    beside = tmp_path / "program" / "hive-daemon.d"
+    if elsewhere:
+        beside.mkdir(parents=True)
+        (beside / "ping").write_text("#!/bin/sh\n")
+        (beside / "ping").chmod(0o755)
+    monkeypatch.setattr(hive, "own_file", lambda: tmp_path / "program" / "hive.py")
+    if not there:
+        monkeypatch.setattr(hive.Config, "handler_dir", tmp_path / "missing")
+    rig = Rig(tmp_path, {}, [], {}, "debug")
+    (line,) = rig.events("no handlers")
+    folder = rig.handler_dir if there else tmp_path / "missing"
+    assert (line["level"], line["dir"]) == ("warning", str(folder))
+    assert line["why"] == why.format(beside)
+    rig.end()
+
+
+def test_a_start_says_which_handlers_it_serves_and_from_where(rig: Rig) -> None:
+    (line,) = rig.events("handlers")
+    assert (line["level"], line["dir"]) == ("info", str(rig.handler_dir))
+    assert line["actions"] == "ping" and not rig.events("no handlers")
+
+
 def test_a_file_that_is_no_handler_is_told_once(rig: Rig) -> None:
     (rig.handler_dir / "notes.txt").write_text("how to deploy")
     rig.advance(60)
