@@ -8112,14 +8112,20 @@ class Work(Worker):
             name: {"status": agent.health.value, "reason": agent.reason}
             for name, agent in self._agents.items()
         }
-        down = [
+        trouble = [
             f"agent {name}: {agent.reason}"
             for name, agent in self._agents.items()
             if agent.health is Health.DOWN
         ]
-        trouble = "; ".join(down + ([] if self._journal.on_disk else ["no journal on disk"]))
+        if not self._journal.on_disk:
+            trouble.append("no journal on disk")
+        trouble += [
+            f"schedule {one.config.action} {one.when} is failing"
+            for one in self._schedule
+            if one.ok is False
+        ]
         schedule = [one.document() for one in self._schedule]
-        return OwnStatus(health, [*self.handlers], schedule, trouble)
+        return OwnStatus(health, [*self.handlers], schedule, "; ".join(trouble))
 
     def take_up(self) -> None:
         """Go on with what was not finished when the daemon ended."""
@@ -8502,6 +8508,7 @@ COLOURS = {
     **dict.fromkeys(("stale", "degraded", "warn"), YELLOW),
     **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
 }
+TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 
@@ -8585,6 +8592,8 @@ def status_row(
         for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
     }
     version, reason = state.get("version"), state.get("reason")
+    if status == "stale":
+        reason = f"no word for {for_people(age)}" if age else "no word yet"
     return StatusRow(
         name=name,
         node=node if isinstance(node, str) and NAME.fullmatch(node) else name,
@@ -8602,13 +8611,27 @@ def status_row(
 def status_rows(
     states: Mapping[str, Mapping[str, Any]], heartbeat: HeartbeatConfig, now: float
 ) -> list[StatusRow]:
-    """Every node with its agents below it; an agent is no better than its node."""
+    """Every node with its agents below it, trouble first; an agent is no better than its node."""
     rows = {name: status_row(name, state, heartbeat, now) for name, state in states.items()}
     for name, row in rows.items():
         node = rows.get(row.node, row)
         if not node.alive:
             rows[name] = row.replace(status=node.status)
-    return sorted(rows.values(), key=lambda row: (row.node, not row.is_node, row.name))
+
+    def place(row: StatusRow) -> tuple[object, ...]:
+        status = rows.get(row.node, row).status
+        rank = TROUBLE_FIRST.index(status) if status in TROUBLE_FIRST else 0
+        return rank, row.node, not row.is_node, row.name
+
+    return sorted(rows.values(), key=place)
+
+
+def status_summary(rows: Sequence[StatusRow]) -> str:
+    """How many nodes there are, and how they are, on one line."""
+    nodes = [row.status for row in rows if row.is_node]
+    known = [*reversed(TROUBLE_FIRST), *sorted({*nodes} - {*TROUBLE_FIRST})]
+    counts = ", ".join(f"{nodes.count(one)} {one}" for one in known if one in nodes)
+    return f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}: {counts}"
 
 
 def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
@@ -9358,6 +9381,8 @@ class BrokerCheck:
         self.clocks = PeerClocks(config)
         self.subscribed, self.not_subscribed = False, ""  # why, if the broker said no
         self.refused: dict[str, str] = {}  # topic: why
+        self.others: dict[str, StatusRow] = {}  # how the other nodes and all agents are
+        self._config = config
         self._mqtt, self._left, self._lost = config.mqtt, left, ""
         topics, node, token = config.topics, config.node.id, new_id()
         names = [node, *config.agents]
@@ -9429,6 +9454,19 @@ class BrokerCheck:
             del self.missing[delivery.topic]
         else:
             self.clocks.hear(delivery)
+            self._hear_state(delivery)
+
+    def _hear_state(self, delivery: IncomingMessage) -> None:
+        name, document = self._config.topics.meta_of(delivery.topic) or ("", "")
+        if document != "state" or not NAME.fullmatch(name) or name == self._config.node.id:
+            return
+        small = len(delivery.payload) <= MAX_STATE and len(self.others) < MAX_MEMBERS
+        said = read_json_object(delivery.payload) if small else None
+        if said:
+            said.pop("oc", None)  # which would be all of its agents
+            self.others[name] = status_row(name, said, self._config.heartbeat, time.time())
+        elif not delivery.payload:
+            self.others.pop(name, None)
 
     def _probe(self) -> None:
         """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
@@ -9681,6 +9719,19 @@ def check_clock(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.WARN, f"{and_more(wrong, 3)}: {whose}", CLOCK_ADVICE)
 
 
+def check_nodes(context: DoctorContext) -> Iterator[Finding]:
+    nodes = sorted((one for one in context.broker.others.values() if one.is_node), key=str)
+    wrong = [f"{one.name} is {one.status}" for one in nodes if one.status != "online"]
+    if not nodes:
+        yield Finding(Level.SKIPPED, "no other node has been seen")
+    elif not wrong:
+        yield Finding(Level.OK, status_summary(nodes).replace(":", " besides this one:", 1))
+    else:
+        what = f"{and_more(wrong, 5)}, of {len(nodes)} besides this one"
+        todo = "hive-cli status says why; forget NAME, if one will not come back"
+        yield Finding(Level.WARN, what, todo)
+
+
 class Check(Value):
     """One thing to look at, and what must be well before."""
 
@@ -9702,6 +9753,7 @@ CHECKS = (
     Check("publish", check_publishing, ("subscribe",)),
     Check("receive", check_receiving, ("publish",)),
     Check("clock", check_clock, ("receive",)),
+    Check("nodes", check_nodes, ("receive",)),
 )
 
 
@@ -10601,6 +10653,7 @@ ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not t
 
 @subcommand(
     ASK_BROKER,
+    option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
     AS_JSON,
     examples="hive.py status --json | jq '.[] | select(.status != \"online\")'",
 )
@@ -10609,11 +10662,29 @@ def command_status(args: argparse.Namespace) -> int:
     config = config_of(args)
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
+    if args.check:
+        return check_status(config, args, said, rows)
     if args.as_json and (rows or not said["fault"]):
         print(json.dumps([vars(row) for row in rows], indent=2))
     elif rows:
-        print(status_table(rows, colourful(sys.stdout)) + status_notes(rows), end="")
+        table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
+        print(f"{status_summary(rows)}\n\n{table}", end="")
     return say_of_members(config, args, said, bool(rows))
+
+
+def check_status(
+    config: Config,
+    args: argparse.Namespace,
+    said: Mapping[str, Any],
+    rows: Sequence[StatusRow],
+) -> int:
+    """The status for cron and monitoring: a line, and the exit code."""
+    if not said["connected"] or not rows:
+        return say_of_members(config, args, said, False) or Exit.REFUSED
+    wrong = [row for row in rows if row.is_node and row.status != "online"]
+    why = [f"{row.name}: {row.reason or row.status}" for row in wrong[:5]]
+    print("; ".join([status_summary(rows), *why, *(["..."] if wrong[5:] else [])]))
+    return Exit.REFUSED if wrong else Exit.DONE
 
 
 @subcommand(ASK_BROKER, AS_JSON)

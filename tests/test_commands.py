@@ -1014,6 +1014,26 @@ def test_a_handler_is_tested_with_what_it_would_find(hive: Hive) -> None:
     assert "{" not in hive.cli("alpha", "handler", "list").stdout
 
 
+def test_status_checks_for_monitoring_in_one_line(hive: Hive) -> None:
+    alpha = hive.node("alpha", '[[schedule]]\naction = "check"\nevery = "1s"\n')
+    bad = alpha.handler("check", "#!/bin/sh\n[ ! -e bad ]\n").parent / "bad"
+    none = hive.cli("alpha", "status", "--check", code=1)
+    assert none.stdout == "" and "no node has been seen" in none.stderr
+    alpha.start()
+    beta = hive.node("beta").start()
+    alpha.logged("peer is up", peer="beta")
+    assert hive.cli("alpha", "status", "--check").stdout == "2 nodes: 2 online\n"
+    beta.stop()
+    alpha.logged("peer has stopped", peer="beta")
+    said = hive.cli("alpha", "status", "--check", code=1)
+    assert (said.stdout, said.stderr) == ("2 nodes: 1 online, 1 offline; beta: stopped\n", "")
+    bad.touch()
+    line = "2 nodes: 1 degraded, 1 offline; beta: stopped;"
+    line += " alpha: schedule check every 1s is failing\n"
+    check = ("status", "--check")
+    eventually("it fails", lambda: hive.cli("alpha", *check, code=1).stdout == line)
+
+
 def test_status_and_roster_as_json(hive: Hive) -> None:
     alpha = hive.node("alpha", '[[oc_instances]]\nname = "main"\nopenclaw_cmd = "true"\n')
     alpha.handler("ping", "#!/bin/sh\necho pong\n")

@@ -206,6 +206,43 @@ def test_a_status_table_reads_like_this() -> None:
     ]
 
 
+def hive_in_trouble() -> list[StatusRow]:
+    return status_rows(
+        {
+            "alpha": state(),
+            "beta": state(),
+            "crypt": state(age=200, oc={"main": {"status": "ok"}}),
+            "main": state(age=200, daemon_node="crypt"),
+            "den": state("degraded", reason="schedule sync every 5s is failing"),
+            "attic": state("offline", age=90, reason="lost"),
+            "odd": {"status": "asleep"},
+            "new": {"status": "online"},
+        },
+        HeartbeatConfig(),
+        NOW,
+    )
+
+
+def test_trouble_comes_first_and_every_node_in_trouble_has_a_reason() -> None:
+    rows = hive_in_trouble()
+    names = [row.name for row in rows]
+    assert names == ["attic", "odd", "crypt", "main", "new", "den", "alpha", "beta"]
+    assert hive.status_notes(rows).splitlines()[1:] == [
+        "attic: lost",
+        "crypt: no word for 3m 20s",
+        "new: no word yet",
+        "den: schedule sync every 5s is failing",
+    ]
+    assert {row.name: row.reason for row in rows}["main"] == "no word for 3m 20s"
+
+
+def test_a_summary_counts_nodes_and_not_agents() -> None:
+    said = "7 nodes: 2 online, 1 degraded, 2 stale, 1 offline, 1 asleep"
+    assert hive.status_summary(hive_in_trouble()) == said
+    one = status_rows({"a": state()}, HeartbeatConfig(), NOW)
+    assert hive.status_summary(one) == "1 node: 1 online"
+
+
 def test_a_roster_table_reads_like_this() -> None:
     rosters: dict[str, dict[str, Any]] = {
         "beta": {
