@@ -3118,6 +3118,7 @@ MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for week
 UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
 MAX_ROWS = 100  # that are read at once
 MIN_ID_PREFIX = 4  # characters that may stand for an id
+SHOWN_TEXT = 200  # characters of a text that is shown beside what is not finished
 MAX_MEANINGS = 5  # of such a beginning that are listed
 PRUNE_STEP = 500  # rows that are forgotten at once
 PRUNE_TEXTS = 50  # texts that are
@@ -3172,6 +3173,11 @@ class Event(Enum):
 
 ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
 ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
+
+
+def text_of(content: str | bytes | None) -> str:
+    """The text of a message that is kept; nothing where it is kept no longer."""
+    return str((read_json_object(content or "") or {}).get("text", ""))
 
 
 def entry_of(row: Sequence[Any]) -> dict[str, Any]:
@@ -3518,11 +3524,16 @@ class Journal:
         `due` is when the answer is of no use any more.
         """
         rows = self._database.read(
-            "SELECT pending_requests.exchange, recipient, action, time, due FROM pending_requests"
-            " JOIN log ON log.n = message WHERE ? IS NULL OR due <= ? ORDER BY message LIMIT ?",
+            "SELECT pending_requests.exchange, recipient, action, time, due, content"
+            " FROM pending_requests JOIN log ON log.n = message WHERE ? IS NULL OR due <= ?"
+            " ORDER BY message LIMIT ?",
             (due, due, MAX_ROWS),
         )
-        return [dict(zip(("id", "to", "action", "asked", "due"), row, strict=True)) for row in rows]
+        keys = ("id", "to", "action", "asked", "due")
+        return [
+            dict(zip(keys, facts, strict=True)) | {"text": text_of(content)[:SHOWN_TEXT]}
+            for *facts, content in rows
+        ]
 
     def next_due(self) -> float | None:
         """When the next request is overdue."""
@@ -7268,12 +7279,18 @@ def pending_document(journal: Journal) -> dict[str, Any]:
             "agent": task.agent or None,
             "began": task.began,
             "since": task.envelope.ts,
+            "text": task.envelope.text[:SHOWN_TEXT],
         }
         for task in journal.tasks()[:MAX_ROWS]
         if task.envelope
     ]
     outbox = [
-        {"topic": one.topic, "bytes": len(one.payload)}
+        {
+            "topic": one.topic,
+            "bytes": len(one.payload),
+            "id": one.id,
+            "text": text_of(one.payload)[:SHOWN_TEXT],
+        }
         for one in journal.next_outgoing(0, MAX_ROWS)
     ]
     return {
@@ -8509,6 +8526,8 @@ COLOURS = {
     **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
 }
 TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
+MAX_ALERT_LINES = 6  # of an alert in the log
+ID_SHOWN = 8  # characters of an id, which are enough to ask for it
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 
@@ -8714,10 +8733,29 @@ def row_text(row: Mapping[str, Any]) -> str:
     return str(said or row["note"])
 
 
+def log_lines(row: Mapping[str, Any], width: int) -> str:
+    """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
+
+    The text of an alert goes on below, because its cause stands at the end.  That it was told to
+    an agent is no news; `show` has it.
+    """
+    if row["ch"] == "alert" and row["event"] == "did" and str(row["note"]).startswith("told "):
+        return ""
+    first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
+    lines, indent = [first[:width]], " " * 4
+    rest, room = first[width:], max(width - len(indent), 20)
+    while rest and len(lines) < MAX_ALERT_LINES:
+        lines.append(indent + rest[:room])
+        rest = rest[room:]
+    if rest:
+        lines[-1] = lines[-1][:-1] + "…"
+    return "\n".join(lines)
+
+
 def log_line(row: Mapping[str, Any], width: int) -> str:
-    """A row of the journal: when, in or out or did, the other side, what; cut to `width`."""
+    """All of a row on one line."""
     peer = row["to"] if row["event"] == "out" else row["from"]
-    id = str(row["id"] or row["exchange"])[:8]
+    id = str(row["id"] or row["exchange"])[:ID_SHOWN]
     when, action = clock_time(row["time"]), f"{row['action']}: " if row["action"] else ""
     line = f"{when} {row['event']:<3} {peer:<10} {row['ch']:<8} {id:<8} {action}{row_text(row)}"
     return printable(line, width)
@@ -8741,7 +8779,7 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
+def pending_table(document: Mapping[str, Any], now: float, width: int) -> str:
     """What is not finished, in three parts."""
 
     def ago(at: float) -> str:
@@ -8750,12 +8788,12 @@ def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
     questions, tasks, outbox = document["questions"], document["tasks"], document["outbox"]
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
         ("NOT ANSWERED", "BY", "ACTION", "ASKED", "DUE"): [
-            (q["id"], q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
+            (shown_id(q), q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
             for q in questions
         ],
         ("TO DO", "FROM", "FOR", "SENT", "BEGUN"): [
             (
-                t["id"],
+                shown_id(t),
                 t["from"],
                 t["agent"] or t["action"],
                 ago(t["since"]),
@@ -8763,13 +8801,33 @@ def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
             )
             for t in tasks
         ],
-        ("NOT DELIVERED", "BYTES"): [(one["topic"], str(one["bytes"])) for one in outbox],
+        ("NOT DELIVERED", "TO", "BYTES"): [
+            (shown_id(one), one["topic"], str(one["bytes"])) for one in outbox
+        ],
     }
-    parts = [format_table(header, rows, colour) for header, rows in tables.items() if rows]
+    parts = [
+        with_texts(format_table(header, rows, colour=False), items, width)
+        for (header, rows), items in zip(tables.items(), (questions, tasks, outbox), strict=True)
+        if rows
+    ]
     more = document["outbox_size"] - len(outbox)
     if more > 0:
         parts.append(f"and {more} more to be delivered\n")
     return "\n".join(parts) or "nothing is pending\n"
+
+
+def shown_id(item: Mapping[str, Any]) -> str:
+    return str(item.get("id") or "-")[:ID_SHOWN]
+
+
+def with_texts(table: str, items: Sequence[Mapping[str, Any]], width: int) -> str:
+    """The table with what was said as its last column, cut to `width`."""
+    lines = table.splitlines()
+    wide = max(map(len, lines))
+    texts = ["TEXT", *(printable(item.get("text") or "-", SHOWN_TEXT) for item in items)]
+    room = max(width - wide - 2, 10)
+    both = zip(lines, texts, strict=True)
+    return "".join(f"{line:<{wide}}  {printable(text, room)}\n" for line, text in both)
 
 
 def for_due(due: float | None, now: float) -> str:
@@ -10588,7 +10646,9 @@ def command_log(args: argparse.Namespace) -> int:
 
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False) if args.as_json else log_line(row, width))
+            said = json.dumps(row, ensure_ascii=False) if args.as_json else log_lines(row, width)
+            if said:
+                print(said)
         sys.stdout.flush()
 
     if args.follow:
@@ -10605,7 +10665,10 @@ def command_pending(args: argparse.Namespace) -> int:
     if args.as_json:
         print(json.dumps(document, indent=2))
     else:
-        print(pending_table(document, time.time(), colourful(sys.stdout)), end="")
+        import shutil
+
+        width = shutil.get_terminal_size().columns
+        print(pending_table(document, time.time(), width), end="")
     return Exit.DONE
 
 

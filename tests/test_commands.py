@@ -430,7 +430,7 @@ def test_a_message_is_taken_with_the_broker_away_and_goes_out_when_it_is_back(
     done = hive.cli("alpha", "send", "--to", "beta", "--text", "late")
     assert re.fullmatch(r"queued [0-9a-f-]{36}, no broker at the moment\n", done.stdout)
     waiting = hive.cli("alpha", "pending").stdout
-    assert done.stdout.split()[1].rstrip(",") in waiting
+    assert done.stdout.split()[1][:8] in waiting and "late" in waiting
     assert "NOT DELIVERED" in waiting and f"{hive.prefix}/beta/command" in waiting
     own_broker.start()
     assert beta.logged("text")["text"] == "late"
