@@ -6826,6 +6826,8 @@ class Members:
         """A state or a roster."""
         if not NAME.fullmatch(name):
             return
+        if kind == "state" and not delivery.payload:
+            return self._forget(name)
         payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
         said = read_json_object(payload) or {}
         sent = replace_surrogates(said)
@@ -6837,6 +6839,16 @@ class Members:
         self._keep(name, kind, payload if content else b"")
         if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
             self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
+
+    def _forget(self, name: str) -> None:
+        """Somebody has removed its state: it will not come back, or else is new when it does."""
+        member = self._members.pop(name, None)
+        if member:
+            self._size -= len(member.documents.pop("state", b""))
+            self._log.info("peer is forgotten", peer=name)
+        if member and member.documents:
+            self._members[name] = Member()  # its roster goes by itself
+            self._members[name].documents = member.documents
 
     def _hear_state(self, name: str, state: Mapping[str, Any], retained: bool) -> None:
         """Retained, it tells who should be there; else, who has just gone."""
@@ -9103,6 +9115,83 @@ class ReplyCollector:
         return True
 
 
+class NodeRemoval:
+    """Takes what a node left behind from the broker: its documents, and its agents' states."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config, self._mqtt, self._name = config, config.mqtt, name
+        self._states: dict[str, dict[str, Any]] = {}
+        self._kept: set[str] = set()  # topics
+        self._complete = False
+        self._loop = Loop(Log("error"))
+
+    def remove(self) -> int:
+        """How many documents that were; raises HiveError where there are none, or it is alive."""
+        load_paho()
+        self._mqtt = with_broker(self._config).mqtt
+        topics = self._config.topics
+        query = RetainedQuery(
+            *(self._loop, self._mqtt, [topics.meta("+", "state"), topics.meta(self._name, "+")]),
+            topics.private(self._config.node.id, new_id()),
+            *(self._hear, self._all_heard, self._failed),
+        )
+        self._turn(lambda: self._complete)
+        gone = self._removable()
+        missing = {*gone}
+
+        def removed(topic: str, code: int, words: str) -> None:
+            if is_failure(code):
+                raise broker_fault(self._mqtt, f"refused to publish to {topic}: {words.lower()}")
+            missing.discard(topic)
+
+        for topic in gone:
+            done = partial(removed, topic)
+            query.client.publish(OutgoingMessage(topic, b"", retain=True, done=done))
+        self._turn(lambda: not missing)
+        closed: list[bool] = []
+        query.client.close(lambda: closed.append(True), within=GOODBYE)
+        self._turn(lambda: closed)
+        self._loop.close()
+        return len(gone)
+
+    def _removable(self) -> list[str]:
+        name = self._name
+        rows = status_rows(self._states, self._config.heartbeat, time.time())
+        for row in rows:
+            if row.name == name and row.alive:
+                seen = f"{row.status}, seen {for_people(row.age_s)} ago"
+                raise HiveError(f"{name} is {seen}: only what is gone can be forgotten")
+        agents = {self._config.topics.meta(row.name, "state") for row in rows if row.node == name}
+        if not self._kept | agents:
+            where = f"at {self._mqtt.address} under {self._config.topics.prefix}/"
+            raise HiveError(f"nothing of {name} is kept {where}; who is there: hive-cli status")
+        return sorted(self._kept | agents)
+
+    def _hear(self, message: IncomingMessage) -> None:
+        name, document = self._config.topics.meta_of(message.topic) or ("", "")
+        if not message.payload or not NAME.fullmatch(name) or len(self._states) >= MAX_MEMBERS:
+            return
+        if document == "state" and len(message.payload) <= MAX_STATE:
+            self._states[name] = read_json_object(message.payload) or {}
+        if name == self._name:
+            self._kept.add(message.topic)
+
+    def _all_heard(self) -> None:
+        self._complete = True
+
+    def _failed(self, reason: str) -> None:
+        raise broker_fault(self._mqtt, reason)
+
+    def _turn(self, done: Callable[[], object]) -> None:
+        """Let it go on until something is done; raises BrokerError if that takes too long."""
+        timer = self._loop.after(PATIENCE, do_nothing)
+        while not done():
+            if self._loop.clock() >= timer.due:
+                raise broker_fault(self._mqtt, f"no answer in {PATIENCE:.2g} s")
+            self._loop.step()
+        timer.cancel()
+
+
 # ---- Setup: a hive.toml for this machine -------------------------------------------------
 #
 # What hive.toml shall say is a mapping of dotted keys ("mqtt.port"), from options, from answers
@@ -10762,6 +10851,17 @@ def command_roster(args: argparse.Namespace) -> int:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
         print(schedule_lines(rosters, time.time()), end="")
     return say_of_members(config, args, said, bool(rosters))
+
+
+@subcommand(
+    option("name", type=node_name, metavar="NAME", help="a node that will not come back"),
+    examples="hive.py forget old-laptop",
+)
+def command_forget(args: argparse.Namespace) -> int:
+    """Remove a node that will not come back from every view, with all that it left behind."""
+    removed = NodeRemoval(config_of(args), args.name).remove()
+    print(f"forgotten: {args.name} ({removed} document{'' if removed == 1 else 's'})")
+    return Exit.DONE
 
 
 def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:

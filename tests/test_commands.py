@@ -1034,6 +1034,35 @@ def test_status_checks_for_monitoring_in_one_line(hive: Hive) -> None:
     eventually("it fails", lambda: hive.cli("alpha", *check, code=1).stdout == line)
 
 
+def test_a_node_that_will_not_come_back_is_forgotten_everywhere(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    beta = hive.node("beta", '[[oc_instances]]\nname = "main"\nopenclaw_cmd = "true"\n')
+    beta.handler("ping", "#!/bin/sh\necho pong\n")
+    beta.start()
+    alpha.logged("peer is up", peer="beta")
+    ping = ["send", "--to", "beta", "--action", "ping", "--text", "x", "--wait", "20"]
+    hive.cli("alpha", *ping)
+    for name in ("beta", "main"):
+        alive = hive.cli("alpha", "forget", name, code=1).stderr
+        said = rf"hive: {name} is online, seen \d+s ago: only what is gone can be forgotten\n"
+        assert re.fullmatch(said, alive)
+    beta.stop()
+    alpha.logged("peer has stopped", peer="beta")
+    # its state and roster, the result of ping, the state of main
+    assert hive.cli("alpha", "forget", "beta").stdout == "forgotten: beta (4 documents)\n"
+    alpha.logged("peer is forgotten", peer="main")
+    for direct in ([], ["--direct"]):
+        rows = json.loads(hive.cli("alpha", "status", "--json", *direct).stdout)
+        assert [row["name"] for row in rows] == ["alpha"]
+        roster = json.loads(hive.cli("alpha", "roster", "--json", *direct).stdout)
+        assert [one["node"] for one in roster] == ["alpha"]
+    again = hive.cli("alpha", "forget", "beta", code=1).stderr
+    assert again.startswith("hive: nothing of beta is kept at ") and again.count("\n") == 1
+    beta.start()
+    eventually("it is new", lambda: len(alpha.events("peer is up", peer="beta")) == 2)
+    hive.cli("alpha", *ping)
+
+
 def test_status_and_roster_as_json(hive: Hive) -> None:
     alpha = hive.node("alpha", '[[oc_instances]]\nname = "main"\nopenclaw_cmd = "true"\n')
     alpha.handler("ping", "#!/bin/sh\necho pong\n")

@@ -910,6 +910,22 @@ def test_no_payload_stops_a_node(rig_of: Callable[..., Rig], topic: str, retaine
     assert rig.works()
 
 
+def test_a_lost_peer_that_is_forgotten_is_not_announced(rig: Rig) -> None:
+    rig.beat("gamma")
+    rig.hear_state("gamma", retained=True, status="online")
+    rig.turn()
+    rig.hear_state("gamma", status="offline", reason="connection lost")
+    rig.turn()
+    assert rig.events("peer is lost")
+    rig.hand_in("hive/meta/gamma/state", b"", False)
+    rig.advance(120)
+    assert rig.sent("alert") == [] and rig.kept("gamma", "state") == []
+    assert rig.events("peer is forgotten", peer="gamma")
+    rig.beat("gamma")
+    rig.turn()
+    assert len(rig.events("peer is up", peer="gamma")) == 2
+
+
 SENSELESS: list[object] = ["5", [5], {"a": 1}, None, True, 0, -1, 10**400, 1e300]
 
 
