@@ -2,322 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import signal
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import closing
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from conftest import calls_of, eventually
+from conftest import calls_of
+from rig import HANGS, Rig
 
 import hive
 
-T = TypeVar("T")
-EVERY_FIVE_SECONDS = hive.HeartbeatConfig()
 NOBODY = "no handler for action other, and no agent to ask about it"
-
-
-class Clock:
-    """Stands still until it is told to go on."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Wire:
-    """A link in memory: keeps what a node publishes, and gives back what is for everyone."""
-
-    def __init__(self, will: hive.OutgoingMessage) -> None:
-        self.will = will
-        self.published: list[hive.OutgoingMessage] = []
-        self.echoes: list[hive.OutgoingMessage] = []
-        self.unacknowledged: list[hive.OutgoingMessage] = []
-        self.probes: list[Callable[[bool], None]] = []
-        self.takes_connections: bool | None = True  # None: it does not answer
-        self.up = self.closed = self.silent = False
-
-    def set_broker(self, settings: hive.MqttConfig) -> None:
-        pass
-
-    def use_outbox(
-        self, outbox: hive.Journal, published: Callable[[hive.OutgoingMessage, int, str], None]
-    ) -> None:
-        self.outbox, self.told, self.last = outbox, published, 0
-
-    def open(self, listener: hive.ClientListener) -> None:
-        pass
-
-    def publish(self, message: hive.OutgoingMessage) -> None:
-        if self.up:
-            self.send(message)
-
-    def send_queued(self) -> None:
-        for message in (
-            self.outbox.next_outgoing(self.last, 1000) if self.outbox and self.up else ()
-        ):
-            self.last = message.n
-            self.send(message)
-
-    def send(self, message: hive.OutgoingMessage) -> None:
-        self.published.append(message)
-        self.unacknowledged.append(message)
-        if "/all/" in message.topic:
-            self.echoes.append(message)
-
-    def acknowledge(self, message: hive.OutgoingMessage, code: int, words: str) -> None:
-        """The broker has it, or refuses it."""
-        self.unacknowledged.remove(message)
-        if self.outbox and message.n:
-            self.outbox.dequeue(message, acknowledged=code == 0)
-        self.told(message, code, words)
-
-    def close(self, done: Callable[[], None], within: float) -> None:
-        self.closed = True
-        done()
-
-    def probe(self, done: Callable[[bool], None]) -> None:
-        self.probes.append(done)
-        if self.takes_connections is not None:
-            done(self.takes_connections)
-
-
-class Rig:
-    """The node beta on such a link, in the middle of its life."""
-
-    def __init__(
-        self,
-        home: Path,
-        handlers: Mapping[str, str],
-        agents: Sequence[hive.InstanceConfig],
-        settings: Mapping[str, hive.HandlerConfig],
-        level: str,
-        heartbeat: hive.HeartbeatConfig | None = None,
-        schedule: Sequence[hive.ScheduleConfig] = (),
-        **node: Any,
-    ) -> None:
-        self.handler_dir, self.state_dir = home / "hive-daemon.d", home / "state"
-        self.handler_dir.mkdir(exist_ok=True)
-        self.handler_dir.chmod(0o755)
-        for action, lines in handlers.items():
-            self.handler(action, lines)
-        self.config = hive.Config(
-            hive.NodeConfig("beta", handler_dir=self.handler_dir, state_dir=self.state_dir, **node),
-            oc_instances=tuple(agents),
-            handlers=settings,
-            heartbeat=heartbeat or hive.HeartbeatConfig(),
-            schedule=tuple(schedule),
-        )
-        self.clock, self.log, self.acked = Clock(), io.StringIO(), 0
-        log = hive.Log(level, "json", self.log)
-        self.loop = hive.Loop(log, self.clock)
-        self.journal = hive.Journal(self.state_dir, log, 7 * 86400, 64_000_000)
-        self.node = hive.Daemon(
-            self.config, self.loop, log, self.journal, "this-run", "", self._make_wire
-        )
-        self.node.start()
-        self.connect()
-
-    def _make_wire(self, config: hive.Config, will: hive.OutgoingMessage) -> hive.Transport:
-        self.wire = Wire(will)
-        return self.wire
-
-    def connect(self) -> None:
-        self.wire.up = True
-        self.node.link_up()
-        self.turn()
-
-    def disconnect(self) -> None:
-        self.wire.up = False
-        self.node.link_down("connection refused")
-        self.turn()
-
-    def end(self) -> None:
-        """Stop the node; whatever runs has its moment and is ended."""
-        if not self.wire.closed:
-            self.node.stop()
-            self.until("it has stopped", lambda: self.wire.closed, tick=0.5)
-        self.journal.close()
-        self.loop.close()
-        assert self.events("bug") == []
-
-    def turn(self) -> None:
-        """Do whatever is due by now."""
-        for _ in range(3):
-            while self.wire.up and self.wire.unacknowledged and not self.wire.silent:
-                self.wire.acknowledge(self.wire.unacknowledged[0], 0, "Success")
-            for echo in self.wire.echoes[:]:
-                self.wire.echoes.remove(echo)
-                self.node.deliver(
-                    hive.IncomingMessage(echo.topic, echo.payload, False, None, lambda: None)
-                )
-            self.loop.post(lambda: None)
-            self.loop.step()
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass, as fast as it goes."""
-        until = self.clock.now + seconds
-        while self.clock.now < until:
-            self.clock.now = min(until, self.clock.now + 0.5)
-            self.turn()
-
-    def live(self, seconds: int, *alive: str) -> None:
-        """Let time pass, while these peers show that they are alive."""
-        for second in range(seconds):
-            if second % 5 == 0:
-                for name in alive:
-                    self.beat(name)
-            self.advance(1)
-
-    def until(self, what: str, check: Callable[[], T], tick: float = 0.01) -> T:
-        """Wait for real processes; the clock goes on about as fast as everyone's."""
-
-        def tried() -> T:
-            self.turn()
-            self.clock.now += tick
-            return check()
-
-        return eventually(what, tried)
-
-    # What comes in
-
-    def ask(self, client: hive.ControlClient, **request: object) -> dict[str, Any]:
-        """What a command on this machine is told at the door."""
-        answers: list[dict[str, Any]] = []
-        asking = threading.Thread(target=lambda: answers.append(client.ask(request)))
-        asking.start()
-        self.until("an answer at the door", lambda: not asking.is_alive())
-        return answers[0]
-
-    def handler(self, action: str, lines: str) -> None:
-        made = self.handler_dir.parent / f"{action}.new"
-        made.write_text(f"#!/bin/sh\n{lines}\n")
-        made.chmod(0o755)
-        made.rename(self.handler_dir / action)
-
-    def hand_in(
-        self,
-        topic: str,
-        payload: bytes,
-        retained: bool = False,
-        expires_in: int | None = None,
-        ack: Callable[[], None] = lambda: None,
-    ) -> None:
-        def acked() -> None:
-            self.acked += 1
-            ack()
-
-        self.node.deliver(hive.IncomingMessage(topic, payload, retained, expires_in, acked))
-
-    def tell(self, envelope: hive.Envelope, **how: Any) -> hive.Envelope:
-        self.hand_in(f"hive/{envelope.to}/{envelope.ch}", envelope.encode(), **how)
-        return envelope
-
-    def say(self, ch: str, action: str | None = None, **fields: Any) -> hive.Envelope:
-        """Alpha says something to beta, or as `fields` have it."""
-        given = {"sender": "alpha", "to": "beta", "text": "hello", **fields}
-        return self.tell(hive.Envelope.new(ch=ch, action=action, **given))
-
-    def beat(self, name: str, boot: str = "first", **inner: Any) -> None:
-        text = json.dumps({"node_id": name, "interval": 5.0, "boot": boot, **inner})
-        self.say("heartbeat", sender=name, to="all", text=text)
-
-    def hear_state(self, name: str, retained: bool = False, **state: Any) -> None:
-        document = {"node_id": name, "daemon_node": name, **state}
-        self.hand_in(f"hive/meta/{name}/state", json.dumps(document).encode(), retained)
-
-    # What goes out
-
-    def sent(self, ch: str = "") -> list[hive.Envelope]:
-        """The envelopes published so far, without heartbeats."""
-        payloads = [
-            p.payload
-            for p in self.wire.published
-            if "/meta/" not in p.topic and not p.topic.endswith("/heartbeat")
-        ]
-        return [e for e in map(hive.Envelope.parse, payloads) if ch in ("", e.ch)]
-
-    def answer_to(self, envelope: hive.Envelope) -> hive.Envelope:
-        """Wait for it; it is the only one."""
-        self.until(f"an answer to {envelope}", lambda: self.answers_to(envelope))
-        (answer,) = self.answers_to(envelope)
-        return answer
-
-    def answers_to(self, envelope: hive.Envelope) -> list[hive.Envelope]:
-        return [e for e in self.sent() if e.reply_to == envelope.id]
-
-    def heartbeats(self) -> list[hive.OutgoingMessage]:
-        return [p for p in self.wire.published if p.topic == "hive/all/heartbeat"]
-
-    def kept(self, name: str, document: str) -> list[dict[str, Any]]:
-        """The documents published on a meta topic."""
-        topic = f"hive/meta/{name}/{document}"
-        return [json.loads(p.payload) for p in self.wire.published if p.topic == topic]
-
-    def events(self, event: str = "", **facts: object) -> list[dict[str, Any]]:
-        rows = [json.loads(line) for line in self.log.getvalue().splitlines()]
-        return [row for row in rows if event in ("", row["event"]) and facts.items() <= row.items()]
-
-    def started(self) -> list[str]:
-        """What was started: handlers and calls of agents."""
-        return [
-            row.get("action") or row["agent"]
-            for row in self.events()
-            if row["event"] in ("handler started", "waking agent")
-        ]
-
-    def works(self) -> bool:
-        """Does it still answer?"""
-        return self.answer_to(self.say("command", "ping")).text == "pong"
-
-
-@pytest.fixture
-def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
-    """Make a node with these handlers (name: lines of sh); it is ended with the test."""
-    monkeypatch.setenv("HOME", str(tmp_path))  # no OpenClaw of this user is looked for
-    made: list[Rig] = []
-
-    def make(
-        agents: Sequence[hive.InstanceConfig] = (),
-        settings: Mapping[str, hive.HandlerConfig] | None = None,
-        level: str = "debug",
-        node: Mapping[str, Any] | None = None,
-        heartbeat: hive.HeartbeatConfig = EVERY_FIVE_SECONDS,
-        **handlers: str,
-    ) -> Rig:
-        handlers = {"ping": "echo pong", **handlers}
-        rig = Rig(tmp_path, handlers, agents, settings or {}, level, heartbeat, **(node or {}))
-        made.append(rig)
-        return made[-1]
-
-    yield make
-    for rig in made[-1:]:
-        rig.end()
-
-
-@pytest.fixture
-def rig(rig_of: Callable[..., Rig]) -> Rig:
-    """A node with a handler `ping` and no agent."""
-    return rig_of()
-
-
-@pytest.fixture
-def main(fast_agent: Path) -> hive.InstanceConfig:
-    """An agent that is really called."""
-    return hive.InstanceConfig("main", openclaw_cmd=(str(fast_agent),))
-
-
-HANGS = "while [ ! -e ../gate ]; do sleep 0.02; done; echo through"
 
 
 # The table of the protocol, "What a node does with an envelope"
@@ -355,7 +54,7 @@ HANGS = "while [ ! -e ../gate ]; do sleep 0.02; done; echo through"
 @pytest.mark.parametrize("to", ["beta", "all", "main"])
 def test_a_node_with_an_agent_and_each_kind_of_message(
     rig_of: Callable[..., Rig],
-    main: hive.InstanceConfig,
+    main_agent: hive.InstanceConfig,
     fast_agent: Path,
     to: str,
     ch: str,
@@ -363,7 +62,7 @@ def test_a_node_with_an_agent_and_each_kind_of_message(
     urgency: str,
     expected: str | None,
 ) -> None:
-    rig = rig_of([main])
+    rig = rig_of([main_agent])
     asked = rig.say(ch, action, urgency=urgency, to=to)
     if expected == "run":
         assert rig.answer_to(asked).ch == "response"
@@ -457,13 +156,13 @@ def test_a_handler_reads_the_envelope_as_one_line(rig_of: Callable[..., Rig]) ->
 
 
 def test_a_handler_finds_its_agent_in_the_environment_and_no_secret(
-    rig_of: Callable[..., Rig], main: hive.InstanceConfig, monkeypatch: pytest.MonkeyPatch
+    rig_of: Callable[..., Rig], main_agent: hive.InstanceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key in hive.NOT_INHERITED:
         monkeypatch.setenv(key, "of the daemon")
     monkeypatch.setenv("EDITOR", "ed")
     other = hive.InstanceConfig("other", profile="work", token="x-y-z", hook_token="x-y-z")
-    rig = rig_of([main, other], show="env")
+    rig = rig_of([main_agent, other], show="env")
     lines = rig.answer_to(rig.say("command", "show", to="other")).text.splitlines()
     assert {"HIVE_AGENT=other", "HIVE_PROFILE=work", "HIVE_TO=other", "EDITOR=ed"} <= set(lines)
     assert not [line for line in lines if "x-y-z" in line or "of the daemon" in line]
@@ -593,9 +292,9 @@ def test_the_message_after_a_thousand_that_wait_is_refused_as_busy(
 
 
 def test_the_answer_that_somebody_waits_for_does_not_wake_the_agent(
-    rig_of: Callable[..., Rig], main: hive.InstanceConfig
+    rig_of: Callable[..., Rig], main_agent: hive.InstanceConfig
 ) -> None:
-    rig = rig_of([main])
+    rig = rig_of([main_agent])
     client = hive.ControlClient(rig.state_dir / "door", "beta")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
     assert rig.ask(client, do="sent", envelope=asked, wait=True) == {"ok": True}
@@ -612,9 +311,9 @@ def test_the_answer_that_somebody_waits_for_does_not_wake_the_agent(
 
 
 def test_the_answer_that_somebody_has_just_read_does_not_wake_the_agent(
-    rig_of: Callable[..., Rig], main: hive.InstanceConfig
+    rig_of: Callable[..., Rig], main_agent: hive.InstanceConfig
 ) -> None:
-    rig = rig_of([main])
+    rig = rig_of([main_agent])
     client = hive.ControlClient(rig.state_dir / "door", "beta")
     asked = hive.Envelope.new("beta", "alpha", "command", "well?", id="c-1").document()
     rig.ask(client, do="sent", envelope=asked, wait=True)
@@ -630,9 +329,9 @@ def test_the_answer_that_somebody_has_just_read_does_not_wake_the_agent(
 
 
 def test_the_answer_to_a_question_that_nobody_waits_for_wakes_the_agent_with_the_question(
-    rig_of: Callable[..., Rig], main: hive.InstanceConfig, fast_agent: Path
+    rig_of: Callable[..., Rig], main_agent: hive.InstanceConfig, fast_agent: Path
 ) -> None:
-    rig = rig_of([main])
+    rig = rig_of([main_agent])
     client = hive.ControlClient(rig.state_dir / "door", "beta")
     text = "is the backup\ndone?" + " " * 1000
     asked = hive.Envelope.new("beta", "alpha", "command", text, id="c-1").document()
@@ -670,9 +369,9 @@ def test_the_reply_of_an_agents_turn_is_the_answer(
 
 @pytest.mark.parametrize("sender", ["alpha", "beta"])
 def test_nothing_on_the_bus_can_silence_the_agent(
-    rig_of: Callable[..., Rig], main: hive.InstanceConfig, sender: str
+    rig_of: Callable[..., Rig], main_agent: hive.InstanceConfig, sender: str
 ) -> None:
-    rig = rig_of([main])
+    rig = rig_of([main_agent])
     rig.say("status", sender=sender, text="waiting", corr="c-1", ttl=60, urgency="later")
     rig.say("response", corr="c-1")
     rig.until("the agent hears it", lambda: rig.started() == ["main"])
@@ -757,12 +456,12 @@ HOUR = 3600
 )
 def test_a_message_in_the_wrong_place_or_time_is_dropped(
     rig_of: Callable[..., Rig],
-    main: hive.InstanceConfig,
+    main_agent: hive.InstanceConfig,
     ch: str,
     how: dict[str, Any],
     why: str,
 ) -> None:
-    rig = rig_of([main])
+    rig = rig_of([main_agent])
     given = {"text": "hello", "action": "ping", **how}
     topic, retained = given.pop("topic", None), given.pop("retained", False)
     envelope = hive.Envelope.new("alpha", given.pop("to", "beta"), ch, **given)
@@ -1033,541 +732,6 @@ def test_every_message_is_acknowledged_once(rig: Rig) -> None:
     assert rig.acked == 6
 
 
-# Who is there
-
-
-def lost(rig: Rig) -> list[str]:
-    return [row["peer"] for row in rig.events("peer is lost")]
-
-
-def test_a_silent_node_is_lost_once(rig: Rig) -> None:
-    rig.beat("gamma")
-    rig.advance(14)
-    assert lost(rig) == []
-    rig.advance(11)
-    assert lost(rig) == ["gamma"]
-    (alert,) = rig.sent("alert")
-    assert (alert.sender, alert.to, alert.urgency) == ("beta", "all", "now")
-    assert "gamma is lost" in alert.text
-    (published,) = [p for p in rig.wire.published if p.topic == "hive/all/alert"]
-    assert (published.qos, published.retain) == (1, False)
-    rig.advance(300)
-    assert lost(rig) == ["gamma"]
-    assert rig.sent("alert") == [alert]
-
-
-def test_a_loss_wakes_the_agent(
-    rig_of: Callable[..., Rig], main: hive.InstanceConfig, fast_agent: Path
-) -> None:
-    rig = rig_of([main])
-    rig.beat("gamma")
-    rig.advance(25)
-    (call,) = rig.until("the agent is called", lambda: calls_of(fast_agent))
-    assert "gamma is lost" in call["argv"][3]
-
-
-def test_a_peer_that_shows_itself_is_not_lost(rig: Rig) -> None:
-    rig.live(100, "alpha", "gamma")
-    assert lost(rig) == []
-    assert rig.sent() == []
-
-
-@pytest.mark.parametrize("interval", [1.0, 60.0])
-def test_a_peer_is_judged_by_its_own_interval(rig: Rig, interval: float) -> None:
-    rig.beat("gamma", interval=interval)
-    rig.advance(2.5 * interval)
-    assert lost(rig) == []
-    rig.advance(interval + 10)
-    assert lost(rig) == ["gamma"]
-    assert len(rig.sent("alert")) == 1
-
-
-def test_the_next_in_line_speaks_when_the_first_keeps_silent(rig: Rig) -> None:
-    rig.beat("gamma")
-    rig.live(22, "alpha")
-    assert lost(rig) == ["gamma"]
-    assert rig.sent("alert") == []
-    rig.live(10, "alpha")
-    assert len(rig.sent("alert")) == 1
-    rig.live(100, "alpha")
-    assert len(rig.sent("alert")) == 1
-
-
-def test_the_next_in_line_speaks_at_once_when_the_first_is_lost_too(rig: Rig) -> None:
-    rig.beat("alpha")
-    rig.beat("gamma")
-    rig.advance(25)
-    assert sorted(alert.text[:5] for alert in rig.sent("alert")) == ["alpha", "gamma"]
-
-
-@pytest.mark.parametrize("seconds", [18, 21], ids=["before we noticed", "after we noticed"])
-def test_nothing_is_said_when_somebody_spoke_already(rig: Rig, seconds: int) -> None:
-    rig.beat("gamma")
-    rig.live(seconds, "alpha")
-    assert rig.sent("alert") == []
-    rig.say("alert", to="all", text="gamma is lost", corr=hive.loss_of("gamma"))
-    rig.live(60, "alpha")
-    assert lost(rig) == ["gamma"]
-    assert rig.sent("alert") == []
-
-
-def test_a_second_loss_is_told_again(rig: Rig) -> None:
-    for count in (1, 2, 3):
-        rig.beat("gamma")
-        rig.advance(25)
-        assert lost(rig) == ["gamma"] * count
-        assert len(rig.sent("alert")) == count
-        rig.advance(100)
-
-
-def test_a_connection_that_dies_is_told_at_once(rig: Rig) -> None:
-    rig.beat("gamma")
-    rig.turn()
-    rig.hear_state("gamma", status="offline", reason="connection lost")
-    rig.turn()
-    assert lost(rig) == ["gamma"]
-    rig.advance(2)
-    assert len(rig.sent("alert")) == 1
-    rig.hear_state("gamma", status="offline", reason="connection lost")
-    rig.advance(100)
-    assert lost(rig) == ["gamma"]
-    assert len(rig.sent("alert")) == 1
-
-
-def test_a_clean_goodbye_is_no_loss(rig: Rig) -> None:
-    rig.beat("gamma")
-    rig.turn()
-    rig.hear_state("gamma", status="offline", reason="stopped")
-    rig.advance(100)
-    assert lost(rig) == []
-    assert rig.sent() == []
-    assert rig.events("peer has stopped", peer="gamma")
-    assert rig.kept("beta", "state")[-1]["known_peers"] == []
-
-
-@pytest.mark.parametrize("how", ["silence", "will", "word of another"])
-def test_a_peer_that_comes_back_is_told_once(rig: Rig, how: str) -> None:
-    rig.beat("gamma")
-    rig.turn()
-    match how:
-        case "silence":
-            rig.advance(25)
-        case "will":
-            rig.hear_state("gamma", status="offline", reason="connection lost")
-        case _:
-            rig.say("alert", to="all", text="gamma is lost", corr=hive.loss_of("gamma"))
-            rig.hear_state("gamma", status="offline", reason="lost")
-    rig.advance(3)
-    assert lost(rig) == ["gamma"]
-    rig.beat("gamma", boot="second")
-    rig.turn()
-    (status,) = rig.sent("status")
-    assert (status.sender, status.to, status.text) == ("beta", "all", "gamma is back")
-    assert rig.events("peer is back", peer="gamma")
-    rig.live(30, "gamma")
-    assert rig.sent("status") == [status]
-
-
-def test_only_the_first_in_line_says_who_is_back(rig: Rig) -> None:
-    rig.beat("gamma")
-    rig.live(25, "alpha")
-    rig.live(20, "alpha", "gamma")
-    assert rig.sent("status") == []
-    assert rig.events("peer is back", peer="gamma")
-
-
-def test_a_peer_that_is_new_or_restarts_is_no_news_for_the_hive(rig: Rig) -> None:
-    rig.beat("gamma", boot="first")
-    rig.beat("gamma", boot="second")
-    rig.turn()
-    assert rig.events("peer is up", peer="gamma")
-    assert rig.events("peer has restarted", peer="gamma")
-    assert rig.sent() == []
-
-
-def test_nobody_is_blamed_for_an_outage_of_our_link(rig: Rig) -> None:
-    rig.beat("gamma")
-    rig.turn()
-    rig.disconnect()
-    rig.advance(100)
-    rig.connect()
-    rig.advance(14)
-    assert lost(rig) == []
-    rig.advance(11)
-    assert lost(rig) == ["gamma"]
-    assert len(rig.sent("alert")) == 1
-
-
-def test_an_outage_is_one_line_and_nothing_is_heard_of_heartbeats_in_it(rig: Rig) -> None:
-    rig.disconnect()
-    before = len(rig.wire.published)
-    for _ in range(5):
-        rig.disconnect()
-        rig.advance(20)
-    assert len(rig.wire.published) == before
-    assert len(rig.events("no broker, trying again", level="error")) == 1
-    rig.connect()
-    rig.advance(1)
-    assert rig.kept("beta", "state")[-1]["status"] == "online"
-
-
-def test_a_broker_that_stops_does_not_make_everyone_lost(rig: Rig) -> None:
-    """It publishes the others' wills first, and ends our connection a moment later."""
-    rig.live(10, "alpha", "gamma")
-    for name in ("alpha", "gamma"):
-        rig.hear_state(name, status="offline", reason="connection lost")
-    rig.advance(0.5)
-    rig.disconnect()
-    rig.advance(60)
-    rig.connect()
-    rig.live(60, "alpha", "gamma")
-    assert rig.sent() == []
-
-
-def dies(rig: Rig, *names: str) -> None:
-    """The broker publishes their wills."""
-    for name in names:
-        rig.hear_state(name, status="offline", reason="connection lost")
-
-
-def alerts(rig: Rig) -> list[str]:
-    return [alert.text.partition(" is lost")[0] for alert in rig.sent("alert")]
-
-
-MANY = [f"n{i:02}" for i in range(30)]
-
-
-@pytest.mark.parametrize("seconds", [1, 4, 20])
-@pytest.mark.parametrize("count", [2, 3, 30])
-def test_a_broker_that_stops_slowly_is_no_loss(rig: Rig, count: int, seconds: float) -> None:
-    """It closes one connection after the other, ours last, and takes none any more."""
-    for name in MANY[:count]:
-        rig.beat(name)
-    rig.wire.takes_connections = False
-    for i, name in enumerate(MANY[:count]):
-        dies(rig, name)
-        for other in MANY[i + 1 : count]:  # the rest is served
-            rig.beat(other)
-        rig.advance(seconds / count)
-    rig.disconnect()
-    rig.wire.takes_connections = True
-    rig.advance(30)
-    rig.connect()
-    rig.live(60, *MANY[:count])
-    assert rig.sent() == []
-
-
-def test_a_broker_that_hangs_while_it_stops_is_no_loss(rig: Rig) -> None:
-    rig.live(10, "alpha", "gamma")
-    rig.wire.takes_connections = None
-    dies(rig, "alpha", "gamma")
-    rig.advance(20)
-    rig.disconnect()
-    rig.advance(100)
-    assert rig.sent() == []
-
-
-def test_a_crowd_whose_connections_die_but_who_come_back_is_no_loss(rig: Rig) -> None:
-    """As behind a router that restarts: the broker itself is well."""
-    for name in MANY:
-        rig.beat(name)
-    for i, name in enumerate(MANY):
-        dies(rig, name)
-        rig.advance(0.1)
-        for back in MANY[max(0, i - 12) : i - 9]:
-            rig.beat(back)
-    for name in MANY:
-        rig.beat(name)
-    rig.advance(10)
-    assert rig.sent() == []
-
-
-@pytest.mark.parametrize("count", [1, 5, 30])
-def test_those_who_really_died_are_told_within_four_seconds(rig: Rig, count: int) -> None:
-    for name in ("zeta", *MANY):
-        rig.beat(name)
-    rig.turn()
-    dies(rig, *MANY[:count])
-    rig.advance(3.5)
-    assert sorted(alerts(rig)) == MANY[:count]
-    assert len(rig.wire.probes) == 1
-
-
-def test_a_loss_is_told_once_the_broker_takes_connections_again(rig: Rig) -> None:
-    rig.wire.takes_connections = False
-    rig.beat("gamma")
-    rig.turn()
-    dies(rig, "gamma")
-    rig.advance(10)
-    assert alerts(rig) == []
-    rig.wire.takes_connections = True
-    rig.advance(3)
-    assert alerts(rig) == ["gamma"]
-
-
-def test_a_broker_that_takes_no_more_connections_does_not_hide_a_loss_for_ever(rig: Rig) -> None:
-    rig.wire.takes_connections = False
-    rig.live(5, "alpha", "gamma")
-    dies(rig, "gamma")
-    rig.live(50, "alpha")
-    assert alerts(rig) == []
-    rig.live(20, "alpha")
-    assert alerts(rig) == ["gamma"]
-
-
-def test_what_was_shown_before_a_loss_shows_nothing_about_it(rig: Rig) -> None:
-    """A connection that was asked for before the last one died proves nothing."""
-    rig.wire.takes_connections = None
-    rig.beat("gamma")
-    rig.beat("delta")
-    rig.turn()
-    dies(rig, "gamma")
-    rig.advance(2)
-    dies(rig, "delta")
-    rig.wire.probes[0](True)
-    rig.advance(1)
-    assert alerts(rig) == []
-    rig.advance(1)
-    rig.wire.probes[1](True)
-    rig.advance(1)
-    assert sorted(alerts(rig)) == ["delta", "gamma"]
-
-
-def test_who_comes_and_goes_all_the_time_does_not_hide_the_loss_of_another(rig: Rig) -> None:
-    rig.beat("gamma")
-    rig.turn()
-    dies(rig, "gamma")
-    for _ in range(70):
-        rig.beat("delta")
-        rig.turn()
-        dies(rig, "delta")
-        rig.advance(1)
-    assert "gamma" in alerts(rig)
-
-
-def test_a_node_that_slept_does_not_blame_the_others(rig: Rig) -> None:
-    rig.beat("gamma")
-    rig.turn()
-    rig.clock.now += 1000
-    rig.turn()
-    assert lost(rig) == []
-    rig.advance(14)
-    assert lost(rig) == []
-    rig.advance(11)
-    assert lost(rig) == ["gamma"]
-
-
-def test_a_node_that_died_while_nobody_looked_is_lost(rig: Rig) -> None:
-    rig.hear_state("gamma", retained=True, status="online", last_seen=1771143500)
-    rig.advance(14)
-    assert lost(rig) == []
-    rig.advance(11)
-    assert lost(rig) == ["gamma"]
-    (alert,) = rig.sent("alert")
-    assert "last seen 2026-02-15 08:18:20 UTC" in alert.text
-
-
-def test_a_node_known_from_its_state_is_judged_by_its_own_interval(rig: Rig) -> None:
-    rig.hear_state(
-        "gamma",
-        retained=True,
-        **{"status": "online", "last_seen": int(time.time()), "interval": 60.0},
-    )
-    rig.advance(150)
-    assert lost(rig) == []
-    rig.advance(50)
-    assert lost(rig) == ["gamma"]
-
-
-@pytest.mark.parametrize(
-    ("name", "state"),
-    [
-        ("gamma", {"status": "offline", "last_seen": 1771143500}),
-        ("gamma", {"status": "offline", "reason": "connection lost"}),
-        ("gamma", {}),
-        ("beta", {"status": "online", "last_seen": 1771143500}),
-        ("helper", {"status": "online", "daemon_node": "gamma", "last_seen": 1771143500}),
-    ],
-    ids=["stopped", "crashed before", "says nothing", "ourselves", "an agent"],
-)
-def test_a_kept_state_that_promises_nothing_is_no_loss(
-    rig: Rig, name: str, state: dict[str, Any]
-) -> None:
-    rig.hear_state(name, retained=True, **state)
-    rig.advance(100)
-    assert lost(rig) == []
-    assert rig.sent() == []
-
-
-@pytest.mark.parametrize("last_seen", [None, "yesterday", [], True, -1, 10**18, 1.5, float("nan")])
-def test_a_kept_state_with_a_senseless_time_is_judged_like_any_other(
-    rig: Rig, last_seen: object
-) -> None:
-    rig.hear_state("gamma", retained=True, status="online", last_seen=last_seen)
-    rig.advance(25)
-    assert lost(rig) == ["gamma"]
-    assert len(rig.sent("alert")) == 1
-
-
-def test_a_node_does_not_listen_to_its_own_heartbeats(rig: Rig) -> None:
-    rig.beat("beta", boot="this-run")
-    rig.advance(100)
-    assert lost(rig) == []
-    assert rig.kept("beta", "state")[-1]["known_peers"] == []
-
-
-# What it tells of itself
-
-
-def test_a_heartbeat_comes_every_interval(rig: Rig) -> None:
-    rig.advance(50)
-    heartbeats = rig.heartbeats()
-    assert 10 <= len(heartbeats) <= 12
-    assert {(p.qos, p.retain, p.n) for p in heartbeats} == {(0, False, 0)}
-    inner = [json.loads(hive.Envelope.parse(p.payload).text) for p in heartbeats]
-    last = inner[-1]
-    assert (last["node_id"], last["interval"], last["boot"]) == ("beta", 5.0, "this-run")
-    assert last["uptime_s"] == 50.0
-    assert last["oc_instances"] == []
-    assert "load_1m" in last
-    assert [row["seq"] for row in inner] == sorted({row["seq"] for row in inner})
-
-
-def test_a_state_that_says_nothing_new_is_published_before_it_seems_stale(rig: Rig) -> None:
-    """By whatever version it is read: last_seen, interval and miss_threshold are what it has."""
-    rig.live(61, "gamma")
-    seen = [state["uptime_s"] for state in rig.kept("beta", "state")]
-    gaps = [later - earlier for earlier, later in pairwise(seen)]
-    assert gaps[1:] == [10.0] * len(gaps[1:]), "no more than it must be"
-    for _ in range(10):
-        rig.advance(2.5)
-        rig.disconnect()
-        rig.connect()
-        rig.live(21, "gamma")
-    seen = [state["uptime_s"] for state in rig.kept("beta", "state")]
-    assert max(later - earlier for earlier, later in pairwise(seen)) <= 5.0 * 2 + 0.5
-
-
-@pytest.mark.parametrize("what", ["known_peers", "status", "after an outage"])
-def test_a_state_that_says_something_new_is_published_with_the_next_heartbeat(
-    rig_of: Callable[..., Rig], what: str
-) -> None:
-    agents = [hive.InstanceConfig("main", openclaw_cmd=("/no/such/openclaw",))]
-    rig = rig_of(agents)
-    rig.advance(11)
-    before = len(rig.kept("beta", "state"))
-    match what:
-        case "known_peers":
-            rig.beat("gamma")
-        case "status":
-            rig.say("command")
-        case _:
-            rig.disconnect()
-            rig.connect()
-            assert len(rig.kept("beta", "state")) == before + 1
-            return
-    rig.advance(4.5)
-    assert len(rig.kept("beta", "state")) == before + 1
-    assert len(rig.kept("main", "state")) == len(rig.kept("beta", "state"))
-
-
-@pytest.mark.parametrize("missed", [1, 2, 10])
-def test_a_state_is_renewed_as_often_as_its_miss_threshold_asks(
-    rig_of: Callable[..., Rig], missed: int
-) -> None:
-    rig = rig_of(heartbeat=hive.HeartbeatConfig(miss_threshold=missed))
-    rig.advance(101)
-    seen = [state["uptime_s"] for state in rig.kept("beta", "state")]
-    gaps = {later - earlier for earlier, later in pairwise(seen)}
-    assert gaps == {5.0 * max(1, missed - 1)}
-
-
-def test_somebody_with_our_name_is_answered_with_a_heartbeat(rig: Rig) -> None:
-    rig.advance(2)
-    before = len(rig.heartbeats())
-    for _ in range(20):
-        rig.say("heartbeat", sender="beta", text=json.dumps({"boot": "another"}))
-    rig.turn()
-    assert len(rig.heartbeats()) == before + 1
-
-
-def test_the_state_tells_how_a_node_is(rig_of: Callable[..., Rig]) -> None:
-    agent = hive.InstanceConfig("main", openclaw_cmd=("/no/such/openclaw",), token="secret")
-    rig = rig_of([agent])
-    rig.live(15, "gamma", "alpha")
-    for name in ("beta", "main"):
-        (*_, published) = [p for p in rig.wire.published if p.topic == f"hive/meta/{name}/state"]
-        assert (published.qos, published.retain) == (1, True)
-        state = json.loads(published.payload)
-        assert state["node_id"] == name
-        assert state["daemon_node"] == "beta"
-        assert state["status"] == "online"
-        assert abs(state["last_seen"] - time.time()) < 60
-        assert state["uptime_s"] == 15.0
-        assert state["known_peers"] == ["alpha", "gamma"]
-        assert state["version"].startswith(hive.__version__)
-        assert state["instance"] == "this-run"
-        assert state["oc"]["main"]["status"] == "unknown"
-        assert {"load_1m", "counters"} <= state.keys()
-    rig.say("command")
-    rig.advance(10)
-    state = rig.kept("beta", "state")[-1]
-    assert state["status"] == "degraded"
-    assert state["oc"]["main"]["status"] == "down"
-    assert "No such file" in state["reason"]
-    assert b"secret" not in b"".join(p.payload for p in rig.wire.published)
-
-
-def test_a_node_without_a_disk_is_degraded(rig_of: Callable[..., Rig], tmp_path: Path) -> None:
-    (tmp_path / "state").touch()
-    rig = rig_of()
-    rig.advance(5)
-    assert rig.kept("beta", "state")[-1]["status"] == "degraded"
-    assert rig.works()
-
-
-def test_the_will_says_that_the_connection_was_lost(rig: Rig) -> None:
-    will = rig.wire.will
-    assert (will.topic, will.qos, will.retain) == ("hive/meta/beta/state", 1, True)
-    state = json.loads(will.payload)
-    assert (state["node_id"], state["status"]) == ("beta", "offline")
-    assert state["reason"] == "connection lost"
-
-
-def test_the_roster_tells_what_a_node_can_do(
-    rig_of: Callable[..., Rig], main: hive.InstanceConfig
-) -> None:
-    rig = rig_of([main], deploy="exit 1")
-    (published,) = [p for p in rig.wire.published if p.topic == "hive/meta/beta/roster"]
-    assert (published.qos, published.retain) == (1, True)
-    roster = json.loads(published.payload)
-    assert roster["node"] == "beta"
-    assert (roster["agents"], roster["handlers"]) == (["main"], ["deploy", "ping"])
-    assert roster["version"] == hive.__version__
-
-
-def test_the_roster_is_told_again_when_the_handlers_change(rig: Rig) -> None:
-    def handlers() -> list[list[str]]:
-        return [roster["handlers"] for roster in rig.kept("beta", "roster")]
-
-    rig.advance(20)
-    assert handlers() == [["ping"]]
-    rig.handler("deploy", "echo deployed")
-    rig.advance(5)
-    assert handlers() == [["ping"], ["deploy", "ping"]]
-    assert rig.answer_to(rig.say("command", "deploy")).text == "deployed"
-    (rig.handler_dir / "deploy").unlink()
-    rig.advance(20)
-    assert handlers() == [["ping"], ["deploy", "ping"], ["ping"]]
-
-
-def test_sighup_makes_a_node_look_at_its_handlers(rig: Rig) -> None:
-    rig.handler("deploy", "echo deployed")
-    os.kill(os.getpid(), signal.SIGHUP)
-    rig.turn()
-    assert rig.kept("beta", "roster")[-1]["handlers"] == ["deploy", "ping"]
-
-
 @pytest.mark.parametrize(
     ("there", "elsewhere", "why"),
     [
@@ -1600,165 +764,3 @@ def test_a_start_says_which_handlers_it_serves_and_from_where(rig: Rig) -> None:
     (line,) = rig.events("handlers")
     assert (line["level"], line["dir"]) == ("info", str(rig.handler_dir))
     assert line["actions"] == "ping" and not rig.events("no handlers")
-
-
-def test_a_file_that_is_no_handler_is_told_once(rig: Rig) -> None:
-    (rig.handler_dir / "notes.txt").write_text("how to deploy")
-    rig.advance(60)
-    (line,) = rig.events("not a handler")
-    assert (line["level"], line["file"]) == ("warning", "notes.txt")
-
-
-# The end
-
-
-def last_words(rig: Rig, count: int = 1) -> list[tuple[str, str, str]]:
-    """The topics of the last publications, with status and reason."""
-    words = []
-    for publication in rig.wire.published[-count:]:
-        state = json.loads(publication.payload)
-        assert publication.retain and publication.qos == 1
-        words.append((publication.topic, state.get("status"), state.get("reason")))
-    return words
-
-
-OFFLINE = ("hive/meta/beta/state", "offline", "stopped")
-
-
-def test_a_node_says_goodbye(rig: Rig) -> None:
-    rig.node.stop()
-    rig.until("it has stopped", lambda: rig.wire.closed)
-    assert last_words(rig) == [OFFLINE]
-
-
-def test_a_node_says_goodbye_for_its_agents_too(
-    rig_of: Callable[..., Rig], main: hive.InstanceConfig
-) -> None:
-    rig = rig_of([main])
-    rig.node.stop()
-    rig.until("it has stopped", lambda: rig.wire.closed)
-    assert sorted(last_words(rig, 2)) == [OFFLINE, ("hive/meta/main/state", "offline", "stopped")]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_a_node(rig: Rig, number: int) -> None:
-    os.kill(os.getpid(), number)
-    rig.until("it has stopped", lambda: rig.wire.closed)
-    assert last_words(rig) == [OFFLINE]
-
-
-def test_a_running_handler_may_end_before_the_node_does(rig_of: Callable[..., Rig]) -> None:
-    rig = rig_of(hang=HANGS)
-    asked = rig.say("command", "hang")
-    rig.until("it runs", rig.started)
-    rig.node.stop()
-    rig.advance(1)
-    assert not rig.wire.closed
-    (rig.handler_dir.parent / "gate").touch()
-    assert rig.answer_to(asked).text == "through"
-    rig.until("it has stopped", lambda: rig.wire.closed)
-    assert last_words(rig) == [OFFLINE]
-
-
-def test_nothing_is_sent_for_a_command_while_a_node_stops(rig_of: Callable[..., Rig]) -> None:
-    rig = rig_of(hang=HANGS)
-    rig.say("command", "hang")
-    rig.until("it runs", rig.started)
-    rig.node.stop()
-    client = hive.ControlClient(rig.state_dir / "door", "beta")
-    late = hive.Envelope.new("beta", "alpha", "command", "too late", id="late").document()
-    assert rig.ask(client, do="send", envelope=late) == {"error": "the daemon is stopping"}
-    client.close()
-    rig.advance(1)
-    assert rig.sent("command") == [] and rig.journal.message("late") is None
-
-
-def test_what_waits_when_a_node_stops_is_done_at_its_next_start(rig_of: Callable[..., Rig]) -> None:
-    rig = rig_of(hang=HANGS)
-    running, queued = rig.say("command", "hang"), rig.say("command", "hang")
-    rig.until("it runs", rig.started)
-    rig.node.stop()
-    rig.until("it has stopped", lambda: rig.wire.closed, tick=0.5)
-    answer = rig.answer_to(running)
-    assert answer.ch == "alert" and "interrupted: the node was stopped" in answer.text
-    assert rig.kept("beta", "hang")[-1]["status"] == "interrupted"
-    assert rig.started() == ["hang"] and rig.answers_to(queued) == []
-    assert last_words(rig) == [OFFLINE]
-    (task,) = rig.journal.tasks()
-    assert (task.envelope.id, task.began) == (queued.id, False)
-
-
-def test_without_a_disk_whoever_waits_when_a_node_stops_is_told(
-    rig_of: Callable[..., Rig], tmp_path: Path
-) -> None:
-    (tmp_path / "state").write_text("no directory")
-    rig = rig_of(hang=HANGS)
-    running, queued = rig.say("command", "hang"), rig.say("command", "hang")
-    rig.until("it runs", rig.started)
-    rig.node.stop()
-    assert "the node is stopping" in rig.answer_to(queued).text
-    rig.until("it has stopped", lambda: rig.wire.closed, tick=0.5)
-    assert rig.answer_to(running).ch == "alert"
-
-
-def test_what_a_crash_left_is_taken_up(rig_of: Callable[..., Rig]) -> None:
-    settings = {"again": hive.HandlerConfig(retry=True)}
-    rig = rig_of(settings=settings, count="echo done", lost="echo done", again="echo done")
-    asked = {}
-    for action in ("count", "lost", "again"):
-        asked[action] = hive.Envelope.new("alpha", "beta", "command", "x", action=action)
-        row = rig.journal.record(hive.Event.RECEIVED, asked[action], 1.0)
-        task = rig.journal.add_task(row or 0)
-        if action != "count":
-            rig.journal.start_tasks([task])
-    rig.node.work.take_up()
-    assert rig.answer_to(asked["count"]).text == "done"
-    assert rig.answer_to(asked["again"]).text == "done"
-    alert = rig.answer_to(asked["lost"])
-    assert (alert.ch, "lost failed: interrupted: the daemon ended" in alert.text) == ("alert", True)
-    assert sorted(rig.started()) == ["again", "count"]
-    assert rig.journal.tasks() == []
-
-
-def test_a_message_that_comes_too_late_is_left_for_the_next_run(rig_of: Callable[..., Rig]) -> None:
-    rig = rig_of(hang=HANGS)
-    rig.say("command", "hang")
-    rig.turn()
-    rig.node.stop()
-    rig.say("command", "ping")
-    rig.advance(1)
-    assert rig.acked == 1
-    assert rig.started() == ["hang"]
-
-
-def test_a_handler_that_could_not_be_started_is_told_before_the_goodbye(rig: Rig) -> None:
-    (rig.handler_dir / "ping").unlink()
-    asked = rig.say("command", "ping")
-    rig.node.stop()
-    rig.until("it has stopped", lambda: rig.wire.closed)
-    rig.turn()
-    assert ["could not be started" in e.text for e in rig.answers_to(asked)] == [True]
-    assert last_words(rig) == [OFFLINE]
-
-
-@pytest.mark.parametrize("how", ["waits", "fails meanwhile", "hangs"])
-def test_a_message_that_the_agent_never_heard_waits_for_the_next_start(
-    rig_of: Callable[..., Rig], tmp_path: Path, how: str
-) -> None:
-    script = tmp_path / "openclaw"
-    gate = tmp_path / "gate"
-    lines = f"while [ ! -e '{gate}' ]; do sleep 0.02; done; exit 1"
-    script.write_text(f"#!/bin/sh\n{lines}\n")
-    script.chmod(0o755)
-    rig = rig_of([hive.InstanceConfig("main", openclaw_cmd=(str(script),))])
-    asked = rig.say("command")
-    if how == "waits":
-        asked = rig.say("command")
-    rig.until("the agent is called", rig.started)
-    rig.node.stop()
-    if how == "fails meanwhile":
-        gate.touch()
-    tick = 0.01 if how == "fails meanwhile" else 0.5
-    rig.until("it has stopped", lambda: rig.wire.closed, tick)
-    assert rig.answers_to(asked) == []
-    assert rig.journal.tasks()[-1].envelope.id == asked.id
