@@ -41,7 +41,7 @@ tokens; only what needs judgment wakes an agent.
 #           MqttClient  connect, come back, publish; alone in importing paho <- Journal
 #           BrokerHost  which broker, and whose turn it is to be one
 #                       <- Control, Database, Packets, Broker
-#   shell   Output      rows to a table or to JSON; returns strings <- Handlers, Members
+#   shell   Output      rows to a table or to JSON; returns strings <- Journal, Handlers, Members
 #           Client      a command asks its daemon, or the same node in its own process <- *
 #           Setup       a hive.toml for this machine, asked for or taken from options
 #                       <- Handlers, Agent, MqttClient
@@ -321,7 +321,7 @@ MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
 MAX_NESTING = 32  # levels of a field that we don't know
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
 EVERYONE = "all"
 RESERVED = (EVERYONE, "meta")
 URGENCIES = ("now", "later")
@@ -380,7 +380,7 @@ def action_name(value: object) -> str:
 
 
 def identifier(value: object) -> str:
-    """an id: 1 to 64 of A-Za-z0-9._:-"""
+    """an id: 1 to 64 of A-Za-z0-9._:- , the first a letter or digit"""
     if not isinstance(value, str) or not ID.fullmatch(value):
         raise ValueError
     return value
@@ -388,9 +388,12 @@ def identifier(value: object) -> str:
 
 def message_text(value: object) -> str:
     """a text: Unicode, not empty, at most 256 KiB of UTF-8"""
-    if not isinstance(value, str) or not 0 < len(value.encode()) <= MAX_TEXT:
-        raise ValueError  # as encode() does for a lone surrogate
-    return value
+    if not isinstance(value, str):
+        raise ValueError
+    text: str = replace_surrogates(value)
+    if not 0 < len(text.encode()) <= MAX_TEXT:
+        raise ValueError
+    return text
 
 
 def timestamp(value: object) -> int:
@@ -463,9 +466,10 @@ class Envelope(Value):
                 values[attribute] = check(value)
             except ValueError:
                 raise EnvelopeError(f"{key}: {quoted(value)} is not {check.__doc__}") from None
+        rest = replace_surrogates(rest)
         for key, value in rest.items():
             if not portable({key: value}):
-                raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, not Unicode, too deep)")
+                raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, or too deep)")
         return cls(**values, extra=rest)
 
     @classmethod
@@ -521,21 +525,31 @@ WIRE_FIELDS = tuple(
 
 
 def portable(value: object, levels: int = MAX_NESTING) -> bool:
-    """Can this JSON value be handed on: Unicode, finite numbers, and not nested too deep?"""
-    if isinstance(value, str):
-        return not LONE_SURROGATE.search(value)
+    """Can this JSON value be handed on: finite numbers, and not nested too deep?"""
     if isinstance(value, float):
         return abs(value) <= sys.float_info.max  # JSON has neither NaN nor infinity
     if isinstance(value, dict):
-        value = [*value, *value.values()]
+        value = [*value.values()]
     if isinstance(value, list):
         return levels > 0 and all(portable(item, levels - 1) for item in value)
     return True
 
 
-def replace_surrogates(text: str) -> str:
-    """The text with a question mark for each half of a surrogate pair: those cannot be sent."""
-    return text.encode(errors="replace").decode()
+def replace_surrogates(value: Any, levels: int = MAX_NESTING) -> Any:
+    """The JSON value with U+FFFD for each half of a surrogate pair: those cannot be sent.
+
+    A string that JavaScript has cut may end in one; what nests deeper is not portable.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else LONE_SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict) and levels > 0:
+        return {
+            replace_surrogates(key): replace_surrogates(item, levels - 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, list) and levels > 0:
+        return [replace_surrogates(item, levels - 1) for item in value]
+    return value
 
 
 def new_id() -> str:
@@ -1085,6 +1099,9 @@ MAX_OUTBOX = 10_000  # messages that wait for the broker
 MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for weeks
 UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
 MAX_ROWS = 100  # that are read at once
+MIN_ID_PREFIX = 4  # characters that may stand for an id
+SHOWN_TEXT = 200  # characters of a text that is shown beside what is not finished
+MAX_MEANINGS = 5  # of such a beginning that are listed
 PRUNE_STEP = 500  # rows that are forgotten at once
 PRUNE_TEXTS = 50  # texts that are
 PRUNE_AFTER = 1000  # rows written, or ...
@@ -1138,6 +1155,11 @@ class Event(Enum):
 
 ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
 ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
+
+
+def text_of(content: str | bytes | None) -> str:
+    """The text of a message that is kept; nothing where it is kept no longer."""
+    return str((read_json_object(content or "") or {}).get("text", ""))
 
 
 def entry_of(row: Sequence[Any]) -> dict[str, Any]:
@@ -1278,6 +1300,25 @@ class Journal:
             if size > MAX_PAYLOAD:
                 break
         return entries
+
+    def find_id(self, said: str) -> str:
+        """The id that begins so, of a message or of an exchange; itself if none is known.
+
+        Raises UsageError where several do.
+        """
+        if len(said) < MIN_ID_PREFIX:
+            return said
+        known = " UNION ".join(
+            f"SELECT * FROM (SELECT DISTINCT {column} FROM log WHERE {column} >= ? AND {column} < ?"
+            f" ORDER BY {column} LIMIT {MAX_MEANINGS + 1})"
+            for column in ("id", "exchange")
+        )
+        bounds = (said, f"{said}\x7f")  # above all that an id is made of
+        found = [row[0] for row in self._database.read(f"{known} ORDER BY 1", bounds * 2)]
+        if len(found) > 1 and found[0] != said:
+            meanings = [*found[:MAX_MEANINGS], *(["..."] if found[MAX_MEANINGS:] else [])]
+            raise UsageError(f"{said}: which one? {', '.join(meanings)}")
+        return str(found[0]) if found else said
 
     def message(self, id: str) -> dict[str, Any] | None:
         """The message with this id; what came in before what went out."""
@@ -1471,11 +1512,16 @@ class Journal:
         `due` is when the answer is of no use any more.
         """
         rows = self._database.read(
-            "SELECT pending_requests.exchange, recipient, action, time, due FROM pending_requests"
-            " JOIN log ON log.n = message WHERE ? IS NULL OR due <= ? ORDER BY message LIMIT ?",
+            "SELECT pending_requests.exchange, recipient, action, time, due, content"
+            " FROM pending_requests JOIN log ON log.n = message WHERE ? IS NULL OR due <= ?"
+            " ORDER BY message LIMIT ?",
             (due, due, MAX_ROWS),
         )
-        return [dict(zip(("id", "to", "action", "asked", "due"), row, strict=True)) for row in rows]
+        keys = ("id", "to", "action", "asked", "due")
+        return [
+            dict(zip(keys, facts, strict=True)) | {"text": text_of(content)[:SHOWN_TEXT]}
+            for *facts, content in rows
+        ]
 
     def next_due(self) -> float | None:
         """When the next request is overdue."""
@@ -1733,12 +1779,18 @@ def pending_document(journal: Journal) -> dict[str, Any]:
             "agent": task.agent or None,
             "began": task.began,
             "since": task.envelope.ts,
+            "text": task.envelope.text[:SHOWN_TEXT],
         }
         for task in journal.tasks()[:MAX_ROWS]
         if task.envelope and not task.accepted
     ]
     outbox = [
-        {"topic": one.topic, "bytes": len(one.payload)}
+        {
+            "topic": one.topic,
+            "bytes": len(one.payload),
+            "id": one.id,
+            "text": text_of(one.payload)[:SHOWN_TEXT],
+        }
         for one in journal.next_outgoing(0, MAX_ROWS)
     ]
     return {
@@ -1848,11 +1900,11 @@ class Requests:
         """Answer one request; None if that comes later."""
         try:
             request, given = Request.find(said)
-        except HiveError as error:
+            if request.looks_back:
+                return request.run(self._journal, given)
+            return request.run(self, given, requester)
+        except UsageError as error:
             return {"error": str(error)}
-        if request.looks_back:
-            return request.run(self._journal, given)
-        return request.run(self, given, requester)
 
     # -- what the table names --
 
@@ -1895,6 +1947,7 @@ class Requests:
 
     def follow(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         """Show what there is, and from now on whatever is new."""
+        given = {**given, "filters": whole_filters(self._journal, given["filters"])}
         answer = log_page(self._journal, given)
         last = answer["rows"][-1]["n"] if answer["rows"] else given["after"]
         self._followers[requester] = (given["filters"], last)
@@ -1961,15 +2014,26 @@ class Requests:
 
 
 def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return journal.message(given["id"]) or {"error": "not known here"}
+    found = journal.message(journal.find_id(given["id"]))
+    return found or {"error": f"{given['id']}: {NOT_KNOWN}"}
 
 
 def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": journal.exchange(given["id"], given["after"])}
+    return {"rows": journal.exchange(journal.find_id(given["id"]), given["after"])}
+
+
+def whole_filters(journal: Journal, filters: Mapping[str, Any]) -> dict[str, Any]:
+    """The filters with the exchange that is meant: any id of it may say so, or its beginning."""
+    if "corr" not in filters:
+        return dict(filters)
+    id = journal.find_id(str(filters["corr"]))
+    message = journal.message(id)
+    return {**filters, "corr": message["exchange"] if message else id}
 
 
 def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": journal.rows(given["filters"], given["after"], given["last"])}
+    filters = whole_filters(journal, given["filters"])
+    return {"rows": journal.rows(filters, given["after"], given["last"])}
 
 
 def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -1977,7 +2041,8 @@ def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 NO_SUCH_REQUEST = "no such request"
-ID_FIELD = RequestField(identifier, "the id of a message", required=True)
+NOT_KNOWN = "not known here; the last days are: hive-cli log"
+ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
 ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
 WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
 AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
@@ -2537,6 +2602,9 @@ class Work(Worker):
     def start(self) -> None:
         """Begin, with what was not finished when the daemon ended."""
         self.look_for_handlers()
+        if not self.handlers:
+            folder = self._config.handler_dir
+            self._log.warning("no handlers", dir=folder, why=why_no_handlers(folder))
         for agent in self._agents.values():
             agent.probe()
         self.take_up()
@@ -2573,14 +2641,20 @@ class Work(Worker):
             name: {"status": agent.health.value, "reason": agent.reason}
             for name, agent in self._agents.items()
         }
-        down = [
+        trouble = [
             f"agent {name}: {agent.reason}"
             for name, agent in self._agents.items()
             if agent.health is Health.DOWN
         ]
-        trouble = "; ".join(down + ([] if self._journal.on_disk else ["no journal on disk"]))
+        if not self._journal.on_disk:
+            trouble.append("no journal on disk")
+        trouble += [
+            f"schedule {one.config.action} {one.when} is failing"
+            for one in self._schedule
+            if one.ok is False
+        ]
         schedule = [one.document() for one in self._schedule]
-        return OwnStatus(health, [*self.handlers], schedule, trouble)
+        return OwnStatus(health, [*self.handlers], schedule, "; ".join(trouble))
 
     def take_up(self) -> None:
         """Go on with what was not finished when the daemon ended."""
@@ -2983,6 +3057,9 @@ class Daemon:
 # ValueError.  Reads one file, once.
 
 
+HANDLER_FOLDER = "hive-daemon.d"
+
+
 def secret(value: object) -> str:
     """a string that is never shown"""
     return plain_string(value)
@@ -3151,7 +3228,7 @@ class NodeConfig(ConfigTable):
     id: str = setting("", node_name, "this node's name; without it the short host name", "alpha")
     topic_prefix: str = setting("hive", topic_prefix, "what every topic of this hive begins with")
     handler_dir: Path | None = setting(
-        None, file_path, "handlers; else those beside this file or hive.py", "hive-daemon.d"
+        None, file_path, "handlers; else those beside this file or hive.py", HANDLER_FOLDER
     )
     handler_timeout: float = setting(30.0, seconds, "seconds until a handler is ended")
     handler_workers: int = setting(4, count, "handlers that may run at once")
@@ -3406,7 +3483,7 @@ class Config(Value):
     @property
     def handler_dir(self) -> Path:
         home = self.source.resolve() if self.source else own_file()
-        return self.node.handler_dir or home.parent / "hive-daemon.d"
+        return self.node.handler_dir or home.parent / HANDLER_FOLDER
 
     @property
     def state_dir(self) -> Path:
@@ -4145,6 +4222,15 @@ def scan_handlers(directory: Path) -> HandlerSet:
     return HandlerSet(handlers, refused)
 
 
+def why_no_handlers(folder: Path) -> str:
+    """Why there are none, and where there are some: the folder moves with the configuration."""
+    why = "it is empty" if folder.is_dir() else "no such directory"
+    beside = own_file().parent / HANDLER_FOLDER
+    if beside != folder and scan_handlers(beside).handlers:
+        why += f"; for those in {beside} set [node] handler_dir"
+    return why
+
+
 def objection_to(file: Path) -> str | None:
     """Why a file must not be run as a handler, None if it may."""
     try:
@@ -4314,7 +4400,7 @@ def result_value(result: ProcessResult) -> object:
 
     said = printed(result)
     try:
-        value = json.loads(said, parse_constant=refuse)
+        value = replace_surrogates(json.loads(said, parse_constant=refuse))
     except (ValueError, RecursionError):
         return said
     return value if portable(value) else said
@@ -5300,7 +5386,8 @@ PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
 
 def loss_of(name: str) -> str:
     """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
-    return f"lost:{name}"[-64:]  # an id has 64 characters at most; the whole name is in it
+    # An id has 64 characters at most, and begins with a letter or digit; the whole name is in it.
+    return f"lost:{name}"[-64:].removeprefix(":")
 
 
 def is_overdue(silence: float, interval: float, missed: float) -> bool:
@@ -5396,9 +5483,12 @@ class Members:
         """A state or a roster."""
         if not NAME.fullmatch(name):
             return
+        if kind == "state" and not delivery.payload:
+            return self._forget(name)
         payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
         said = read_json_object(payload) or {}
-        content = {key: value for key, value in said.items() if portable({key: value})}
+        sent = replace_surrogates(said)
+        content = {key: value for key, value in sent.items() if portable({key: value})}
         if kind == "state" and len(payload) > LONG_STATE:
             content.pop("known_peers", None)
         if content != said:
@@ -5406,6 +5496,16 @@ class Members:
         self._keep(name, kind, payload if content else b"")
         if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
             self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
+
+    def _forget(self, name: str) -> None:
+        """Somebody has removed its state: it will not come back, or else is new when it does."""
+        member = self._members.pop(name, None)
+        if member:
+            self._size -= len(member.documents.pop("state", b""))
+            self._log.info("peer is forgotten", peer=name)
+        if member and member.documents:
+            self._members[name] = Member()  # its roster goes by itself
+            self._members[name].documents = member.documents
 
     def _hear_state(self, name: str, state: Mapping[str, Any], retained: bool) -> None:
         """Retained, it tells who should be there; else, who has just gone."""
@@ -8779,6 +8879,9 @@ COLOURS = {
     **dict.fromkeys(("stale", "degraded", "warn"), YELLOW),
     **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
 }
+TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
+MAX_ALERT_LINES = 6  # of an alert in the log
+ID_SHOWN = 8  # characters of an id, which are enough to ask for it
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 
@@ -8862,6 +8965,8 @@ def status_row(
         for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
     }
     version, reason = state.get("version"), state.get("reason")
+    if status == "stale":
+        reason = f"no word for {for_people(age)}" if age else "no word yet"
     return StatusRow(
         name=name,
         node=node if isinstance(node, str) and NAME.fullmatch(node) else name,
@@ -8879,13 +8984,27 @@ def status_row(
 def status_rows(
     states: Mapping[str, Mapping[str, Any]], heartbeat: HeartbeatConfig, now: float
 ) -> list[StatusRow]:
-    """Every node with its agents below it; an agent is no better than its node."""
+    """Every node with its agents below it, trouble first; an agent is no better than its node."""
     rows = {name: status_row(name, state, heartbeat, now) for name, state in states.items()}
     for name, row in rows.items():
         node = rows.get(row.node, row)
         if not node.alive:
             rows[name] = row.replace(status=node.status)
-    return sorted(rows.values(), key=lambda row: (row.node, not row.is_node, row.name))
+
+    def place(row: StatusRow) -> tuple[object, ...]:
+        status = rows.get(row.node, row).status
+        rank = TROUBLE_FIRST.index(status) if status in TROUBLE_FIRST else 0
+        return rank, row.node, not row.is_node, row.name
+
+    return sorted(rows.values(), key=place)
+
+
+def status_summary(rows: Sequence[StatusRow]) -> str:
+    """How many nodes there are, and how they are, on one line."""
+    nodes = [row.status for row in rows if row.is_node]
+    known = [*reversed(TROUBLE_FIRST), *sorted({*nodes} - {*TROUBLE_FIRST})]
+    counts = ", ".join(f"{nodes.count(one)} {one}" for one in known if one in nodes)
+    return f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}: {counts}"
 
 
 def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
@@ -8968,10 +9087,29 @@ def row_text(row: Mapping[str, Any]) -> str:
     return str(said or row["note"])
 
 
+def log_lines(row: Mapping[str, Any], width: int) -> str:
+    """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
+
+    The text of an alert goes on below, because its cause stands at the end.  That it was told to
+    an agent is no news; `show` has it.
+    """
+    if row["ch"] == "alert" and row["event"] == "did" and str(row["note"]).startswith("told "):
+        return ""
+    first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
+    lines, indent = [first[:width]], " " * 4
+    rest, room = first[width:], max(width - len(indent), 20)
+    while rest and len(lines) < MAX_ALERT_LINES:
+        lines.append(indent + rest[:room])
+        rest = rest[room:]
+    if rest:
+        lines[-1] = lines[-1][:-1] + "…"
+    return "\n".join(lines)
+
+
 def log_line(row: Mapping[str, Any], width: int) -> str:
-    """A row of the journal: when, in or out or did, the other side, what; cut to `width`."""
+    """All of a row on one line."""
     peer = row["to"] if row["event"] == "out" else row["from"]
-    id = str(row["id"] or row["exchange"])[:8]
+    id = str(row["id"] or row["exchange"])[:ID_SHOWN]
     when, action = clock_time(row["time"]), f"{row['action']}: " if row["action"] else ""
     line = f"{when} {row['event']:<3} {peer:<10} {row['ch']:<8} {id:<8} {action}{row_text(row)}"
     return printable(line, width)
@@ -8995,7 +9133,7 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
+def pending_table(document: Mapping[str, Any], now: float, width: int) -> str:
     """What is not finished, in three parts."""
 
     def ago(at: float) -> str:
@@ -9004,12 +9142,12 @@ def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
     questions, tasks, outbox = document["questions"], document["tasks"], document["outbox"]
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
         ("NOT ANSWERED", "BY", "ACTION", "ASKED", "DUE"): [
-            (q["id"], q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
+            (shown_id(q), q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
             for q in questions
         ],
         ("TO DO", "FROM", "FOR", "SENT", "BEGUN"): [
             (
-                t["id"],
+                shown_id(t),
                 t["from"],
                 t["agent"] or t["action"],
                 ago(t["since"]),
@@ -9017,13 +9155,33 @@ def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
             )
             for t in tasks
         ],
-        ("NOT DELIVERED", "BYTES"): [(one["topic"], str(one["bytes"])) for one in outbox],
+        ("NOT DELIVERED", "TO", "BYTES"): [
+            (shown_id(one), one["topic"], str(one["bytes"])) for one in outbox
+        ],
     }
-    parts = [format_table(header, rows, colour) for header, rows in tables.items() if rows]
+    parts = [
+        with_texts(format_table(header, rows, colour=False), items, width)
+        for (header, rows), items in zip(tables.items(), (questions, tasks, outbox), strict=True)
+        if rows
+    ]
     more = document["outbox_size"] - len(outbox)
     if more > 0:
         parts.append(f"and {more} more to be delivered\n")
     return "\n".join(parts) or "nothing is pending\n"
+
+
+def shown_id(item: Mapping[str, Any]) -> str:
+    return str(item.get("id") or "-")[:ID_SHOWN]
+
+
+def with_texts(table: str, items: Sequence[Mapping[str, Any]], width: int) -> str:
+    """The table with what was said as its last column, cut to `width`."""
+    lines = table.splitlines()
+    wide = max(map(len, lines))
+    texts = ["TEXT", *(printable(item.get("text") or "-", SHOWN_TEXT) for item in items)]
+    room = max(width - wide - 2, 10)
+    both = zip(lines, texts, strict=True)
+    return "".join(f"{line:<{wide}}  {printable(text, room)}\n" for line, text in both)
 
 
 def for_due(due: float | None, now: float) -> str:
@@ -9305,6 +9463,83 @@ class ReplyCollector:
         to_all = self._envelope.to == EVERYONE
         self.outstanding.discard(answer.sender if to_all else self._envelope.to)
         return True
+
+
+class NodeRemoval:
+    """Takes what a node left behind from the broker: its documents, and its agents' states."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config, self._mqtt, self._name = config, config.mqtt, name
+        self._states: dict[str, dict[str, Any]] = {}
+        self._kept: set[str] = set()  # topics
+        self._complete = False
+        self._loop = Loop(Log("error"))
+
+    def remove(self) -> int:
+        """How many documents that were; raises HiveError where there are none, or it is alive."""
+        load_paho()
+        self._mqtt = with_broker(self._config).mqtt
+        topics = self._config.topics
+        query = RetainedQuery(
+            *(self._loop, self._mqtt, [topics.meta("+", "state"), topics.meta(self._name, "+")]),
+            topics.private(self._config.node.id, new_id()),
+            *(self._hear, self._all_heard, self._failed),
+        )
+        self._turn(lambda: self._complete)
+        gone = self._removable()
+        missing = {*gone}
+
+        def removed(topic: str, code: int, words: str) -> None:
+            if is_failure(code):
+                raise broker_fault(self._mqtt, f"refused to publish to {topic}: {words.lower()}")
+            missing.discard(topic)
+
+        for topic in gone:
+            done = partial(removed, topic)
+            query.client.publish(OutgoingMessage(topic, b"", retain=True, done=done))
+        self._turn(lambda: not missing)
+        closed: list[bool] = []
+        query.client.close(lambda: closed.append(True), within=GOODBYE)
+        self._turn(lambda: closed)
+        self._loop.close()
+        return len(gone)
+
+    def _removable(self) -> list[str]:
+        name = self._name
+        rows = status_rows(self._states, self._config.heartbeat, time.time())
+        for row in rows:
+            if row.name == name and row.alive:
+                seen = f"{row.status}, seen {for_people(row.age_s)} ago"
+                raise HiveError(f"{name} is {seen}: only what is gone can be forgotten")
+        agents = {self._config.topics.meta(row.name, "state") for row in rows if row.node == name}
+        if not self._kept | agents:
+            where = f"at {self._mqtt.address} under {self._config.topics.prefix}/"
+            raise HiveError(f"nothing of {name} is kept {where}; who is there: hive-cli status")
+        return sorted(self._kept | agents)
+
+    def _hear(self, message: IncomingMessage) -> None:
+        name, document = self._config.topics.meta_of(message.topic) or ("", "")
+        if not message.payload or not NAME.fullmatch(name) or len(self._states) >= MAX_MEMBERS:
+            return
+        if document == "state" and len(message.payload) <= MAX_STATE:
+            self._states[name] = read_json_object(message.payload) or {}
+        if name == self._name:
+            self._kept.add(message.topic)
+
+    def _all_heard(self) -> None:
+        self._complete = True
+
+    def _failed(self, reason: str) -> None:
+        raise broker_fault(self._mqtt, reason)
+
+    def _turn(self, done: Callable[[], object]) -> None:
+        """Let it go on until something is done; raises BrokerError if that takes too long."""
+        timer = self._loop.after(PATIENCE, do_nothing)
+        while not done():
+            if self._loop.clock() >= timer.due:
+                raise broker_fault(self._mqtt, f"no answer in {PATIENCE:.2g} s")
+            self._loop.step()
+        timer.cancel()
 
 
 # ---- Setup: a hive.toml for this machine -------------------------------------------------
@@ -9643,6 +9878,8 @@ class BrokerCheck:
         self.clocks = PeerClocks(config)
         self.subscribed, self.not_subscribed = False, ""  # why, if the broker said no
         self.refused: dict[str, str] = {}  # topic: why
+        self.others: dict[str, StatusRow] = {}  # how the other nodes and all agents are
+        self._config = config
         self._mqtt, self._left, self._lost = config.mqtt, left, ""
         topics, node, token = config.topics, config.node.id, new_id()
         names = [node, *config.agents]
@@ -9714,6 +9951,19 @@ class BrokerCheck:
             del self.missing[delivery.topic]
         else:
             self.clocks.hear(delivery)
+            self._hear_state(delivery)
+
+    def _hear_state(self, delivery: IncomingMessage) -> None:
+        name, document = self._config.topics.meta_of(delivery.topic) or ("", "")
+        if document != "state" or not NAME.fullmatch(name) or name == self._config.node.id:
+            return
+        small = len(delivery.payload) <= MAX_STATE and len(self.others) < MAX_MEMBERS
+        said = read_json_object(delivery.payload) if small else None
+        if said:
+            said.pop("oc", None)  # which would be all of its agents
+            self.others[name] = status_row(name, said, self._config.heartbeat, time.time())
+        elif not delivery.payload:
+            self.others.pop(name, None)
 
     def _probe(self) -> None:
         """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
@@ -9804,10 +10054,12 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
     names = ", ".join(found.handlers) or "none"
-    if folder.is_dir() or not context.config.node.handler_dir:
+    if folder.is_dir():
         yield Finding(Level.OK, f"{names}, in {folder}")
     else:
-        yield Finding(Level.WARN, f"none: no directory {folder}", f"mkdir {folder}")
+        named = context.config.node.handler_dir is not None
+        other = "" if named else why_no_handlers(folder).partition("; ")[2]
+        yield Finding(Level.WARN, f"none: no directory {folder}", other or f"mkdir {folder}")
 
 
 def check_daemon(context: DoctorContext) -> Iterator[Finding]:
@@ -9968,6 +10220,19 @@ def check_clock(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.WARN, f"{and_more(wrong, 3)}: {whose}", CLOCK_ADVICE)
 
 
+def check_nodes(context: DoctorContext) -> Iterator[Finding]:
+    nodes = sorted((one for one in context.broker.others.values() if one.is_node), key=str)
+    wrong = [f"{one.name} is {one.status}" for one in nodes if one.status != "online"]
+    if not nodes:
+        yield Finding(Level.SKIPPED, "no other node has been seen")
+    elif not wrong:
+        yield Finding(Level.OK, status_summary(nodes).replace(":", " besides this one:", 1))
+    else:
+        what = f"{and_more(wrong, 5)}, of {len(nodes)} besides this one"
+        todo = "hive-cli status says why; forget NAME, if one will not come back"
+        yield Finding(Level.WARN, what, todo)
+
+
 class Check(Value):
     """One thing to look at, and what must be well before."""
 
@@ -9989,6 +10254,7 @@ CHECKS = (
     Check("publish", check_publishing, ("subscribe",)),
     Check("receive", check_receiving, ("publish",)),
     Check("clock", check_clock, ("receive",)),
+    Check("nodes", check_nodes, ("receive",)),
 )
 
 
@@ -10444,7 +10710,8 @@ def config_of(args: argparse.Namespace) -> Config:
 def read_text(said: str) -> str:
     """The text of a message: the argument itself, or all of stdin for `-`."""
     if said != "-":
-        return said
+        text: str = replace_surrogates(said)  # bytes that are not UTF-8 come as halves
+        return text
     data = sys.stdin.buffer.read(MAX_TEXT + 2)
     try:
         return data.decode().removesuffix("\n")
@@ -10749,7 +11016,12 @@ def explain_no_reply(control: Control, replies: ReplyCollector) -> str:
 
 
 @subcommand(
-    option("--to-msg", required=True, metavar="ID", help="the message: its id, JSON, a file, or -"),
+    option(
+        "--to-msg",
+        required=True,
+        metavar="ID",
+        help="the message: its id, JSON, a file, or -",
+    ),
     option("--text", required=True, help="what to say; - reads it from stdin"),
     DIRECT,
     AS_JSON,
@@ -10767,7 +11039,7 @@ def command_reply(args: argparse.Namespace) -> int:
 
 def find_original(config: Config, said: str) -> Envelope:
     """The envelope to answer: known to the daemon by its id, or read from somewhere."""
-    if ID.fullmatch(said) and said != "-" and not os.path.exists(said):
+    if ID.fullmatch(said) and not os.path.exists(said):
         return known_envelope(config, said)
     return Envelope.parse(read_original(said))
 
@@ -10791,7 +11063,7 @@ def command_show(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     read_log(config, {"do": "exchange", "id": args.id}, rows.extend)
     if not rows:
-        raise HiveError(f"{args.id}: not known here; the last days are: hive-cli log")
+        raise HiveError(f"{args.id}: {NOT_KNOWN}")
     if args.as_json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
@@ -10805,7 +11077,7 @@ def command_show(args: argparse.Namespace) -> int:
     option("--from", dest="sender", type=node_name, metavar="NAME", help="only from this one"),
     option("--to", type=recipient_name, metavar="NAME", help="only to this one"),
     option("--action", type=action_name, help="only with this action"),
-    option("--corr", type=identifier, metavar="ID", help="only of this exchange"),
+    option("--corr", type=identifier, metavar="ID", help="only of this exchange: any id of it"),
     option("--since", type=duration, metavar="AGE", help="not older than this, as in 2h or 30m"),
     option("--lines", "-n", type=count, default=100, help="how many, without --since (100)"),
     AS_JSON,
@@ -10827,7 +11099,9 @@ def command_log(args: argparse.Namespace) -> int:
 
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False) if args.as_json else log_line(row, width))
+            said = json.dumps(row, ensure_ascii=False) if args.as_json else log_lines(row, width)
+            if said:
+                print(said)
         sys.stdout.flush()
 
     if args.follow:
@@ -10844,7 +11118,10 @@ def command_pending(args: argparse.Namespace) -> int:
     if args.as_json:
         print(json.dumps(document, indent=2))
     else:
-        print(pending_table(document, time.time(), colourful(sys.stdout)), end="")
+        import shutil
+
+        width = shutil.get_terminal_size().columns
+        print(pending_table(document, time.time(), width), end="")
     return Exit.DONE
 
 
@@ -10876,7 +11153,8 @@ def read_original(said: str) -> bytes:
     if said == "-":
         return sys.stdin.buffer.read(MAX_PAYLOAD + 1)
     if said.lstrip().startswith("{"):
-        return said.encode(errors="replace")
+        document: str = replace_surrogates(said)
+        return document.encode()
     try:
         with open(said, "rb") as file:
             return file.read(MAX_PAYLOAD + 1)
@@ -10891,6 +11169,7 @@ ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not t
 
 @subcommand(
     ASK_BROKER,
+    option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
     AS_JSON,
     examples="hive.py status --json | jq '.[] | select(.status != \"online\")'",
 )
@@ -10899,11 +11178,29 @@ def command_status(args: argparse.Namespace) -> int:
     config = config_of(args)
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
+    if args.check:
+        return check_status(config, args, said, rows)
     if args.as_json and (rows or not said["fault"]):
         print(json.dumps([vars(row) for row in rows], indent=2))
     elif rows:
-        print(status_table(rows, colourful(sys.stdout)) + status_notes(rows), end="")
+        table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
+        print(f"{status_summary(rows)}\n\n{table}", end="")
     return say_of_members(config, args, said, bool(rows))
+
+
+def check_status(
+    config: Config,
+    args: argparse.Namespace,
+    said: Mapping[str, Any],
+    rows: Sequence[StatusRow],
+) -> int:
+    """The status for cron and monitoring: a line, and the exit code."""
+    if not said["connected"] or not rows:
+        return say_of_members(config, args, said, False) or Exit.REFUSED
+    wrong = [row for row in rows if row.is_node and row.status != "online"]
+    why = [f"{row.name}: {row.reason or row.status}" for row in wrong[:5]]
+    print("; ".join([status_summary(rows), *why, *(["..."] if wrong[5:] else [])]))
+    return Exit.REFUSED if wrong else Exit.DONE
 
 
 @subcommand(ASK_BROKER, AS_JSON)
@@ -10918,6 +11215,17 @@ def command_roster(args: argparse.Namespace) -> int:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
         print(schedule_lines(rosters, time.time()), end="")
     return say_of_members(config, args, said, bool(rosters))
+
+
+@subcommand(
+    option("name", type=node_name, metavar="NAME", help="a node that will not come back"),
+    examples="hive.py forget old-laptop",
+)
+def command_forget(args: argparse.Namespace) -> int:
+    """Remove a node that will not come back from every view, with all that it left behind."""
+    removed = NodeRemoval(config_of(args), args.name).remove()
+    print(f"forgotten: {args.name} ({removed} document{'' if removed == 1 else 's'})")
+    return Exit.DONE
 
 
 def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:

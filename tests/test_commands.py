@@ -279,6 +279,20 @@ def test_reply_takes_an_envelope_as_it_is_from_a_file_or_from_stdin(
     assert texts[-3:] == ["one", "two", "three"]
 
 
+def test_an_argument_that_is_not_utf_8_is_sent_with_a_mark(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("say", "#!/bin/sh\nexec cat\n")
+    alpha.start()
+    shown = hive.cli("alpha", "send", "--to", "alpha", "--ch", "status", "--text", "a\udcff")
+    assert alpha.logged("text", id=shown.stdout.split()[1])["text"] == "a\ufffd"
+    tested = hive.cli("alpha", "handler", "test", "say", "--text", "a\udcff")
+    assert json.loads(tested.stdout)["text"] == "a\ufffd"
+    message = '{"v": 1, "id": "m-1", "ts": 1, "from": "alpha", "to": "beta", "ch": "command",'
+    message += ' "urgency": "now", "text": "a\udcff"}'
+    reply = ["reply", "--to-msg", message, "--text", "b\udcff", "--json"]
+    assert json.loads(hive.cli("alpha", *reply).stdout)["text"] == "b\ufffd"
+
+
 def test_a_peers_answer_cannot_drive_the_terminal(hive: Hive) -> None:
     alpha = hive.node("alpha")
     alpha.handler("evil", "#!/bin/sh\nprintf '\\033[2Jgone\\nnext'\n")
@@ -387,8 +401,15 @@ def test_a_message_is_shown_and_answered_by_its_id(hive: Hive, fast_agent: Path)
     hive.cli("beta", "reply", "--to-msg", id, "--text", "verstanden")
     answer = alpha.logged("received", ch="response")
     assert alpha.logged("text", id=answer["id"])["text"] == "verstanden"
-    unknown = hive.cli("beta", "show", "no-such-id", code=1)
-    assert unknown.stderr == "hive: no-such-id: not known here; the last days are: hive-cli log\n"
+    shown = hive.cli("beta", "log").stdout.splitlines()[0].split()[5]
+    assert shown == id[:8], "what log prints, show and reply take"
+    assert hive.cli("beta", "show", shown).stdout.splitlines()[1] == f"  id {id}"
+    assert len(hive.cli("beta", "log", "--corr", shown).stdout.splitlines()) == 3
+    whole = hive.cli("beta", "reply", "--to-msg", shown, "--text", "kurz", "--json")
+    assert json.loads(whole.stdout)["replyTo"] == id
+    for command in (["show", "no-such-id"], ["reply", "--text", "x", "--to-msg", "no-such-id"]):
+        unknown = hive.cli("beta", *command, code=1).stderr
+        assert unknown == "hive: no-such-id: not known here; the last days are: hive-cli log\n"
     beta.stop()
     late = hive.cli("beta", "reply", "--to-msg", id, "--text", "x")
     assert late.stdout.startswith("sent ")
@@ -409,7 +430,7 @@ def test_a_message_is_taken_with_the_broker_away_and_goes_out_when_it_is_back(
     done = hive.cli("alpha", "send", "--to", "beta", "--text", "late")
     assert re.fullmatch(r"queued [0-9a-f-]{36}, no broker at the moment\n", done.stdout)
     waiting = hive.cli("alpha", "pending").stdout
-    assert done.stdout.split()[1].rstrip(",") in waiting
+    assert done.stdout.split()[1][:8] in waiting and "late" in waiting
     assert "NOT DELIVERED" in waiting and f"{hive.prefix}/beta/command" in waiting
     own_broker.start()
     assert beta.logged("text")["text"] == "late"
@@ -993,6 +1014,55 @@ def test_a_handler_is_tested_with_what_it_would_find(hive: Hive) -> None:
     given = hive.cli("alpha", "handler", "test", "who", "--text", "-", stdin="from stdin\n").stdout
     assert module.Envelope.parse(given.splitlines()[1].encode()).text == "from stdin"
     assert "{" not in hive.cli("alpha", "handler", "list").stdout
+
+
+def test_status_checks_for_monitoring_in_one_line(hive: Hive) -> None:
+    alpha = hive.node("alpha", '[[schedule]]\naction = "check"\nevery = "1s"\n')
+    bad = alpha.handler("check", "#!/bin/sh\n[ ! -e bad ]\n").parent / "bad"
+    none = hive.cli("alpha", "status", "--check", code=1)
+    assert none.stdout == "" and "no node has been seen" in none.stderr
+    alpha.start()
+    beta = hive.node("beta").start()
+    alpha.logged("peer is up", peer="beta")
+    assert hive.cli("alpha", "status", "--check").stdout == "2 nodes: 2 online\n"
+    beta.stop()
+    alpha.logged("peer has stopped", peer="beta")
+    said = hive.cli("alpha", "status", "--check", code=1)
+    assert (said.stdout, said.stderr) == ("2 nodes: 1 online, 1 offline; beta: stopped\n", "")
+    bad.touch()
+    line = "2 nodes: 1 degraded, 1 offline; beta: stopped;"
+    line += " alpha: schedule check every 1s is failing\n"
+    check = ("status", "--check")
+    eventually("it fails", lambda: hive.cli("alpha", *check, code=1).stdout == line)
+
+
+def test_a_node_that_will_not_come_back_is_forgotten_everywhere(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    beta = hive.node("beta", '[[oc_instances]]\nname = "main"\nopenclaw_cmd = "true"\n')
+    beta.handler("ping", "#!/bin/sh\necho pong\n")
+    beta.start()
+    alpha.logged("peer is up", peer="beta")
+    ping = ["send", "--to", "beta", "--action", "ping", "--text", "x", "--wait", "20"]
+    hive.cli("alpha", *ping)
+    for name in ("beta", "main"):
+        alive = hive.cli("alpha", "forget", name, code=1).stderr
+        said = rf"hive: {name} is online, seen \d+s ago: only what is gone can be forgotten\n"
+        assert re.fullmatch(said, alive)
+    beta.stop()
+    alpha.logged("peer has stopped", peer="beta")
+    # its state and roster, the result of ping, the state of main
+    assert hive.cli("alpha", "forget", "beta").stdout == "forgotten: beta (4 documents)\n"
+    alpha.logged("peer is forgotten", peer="main")
+    for direct in ([], ["--direct"]):
+        rows = json.loads(hive.cli("alpha", "status", "--json", *direct).stdout)
+        assert [row["name"] for row in rows] == ["alpha"]
+        roster = json.loads(hive.cli("alpha", "roster", "--json", *direct).stdout)
+        assert [one["node"] for one in roster] == ["alpha"]
+    again = hive.cli("alpha", "forget", "beta", code=1).stderr
+    assert again.startswith("hive: nothing of beta is kept at ") and again.count("\n") == 1
+    beta.start()
+    eventually("it is new", lambda: len(alpha.events("peer is up", peer="beta")) == 2)
+    hive.cli("alpha", *ping)
 
 
 def test_status_and_roster_as_json(hive: Hive) -> None:

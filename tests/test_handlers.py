@@ -366,7 +366,7 @@ def test_the_result_of_a_success() -> None:
         ("ä €".encode(), "ä €"),
         (b"caf\xe9", "caf\ufffd"),
         (b"\xed\xa0\x80", "\ufffd" * 3),
-        (b'"\\ud800"', '"\\ud800"'),
+        (b'"\\ud800"', "\ufffd"),
         (b"\x00\x01", "\x00\x01"),
         (b"NaN", "NaN"),
         (b'{"x": NaN}', '{"x": NaN}'),
@@ -377,6 +377,8 @@ def test_the_result_of_a_success() -> None:
         (b"[" * 100_000, "[" * 100_000),
         (b"[" * 100 + b"]" * 100, "[" * 100 + "]" * 100),
         (b'{"half": ', '{"half": '),
+        (b'{"half": ["\\ud83d"]}', {"half": ["\ufffd"]}),
+        (b'"\\ud83d\\udc1d"', "\U0001f41d"),
     ],
 )
 def test_stdout_is_json_where_it_is_that_and_else_text(stdout: bytes, value: object) -> None:

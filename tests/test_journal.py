@@ -566,6 +566,7 @@ def test_a_question_is_open_until_it_is_answered(open_journal: Open) -> None:
     journal = open_journal()
     assert questions(journal) == ["a", "c"]
     (first, _) = journal.pending_requests()
+    assert first.pop("text") == "hello"
     assert first == {"id": "a", "to": "alpha", "action": "ping", "asked": NOW, "due": None}
 
 

@@ -393,7 +393,7 @@ def test_the_reply_of_an_agents_turn_is_the_answer(
     asked = rig.say(ch, corr="c-1")
     rig.until("the turn has ended", lambda: rig.events("agent woken") and rig.works())
     heard = [(e.ch, e.text, e.corr, e.to) for e in rig.answers_to(asked)]
-    assert [text.replace("?", "\ufffd") for _, text, *_ in heard] == answers
+    assert [text for _, text, *_ in heard] == answers
     assert {(ch, corr, to) for ch, _, corr, to in heard} <= {("response", "c-1", "alpha")}
 
 
@@ -639,6 +639,22 @@ def test_no_payload_stops_a_node(rig_of: Callable[..., Rig], topic: str, retaine
     assert rig.works()
 
 
+def test_a_lost_peer_that_is_forgotten_is_not_announced(rig: Rig) -> None:
+    rig.beat("gamma")
+    rig.hear_state("gamma", retained=True, status="online")
+    rig.turn()
+    rig.hear_state("gamma", status="offline", reason="connection lost")
+    rig.turn()
+    assert rig.events("peer is lost")
+    rig.hand_in("hive/meta/gamma/state", b"", False)
+    rig.advance(120)
+    assert rig.sent("alert") == [] and rig.kept("gamma", "state") == []
+    assert rig.events("peer is forgotten", peer="gamma")
+    rig.beat("gamma")
+    rig.turn()
+    assert len(rig.events("peer is up", peer="gamma")) == 2
+
+
 SENSELESS: list[object] = ["5", [5], {"a": 1}, None, True, 0, -1, 10**400, 1e300]
 
 
@@ -754,3 +770,37 @@ def test_only_documents_are_retained(rig: Rig) -> None:
     assert {one.topic for one in messages} == {"hive/all/heartbeat", "hive/alpha/response"}
     assert not any(one.retain for one in messages) and all(one.retain for one in documents)
     assert {one.topic.rpartition("/")[2] for one in documents} == {"state", "roster", "ping"}
+
+
+@pytest.mark.parametrize(
+    ("there", "elsewhere", "why"),
+    [
+        (True, False, "it is empty"),
+        (False, False, "no such directory"),
+        (False, True, "no such directory; for those in {} set [node] handler_dir"),
+    ],
+)
+def test_a_start_without_handlers_says_where_they_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, elsewhere: bool, why: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    beside = tmp_path / "program" / "hive-daemon.d"
+    if elsewhere:
+        beside.mkdir(parents=True)
+        (beside / "ping").write_text("#!/bin/sh\n")
+        (beside / "ping").chmod(0o755)
+    monkeypatch.setattr(hive, "own_file", lambda: tmp_path / "program" / "hive.py")
+    if not there:
+        monkeypatch.setattr(hive.Config, "handler_dir", tmp_path / "missing")
+    rig = Rig(tmp_path, {}, [], {}, "debug")
+    (line,) = rig.events("no handlers")
+    folder = rig.handler_dir if there else tmp_path / "missing"
+    assert (line["level"], line["dir"]) == ("warning", str(folder))
+    assert line["why"] == why.format(beside)
+    rig.end()
+
+
+def test_a_start_says_which_handlers_it_serves_and_from_where(rig: Rig) -> None:
+    (line,) = rig.events("handlers")
+    assert (line["level"], line["dir"]) == ("info", str(rig.handler_dir))
+    assert line["actions"] == "ping" and not rig.events("no handlers")

@@ -111,12 +111,20 @@ def test_how_it_ended_is_known_after_a_restart(
     rig = rig_of([main_agent], schedule=every_second(), check="echo why >&2; exit 3")
     rig.until("it fails twice", lambda: len(rig.events("handler ended")) >= 2)
     rig.until("the agent is told", lambda: told(fast_agent))
+    rig.advance(5)
+    state = rig.kept("beta", "state")[-1]
+    assert (state["status"], state["reason"]) == (
+        "degraded",
+        "schedule check every 1s is failing",
+    )
     rig.end()
     rig = rig_of([main_agent], schedule=every_second(), check="exit 4")
     rig.until("it fails again", lambda: rig.events("handler ended"))
     rig.handler("check", "echo fine")
     rig.until("it is well again", lambda: rig.events("handler ended", status="ok"))
     rig.until("the agent is told", lambda: len(told(fast_agent)) == 2)
+    rig.advance(5)
+    assert rig.kept("beta", "state")[-1]["status"] == "online"
     first, second = told(fast_agent)
     assert "check is failing: exit 3: why" in first and "[hive] alert from beta to beta" in first
     assert "check is well again: fine" in second and "[hive] status from beta to beta" in second
