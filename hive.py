@@ -10084,11 +10084,19 @@ def config_of(args: argparse.Namespace) -> Config:
     return config
 
 
+def read_stdin(limit: int) -> bytes:
+    """At most so many bytes of it; raises UsageError where there is none."""
+    try:
+        return sys.stdin.buffer.read(limit)
+    except OSError as error:
+        raise UsageError(f"stdin: {reason_of(error)}") from None
+
+
 def read_text(said: str) -> str:
     """The text of a message: the argument itself, or all of stdin for `-`."""
     if said != "-":
         return said
-    data = sys.stdin.buffer.read(MAX_TEXT + 2)
+    data = read_stdin(MAX_TEXT + 2)
     try:
         return data.decode().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -10507,7 +10515,7 @@ def follow_log(
 def read_original(said: str) -> bytes:
     """The bytes of the envelope to answer: given as they are, in a file, or on stdin."""
     if said == "-":
-        return sys.stdin.buffer.read(MAX_PAYLOAD + 1)
+        return read_stdin(MAX_PAYLOAD + 1)
     if said.lstrip().startswith("{"):
         return said.encode(errors="replace")
     try:
@@ -10822,6 +10830,10 @@ class Parser(argparse.ArgumentParser):
         self.formatter_class = argparse.RawDescriptionHelpFormatter
         return super().format_help()
 
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own is silent where that fails."""
+        (file or sys.stdout).write(self.format_help())
+
     def error(self, message: str) -> NoReturn:
         self.exit(Exit.USAGE, f"hive: {message}; see: {self.prog} --help\n")
 
@@ -10873,34 +10885,75 @@ def indented(lines: str) -> str:
     return "\n".join(f"  {line}" for line in lines.splitlines())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; give the exit code."""
+class UnfailingFile(io.FileIO):
+    """Where nobody takes what is written it is lost, and whoever writes goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def hold_standard_streams() -> None:
+    """Nothing that is opened later may take the place of a stream that is closed.
+
+    Output is lost then; stdin cannot be read, rather than be empty.  stderr never fails: what a
+    command says beside its result must not end it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_WRONLY), True)  # the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if sys.stderr is sys.__stderr__ or sys.__stderr__ is None:
+        unfailing: Any = io.BufferedWriter(UnfailingFile(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(unfailing, sys.stderr.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    said = sys.argv[1:] if arguments is None else arguments
-    parser = make_parser(said[0] if said and said[0] in COMMANDS else "")
-    if not said:
-        parser.print_help(sys.stderr)
-        return Exit.USAGE
-    args = parser.parse_args(said)
+
+
+def let_go_of_stdout() -> None:
+    """What it did not take would fail once more when Python ends."""
     try:
-        code = args.run(args)
         sys.stdout.flush()
-        return int(code)
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; give the exit code."""
+    hold_standard_streams()
+    try:
+        try:
+            return run_command(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except HiveError as error:
         print(f"hive: {error}", file=sys.stderr)
         return error.exit
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python complains at exit
         return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"hive: {error.filename or 'input/output'}: {reason_of(error)}", file=sys.stderr)
         return Exit.REFUSED
+    finally:
+        let_go_of_stdout()
+
+
+def run_command(said: Sequence[str]) -> int:
+    """The command that the arguments ask for; raises HiveError, or SystemExit where it is none."""
+    parser = make_parser(said[0] if said and said[0] in COMMANDS else "")
+    if not said:
+        parser.print_help(sys.stderr)
+        return Exit.USAGE
+    args = parser.parse_args(said)
+    return int(args.run(args))
 
 
 if __name__ == "__main__":
