@@ -633,11 +633,33 @@ def listen_address(value: object) -> str:
     return plain_string(value)
 
 
+def expand_home(path: str) -> str:
+    """`~` and `~name` as a shell has them; raises ConfigError where nobody knows what that is."""
+    expanded, user = os.path.expanduser(path), path.partition("/")[0][1:]
+    if not path.startswith("~") or (os.path.isabs(expanded) and (user or home_is_said())):
+        return expanded
+    why = f"there is no user {user}" if user else "your home is not known: set HOME"
+    raise ConfigError(f"{quoted(path)}: {why}, or name another place (state_dir, --config)")
+
+
+def home_is_said() -> bool:
+    """An empty HOME would mean the root of all files."""
+    return os.environ.get("HOME") != ""
+
+
+def home_folder() -> Path:
+    """This user's; where nobody knows it, one that is never there."""
+    try:
+        return Path(expand_home("~"))
+    except ConfigError:
+        return Path("/nonexistent")
+
+
 def file_path(value: object) -> Path:
     """a path, ~ is your home, relative to the folder of hive.toml"""
     if not plain_string(value):
         raise ValueError
-    return Path(os.path.expanduser(plain_string(value)))
+    return Path(expand_home(plain_string(value)))
 
 
 def http_url(value: object) -> str:
@@ -653,7 +675,7 @@ def program(value: object) -> tuple[str, ...]:
     words = tuple(plain_string(word) for word in (value if isinstance(value, list) else [value]))
     if not words or not words[0].strip():
         raise ValueError
-    return (os.path.expanduser(words[0].strip()), *words[1:])
+    return (expand_home(words[0].strip()), *words[1:])
 
 
 def own_file() -> Path:
@@ -998,7 +1020,9 @@ def default_state_dir(name: str) -> Path:
     """Where what outlives a restart is kept, unless hive.toml says so."""
     if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
         return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    home = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(home):  # then it does not count, says the XDG Base Directory spec
+        home = expand_home("~/.local/state")
     return Path(home) / "hive" / name
 
 
@@ -1028,11 +1052,11 @@ def find_config(explicit: str | None) -> Path | None:
     """Where the configuration is; None if there is none.  One that is named must exist."""
     for named, by in ((explicit, "--config"), (os.environ.get("HIVE_CONFIG"), "$HIVE_CONFIG")):
         if named:
-            if not os.path.isfile(os.path.expanduser(named)):
+            if not os.path.isfile(expand_home(named)):
                 raise ConfigError(f"{quoted(named)}: no such file (named by {by})")
-            return Path(os.path.expanduser(named))
+            return Path(expand_home(named))
     for place in CONFIG_PLACES:
-        candidate = os.path.expanduser(place)
+        candidate = str(home_folder()) + place[1:] if place[0] == "~" else place
         if os.path.isfile(candidate):  # Path.is_file() raises where a folder is closed to us
             return Path(candidate)
     return None
@@ -2638,7 +2662,7 @@ class Agent:
     ) -> None:
         self.instance, self.health, self.reason = instance, Health.UNKNOWN, ""
         self._loop, self._log, self._children, self._listener = loop, loop.log, children, listener
-        self._port = gateway_port(instance, Path(os.path.expanduser("~")))
+        self._port = gateway_port(instance, home_folder())
         self._probing = False
         self._closed = False  # nothing listens on the gateway's port: a call would be in vain
         self._waiting: deque[PendingEvent] = deque()
@@ -6482,6 +6506,8 @@ class BrokerHost:
         self._broker: Broker | None = None
         self._stays: MqttConfig | None = None  # what answered at localhost
         self._why, self._times = "", 0  # why it could not be hosted, and how often in a row
+        if not config.mqtt.named:
+            broker_home(config.broker)
         if config.broker.listen and not config.mqtt.named:
             check_listen(config.broker)
 
@@ -9478,7 +9504,7 @@ def check_daemon(context: DoctorContext) -> Iterator[Finding]:
 
 
 def check_agents(context: DoctorContext) -> Iterator[Finding]:
-    home = Path(os.path.expanduser("~"))
+    home = home_folder()
     agents = context.config.oc_instances
     ports = {one.name: gateway_port(one, home) for one in agents}
     silent = probe_ports({number for number in ports.values() if number})
@@ -10694,14 +10720,14 @@ hive.py init --yes --no-agents --password-file - --username beta --host broker.l
 def command_init(args: argparse.Namespace) -> int:
     """Write a commented hive.toml for this machine, asking for what no option says."""
     place = getattr(args, "config", None) or os.environ.get("HIVE_CONFIG") or USER_CONFIG
-    file = Path(os.path.abspath(os.path.expanduser(place)))
+    file = Path(os.path.abspath(expand_home(place)))
     refuse_to_write(file, args.force)
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
     ask = Prompt(asking=terminal and not args.yes)
     try:
         said = said_by_options(args, ask)
         ask_missing(ask, said)
-        agents = choose_agents(ask, find_agents(Path(os.path.expanduser("~"))), args.agent)
+        agents = choose_agents(ask, find_agents(home_folder()), args.agent)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         raise Interrupted("interrupted; nothing was written") from None
