@@ -120,7 +120,7 @@ mosquitto:
 	  echo "installing Mosquitto with Homebrew"; brew install --quiet mosquitto >/dev/null || true; \
 	else echo "Mosquitto is missing: tests that need a broker will be skipped (apt-get install mosquitto)"; fi
 
-# systemd-analyze and plistutil for tests/test_units.py, openssl for test_link.py, pgrep.
+# systemd-analyze and plistutil for tests/test_units.py, openssl for test_mqtt_client.py, pgrep.
 checkers:
 	@missing=; \
 	command -v systemd-analyze >/dev/null || missing="systemd"; \

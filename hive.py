@@ -18,15 +18,14 @@ tokens; only what needs judgment wakes an agent.
 #           Process    one child: bytes in, its result out, always by a deadline
 #           Handlers   which executables there are, and the contract with them
 #           Agent      methods to wake one, one call at a time, tried again
-#           Store      an SQLite file that may fail, and come back
-#           Journal    what came, what went, what is still owed
+#           Database   an SQLite file that may fail, and come back
+#           Journal    what came, what went, what is not finished: tasks, requests, outbox
 #           Control    a socket where this node's command line speaks to its daemon
 #           Packets    MQTT on the wire: bytes to packets and back
 #           Broker     a small one of our own, for one user on one machine
-#           Link       MQTT: connect, return, subscribe, publish; alone in importing paho
-#           Hosting    which broker, and whose turn it is to be one
-#   node    Outbox     what the broker has yet to take
-#           Members    who is alive, who has left, who has failed; what we show of ourselves
+#           MqttClient connect, return, subscribe, publish; alone in importing paho
+#           BrokerHost which broker, and whose turn it is to be one
+#   node    Members    who is alive, who has left, who has failed; what we show of ourselves
 #           Requests   what may be asked of a node, as one table
 #           Node       what comes in, what goes out, the end of a turn
 #           Work       who runs next, what became of it, and what agents say
@@ -42,8 +41,10 @@ tokens; only what needs judgment wakes an agent.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
+import gc
 import io
 import itertools
 import json
@@ -78,13 +79,13 @@ if TYPE_CHECKING:
     import subprocess
     from ssl import SSLSocket
 
-    import paho.mqtt.client as mqtt
+    import paho.mqtt.client as paho_client
 
 __version__ = "0.1.0"
 
 KIB = 1024
 
-# ---- Basics: what a user can act on, and how a value is declared -------------------------
+# ---- Basics: errors, values, and what a value may be ----------------------------------------
 #
 # Only Main prints the errors, as one line on stderr.  Knows nothing else of this file.
 
@@ -216,6 +217,83 @@ class Value:
         return type(self)(**{**vars(self), **new})
 
 
+# A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
+# hive.toml, requests and the command line share them.
+
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def plain_string(value: object) -> str:
+    """a string"""
+    if not isinstance(value, str) or "\0" in value or LONE_SURROGATE.search(value):
+        raise ValueError
+    return value
+
+
+def boolean(value: object) -> bool:
+    """true or false"""
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def finite_number(value: object) -> float:
+    """a number"""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError
+    with contextlib.suppress(OverflowError):
+        return float(value)
+    raise ValueError
+
+
+def seconds(value: object) -> float:
+    """seconds, above 0 and at most a year"""
+    given = finite_number(value)
+    if not 0 < given <= 366 * 86400:
+        raise ValueError
+    return given
+
+
+def integer(low: int, high: int, words: str = "a whole number") -> Callable[[object], int]:
+    """Make the kind that takes a whole number in a range."""
+
+    def kind(value: object) -> int:
+        given = finite_number(value)
+        if not (low <= given <= high and given == int(given)):
+            raise ValueError
+        return int(given)
+
+    kind.__doc__ = f"{words} from {low} to {high}"
+    return kind
+
+
+def choice(*allowed: str) -> Callable[[object], str]:
+    """Make the kind that takes one of a few words."""
+
+    def kind(value: object) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError
+        return value
+
+    kind.__doc__ = " or ".join(f'"{word}"' for word in allowed)
+    return kind
+
+
+def bounded_number(value: object, low: float, high: float) -> float | None:
+    """A peer's number, or None for anything that is none in that range."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        return None
+    return float(value)
+
+
+def whole(value: object, low: int, high: int) -> int:
+    """A number in a range, of which a fraction is cut off; raises ValueError."""
+    number = bounded_number(value, low, high)
+    if number is None:
+        raise ValueError
+    return int(number)
+
+
 # ---- Envelope: one message ---------------------------------------------------------------
 #
 # CHANNELS is the one table of what a node does with each kind of message.  Whatever bytes arrive,
@@ -231,7 +309,6 @@ MAX_NESTING = 32  # levels of a field that we don't know
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 EVERYONE = "all"
 RESERVED = (EVERYONE, "meta")
 URGENCIES = ("now", "later")
@@ -268,9 +345,6 @@ CHANNELS = {
         Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
     )
 }
-
-# A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
-# hive.toml and the command line share them.
 
 
 def node_name(value: object) -> str:
@@ -321,26 +395,6 @@ def wire_version(value: object) -> int:
     if type(value) is not int or value != PROTOCOL_VERSION:
         raise ValueError
     return value
-
-
-def choice(*allowed: str) -> Callable[[object], str]:
-    """Make the kind that takes one of a few words."""
-
-    def kind(value: object) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise ValueError
-        return value
-
-    kind.__doc__ = " or ".join(f'"{word}"' for word in allowed)
-    return kind
-
-
-def whole(value: object, low: int, high: int) -> int:
-    """A number in a range, of which a fraction is cut off; raises ValueError."""
-    number = bounded_number(value, low, high)
-    if number is None:
-        raise ValueError
-    return int(number)
 
 
 def wire(kind: Callable[[Any], Any], key: str = "", default: Any = ...) -> Any:
@@ -492,13 +546,6 @@ def read_json_object(payload: bytes | str) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def bounded_number(value: object, low: float, high: float) -> float | None:
-    """A peer's number, or None for anything that is none in that range."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        return None
-    return float(value)
-
-
 def topic_prefix(value: object) -> str:
     """a topic prefix: at most 200 of A-Za-z0-9._- in levels joined by /"""
     levels = re.compile(r"(?=.{1,200}$)[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
@@ -544,40 +591,9 @@ class Topics(Value):
 # ValueError.  Reads one file, once.
 
 
-def plain_string(value: object) -> str:
-    """a string"""
-    if not isinstance(value, str) or "\0" in value or LONE_SURROGATE.search(value):
-        raise ValueError
-    return value
-
-
 def secret(value: object) -> str:
     """a string that is never shown"""
     return plain_string(value)
-
-
-def boolean(value: object) -> bool:
-    """true or false"""
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def finite_number(value: object) -> float:
-    """a number"""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError
-    with contextlib.suppress(OverflowError):
-        return float(value)
-    raise ValueError
-
-
-def seconds(value: object) -> float:
-    """seconds, above 0 and at most a year"""
-    given = finite_number(value)
-    if not 0 < given <= 366 * 86400:
-        raise ValueError
-    return given
 
 
 def duration(value: object) -> float:
@@ -605,19 +621,6 @@ def time_of_day(value: object) -> str:
     if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", said, re.ASCII):
         raise ValueError
     return said
-
-
-def integer(low: int, high: int, words: str = "a whole number") -> Callable[[object], int]:
-    """Make the kind that takes a whole number in a range."""
-
-    def kind(value: object) -> int:
-        given = finite_number(value)
-        if not (low <= given <= high and given == int(given)):
-            raise ValueError
-        return int(given)
-
-    kind.__doc__ = f"{words} from {low} to {high}"
-    return kind
 
 
 count = integer(1, 10_000)
@@ -1605,6 +1608,7 @@ class Stream:
         # When some of the input was last consumed, and the socket last took something; or, where
         # there was nothing to be consumed or to be written, when there was again.
         self.read_at = self.written_at = loop.clock()
+        self.is_open = True  # what comes in is still heard, and what is written sent
         self.closed = False
         self._loop, self._sock = loop, sock
         self._on_ready, self._on_close = on_ready, on_close
@@ -1617,11 +1621,6 @@ class Stream:
         self._watched = 0
         sock.setblocking(False)
         self._watch()
-
-    @property
-    def is_open(self) -> bool:
-        """Is what comes in still heard, and what is written sent?"""
-        return not self.closed and self._ending is None
 
     def pause(self) -> None:
         """Read nothing more for now."""
@@ -1641,7 +1640,7 @@ class Stream:
     def write(self, head: bytes, body: bytes = b"") -> None:
         """Send this; whoever lets more than the bound pile up is cut off."""
         size = len(head) + len(body)
-        if not size or self.closed or self._ending:
+        if not size or not self.is_open:
             return
         if not self._output:
             self.written_at = self._loop.clock()
@@ -1681,6 +1680,7 @@ class Stream:
         `linger`: seconds that it has for that.
         """
         if self.is_open:
+            self.is_open = False
             self._ending = self._loop.after(linger, self.close)
             self.consume(len(self.input))
             self._flush_soon()
@@ -1690,7 +1690,7 @@ class Stream:
         """The connection is gone, with all that was not yet written."""
         if self.closed:
             return
-        self.closed = True
+        self.closed, self.is_open = True, False
         if self._ending:
             self._ending.cancel()
         self._drop_all()
@@ -1700,6 +1700,7 @@ class Stream:
 
     def _abort(self) -> None:
         """Close it at the end of this turn: somebody may be in the middle of writing to it."""
+        self.is_open = False
         if self._ending:
             self._ending.cancel()
         self._ending = self._loop.after(0, self.close)
@@ -2857,10 +2858,10 @@ class Agent:
             self._next()
 
 
-# ---- Store: an SQLite file that may fail -------------------------------------------------
+# ---- Database: an SQLite file that may fail ----------------------------------------------
 #
 # One file with one user, and one transaction a turn of the loop.  Where the disk fails it goes
-# on in memory, and goes back when the disk does.  Knows no table.
+# on in memory, and returns when the disk does.  Knows no table.
 
 DATABASE_CACHE = 1024  # KiB of memory
 DATABASE_WAL = 8 * KIB * KIB  # bytes that its write-ahead log keeps on disk when it is idle
@@ -2874,36 +2875,41 @@ def make_private(folder: Path) -> None:
 
 
 class Database:
-    """An SQLite database in the file, or for the time being in memory."""
+    """An SQLite database in the file, or in memory: for the time being, or if there is none."""
 
-    def __init__(self, file: Path | None, tables: Sequence[str], log: Log, risk: str) -> None:
-        """In memory if no file is named.
+    def __init__(
+        self,
+        file: Path | None,
+        tables: Sequence[str],
+        log: Log,
+        risk: str,
+        upgrade: Callable[[sqlite3.Connection], None] | None = None,
+    ) -> None:
+        """`tables` are statements that make them; `risk` is what it means to have no disk.
 
-        `tables` are statements that make them; `risk` is what it means to have no disk.
+        `upgrade` is called before: it brings the tables of an older file to what they are now.
         """
         import sqlite3
 
         self.on_disk = file is not None
         self._sqlite, self._file, self._tables = sqlite3, file or Path(), tables
+        self._has_file, self._upgrade = file is not None, upgrade
         self._log, self._risk = log, risk
-        self._turn: list[tuple[str, tuple[object, ...]]] = []  # what was written since commit()
-        if file is None:
-            self._database = self._prepare(None)
-            return
+        self._uncommitted: list[tuple[str, tuple[object, ...]]] = []  # what commit() makes last
         try:
-            make_private(file.parent)
-            self._database = self._open_file()
+            self._database = self._open_file() if file else self._prepare(None)
         except (OSError, sqlite3.Error) as error:
             self._go_on_in_memory(None, reason_of(error))
 
     def _open_file(self) -> sqlite3.Connection:
         """Open it; what is damaged is set aside.  Raises OSError, sqlite3.Error."""
+        make_private(self._file.parent)
         try:
             return self._prepare(self._file)
         except (self._sqlite.DatabaseError, UnicodeDecodeError) as error:
             if not self._damaged(error):
                 raise
-            return self._set_aside(error)
+            return self._quarantine(error)
 
     def _damaged(self, error: Exception) -> bool:
         codes = (self._sqlite.SQLITE_CORRUPT, self._sqlite.SQLITE_NOTADB)
@@ -2911,7 +2917,7 @@ class Database:
             return True
         return getattr(error, "sqlite_errorcode", 0) & 0xFF in codes  # the rest is detail
 
-    def _set_aside(self, error: Exception) -> sqlite3.Connection:
+    def _quarantine(self, error: Exception) -> sqlite3.Connection:
         """Begin anew beside a damaged file."""
         aside = self._file.with_name(f"{self._file.name}.damaged-{int(time.time())}")
         os.replace(self._file, aside)
@@ -2925,33 +2931,37 @@ class Database:
             os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         database = self._sqlite.connect(file or ":memory:", isolation_level=None, timeout=0.2)
         try:
-            for setting in (
+            for pragma in (
                 "journal_mode=WAL",
                 "synchronous=NORMAL",  # outlives any crash but that of the whole machine
                 f"cache_size=-{DATABASE_CACHE}",
                 f"journal_size_limit={DATABASE_WAL}",
             ):
-                database.execute(f"PRAGMA {setting}")
+                database.execute(f"PRAGMA {pragma}")
+            database.execute("BEGIN IMMEDIATE")  # a crash leaves the tables of one version
+            if self._upgrade:
+                self._upgrade(database)
             for table in self._tables:
                 database.execute(table)
+            database.execute("COMMIT")
         except BaseException:
             database.close()
             raise
         return database
 
     def _recover(self, error: Exception) -> None:
-        """The disk has failed us: go on with what there is, this turn's writing included."""
-        failed, turn = self._database, self._turn
+        """The disk has failed us: go on with what there is, and with what is not committed."""
+        failed = self._database
         try:
             if self.on_disk and self._damaged(error):
                 failed.close()
-                self._database = self._set_aside(error)
+                self._database = self._quarantine(error)
             else:
                 self._go_on_in_memory(failed, reason_of(error))
         except (OSError, self._sqlite.Error) as again:
             self._go_on_in_memory(None, reason_of(again))
         self._database.execute("BEGIN")
-        for statement, values in turn:
+        for statement, values in self._uncommitted:
             self._database.execute(statement, values)
 
     def _go_on_in_memory(self, failed: sqlite3.Connection | None, why: str) -> None:
@@ -2968,18 +2978,18 @@ class Database:
                 self._database = self._prepare(None)
             failed.close()
 
-    def begin_anew(self, error: Exception) -> None:
+    def recreate(self, error: Exception) -> None:
         """What can be read makes no sense: be empty, beside the damaged file."""
         self._database.close()
-        self._turn.clear()
+        self._uncommitted.clear()
         try:
-            self._database, self.on_disk = self._set_aside(error), True
+            self._database, self.on_disk = self._quarantine(error), True
         except (OSError, self._sqlite.Error) as again:
             self._go_on_in_memory(None, reason_of(again))
 
-    def go_back_to_disk(self) -> None:
+    def return_to_disk(self) -> None:
         """Try whether the disk is well again; all that is in memory goes there."""
-        if self.on_disk:
+        if self.on_disk or not self._has_file:
             return
         self.commit()
         try:
@@ -2997,49 +3007,45 @@ class Database:
         self._database, self.on_disk = database, True
         self._log.info("can write again", file=self._file)
 
+    def _execute(
+        self, statement: str, values: tuple[object, ...] = (), begin: bool = False
+    ) -> tuple[sqlite3.Cursor, list[Any]]:
+        """Execute it and fetch all rows; where the disk fails, once more on what we go on with."""
+        try:
+            if begin and not self._database.in_transaction:
+                self._database.execute("BEGIN")
+            cursor = self._database.execute(statement, values)
+            return cursor, cursor.fetchall()
+        except self._sqlite.DatabaseError as error:
+            if not (isinstance(error, self._sqlite.OperationalError) or self._damaged(error)):
+                raise  # a fault of ours, not of the disk
+            self._recover(error)
+        cursor = self._database.execute(statement, values)
+        return cursor, cursor.fetchall()
+
     def read(self, question: str, values: tuple[object, ...] = ()) -> list[Any]:
         """All rows of the answer."""
-        try:
-            return self._database.execute(question, values).fetchall()
-        except self._sqlite.OperationalError as error:
-            self._recover(error)
-        except self._sqlite.DatabaseError as error:
-            if not self._damaged(error):
-                raise
-            self._recover(error)
-        return self._database.execute(question, values).fetchall()
+        return self._execute(question, values)[1]
+
+    def _change(self, statement: str, values: tuple[object, ...]) -> sqlite3.Cursor:
+        cursor, _ = self._execute(statement, values, begin=True)
+        self._uncommitted.append((statement, values))
+        return cursor
 
     def write(self, statement: str, values: tuple[object, ...] = ()) -> int:
         """Execute it, to last from commit() on; how many rows it touched."""
-        return self._execute(statement, values).rowcount
+        return self._change(statement, values).rowcount
 
     def insert(self, statement: str, values: tuple[object, ...]) -> int | None:
         """The same for one new row: its number, or None if it was ignored."""
-        cursor = self._execute(statement, values)
+        cursor = self._change(statement, values)
         return cursor.lastrowid if cursor.rowcount == 1 else None
-
-    def _execute(self, statement: str, values: tuple[object, ...]) -> sqlite3.Cursor:
-        try:
-            if not self._database.in_transaction:
-                self._database.execute("BEGIN")
-            cursor = self._database.execute(statement, values)
-        except self._sqlite.DatabaseError as error:
-            if not (isinstance(error, self._sqlite.OperationalError) or self._damaged(error)):
-                raise
-            self._recover(error)
-            cursor = self._database.execute(statement, values)
-        self._turn.append((statement, values))
-        return cursor
 
     def commit(self) -> None:
         """Make what was written last."""
         if self._database.in_transaction:
-            try:
-                self._database.execute("COMMIT")
-            except self._sqlite.DatabaseError as error:
-                self._recover(error)
-                self._database.execute("COMMIT")
-        self._turn.clear()
+            self._execute("COMMIT")
+        self._uncommitted.clear()
 
     def close(self) -> None:
         self.commit()
@@ -3097,13 +3103,17 @@ def is_locked(file: Path) -> bool:
     return False
 
 
-# ---- Journal: what came, what went, what is still owed -----------------------------------
+# ---- Journal: what came, what went, what is not finished ---------------------------------
 #
 # What this node received, sent and did in the last days: rows that are written once.  Beside
-# them what is not finished: work, questions, and what the broker has yet to take.  Times are
-# Unix seconds, which outlive a restart.  One daemon is its only user; it is read with its help.
+# them what is not finished: tasks, requests, and the outbox, which alone decides what is sent
+# next.  Times are Unix seconds, which outlive a restart.  One daemon is its only user; it is
+# read with its help.
 
-MAX_QUESTIONS = 10_000  # that nobody has answered
+MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
+MAX_OUTBOX = 10_000  # messages that wait for the broker
+MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for weeks
+UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
 MAX_ROWS = 100  # that are read at once
 PRUNE_STEP = 500  # rows that are forgotten at once
 PRUNE_TEXTS = 50  # texts that are
@@ -3111,7 +3121,7 @@ PRUNE_AFTER = 1000  # rows written, or ...
 PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
 
 JOURNAL_TABLES = (
-    "CREATE TABLE IF NOT EXISTS notes (key TEXT PRIMARY KEY, value TEXT)",
+    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
     # event: in, out, did; content: the envelope, NULL where its text is kept no longer
     "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
     " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
@@ -3120,9 +3130,13 @@ JOURNAL_TABLES = (
     # agent: who is to be told; '' is a handler's run.  began: perhaps done, if we crashed
     "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
     " agent TEXT, until REAL, urgent INTEGER, note TEXT, began INTEGER DEFAULT 0)",
+    # payload: NULL where it is the content of the message
     "CREATE TABLE IF NOT EXISTS outbox (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
-    " topic TEXT, payload BLOB, retain INTEGER, until REAL)",
-    "CREATE TABLE IF NOT EXISTS questions (exchange TEXT PRIMARY KEY, message INTEGER, due REAL)",
+    " topic TEXT, payload BLOB, retain INTEGER, until REAL, acknowledged_at REAL)",
+    "CREATE INDEX IF NOT EXISTS acknowledged ON outbox (acknowledged_at)"
+    " WHERE acknowledged_at IS NOT NULL",
+    "CREATE TABLE IF NOT EXISTS pending_requests"
+    " (exchange TEXT PRIMARY KEY, message INTEGER, due REAL)",
     # Numbers begin at the microsecond, so that a new file does not use those of a damaged one.
     *(
         "INSERT INTO sqlite_sequence (name, seq)"
@@ -3133,6 +3147,17 @@ JOURNAL_TABLES = (
 )
 
 
+def upgrade_journal(database: sqlite3.Connection) -> None:
+    """Take over a file from before `acknowledged_at`, when two tables had other names."""
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    for old, new in (("notes", "settings"), ("questions", "pending_requests")):
+        if old in tables and new not in tables:
+            database.execute(f"ALTER TABLE {old} RENAME TO {new}")
+    columns = [column[1] for column in database.execute("PRAGMA table_info(outbox)")]
+    if columns and "acknowledged_at" not in columns:
+        database.execute("ALTER TABLE outbox ADD COLUMN acknowledged_at REAL")
+
+
 class Event(Enum):
     """What a row of the journal is about."""
 
@@ -3141,36 +3166,18 @@ class Event(Enum):
     DID = "did"
 
 
-class JournalEntry(Value):
-    """One line of what happened."""
-
-    n: int
-    time: float
-    event: Event
-    id: str | None
-    ch: str
-    sender: str
-    recipient: str
-    action: str | None
-    exchange: str
-    note: str
-    content: str | None
-
-    @property
-    def envelope(self) -> Envelope | None:
-        """The message itself, if it is one and its text is still kept."""
-        try:
-            return Envelope.parse(self.content.encode()) if self.content else None
-        except EnvelopeError:
-            return None
-
-
 ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
+ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
 
 
-def row_of(values: Sequence[Any]) -> JournalEntry:
-    n, at, event, *rest = values
-    return JournalEntry(n, at, Event(event), *rest)
+def entry_of(row: Sequence[Any]) -> dict[str, Any]:
+    """A row of the log as a JSON object, with the message where its text is still kept."""
+    *facts, content = row
+    try:
+        envelope = Envelope.parse(content.encode()).document() if content else None
+    except EnvelopeError:
+        envelope = None
+    return {**dict(zip(ENTRY, facts, strict=True)), "envelope": envelope}
 
 
 class Task(Value):
@@ -3185,25 +3192,17 @@ class Task(Value):
     began: bool  # was it under way when we crashed?
 
 
-class OutboxEntry(Value):
-    """A message that the broker has not acknowledged."""
+class OutgoingMessage(Value):
+    """A message for the broker."""
 
-    n: int
     topic: str
     payload: bytes
-    retain: bool
-    until: float | None  # then it is of no use any more
-
-
-class PendingRequest(Value):
-    """A message of ours that nobody has answered."""
-
-    exchange: str
-    asked: float
-    due: float | None  # when the answer is of no use any more
-    recipient: str
-    action: str | None
-    content: str | None
+    qos: int = 1
+    retain: bool = False
+    until: float | None = None  # Unix seconds; then it is of no use any more
+    n: int = 0  # its row in the outbox; it has none if it goes past that
+    id: str | None = None  # of the envelope that it is
+    done: Callable[[int, str], object] = lambda code, words: None  # 0 for success
 
 
 class Journal:
@@ -3216,35 +3215,42 @@ class Journal:
         """
         risk = "what a crash interrupts is lost, or done twice"
         file = directory / "journal.sqlite3" if directory else None
-        self._store = Database(file, JOURNAL_TABLES, log, risk)
+        self._database = Database(file, JOURNAL_TABLES, log, risk, upgrade_journal)
         self._keep, self._max_size = keep, max_size
         self._rows = self._size = 0  # written since the last look
-        self._newest = int(self._store.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
+        self._newest = int(self._database.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
         self.full = False  # of what is not finished: no room is left to accept more
+        self.saved_before = self._forgotten = (
+            0.0  # the broker has saved what it acknowledged before
+        )
+        self._count_outbox()
 
     @property
     def on_disk(self) -> bool:
-        return self._store.on_disk
+        return self._database.on_disk
 
     def commit(self) -> None:
         """Make it last, before anybody is told that it is safe with us."""
         if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
             self.prune(time.time())
-        self._store.commit()
+        if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
+            self.forget_acknowledged(self.saved_before)
+            self._forgotten = self.saved_before
+        self._database.commit()
 
-    def go_back_to_disk(self) -> None:
-        self._store.go_back_to_disk()
+    def return_to_disk(self) -> None:
+        self._database.return_to_disk()
 
     def close(self) -> None:
-        self._store.close()
+        self._database.close()
 
-    def note(self, key: str, value: object) -> None:
-        """Write down a JSON value under a key, in place of what was there."""
-        self._store.write("REPLACE INTO notes VALUES (?, ?)", (key, json.dumps(value)))
+    def put(self, key: str, value: object) -> None:
+        """Keep a JSON value under a key, in place of what was there."""
+        self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
 
-    def recall(self, key: str) -> dict[str, Any]:
-        """What was written down under a key; nothing if nothing was."""
-        rows = self._store.read("SELECT value FROM notes WHERE key = ?", (key,))
+    def get(self, key: str) -> dict[str, Any]:
+        """What is kept under a key; nothing if nothing is."""
+        rows = self._database.read("SELECT value FROM settings WHERE key = ?", (key,))
         return (read_json_object(rows[0][0]) if rows else None) or {}
 
     # -- what happened --
@@ -3265,9 +3271,9 @@ class Journal:
         """A message went out without our doing; an answer to it may come."""
         row = self.record(Event.SENT, envelope, now)
         if row and CHANNELS[envelope.ch].handler:
-            self.ask(envelope, row)
+            self.add_pending_request(envelope, row)
 
-    def did(self, envelope: Envelope, now: float, note: str) -> None:
+    def record_result(self, envelope: Envelope, now: float, note: str) -> None:
         """Write down what came of a message, in words."""
         self._append(now, Event.DID, None, envelope, note, None)
 
@@ -3280,7 +3286,7 @@ class Journal:
         note: str,
         content: str | None,
     ) -> int | None:
-        row = self._store.insert(
+        row = self._database.insert(
             f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(now, event.value, id, about.ch, about.sender, about.to, about.action),
@@ -3292,18 +3298,27 @@ class Journal:
             self._newest = row
         return row
 
-    def message(self, id: str) -> JournalEntry | None:
-        """The message with this id; what came in before what went out."""
-        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event"
-        rows = self._store.read(question, (id,))
-        return row_of(rows[0]) if rows else None
+    def _entries(self, question: str, values: tuple[object, ...]) -> list[dict[str, Any]]:
+        """The rows of an answer, as many as fit into one line to a command."""
+        entries, size = [], 0
+        for row in self._database.read(question, values):
+            entries.append(entry_of(row))
+            size += len(row[-1] or "") + KIB
+            if size > MAX_PAYLOAD:
+                break
+        return entries
 
-    def exchange(self, id: str, after: int = 0) -> list[JournalEntry]:
+    def message(self, id: str) -> dict[str, Any] | None:
+        """The message with this id; what came in before what went out."""
+        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event LIMIT 1"
+        return next(iter(self._entries(question, (id,))), None)
+
+    def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
         """The next MAX_ROWS of the exchange that a message belongs to."""
         message = self.message(id)
-        values = (message.exchange if message else id, after, MAX_ROWS)
+        values = (message["exchange"] if message else id, after, MAX_ROWS)
         question = f"SELECT {ROW} FROM log WHERE exchange = ? AND n > ? ORDER BY n LIMIT ?"
-        return [row_of(row) for row in self._store.read(question, values)]
+        return self._entries(question, values)
 
     @property
     def newest(self) -> int:
@@ -3312,7 +3327,7 @@ class Journal:
 
     def rows(
         self, filters: Mapping[str, object], after: int = 0, last: int = 0
-    ) -> list[JournalEntry]:
+    ) -> list[dict[str, Any]]:
         """The next MAX_ROWS after a row, or the first of the `last` so many.
 
         `filters` choose by what is in LOG_FILTERS.
@@ -3321,14 +3336,14 @@ class Journal:
         values = (after, *filters.values())
         if last:
             question = f"SELECT n FROM log WHERE {where} ORDER BY n DESC LIMIT 1 OFFSET {last}"
-            before = self._store.read(question, values)
+            before = self._database.read(question, values)
             values = (before[0][0] if before else after, *filters.values())
         question = f"SELECT {ROW} FROM log WHERE {where} ORDER BY n LIMIT {MAX_ROWS}"
-        return [row_of(row) for row in self._store.read(question, values)]
+        return self._entries(question, values)
 
     # -- what is still to be done --
 
-    def owe(
+    def add_task(
         self,
         message: int,
         agent: str = "",
@@ -3337,29 +3352,29 @@ class Journal:
         note: str = "",
     ) -> int:
         """Take on a task for a received message; its number."""
-        task = self._store.insert(
+        task = self._database.insert(
             "INSERT INTO tasks (message, agent, until, urgent, note) VALUES (?, ?, ?, ?, ?)",
             (message, agent, until, urgent, note),
         )
         return task or 0
 
-    def begin(self, tasks: Iterable[int]) -> None:
+    def start_tasks(self, tasks: Iterable[int]) -> None:
         """From now on a crash leaves open whether these are done.  That is committed at once."""
         for n in tasks:
-            self._store.write("UPDATE tasks SET began = 1 WHERE n = ?", (n,))
-        self._store.commit()
+            self._database.write("UPDATE tasks SET began = 1 WHERE n = ?", (n,))
+        self._database.commit()
 
-    def retract(self, tasks: Iterable[int]) -> None:
+    def reset_tasks(self, tasks: Iterable[int]) -> None:
         """It has come to nothing, for certain: these are as before they began."""
         for n in tasks:
-            self._store.write("UPDATE tasks SET began = 0 WHERE n = ?", (n,))
+            self._database.write("UPDATE tasks SET began = 0 WHERE n = ?", (n,))
 
-    def finish(self, task: int) -> None:
-        self._store.write("DELETE FROM tasks WHERE n = ?", (task,))
+    def remove_task(self, task: int) -> None:
+        self._database.write("DELETE FROM tasks WHERE n = ?", (task,))
 
     def tasks(self) -> list[Task]:
-        """All that is owed, in order."""
-        rows = self._store.read(
+        """All that are not done, in order."""
+        rows = self._database.read(
             "SELECT content, tasks.n, agent, until, urgent, tasks.note, began"
             " FROM tasks JOIN log ON log.n = message ORDER BY tasks.n"
         )
@@ -3372,7 +3387,22 @@ class Journal:
 
     # -- what is still to be sent --
 
-    def post(
+    def _count_outbox(self) -> None:
+        content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
+        messages, size = self._database.read(
+            f"SELECT count(*), ifnull(sum({content}), 0)"
+            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
+        )[0]
+        self.outbox_size, self._outbox_bytes = int(messages), int(size)
+        rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
+        self._acknowledged = int(rows[0][0])
+
+    @property
+    def outbox_full(self) -> bool:
+        """Nothing more may be sent.  What peers gave us to do does not count."""
+        return self.outbox_size >= MAX_OUTBOX or self._outbox_bytes >= MAX_OUTBOX_SIZE
+
+    def enqueue(
         self,
         topic: str,
         payload: bytes,
@@ -3380,69 +3410,100 @@ class Journal:
         message: int | None = None,
         until: float | None = None,
     ) -> None:
-        """Put something into the outbox, behind all that is there."""
-        self._store.write(
-            "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
-            (message, topic, payload, retain, until),
-        )
-        self._size += len(payload)
+        """Put something into the outbox, behind all that is there; it is of use `until` then.
 
-    def outgoing(self, after: int, limit: int) -> list[OutboxEntry]:
+        The payload of a message is the content of its row, where that is kept.
+        """
+        own = payload if message is None or self.full else None
+        self._database.write(
+            "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
+            (message, topic, own, retain, until),
+        )
+        self.outbox_size += 1
+        self._outbox_bytes += len(payload)
+        self._size += len(own or b"")
+
+    def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
         """The next that wait for the broker, in order."""
-        rows = self._store.read(
-            "SELECT n, topic, payload, retain, until FROM outbox WHERE n > ? ORDER BY n LIMIT ?",
+        rows = self._database.read(
+            "SELECT outbox.n, id, topic, coalesce(payload, CAST(content AS BLOB), x''), retain,"
+            " until FROM outbox LEFT JOIN log ON log.n = message"
+            " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
             (after, limit),
         )
         return [
-            OutboxEntry(n, topic, pay, bool(retain), until) for n, topic, pay, retain, until in rows
+            OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
+            for n, id, topic, payload, retain, until in rows
         ]
 
-    def posted(self, n: int) -> JournalEntry | None:
-        """The broker has it, or never will: forget it.  The row of the message that it was."""
-        rows = self._store.read(
-            f"SELECT {', '.join(f'log.{column}' for column in ROW.split(', '))}"
-            " FROM outbox JOIN log ON log.n = message WHERE outbox.n = ?",
-            (n,),
-        )
-        self._store.write("DELETE FROM outbox WHERE n = ?", (n,))
-        return row_of(rows[0]) if rows else None
+    def dequeue(self, message: OutgoingMessage, acknowledged: bool) -> None:
+        """The broker has it, or never will.
 
-    @property
-    def outbox_size(self) -> int:
-        return int(self._store.read("SELECT count(*) FROM outbox")[0][0])
+        What it has acknowledged is kept a moment longer: Mosquitto acknowledges first, and
+        saves then.
+        """
+        if acknowledged:
+            self._acknowledged += self._database.write(
+                "UPDATE outbox SET acknowledged_at = ? WHERE n = ?", (time.time(), message.n)
+            )
+        else:
+            self._database.write("DELETE FROM outbox WHERE n = ?", (message.n,))
+        self.outbox_size -= 1
+        self._outbox_bytes -= len(message.payload)
 
-    @property
-    def outbox_bytes(self) -> int:
-        return int(self._store.read("SELECT ifnull(sum(length(payload)), 0) FROM outbox")[0][0])
+    def forget_acknowledged(self, before: float) -> None:
+        """What the broker acknowledged before then it has saved."""
+        forget = "DELETE FROM outbox WHERE acknowledged_at < ?"
+        self._acknowledged -= self._database.write(forget, (before,))
+
+    def requeue(self, since: float) -> int:
+        """Send again what was acknowledged since then; the number of the last such message.
+
+        Nobody can tell whether the broker died.  Receivers drop ids that they have seen, so
+        nothing is acted upon twice.
+        """
+        if not self._acknowledged:
+            return 0
+        self.forget_acknowledged(since)
+        newest = "SELECT ifnull(max(n), 0) FROM outbox WHERE acknowledged_at IS NOT NULL"
+        last = int(self._database.read(newest)[0][0])
+        again = "UPDATE outbox SET acknowledged_at = NULL WHERE acknowledged_at IS NOT NULL"
+        self._database.write(again)
+        self._count_outbox()
+        return last
 
     # -- what was asked --
 
-    def ask(self, envelope: Envelope, message: int) -> None:
+    def add_pending_request(self, envelope: Envelope, message: int) -> None:
         """An answer to this is expected."""
         due = envelope.ts + envelope.ttl if envelope.ttl else None
         values = (envelope.exchange, message, due)
-        self._store.write("REPLACE INTO questions VALUES (?, ?, ?)", values)
-        self._store.write(
-            "DELETE FROM questions WHERE message <= (SELECT message FROM questions"
+        self._database.write("REPLACE INTO pending_requests VALUES (?, ?, ?)", values)
+        self._database.write(
+            "DELETE FROM pending_requests WHERE message <= (SELECT message FROM pending_requests"
             " ORDER BY message DESC LIMIT 1 OFFSET ?)",
-            (MAX_QUESTIONS,),
+            (MAX_PENDING_REQUESTS,),
         )
 
-    def answered(self, exchange: str | None) -> None:
-        self._store.write("DELETE FROM questions WHERE exchange = ?", (exchange,))
+    def resolve_request(self, exchange: str | None) -> None:
+        """It was answered, or nobody waits for that any more."""
+        self._database.write("DELETE FROM pending_requests WHERE exchange = ?", (exchange,))
 
-    def questions(self, due: float | None = None) -> list[PendingRequest]:
-        """Those that nobody has answered, oldest first; or those that were due by then."""
-        rows = self._store.read(
-            "SELECT questions.exchange, time, due, recipient, action, content FROM questions"
+    def pending_requests(self, due: float | None = None) -> list[dict[str, Any]]:
+        """Those that nobody has answered, oldest first; or those that were due by then.
+
+        `due` is when the answer is of no use any more.
+        """
+        rows = self._database.read(
+            "SELECT pending_requests.exchange, recipient, action, time, due FROM pending_requests"
             " JOIN log ON log.n = message WHERE ? IS NULL OR due <= ? ORDER BY message LIMIT ?",
             (due, due, MAX_ROWS),
         )
-        return [PendingRequest(*row) for row in rows]
+        return [dict(zip(("id", "to", "action", "asked", "due"), row, strict=True)) for row in rows]
 
     def next_due(self) -> float | None:
-        """When the next question is overdue."""
-        value = self._store.read("SELECT min(due) FROM questions")[0][0]
+        """When the next request is overdue."""
+        value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
         return None if value is None else float(value)
 
     # -- bounds --
@@ -3451,7 +3512,7 @@ class Journal:
     def size(self) -> int:
         """Bytes in use."""
         pages, free, size = (
-            self._store.read(f"PRAGMA {name}")[0][0]
+            self._database.read(f"PRAGMA {name}")[0][0]
             for name in ("page_count", "freelist_count", "page_size")
         )
         return int((pages - free) * size)
@@ -3459,7 +3520,7 @@ class Journal:
     def prune(self, now: float) -> bool:
         """Forget a few rows that are too old, or too much; was there anything to forget?"""
         self._rows = self._size = 0
-        oldest = self._store.read("SELECT time FROM log ORDER BY n LIMIT 1")
+        oldest = self._database.read("SELECT time FROM log ORDER BY n LIMIT 1")
         forgotten, too_old = 0, now - self._keep
         if oldest and oldest[0][0] < too_old:
             forgotten += self._forget_rows("time < ?", too_old)
@@ -3467,19 +3528,21 @@ class Journal:
         if too_large:
             texts = f"SELECT n FROM log WHERE content IS NOT NULL AND {FINISHED} ORDER BY n LIMIT ?"
             forget = f"UPDATE log SET content = NULL WHERE n IN ({texts})"
-            forgotten += self._store.write(forget, (PRUNE_TEXTS,))
+            forgotten += self._database.write(forget, (PRUNE_TEXTS,))
             if self.size > self._max_size:
                 forgotten += self._forget_rows("content IS NULL")
         self.full = too_large and not forgotten
         if forgotten:
-            self._store.write("DELETE FROM questions WHERE message NOT IN (SELECT n FROM log)")
+            self._database.write(
+                "DELETE FROM pending_requests WHERE message NOT IN (SELECT n FROM log)"
+            )
         return bool(forgotten)
 
     def _forget_rows(self, which: str, *values: object) -> int:
         """The oldest ones that nothing unfinished belongs to."""
-        unasked = "n NOT IN (SELECT message FROM questions WHERE due IS NOT NULL)"
+        unasked = "n NOT IN (SELECT message FROM pending_requests WHERE due IS NOT NULL)"
         rows = f"SELECT n FROM log WHERE {which} AND {FINISHED} AND {unasked} ORDER BY n LIMIT ?"
-        return self._store.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
+        return self._database.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
 
 
 FINISHED = (  # nothing is still to be done with these rows
@@ -3743,8 +3806,8 @@ class ReasonCode(IntEnum):
 
 
 def is_failure(reason: int) -> bool:
-    """Does this reason code mean that something was not done?"""
-    return reason >= ReasonCode.UNSPECIFIED_ERROR
+    """Does this reason code mean that something was not done?  Those below 0 are our own."""
+    return reason < 0 or reason >= ReasonCode.UNSPECIFIED_ERROR
 
 
 # What CONNACK says in MQTT 3.1.1, 3.2.2.3; all else is "server unavailable".
@@ -4048,15 +4111,26 @@ def matches(filter: str, topic: str) -> bool:
     )
 
 
-class Publish(Value):
+class Publish:
     """A message on its way, to the broker or from it."""
 
-    topic: str  # empty where an alias stands for it
-    payload: bytes
-    qos: int = 0
-    retain: bool = False
-    packet_id: int = 0
-    properties: Mapping[str, Any] = {}
+    __slots__ = ("packet_id", "payload", "properties", "qos", "retain", "topic")
+
+    def __init__(
+        self,
+        topic: str,  # empty where an alias stands for it
+        payload: bytes,
+        qos: int = 0,
+        retain: bool = False,
+        packet_id: int = 0,
+        properties: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.topic, self.payload, self.qos, self.retain = topic, payload, qos, retain
+        self.packet_id, self.properties = packet_id, properties or {}
+
+    def __eq__(self, other: object) -> bool:
+        mine = (getattr(self, name) for name in self.__slots__)
+        return [*mine] == [getattr(other, name, None) for name in self.__slots__]
 
     @classmethod
     def parse(cls, flags: int, body: bytes, version: int) -> Self:
@@ -4640,7 +4714,7 @@ class SessionStore:
     def recreate(self, error: Exception) -> None:
         """What can be read makes no sense: begin with an empty file."""
         self._unsaved.clear()
-        self.database.begin_anew(error)
+        self.database.recreate(error)
 
     def load(
         self, bounds: tuple[int, int]
@@ -4979,7 +5053,7 @@ class ClientConnection:
 
     def _on_publish(self, publish: Publish, session: Session) -> None:
         if "topic_alias" in publish.properties:
-            publish = self._resolve(publish, publish.properties["topic_alias"])
+            self._resolve(publish, publish.properties["topic_alias"])
         packet_id, qos = publish.packet_id, publish.qos
         if qos == 2:
             if packet_id in session.unreleased:  # it is safe with us already
@@ -5006,7 +5080,7 @@ class ClientConnection:
     def _acknowledge(self, kind: PacketType, packet_id: int, reason: int) -> None:
         self.stream.write(encode_ack(kind, packet_id, reason, self.version))
 
-    def _resolve(self, publish: Publish, alias: int) -> Publish:
+    def _resolve(self, publish: Publish, alias: int) -> None:
         """Put the topic in the place of its alias (MQTT 5, 3.3.2.3.4)."""
         if not 0 < alias <= MAX_ALIASES:
             raise MalformedPacket(f"topic alias {alias}", ReasonCode.TOPIC_ALIAS_INVALID)
@@ -5014,7 +5088,7 @@ class ClientConnection:
             self._aliases[alias] = publish.topic
         elif alias not in self._aliases:
             raise ProtocolError(f"topic alias {alias} stands for nothing")
-        return publish.replace(topic=self._aliases[alias])
+        publish.topic = self._aliases[alias]
 
     def _on_pubrel(self, packet_id: int, session: Session) -> None:
         code = ReasonCode.PACKET_IDENTIFIER_NOT_FOUND
@@ -5281,7 +5355,7 @@ class Broker:
         if next(self._ticks) % (DISK_AGAIN / BROKER_TICK) == 0:
             for topic in [one for one, kept in self.retained.items() if kept.expired(now)]:
                 self._unretain(topic)
-            self.store.database.go_back_to_disk()
+            self.store.database.return_to_disk()
         self.store.commit()
 
     def log_limited(self, event: str, connection: ClientConnection | None, why: str) -> None:
@@ -5637,21 +5711,22 @@ def max_client_connections() -> int:
     )
 
 
-# ---- Link: MQTT --------------------------------------------------------------------------
+# ---- MqttClient: the way to the broker ---------------------------------------------------
 #
-# Connection is one connection, from dialling to its end; Link makes the next one, for ever,
-# and keeps what could not be published yet.  Alone in importing paho, whose client is driven
-# from the loop; only dialling blocks, so it has a short-lived thread.  Knows topics and bytes,
-# no envelope.
+# MqttConnection is one connection, from dialling to its end; MqttClient makes the next one, for
+# ever, and sends what is next in the journal's outbox as the broker takes it.  Alone in
+# importing paho, whose client is driven from the loop; only dialling blocks, so it has a
+# short-lived thread.  Knows topics and bytes, no envelope.
 
 DIAL_TIMEOUT = 5.0  # seconds for each address of the broker
 PROBE_TIMEOUT = 5.0  # seconds in which a broker that works takes one more connection
 DIAL_DEADLINE = 30.0  # seconds until CONNACK, all in all; DNS has no limit of its own
-RETRY = (0.5, 30.0)  # seconds: the first wait, the longest
+RETRY = (0.5, 2.0, 30.0)  # seconds: the first wait, the longest of a minute, the longest
+RETRY_PART = 1 / 30  # of an outage: how the longest wait grows with it
+RESEND_WITHIN = 86400.0  # seconds after a crash of ours in which receivers surely know an id
 SESSION_EXPIRY = 7 * 86400  # seconds that the broker keeps what came while we were away
 RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
 SEND_WINDOW = 20  # messages we send before the broker acknowledges one
-MAX_OUTBOX = 10_000  # messages that wait for the broker
 MAX_HANG_UPS = 5  # of the broker at one message, until it is given up
 READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
@@ -5662,8 +5737,6 @@ WAYS_TO_PAHO = (
     " inside (in a checkout: make dist)"
 )
 
-UNSAVED = 2.0  # seconds in which a crash of the broker may lose what it has acknowledged
-MAX_UNSAVED = 8 * KIB * KIB  # bytes of that which are kept
 HANG_UP = "the broker closed the connection"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
 NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
@@ -5679,23 +5752,8 @@ class IncomingMessage(Value):
     ack: Callable[[], None]
 
 
-class OutgoingMessage(Value):
-    """A message for the broker."""
-
-    topic: str
-    payload: bytes
-    qos: int = 1
-    retain: bool = False
-    expires: float | None = None  # monotonic; not sent after it
-    keep: bool = True  # until the broker is back, if it is away
-    again: bool = False  # it was acknowledged once, but perhaps not saved
-    done: Callable[[int, str], None] = lambda code, words: (
-        None
-    )  # the broker's reason, 0 for success
-
-
 class ClientListener(Protocol):
-    """Who a link talks to."""
+    """Who is told what a client sees."""
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         """Call `go_on` when a connection may be made."""
@@ -5706,16 +5764,20 @@ class ClientListener(Protocol):
     def link_down(self, reason: str) -> None:
         """The connection ended, or could not be made; the next try comes by itself."""
 
-    def deliver(self, delivery: IncomingMessage) -> None:
+    def deliver(self, message: IncomingMessage) -> None:
         """A message has come."""
 
 
 class Transport(Protocol):
-    """What Node needs of a link."""
+    """What Node needs of a client."""
 
-    def aim(self, settings: MqttConfig) -> None: ...
-    def open(self, user: ClientListener) -> None: ...
-    def publish(self, publication: OutgoingMessage) -> None: ...
+    def set_broker(self, settings: MqttConfig) -> None: ...
+    def open(self, listener: ClientListener) -> None: ...
+    def use_outbox(
+        self, outbox: Journal, published: Callable[[OutgoingMessage, int, str], None]
+    ) -> None: ...
+    def publish(self, message: OutgoingMessage) -> None: ...
+    def send_queued(self) -> None: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
 
@@ -5724,6 +5786,17 @@ STAND_INS: Mapping[str, Mapping[str, Any]] = {  # what paho names of modules tha
     "urllib.request": {},
     "ssl": {"SSLWantReadError": (), "SSLWantWriteError": ()},  # `except ():` catches nothing
 }
+
+
+def retry_delay(failures: int, outage: float, chance: float) -> float:
+    """Seconds until the next attempt, after so many failures in an outage of so many seconds.
+
+    A broker that is back within a minute is found in two seconds; one that stays away is asked
+    twice a minute.  By `chance` (0 to 1) it is up to half of that less, or all would come at once.
+    """
+    first, quick, slow = RETRY
+    longest = min(max(quick, outage * RETRY_PART), slow)
+    return min(first * float(2 ** min(failures, 20)), longest) * (0.5 + chance / 2)
 
 
 def load_paho() -> Any:
@@ -5821,7 +5894,7 @@ class ReadAhead:
         return part
 
 
-def read_ahead(client: mqtt.Client) -> ReadAhead | None:
+def read_ahead(client: paho_client.Client) -> ReadAhead | None:
     """Make paho read ahead: 1.6 times as many messages a second.  None where it cannot be made."""
     method = "_sock_recv"  # not public, so it may be gone one day
     if not hasattr(client, method):
@@ -5834,15 +5907,15 @@ def read_ahead(client: mqtt.Client) -> ReadAhead | None:
 class MqttConnection:
     """One connection to the broker; never used again after its end."""
 
-    def __init__(self, link: MqttClient, protocol: str) -> None:
-        self._link, self._loop = link, link.loop
+    def __init__(self, owner: MqttClient, protocol: str) -> None:
+        self._owner, self._loop = owner, owner.loop
         self.protocol = protocol
         self.up = self.ended = False
         self.welcome = self.hung_up = False  # CONNACK has come; it ended before that
         self._refusal: tuple[str, int] | None = None
-        self.heard = link.loop.clock()  # when the broker last said something
+        self.heard = time.time()  # when the broker last said something
         self.window, self.max_packet = SEND_WINDOW, sys.maxsize
-        self._inbox: deque[mqtt.MQTTMessage] = deque()
+        self._received: deque[paho_client.MQTTMessage] = deque()
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
         self._client = self._make_client()
         self._ahead = read_ahead(self._client)
@@ -5857,12 +5930,12 @@ class MqttConnection:
     def v5(self) -> bool:
         return self.protocol == "5"
 
-    def _make_client(self) -> mqtt.Client:
+    def _make_client(self) -> paho_client.Client:
         paho = load_paho()
-        settings, persistent = self._link.settings, self._link.persistent
-        client: mqtt.Client = paho.Client(
+        settings, persistent = self._owner.settings, self._owner.persistent
+        client: paho_client.Client = paho.Client(
             paho.CallbackAPIVersion.VERSION2,
-            self._link.client_id,
+            self._owner.client_id,
             protocol=paho.MQTTv5 if self.v5 else paho.MQTTv311,
             transport="unix" if settings.unix else "tcp",
             clean_session=None if self.v5 else not persistent,
@@ -5877,8 +5950,8 @@ class MqttConnection:
 
             paho.ssl = ssl
             client.tls_set_context(tls_context(settings))
-        if self._link.will:
-            will = self._link.will
+        if self._owner.will:
+            will = self._owner.will
             client.will_set(will.topic, will.payload, will.qos, will.retain)
         connect: dict[str, Any] = {}
         if self.v5:
@@ -5893,7 +5966,7 @@ class MqttConnection:
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish
-        client.on_message = lambda client, userdata, message: self._inbox.append(message)
+        client.on_message = lambda client, userdata, message: self._received.append(message)
         # While a thread dials, paho must call nobody.
         client.on_socket_register_write = lambda client, userdata, sock: None
         client.on_socket_unregister_write = lambda client, userdata, sock: None
@@ -5945,9 +6018,9 @@ class MqttConnection:
             if events & selectors.EVENT_WRITE:
                 self._client.loop_write()
             if events & selectors.EVENT_READ:
-                self.heard = self._loop.clock()
+                self.heard = time.time()
                 self._read()
-        except self._link.protocol_errors as error:
+        except self._owner.protocol_errors as error:
             self.end(f"the broker sent what is no MQTT: {quoted(str(error))}")
         self._check()
 
@@ -5959,15 +6032,15 @@ class MqttConnection:
                 return
             self._client.loop_read()
             while self._acknowledged:
-                self._link.acknowledged(self, *self._acknowledged.popleft())
-            while self._inbox:
-                self._hand_over(self._inbox.popleft())
+                self._owner.acknowledged(self, *self._acknowledged.popleft())
+            while self._received:
+                self._deliver(self._received.popleft())
             if not (self._ahead or has_more(self._client.socket())):
                 acknowledge_at_once(self._client.socket())
                 return
         self._loop.post(lambda: self._ready(selectors.EVENT_READ))
 
-    def _hand_over(self, message: mqtt.MQTTMessage) -> None:
+    def _deliver(self, message: paho_client.MQTTMessage) -> None:
         def ack() -> None:
             if message.qos and not self.ended:
                 self._client.ack(message.mid, message.qos)
@@ -5977,7 +6050,7 @@ class MqttConnection:
         except UnicodeDecodeError:
             topic = "�"
         expires_in = getattr(message.properties, "MessageExpiryInterval", None)
-        self._link.delivered(
+        self._owner.received(
             IncomingMessage(topic, bytes(message.payload), message.retain, expires_in, ack)
         )
 
@@ -6012,7 +6085,7 @@ class MqttConnection:
     def _on_subscribe(
         self, client: object, userdata: object, mid: int, codes: Any, properties: object
     ) -> None:
-        for (topic, _), code in zip(self._link.subscriptions, codes, strict=False):
+        for (topic, _), code in zip(self._owner.subscriptions, codes, strict=False):
             if code.is_failure:
                 self._refusal = f"subscribing to {topic} refused: {code}".lower(), code.value
                 return
@@ -6028,42 +6101,42 @@ class MqttConnection:
             return
         self._timer.cancel()
         self._tick()
-        if self._link.subscriptions:
-            self._client.subscribe([*self._link.subscriptions])
+        if self._owner.subscriptions:
+            self._client.subscribe([*self._owner.subscriptions])
         else:
             self._ready_for_use()
 
     def _ready_for_use(self) -> None:
         if not self.ended:
             self.up = True
-            self._link.came_up()
+            self._owner.connected()
 
     def _tick(self) -> None:
         """Paho looks here whether a ping is due."""
         if not self.ended:
             self._client.loop_misc()
             self._check()
-            self._timer = self._loop.after(self._link.settings.keepalive / 4, self._tick)
+            self._timer = self._loop.after(self._owner.settings.keepalive / 4, self._tick)
 
-    def publish(self, publication: OutgoingMessage, expires_in: int | None) -> int:
+    def publish(self, message: OutgoingMessage, expires_in: int | None) -> int:
         """Send it; its packet id, which comes back with the broker's acknowledgement."""
         properties = None
         if self.v5 and expires_in is not None:
             properties = self._properties("PUBLISH", MessageExpiryInterval=expires_in)
         sent = self._client.publish(
-            publication.topic, publication.payload, publication.qos, publication.retain, properties
+            message.topic, message.payload, message.qos, message.retain, properties
         )
         return sent.mid
 
     def disconnect(self) -> None:
-        """Say goodbye: the broker forgets the will."""
+        """Say so: the broker forgets the will."""
         if self._client.socket() is not None and self.up:
             self._client.disconnect()
             self._client.loop_write()
         self.end("closed")
 
     def end(self, reason: str, code: int = 0) -> None:
-        """Let go of the socket; without goodbye the broker publishes the will."""
+        """Let go of the socket; without DISCONNECT the broker publishes the will."""
         if self.ended:
             return
         self.ended, self.up = True, False
@@ -6073,7 +6146,7 @@ class MqttConnection:
             self._loop.forget(sock)
             with contextlib.suppress(OSError):
                 sock.close()
-        self._link.lost(self, reason, code)
+        self._owner.disconnected(self, reason, code)
 
 
 def acknowledge_at_once(sock: Any) -> None:
@@ -6083,10 +6156,10 @@ def acknowledge_at_once(sock: Any) -> None:
     Linux takes the option back by itself (tcp(7)), so it is set after each read; where it is
     missing, nothing is lost but time.
     """
-    option = getattr(socket, "TCP_QUICKACK", None)
-    if sock is not None and option is not None:
+    quickack = getattr(socket, "TCP_QUICKACK", None)
+    if sock is not None and quickack is not None:
         with contextlib.suppress(OSError):  # a unix socket; closed meanwhile
-            sock.setsockopt(socket.IPPROTO_TCP, option, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, quickack, 1)
 
 
 def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
@@ -6101,34 +6174,12 @@ def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
         return False
 
 
-class Recent:
-    """What was acknowledged a moment ago: Mosquitto acknowledges first, and saves then.
-
-    It goes out again where the connection ends, since nobody can tell whether the broker died.
-    Receivers drop ids that they have seen, so nothing is acted upon twice.
-    """
-
-    def __init__(self) -> None:
-        self._kept: deque[tuple[float, OutgoingMessage]] = deque()
-        self._size = 0
-
-    def add(self, publication: OutgoingMessage, now: float) -> None:
-        again = publication.replace(again=True, done=lambda code, words: None)
-        self._kept.append((now, again))
-        self._size += len(again.payload)
-        while self._kept[0][0] < now - UNSAVED or self._size > MAX_UNSAVED:
-            self._size -= len(self._kept.popleft()[1].payload)
-            if not self._kept:
-                return
-
-    def take(self, heard: float) -> list[OutgoingMessage]:
-        """All that the broker acknowledged shortly before it was last `heard`, in order."""
-        kept, self._kept, self._size = self._kept, deque(), 0
-        return [publication for at, publication in kept if at >= heard - UNSAVED]
+def ignore_published(message: OutgoingMessage, code: int, words: str) -> None:
+    """For who asks each message by itself."""
 
 
 class MqttClient:
-    """The way to the broker: comes back by itself, and loses nothing that it was given."""
+    """The way to the broker: comes back by itself, and sends what is next in the outbox."""
 
     def __init__(
         self,
@@ -6139,25 +6190,25 @@ class MqttClient:
         will: OutgoingMessage | None = None,
     ) -> None:
         """Without a client id the broker keeps no session.  Raises ConfigError, UsageError."""
-        self.loop, self.settings, self.subscriptions, self.will = (
-            loop,
-            settings,
-            subscriptions,
-            will,
-        )
+        self.loop, self.settings = loop, settings
+        self.subscriptions, self.will = subscriptions, will
         self.persistent = bool(client_id)
         self.client_id = client_id or CLIENT_ID_PREFIX + new_id().replace("-", "")[:16]
         self.protocol_errors = paho_errors()
         if settings.tls:
             tls_context(settings)
-        self._user: ClientListener | None = None
+        self._listener: ClientListener | None = None
+        self._outbox: Journal | None = None
+        self._published: Callable[[OutgoingMessage, int, str], None] = ignore_published
         self._connection: MqttConnection | None = None
         self._protocol = settings.protocol
-        self._outbox: deque[OutgoingMessage] = deque()
-        self._inflight: dict[int, OutgoingMessage] = {}
-        self._recent = Recent()
-        self._hang_ups = 0  # in a row, with nothing acknowledged between
-        self._failures = 0
+        self._inflight: dict[int, OutgoingMessage] = {}  # by packet id: not acknowledged yet
+        self._held: dict[str, OutgoingMessage] = {}  # past the outbox, until the window opens
+        self._last = 0  # the number of the last message that was taken from the outbox
+        self._again = 0  # up to this number they were acknowledged once, but perhaps not saved
+        self._suspects = 0  # up to this number one by one: the broker hung up at one of them
+        self._hang_ups = (0, 0)  # at which message, and how often
+        self._failures, self._down_since = 0, 0.0
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
 
@@ -6170,75 +6221,113 @@ class MqttClient:
         """Has the broker let us in, and not yet gone?"""
         return self._connection is not None and self._connection.welcome
 
-    def aim(self, settings: MqttConfig) -> None:
+    def set_broker(self, settings: MqttConfig) -> None:
         """From the next connection on, this is the broker."""
         self.settings = settings
 
-    def open(self, user: ClientListener) -> None:
-        """Begin to connect; `user` hears of everything from now on."""
-        self._user = user
-        user.before_connecting(self._connect)
+    def use_outbox(
+        self, outbox: Journal, published: Callable[[OutgoingMessage, int, str], None]
+    ) -> None:
+        """Send what waits there, when asked to.
+
+        `published` is told what became of each message that was sent at QoS 1: the broker's
+        reason, 0 for success, or -1 where it never got it.  It has no `id` the second time.
+        """
+        self._outbox, self._published = outbox, published
+        self._again = outbox.requeue(time.time() - RESEND_WITHIN)
+
+    def open(self, listener: ClientListener) -> None:
+        """Begin to connect; `listener` hears of everything from now on."""
+        self._listener = listener
+        listener.before_connecting(self._connect)
 
     def _try_again(self) -> None:
         self._retry = None
-        if self._user:
-            self._user.before_connecting(self._connect)
+        if self._listener:
+            self._listener.before_connecting(self._connect)
 
     def _connect(self) -> None:
-        if self._user:
+        if self._listener:
             try:
                 self._connection = MqttConnection(self, self._protocol)
             except ConfigError as error:  # a certificate that was there at the start
                 self._retry_later(str(error))
 
-    def publish(self, publication: OutgoingMessage) -> None:
-        """Publish now, or when the broker is back."""
-        if not self.up and not publication.keep:
-            return
-        self._outbox.append(publication)
-        if len(self._outbox) > MAX_OUTBOX:
-            self._outbox.popleft().done(-1, "too much waits for the broker")
-        self._pump()
+    def publish(self, message: OutgoingMessage) -> None:
+        """Past the outbox: now, or not at all.  Of one topic the last has to wait for the window.
 
-    def _pump(self) -> None:
-        """Send what may be sent, in order, within the broker's window."""
+        The message's own `done` is told what the broker said to it.
+        """
+        if self.up and message.qos and self._room() <= 0:
+            self._held[message.topic] = message
+        elif self.up:
+            self._send(message)
+
+    def send_queued(self) -> None:
+        """Send what is next in the outbox.  To be called when that is committed."""
+        if self._outbox and self._connection and self._connection.up:
+            self._outbox.saved_before = self._connection.heard - UNSAVED_SECONDS
+            under_way = sum(1 for message in self._inflight.values() if message.n)
+            room = self._room()
+            if self._last < self._suspects:
+                room = min(room, 1 - len(self._inflight))
+            if room > 0 and self._outbox.outbox_size > under_way:
+                for message in self._outbox.next_outgoing(self._last, room):
+                    self._last = message.n
+                    self._send(message)
+        self._finish_if_idle()
+
+    def _room(self) -> int:
+        """How many messages at QoS 1 the broker takes now."""
         connection = self._connection
-        while connection and connection.up and self._outbox:
-            window = 1 if self._hang_ups else connection.window
-            if self._outbox[0].qos and len(self._inflight) >= window:
-                return
-            publication = self._outbox.popleft()
-            left = None
-            if publication.expires is not None:
-                left = int(publication.expires - self.loop.clock() + 0.999)
-                if left <= 0:
-                    publication.done(-1, "its time to live was over")
-                    continue
-            if len(publication.payload) + len(publication.topic) + 100 > connection.max_packet:
-                publication.done(
-                    -1, f"larger than the broker takes ({connection.max_packet} bytes)"
-                )
-                continue
-            mid = connection.publish(publication, left)
-            if publication.qos:
-                self._inflight[mid] = publication
-        if self._closing and not self._outbox and not self._inflight:
-            self._finish()
+        return connection.window - len(self._inflight) if connection and connection.up else 0
+
+    def _send(self, message: OutgoingMessage) -> None:
+        connection, left = self._connection, None
+        if connection is None:
+            return
+        if message.until is not None:
+            left = int(message.until - time.time() + 0.999)
+        if left is not None and left <= 0:
+            self._resolve(message, -1, "its time to live was over")
+        elif len(message.payload) + len(message.topic) + 100 > connection.max_packet:
+            words = f"larger than the broker takes ({connection.max_packet} bytes)"
+            self._resolve(message, -1, words)
+        else:
+            packet_id = connection.publish(message, left)
+            if message.qos:
+                self._inflight[packet_id] = message
+
+    def _resolve(self, message: OutgoingMessage, code: int, words: str) -> None:
+        """The broker has it, or never will."""
+        if self._outbox and message.n:
+            self._outbox.dequeue(message, acknowledged=code == 0)
+            if message.n <= self._again:
+                message = message.replace(id=None)  # that was told when it was first sent
+        message.done(code, words)
+        self._published(message, code, words)
 
     def close(self, done: Callable[[], None], within: float) -> None:
-        """Publish what waits, say goodbye, then call `done`, in `within` seconds at most."""
+        """Publish what waits, say that we leave, then call `done`, in `within` seconds at most."""
         self._closing = done
         self.loop.after(within, self._finish)
         if self.up:
-            self._pump()
+            self.send_queued()
         else:
+            self._finish()
+
+    def _finish_if_idle(self) -> None:
+        idle = not self._inflight and not self._held
+        if self._closing and idle and not (self._outbox and self._outbox.outbox_size):
             self._finish()
 
     def _finish(self) -> None:
         done, self._closing = self._closing, None
         if done is None:
             return
-        self._user = None
+        if self._outbox and self.up:
+            self._outbox.forget_acknowledged(float("inf"))  # a broker that lives has saved it
+        self._listener = self._outbox = None
         if self._retry:
             self._retry.cancel()
         if self._connection:
@@ -6251,35 +6340,38 @@ class MqttClient:
 
     # What a connection reports:
 
-    def came_up(self) -> None:
+    def connected(self) -> None:
         self._failures = 0
-        if self._user:
-            self._user.link_up()
-        self._pump()
+        if self._listener:
+            self._listener.link_up()
 
-    def delivered(self, delivery: IncomingMessage) -> None:
-        if self._user:
-            self._user.deliver(delivery)
+    def received(self, message: IncomingMessage) -> None:
+        if self._listener:
+            self._listener.deliver(message)
 
-    def acknowledged(self, connection: MqttConnection, mid: int, code: int, words: str) -> None:
-        publication = self._inflight.pop(mid, None) if connection is self._connection else None
-        if publication:
-            if not publication.again:
-                self._hang_ups = 0
-            if publication.keep and code == 0:
-                self._recent.add(publication, self.loop.clock())
-            publication.done(code, words)
-            self._pump()
+    def acknowledged(
+        self, connection: MqttConnection, packet_id: int, code: int, words: str
+    ) -> None:
+        known = connection is self._connection
+        message = self._inflight.pop(packet_id, None) if known else None
+        if message:
+            self._resolve(message, code, words)
+            while self._held and self._room() > 0:
+                self._send(self._held.pop(next(iter(self._held))))
+            self._finish_if_idle()
 
-    def lost(self, connection: MqttConnection, reason: str, code: int) -> None:
+    def disconnected(self, connection: MqttConnection, reason: str, code: int) -> None:
         if connection is not self._connection:
             return
         self._connection = None
-        again = [*self._recent.take(connection.heard), *self._inflight.values()]
-        self._outbox.extendleft(reversed([p for p in again if p.keep]))
-        self._suspect(reason)
+        if reason == HANG_UP:
+            self._suspect()
         self._inflight.clear()
-        if self._user is None:
+        self._held.clear()
+        if self._outbox:
+            again = self._outbox.requeue(connection.heard - UNSAVED_SECONDS)
+            self._again, self._last = max(self._again, again), 0
+        if self._listener is None:
             return
         no_v5 = connection.v5 and (code == UNSUPPORTED_PROTOCOL or connection.hung_up)
         self._protocol = "3.1.1" if no_v5 else self.settings.protocol
@@ -6287,30 +6379,31 @@ class MqttClient:
             return self._connect()
         self._retry_later(reason)
 
-    def _suspect(self, reason: str) -> None:
+    def _suspect(self) -> None:
         """A broker may hang up at a message, for ever: Mosquitto 2.0.11 does at some refusals.
 
         After the first time they are sent one by one, to find it.
         """
-        if not self._inflight or reason != HANG_UP:
+        sent = [message for message in self._inflight.values() if message.n]
+        if not sent:
             return
-        self._hang_ups += 1
-        if self._hang_ups >= MAX_HANG_UPS:
-            self._hang_ups = 0
-            culprit = next(iter(self._inflight.values()))
-            if culprit in self._outbox:
-                self._outbox.remove(culprit)
-            culprit.done(-1, f"{HANG_UP} at it {MAX_HANG_UPS} times")
+        self._suspects = max(self._suspects, sent[-1].n)
+        n, times = self._hang_ups
+        self._hang_ups = (sent[0].n, times + 1 if sent[0].n == n else 1)
+        if self._hang_ups[1] >= MAX_HANG_UPS:
+            self._resolve(sent[0], -1, f"{HANG_UP} at it {MAX_HANG_UPS} times")
 
     def _retry_later(self, reason: str) -> None:
         import random
 
-        first, longest = RETRY
-        delay = min(first * 2 ** min(self._failures, 20), longest) * random.uniform(0.5, 1.0)
+        now = self.loop.clock()
+        if not self._failures:
+            self._down_since = now
+        delay = retry_delay(self._failures, now - self._down_since, random.random())
         self._failures += 1
         self._retry = self.loop.after(delay, self._try_again)
-        if self._user:
-            self._user.link_down(reason)
+        if self._listener:
+            self._listener.link_down(reason)
 
 
 class ConnectionProbe:
@@ -6319,8 +6412,8 @@ class ConnectionProbe:
     def __init__(self, loop: Loop, settings: MqttConfig, done: Callable[[bool], None]) -> None:
         self._done: Callable[[bool], None] | None = done
         self._timer = loop.after(PROBE_TIMEOUT, lambda: self._end(False))
-        self._link = MqttClient(loop, settings)
-        self._link.open(self)
+        self._client = MqttClient(loop, settings)
+        self._client.open(self)
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
@@ -6331,14 +6424,14 @@ class ConnectionProbe:
     def link_down(self, reason: str) -> None:
         self._end(False)
 
-    def deliver(self, delivery: IncomingMessage) -> None:
+    def deliver(self, message: IncomingMessage) -> None:
         pass
 
     def _end(self, taken: bool) -> None:
         done, self._done = self._done, None
         if done:
             self._timer.cancel()
-            self._link.close(lambda: done(taken), within=0.0)
+            self._client.close(lambda: done(taken), within=0.0)
 
 
 class RetainedQuery:
@@ -6356,36 +6449,41 @@ class RetainedQuery:
         loop: Loop,
         settings: MqttConfig,
         filters: Sequence[str],
-        marker: str,
+        end_marker: str,
         found: Callable[[IncomingMessage], None],
         complete: Callable[[], None],
         link_down: Callable[[str], None],
-        prepare: Callable[[MqttClient, Callable[[], None]], None] = lambda link, go_on: go_on(),
+        prepare: Callable[[MqttClient, Callable[[], None]], None] = lambda client, go_on: go_on(),
     ) -> None:
-        """`marker` is a topic that nobody else uses; messages go on coming after `complete`.
+        """`end_marker` is a topic that nobody else uses; messages go on coming after `complete`.
 
         `prepare` is called before each connection, and goes on when one may be made.
         """
-        self.link = MqttClient(
-            loop, settings, subscriptions=[(topic, 0) for topic in (*filters, marker)]
+        self.client = MqttClient(
+            loop, settings, subscriptions=[(topic, 0) for topic in (*filters, end_marker)]
         )
         self._prepare = prepare
         self.link_down = link_down
-        self._loop, self._marker, self._found, self._complete = loop, marker, found, complete
+        self._loop, self._end_marker, self._found, self._complete = (
+            loop,
+            end_marker,
+            found,
+            complete,
+        )
         self._any = self._done = False
-        self.link.open(self)
+        self.client.open(self)
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
-        self._prepare(self.link, go_on)
+        self._prepare(self.client, go_on)
 
     def link_up(self) -> None:
-        self.link.publish(OutgoingMessage(self._marker, b"end", qos=0, keep=False))
+        self.client.publish(OutgoingMessage(self._end_marker, b"end", qos=0))
         self._loop.after(self.LONGEST, self._finish)
 
-    def deliver(self, delivery: IncomingMessage) -> None:
-        if delivery.topic != self._marker:
+    def deliver(self, message: IncomingMessage) -> None:
+        if message.topic != self._end_marker:
             self._any = True
-            self._found(delivery)
+            self._found(message)
         elif self._any:
             self._finish()
         else:
@@ -6397,12 +6495,12 @@ class RetainedQuery:
             self._complete()
 
 
-# ---- Hosting: which broker, and whose turn it is to be one -------------------------------
+# ---- BrokerHost: which broker, and whose turn it is to be one ----------------------------
 #
 # The one that is configured, always.  Else this user's embedded broker if one listens; else what
 # answers at localhost; else a daemon hosts the embedded one, until it ends: then another does.
 
-LOOK_TIMEOUT = 1.0  # seconds for each place that is looked at
+LOCATE_TIMEOUT = 1.0  # seconds for each place that is looked at
 LOOK_AGAIN = 1.0  # seconds, where another daemon may be about to host it
 MANY_LOOKS = 3  # with the same result: no daemon takes as long to begin
 NO_BROKER = (
@@ -6438,7 +6536,7 @@ def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
 def embedded_listens(place: Path) -> bool:
     """Does a broker of ours listen there, and of nobody else?"""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(LOOK_TIMEOUT)
+        probe.settimeout(LOCATE_TIMEOUT)
         probe.connect(str(place))
         return directory_objection(place) is None
     return False
@@ -6446,10 +6544,9 @@ def embedded_listens(place: Path) -> bool:
 
 def speaks_mqtt(host: str, port: int) -> bool:
     """Is what listens there a broker?  Whether it would let us in is another question."""
-    words = WIRE["text"][1]
-    hello = words("MQTT") + bytes((4, 2, 0, 10)) + words("")  # 3.1.1, clean, 10 s
+    hello = encode_string("MQTT") + bytes((4, 2, 0, 10)) + encode_string("")  # 3.1.1, clean, 10 s
     try:
-        with socket.create_connection((host, port), LOOK_TIMEOUT) as probe:
+        with socket.create_connection((host, port), LOCATE_TIMEOUT) as probe:
             probe.sendall(encode_packet(PacketType.CONNECT, hello))
             return probe.recv(1) == bytes((PacketType.CONNACK << 4,))
     except OSError:
@@ -6504,7 +6601,7 @@ class BrokerHost:
         """Raises ConfigError where this daemon might have to host what may not be."""
         self._config, self._loop, self._log = config, loop, log
         self._broker: Broker | None = None
-        self._stays: MqttConfig | None = None  # what answered at localhost
+        self._found_at_localhost: MqttConfig | None = None  # what answered at localhost
         self._why, self._times = "", 0  # why it could not be hosted, and how often in a row
         if not config.mqtt.named:
             broker_home(config.broker)
@@ -6520,20 +6617,20 @@ class BrokerHost:
         else:
             import threading
 
-            threading.Thread(target=self._look, args=(then,), name="look", daemon=True).start()
+            threading.Thread(target=self._locate, args=(then,), name="locate", daemon=True).start()
 
-    def _look(self, then: Callable[[MqttConfig], None]) -> None:
+    def _locate(self, then: Callable[[MqttConfig], None]) -> None:
         """In a thread: it takes a moment."""
         found = find_broker(self._config)
-        self._loop.post(lambda: self._found(found, then))
+        self._loop.post(lambda: self._located(found, then))
 
-    def _found(self, found: MqttConfig | None, then: Callable[[MqttConfig], None]) -> None:
+    def _located(self, found: MqttConfig | None, then: Callable[[MqttConfig], None]) -> None:
         again = self._loop.after(LOOK_AGAIN, lambda: self.find(then))
         # What answered at localhost comes back: a second broker would part the hive.
-        found = found or self._stays or self._host()
+        found = found or self._found_at_localhost or self._host()
         if found:
             again.cancel()
-            self._stays = None if found.unix else found
+            self._found_at_localhost = None if found.unix else found
             then(found)
 
     def _host(self) -> MqttConfig | None:
@@ -6576,72 +6673,6 @@ class BrokerHost:
         if self._broker:
             self._broker.close()
             self._broker = None
-
-
-# ---- Outbox: what the broker has yet to take ---------------------------------------------
-#
-# The journal keeps all of it; the link gets the next few, in order.  So what a daemon had to
-# say survives it, and a broker that was long away is not flooded.
-
-MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of what waits; a broker may be away for weeks
-HANDED_OVER = 40  # messages that the link has at once; the broker's window is smaller
-
-
-class Outbox:
-    """Messages on their way to the broker, until it has acknowledged them."""
-
-    def __init__(
-        self,
-        journal: Journal,
-        link: Transport,
-        clock: Callable[[], float],
-        gone: Callable[[JournalEntry | None, int, str], None],
-    ) -> None:
-        """Calls `gone` with the row of a message, and the broker's reason code and words."""
-        self._journal, self._link, self._clock, self._gone = journal, link, clock, gone
-        self._size, self._bytes = journal.outbox_size, journal.outbox_bytes
-        self._last = self._handed = 0
-        self._more = True  # is something in the journal that the link has not got?
-
-    def __len__(self) -> int:
-        return self._size
-
-    @property
-    def full(self) -> bool:
-        """Nothing more may be posted.  What peers gave us to do does not count."""
-        return self._size >= MAX_OUTBOX or self._bytes >= MAX_OUTBOX_SIZE
-
-    def post(
-        self,
-        topic: str,
-        payload: bytes,
-        retain: bool = False,
-        message: int | None = None,
-        until: float | None = None,
-    ) -> None:
-        """Send it, once it is committed; `until` (Unix seconds) it is of use."""
-        self._journal.post(topic, payload, retain, message, until)
-        self._size, self._bytes = self._size + 1, self._bytes + len(payload)
-        self._more = True
-
-    def pump(self) -> None:
-        """Hand the next ones to the link.  To be called when they are committed."""
-        room = HANDED_OVER - self._handed
-        if not self._more or room <= 0:
-            return
-        batch = self._journal.outgoing(self._last, room)
-        self._more = len(batch) == room
-        for one in batch:
-            self._last, self._handed = one.n, self._handed + 1
-            left = None if one.until is None else self._clock() + one.until - time.time()
-            done = partial(self._done, one.n, len(one.payload))
-            self._link.publish(
-                OutgoingMessage(one.topic, one.payload, retain=one.retain, expires=left, done=done)
-            )
-
-    def _done(self, n: int, size: int, code: int, words: str) -> None:
-        self._handed, self._size, self._bytes = self._handed - 1, self._size - 1, self._bytes - size
-        self._gone(self._journal.posted(n), code, words)
 
 
 # ---- Members: who is alive, who has left, who has failed ---------------------------------
@@ -7041,17 +7072,17 @@ class Presence:
         """
         now = self._beaten = self._loop.clock()
         topic = self._topics.to(EVERYONE, "heartbeat")
-        self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0, keep=False))
+        self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
         states = self._states("online")
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
         due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
         if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
-            self._publish_states(states, keep=False)
+            self._publish_states(states)
 
     def end(self) -> None:
         """The last words."""
-        self._publish_states(self._states("offline", "stopped"), keep=True)
+        self._publish_states(self._states("offline", "stopped"))
 
     def will(self) -> OutgoingMessage:
         """What the broker says for us when our connection dies."""
@@ -7103,10 +7134,10 @@ class Presence:
                 states.append(with_reason(about, reason or agent["reason"]))
         return states
 
-    def _publish_states(self, states: Iterable[Mapping[str, Any]], keep: bool) -> None:
+    def _publish_states(self, states: Iterable[Mapping[str, Any]]) -> None:
         for state in states:
             topic = self._topics.meta(state["node_id"], "state")
-            self._publish(OutgoingMessage(topic, encode_json(state), retain=True, keep=keep))
+            self._publish(OutgoingMessage(topic, encode_json(state), retain=True))
 
     def publish_roster(self) -> None:
         import platform
@@ -7125,7 +7156,7 @@ class Presence:
             "schedule": own.schedule,
         }
         topic = self._topics.meta(self._node, "roster")
-        self._publish(OutgoingMessage(topic, encode_json(document), retain=True, keep=False))
+        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
 
 
 class NameConflictCheck:
@@ -7178,12 +7209,12 @@ class NameConflictCheck:
         if self._holder is None:
             self._close()
         else:
-            self._query.link.publish(self._heartbeat)
+            self._query.client.publish(self._heartbeat)
             wait = NAME_CONFLICT_HEARTBEATS * self._config.heartbeat.interval
             self._loop.after(wait, self._close)
 
     def _close(self) -> None:
-        self._query.link.close(self._free, within=0.0)
+        self._query.client.close(self._free, within=0.0)
 
     def _taken(self) -> None:
         """A heartbeat under our name: that is no error if no state said so before."""
@@ -7203,35 +7234,6 @@ class NameConflictCheck:
 # their own process.  Reads the journal and the members; what is to be sent it hands to the node.
 
 
-def row_document(row: JournalEntry) -> dict[str, Any]:
-    """A row of the journal as JSON."""
-    envelope = row.envelope
-    return {
-        "n": row.n,
-        "time": row.time,
-        "event": row.event.value,
-        "id": row.id,
-        "ch": row.ch,
-        "from": row.sender,
-        "to": row.recipient,
-        "action": row.action,
-        "exchange": row.exchange,
-        "note": row.note,
-        "envelope": envelope.document() if envelope else None,
-    }
-
-
-def documents_of(rows: Iterable[JournalEntry]) -> list[dict[str, Any]]:
-    """As many of these rows as fit into one line."""
-    documents, size = [], 0
-    for row in rows:
-        documents.append(row_document(row))
-        size += len(row.content or "") + KIB
-        if size > MAX_PAYLOAD:
-            break
-    return documents
-
-
 def pending_document(journal: Journal) -> dict[str, Any]:
     """All that is not finished."""
     tasks = [
@@ -7247,21 +7249,12 @@ def pending_document(journal: Journal) -> dict[str, Any]:
         for task in journal.tasks()[:MAX_ROWS]
         if task.envelope
     ]
-    questions = [
-        {
-            "id": one.exchange,
-            "to": one.recipient,
-            "action": one.action,
-            "asked": one.asked,
-            "due": one.due,
-        }
-        for one in journal.questions()
-    ]
     outbox = [
-        {"topic": one.topic, "bytes": len(one.payload)} for one in journal.outgoing(0, MAX_ROWS)
+        {"topic": one.topic, "bytes": len(one.payload)}
+        for one in journal.next_outgoing(0, MAX_ROWS)
     ]
     return {
-        "questions": questions,
+        "questions": journal.pending_requests(),
         "tasks": tasks,
         "outbox": outbox,
         "outbox_size": journal.outbox_size,
@@ -7407,7 +7400,7 @@ class Requests:
         if requester not in self._listeners.get(answer.corr or "", ()):
             return {"error": f"{answer.id}: this command does not wait for it"}
         self._journal.record(Event.RECEIVED, answer, time.time(), AWAITED)
-        self._journal.answered(answer.corr)
+        self._journal.resolve_request(answer.corr)
         self._after_commit(lambda: requester.send({"ok": True}))
         return None
 
@@ -7468,7 +7461,7 @@ class Requests:
             if requester.busy:
                 continue  # it does not read; what it has not seen stays in the journal
             newest = self._journal.newest
-            rows = documents_of(self._journal.rows(filters, last)) if newest > last else []
+            rows = self._journal.rows(filters, last) if newest > last else []
             self._followers[requester] = (filters, rows[-1]["n"] if rows else newest)
             if rows:
                 requester.send({"rows": rows})
@@ -7476,16 +7469,15 @@ class Requests:
 
 
 def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    row = journal.message(given["id"])
-    return row_document(row) if row else {"error": "not known here"}
+    return journal.message(given["id"]) or {"error": "not known here"}
 
 
 def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": documents_of(journal.exchange(given["id"], given["after"]))}
+    return {"rows": journal.exchange(given["id"], given["after"])}
 
 
 def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": documents_of(journal.rows(given["filters"], given["after"], given["last"]))}
+    return {"rows": journal.rows(given["filters"], given["after"], given["last"])}
 
 
 def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -7573,8 +7565,8 @@ class Node:
         self.name, self.topics = config.node.id, config.topics
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
-        self._broker, self._fault = config.mqtt.address, ""  # why it is not connected
-        self._seen_broker = 0.0  # when it last was, in Unix seconds
+        self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
+        self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
         self.members = Members(config, loop, log, self.send, self.publish, self._probe)
@@ -7591,45 +7583,57 @@ class Node:
         self._when_safe: list[Callable[[], None]] = []
         self._overdue: Timer | None = None
 
-    def attach(self, link: Transport) -> None:
-        """From now on messages go out by this link."""
-        self._link = link
-        self._outbox = Outbox(self.journal, link, self.loop.clock, self._published)
+    def attach(self, client: Transport) -> None:
+        """From now on messages go out by this client."""
+        self._client = client
+        client.use_outbox(self.journal, self.published)
 
     def start(self) -> None:
         """Look after the journal from now on."""
         self._tend_journal()
         self._watch_questions()
 
-    def link_up(self, broker: str) -> None:
-        self.connected, self._broker, self._fault = True, broker, ""
+    def link_up(self, mqtt: MqttConfig) -> None:
+        self.connected, self._mqtt, self._fault = True, mqtt, ""
         self.members.grant_grace(self.loop.clock())
         self.settle_soon()
 
-    def link_down(self, fault: str) -> None:
+    def all_heard(self) -> None:
+        """How all others are has been heard by now."""
+        self.heard_all, self._seen_broker = True, self.loop.clock()
+
+    def link_down(self, mqtt: MqttConfig, reason: str) -> None:
         if self.connected:
-            self._seen_broker = time.time()
+            self._seen_broker = self.loop.clock()
         self.connected = self.heard_all = False
-        self._fault = fault
+        self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
 
     def _connection(self) -> dict[str, Any]:
-        """How this node's way to the broker is, for its commands."""
+        """How this node's way to the broker is, for its commands.
+
+        A broker that hangs is known by our own state, which does not come back.
+        """
+        own, fault = self.config.heartbeat, self._fault
+        silence = self.loop.clock() - self._seen_broker
+        hangs = self.heard_all and is_overdue(silence, own.interval, own.miss_threshold + 1)
+        if hangs:
+            fault = str(broker_fault(self._mqtt, f"no answer for {silence:.0f} s"))
         return {
             "hive": hive_of(self.config),
-            "broker": self._broker,
-            "connected": self.connected,
+            "broker": self._mqtt.address,
+            "connected": self.connected and not hangs,
             "complete": self.heard_all,
-            "fault": self._fault,
-            "seen": time.time() if self.connected else self._seen_broker,
+            "fault": fault,
+            "age": silence if fault else 0.0,  # of what is known
         }
 
     def publish(self, message: OutgoingMessage) -> None:
         """Send what need not be in the journal."""
-        self._link.publish(message)
+        self._client.publish(message)
 
     def _probe(self, done: Callable[[bool], None]) -> None:
-        self._link.probe(done)
+        self._client.probe(done)
 
     # -- the end of a turn --
 
@@ -7648,12 +7652,12 @@ class Node:
         calls, self._when_safe = self._when_safe, []
         for call in calls:
             call()
-        self._outbox.pump()
+        self._client.send_queued()
         self.requests.show_news()
 
     def _tend_journal(self) -> None:
         """Now and then, in small steps."""
-        self.journal.go_back_to_disk()
+        self.journal.return_to_disk()
         more = self.journal.prune(time.time())
         self.settle_soon()
         self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._tend_journal)
@@ -7669,7 +7673,7 @@ class Node:
             if document in ("state", "roster"):
                 self.members.hear_document(name, document, delivery)
             if meta == (self.name, "state") and not delivery.retained:
-                self.heard_all = True  # our own, which we publish last
+                self.all_heard()  # our own, which we publish last
             return
         self.counts["received"] += 1
         try:
@@ -7708,7 +7712,7 @@ class Node:
         if envelope.ch == "alert" and envelope.to == EVERYONE:
             self.members.mark_announced(envelope.exchange)
         if CHANNELS[envelope.ch].wake is Wake.UNLESS_AWAITED and envelope.corr:
-            self.journal.answered(envelope.corr)
+            self.journal.resolve_request(envelope.corr)
             self.settle_soon(lambda: self.requests.heard(envelope))
 
     def context(self) -> RoutingContext:
@@ -7796,18 +7800,18 @@ class Node:
 
     def keep_result(self, envelope: Envelope, result: Mapping[str, object]) -> None:
         """Publish what a handler gave, for whoever comes later."""
-        if self._outbox.full:
+        if self.journal.outbox_full:
             self.log.error("result not published", id=envelope.id, why="too much waits already")
         else:
             topic = self.topics.meta(self.name, str(result["action"]))
-            self._outbox.post(topic, encode_json(result), retain=True)
+            self.journal.enqueue(topic, encode_json(result), retain=True)
 
     def _send_for_command(self, envelope: Envelope) -> str:
         """Send for somebody at the command line, who may expect an answer; why not, if so."""
         if self.stopping:
             return "the daemon is stopping"
-        if self._outbox.full:
-            return f"{len(self._outbox)} messages wait for the broker already"
+        if self.journal.outbox_full:
+            return f"{self.journal.outbox_size} messages wait for the broker already"
         fault = self._post(envelope, ask=CHANNELS[envelope.ch].handler)
         if envelope.ttl:
             self._watch_questions()
@@ -7815,35 +7819,36 @@ class Node:
 
     def _post(self, envelope: Envelope, ask: bool = False) -> str:
         """Into the journal and the outbox, once; why not, if so."""
-        if self._outbox.full:
+        if self.journal.outbox_full:
             return "too much waits for the broker"
         now, payload = time.time(), envelope.encode()
         row = self.journal.record(Event.SENT, envelope, now, content=payload.decode())
         if row is None:
             return f"{envelope.id} was handed in before"
         until = now + envelope.ttl if envelope.ttl else None
-        self._outbox.post(self.topics.of(envelope), payload, message=row, until=until)
+        self.journal.enqueue(self.topics.of(envelope), payload, message=row, until=until)
         if ask:
-            self.journal.ask(envelope, row)
+            self.journal.add_pending_request(envelope, row)
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
         self.log.info("sent", **facts, corr=envelope.corr)
         self.settle_soon()
         return ""
 
-    def _published(self, row: JournalEntry | None, code: int, words: str) -> None:
+    def published(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
         self.settle_soon()
-        if row is None:
+        if message.id is None:
             return
-        failed = code < 0 or code >= 0x80  # MQTT 5, 2.4
-        if failed:
-            facts: dict[str, object] = {"id": row.id, "ch": row.ch, "to": row.recipient}
-            self.log.error("not published", **facts, why=words)
-        if (failed or code == NO_SUBSCRIBERS) and row.envelope:
+        failed = is_failure(code)
+        if failed or code == NO_SUBSCRIBERS:
+            envelope = Envelope.parse(message.payload)  # as it was encoded here
+            if failed:
+                facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
+                self.log.error("not published", **facts, to=envelope.to, why=words)
             what = f"not published: {words.lower()}" if failed else "nobody listens there"
-            self.journal.did(row.envelope, time.time(), what)
-            self.journal.answered(row.exchange)  # nobody will
-        self.requests.published(row.id or "", code, words)
+            self.journal.record_result(envelope, time.time(), what)
+            self.journal.resolve_request(envelope.exchange)  # nobody will answer
+        self.requests.published(message.id, code, words)
 
     # -- what nobody answered --
 
@@ -7860,13 +7865,13 @@ class Node:
     def _check_questions(self) -> None:
         """Whoever asked, and does not wait any more, is told that nobody answered in time."""
         now = time.time()
-        for question in self.journal.questions(due=now):
-            self.journal.answered(question.exchange)
-            if not self.requests.waits(question.exchange):
-                asked = f"{now - question.asked:.0f} s ago"
-                text = f"no answer from {question.recipient} to what was asked {asked}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=question.exchange)
-                self.log.warning("no answer", id=question.exchange, to=question.recipient)
+        for request in self.journal.pending_requests(due=now):
+            self.journal.resolve_request(request["id"])
+            if not self.requests.waits(request["id"]):
+                asked = f"{now - request['asked']:.0f} s ago"
+                text = f"no answer from {request['to']} to what was asked {asked}"
+                alert = Envelope.new(self.name, self.name, "alert", text, corr=request["id"])
+                self.log.warning("no answer", id=request["id"], to=request["to"])
                 self.tell_own_agents(alert, "its time to live was over")
         self.settle_soon()
         self._watch_questions()
@@ -8096,7 +8101,7 @@ class Work(Worker):
         if task.agent in self._agents:
             self._wake(task, note)
         else:
-            self._journal.finish(task.n)
+            self._journal.remove_task(task.n)
             reason = f"{self._node.name} has no agent {task.agent} any more"
             self._node.refuse(task.envelope, reason)
 
@@ -8117,7 +8122,7 @@ class Work(Worker):
     # -- handlers --
 
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
-        task = self._journal.owe(row, until=until)
+        task = self._journal.add_task(row, until=until)
         self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
 
     def _handler_config(self, action: str) -> HandlerConfig:
@@ -8130,7 +8135,7 @@ class Work(Worker):
         if self._queue.put(run):
             self._run_handlers()
         else:
-            self._journal.finish(run.task)
+            self._journal.remove_task(run.task)
             self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
 
     def _run_handlers(self) -> None:
@@ -8150,7 +8155,7 @@ class Work(Worker):
         agent = self._config.agents[agents[0]] if agents else None
         self._log.info("handler started", action=run.action, id=run.envelope.id)
         if run.task:
-            self._journal.begin([run.task])
+            self._journal.start_tasks([run.task])
         self._children.start(handler_spec(self._config, file, run.envelope, agent), done)
 
     def _ran(self, run: HandlerRun, result: ProcessResult) -> None:
@@ -8158,7 +8163,7 @@ class Work(Worker):
         self._node.counts["runs"] += 1
         self._node.counts["failures"] += not result.ok
         if result.cancelled and run.task and self._handler_config(run.action).retry:
-            self._journal.retract([run.task])  # it runs again at the next start
+            self._journal.reset_tasks([run.task])  # it runs again at the next start
         else:
             self._finish(run, result)
         if not self._node.stopping:
@@ -8173,14 +8178,14 @@ class Work(Worker):
         facts: dict[str, object] = {"action": run.action, "id": envelope.id, "status": status}
         say("handler ended", **facts, exit=result.exit, ms=took, why=error or None)
         words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
-        self._journal.did(envelope, time.time(), words)
+        self._journal.record_result(envelope, time.time(), words)
         self._node.keep_result(envelope, document)
         if run.scheduled:
             self._scheduled_run_ended(run.scheduled, envelope, result)
         else:
             self._node.send(answer_to(envelope, self._node.name, result))
         if run.task:
-            self._journal.finish(run.task)
+            self._journal.remove_task(run.task)
         self._node.settle_soon()
 
     def look_again(self) -> None:
@@ -8209,7 +8214,7 @@ class Work(Worker):
 
         now = time.time()
         for one in self._schedule:
-            known = self._journal.recall(one.key)
+            known = self._journal.get(one.key)
             last, ok = known.get("last"), known.get("ok")
             one.last = last if isinstance(last, float) and last < now else 0.0
             one.ok = ok if isinstance(ok, bool) else None
@@ -8245,7 +8250,7 @@ class Work(Worker):
         if result.cancelled:
             return
         words = one.end(result.ok)
-        self._journal.note(one.key, {"last": one.last, "ok": one.ok})
+        self._journal.put(one.key, {"last": one.last, "ok": one.ok})
         self._changed()
         if words and not self._node.stopping:
             said = printed(result) if result.ok else failure(result)
@@ -8257,15 +8262,16 @@ class Work(Worker):
 
     def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
         for agent in what.agents:
-            n = self._journal.owe(row, agent, until, what.now, what.reason)
+            n = self._journal.add_task(row, agent, until, what.now, what.reason)
             task = Task(n, envelope, agent, until, what.now, what.reason, began=False)
             self._wake(task, what.reason)
 
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        asked = self._journal.message(envelope.exchange) if envelope.corr else None
-        question = asked.envelope.text[:MAX_QUESTION] if asked and asked.envelope else ""
+        entry = self._journal.message(envelope.exchange) if envelope.corr else None
+        asked = entry["envelope"] if entry else None
+        question = asked["text"][:MAX_QUESTION] if asked else ""
         latest = self._loop.clock() + self._config.node.agent_patience
         deadline = min(self._deadline(task.until), latest)
         event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
@@ -8273,11 +8279,11 @@ class Work(Worker):
 
     def agent_begins(self, group: Sequence[PendingEvent]) -> None:
         """It is being told: if we crash now, nobody knows whether it was."""
-        self._journal.begin(event.task for event in group if event.task)
+        self._journal.start_tasks(event.task for event in group if event.task)
 
     def agent_failed(self, group: Sequence[PendingEvent]) -> None:
         """It will be told again: now, or at the next start if there is a disk."""
-        self._journal.retract(one.task for one in group if one.task and not one.uncertain)
+        self._journal.reset_tasks(one.task for one in group if one.task and not one.uncertain)
         if self._node.stopping and not self._journal.on_disk:
             for event in group:
                 self._node.refuse(event.envelope, "the node is stopping")
@@ -8285,17 +8291,17 @@ class Work(Worker):
 
     def agent_woken(self, agent: str, event: PendingEvent, reply: str | None) -> None:
         """It was; its reply, where the method has one, is the answer."""
-        self._journal.did(event.envelope, time.time(), f"told {agent}")
+        self._journal.record_result(event.envelope, time.time(), f"told {agent}")
         if event.task:
-            self._journal.finish(event.task)
+            self._journal.remove_task(event.task)
         if reply is not None and CHANNELS[event.envelope.ch].handler:
             self._node.send(event.envelope.reply(self._node.name, reply))
         self._node.settle_soon()
 
     def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
-        self._journal.did(event.envelope, time.time(), f"{agent} not told: {reason}")
+        self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
         if event.task:
-            self._journal.finish(event.task)
+            self._journal.remove_task(event.task)
         self._node.refuse(event.envelope, f"agent {agent} was not told: {reason}")
         self._node.settle_soon()
 
@@ -8320,9 +8326,9 @@ class Daemon:
         journal: Journal,
         instance: str,
         predecessor: str,
-        link: Callable[[Config, OutgoingMessage], Transport],
+        make_client: Callable[[Config, OutgoingMessage], Transport],
     ) -> None:
-        """`instance` tells this run of the daemon from all others; `link` makes the transport."""
+        """`instance` tells this run of the daemon from all others."""
         self.config, self.loop, self.log = config, loop, log
         self._instances = (instance, predecessor)
         self.node = node = Node(config, loop, log, journal)
@@ -8340,8 +8346,8 @@ class Daemon:
         self._hosting, self._mqtt = BrokerHost(config, loop, log), config.mqtt
         self._control: ControlServer | None = None
         self._outage = False
-        self._link = link(config, self._presence.will())
-        node.attach(self._link)
+        self._client = make_client(config, self._presence.will())
+        node.attach(self._client)
 
     def start(self) -> None:
         """Begin; the loop does the rest."""
@@ -8350,7 +8356,7 @@ class Daemon:
         self.loop.on_signal(signal.SIGHUP, self._reread)
         self._open_control_socket()
         self.work.start()
-        self._link.open(self)
+        self._client.open(self)
         self._heartbeat()
         self.node.start()
         self._service.notify("READY=1", "STATUS=looking for the broker")
@@ -8388,13 +8394,13 @@ class Daemon:
             self.loop, self.config, self._instances, heartbeat, go_on, self.link_down, self._aim
         )
 
-    def _aim(self, link: MqttClient, go_on: Callable[[], None]) -> None:
+    def _aim(self, client: MqttClient, go_on: Callable[[], None]) -> None:
         """Find the broker before each connection: the one that was there may be gone for good."""
 
         def found(mqtt: MqttConfig) -> None:
             self._mqtt = mqtt
-            link.aim(mqtt)
-            self._link.aim(mqtt)
+            client.set_broker(mqtt)
+            self._client.set_broker(mqtt)
             go_on()
 
         self._hosting.find(found)
@@ -8403,11 +8409,11 @@ class Daemon:
         self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
         self._outage = False
         self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
-        self.node.link_up(self._mqtt.address)
+        self.node.link_up(self._mqtt)
         self._presence.begin()
 
     def link_down(self, reason: str) -> None:
-        self.node.link_down(str(broker_fault(self._mqtt, reason)))
+        self.node.link_down(self._mqtt, reason)
         self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
         say("no broker, trying again", broker=self._mqtt.address, why=reason)
@@ -8440,7 +8446,7 @@ class Daemon:
             return
         self.node.settle()
         self._presence.end()
-        self._link.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
+        self._client.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
 
     def abandon(self) -> None:
         """Leave nothing running behind, whatever ended the loop."""
@@ -8819,7 +8825,7 @@ class InProcessNode:
     def send(self, document: Mapping[str, Any]) -> None:
         """What the node has to say to the command."""
         code = document.get("published", 0)
-        if code < 0 or code >= 0x80:  # MQTT 5, 2.4
+        if is_failure(code):
             why = str(document["words"]).lower()
             raise broker_fault(self._mqtt, f"refused to publish to {self._topic}: {why}")
         self._lines.append(dict(document))
@@ -8884,15 +8890,15 @@ class InProcessNode:
         return RetainedQuery(
             *(node.loop, self._mqtt, filters, marker),
             *(self.deliver, self.link_up, self.link_down),
-        ).link
+        ).client
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
 
     def link_up(self) -> None:
         if self._node:
-            self._node.link_up(self._mqtt.address)
-            self._node.heard_all = True
+            self._node.link_up(self._mqtt)
+            self._node.all_heard()
 
     def link_down(self, reason: str) -> None:
         raise broker_fault(self._mqtt, reason)
@@ -9392,11 +9398,11 @@ class BrokerCheck:
         """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
         if self._unanswered:
             topic, payload = self._unanswered[0]
-            self.client.publish(OutgoingMessage(topic, payload, keep=False, done=self._answered))
+            self.client.publish(OutgoingMessage(topic, payload, done=self._answered))
 
     def _answered(self, code: int, words: str) -> None:
         topic, _ = self._unanswered.popleft()
-        if code < 0 or code >= 0x80:
+        if is_failure(code):
             self.refused[topic] = words.lower()
         self._probe()
 
@@ -10193,8 +10199,8 @@ def command_daemon(args: argparse.Namespace) -> int:
         ending.callback(journal.close)
         loop = Loop(log)
         ending.callback(loop.close)
-        link = partial(session_link, loop)
-        daemon = Daemon(config, loop, log, journal, instance, predecessor, link)
+        make_client = partial(session_client, loop)
+        daemon = Daemon(config, loop, log, journal, instance, predecessor, make_client)
         ending.callback(daemon.abandon)
         source = config.source or "defaults"
         log.info("starting", node=config.node.id, version=__version__, build=build(), config=source)
@@ -10222,7 +10228,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
     return lock.before
 
 
-def session_link(loop: Loop, config: Config, will: OutgoingMessage) -> MqttClient:
+def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttClient:
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
     node, topics = config.node.id, config.topics
     subscriptions = [(topic, 1) for topic in topics.for_node([node, *config.agents])]
@@ -10333,7 +10339,7 @@ def say_sent(
     code = None
     why = "no broker at the moment"
     if connected:
-        code = published(config, control.receive(PUBLISHED_TIMEOUT))
+        code = reason_code_of(config, control.receive(PUBLISHED_TIMEOUT))
         why = "the broker has not taken it yet"
     topic = config.topics.of(envelope)
     if args.as_json:
@@ -10347,10 +10353,10 @@ def say_sent(
     return Exit.DONE
 
 
-def published(config: Config, said: Mapping[str, Any] | None) -> int | None:
+def reason_code_of(config: Config, said: Mapping[str, Any] | None) -> int | None:
     """The broker's reason code, if that is what was said; raises BrokerError if it refused."""
     code = (said or {}).get("published")
-    if code is not None and (code < 0 or code >= 0x80):  # MQTT 5, 2.4
+    if code is not None and is_failure(code):
         words = str((said or {}).get("words")).lower()
         raise broker_fault(config.mqtt, f"refused to publish: {words}")
     return code
@@ -10374,7 +10380,7 @@ def print_replies(
             print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
         while replies.outstanding and (left := ends - time.monotonic()) > 0:
             said = control.receive(left) or {}
-            if published(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
+            if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
                 topic, why = config.topics.of(envelope), explain_no_reply(control, replies)
                 raise NoReplyError(f"nobody listens on {topic}{why}")
             answer = Envelope.check(said["answer"]) if "answer" in said else None
@@ -10603,9 +10609,9 @@ def say_of_members(
     """How good is what was shown?  Raises BrokerError if it is old."""
     if not said["connected"]:
         if any and not args.as_json:
-            age = for_people(time.time() - said["seen"])
-            print(f"\nas of {age} ago, when the broker was lost")
-        raise BrokerError(said["fault"] or f"broker {said['broker']}: no connection yet")
+            print(f"\nas of {for_people(said['age'])} ago, when the broker was lost")
+        none_yet = f"broker {said['broker']}: no connection yet" if config.mqtt.named else NO_BROKER
+        raise BrokerError(said["fault"] or none_yet)
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
         start = "start one with: hive.py daemon"
@@ -10916,9 +10922,10 @@ class UnfailingFile(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data) or 0
+            taken = super().write(data)
         except OSError:
-            return len(data)
+            taken = None
+        return len(data) if taken is None else taken
 
 
 def hold_standard_streams() -> None:
@@ -10952,6 +10959,7 @@ def let_go_of_stdout() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; give the exit code."""
+    atexit.register(gc.freeze)  # what goes with the process need not be searched for garbage
     hold_standard_streams()
     try:
         try:

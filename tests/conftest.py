@@ -13,13 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hive import ChildProcesses, Log, Loop
+
+if TYPE_CHECKING:
+    from raw_mqtt import Hosted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -329,6 +332,27 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture
+def hosted_of(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Hosted]]:
+    """Make an embedded broker in this process, by its settings; it ends with the test."""
+    from raw_mqtt import Hosted
+
+    made: list[Hosted] = []
+
+    def make(**settings: Any) -> Hosted:
+        made.append(Hosted(tmp_path / f"broker{len(made)}", clock, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def hosted(hosted_of: Callable[..., Hosted]) -> Hosted:
+    return hosted_of()
 
 
 @pytest.fixture

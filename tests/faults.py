@@ -45,6 +45,7 @@ AGENT = '#!/bin/sh\nprintf "%s\\n" "${{1%%\n*}}" >>{file}\n'
 
 # In alpha's journal; beta has more to say, to all: that alpha was lost, for one.
 ANSWERS = "log WHERE event = 'in' AND sender = 'beta' AND recipient = 'alpha'"
+WAITING = "outbox WHERE acknowledged_at IS NULL"  # for the broker
 
 # hive.py with something about it changed, as its daemon's own process sees it.
 CHANGED = "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import hive; {change}\n"
@@ -324,8 +325,8 @@ class Trial:
             "answered": len(self.answers()),
             "told": len(set(self.told())),
             "owed by beta": self.beta.count("tasks"),
-            "in beta's outbox": self.beta.count("outbox"),
-            "in alpha's outbox": self.alpha.count("outbox"),
+            "in beta's outbox": self.beta.count(WAITING),
+            "in alpha's outbox": self.alpha.count(WAITING),
         }
 
     def _settled(self) -> bool:
@@ -333,8 +334,8 @@ class Trial:
         expected = len(self.commands) - len(self.stale)
         return (
             self.alpha.count(ANSWERS) >= expected
-            and self.alpha.count("outbox") == 0
-            and self.beta.count("outbox") == 0
+            and self.alpha.count(WAITING) == 0
+            and self.beta.count(WAITING) == 0
             and self.beta.count("tasks") == 0
         )
 

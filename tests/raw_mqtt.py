@@ -30,6 +30,12 @@ from hive import (
 )
 
 NOTHING: Mapping[str, Any] = {}
+KEPT: dict[str, Any] = {"clean": False, "session_expiry": 3600}
+
+
+def kept(version: int) -> dict[str, Any]:
+    """What a CONNECT says to have a session that stays."""
+    return KEPT if version == 5 else {"clean": False}
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,15 @@ Numbers in brackets are those of MQTT 5; where they differ, those of 3.1.1 follo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from conftest import PATIENCE, Clock, eventually, free_port
+from conftest import PATIENCE, eventually, free_port
 from raw_mqtt import (
     Hosted,
     connect_packet,
     disconnect_packet,
+    kept,
     publish_packet,
     subscribe_packet,
     unsubscribe_packet,
@@ -28,30 +27,6 @@ both = pytest.mark.parametrize("version", [4, 5])
 Make = Callable[..., Hosted]
 NO_LOCAL, AS_PUBLISHED = 4, 8
 AMEND = {"session_expiry": 3600}
-
-
-def kept(version: int) -> dict[str, Any]:
-    """What a CONNECT says to have a session that stays."""
-    return {"clean": False, **(AMEND if version == 5 else {})}
-
-
-@pytest.fixture
-def host(tmp_path: Path, clock: Clock) -> Iterator[Make]:
-    """Make a broker; it ends with the test."""
-    made: list[Hosted] = []
-
-    def make(**settings: Any) -> Hosted:
-        made.append(Hosted(tmp_path / f"{len(made)}", clock, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-@pytest.fixture
-def hosted(host: Make) -> Hosted:
-    return host()
 
 
 @pytest.fixture
@@ -276,9 +251,11 @@ def test_the_end_comes_at_once_to_whoever_is_ended(
 # Users.
 
 
-def test_over_tcp_a_password_is_asked_for_and_over_the_socket_not(host: Make, port: int) -> None:
+def test_over_tcp_a_password_is_asked_for_and_over_the_socket_not(
+    hosted_of: Make, port: int
+) -> None:
     """[MQTT-3.1.2-16..19], 3.1.1 [MQTT-3.1.2-18..21]"""
-    hosted = host(listen=f"127.0.0.1:{port}", username="hive", password="sésame")
+    hosted = hosted_of(listen=f"127.0.0.1:{port}", username="hive", password="sésame")
     for version in (4, 5):
         for user, password in (
             (None, None),
@@ -298,8 +275,8 @@ def test_over_tcp_a_password_is_asked_for_and_over_the_socket_not(host: Make, po
     hosted.client(5, port).connect("c", password=b"only a password")
 
 
-def test_anonymous_lets_anybody_on_this_machine_in(host: Make, port: int) -> None:
-    hosted = host(listen=f"localhost:{port}", anonymous=True)
+def test_anonymous_lets_anybody_on_this_machine_in(hosted_of: Make, port: int) -> None:
+    hosted = hosted_of(listen=f"localhost:{port}", anonymous=True)
     assert hosted.client(5, port).connect("a").reason == 0
     assert hosted.client(4, port).connect("b", username="x", password=b"y").reason == 0
 

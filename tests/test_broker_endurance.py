@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, ROOT, Clock, eventually, free_port
+from conftest import PATIENCE, ROOT, eventually, free_port
 from fuzz_broker import conversations, mutated
 from raw_mqtt import (
+    KEPT,
     Got,
     Hosted,
     OwnBroker,
     Raw,
     connect_packet,
     disconnect_packet,
+    kept,
     publish_packet,
     subscribe_packet,
 )
@@ -38,27 +40,7 @@ from hive import PacketType, Publish, ReasonCode, encode_packet, encode_string
 both = pytest.mark.parametrize("version", [4, 5])
 Make = Callable[..., Hosted]
 Own = Callable[..., OwnBroker]
-KEPT: dict[str, Any] = {"clean": False, "session_expiry": 3600}
 MOMENT = 2.0  # seconds; a slow machine with other work is still quicker
-
-
-@pytest.fixture
-def host(tmp_path: Path, clock: Clock) -> Iterator[Make]:
-    """Make a broker in this process; it ends with the test."""
-    made: list[Hosted] = []
-
-    def make(**settings: Any) -> Hosted:
-        made.append(Hosted(tmp_path / f"{len(made)}", clock, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-@pytest.fixture
-def hosted(host: Make) -> Hosted:
-    return host()
 
 
 @pytest.fixture
@@ -73,10 +55,6 @@ def own(tmp_path: Path) -> Iterator[Own]:
     yield make
     for one in made:
         one.close()
-
-
-def kept(version: int) -> dict[str, Any]:
-    return KEPT if version == 5 else {"clean": False}
 
 
 def restarted(hosted: Hosted) -> Hosted:
@@ -223,7 +201,7 @@ def test_what_needs_no_disk_is_not_written(hosted: Hosted) -> None:
     client.subscribe("t")
     for n in range(20):
         client.publish("t", b"%d" % n, qos=n % 3)
-    assert not hosted.broker.store.database._turn
+    assert not hosted.broker.store.database._uncommitted
     with closing(sqlite3.connect(hosted.broker.file)) as file:
         assert file.execute("SELECT count(*) FROM session_states").fetchone() == (0,)
 
@@ -361,8 +339,8 @@ def full_queue(hosted: Hosted, payload: bytes = b"x", fits: int = 5) -> Raw:
 
 
 @pytest.mark.parametrize("qos", [1, 2])
-def test_what_overflows_a_queue_is_refused_to_the_sender(host: Make, qos: int) -> None:
-    hosted = host(queue_messages=5)
+def test_what_overflows_a_queue_is_refused_to_the_sender(hosted_of: Make, qos: int) -> None:
+    hosted = hosted_of(queue_messages=5)
     sender = full_queue(hosted)
     other = hosted.connected("here")
     other.subscribe("t")
@@ -376,8 +354,8 @@ def test_what_overflows_a_queue_is_refused_to_the_sender(host: Make, qos: int) -
 
 
 @pytest.mark.parametrize("qos", [1, 2])
-def test_mqtt_3_cannot_be_told_so_it_is_not_acknowledged(host: Make, qos: int) -> None:
-    hosted = host(queue_messages=5)
+def test_mqtt_3_cannot_be_told_so_it_is_not_acknowledged(hosted_of: Make, qos: int) -> None:
+    hosted = hosted_of(queue_messages=5)
     full_queue(hosted)
     other = hosted.connected("here")
     other.subscribe("t")
@@ -390,17 +368,17 @@ def test_mqtt_3_cannot_be_told_so_it_is_not_acknowledged(host: Make, qos: int) -
 @pytest.mark.parametrize(
     "bounds", [{"queue_mib": 1}, {"total_mib": 1}, {"queue_mib": 1, "queue_messages": 100}]
 )
-def test_queues_are_bounded_in_bytes_too(host: Make, bounds: dict[str, int]) -> None:
-    hosted = host(**bounds)
+def test_queues_are_bounded_in_bytes_too(hosted_of: Make, bounds: dict[str, int]) -> None:
+    hosted = hosted_of(**bounds)
     sender = full_queue(hosted, b"x" * 200_000)
     assert sender.publish("t", b"x" * 200_000) == ReasonCode.QUOTA_EXCEEDED
     assert sender.publish("t", b"small") == 0
     assert hosted.broker._size < 1 << 20
 
 
-def test_retained_messages_are_bounded(host: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retained_messages_are_bounded(hosted_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hive, "MAX_RETAINED", 3)
-    hosted = host(retained_mib=1)
+    hosted = hosted_of(retained_mib=1)
     client = hosted.connected("a")
     for n in range(3):
         assert client.publish(f"r/{n}", retain=True) == ReasonCode.NO_MATCHING_SUBSCRIBERS
@@ -414,12 +392,12 @@ def test_retained_messages_are_bounded(host: Make, monkeypatch: pytest.MonkeyPat
 
 
 def test_sessions_subscriptions_and_connections_are_bounded(
-    host: Make, monkeypatch: pytest.MonkeyPatch
+    hosted_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hive, "MAX_SESSIONS", 2)
     monkeypatch.setattr(hive, "MAX_SUBSCRIPTIONS", 3)
     monkeypatch.setattr(hive, "MAX_CLIENT_CONNECTIONS", 8)
-    hosted = host()
+    hosted = hosted_of()
     client = hosted.connected("a", **KEPT)
     assert client.subscribe("1", "2", "3", "4", "1") == [2, 2, 2, ReasonCode.QUOTA_EXCEEDED, 2]
     hosted.connected("b", **KEPT)
@@ -621,8 +599,8 @@ def test_who_never_reads_is_ended_in_the_end(hosted: Hosted) -> None:
     assert hosted.broker.buffered.size < 1000
 
 
-def test_a_fast_sender_waits_for_a_reader_that_reads(host: Make) -> None:
-    hosted = host(queue_messages=2000)
+def test_a_fast_sender_waits_for_a_reader_that_reads(hosted_of: Make) -> None:
+    hosted = hosted_of(queue_messages=2000)
     reader, sender = hosted.connected("r"), hosted.connected("s")
     reader.subscribe(("t", 1))
     total = 6000
@@ -699,8 +677,8 @@ def test_more_connections_than_there_are_files(tmp_path: Path) -> None:
     broker.close()
 
 
-def test_after_any_traffic_the_books_balance(host: Make) -> None:
-    hosted, chance = host(queue_messages=50, queue_mib=1), random.Random(4)
+def test_after_any_traffic_the_books_balance(hosted_of: Make) -> None:
+    hosted, chance = hosted_of(queue_messages=50, queue_mib=1), random.Random(4)
     known = conversations()
     for _ in range(600):
         client = hosted.client()

@@ -611,7 +611,7 @@ def test_nothing_to_look_back_on_is_said(tmp_path: Path) -> None:
 
 # Every wait is bounded by what the user said
 
-SLACK = 4.0  # seconds that Python, a loaded machine and a goodbye may take besides
+SLACK = 8.0  # seconds that Python, a loaded machine and a goodbye may take besides
 ASKING = (  # everything that may have to wait, and for how long at most
     (("send", "--to", "beta", "--text", "x"), 10),
     (("send", "--to", "beta", "--text", "x", "--direct"), 10),

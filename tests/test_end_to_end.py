@@ -271,6 +271,37 @@ def test_nodes_come_back_after_a_broker_restart_and_nothing_sent_meanwhile_is_lo
     assert not alpha.events("received", ch="alert") and not beta.events("received", ch="alert")
 
 
+def test_what_was_sent_just_before_daemon_and_broker_died_at_once_arrives(
+    hive_of: Callable[..., Hive], own_broker: Broker, broker_kind: str
+) -> None:
+    """Mosquitto acknowledges before it saves; here it is told to save nothing at all."""
+    conf = own_broker.home / "mosquitto.conf"
+    if broker_kind == MOSQUITTO:
+        own_broker.stop()
+        conf.write_text(re.sub("(?m)^(persistence|autosave).*\n", "", conf.read_text()))
+        own_broker.start()
+    hive = hive_of(own_broker)
+    alpha, beta = hive.node("alpha").start(), hive.node("beta").start()
+    assert beta.stop(signal.SIGKILL)
+    texts = [f"text {number}" for number in range(3)]
+    for text in texts:
+        line = ("send", "--to", "beta", "--ch", "status", "--urgency", "later", "--text", text)
+        assert "sent" in hive.cli("alpha", *line).stdout
+    os.kill(alpha.pid, signal.SIGKILL)
+    own_broker.stop(signal.SIGKILL)
+    alpha.stop(signal.SIGKILL)
+    own_broker.start()
+    beta.start()
+    alpha.start()
+
+    def arrived() -> list[str]:
+        log = hive.cli("beta", "log", "--from", "alpha", "--ch", "status", "--json").stdout
+        return [json.loads(row)["envelope"]["text"] for row in log.splitlines()]
+
+    eventually("all have arrived", lambda: len(arrived()) >= len(texts))
+    assert arrived() == texts
+
+
 def test_commands_sent_while_a_node_is_away_are_done_once_when_it_is_back(hive: Hive) -> None:
     alpha, beta = hive.node("alpha").start(), hive.node("beta")
     beta.handler("count", f"#!/bin/sh\necho x >> {beta.home}/count\n")

@@ -16,7 +16,19 @@ from pathlib import Path
 
 import pytest
 from conftest import Broker, Hive, eventually, need_mosquitto
-from faults import COUNT, TABLE, OwnBroker, Quota, SmallDisk, Tally, Trial, Wire, Witness, table_of
+from faults import (
+    COUNT,
+    TABLE,
+    WAITING,
+    OwnBroker,
+    Quota,
+    SmallDisk,
+    Tally,
+    Trial,
+    Wire,
+    Witness,
+    table_of,
+)
 
 KILLS = 10
 HOUR = 3600.0
@@ -116,13 +128,10 @@ def test_the_broker_is_killed_and_comes_back(begin: Begin, broker: Broker) -> No
 
 
 OUTAGE = 30.0  # seconds
-# It tries again after 30 s at most; that is not what this test is about.
-IMPATIENT = "hive.RETRY = (0.5, 2.0)"
 
 
 def test_the_broker_is_away_for_half_a_minute(begin: Begin, broker: Broker) -> None:
     trial = begin("broker away for 30 s")
-    trial.alpha.change = trial.beta.change = IMPATIENT
     trial.start()
     with trial.sending():
         trial.reached(COUNT // 4)
@@ -168,7 +177,7 @@ def test_the_clock_of_one_node_is_an_hour_off(
     trial.beta.kill()
     for number in range(COUNT // 4):
         trial.send(ttl=1 if number % 3 == 0 else 60, stale=number % 3 == 0, clock=clock)
-    trial.wait("the broker has it all", lambda: trial.alpha.count("outbox") == 0)
+    trial.wait("the broker has it all", lambda: trial.alpha.count(WAITING) == 0)
     time.sleep(2.1)  # a second of MQTT may take two
     trial.beta.start_again()
     while len(trial.commands) < COUNT:
@@ -202,7 +211,7 @@ def test_the_disk_is_full_for_a_while(begin: Begin, disk: str) -> None:
                 (node.home / "state").symlink_to(folder / node.name)
             ending.callback(trial.hive.close)
         for node in nodes:  # it looks at the disk every 30 s
-            node.change, node.far_log = "hive.TEND_EVERY = 0.5", disk == "RLIMIT_FSIZE"
+            node.change, node.far_log = "hive.MAINTENANCE_INTERVAL = 0.5", disk == "RLIMIT_FSIZE"
         trial.start()
         with trial.sending():
             trial.reached(COUNT // 4)

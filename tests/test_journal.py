@@ -89,7 +89,7 @@ def is_new(journal: hive.Journal, id: str) -> bool:
 
 
 def ids(journal: hive.Journal, **filters: object) -> list[str | None]:
-    return [row.id for row in journal.rows(filters)]
+    return [row["id"] for row in journal.rows(filters)]
 
 
 # A message that comes again
@@ -101,6 +101,16 @@ def test_a_message_is_new_once(journal: hive.Journal) -> None:
     assert journal.on_disk
 
 
+def test_a_message_that_is_known_does_not_change_which_row_is_the_last(
+    journal: hive.Journal,
+) -> None:
+    rows = [receive(journal, id) for id in ("a", "b")]
+    assert not is_new(journal, "a")
+    assert journal.newest == rows[-1]
+    receive(journal, "c")
+    assert journal.newest > rows[-1]
+
+
 def test_ids_differ_in_every_character(journal: hive.Journal) -> None:
     assert all(is_new(journal, id) for id in ("a", "A", "1", "01", "1.0", "a.", "a:", "a" * 64))
 
@@ -109,23 +119,28 @@ def test_the_same_id_in_another_message_is_no_new_message(journal: hive.Journal)
     receive(journal, "a", text="first")
     assert journal.record(Event.RECEIVED, message("a", "alert", "forged"), NOW) is None
     row = journal.message("a")
-    assert row and row.envelope and row.envelope.text == "first"
+    assert row and row["envelope"]["text"] == "first"
 
 
 def test_a_message_to_oneself_goes_out_and_comes_in_once_each(journal: hive.Journal) -> None:
     own = message("a", sender="beta")
     events = [Event.SENT, Event.RECEIVED, Event.SENT, Event.RECEIVED]
     assert [bool(journal.record(one, own, NOW)) for one in events] == [True, True, False, False]
-    assert [row.event for row in journal.exchange("a")] == [Event.SENT, Event.RECEIVED]
+    assert [row["event"] for row in journal.exchange("a")] == ["out", "in"]
     row = journal.message("a")
-    assert row and row.event is Event.RECEIVED
+    assert row and row["event"] == "in"
 
 
 def test_what_is_done_about_one_message_may_be_several_things(journal: hive.Journal) -> None:
     receive(journal, "a")
     for note in ("told main", "told ops", "told ops"):
-        journal.did(message("a"), NOW, note)
-    assert [row.note for row in journal.exchange("a")] == ["", "told main", "told ops", "told ops"]
+        journal.record_result(message("a"), NOW, note)
+    assert [row["note"] for row in journal.exchange("a")] == [
+        "",
+        "told main",
+        "told ops",
+        "told ops",
+    ]
 
 
 def test_messages_survive_a_restart(open_journal: Open, log: io.StringIO) -> None:
@@ -148,11 +163,11 @@ def test_what_was_not_committed_is_committed_at_the_end(open_journal: Open) -> N
 
 def test_a_turn_is_committed_whole(journal: hive.Journal, folder: Path) -> None:
     row = receive(journal, "a")
-    journal.owe(row)
-    journal.post("t", b"x", message=row)
-    journal.ask(message("a"), row)
-    journal.note("key", 1)
-    tables = ("log", "tasks", "outbox", "questions", "notes")
+    journal.add_task(row)
+    journal.enqueue("t", b"x", message=row)
+    journal.add_pending_request(message("a"), row)
+    journal.put("key", 1)
+    tables = ("log", "tasks", "outbox", "pending_requests", "settings")
     assert [count(folder, table) for table in tables] == [0] * 5
     journal.commit()
     assert [count(folder, table) for table in tables] == [1] * 5
@@ -163,19 +178,19 @@ def test_a_turn_is_committed_whole(journal: hive.Journal, folder: Path) -> None:
 
 def test_a_note_survives_a_restart(open_journal: Open) -> None:
     journal = open_journal()
-    assert journal.recall("a key") == {}
-    journal.note("a key", {"first": 1})
-    journal.note("a key", {"last": 1.5, "ok": None})
-    journal.note("another", {})
+    assert journal.get("a key") == {}
+    journal.put("a key", {"first": 1})
+    journal.put("a key", {"last": 1.5, "ok": None})
+    journal.put("another", {})
     journal.close()
-    assert open_journal().recall("a key") == {"last": 1.5, "ok": None}
+    assert open_journal().get("a key") == {"last": 1.5, "ok": None}
 
 
 def test_a_note_is_kept_without_a_disk_too(open_journal: Open, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     journal = open_journal(tmp_path / "file" / "x")
-    journal.note("a key", {"ok": True})
-    assert journal.recall("a key") == {"ok": True}
+    journal.put("a key", {"ok": True})
+    assert journal.get("a key") == {"ok": True}
 
 
 # What happened
@@ -191,10 +206,10 @@ def test_a_message_is_found_whole(open_journal: Open, text: str) -> None:
     journal.record(Event.RECEIVED, said, NOW, "no handler for action deploy")
     journal.close()
     row = open_journal().message("a")
-    assert row and row.envelope == said
-    facts = (row.time, row.event, row.id, row.ch, row.sender, row.recipient, row.action)
-    assert facts == (NOW, Event.RECEIVED, "a", "command", "alpha", "beta", "deploy")
-    assert (row.exchange, row.note) == ("c", "no handler for action deploy")
+    assert row and row["envelope"] == said.document()
+    facts = tuple(row[key] for key in ("time", "event", "id", "ch", "from", "to", "action"))
+    assert facts == (NOW, "in", "a", "command", "alpha", "beta", "deploy")
+    assert (row["exchange"], row["note"]) == ("c", "no handler for action deploy")
 
 
 def test_what_was_received_is_kept_as_it_came(journal: hive.Journal) -> None:
@@ -202,7 +217,22 @@ def test_what_was_received_is_kept_as_it_came(journal: hive.Journal) -> None:
     came = said.encode().decode().replace('":', '" : ')
     journal.record(Event.RECEIVED, said, NOW, content=came)
     row = journal.message("a")
-    assert row and row.content == came and row.envelope == said
+    assert row and row["envelope"] == said.document()
+    assert journal._database.read("SELECT content FROM log") == [(came,)]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"v": 1}', "\udcff".encode("utf-8", "replace").decode()]
+)
+def test_a_row_whose_text_is_no_message_any_more_is_shown_without_it(
+    journal: hive.Journal, content: str
+) -> None:
+    task = journal.add_task(receive(journal, "a"))
+    journal._database.write("UPDATE log SET content = ?", (content,))
+    row = journal.message("a")
+    assert row and row["envelope"] is None and row["from"] == "alpha"
+    assert ids(journal) == ["a"] and journal.tasks() == []
+    journal.remove_task(task)
 
 
 def test_nothing_is_known_of_a_message_that_never_came(journal: hive.Journal) -> None:
@@ -215,16 +245,16 @@ def test_an_exchange_is_told_from_any_of_its_messages(journal: hive.Journal, of:
     receive(journal, "other")
     for answer in ("a-1", "a-2"):
         receive(journal, answer, ch="response", corr="q")
-    journal.did(message("a-2", "response", corr="q"), NOW, "told main")
+    journal.record_result(message("a-2", "response", corr="q"), NOW, "told main")
     journal.record(Event.SENT, message("r", corr="q", sender="beta", to="alpha"), NOW)
-    assert [row.id for row in journal.exchange(of)] == ["q", "a-1", "a-2", None, "r"]
+    assert [row["id"] for row in journal.exchange(of)] == ["q", "a-1", "a-2", None, "r"]
 
 
 def test_an_exchange_is_found_though_its_first_message_is_not_known_here(
     journal: hive.Journal,
 ) -> None:
     receive(journal, "answer", ch="response", corr="elsewhere")
-    assert [row.id for row in journal.exchange("elsewhere")] == ["answer"]
+    assert [row["id"] for row in journal.exchange("elsewhere")] == ["answer"]
 
 
 @pytest.fixture
@@ -275,12 +305,12 @@ def test_rows_are_chosen_by_what_is_asked(
 def test_the_last_rows_can_be_asked_for(
     busy: hive.Journal, last: int, after: int, expected: Any
 ) -> None:
-    seen = busy.rows({})[after - 1].n if after else 0
-    assert [row.id for row in busy.rows({}, seen, last)] == [f"m-{i}" for i in expected]
+    seen = busy.rows({})[after - 1]["n"] if after else 0
+    assert [row["id"] for row in busy.rows({}, seen, last)] == [f"m-{i}" for i in expected]
 
 
 def test_the_last_rows_are_the_last_of_those_that_are_chosen(busy: hive.Journal) -> None:
-    chosen = [row.id for row in busy.rows({"from": "node1"}, last=2)]
+    chosen = [row["id"] for row in busy.rows({"from": "node1"}, last=2)]
     assert chosen == ["m-4", "m-7"]
 
 
@@ -294,8 +324,8 @@ def test_pages_follow_each_other_without_gap(
     found, after, skip = [], 0, last
     while page := journal.rows({}, after, skip):
         assert len(page) <= hive.MAX_ROWS
-        found += [row.id for row in page]
-        after, skip = page[-1].n, 0
+        found += [row["id"] for row in page]
+        after, skip = page[-1]["n"], 0
     assert found == [f"m-{i}" for i in range(250 - (last or 250), 250)]
 
 
@@ -315,12 +345,12 @@ def test_what_is_owed_is_given_in_order_after_a_restart(open_journal: Open) -> N
     journal = open_journal()
     rows = {id: receive(journal, id) for id in ("a", "b", "c")}
     owed = [
-        journal.owe(rows["b"]),
-        journal.owe(rows["a"], "main", NOW + 60, True, "scheduled"),
-        journal.owe(rows["a"], "ops"),
-        journal.owe(rows["c"]),
+        journal.add_task(rows["b"]),
+        journal.add_task(rows["a"], "main", NOW + 60, True, "scheduled"),
+        journal.add_task(rows["a"], "ops"),
+        journal.add_task(rows["c"]),
     ]
-    journal.finish(owed[2])
+    journal.remove_task(owed[2])
     journal.close()
     first, second, third = open_journal().tasks()
     assert [task.n for task in (first, second, third)] == [owed[0], owed[1], owed[3]]
@@ -333,96 +363,199 @@ def test_what_is_owed_is_given_in_order_after_a_restart(open_journal: Open) -> N
 def test_what_had_begun_is_known_after_a_crash_and_at_once(
     journal: hive.Journal, folder: Path
 ) -> None:
-    tasks = [journal.owe(receive(journal, id)) for id in ("a", "b", "c", "d")]
-    journal.begin(tasks[1:3])
+    tasks = [journal.add_task(receive(journal, id)) for id in ("a", "b", "c", "d")]
+    journal.start_tasks(tasks[1:3])
     with closing(sqlite3.connect(folder / "journal.sqlite3")) as database:
         began = database.execute("SELECT began FROM tasks ORDER BY n").fetchall()
     assert began == [(0,), (1,), (1,), (0,)], "without a commit() of the whole turn"
-    journal.retract(tasks[1:2])
+    journal.reset_tasks(tasks[1:2])
     assert [task.began for task in journal.tasks()] == [False, False, True, False]
 
 
 def test_to_finish_twice_or_what_never_was_harms_nobody(journal: hive.Journal) -> None:
-    task = journal.owe(receive(journal, "a"))
+    task = journal.add_task(receive(journal, "a"))
     for n in (task, task, 0, 4711):
-        journal.finish(n)
-        journal.begin([n])
-        journal.retract([n])
+        journal.remove_task(n)
+        journal.start_tasks([n])
+        journal.reset_tasks([n])
     assert journal.tasks() == []
-    journal.begin([])
+    journal.start_tasks([])
 
 
 def test_the_number_of_a_task_is_never_given_again(journal: hive.Journal) -> None:
     row = receive(journal, "a")
-    first = journal.owe(row)
-    journal.finish(first)
-    assert journal.owe(row) > first
+    first = journal.add_task(row)
+    journal.remove_task(first)
+    assert journal.add_task(row) > first
 
 
 # What the broker has yet to take
 
 
+def sending(journal: hive.Journal, *ids: str, **fields: Any) -> None:
+    """Put messages into the outbox."""
+    for id in ids:
+        envelope = message(id, **fields)
+        row = journal.record(Event.SENT, envelope, NOW)
+        journal.enqueue(f"t/{id}", envelope.encode(), message=row)
+
+
+def waiting(journal: hive.Journal) -> list[str | None]:
+    return [one.id for one in journal.next_outgoing(0, 1000)]
+
+
 def test_the_outbox_keeps_its_order_over_a_restart(open_journal: Open) -> None:
     journal = open_journal()
-    sent = {}
-    for i in range(5):
-        row = journal.record(Event.SENT, message(f"m-{i}", to=f"node{i}"), NOW)
-        sent[f"t/{i}"] = row
-        journal.post(f"t/{i}", f"payload {i}".encode(), bool(i % 2), row, NOW + i if i else None)
-    journal.post("meta", b"\0\xff", retain=True)
+    said = [message(f"m-{i}", to=f"node{i}", text="ä\0\u2028") for i in range(5)]
+    for i, envelope in enumerate(said):
+        row = journal.record(Event.SENT, envelope, NOW)
+        until = NOW + i if i else None
+        journal.enqueue(f"t/{i}", envelope.encode(), bool(i % 2), row, until)
+    journal.enqueue("meta", b"\0\xff", retain=True)
     journal.close()
     journal = open_journal()
-    waiting = journal.outgoing(0, 100)
-    assert [one.topic for one in waiting] == ["t/0", "t/1", "t/2", "t/3", "t/4", "meta"]
-    assert [one.payload for one in waiting][4:] == [b"payload 4", b"\0\xff"]
-    assert [one.retain for one in waiting] == [False, True, False, True, False, True]
-    assert [one.until for one in waiting[:2]] == [None, NOW + 1]
+    found = journal.next_outgoing(0, 100)
+    assert [one.topic for one in found] == ["t/0", "t/1", "t/2", "t/3", "t/4", "meta"]
+    assert [one.payload for one in found] == [*(one.encode() for one in said), b"\0\xff"]
+    assert [one.retain for one in found] == [False, True, False, True, False, True]
+    assert [one.until for one in found[:2]] == [None, NOW + 1]
+    assert [one.id for one in found] == [*(one.id for one in said), None]
     assert journal.outbox_size == 6
-    assert [one.topic for one in journal.outgoing(waiting[1].n, 2)] == ["t/2", "t/3"]
+    assert [one.topic for one in journal.next_outgoing(found[1].n, 2)] == ["t/2", "t/3"]
 
 
-def test_what_the_broker_has_is_forgotten_and_which_message_it_was_is_told(
-    journal: hive.Journal,
+def test_a_message_is_on_the_disk_once(journal: hive.Journal) -> None:
+    sending(journal, "a")
+    assert journal._database.read("SELECT payload FROM outbox") == [(None,)]
+    assert journal.next_outgoing(0, 1)[0].payload == message("a").encode()
+
+
+def test_what_is_sent_while_no_text_is_kept_goes_out_whole(journal: hive.Journal) -> None:
+    journal.full = True
+    sending(journal, "a")
+    row = journal.message("a")
+    assert row and row["envelope"] is None
+    assert hive.Envelope.parse(journal.next_outgoing(0, 1)[0].payload).text == "hello"
+
+
+@pytest.mark.parametrize("acknowledged", [True, False])
+def test_what_the_broker_has_or_never_will_have_waits_no_more(
+    journal: hive.Journal, acknowledged: bool
 ) -> None:
-    for i in range(3):
-        row = journal.record(Event.SENT, message(f"m-{i}"), NOW)
-        journal.post("t", b"x", message=row)
-    journal.post("meta", b"x")
-    first, second, third, meta = journal.outgoing(0, 100)
-    sent = journal.posted(second.n)
-    assert sent and sent.id == "m-1"
-    assert journal.posted(second.n) is None and journal.posted(meta.n) is None
-    assert [one.n for one in journal.outgoing(0, 100)] == [first.n, third.n]
-    journal.post("t", b"y")
-    assert journal.outgoing(third.n, 100)[0].n > meta.n, "a number is never given again"
+    sending(journal, "a", "b", "c")
+    journal.enqueue("meta", b"x")
+    first, second, third, meta = journal.next_outgoing(0, 100)
+    for one in (second, meta):
+        journal.dequeue(one, acknowledged)
+    assert [one.n for one in journal.next_outgoing(0, 100)] == [first.n, third.n]
+    assert journal.outbox_size == 2
+    journal.enqueue("t", b"y")
+    assert journal.next_outgoing(third.n, 100)[0].n > meta.n, "a number is never given again"
+
+
+def test_what_was_acknowledged_a_moment_ago_is_sent_again_in_order(open_journal: Open) -> None:
+    journal = open_journal()
+    sending(journal, "a", "b", "c", "d", "e")
+    first, second, third, fourth, _ = journal.next_outgoing(0, 100)
+    journal.dequeue(first, acknowledged=True)
+    journal.dequeue(second, acknowledged=False)
+    journal.dequeue(third, acknowledged=True)
+    moment = time.time()
+    eventually("the next moment", lambda: time.time() > moment)
+    journal.dequeue(fourth, acknowledged=True)
+    assert waiting(journal) == ["e"] and journal.outbox_size == 1
+    assert journal.requeue(since=moment) == fourth.n
+    assert waiting(journal) == ["d", "e"] and journal.outbox_size == 2
+    assert count_of(journal, "outbox") == 2, "and what was acknowledged before that is forgotten"
+    assert journal.requeue(since=0) == 0, "nothing was since then"
+
+
+def test_what_was_acknowledged_is_known_after_a_crash(
+    open_journal: Open, child_of: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    child = child_of(
+        "take('a'); take('b'); took = journal.next_outgoing(0, 9)\n"
+        "journal.dequeue(took[0], True); journal.commit()\n"
+        "journal.dequeue(took[1], True)  # too late\n" + WAIT
+    )
+    assert heard(child) == "ready"
+    killed(child)
+    journal = open_journal()
+    assert waiting(journal) == ["b"] and journal.outbox_size == 1
+    journal.requeue(since=0)
+    assert waiting(journal) == ["a", "b"] and journal.outbox_size == 2
+
+
+def test_what_the_broker_has_saved_is_forgotten_with_a_commit(journal: hive.Journal) -> None:
+    sending(journal, "a", "b", "c")
+    first, second, _ = journal.next_outgoing(0, 100)
+    for one in (first, second):
+        journal.dequeue(one, acknowledged=True)
+    assert count_of(journal, "outbox") == 3
+    journal.saved_before = time.time() + 1
+    assert count_of(journal, "outbox") == 1
+    assert waiting(journal) == ["c"]
+
+
+def test_it_says_when_it_is_full(journal: hive.Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hive, "MAX_OUTBOX", 3)
+    sending(journal, "a", "b")
+    assert not journal.outbox_full
+    sending(journal, "c")
+    assert journal.outbox_full
+    journal.dequeue(journal.next_outgoing(0, 1)[0], acknowledged=True)
+    assert not journal.outbox_full
+
+
+def test_it_is_full_of_bytes_too_and_knows_so_after_a_restart(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_OUTBOX_SIZE", 1500)
+    journal = open_journal()
+    journal.enqueue("result", b"x" * 600)
+    sending(journal, "a", text="ä" * 400)
+    assert journal.outbox_full
+    journal.close()
+    journal = open_journal()
+    assert journal.outbox_full
+    result, _ = journal.next_outgoing(0, 100)
+    journal.dequeue(result, acknowledged=True)
+    assert not journal.outbox_full
+    journal.requeue(since=0)
+    assert journal.outbox_full
+
+
+def test_what_peers_gave_us_to_do_does_not_close_the_outbox(journal: hive.Journal) -> None:
+    journal.full = True
+    assert not journal.outbox_full
 
 
 # What was asked
 
 
 def questions(journal: hive.Journal, due: float | None = None) -> list[str]:
-    return [question.exchange for question in journal.questions(due)]
+    return [question["id"] for question in journal.pending_requests(due)]
 
 
 def ask(journal: hive.Journal, id: str, **fields: Any) -> None:
     asked = message(id, sender="beta", to="alpha", **fields)
     row = journal.record(Event.SENT, asked, NOW)
     assert row
-    journal.ask(asked, row)
+    journal.add_pending_request(asked, row)
 
 
 def test_a_question_is_open_until_it_is_answered(open_journal: Open) -> None:
     journal = open_journal()
     for id in ("a", "b", "c"):
         ask(journal, id, action="ping")
-    journal.answered("b")
-    journal.answered("never asked")
-    journal.answered(None)
+    journal.resolve_request("b")
+    journal.resolve_request("never asked")
+    journal.resolve_request(None)
     journal.close()
     journal = open_journal()
     assert questions(journal) == ["a", "c"]
-    (first, _) = journal.questions()
-    assert (first.asked, first.due, first.recipient, first.action) == (NOW, None, "alpha", "ping")
+    (first, _) = journal.pending_requests()
+    assert first == {"id": "a", "to": "alpha", "action": "ping", "asked": NOW, "due": None}
 
 
 def test_questions_are_due_when_their_time_to_live_is_over(journal: hive.Journal) -> None:
@@ -440,9 +573,9 @@ def test_questions_are_due_when_their_time_to_live_is_over(journal: hive.Journal
         ["soon"],
         ["late", "soon"],
     ]
-    journal.answered("soon")
+    journal.resolve_request("soon")
     assert journal.next_due() == late
-    journal.answered("late")
+    journal.resolve_request("late")
     assert journal.next_due() is None and questions(journal) == ["never"]
 
 
@@ -455,7 +588,7 @@ def test_to_ask_again_in_the_same_exchange_is_one_question(journal: hive.Journal
 def test_the_oldest_questions_go_when_there_are_too_many(
     journal: hive.Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hive, "MAX_QUESTIONS", 10)
+    monkeypatch.setattr(hive, "MAX_PENDING_REQUESTS", 10)
     for i in range(25):
         ask(journal, f"q-{i}")
     assert questions(journal) == [f"q-{i}" for i in range(15, 25)]
@@ -479,12 +612,12 @@ def test_a_question_does_not_outlive_its_message_and_is_not_due_for_ever(
         pass
     due = journal.next_due()
     assert due is None or questions(journal, due) == ["a"], "a daemon would look for it for ever"
-    assert count_of(journal, "questions") == len(questions(journal))
+    assert count_of(journal, "pending_requests") == len(questions(journal))
 
 
 def count_of(journal: hive.Journal, table: str) -> int:
     journal.commit()
-    return int(journal._store.read(f"SELECT count(*) FROM {table}")[0][0])
+    return int(journal._database.read(f"SELECT count(*) FROM {table}")[0][0])
 
 
 # Bounds
@@ -517,7 +650,7 @@ def test_the_oldest_texts_go_before_the_oldest_rows(
     while journal.prune(NOW):
         pass
     assert journal.size <= 300_000 and not journal.full
-    kept = [row.content is not None for row in journal.rows({})]
+    kept = [row["envelope"] is not None for row in journal.rows({})]
     assert kept == sorted(kept), "the texts of the last ones are still there"
     assert 10 <= sum(kept) < 30 and len(kept) >= 1.5 * sum(kept)
     assert not is_new(journal, "m-59")
@@ -528,17 +661,17 @@ def test_a_message_whose_text_is_gone_is_still_no_new_one(open_journal: Open) ->
     receive(journal, "a", text="x" * 200_000)
     assert journal.prune(NOW)
     row = journal.message("a")
-    assert row is not None and row.envelope is None and row.sender == "alpha"
+    assert row is not None and row["envelope"] is None and row["from"] == "alpha"
     assert not is_new(journal, "a")
 
 
 @pytest.mark.parametrize("bound", ["age", "size"])
 def test_nothing_that_is_not_finished_is_forgotten(open_journal: Open, bound: str) -> None:
     journal = open_journal(keep=1) if bound == "age" else open_journal(max_size=1)
-    run = journal.owe(receive(journal, "to-run", text="x" * 5000))
-    word = journal.owe(receive(journal, "to-tell", text="x" * 5000), "main")
+    run = journal.add_task(receive(journal, "to-run", text="x" * 5000))
+    word = journal.add_task(receive(journal, "to-tell", text="x" * 5000), "main")
     row = journal.record(Event.SENT, message("to-send"), NOW)
-    journal.post("t", b"x", message=row)
+    journal.enqueue("t", b"x", message=row)
     receive(journal, "done")
     while journal.prune(NOW + 100):
         pass
@@ -546,9 +679,10 @@ def test_nothing_that_is_not_finished_is_forgotten(open_journal: Open, bound: st
     assert [task.envelope.text[:3] for task in journal.tasks()] == ["xxx", "xxx"]
     assert journal.full == (bound == "size")
     for task in (run, word):
-        journal.finish(task)
-    (waiting,) = journal.outgoing(0, 10)
-    assert journal.posted(waiting.n)
+        journal.remove_task(task)
+    (waiting,) = journal.next_outgoing(0, 10)
+    journal.dequeue(waiting, acknowledged=True)
+    journal.forget_acknowledged(before=time.time() + 1)
     while journal.prune(NOW + 100):
         pass
     assert ids(journal) == []
@@ -558,7 +692,7 @@ def test_a_journal_that_is_full_of_work_keeps_no_more_texts_until_some_is_done(
     open_journal: Open,
 ) -> None:
     journal = open_journal(max_size=200_000)
-    tasks = [journal.owe(receive(journal, f"m-{i}", text="x" * 50_000)) for i in range(8)]
+    tasks = [journal.add_task(receive(journal, f"m-{i}", text="x" * 50_000)) for i in range(8)]
     while journal.prune(NOW):
         pass
     assert journal.full and len(journal.tasks()) == 8
@@ -568,13 +702,13 @@ def test_a_journal_that_is_full_of_work_keeps_no_more_texts_until_some_is_done(
     assert journal.size < size + 50_000, "but it knows them when they come again"
     assert not is_new(journal, "more-19")
     for task in tasks:
-        journal.finish(task)
+        journal.remove_task(task)
     while journal.prune(NOW):
         pass
     assert not journal.full
     receive(journal, "after")
     row = journal.message("after")
-    assert row and row.envelope
+    assert row and row["envelope"]
 
 
 @pytest.mark.parametrize(("text", "messages"), [("x" * 50, 6000), ("x" * 20_000, 300)])
@@ -651,7 +785,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import hive, pathlib
 journal = hive.Journal(pathlib.Path(sys.argv[2]), hive.Log(), 1e6, 10**8)
-assert journal.recall("never written") == {}
+assert journal.get("never written") == {}
 said = hive.Envelope.new("alpha", "beta", "command", "x", id="again")
 print(journal.record(hive.Event.RECEIVED, said, time.time()) is not None)
 journal.close()
@@ -682,23 +816,25 @@ def test_after_damage_while_it_runs_no_number_is_given_twice(
     journal = open_journal()
     for i in range(2000):
         row = receive(journal, f"m-{i}", text="x" * 100)
-        journal.owe(row)
-        journal.post("t", b"x", message=row)
+        journal.add_task(row)
+        journal.enqueue("t", b"x")
     journal.close()
     journal = open_journal()
-    last, tasks = journal.outgoing(0, 10_000)[-1].n, [task.n for task in journal.tasks()]
+    last, tasks = journal.next_outgoing(0, 10_000)[-1].n, [task.n for task in journal.tasks()]
     file = folder / "journal.sqlite3"
     file.write_bytes(file.read_bytes()[:4096] + b"\xff" * (file.stat().st_size - 4096))
     opened = int(time.time())
     eventually("the next second", lambda: time.time() > opened + 1)
     row = receive(journal, "new")
-    owed = journal.owe(row)
-    journal.post("t", b"new", message=row)
+    owed = journal.add_task(row)
+    journal.enqueue("t", b"new")
     journal.commit()
     assert journal.on_disk
-    assert [one.payload for one in journal.outgoing(last, 10)] == [b"new"], "or it waits for ever"
+    assert [one.payload for one in journal.next_outgoing(last, 10)] == [b"new"], (
+        "or it waits for ever"
+    )
     for task in tasks:  # of the old file, which the daemon still works on
-        journal.finish(task)
+        journal.remove_task(task)
     assert [task.n for task in journal.tasks()] == [owed]
 
 
@@ -710,21 +846,135 @@ def test_an_empty_file_is_a_new_journal(open_journal: Open, folder: Path, log: i
     assert errors(log) == []
 
 
+# A file of before
+
+
+OLD_TABLES = (  # of commit 8360744
+    "CREATE TABLE IF NOT EXISTS notes (key TEXT PRIMARY KEY, value TEXT)",
+    "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
+    " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
+    " content TEXT, UNIQUE (id, event))",
+    "CREATE INDEX IF NOT EXISTS exchanges ON log (exchange)",
+    "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
+    " agent TEXT, until REAL, urgent INTEGER, note TEXT, began INTEGER DEFAULT 0)",
+    "CREATE TABLE IF NOT EXISTS outbox (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
+    " topic TEXT, payload BLOB, retain INTEGER, until REAL)",
+    "CREATE TABLE IF NOT EXISTS questions (exchange TEXT PRIMARY KEY, message INTEGER, due REAL)",
+    *(
+        "INSERT INTO sqlite_sequence (name, seq)"
+        f" SELECT '{table}', CAST(strftime('%s', 'now') AS INTEGER) * 1000000"
+        f" WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = '{table}')"
+        for table in ("log", "tasks", "outbox")
+    ),
+)
+
+
+def old_file(folder: Path, *statements: str) -> sqlite3.Connection:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    database = sqlite3.connect(folder / "journal.sqlite3", isolation_level=None)
+    database.execute("PRAGMA journal_mode=WAL")
+    for statement in statements:
+        database.execute(statement)
+    return database
+
+
+def test_a_file_of_the_old_layout_is_taken_over(
+    open_journal: Open, folder: Path, log: io.StringIO
+) -> None:
+    asked = message("asked", sender="beta", to="alpha", ttl=60, now=NOW, action="ping")
+    owed = message("owed", text="ä\0")
+    with closing(old_file(folder, *OLD_TABLES)) as database:
+        insert = "INSERT INTO log VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, '', ?)"
+        rows = [
+            database.execute(
+                insert,
+                (
+                    *(NOW, event, one.id, one.ch, one.sender, one.to, one.action, one.exchange),
+                    one.encode().decode(),
+                ),
+            ).lastrowid
+            for event, one in (("out", asked), ("in", owed))
+        ]
+        database.execute("INSERT INTO notes VALUES ('schedule:check', '{\"ok\": true}')")
+        database.execute(
+            "INSERT INTO tasks (message, agent, until, urgent, note, began)"
+            " VALUES (?, 'main', ?, 1, 'a note', 1)",
+            (rows[1], NOW + 60),
+        )
+        outbox = "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?,?,?,?,?)"
+        database.execute(outbox, (rows[0], "t", asked.encode(), 0, NOW + 60))
+        database.execute(outbox, (None, "result", b"{}", 1, None))
+        database.execute("INSERT INTO questions VALUES ('asked', ?, ?)", (rows[0], NOW + 60))
+    for _ in range(2):  # and once it was, it is as it is
+        journal = open_journal()
+        assert journal.on_disk and errors(log) == []
+        assert journal.get("schedule:check") == {"ok": True}
+        assert [row["envelope"] for row in journal.rows({})] == [asked.document(), owed.document()]
+        (task,) = journal.tasks()
+        assert (task.envelope, task.agent, task.until, task.began) == (owed, "main", NOW + 60, True)
+        first, second = journal.next_outgoing(0, 10)
+        assert (first.topic, first.payload, first.id) == ("t", asked.encode(), "asked")
+        assert (second.topic, second.payload, second.retain) == ("result", b"{}", True)
+        assert journal.outbox_size == 2
+        assert questions(journal) == ["asked"] and journal.next_due() == NOW + 60
+        assert not is_new(journal, "owed")
+        journal.close()
+    journal = open_journal()
+    for one in journal.next_outgoing(0, 10):
+        journal.dequeue(one, acknowledged=True)
+    assert waiting(journal) == [] and journal.requeue(since=0) == second.n
+    assert waiting(journal) == ["asked", None]
+
+
+@pytest.mark.parametrize("made", range(len(OLD_TABLES)))
+def test_a_file_that_was_half_made_is_taken_over_too(
+    open_journal: Open, folder: Path, log: io.StringIO, made: int
+) -> None:
+    old_file(folder, *OLD_TABLES[:made]).close()
+    journal = open_journal()
+    owing(journal, "a")
+    journal.put("key", {})
+    assert journal.on_disk and errors(log) == []
+    journal.close()
+    assert_owing(open_journal(), "a")
+
+
+def test_what_an_older_hive_wrote_beside_it_is_left_alone(open_journal: Open, folder: Path) -> None:
+    journal = open_journal()
+    journal.put("key", {"ok": True})
+    journal.close()
+    old_file(folder, *OLD_TABLES).close()
+    journal = open_journal()
+    assert journal.on_disk and journal.get("key") == {"ok": True}
+
+
 # No disk, and back again
+
+
+def test_without_a_directory_it_is_in_memory_and_that_is_no_fault(
+    log: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with closing(hive.Journal(None, hive.Log("debug", "json", log), 7 * DAY, LARGE)) as journal:
+        owing(journal, "a", "b")
+        journal.return_to_disk()
+        assert_owing(journal, "a", "b")
+        assert not journal.on_disk
+    assert log.getvalue() == "" and [*tmp_path.iterdir()] == []
 
 
 def owing(journal: hive.Journal, *names: str) -> None:
     """Take in messages that each leave a task and something to be sent."""
     for name in names:
         row = receive(journal, name, text="x" * 2000)
-        journal.owe(row)
-        journal.post("t", name.encode(), message=row)
+        journal.add_task(row)
+        journal.enqueue("t", name.encode())
     journal.commit()
 
 
 def assert_owing(journal: hive.Journal, *names: str) -> None:
     assert [task.envelope.id for task in journal.tasks()] == [*names]
-    assert [one.payload.decode() for one in journal.outgoing(0, 1000)] == [*names]
+    assert [one.payload.decode() for one in journal.next_outgoing(0, 1000)] == [*names]
     assert all(journal.message(name) for name in names)
     assert not any(is_new(journal, name) for name in names)
 
@@ -736,7 +986,7 @@ def test_without_a_disk_it_goes_on_in_memory_and_tells_the_risk_once(
     journal = open_journal(tmp_path / "file" / "x")
     assert not journal.on_disk
     owing(journal, "a", "b")
-    journal.go_back_to_disk()
+    journal.return_to_disk()
     assert_owing(journal, "a", "b")
     (error,) = errors(log)
     assert error["level"] == "error" and "lost, or done twice" in error["so"]
@@ -748,15 +998,15 @@ def test_when_the_disk_is_full_nothing_is_lost_and_all_of_it_goes_back(
 ) -> None:
     journal = open_journal()
     owing(journal, "a", "b")
-    (pages,) = journal._store.read("PRAGMA page_count")[0]
-    journal._store.read(f"PRAGMA max_page_count={pages}")
+    (pages,) = journal._database.read("PRAGMA page_count")[0]
+    journal._database.read(f"PRAGMA max_page_count={pages}")
     more = [f"m-{i}" for i in range(100)]
     owing(journal, *more)
     assert not journal.on_disk
-    tasks, waiting = journal.tasks(), journal.outgoing(0, 1000)
+    tasks, waiting = journal.tasks(), journal.next_outgoing(0, 1000)
     assert_owing(journal, "a", "b", *more)
-    journal.go_back_to_disk()
-    assert journal.on_disk and (journal.tasks(), journal.outgoing(0, 1000)) == (tasks, waiting)
+    journal.return_to_disk()
+    assert journal.on_disk and (journal.tasks(), journal.next_outgoing(0, 1000)) == (tasks, waiting)
     owing(journal, "after")
     journal.close()
     assert_owing(open_journal(), "a", "b", *more, "after")
@@ -794,10 +1044,10 @@ def test_a_disk_that_is_really_full_and_has_room_again(
         owing(journal, *names)
         assert not journal.on_disk
         assert_owing(journal, "a", *names)
-        journal.go_back_to_disk()
+        journal.return_to_disk()
         assert not journal.on_disk, "it is full still"
         (folder / "other").unlink()
-        journal.go_back_to_disk()
+        journal.return_to_disk()
         journal.commit()
         if not journal.on_disk:
             pytest.fail(log.getvalue())
@@ -816,10 +1066,10 @@ def test_a_folder_that_is_read_only_and_is_writable_again(
     journal = open_journal()
     assert not journal.on_disk
     owing(journal, "a", "b")
-    journal.go_back_to_disk()
+    journal.return_to_disk()
     assert not journal.on_disk
     folder.chmod(0o700)
-    journal.go_back_to_disk()
+    journal.return_to_disk()
     assert journal.on_disk
     journal.close()
     assert_owing(open_journal(), "a", "b")
@@ -834,7 +1084,7 @@ def test_a_folder_in_place_of_the_file_does_not_keep_a_daemon_from_starting(
     assert not journal.on_disk
     assert [is_new(journal, id) for id in ("a", "a")] == [True, False]
     (folder / "journal.sqlite3").rmdir()
-    journal.go_back_to_disk()
+    journal.return_to_disk()
     assert journal.on_disk
     assert len(errors(log)) == 1
 
@@ -882,9 +1132,9 @@ journal = hive.Journal(pathlib.Path(sys.argv[2]), hive.Log(), 1e6, 10**8)
 def take(id):
     said = hive.Envelope.new("alpha", "beta", "command", "x" * 500, id=id)
     row = journal.record(hive.Event.RECEIVED, said, time.time())
-    task = journal.owe(row)
-    journal.post("t", id.encode(), message=row)
-    journal.ask(said, row)
+    task = journal.add_task(row)
+    journal.enqueue("t", said.encode(), message=row)
+    journal.add_pending_request(said, row)
     return task
 
 def ready(word="ready"):
@@ -929,7 +1179,7 @@ def test_a_kill_leaves_what_was_committed_and_nothing_of_the_rest(
     killed(child)
     journal = open_journal()
     assert [task.envelope.id for task in journal.tasks()] == ["kept"]
-    assert [one.payload for one in journal.outgoing(0, 10)] == [b"kept"]
+    assert waiting(journal) == ["kept"]
     assert questions(journal) == ids(journal) == ["kept"]
     assert is_new(journal, "half")
     assert errors(log) == []
@@ -939,9 +1189,9 @@ def test_a_kill_leaves_open_what_had_begun_and_only_that(
     open_journal: Open, child_of: Callable[[str], subprocess.Popen[bytes]]
 ) -> None:
     child = child_of(
-        "a, b, c, d = map(take, 'abcd'); journal.begin([b, c, d])\n"
-        "journal.retract([c]); journal.finish(d); journal.commit()\n"
-        "journal.retract([b]); journal.finish(a)  # too late\n" + WAIT
+        "a, b, c, d = map(take, 'abcd'); journal.start_tasks([b, c, d])\n"
+        "journal.reset_tasks([c]); journal.remove_task(d); journal.commit()\n"
+        "journal.reset_tasks([b]); journal.remove_task(a)  # too late\n" + WAIT
     )
     assert heard(child) == "ready"
     killed(child)
@@ -966,7 +1216,9 @@ def test_a_kill_at_any_moment_leaves_whole_turns(
             last = int(heard(child))
         killed(child)
         journal = open_journal()
-        tables = [count_of(journal, table) for table in ("log", "tasks", "outbox", "questions")]
+        tables = [
+            count_of(journal, table) for table in ("log", "tasks", "outbox", "pending_requests")
+        ]
         assert len({*tables}) == 1 and tables[0] % 2 == 0
         assert not is_new(journal, f"{life}-{last}-b"), "whoever was told so may rely on it"
         journal.close()

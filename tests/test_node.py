@@ -45,20 +45,42 @@ class Wire:
         self.unacknowledged: list[hive.OutgoingMessage] = []
         self.probes: list[Callable[[bool], None]] = []
         self.takes_connections: bool | None = True  # None: it does not answer
-        self.up = self.closed = False
+        self.up = self.closed = self.silent = False
 
-    def aim(self, settings: hive.MqttConfig) -> None:
+    def set_broker(self, settings: hive.MqttConfig) -> None:
         pass
 
-    def open(self, user: hive.ClientListener) -> None:
+    def use_outbox(
+        self, outbox: hive.Journal, published: Callable[[hive.OutgoingMessage, int, str], None]
+    ) -> None:
+        self.outbox, self.told, self.last = outbox, published, 0
+
+    def open(self, listener: hive.ClientListener) -> None:
         pass
 
-    def publish(self, publication: hive.OutgoingMessage) -> None:
-        if self.up or publication.keep:
-            self.published.append(publication)
-            self.unacknowledged.append(publication)
-            if "/all/" in publication.topic:
-                self.echoes.append(publication)
+    def publish(self, message: hive.OutgoingMessage) -> None:
+        if self.up:
+            self.send(message)
+
+    def send_queued(self) -> None:
+        for message in (
+            self.outbox.next_outgoing(self.last, 1000) if self.outbox and self.up else ()
+        ):
+            self.last = message.n
+            self.send(message)
+
+    def send(self, message: hive.OutgoingMessage) -> None:
+        self.published.append(message)
+        self.unacknowledged.append(message)
+        if "/all/" in message.topic:
+            self.echoes.append(message)
+
+    def acknowledge(self, message: hive.OutgoingMessage, code: int, words: str) -> None:
+        """The broker has it, or refuses it."""
+        self.unacknowledged.remove(message)
+        if self.outbox and message.n:
+            self.outbox.dequeue(message, acknowledged=code == 0)
+        self.told(message, code, words)
 
     def close(self, done: Callable[[], None], within: float) -> None:
         self.closed = True
@@ -132,8 +154,8 @@ class Rig:
     def turn(self) -> None:
         """Do whatever is due by now."""
         for _ in range(3):
-            while self.wire.up and self.wire.unacknowledged:
-                self.wire.unacknowledged.pop(0).done(0, "Success")
+            while self.wire.up and self.wire.unacknowledged and not self.wire.silent:
+                self.wire.acknowledge(self.wire.unacknowledged[0], 0, "Success")
             for echo in self.wire.echoes[:]:
                 self.wire.echoes.remove(echo)
                 self.node.deliver(
@@ -397,7 +419,7 @@ def test_an_answer_goes_to_the_sender_and_stays_nowhere(rig_of: Callable[..., Ri
     assert (answer.text, answer.corr, answer.reply_to) == ("hello alpha", "the-first", asked.id)
     (published,) = [p for p in rig.wire.published if p.payload == answer.encode()]
     assert (published.topic, published.qos, published.retain) == ("hive/alpha/response", 1, False)
-    assert published.keep
+    assert published.n  # it waits in the outbox until the broker has it
 
 
 def test_a_result_is_kept_for_whoever_comes_later(rig_of: Callable[..., Rig]) -> None:
@@ -405,7 +427,7 @@ def test_a_result_is_kept_for_whoever_comes_later(rig_of: Callable[..., Rig]) ->
     asked = rig.say("sync", "count")
     rig.answer_to(asked)
     (published,) = [p for p in rig.wire.published if p.topic == "hive/meta/beta/count"]
-    assert (published.qos, published.retain, published.keep) == (1, True, True)
+    assert (published.qos, published.retain, published.n > 0) == (1, True, True)
     result = json.loads(published.payload)
     assert abs(result.pop("ts") - time.time()) < 60 and result.pop("duration_ms") >= 0
     assert result == {
@@ -1385,7 +1407,7 @@ def test_a_heartbeat_comes_every_interval(rig: Rig) -> None:
     rig.advance(50)
     heartbeats = rig.heartbeats()
     assert 10 <= len(heartbeats) <= 12
-    assert {(p.qos, p.retain, p.keep) for p in heartbeats} == {(0, False, False)}
+    assert {(p.qos, p.retain, p.n) for p in heartbeats} == {(0, False, 0)}
     inner = [json.loads(hive.Envelope.parse(p.payload).text) for p in heartbeats]
     last = inner[-1]
     assert (last["node_id"], last["interval"], last["boot"]) == ("beta", 5.0, "this-run")
@@ -1545,7 +1567,7 @@ def last_words(rig: Rig, count: int = 1) -> list[tuple[str, str, str]]:
     words = []
     for publication in rig.wire.published[-count:]:
         state = json.loads(publication.payload)
-        assert publication.retain and publication.keep
+        assert publication.retain and publication.qos == 1
         words.append((publication.topic, state.get("status"), state.get("reason")))
     return words
 
@@ -1636,9 +1658,9 @@ def test_what_a_crash_left_is_taken_up(rig_of: Callable[..., Rig]) -> None:
     for action in ("count", "lost", "again"):
         asked[action] = hive.Envelope.new("alpha", "beta", "command", "x", action=action)
         row = rig.journal.record(hive.Event.RECEIVED, asked[action], 1.0)
-        task = rig.journal.owe(row or 0)
+        task = rig.journal.add_task(row or 0)
         if action != "count":
-            rig.journal.begin([task])
+            rig.journal.start_tasks([task])
     rig.node.work.take_up()
     assert rig.answer_to(asked["count"]).text == "done"
     assert rig.answer_to(asked["again"]).text == "done"

@@ -93,14 +93,14 @@ def test_no_function_is_too_long_to_read() -> None:
     assert lengths[longest] <= 60, longest
 
 
-def test_only_link_imports_paho() -> None:
+def test_only_the_mqtt_client_imports_paho() -> None:
     importing = {
         section(node.lineno)
         for node in ast.walk(TREE)
         if isinstance(node, ast.Import | ast.ImportFrom) and "paho" in ast.unparse(node)
     }
-    link = [name for _, name in BANNERS].index("Link") + 1
-    assert importing == {0, link}  # 0: above the first banner, for type checkers only
+    client = [name for _, name in BANNERS].index("MqttClient") + 1
+    assert importing == {0, client}  # 0: above the first banner, for type checkers only
 
 
 @pytest.mark.parametrize("module", ["paho", "logging", "subprocess", "ssl", "sqlite3", "tomllib"])

@@ -62,9 +62,9 @@ def test_what_an_agent_was_perhaps_told_is_told_again_with_that_word(
     for text, began in (("first", True), ("second", False)):
         asked = hive.Envelope.new("alpha", "beta", "status", text)
         row = rig.journal.record(hive.Event.RECEIVED, asked, 1.0) or 0
-        task = rig.journal.owe(row, "main", None, True, "a note")
+        task = rig.journal.add_task(row, "main", None, True, "a note")
         if began:
-            rig.journal.begin([task])
+            rig.journal.start_tasks([task])
     rig.node.work.take_up()
     rig.until("both are told", lambda: not rig.journal.tasks())
     said = "\n".join(told(fast_agent))
@@ -79,7 +79,7 @@ def test_whoever_wrote_to_an_agent_that_is_gone_is_told(
     rig = rig_of(main)
     asked = hive.Envelope.new("alpha", "gone", "command", "x")
     row = rig.journal.record(hive.Event.RECEIVED, asked, 1.0) or 0
-    rig.journal.owe(row, "gone")
+    rig.journal.add_task(row, "gone")
     rig.node.work.take_up()
     answer = rig.answer_to(asked)
     assert (answer.ch, answer.text) == (

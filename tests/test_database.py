@@ -1,4 +1,4 @@
-"""Store: an SQLite file that may fail, on a real disk."""
+"""Database: an SQLite file that may fail, on a real disk."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_it_goes_back_when_the_disk_does(open_store: Open, file: Path, log: io.S
     for n in range(100):
         store.write(INSERT, (f"{n} {'x' * 200}",))
     store.commit()
-    store.go_back_to_disk()
+    store.return_to_disk()
     assert store.on_disk
     store.write(INSERT, ("after",))
     store.commit()
@@ -130,11 +130,11 @@ def test_it_stays_in_memory_as_long_as_the_disk_is_away(
     store = open_store()
     store.write(INSERT, ("one",))
     for _ in range(3):
-        store.go_back_to_disk()
+        store.return_to_disk()
     assert not store.on_disk
     file.parent.unlink()
     file.parent.mkdir(mode=0o700)
-    store.go_back_to_disk()
+    store.return_to_disk()
     assert store.on_disk
     assert on_disk(file) == ["one"]
     assert log.getvalue().count("going on in memory") == 1
@@ -175,3 +175,48 @@ def test_damage_while_it_runs_loses_nothing_of_this_turn(
     assert store.on_disk
     assert on_disk(file) == ["this turn"]
     assert "damaged, set aside" in log.getvalue()
+
+
+@pytest.mark.parametrize("when", ["read", "write", "insert"])
+def test_damage_is_found_by_whatever_looks_first(open_store: Open, file: Path, when: str) -> None:
+    store = open_store()
+    for n in range(5000):
+        store.write(INSERT, (f"{n} {'x' * 100}",))
+    store.commit()
+    store = open_store()
+    content = bytearray(file.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    file.write_bytes(content)
+    looks: dict[str, Callable[[], object]] = {
+        "read": lambda: store.read("SELECT word FROM words ORDER BY n"),
+        "write": lambda: store.write(INSERT, ("new",)),
+        "insert": lambda: store.insert(INSERT, ("new",)),
+    }
+    assert looks[when]() == {"read": [], "write": 1, "insert": 1}[when]
+    store.commit()
+    assert words(store) == on_disk(file) == ([] if when == "read" else ["new"])
+
+
+def test_in_memory_it_needs_no_file_and_says_nothing(log: io.StringIO) -> None:
+    with closing(hive.Database(None, TABLES, hive.Log("debug", "text", log), "lost")) as store:
+        store.write(INSERT, ("one",))
+        store.commit()
+        store.return_to_disk()
+        assert words(store) == ["one"] and not store.on_disk
+    assert log.getvalue() == ""
+
+
+def test_an_upgrade_is_whole_or_not_at_all(open_store: Open, file: Path, log: io.StringIO) -> None:
+    def upgrade(database: sqlite3.Connection) -> None:
+        if database.execute("PRAGMA database_list").fetchall()[0][2]:  # it is no file in memory
+            database.execute("ALTER TABLE words RENAME TO terms")
+            raise sqlite3.OperationalError("the disk is full")
+
+    store = open_store()
+    store.write(INSERT, ("one",))
+    store.commit()
+    with closing(
+        hive.Database(file, TABLES, hive.Log("debug", "text", log), "lost", upgrade)
+    ) as other:
+        assert not other.on_disk
+    assert on_disk(file) == ["one"] and "the disk is full" in log.getvalue()

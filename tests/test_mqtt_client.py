@@ -1,0 +1,876 @@
+"""The way to the broker: a real Mosquitto, and sockets that misbehave where Mosquitto would not."""
+
+from __future__ import annotations
+
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any, ClassVar, cast
+
+import pytest
+from conftest import EMBEDDED, MOSQUITTO, PATIENCE, Broker, find_program, need_mosquitto
+
+import hive
+from hive import (
+    ConfigError,
+    IncomingMessage,
+    Journal,
+    Log,
+    Loop,
+    MqttClient,
+    MqttConfig,
+    MqttConnection,
+    OutgoingMessage,
+    RetainedQuery,
+)
+
+
+class Listener:
+    """Takes note of what a client says, and sends what is in its outbox."""
+
+    def __init__(self, client: MqttClient) -> None:
+        self.ups, self.downs = 0, list[str]()
+        self.messages, self.acking = list[IncomingMessage](), True
+        self.client, self.journal = client, Journal(None, Log("error"), 1e6, 10**9)
+        self.published: list[tuple[str | None, int, str]] = []
+
+    def open(self) -> None:
+        self.client.use_outbox(self.journal, self.hear_of)
+        self.client.open(self)
+
+    def hear_of(self, message: OutgoingMessage, code: int, words: str) -> None:
+        self.published.append((message.id or message.payload.decode(), code, words))
+        self.client.loop.after(0, self.commit)
+
+    def commit(self) -> None:
+        self.journal.commit()
+        self.client.send_queued()
+
+    def send(self, topic: str, *payloads: bytes, **how: Any) -> None:
+        """Put these into the outbox, and send what may be sent."""
+        for payload in payloads:
+            self.journal.enqueue(topic, payload, **how)
+        self.commit()
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def link_up(self) -> None:
+        self.ups += 1
+        self.commit()
+
+    def link_down(self, reason: str) -> None:
+        self.downs.append(reason)
+
+    def deliver(self, message: IncomingMessage) -> None:
+        self.messages.append(message)
+        if self.acking:
+            message.ack()
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop(Log("error"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hive, "RETRY", (0.05, 0.2, 0.2))
+
+
+def turn(loop: Loop, until: Callable[[], Any]) -> None:
+    """Let the loop turn until something is true; it never waits longer than a moment."""
+    deadline = time.monotonic() + PATIENCE
+    while not until():
+        assert time.monotonic() < deadline, "it never happened"
+        loop.after(0.05, lambda: None)
+        loop.step()
+
+
+def opened(loop: Loop, mqtt: MqttConfig, *args: Any, **kwargs: Any) -> tuple[MqttClient, Listener]:
+    client = MqttClient(loop, mqtt, *args, **kwargs)
+    listener = Listener(client)
+    listener.open()
+    return client, listener
+
+
+def closed(loop: Loop, client: MqttClient) -> None:
+    done = list[bool]()
+    client.close(lambda: done.append(True), within=1.0)
+    turn(loop, lambda: done)
+
+
+@contextmanager
+def server(behave: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A server on a free port; each connection is left to `behave` in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=behave, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield listener.getsockname()[1]
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+@pytest.fixture(params=(MOSQUITTO, EMBEDDED))
+def broker_kind(request: pytest.FixtureRequest) -> str:
+    """What needs a broker of no special configuration runs on both."""
+    return str(request.param)
+
+
+def test_what_is_published_arrives_and_is_acknowledged(loop: Loop, shared_broker: Broker) -> None:
+    mqtt = MqttConfig(port=shared_broker.port)
+    client, listener = opened(loop, mqtt, "", [("link/a/+", 1)])
+    listener.send("link/a/b", b"hello")  # before there is a connection
+
+    turn(loop, lambda: listener.messages and listener.published)
+
+    assert (listener.messages[0].topic, listener.messages[0].payload) == ("link/a/b", b"hello")
+    assert listener.published[0][1] == 0
+    closed(loop, client)
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_what_was_not_acknowledged_comes_again_and_what_was_does_not(
+    loop: Loop, shared_broker: Broker, quick: None, protocol: str
+) -> None:
+    mqtt = MqttConfig(port=shared_broker.port, protocol=protocol)
+    topic = f"link/again/{protocol}"
+    for acking, expected in ((False, [b"1", b"2"]), (True, [b"1", b"2"]), (True, [b"3"])):
+        client, listener = opened(loop, mqtt, f"again-{protocol}", [(topic, 1)])
+        listener.acking = acking
+        turn(loop, lambda: listener.ups)  # noqa: B023
+        if not acking:
+            listener.send(topic, b"1", b"2")
+        elif expected == [b"3"]:
+            listener.send(topic, b"3")
+        turn(loop, lambda: len(listener.messages) == len(expected))  # noqa: B023
+        assert [message.payload for message in listener.messages] == expected
+        closed(loop, client)
+
+
+def test_after_kill_9_of_the_broker_the_link_returns_and_publishes_what_waited(
+    loop: Loop, own_broker: Broker, quick: None
+) -> None:
+    client, listener = opened(loop, MqttConfig(port=own_broker.port), "returner", [("link/r", 1)])
+    turn(loop, lambda: listener.ups == 1)
+    own_broker.stop(signal.SIGKILL)
+    turn(loop, lambda: listener.downs)
+    listener.send("link/r", *(b"%d" % i for i in range(100)))
+    client.publish(OutgoingMessage("link/r", b"past the outbox"))
+    own_broker.start()
+
+    turn(loop, lambda: len(listener.messages) == 100)
+
+    assert [message.payload for message in listener.messages] == [b"%d" % i for i in range(100)]
+    turn(loop, lambda: len(listener.published) == 100)
+    assert listener.journal.outbox_size == 0
+    closed(loop, client)
+
+
+def test_a_message_at_which_the_broker_hangs_up_does_not_keep_the_others(
+    loop: Loop, shared_broker: Broker, quick: None
+) -> None:
+    def touchy(client: socket.socket) -> None:
+        """Mosquitto behind a proxy that hangs up at the word poison."""
+        with socket.create_connection(("127.0.0.1", shared_broker.port)) as broker, client:
+            while True:
+                for ready in select.select([client, broker], [], [])[0]:
+                    data = ready.recv(65536)
+                    if not data or b"poison" in data:
+                        return
+                    (broker if ready is client else client).sendall(data)
+
+    with server(touchy) as port:
+        client, listener = opened(loop, MqttConfig(port=port, protocol="5"))
+        texts = [b"a", b"b", b"poison", b"c", b"d"]
+        listener.send("link/touchy", *texts)
+        turn(loop, lambda: len(listener.published) == 5)
+        said = {text: (code, words) for text, code, words in listener.published}
+        assert [said[text.decode()][0] for text in texts] == [0x10, 0x10, -1, 0x10, 0x10]
+        assert said["poison"] == (-1, "the broker closed the connection at it 5 times")
+        closed(loop, client)
+    assert len(listener.downs) < 8
+
+
+def test_a_message_whose_time_is_over_while_the_broker_is_away_is_not_published(
+    loop: Loop, shared_broker: Broker
+) -> None:
+    client, listener = opened(loop, MqttConfig(port=shared_broker.port))
+    listener.send("link/late", b"x", until=time.time() - 1)
+    turn(loop, lambda: listener.published)
+    assert listener.published == [("x", -1, "its time to live was over")]
+    closed(loop, client)
+
+
+def test_the_time_to_live_is_the_brokers_message_expiry(loop: Loop, shared_broker: Broker) -> None:
+    client, listener = opened(loop, MqttConfig(port=shared_broker.port), "", [("link/ttl", 1)])
+    listener.send("link/ttl", b"x", until=time.time() + 60)
+    turn(loop, lambda: listener.messages)
+    assert listener.messages[0].expires_in in (59, 60)
+    closed(loop, client)
+
+
+def test_a_goodbye_forgets_the_will_and_a_death_does_not(loop: Loop, shared_broker: Broker) -> None:
+    mqtt = MqttConfig(port=shared_broker.port)
+    witness, listener = opened(loop, mqtt, "", [("link/will/+", 1)])
+    turn(loop, lambda: listener.ups)
+    polite, _ = opened(loop, mqtt, will=OutgoingMessage("link/will/polite", b"dead"))
+    turn(loop, lambda: polite.up)
+    closed(loop, polite)
+    rude, _ = opened(loop, mqtt, will=OutgoingMessage("link/will/rude", b"dead"))
+    turn(loop, lambda: rude.up)
+    assert rude._connection
+    rude._connection.end("killed")
+
+    turn(loop, lambda: listener.messages)
+
+    assert [message.topic for message in listener.messages] == ["link/will/rude"]
+    closed(loop, rude)
+    closed(loop, witness)
+
+
+def test_a_broker_that_refuses_mqtt_5_is_spoken_to_in_3_1_1(
+    loop: Loop, shared_broker: Broker
+) -> None:
+    for refusal in (b"\x20\x02\x00\x01", b""):  # CONNACK with return code 1; a bare end of file
+
+        def old_broker(client: socket.socket, refusal: bytes = refusal) -> None:
+            first = client.recv(4096)
+            if first[8] == 5:  # the protocol level, after "MQTT"
+                client.sendall(refusal)
+                return client.close()
+            real = socket.create_connection(("127.0.0.1", shared_broker.port))
+            real.sendall(first)
+            threading.Thread(target=pump, args=(real, client), daemon=True).start()
+            return pump(client, real)
+
+        with server(old_broker) as port:
+            client, listener = opened(loop, MqttConfig(port=port), "", [("link/old", 1)])
+            listener.send("link/old", b"hello")
+            turn(loop, lambda: listener.messages and listener.published)  # noqa: B023
+            assert listener.downs == []
+            closed(loop, client)
+
+
+def pump(source: socket.socket, sink: socket.socket) -> None:
+    try:
+        while data := source.recv(4096):
+            sink.sendall(data)
+    except OSError:
+        pass
+    finally:
+        sink.close()
+
+
+@pytest.mark.parametrize(
+    ("sends", "reason"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "the broker closed the connection"),
+        (b"\x20\x02\x00\x05", "refused: not authorized"),
+        (b"\x20\x03\x00\x86\x00", "refused: bad user name or password"),
+        (b"", "the broker closed the connection"),
+        (b"\x30\x03\x00\x05\xff", "the broker closed the connection"),
+    ],
+)
+def test_what_is_no_broker_or_refuses_is_told_apart(
+    loop: Loop, quick: None, sends: bytes, reason: str
+) -> None:
+    def behave(client: socket.socket) -> None:
+        client.recv(4096)
+        client.sendall(sends)
+        client.close()
+
+    with server(behave) as port:
+        client, listener = opened(loop, MqttConfig(port=port))
+        turn(loop, lambda: len(listener.downs) >= 2)  # it tries again
+        assert set(listener.downs) <= {reason, "the broker closed the connection"}
+        assert reason in listener.downs
+        closed(loop, client)
+
+
+def test_a_broker_that_says_nothing_is_given_up_and_meanwhile_the_loop_turns(
+    loop: Loop, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "DIAL_DEADLINE", 0.3)
+    with server(lambda client: time.sleep(PATIENCE)) as port:
+        client, listener = opened(loop, MqttConfig(port=port))
+        turns = list[int]()
+        loop.after(0.01, lambda: turns.append(1))
+        turn(loop, lambda: listener.downs)
+        assert listener.downs == ["no answer (CONNACK) in time"] and turns
+        closed(loop, client)
+
+
+def test_a_name_that_does_not_resolve_and_a_closed_port_say_so(loop: Loop, quick: None) -> None:
+    for mqtt, word in (
+        (MqttConfig(port=1), "refused"),
+        (MqttConfig(host="no.such.invalid"), "ame"),
+    ):
+        client, listener = opened(loop, mqtt)
+        turn(loop, lambda: listener.downs)  # noqa: B023
+        assert word in listener.downs[0]
+        closed(loop, client)
+
+
+@pytest.fixture(scope="module")
+def strict_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """TLS, passwords, an ACL and a small maximum packet size."""
+    need_mosquitto()
+    home = tmp_path_factory.mktemp("strict")
+    openssl, passwd = shutil.which("openssl"), find_program("mosquitto_passwd")
+    assert openssl and passwd, "openssl and mosquitto_passwd are needed"
+    request = f"{openssl} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    request += f" -keyout {home}/key.pem -out {home}/cert.pem"
+    request += " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run(request.split(), check=True, capture_output=True)
+    subprocess.run(
+        [passwd, "-c", "-b", home / "passwords", "alpha", "s3cret"], check=True, capture_output=True
+    )
+    (home / "acl").write_text("user alpha\ntopic readwrite allowed/#\n")
+    for file in home.iterdir():
+        file.chmod(0o600)
+    broker = Broker(
+        home,
+        "allow_anonymous false",
+        f"cafile {home}/cert.pem",
+        f"certfile {home}/cert.pem",
+        f"keyfile {home}/key.pem",
+        f"password_file {home}/passwords",
+        f"acl_file {home}/acl",
+        "max_packet_size 2000",
+    )
+    yield broker
+    broker.stop()
+
+
+def strict(broker: Broker, **given: Any) -> MqttConfig:
+    settings = {"port": broker.port, "tls": True, "ca_file": broker.home / "cert.pem"}
+    return MqttConfig(**{**settings, "username": "alpha", "password": "s3cret", **given})
+
+
+def test_tls_with_a_password_carries_messages_of_any_number(
+    loop: Loop, strict_broker: Broker
+) -> None:
+    client, listener = opened(loop, strict(strict_broker), "", [("allowed/a", 1)])
+    listener.send("allowed/a", *[b"x" * 1500] * 200)
+    turn(loop, lambda: len(listener.messages) == len(listener.published) == 200)
+    closed(loop, client)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"password": "wrong"}, "refused: not authorized"),
+        ({"username": None, "password": None}, "refused: not authorized"),
+        ({"password": "wrong", "protocol": "3.1.1"}, "refused: not authorized"),
+        ({"ca_file": None}, "certificate verify failed"),
+        ({"host": "127.0.0.1"}, "certificate verify failed"),
+        ({"tls": False}, "closed"),
+    ],
+)
+def test_each_refusal_of_a_strict_broker_says_what_it_is(
+    loop: Loop, strict_broker: Broker, quick: None, given: dict[str, Any], reason: str
+) -> None:
+    client, listener = opened(loop, strict(strict_broker, **given))
+    turn(loop, lambda: listener.downs)
+    assert reason in listener.downs[0]
+    closed(loop, client)
+
+
+def test_what_the_broker_forbids_or_cannot_take_is_an_error_for_the_publisher(
+    loop: Loop, strict_broker: Broker
+) -> None:
+    client, listener = opened(loop, strict(strict_broker))
+    listener.send("forbidden/a", b"forbidden")
+    listener.send("allowed/nobody", b"unheard")
+    listener.send("allowed/a", b"x" * 3000)
+    turn(loop, lambda: len(listener.published) == 3)
+    said = {text: (code, words) for text, code, words in listener.published}
+    assert said["forbidden"][0] == 0x87 and said["unheard"][0] == hive.NO_SUBSCRIBERS
+    assert said["x" * 3000] == (-1, "larger than the broker takes (2000 bytes)")
+    closed(loop, client)
+
+
+def test_files_that_tls_cannot_use_are_a_configuration_error(loop: Loop, tmp_path: Path) -> None:
+    rubbish = tmp_path / "ca.pem"
+    rubbish.write_text("rubbish")
+    for file in (rubbish, tmp_path / "missing.pem"):
+        with pytest.raises(ConfigError, match=str(file)):
+            MqttClient(loop, MqttConfig(tls=True, ca_file=file))
+
+
+def test_a_certificate_that_vanishes_while_the_broker_is_away_is_no_end(
+    loop: Loop, strict_broker: Broker, quick: None, tmp_path: Path
+) -> None:
+    ca = tmp_path / "ca.pem"
+    shutil.copy(strict_broker.home / "cert.pem", ca)
+    client, listener = opened(loop, strict(strict_broker, ca_file=ca))
+    turn(loop, lambda: listener.ups)
+    away = ca.rename(tmp_path / "away")
+    assert client._connection
+    client._connection.end("cut")
+    turn(loop, lambda: any(str(ca) in reason for reason in listener.downs))
+    away.rename(ca)
+    turn(loop, lambda: listener.ups == 2)
+    closed(loop, client)
+
+
+def test_a_survey_has_every_retained_message_before_it_is_complete(
+    loop: Loop, shared_broker: Broker
+) -> None:
+    mqtt = MqttConfig(port=shared_broker.port)
+    client, listener = opened(loop, mqtt)
+    for i in range(500):
+        listener.send(f"link/many/{i}", b"x", retain=True)
+    turn(loop, lambda: len(listener.published) == 500)
+    closed(loop, client)
+    found, complete, down = list[IncomingMessage](), list[int](), list[str]()
+
+    survey = RetainedQuery(
+        loop,
+        mqtt,
+        ["link/many/+"],
+        "link/marker",
+        found.append,
+        lambda: complete.append(len(found)),
+        down.append,
+    )
+    turn(loop, lambda: complete)
+
+    assert complete == [500] and not down
+    closed(loop, survey.client)
+
+
+# What is sent, and when
+
+
+class Wire:
+    """A connection in memory, whose broker says what the test says."""
+
+    made: ClassVar[list[Wire]] = []
+
+    def __init__(self, owner: MqttClient, protocol: str) -> None:
+        self.owner, self.v5, self.up, self.hung_up = owner, True, False, False
+        self.window, self.max_packet, self.heard = hive.SEND_WINDOW, 10**6, time.time()
+        self.sent: list[tuple[OutgoingMessage, int | None]] = []
+        self.ids: deque[int] = deque()
+        self.made.append(self)
+
+    def publish(self, message: OutgoingMessage, expires_in: int | None) -> int:
+        self.sent.append((message, expires_in))
+        if message.qos:
+            self.ids.append(len(self.sent))
+        return len(self.sent)
+
+    def take(self, number: int = 1, code: int = 0, words: str = "Success") -> None:
+        """The broker acknowledges the first of them, or refuses."""
+        self.heard = time.time()
+        for _ in range(number):
+            self.owner.acknowledged(cast(MqttConnection, self), self.ids.popleft(), code, words)
+
+    def end(self, reason: str = hive.HANG_UP) -> None:
+        self.up = False
+        self.owner.disconnected(cast(MqttConnection, self), reason, 0)
+
+    def disconnect(self) -> None:
+        self.end("closed")
+
+    @property
+    def texts(self) -> list[str]:
+        return [message.payload.decode() for message, _ in self.sent]
+
+
+class Rig:
+    """A client whose outbox is a journal on disk, and whose time is the test's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now, self.log = 1000.0, Log("error")
+        self.loop = Loop(self.log, lambda: self.now)
+        self.folder, self.published = folder, list[tuple[str | None, int, str]]()
+        self.start()
+
+    def start(self) -> None:
+        """As a daemon that begins with what an earlier one left."""
+        self.journal = Journal(self.folder, self.log, 7 * 86400, 10**8)
+        self.client = MqttClient(self.loop, MqttConfig())
+        self.client.use_outbox(self.journal, self.hear_of)
+        self.client.open(Listener(self.client))
+        self.connect()
+
+    def hear_of(self, message: OutgoingMessage, code: int, words: str) -> None:
+        self.published.append((message.id, code, words))
+
+    def connect(self) -> None:
+        self.wire.up = True
+        self.client.connected()
+        self.client.send_queued()
+
+    @property
+    def wire(self) -> Wire:
+        return Wire.made[-1]
+
+    def enqueue(self, *texts: str, until: float | None = None) -> None:
+        for text in texts:
+            self.journal.enqueue("hive/beta/command", text.encode(), until=until)
+
+    def commit(self) -> None:
+        self.journal.commit()
+        self.client.send_queued()
+
+    def send(self, *texts: str) -> None:
+        self.enqueue(*texts)
+        self.commit()
+
+    def lose(self, reason: str = hive.HANG_UP) -> None:
+        """The connection ends, and there is another."""
+        self.wire.end(reason)
+        self.now += 60
+        self.loop.step()
+        self.connect()
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    monkeypatch.setattr(hive, "MqttConnection", Wire)
+    rig = Rig(tmp_path)
+    yield rig
+    Wire.made.clear()
+    rig.journal.close()
+    rig.loop.close()
+
+
+def test_it_goes_out_in_order_once_it_is_committed(rig: Rig) -> None:
+    rig.enqueue("a", "b", "c")
+    assert rig.wire.texts == []
+    rig.commit()
+    assert rig.wire.texts == ["a", "b", "c"]
+    rig.wire.take(2)
+    rig.commit()
+    assert rig.wire.texts == ["a", "b", "c"], "each goes once"
+    assert rig.journal.outbox_size == 1
+
+
+def test_what_was_not_acknowledged_goes_out_again_before_what_is_new(rig: Rig) -> None:
+    rig.send("a", "b", "c")
+    rig.wire.take(1, 0x10, "No matching subscribers")
+    rig.lose("the network is down")
+    rig.send("d")
+    assert rig.wire.texts == ["b", "c", "d"]
+
+
+@pytest.mark.parametrize("window", [1, 7, hive.SEND_WINDOW])
+def test_a_long_outage_is_sent_bit_by_bit(rig: Rig, window: int) -> None:
+    texts = [f"{n}" for n in range(5 * hive.SEND_WINDOW)]
+    rig.wire.window = window
+    rig.send(*texts)
+    while rig.wire.ids:
+        assert len(rig.wire.ids) <= window
+        rig.wire.take(1 + len(rig.wire.ids) // 2)
+        rig.commit()
+    assert rig.wire.texts == texts
+    assert rig.journal.outbox_size == 0
+
+
+def test_the_time_to_live_goes_on_while_it_waits(rig: Rig) -> None:
+    for text, until in (("short", time.time() + 50), ("stale", time.time() - 50), ("ever", None)):
+        rig.enqueue(text, until=until)
+    rig.commit()
+    assert rig.wire.texts == ["short", "ever"]
+    assert [left for _, left in rig.wire.sent] == [50, None]
+    assert rig.published == [(None, -1, "its time to live was over")]
+
+
+def test_whoever_sent_it_hears_what_became_of_it_once(rig: Rig) -> None:
+    for id in ("a", "b"):
+        envelope = hive.Envelope.new("alpha", "beta", "command", "x", id=id)
+        row = rig.journal.record(hive.Event.SENT, envelope, time.time())
+        rig.journal.enqueue("hive/beta/command", envelope.encode(), message=row)
+    rig.send("a result of a handler")
+    rig.wire.take(1)
+    rig.wire.take(1, 0x87, "Not authorized")
+    rig.wire.take()
+    assert rig.published == [
+        ("a", 0, "Success"),
+        ("b", 0x87, "Not authorized"),
+        (None, 0, "Success"),
+    ]
+    rig.published.clear()
+    rig.lose()
+    rig.wire.take()
+    rig.commit()
+    rig.wire.take(1, 0x10, "No matching subscribers")
+    assert rig.published == [(None, 0, "Success"), (None, 0x10, "No matching subscribers")]
+
+
+def test_what_was_acknowledged_a_moment_ago_goes_out_again_with_the_next_connection(
+    rig: Rig,
+) -> None:
+    rig.send("a", "b", "c")
+    rig.wire.take(2)
+    rig.commit()
+    rig.lose("the network is down")
+    assert rig.wire.texts == ["a", "b", "c"]
+    rig.wire.take(3)
+    rig.wire.heard = time.time() + hive.UNSAVED_SECONDS + 1
+    rig.lose("the network is down")
+    assert rig.wire.texts == [], "it was heard of afterwards, so it lived and has saved them"
+
+
+def test_a_broker_that_died_in_silence_may_have_lost_what_it_said_last(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.send("a")
+    rig.wire.take()
+    later = time.time() + 90
+    monkeypatch.setattr(time, "time", lambda: later)
+    rig.send("b")  # commits, and sends into the void
+    rig.commit()
+    rig.lose("keepalive timeout")
+    assert rig.wire.texts == ["a", "b"]
+
+
+def test_what_the_broker_has_saved_is_forgotten(rig: Rig) -> None:
+    rig.send("a", "b")
+    rig.wire.take(2)
+    rig.wire.heard += hive.UNSAVED_SECONDS + 1
+    for _ in range(2):
+        rig.commit()
+    assert rig.journal._database.read("SELECT count(*) FROM outbox") == [(0,)]
+
+
+@pytest.mark.parametrize(("hours", "again"), [(0, ["a", "b"]), (23, ["a", "b"]), (25, ["b"])])
+def test_after_a_death_of_ours_what_was_acknowledged_goes_out_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, hours: int, again: list[str]
+) -> None:
+    rig.send("a", "b")
+    rig.wire.take()
+    rig.commit()
+    rig.journal.close()
+    later = time.time() + hours * 3600
+    monkeypatch.setattr(time, "time", lambda: later)
+    rig.start()
+    assert rig.wire.texts == again
+
+
+def test_after_an_end_in_order_it_does_not(rig: Rig) -> None:
+    rig.send("a", "b")
+    rig.wire.take()
+    ended = list[bool]()
+    rig.client.close(lambda: ended.append(True), within=5.0)
+    assert not ended
+    rig.wire.take()
+    assert ended
+    rig.journal.close()
+    rig.start()
+    assert rig.wire.texts == []
+
+
+def test_an_end_waits_for_the_rest_of_the_outbox_but_not_for_ever(rig: Rig) -> None:
+    rig.wire.window = 1
+    rig.send("a", "b", "c")
+    ended = list[bool]()
+    rig.client.close(lambda: ended.append(True), within=5.0)
+    rig.wire.take()
+    rig.commit()
+    assert rig.wire.texts == ["a", "b"] and not ended
+    rig.now += 5.1
+    rig.loop.step()
+    assert ended
+    rig.journal.close()
+    rig.start()
+    assert rig.wire.texts == ["b", "c"]
+
+
+def test_what_goes_past_the_outbox_goes_now_or_not_at_all(rig: Rig) -> None:
+    said = list[int]()
+
+    def publish(text: str, topic: str = "meta", qos: int = 1) -> None:
+        done = lambda code, words: said.append(code)  # noqa: E731
+        rig.client.publish(OutgoingMessage(topic, text.encode(), qos, done=done))
+
+    rig.wire.window = 2
+    rig.send("a", "b")
+    publish("first")
+    publish("beat", "heartbeat", 0)
+    publish("second")
+    publish("other", "other")
+    assert rig.wire.texts == ["a", "b", "beat"]
+    rig.wire.take(2)
+    assert rig.wire.texts == ["a", "b", "beat", "second", "other"], "the last of each topic"
+    rig.wire.take(2, 0x10)
+    assert said == [0x10, 0x10]
+    publish("under way")
+    rig.wire.window = 0
+    publish("held")
+    rig.wire.end("cut")
+    publish("down")
+    rig.now += 60
+    rig.loop.step()
+    rig.connect()
+    assert rig.wire.texts == ["a", "b"]
+
+
+def test_a_state_that_the_broker_has_not_taken_yet_is_not_mixed_with_what_it_hung_up_at(
+    rig: Rig,
+) -> None:
+    rig.send("a", "b")
+    rig.wire.end()
+    rig.now += 60
+    rig.loop.step()
+    rig.wire.up = True
+    rig.client.publish(OutgoingMessage("meta", b"state"))
+    rig.client.send_queued()
+    assert rig.wire.texts == ["state"]
+    rig.wire.take()
+    assert rig.published[-1] == (None, 0, "Success")  # so its user commits, and
+    rig.commit()
+    assert rig.wire.texts == ["state", "a"]
+
+
+def test_a_message_at_which_the_broker_hangs_up_is_found_though_all_are_under_way(
+    rig: Rig,
+) -> None:
+    texts = [f"{n}" for n in range(hive.SEND_WINDOW)]
+    rig.send(*texts)
+    hang_ups = 0
+    while rig.journal.outbox_size and hang_ups < 50:
+        if rig.wire.texts[-1] == "13" or len(rig.wire.ids) > 1:
+            hang_ups += 1
+            rig.lose()
+        else:
+            rig.wire.take(1, 0x10)
+            rig.commit()
+    assert hang_ups == 1 + hive.MAX_HANG_UPS
+    refused = [words for _, code, words in rig.published if code < 0]
+    assert refused == ["the broker closed the connection at it 5 times"]
+    assert rig.journal.outbox_size == 0
+
+
+# Coming back
+
+
+def attempts(outage: float, chance: Callable[[], float]) -> Iterator[float]:
+    """When a broker is looked for that is away."""
+    now, failures = 0.0, 0
+    while now < outage:
+        now += hive.retry_delay(failures, now, chance())
+        failures += 1
+        yield now
+
+
+@pytest.mark.parametrize("chance", [lambda: 0.0, lambda: 1.0, Random(1).random], ids=range(3))
+def test_a_broker_that_is_back_within_a_minute_is_found_in_two_seconds(
+    chance: Callable[[], float],
+) -> None:
+    for tenths in range(1, 600):
+        found = [*attempts(tenths / 10, chance)][-1]
+        assert found - tenths / 10 <= 2.0
+
+
+def test_a_broker_that_stays_away_is_asked_less_and_less() -> None:
+    latest, earliest = [*attempts(3600, lambda: 1.0)], [*attempts(3600, lambda: 0.0)]
+    assert latest[0] == 0.5 and earliest[0] == 0.25
+    assert latest[-1] - latest[-2] == 30.0 and earliest[-1] - earliest[-2] == 15.0
+    assert len([when for when in earliest if when < 60]) < 65
+    assert len(earliest) < 500
+    assert hive.retry_delay(10**6, 10.0**9, 1.0) == 30.0
+
+
+def test_nodes_that_lost_their_broker_together_do_not_come_back_together() -> None:
+    chance = Random(1)
+    first = {round(hive.retry_delay(0, 0.0, chance.random()), 3) for _ in range(100)}
+    assert len(first) > 60
+
+
+def test_an_outage_begins_with_the_first_failure_and_ends_with_a_connection(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[int, float]]()
+
+    def delay(failures: int, outage: float, chance: float) -> float:
+        assert 0 <= chance <= 1
+        asked.append((failures, outage))
+        return 7.0
+
+    monkeypatch.setattr(hive, "retry_delay", delay)
+    for _ in range(3):
+        rig.wire.end("refused")
+        rig.now += 7.0
+        rig.loop.step()
+    rig.connect()
+    rig.wire.end("refused")
+    assert asked == [(0, 0.0), (1, 7.0), (2, 14.0), (0, 0.0)]
+
+
+# The numbers that a broker is told, and tells
+
+
+@pytest.mark.parametrize(
+    ("code", "failed"), [(-1, True), (0, False), (0x10, False), (0x7F, False), (0x80, True)]
+)
+def test_a_reason_is_a_failure_from_0x80_on(code: int, failed: bool) -> None:
+    assert hive.is_failure(code) is failed
+
+
+def test_the_broker_keeps_a_session_for_a_week_and_none_without_a_client_id(loop: Loop) -> None:
+    heard = list[bytes]()
+    with server(lambda client: heard.append(client.recv(4096))) as port:
+        for client_id in ("a-node", ""):
+            client, _ = opened(loop, MqttConfig(port=port, protocol="5"), client_id)
+            turn(loop, lambda: heard)
+            week = b"\x11" + (7 * 86400).to_bytes(4, "big")  # MQTT 5, 3.1.2.11.2
+            assert (week in heard.pop()) == bool(client_id)
+            closed(loop, client)
+
+
+def test_many_packets_are_read_at_once() -> None:
+    asked, chunks = list[int](), [b"a" * 100, b"b" * hive.READ_SIZE]
+
+    def recv(size: int) -> bytes:
+        asked.append(size)
+        return chunks.pop(0)
+
+    ahead = hive.ReadAhead(recv)
+    assert not ahead
+    assert [ahead.recv(1), ahead.recv(9), ahead.recv(200)] == [b"a", b"a" * 9, b"a" * 90]
+    assert asked == [hive.READ_SIZE] and not ahead
+    assert ahead.recv(hive.READ_SIZE) == b"b" * hive.READ_SIZE
+    assert not ahead, "what is asked for whole is not kept"
+
+
+def test_paho_reads_ahead(loop: Loop, shared_broker: Broker) -> None:
+    client, listener = opened(loop, MqttConfig(port=shared_broker.port), "", [("link/ahead", 1)])
+    turn(loop, lambda: listener.ups)
+    assert client._connection and client._connection._ahead is not None
+    taken = list[int]()
+    ahead = client._connection._ahead
+    whole = ahead._recv
+
+    def recv(size: int) -> bytes:
+        taken.append(size)
+        return whole(size)
+
+    ahead._recv = recv
+    listener.send("link/ahead", *[b"x"] * 200)
+    turn(loop, lambda: len(listener.messages) == 200)
+    assert {*taken} == {hive.READ_SIZE} and len(taken) < 300
+    closed(loop, client)
