@@ -150,6 +150,15 @@ def reason_of(error: BaseException) -> str:
     return str(strerror or error) or type(error).__name__
 
 
+def did_you_mean(said: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, as a question; nothing where none is near."""
+    import difflib
+
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(said.lower(), names, 1, 0.5)
+    return f"did you mean {names[near[0]]}?" if near else ""
+
+
 class Field:
     """What a Value says of one of its fields, besides the type."""
 
@@ -753,11 +762,9 @@ class ConfigTable(Value):
 
 def unknown_key(key: str, value: object, known: Iterable[str], where: str) -> str:
     """Say which key is unknown and which one is nearest."""
-    import difflib
-
-    near = difflib.get_close_matches(key.lower(), known, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    near = did_you_mean(key, known)
     said = masked(f"{key} {near}", value)
+    hint = near or f"there are {', '.join(known)}"
     return f"{where}.{quoted(key)[1:-1]} = {said}: no such key; {hint}".removeprefix(".")
 
 
@@ -1832,10 +1839,12 @@ class ChildProcess:
         loop: Loop,
         spec: ProcessSpec,
         popen: subprocess.Popen[bytes],
+        started: float,
         done: Callable[[ProcessResult], None],
     ):
+        """`started` is when its start began: that takes longer than many a handler."""
         self._loop, self._spec, self._popen, self._done = loop, spec, popen, done
-        self._started = loop.clock()
+        self._started = started
         self._stdin = memoryview(spec.stdin)
         self._stdout, self._stderr = bytearray(), bytearray()
         self._truncated = self._timed_out = self._cancelled = False
@@ -1986,6 +1995,7 @@ class ChildProcesses:
         """Start a child; `done` is called once, later, also where it cannot be started."""
         import subprocess
 
+        started = self._loop.clock()
         try:
             popen = subprocess.Popen(
                 spec.argv,
@@ -2009,7 +2019,7 @@ class ChildProcesses:
             self._running.remove(child)
             done(result)
 
-        child = ChildProcess(self._loop, spec, popen, ended)
+        child = ChildProcess(self._loop, spec, popen, started, ended)
         self._running.append(child)
         return child
 
@@ -8481,6 +8491,12 @@ def for_terminal(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
+def escape_unprintable(document: str) -> str:
+    """JSON that says the same, without anything that could move a terminal's cursor."""
+    safe = (c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document)
+    return "".join(safe).replace("\x7f", "\\u007f")
+
+
 def for_people(value: object) -> str:
     """Seconds as a few words: two units at most."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e10:
@@ -10140,11 +10156,20 @@ def read_text(said: str) -> str:
 def write_answer(answer: Envelope, as_json: bool, label: bool) -> None:
     """A response to stdout, an alert to stderr; as JSON both go to stdout."""
     if as_json:
-        print(answer.encode().decode(), flush=True)
+        print(json_text(answer.encode().decode()), flush=True)
         return
     stream = sys.stderr if answer.ch == "alert" else sys.stdout
     text = for_terminal(answer.text) if stream.isatty() else answer.text
-    print(f"{answer.sender}: {text}" if label else text, file=stream, flush=True)
+    if label:  # each line, so that none can pass for another node's
+        who = f"{answer.sender}: "
+        lines = text.removeprefix(who).splitlines() or [""]
+        text = "\n".join(who + line for line in lines)
+    print(text, file=stream, flush=True)
+
+
+def json_text(document: str) -> str:
+    """JSON for stdout; for a terminal with escapes for whatever could move its cursor."""
+    return escape_unprintable(document) if sys.stdout.isatty() else document
 
 
 def colourful(stream: IO[str]) -> bool:
@@ -10343,7 +10368,7 @@ def say_sent(
         why = "the broker has not taken it yet"
     topic = config.topics.of(envelope)
     if args.as_json:
-        print(envelope.encode().decode())
+        print(json_text(envelope.encode().decode()))
     elif code is None:
         print(f"queued {envelope.id}, {why}")
     else:
@@ -10415,7 +10440,8 @@ def explain_no_reply(control: Control, replies: ReplyCollector) -> str:
     rows = {row.name: row for row in replies.rows()}
     for name in sorted(replies.outstanding):
         if name not in rows:
-            return f"; no node or agent {name} has been seen, is it spelled right?"
+            near = did_you_mean(name, rows) or "is it spelled right?"
+            return f"; no node or agent {name} has been seen, {near}"
         if not rows[name].alive:
             return f"; {name} is {rows[name].status}, seen {for_people(rows[name].age_s)} ago"
     return ""
@@ -10466,7 +10492,7 @@ def command_show(args: argparse.Namespace) -> int:
     if not rows:
         raise HiveError(f"{args.id}: not known here; the last days are: hive-cli log")
     if args.as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json_text(json.dumps(rows, indent=2, ensure_ascii=False)))
     else:
         print(exchange_story(rows, sys.stdout.isatty()), end="")
     return Exit.DONE
@@ -10498,9 +10524,14 @@ def command_log(args: argparse.Namespace) -> int:
 
     width = shutil.get_terminal_size().columns
 
+    def row_line(row: Mapping[str, Any]) -> str:
+        if args.as_json:
+            return json_text(json.dumps(row, ensure_ascii=False))
+        return log_line(row, width)
+
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False) if args.as_json else log_line(row, width))
+            print(row_line(row))
         sys.stdout.flush()
 
     if args.follow:
@@ -10660,6 +10691,8 @@ def test_handler(config: Config, args: argparse.Namespace) -> int:
     """Run one handler once, here: same environment, deadline and bounds as in the daemon."""
     file = config.handler_dir / args.name
     objection = objection_to(file)
+    if objection and (near := did_you_mean(args.name, scan_handlers(config.handler_dir).handlers)):
+        objection += f"; {near}"
     if objection:
         raise HiveError(f"{file}: {objection}")
     node, sender = config.node.id, args.sender or config.node.id
@@ -10667,7 +10700,7 @@ def test_handler(config: Config, args: argparse.Namespace) -> int:
     outcome = run_once(handler_spec(config, file, envelope, next(iter(config.oc_instances), None)))
     result = result_document(envelope, node, outcome, time.time())
     if args.as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json_text(json.dumps(result, indent=2, ensure_ascii=False)))
     else:
         said = printed(outcome)
         print(for_terminal(said) if sys.stdout.isatty() else said)
@@ -10854,6 +10887,8 @@ def run_broker(config: Config) -> None:
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and who asks for the terminal's width for help alone."""
 
+    flags: Sequence[str] = ()  # every option that may have been meant
+
     def __init__(self, **how: Any) -> None:
         plain = partial(argparse.RawDescriptionHelpFormatter, width=80)
         super().__init__(**how, formatter_class=plain, allow_abbrev=False)
@@ -10867,7 +10902,17 @@ class Parser(argparse.ArgumentParser):
         (file or sys.stdout).write(self.format_help())
 
     def error(self, message: str) -> NoReturn:
-        self.exit(Exit.USAGE, f"hive: {message}; see: {self.prog} --help\n")
+        near = self._nearest(message)
+        near = f"; {near}" if near else ""
+        self.exit(Exit.USAGE, f"hive: {message}{near}; see: {self.prog} --help\n")
+
+    def _nearest(self, message: str) -> str:
+        """What may have been meant, as far as argparse's words let one tell."""
+        if wrong := re.search(r"invalid choice: (.*) \(choose from (.*)\)", message):
+            return did_you_mean(wrong[1].strip("'"), re.findall(r"[\w.-]+", wrong[2]))
+        if wrong := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            return did_you_mean(wrong[1], self.flags)
+        return ""
 
 
 def common_options() -> Parser:
@@ -10897,7 +10942,10 @@ def make_parser(only: str = "") -> Parser:
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in [only] if only else COMMANDS:
+    wanted = [only] if only else [*COMMANDS]
+    options = (*COMMON_OPTIONS, *itertools.chain(*(COMMANDS[name].options for name in wanted)))
+    parser.flags = [flag for flags, _ in options for flag in flags]
+    for name in wanted:
         one = COMMANDS[name]
         about = (one.run.__doc__ or "").strip()
         sub = commands.add_parser(
