@@ -7240,7 +7240,7 @@ class NameConflictCheck:
 
 # ---- Requests: what may be asked of a node, as one table ---------------------------------
 #
-# The one door for commands, whether they come through the control socket or run the node in
+# The one way in for commands, whether they come through the control socket or run the node in
 # their own process.  Reads the journal and the members; what is to be sent it hands to the node.
 
 
@@ -7381,11 +7381,7 @@ class Requests:
     def send(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """A message to be sent."""
         envelope: Envelope = given["envelope"]
-        if fault := self._not_ours(envelope):
-            return {"error": fault}
-        if given["wait"]:
-            self._listen(envelope.exchange, requester)
-        if fault := self._send(envelope):
+        if fault := self._objection(given, requester) or self._send(envelope):
             return {"error": fault}
         self._senders[envelope.id] = requester
         requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
@@ -7396,10 +7392,8 @@ class Requests:
     def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """A message that the command is about to publish by itself."""
         envelope: Envelope = given["envelope"]
-        if fault := self._not_ours(envelope):
+        if fault := self._objection(given, requester):
             return {"error": fault}
-        if given["wait"]:
-            self._listen(envelope.exchange, requester)
         self._journal.sent(envelope, time.time())
         self._after_commit(lambda: requester.send({"ok": True}))
         return None
@@ -7432,11 +7426,14 @@ class Requests:
     def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {"node": self._node, "version": __version__}
 
-    def _not_ours(self, envelope: Envelope) -> str:
-        """Why this node does not send it, or nothing."""
-        if envelope.sender == self._node:
-            return ""
-        return f"this is the daemon of {self._node}, not of {envelope.sender}"
+    def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
+        """Why this node does not send it; else who waits for its answers gets them from now on."""
+        envelope: Envelope = given["envelope"]
+        if envelope.sender != self._node:
+            return f"this is the daemon of {self._node}, not of {envelope.sender}"
+        if given["wait"]:
+            self._listen(envelope.exchange, requester)
+        return ""
 
     def _listen(self, exchange: str, requester: Requester) -> None:
         self._listeners.setdefault(exchange, []).append(requester)

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,10 +19,20 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hive import ChildProcesses, Log, Loop
+from hive import (
+    ChildProcesses,
+    Database,
+    HandlerConfig,
+    HeartbeatConfig,
+    InstanceConfig,
+    Log,
+    Loop,
+    ScheduleConfig,
+)
 
 if TYPE_CHECKING:
     from raw_mqtt import Hosted
+    from rig import Rig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -391,6 +401,12 @@ def run_until(
         tick.cancel()
 
 
+def fill_disk(database: Database) -> None:
+    """Let the file take no page more, as on a full disk."""
+    (pages,) = database.read("PRAGMA page_count")[0]
+    database.read(f"PRAGMA max_page_count={pages}")
+
+
 @pytest.fixture
 def fast_agent(tmp_path: Path) -> Path:
     """A stand-in for the openclaw command that writes down how it was called."""
@@ -411,3 +427,42 @@ def calls_of(agent: Path) -> list[dict[str, Any]]:
     """How the stand-in was called so far."""
     file = agent.parent / "calls.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
+    """Make a node with these handlers (name: lines of sh); the last one is ended with the test."""
+    from rig import Rig
+
+    monkeypatch.setenv("HOME", str(tmp_path))  # no OpenClaw of this user is looked for
+    made: list[Rig] = []
+
+    def make(
+        agents: Sequence[InstanceConfig] = (),
+        settings: Mapping[str, HandlerConfig] | None = None,
+        level: str = "debug",
+        node: Mapping[str, Any] | None = None,
+        heartbeat: HeartbeatConfig | None = None,
+        schedule: Sequence[ScheduleConfig] = (),
+        **handlers: str,
+    ) -> Rig:
+        handlers = {"ping": "echo pong", **handlers}
+        given = (handlers, agents, settings or {}, level, heartbeat, schedule)
+        made.append(Rig(tmp_path, *given, **(node or {})))
+        return made[-1]
+
+    yield make
+    for rig in made[-1:]:
+        rig.end()
+
+
+@pytest.fixture
+def rig(rig_of: Callable[..., Rig]) -> Rig:
+    """A node with a handler `ping` and no agent."""
+    return rig_of()
+
+
+@pytest.fixture
+def main_agent(fast_agent: Path) -> InstanceConfig:
+    """An agent that is really called."""
+    return InstanceConfig("main", openclaw_cmd=(str(fast_agent),))

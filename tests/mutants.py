@@ -43,27 +43,24 @@ RESULTS = CACHE / "results.jsonl"
 
 # The tests of a section are test_SECTION.py and test_SECTION_*.py; these have others besides.
 MORE_TESTS = {
-    "Basics": "errors config envelope",
-    "Broker": "memory channels",
-    "Commands": "node end_to_end errors",
-    "Control": "commands",
-    "Journal": "mqtt_client",
-    "Loop": "service",
-    "Members": "roster node",
-    "MqttClient": "node",
-    "Node": "mqtt_client",
-    "Packets": "broker",
-    "Setup": "commands",
-    "Stream": "loop broker control",
-    "Work": "schedule handlers node agent",
-    "Daemon": "node commands",
-    "Membership": "roster node",  # from here on: sections of the file before it was reshaped
-    "Memory": "channels node",
-    "Reception": "door node",
+    "Basics": "config envelope",
     "Client": "commands end_to_end",
-    "Main": "commands errors",
+    "Commands": "end_to_end main",
+    "Control": "requests commands",
+    "Daemon": "service node commands",
+    "Database": "journal",
+    "Journal": "requests mqtt_client",
+    "Loop": "service",
+    "Main": "commands",
+    "MqttClient": "node",
+    "Node": "requests mqtt_client",
+    "Packets": "broker",
+    "Requests": "control commands",
+    "Setup": "commands",
+    "Stream": "control broker",
+    "Work": "schedule handlers node agent",
 }
-WIDER = ("node", "control", "door", "commands", "end_to_end")
+WIDER = ("node", "requests", "control", "commands", "end_to_end")
 SLOWEST_TEST = 60  # seconds: a single test that takes longer has failed
 BOUND = 5  # times what the unmutated file takes, and a minute: more than that hangs
 OTHER_COMPARISON: dict[type[ast.cmpop], tuple[str, str]] = {
@@ -387,12 +384,16 @@ class Net:
         if key not in self._times:
             before = (slot.path / "hive.py").read_bytes()
             slot.put(self.source.text)
-            failed, seconds = slot.pytest([f"tests/{name}.py"], 600)
+            for _ in range(3):  # a busy machine may need more than one try
+                failed, seconds = slot.pytest([f"tests/{name}.py"], 600)
+                if not failed:
+                    break
+                print(f"unmutated: {failed} fails; again, or {name} is left out", flush=True)
             slot.put(before)
-            if failed:
-                print(f"unmutated: {failed} fails; {name} is left out", flush=True)
             self._times[key] = 0.0 if failed else seconds
-            self._results.write_text(json.dumps(self._times, indent=1))
+            if not failed:
+                passing = {name: taken for name, taken in self._times.items() if taken}
+                self._results.write_text(json.dumps(passing, indent=1))
         return self._times[key]
 
     def trial(self, slot: Slot, mutant: Mutant) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, ROOT, eventually, free_port
+from conftest import PATIENCE, ROOT, eventually, fill_disk, free_port
 from fuzz_broker import conversations, mutated
 from raw_mqtt import (
     KEPT,
@@ -285,7 +285,7 @@ def test_a_damaged_file_is_set_aside(hosted: Hosted) -> None:
 def test_a_full_disk_is_said_and_nothing_is_lost_meanwhile(hosted: Hosted) -> None:
     client = hosted.connected("a", **KEPT)
     client.subscribe("t")
-    hosted.broker.loop.post(lambda: fill(hosted.broker.store.database))
+    hosted.broker.loop.post(lambda: fill_disk(hosted.broker.store.database))
     client.close()
     sender = hosted.connected("s")
     for n in range(50):
@@ -299,12 +299,6 @@ def test_a_full_disk_is_said_and_nothing_is_lost_meanwhile(hosted: Hosted) -> No
         hosted.skip(1)
         client.quiet()
     eventually("it is back", lambda: "can write again" in hosted.log.getvalue())
-
-
-def fill(store: hive.Database) -> None:
-    """Let the file take no page more, as on a full disk."""
-    (pages,) = store.read("PRAGMA page_count")[0]
-    store.read(f"PRAGMA max_page_count={pages}")
 
 
 @both

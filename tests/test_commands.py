@@ -668,7 +668,7 @@ def test_a_question_that_nobody_answers_in_time_is_told_to_the_agent_that_asked(
     beta.handler("slow", "#!/bin/sh\nexec sleep 60\n")
     beta.start()
     sent = hive.cli(
-        "alpha", "send", "--to", "beta", "--action", "slow", "--text", "x", "--ttl", "1"
+        "alpha", "send", "--to", "beta", "--action", "slow", "--text", "x", "--ttl", "4"
     )
     id = sent.stdout.split()[1]
     assert id in hive.cli("alpha", "pending").stdout

@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from conftest import fill_disk
 
 import hive
 
@@ -17,11 +18,6 @@ TABLES = ("CREATE TABLE IF NOT EXISTS words (n INTEGER PRIMARY KEY, word TEXT UN
 INSERT = "INSERT OR IGNORE INTO words (word) VALUES (?)"
 
 Open = Callable[[], hive.Database]
-
-
-@pytest.fixture
-def log() -> io.StringIO:
-    return io.StringIO()
 
 
 @pytest.fixture
@@ -53,12 +49,6 @@ def on_disk(file: Path) -> list[str]:
     """What somebody else would read: what a crash leaves."""
     with closing(sqlite3.connect(file)) as database:
         return [word for (word,) in database.execute("SELECT word FROM words ORDER BY n")]
-
-
-def fill(store: hive.Database) -> None:
-    """Let the file take no page more, as on a full disk."""
-    (pages,) = store.read("PRAGMA page_count")[0]
-    store.read(f"PRAGMA max_page_count={pages}")
 
 
 def test_only_its_user_may_read_it(open_store: Open, file: Path) -> None:
@@ -95,7 +85,7 @@ def test_a_full_disk_loses_nothing_while_it_lives(open_store: Open, log: io.Stri
     store.write(INSERT, ("before",))
     store.commit()
     store.write(INSERT, ("same turn",))
-    fill(store)
+    fill_disk(store)
     for n in range(200):
         store.write(INSERT, (f"{n} {'x' * 200}",))
     store.commit()
@@ -109,7 +99,7 @@ def test_a_full_disk_loses_nothing_while_it_lives(open_store: Open, log: io.Stri
 def test_it_goes_back_when_the_disk_does(open_store: Open, file: Path, log: io.StringIO) -> None:
     store = open_store()
     store.write(INSERT, ("before",))
-    fill(store)
+    fill_disk(store)
     for n in range(100):
         store.write(INSERT, (f"{n} {'x' * 200}",))
     store.commit()

@@ -30,11 +30,6 @@ Open = Callable[..., hive.Journal]
 
 
 @pytest.fixture
-def log() -> io.StringIO:
-    return io.StringIO()
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "state"
 

@@ -78,13 +78,6 @@ class Listener:
 
 
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    made = Loop(Log("error"))
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hive, "RETRY", (0.05, 0.2, 0.2))
 

@@ -11,19 +11,15 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE
-from test_node import Rig
+from rig import Rig
 
 import hive
 
 
 @pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+def rig(rig_of: Callable[..., Rig]) -> Rig:
     """The node beta with an agent that is told everything and says nothing."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    agent = hive.InstanceConfig("main", openclaw_cmd=("true",))
-    rig = Rig(tmp_path, {"ping": "echo pong"}, [agent], {}, "debug")
-    yield rig
-    rig.end()
+    return rig_of([hive.InstanceConfig("main", openclaw_cmd=("true",))])
 
 
 class Caller:
@@ -520,12 +516,10 @@ def test_the_exchange_of_what_nobody_knows_is_empty(caller: Caller) -> None:
 
 
 def test_a_node_without_a_place_for_its_door_says_so_and_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rig_of: Callable[..., Rig]
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "state" / "door").mkdir(parents=True)
-    rig = Rig(tmp_path, {"ping": "echo pong"}, [], {}, "debug")
+    rig = rig_of()
     (line,) = rig.events("no door for the command line")
     assert line["level"] == "error" and line["file"] == str(tmp_path / "state" / "door")
     assert rig.works()
-    rig.end()

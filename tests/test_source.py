@@ -167,3 +167,10 @@ def test_a_send_through_the_socket_imports_nothing_that_it_does_not_need(hive: H
     daemon = Path(f"/proc/{node.pid}/maps")
     if daemon.exists():  # no TLS is wanted, so that it is not loaded
         assert "_ssl." not in daemon.read_text()
+
+
+def test_each_section_has_its_tests() -> None:
+    """MqttClient: test_mqtt_client.py, and perhaps test_mqtt_client_*.py."""
+    files = {file.stem.removeprefix("test_") for file in FILE.parent.glob("tests/test_*.py")}
+    names = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower() for _, name in BANNERS]
+    assert [name for name in names if name not in files] == []

@@ -4,43 +4,16 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import calls_of, free_port
-from test_node import Rig
+from rig import Rig
 
 import hive
 
 Make = Callable[..., Rig]
-
-
-@pytest.fixture
-def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    """Start a node with these handlers; the one before it has ended, and left its journal."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    made: list[Rig] = []
-
-    def make(
-        *agents: hive.InstanceConfig,
-        schedule: tuple[hive.ScheduleConfig, ...] = (),
-        **handlers: str,
-    ) -> Rig:
-        if made:
-            made[-1].end()
-        made.append(Rig(tmp_path, handlers, agents, {}, "debug", schedule=schedule))
-        return made[-1]
-
-    yield make
-    made[-1].end()
-
-
-@pytest.fixture
-def main(fast_agent: Path) -> hive.InstanceConfig:
-    """An agent that is really called."""
-    return hive.InstanceConfig("main", openclaw_cmd=(str(fast_agent),))
 
 
 def told(agent: Path) -> list[str]:
@@ -56,9 +29,9 @@ def every_second(**more: Any) -> tuple[hive.ScheduleConfig]:
 
 
 def test_what_an_agent_was_perhaps_told_is_told_again_with_that_word(
-    rig_of: Make, main: hive.InstanceConfig, fast_agent: Path
+    rig_of: Make, main_agent: hive.InstanceConfig, fast_agent: Path
 ) -> None:
-    rig = rig_of(main)
+    rig = rig_of([main_agent])
     for text, began in (("first", True), ("second", False)):
         asked = hive.Envelope.new("alpha", "beta", "status", text)
         row = rig.journal.record(hive.Event.RECEIVED, asked, 1.0) or 0
@@ -74,9 +47,9 @@ def test_what_an_agent_was_perhaps_told_is_told_again_with_that_word(
 
 
 def test_whoever_wrote_to_an_agent_that_is_gone_is_told(
-    rig_of: Make, main: hive.InstanceConfig, fast_agent: Path
+    rig_of: Make, main_agent: hive.InstanceConfig, fast_agent: Path
 ) -> None:
-    rig = rig_of(main)
+    rig = rig_of([main_agent])
     asked = hive.Envelope.new("alpha", "gone", "command", "x")
     row = rig.journal.record(hive.Event.RECEIVED, asked, 1.0) or 0
     rig.journal.add_task(row, "gone")
@@ -101,12 +74,13 @@ def test_a_handler_that_runs_has_begun_for_the_journal(rig_of: Make) -> None:
 
 
 def test_how_it_ended_is_known_after_a_restart(
-    rig_of: Make, main: hive.InstanceConfig, fast_agent: Path
+    rig_of: Make, main_agent: hive.InstanceConfig, fast_agent: Path
 ) -> None:
-    rig = rig_of(main, schedule=every_second(), check="echo why >&2; exit 3")
+    rig = rig_of([main_agent], schedule=every_second(), check="echo why >&2; exit 3")
     rig.until("it fails twice", lambda: len(rig.events("handler ended")) >= 2)
     rig.until("the agent is told", lambda: told(fast_agent))
-    rig = rig_of(main, schedule=every_second(), check="exit 4")
+    rig.end()
+    rig = rig_of([main_agent], schedule=every_second(), check="exit 4")
     rig.until("it fails again", lambda: rig.events("handler ended"))
     rig.handler("check", "echo fine")
     rig.until("it is well again", lambda: rig.events("handler ended", status="ok"))
@@ -143,7 +117,7 @@ def test_a_schedule_does_not_run_twice_at_once(rig_of: Make) -> None:
 def test_a_gateway_is_looked_at_before_anybody_writes(rig_of: Make, tmp_path: Path) -> None:
     port = free_port()
     agent = hive.InstanceConfig("main", openclaw_cmd=("true",), port=port)
-    rig = rig_of(agent)
+    rig = rig_of([agent])
     rig.until("it is known", lambda: rig.events("agent is down, trying again"))
     why = f"nothing listens on 127.0.0.1:{port}: Connection refused"
     assert rig.node.work.status().trouble == f"agent main: {why}"
@@ -151,15 +125,16 @@ def test_a_gateway_is_looked_at_before_anybody_writes(rig_of: Make, tmp_path: Pa
     state = rig.kept("beta", "state")[-1]
     assert (state["status"], state["reason"]) == ("degraded", f"agent main: {why}")
     with socket.create_server(("127.0.0.1", port)):
-        rig = rig_of(agent)
+        rig.end()
+        rig = rig_of([agent])
         rig.until("it is well", lambda: rig.node.work.status().agents["main"]["status"] == "ok")
     assert rig.node.work.status().trouble == ""
 
 
 def test_an_agent_hears_of_the_question_that_is_answered(
-    rig_of: Make, main: hive.InstanceConfig, fast_agent: Path
+    rig_of: Make, main_agent: hive.InstanceConfig, fast_agent: Path
 ) -> None:
-    rig = rig_of(main)
+    rig = rig_of([main_agent])
     question = hive.Envelope.new("beta", "alpha", "command", "is the backup done?")
     rig.node.node.send(question)
     rig.turn()
