@@ -163,6 +163,15 @@ def reason_of(error: BaseException) -> str:
     return str(strerror or error) or type(error).__name__
 
 
+def did_you_mean(said: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, as a question; nothing where none is near."""
+    import difflib
+
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(said.lower(), names, 1, 0.5)
+    return f"did you mean {names[near[0]]}?" if near else ""
+
+
 class Field:
     """What a Value says of one of its fields, besides the type."""
 
@@ -3105,11 +3114,33 @@ def listen_address(value: object) -> str:
     return plain_string(value)
 
 
+def expand_home(path: str) -> str:
+    """`~` and `~name` as a shell has them; raises ConfigError where nobody knows what that is."""
+    expanded, user = os.path.expanduser(path), path.partition("/")[0][1:]
+    if not path.startswith("~") or (os.path.isabs(expanded) and (user or home_is_said())):
+        return expanded
+    why = f"there is no user {user}" if user else "your home is not known: set HOME"
+    raise ConfigError(f"{quoted(path)}: {why}, or name another place (state_dir, --config)")
+
+
+def home_is_said() -> bool:
+    """An empty HOME would mean the root of all files."""
+    return os.environ.get("HOME") != ""
+
+
+def home_folder() -> Path:
+    """This user's; where nobody knows it, one that is never there."""
+    try:
+        return Path(expand_home("~"))
+    except ConfigError:
+        return Path("/nonexistent")
+
+
 def file_path(value: object) -> Path:
     """a path, ~ is your home, relative to the folder of hive.toml"""
     if not plain_string(value):
         raise ValueError
-    return Path(os.path.expanduser(plain_string(value)))
+    return Path(expand_home(plain_string(value)))
 
 
 def http_url(value: object) -> str:
@@ -3125,7 +3156,7 @@ def program(value: object) -> tuple[str, ...]:
     words = tuple(plain_string(word) for word in (value if isinstance(value, list) else [value]))
     if not words or not words[0].strip():
         raise ValueError
-    return (os.path.expanduser(words[0].strip()), *words[1:])
+    return (expand_home(words[0].strip()), *words[1:])
 
 
 def variable_names(value: object) -> tuple[str, ...]:
@@ -3208,11 +3239,9 @@ class ConfigTable(Value):
 
 def unknown_key(key: str, value: object, known: Iterable[str], where: str) -> str:
     """Say which key is unknown and which one is nearest."""
-    import difflib
-
-    near = difflib.get_close_matches(key.lower(), known, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    near = did_you_mean(key, known)
     said = masked(f"{key} {near}", value)
+    hint = near or f"there are {', '.join(known)}"
     return f"{where}.{quoted(key)[1:-1]} = {said}: no such key; {hint}".removeprefix(".")
 
 
@@ -3494,7 +3523,9 @@ def default_state_dir(name: str) -> Path:
     """Where what outlives a restart is kept, unless hive.toml says so."""
     if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
         return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    home = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(home):  # then it does not count, says the XDG Base Directory spec
+        home = expand_home("~/.local/state")
     return Path(home) / "hive" / name
 
 
@@ -3524,11 +3555,11 @@ def find_config(explicit: str | None) -> Path | None:
     """Where the configuration is; None if there is none.  One that is named must exist."""
     for named, by in ((explicit, "--config"), (os.environ.get("HIVE_CONFIG"), "$HIVE_CONFIG")):
         if named:
-            if not os.path.isfile(os.path.expanduser(named)):
+            if not os.path.isfile(expand_home(named)):
                 raise ConfigError(f"{quoted(named)}: no such file (named by {by})")
-            return Path(os.path.expanduser(named))
+            return Path(expand_home(named))
     for place in CONFIG_PLACES:
-        candidate = os.path.expanduser(place)
+        candidate = str(home_folder()) + place[1:] if place[0] == "~" else place
         if os.path.isfile(candidate):  # Path.is_file() raises where a folder is closed to us
             return Path(candidate)
     return None
@@ -3932,10 +3963,12 @@ class ChildProcess:
         loop: Loop,
         spec: ProcessSpec,
         popen: subprocess.Popen[bytes],
+        started: float,
         done: Callable[[ProcessResult], None],
     ):
+        """`started` is when its start began: that takes longer than many a handler."""
         self._loop, self._spec, self._popen, self._done = loop, spec, popen, done
-        self._started = loop.clock()
+        self._started = started
         self._stdin = memoryview(spec.stdin)
         self._stdout, self._stderr = bytearray(), bytearray()
         self._truncated = self._timed_out = self._cancelled = False
@@ -4142,6 +4175,7 @@ class ChildProcesses:
         """Start a child; `done` is called once, later, also where it cannot be started."""
         import subprocess
 
+        started = self._loop.clock()
         try:
             popen = subprocess.Popen(
                 spec.argv,
@@ -4162,7 +4196,7 @@ class ChildProcesses:
             self._running.remove(child)
             done(result)
 
-        child = ChildProcess(self._loop, spec, popen, ended)
+        child = ChildProcess(self._loop, spec, popen, started, ended)
         self._running.append(child)
         return child
 
@@ -4885,7 +4919,7 @@ class Agent:
     ) -> None:
         self.instance, self.health, self.reason = instance, Health.UNKNOWN, ""
         self._loop, self._log, self._children, self._listener = loop, loop.log, children, listener
-        self._port = gateway_port(instance, Path(os.path.expanduser("~")))
+        self._port = gateway_port(instance, home_folder())
         self._probing = False
         self._closed = False  # nothing listens on the gateway's port: a call would be in vain
         self._waiting: deque[PendingEvent] = deque()
@@ -8799,6 +8833,8 @@ class BrokerHost:
         self._broker: Broker | None = None
         self._found_at_localhost: MqttConfig | None = None  # what answered at localhost
         self._why, self._times = "", 0  # why it could not be hosted, and how often in a row
+        if not config.mqtt.named:
+            broker_home(config.broker)
         if config.broker.listen and not config.mqtt.named:
             check_listen(config.broker)
 
@@ -8895,6 +8931,12 @@ def printable(value: object, limit: int = 60) -> str:
 def for_terminal(text: str) -> str:
     """A peer's text with its lines, without control sequences."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def escape_unprintable(document: str) -> str:
+    """JSON that says the same, without anything that could move a terminal's cursor."""
+    safe = (c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document)
+    return "".join(safe).replace("\x7f", "\\u007f")
 
 
 def for_people(value: object) -> str:
@@ -10083,7 +10125,7 @@ def check_daemon(context: DoctorContext) -> Iterator[Finding]:
 
 
 def check_agents(context: DoctorContext) -> Iterator[Finding]:
-    home = Path(os.path.expanduser("~"))
+    home = home_folder()
     agents = context.config.oc_instances
     ports = {one.name: gateway_port(one, home) for one in agents}
     silent = probe_ports({number for number in ports.values() if number})
@@ -10707,12 +10749,20 @@ def config_of(args: argparse.Namespace) -> Config:
     return config
 
 
+def read_stdin(limit: int) -> bytes:
+    """At most so many bytes of it; raises UsageError where there is none."""
+    try:
+        return sys.stdin.buffer.read(limit)
+    except OSError as error:
+        raise UsageError(f"stdin: {reason_of(error)}") from None
+
+
 def read_text(said: str) -> str:
     """The text of a message: the argument itself, or all of stdin for `-`."""
     if said != "-":
         text: str = replace_surrogates(said)  # bytes that are not UTF-8 come as halves
         return text
-    data = sys.stdin.buffer.read(MAX_TEXT + 2)
+    data = read_stdin(MAX_TEXT + 2)
     try:
         return data.decode().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -10724,11 +10774,20 @@ def read_text(said: str) -> str:
 def write_answer(answer: Envelope, as_json: bool, label: bool) -> None:
     """A response to stdout, an alert to stderr; as JSON both go to stdout."""
     if as_json:
-        print(answer.encode().decode(), flush=True)
+        print(json_text(answer.encode().decode()), flush=True)
         return
     stream = sys.stderr if answer.ch == "alert" else sys.stdout
     text = for_terminal(answer.text) if stream.isatty() else answer.text
-    print(f"{answer.sender}: {text}" if label else text, file=stream, flush=True)
+    if label:  # each line, so that none can pass for another node's
+        who = f"{answer.sender}: "
+        lines = text.removeprefix(who).splitlines() or [""]
+        text = "\n".join(who + line for line in lines)
+    print(text, file=stream, flush=True)
+
+
+def json_text(document: str) -> str:
+    """JSON for stdout; for a terminal with escapes for whatever could move its cursor."""
+    return escape_unprintable(document) if sys.stdout.isatty() else document
 
 
 def colourful(stream: IO[str]) -> bool:
@@ -10937,7 +10996,7 @@ def say_sent(
         why = "the broker has not taken it yet"
     topic = config.topics.of(envelope)
     if args.as_json:
-        print(envelope.encode().decode())
+        print(json_text(envelope.encode().decode()))
     elif code is None:
         print(f"queued {envelope.id}, {why}")
     else:
@@ -11009,7 +11068,8 @@ def explain_no_reply(control: Control, replies: ReplyCollector) -> str:
     rows = {row.name: row for row in replies.rows()}
     for name in sorted(replies.outstanding):
         if name not in rows:
-            return f"; no node or agent {name} has been seen, is it spelled right?"
+            near = did_you_mean(name, rows) or "is it spelled right?"
+            return f"; no node or agent {name} has been seen, {near}"
         if not rows[name].alive:
             return f"; {name} is {rows[name].status}, seen {for_people(rows[name].age_s)} ago"
     return ""
@@ -11065,7 +11125,7 @@ def command_show(args: argparse.Namespace) -> int:
     if not rows:
         raise HiveError(f"{args.id}: {NOT_KNOWN}")
     if args.as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json_text(json.dumps(rows, indent=2, ensure_ascii=False)))
     else:
         print(exchange_story(rows, sys.stdout.isatty()), end="")
     return Exit.DONE
@@ -11097,10 +11157,14 @@ def command_log(args: argparse.Namespace) -> int:
 
     width = shutil.get_terminal_size().columns
 
+    def row_line(row: Mapping[str, Any]) -> str:
+        if args.as_json:
+            return json_text(json.dumps(row, ensure_ascii=False))
+        return log_lines(row, width)
+
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            said = json.dumps(row, ensure_ascii=False) if args.as_json else log_lines(row, width)
-            if said:
+            if said := row_line(row):
                 print(said)
         sys.stdout.flush()
 
@@ -11151,7 +11215,7 @@ def follow_log(
 def read_original(said: str) -> bytes:
     """The bytes of the envelope to answer: given as they are, in a file, or on stdin."""
     if said == "-":
-        return sys.stdin.buffer.read(MAX_PAYLOAD + 1)
+        return read_stdin(MAX_PAYLOAD + 1)
     if said.lstrip().startswith("{"):
         document: str = replace_surrogates(said)
         return document.encode()
@@ -11297,6 +11361,8 @@ def test_handler(config: Config, args: argparse.Namespace) -> int:
     """Run one handler once, here: same environment, deadline and bounds as in the daemon."""
     file = config.handler_dir / args.name
     objection = objection_to(file)
+    if objection and (near := did_you_mean(args.name, scan_handlers(config.handler_dir).handlers)):
+        objection += f"; {near}"
     if objection:
         raise HiveError(f"{file}: {objection}")
     node, sender = config.node.id, args.sender or config.node.id
@@ -11304,7 +11370,7 @@ def test_handler(config: Config, args: argparse.Namespace) -> int:
     outcome = run_once(handler_spec(config, file, envelope, next(iter(config.oc_instances), None)))
     result = result_document(envelope, node, outcome, time.time())
     if args.as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json_text(json.dumps(result, indent=2, ensure_ascii=False)))
     else:
         said = printed(outcome)
         print(for_terminal(said) if sys.stdout.isatty() else said)
@@ -11363,14 +11429,14 @@ hive.py init --yes --no-agents --password-file - --username beta --host broker.l
 def command_init(args: argparse.Namespace) -> int:
     """Write a commented hive.toml for this machine, asking for what no option says."""
     place = getattr(args, "config", None) or os.environ.get("HIVE_CONFIG") or USER_CONFIG
-    file = Path(os.path.abspath(os.path.expanduser(place)))
+    file = Path(os.path.abspath(expand_home(place)))
     refuse_to_write(file, args.force)
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
     ask = Prompt(asking=terminal and not args.yes)
     try:
         said = said_by_options(args, ask)
         ask_missing(ask, said)
-        agents = choose_agents(ask, find_agents(Path(os.path.expanduser("~"))), args.agent)
+        agents = choose_agents(ask, find_agents(home_folder()), args.agent)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         raise Interrupted("interrupted; nothing was written") from None
@@ -11491,6 +11557,8 @@ def run_broker(config: Config) -> None:
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and who asks for the terminal's width for help alone."""
 
+    flags: Sequence[str] = ()  # every option that may have been meant
+
     def __init__(self, **how: Any) -> None:
         plain = partial(argparse.RawDescriptionHelpFormatter, width=80)
         super().__init__(**how, formatter_class=plain, allow_abbrev=False)
@@ -11499,8 +11567,22 @@ class Parser(argparse.ArgumentParser):
         self.formatter_class = argparse.RawDescriptionHelpFormatter
         return super().format_help()
 
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own is silent where that fails."""
+        (file or sys.stdout).write(self.format_help())
+
     def error(self, message: str) -> NoReturn:
-        self.exit(Exit.USAGE, f"hive: {message}; see: {self.prog} --help\n")
+        near = self._nearest(message)
+        near = f"; {near}" if near else ""
+        self.exit(Exit.USAGE, f"hive: {message}{near}; see: {self.prog} --help\n")
+
+    def _nearest(self, message: str) -> str:
+        """What may have been meant, as far as argparse's words let one tell."""
+        if wrong := re.search(r"invalid choice: (.*) \(choose from (.*)\)", message):
+            return did_you_mean(wrong[1].strip("'"), re.findall(r"[\w.-]+", wrong[2]))
+        if wrong := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            return did_you_mean(wrong[1], self.flags)
+        return ""
 
 
 def common_options() -> Parser:
@@ -11530,7 +11612,10 @@ def make_parser(only: str = "") -> Parser:
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in [only] if only else COMMANDS:
+    wanted = [only] if only else [*COMMANDS]
+    options = (*COMMON_OPTIONS, *itertools.chain(*(COMMANDS[name].options for name in wanted)))
+    parser.flags = [flag for flags, _ in options for flag in flags]
+    for name in wanted:
         one = COMMANDS[name]
         about = (one.run.__doc__ or "").strip()
         sub = commands.add_parser(
@@ -11550,35 +11635,77 @@ def indented(lines: str) -> str:
     return "\n".join(f"  {line}" for line in lines.splitlines())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; give the exit code."""
-    atexit.register(gc.freeze)  # what goes with the process need not be searched for garbage
+class UnfailingFile(io.FileIO):
+    """Where nobody takes what is written it is lost, and whoever writes goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            taken = super().write(data)
+        except OSError:
+            taken = None
+        return len(data) if taken is None else taken
+
+
+def hold_standard_streams() -> None:
+    """Nothing that is opened later may take the place of a stream that is closed.
+
+    Output is lost then; stdin cannot be read, rather than be empty.  stderr never fails: what a
+    command says beside its result must not end it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_WRONLY), True)  # the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if sys.stderr is sys.__stderr__ or sys.__stderr__ is None:
+        unfailing: Any = io.BufferedWriter(UnfailingFile(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(unfailing, sys.stderr.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    said = sys.argv[1:] if arguments is None else arguments
-    parser = make_parser(said[0] if said and said[0] in COMMANDS else "")
-    if not said:
-        parser.print_help(sys.stderr)
-        return Exit.USAGE
-    args = parser.parse_args(said)
+
+
+def let_go_of_stdout() -> None:
+    """What it did not take would fail once more when Python ends."""
     try:
-        code = args.run(args)
         sys.stdout.flush()
-        return int(code)
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; give the exit code."""
+    atexit.register(gc.freeze)  # what goes with the process need not be searched for garbage
+    hold_standard_streams()
+    try:
+        try:
+            return run_command(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except HiveError as error:
         print(f"hive: {error}", file=sys.stderr)
         return error.exit
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python complains at exit
         return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"hive: {error.filename or 'input/output'}: {reason_of(error)}", file=sys.stderr)
         return Exit.REFUSED
+    finally:
+        let_go_of_stdout()
+
+
+def run_command(said: Sequence[str]) -> int:
+    """The command that the arguments ask for; raises HiveError, or SystemExit where it is none."""
+    parser = make_parser(said[0] if said and said[0] in COMMANDS else "")
+    if not said:
+        parser.print_help(sys.stderr)
+        return Exit.USAGE
+    args = parser.parse_args(said)
+    return int(args.run(args))
 
 
 if __name__ == "__main__":

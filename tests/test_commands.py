@@ -33,6 +33,7 @@ from conftest import (
 from paho.mqtt import publish
 
 import hive as module
+from hive import Envelope, write_answer
 
 
 def run(
@@ -293,11 +294,8 @@ def test_an_argument_that_is_not_utf_8_is_sent_with_a_mark(hive: Hive) -> None:
     assert json.loads(hive.cli("alpha", *reply).stdout)["text"] == "b\ufffd"
 
 
-def test_a_peers_answer_cannot_drive_the_terminal(hive: Hive) -> None:
-    alpha = hive.node("alpha")
-    alpha.handler("evil", "#!/bin/sh\nprintf '\\033[2Jgone\\nnext'\n")
-    alpha.start()
-    line = hive.command_line("alpha", "send", "--to", "alpha", "--action", "evil", "--text", "x")
+def seen_on_a_terminal(hive: Hive, line: list[str]) -> bytes:
+    """What a command writes where stdout is a terminal."""
     parent, child = pty.openpty()
     seen = bytearray()
 
@@ -310,11 +308,93 @@ def test_a_peers_answer_cannot_drive_the_terminal(hive: Hive) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    subprocess.run([*line, "--wait", "20"], stdout=child, env=hive.environment, check=True)
+    subprocess.run(line, stdout=child, env=hive.environment, check=True)
     os.close(child)
     reader.join(PATIENCE)
     os.close(parent)
+    return bytes(seen)
+
+
+def test_a_peers_answer_cannot_drive_the_terminal(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("evil", "#!/bin/sh\nprintf '\\033[2Jgone\\nnext'\n")
+    alpha.start()
+    line = hive.command_line("alpha", "send", "--to", "alpha", "--action", "evil", "--text", "x")
+    seen = seen_on_a_terminal(hive, [*line, "--wait", "20"])
     assert b"\\x1b[2Jgone\r\nnext" in seen and b"\x1b" not in seen
+
+
+def test_json_cannot_drive_the_terminal_either_and_stays_json(hive: Hive) -> None:
+    text = "a\x9b2Jb\u202ec\x7fd\U000e0041e ä"
+    alpha = hive.node("alpha")
+    alpha.handler("evil", f"#!/bin/sh\nprintf '%s' '{text}'\n")
+    alpha.start()
+    send = ["send", "--to", "alpha", "--action", "evil", "--text", text, "--json"]
+    shown = {
+        "sent": send,
+        "answered": [*send, "--wait", "20"],
+        "log": ["log", "--json", "--lines", "1", "--ch", "response"],
+        "handler": ["handler", "test", "evil", "--json"],
+    }
+    for what, words in shown.items():
+        seen = seen_on_a_terminal(hive, hive.command_line("alpha", *words)).decode()
+        said = seen[seen.index("{") : seen.rindex("}") + 1]
+        assert all(c.isprintable() or c in "\r\n" for c in seen), (what, seen)
+        document = json.loads(said)
+        document = document.get("envelope", document)
+        assert text in document.values(), (what, document)
+        if what == "answered":
+            id = document["id"]
+    seen = seen_on_a_terminal(hive, hive.command_line("alpha", "show", id, "--json")).decode()
+    assert all(c.isprintable() or c in "\r\n" for c in seen)
+    assert text in [row["envelope"]["text"] for row in json.loads(seen) if row["envelope"]]
+
+
+def test_no_line_of_an_answer_can_pass_for_that_of_another_node(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    question = Envelope.new("alpha", "all", "command", "x")
+    write_answer(question.reply("beta", "one\ngamma: two\r\ndelta: 3\n"), False, label=True)
+    write_answer(question.reply("beta", "beta: x refused: why\ngamma: no", ch="alert"), False, True)
+    write_answer(question.reply("beta", "alone\nas it is"), False, label=False)
+    said = capsys.readouterr()
+    assert said.out == "beta: one\nbeta: gamma: two\nbeta: delta: 3\nalone\nas it is\n"
+    assert said.err == "beta: x refused: why\nbeta: gamma: no\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("sned", "send"),
+        ("Status", "status"),
+        ("send --to a --text b --ch comand", "command"),
+        ("send --to a --text b --urgency latter", "later"),
+        ("send --to a --text b --wiat 3", "--wait"),
+        ("status --jsno", "--json"),
+        ("status --confg x", "--config"),
+        ("handler lst", "list"),
+        ("log --levle x", "--log-level"),
+        ("xyzzy", None),
+    ],
+)
+def test_a_slip_of_the_fingers_is_met_with_what_was_meant(
+    tmp_path: Path, line: str, meant: str | None
+) -> None:
+    done = run(*line.split(), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (f"did you mean {meant}?" in done.stderr) == bool(meant), done.stderr
+    assert meant or "did you mean" not in done.stderr
+
+
+def test_a_name_or_a_handler_that_is_there_in_other_letters_is_named(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("backup", "#!/bin/sh\n")
+    alpha.start()
+    for name in ("Alpha", "alhpa"):
+        done = hive.cli("alpha", "send", "--to", name, "--text", "x", "--wait", "3", code=4)
+        assert f"no node or agent {name} has been seen, did you mean alpha?" in done.stderr
+    done = hive.cli("alpha", "handler", "test", "bakup", code=1)
+    assert done.stderr.endswith("did you mean backup?\n")
 
 
 def test_a_broker_that_refuses_the_login_is_exit_3_with_advice(tmp_path: Path) -> None:

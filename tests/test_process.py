@@ -6,10 +6,12 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PATIENCE, Clock, run_until
@@ -86,6 +88,19 @@ def run(
     loop.run()
     assert len(results) == 1
     return results[0]
+
+
+def test_the_time_of_a_child_begins_before_it_is_started(
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = subprocess.Popen.__init__
+
+    def slowly(*how: Any, **more: Any) -> None:
+        begin(*how, **more)
+        time.sleep(0.3)  # so long that the child has ended
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", slowly)
+    assert run(loop, children, script("exit 0")).seconds >= 0.3
 
 
 def test_what_a_child_prints_is_in_its_result(
