@@ -40,6 +40,12 @@ tokens; only what needs judgment wakes an agent.
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # as python -P does: nothing is imported from beside this file
+
 import argparse
 import atexit
 import contextlib
@@ -48,18 +54,16 @@ import gc
 import io
 import itertools
 import json
-import os
 import re
 import selectors
 import signal
 import socket
 import stat
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import (
     IO,
@@ -148,6 +152,22 @@ def reason_of(error: BaseException) -> str:
     """Say why, without errno numbers and class names where the system has words for it."""
     strerror = getattr(error, "strerror", None)
     return str(strerror or error) or type(error).__name__
+
+
+def docstring(of: Any) -> str:
+    """What a function or a class says of itself, even to a Python that was told to drop it."""
+    return of.__doc__ or dropped_docstrings().get(of.__qualname__, of.__qualname__)
+
+
+@cache
+def dropped_docstrings() -> Mapping[str, str]:
+    """What stands in the source, by name, and the file's own by none: python -OO drops it."""
+    import ast
+    import linecache
+
+    tree = ast.parse("".join(linecache.getlines(__file__, globals())))
+    found = [tree, *(one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef))]
+    return {getattr(one, "name", ""): ast.get_docstring(one, clean=False) or "" for one in found}
 
 
 class Field:
@@ -449,7 +469,7 @@ class Envelope(Value):
             try:
                 values[attribute] = check(value)
             except ValueError:
-                raise EnvelopeError(f"{key}: {quoted(value)} is not {check.__doc__}") from None
+                raise EnvelopeError(f"{key}: {quoted(value)} is not {docstring(check)}") from None
         for key, value in rest.items():
             if not portable({key: value}):
                 raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, not Unicode, too deep)")
@@ -709,7 +729,7 @@ class ConfigTable(Value):
                 values[key] = kind(value)
             except (TypeError, ValueError):
                 what = "the value" if kind is secret else quoted(value)
-                raise ConfigError(f"{where}.{key}: {what} is not {kind.__doc__}") from None
+                raise ConfigError(f"{where}.{key}: {what} is not {docstring(kind)}") from None
             if isinstance(values[key], Path) and base:
                 values[key] = base / values[key]
         if cls.REQUIRED and not values.get(cls.REQUIRED):
@@ -1018,7 +1038,8 @@ CONFIG_TABLES: Mapping[str, type[ConfigTable]] = {
 }
 SINGLE_TABLES = [name for name, table in CONFIG_TABLES.items() if table.HEADER == ONCE]
 USER_CONFIG = "~/.config/hive/hive.toml"
-CONFIG_PLACES = ("hive.toml", USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
+CONFIG_PLACES = (USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
+LOCAL_CONFIG = "hive.toml"  # never read unnamed: whoever made the folder may have made it
 
 
 def setting_of(dotted: str) -> Field:
@@ -1041,6 +1062,14 @@ def find_config(explicit: str | None) -> Path | None:
     return None
 
 
+def passed_by(explicit: str | None, source: Path | None) -> Iterator[str]:
+    """Say that the current directory has a configuration, where somebody might count on it."""
+    if explicit or os.environ.get("HIVE_CONFIG") or not os.path.isfile(LOCAL_CONFIG):
+        return
+    if source is None or not os.path.samefile(source, LOCAL_CONFIG):
+        yield f"./{LOCAL_CONFIG} is not read; if you trust it, name it: --config {LOCAL_CONFIG}"
+
+
 def load_config(explicit: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read hive.toml; `overrides` ("mqtt.port": value) come from the command line.
 
@@ -1051,9 +1080,10 @@ def load_config(explicit: str | None = None, overrides: Mapping[str, Any] | None
     try:
         if source:
             document = read_toml(source)
-        return make_config(document, source, overrides or {})
+        config = make_config(document, source, overrides or {})
     except ConfigError as error:
         raise ConfigError(f"{source or 'configuration'}: {error}") from None
+    return config.replace(warnings=(*passed_by(explicit, source), *config.warnings))
 
 
 def read_toml(source: Path) -> dict[str, Any]:
@@ -1122,7 +1152,7 @@ def read_tables(name: str, document: Mapping[str, Any], base: Path | None) -> An
         try:
             action_name(action)
         except ValueError:
-            objection = f"{quoted(action)[1:-1]}: is not {action_name.__doc__}"
+            objection = f"{quoted(action)[1:-1]}: is not {docstring(action_name)}"
             raise ConfigError(f"{name}.{objection}") from None
     return {key: table.read(one, f"{name}.{key}", base) for key, one in said.items()}
 
@@ -1174,7 +1204,7 @@ def example_config(chosen: Mapping[str, Any] | None = None) -> str:
     for title, table in CONFIG_TABLES.items():
         lines += [
             "",
-            *(f"# {line.strip()}" for line in (table.__doc__ or "").splitlines() if line.strip()),
+            *(f"# {line.strip()}" for line in docstring(table).splitlines() if line.strip()),
         ]
         said, header = (chosen or {}).get(title, {}), table.HEADER.format(title)
         first, *others = said if isinstance(said, list) else [said]
@@ -2056,7 +2086,7 @@ def objection_to(file: Path) -> str | None:
         if file.is_symlink() and not objection:
             objection = unsafe_link(file)
     except ValueError:
-        return f"its name is not {action_name.__doc__}"
+        return f"its name is not {docstring(action_name)}"
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
@@ -7285,7 +7315,7 @@ class RequestField(Value):
         try:
             return self.check(value)
         except ValueError:
-            what = f"{quoted(value)} is not {self.check.__doc__}"
+            what = f"{quoted(value)} is not {docstring(self.check)}"
             raise UsageError(f"{name}: {what}") from None
 
 
@@ -9039,7 +9069,7 @@ class Prompt:
             try:
                 return kind(said)
             except ValueError:
-                print(f"  {quoted(said)} is not {kind.__doc__}", file=sys.stderr)
+                print(f"  {quoted(said)} is not {docstring(kind)}", file=sys.stderr)
         return default
 
     def agree(self, question: str, default: bool) -> bool:
@@ -9054,7 +9084,7 @@ class Prompt:
                 said = getpass.getpass(f"{question} (not shown) [none]: ")
                 return password_line(said) if said else None
             except ValueError:
-                print(f"  that is not {password_line.__doc__}", file=sys.stderr)
+                print(f"  that is not {docstring(password_line)}", file=sys.stderr)
         return None
 
 
@@ -10029,7 +10059,7 @@ def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
         try:
             return kind(said)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {kind.__doc__}") from None
+            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(kind)}") from None
 
     return convert
 
@@ -10139,8 +10169,9 @@ def start_again() -> None:
     SourceFileLoader("hive", file).get_code("hive")
     if not os.path.exists(cache_from_source(file)):
         return
+    here = "" if sys.flags.safe_path else " del sys.path[0];"  # the current directory
     code = (
-        f"import sys; sys.path[:1] = {sys.path[:1]}; del sys.argv[0]; __file__ = sys.argv[0];"
+        f"import sys;{here} del sys.argv[0]; __file__ = sys.argv[0];"
         " from importlib.machinery import SourceFileLoader;"
         ' exec(SourceFileLoader("hive", __file__).get_code("hive"))'
     )
@@ -10659,7 +10690,7 @@ def run_once(job: ProcessSpec) -> ProcessResult:
 
 @subcommand(
     option("--example", action="store_true", help="print a commented hive.toml with every key"),
-    examples="hive.py config --example > hive.toml",
+    examples="hive.py config --example > my.toml",
 )
 def command_config(args: argparse.Namespace) -> int:
     """Show the configuration in force, and where each key was set; secrets are masked."""
@@ -10721,7 +10752,7 @@ def said_by_options(args: argparse.Namespace, ask: Prompt) -> dict[str, Any]:
         try:
             said["mqtt.password"] = password_line(password)
         except ValueError:
-            raise UsageError(f"--password-file -: not {password_line.__doc__}") from None
+            raise UsageError(f"--password-file -: not {docstring(password_line)}") from None
     if "mqtt.ca_file" in said:
         said.setdefault("mqtt.tls", True)
     return {k: Path(os.path.abspath(v)) if isinstance(v, Path) else v for k, v in said.items()}
@@ -10850,7 +10881,7 @@ def make_parser(only: str = "") -> Parser:
     """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
     common = common_options()
     parser = Parser(
-        description=__doc__,
+        description=__doc__ or dropped_docstrings()[""],
         parents=[common],
         epilog="Each command has --help of its own, with examples.",
     )
@@ -10858,7 +10889,7 @@ def make_parser(only: str = "") -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in [only] if only else COMMANDS:
         one = COMMANDS[name]
-        about = (one.run.__doc__ or "").strip()
+        about = docstring(one.run).strip()
         sub = commands.add_parser(
             name,
             parents=[common],
