@@ -156,7 +156,7 @@ def reason_of(error: BaseException) -> str:
 
 def docstring(of: Any) -> str:
     """What a function or a class says of itself, even to a Python that was told to drop it."""
-    return of.__doc__ or dropped_docstrings().get(of.__qualname__, of.__qualname__)
+    return str(of.__doc__ or dropped_docstrings().get(of.__qualname__, of.__qualname__))
 
 
 @cache

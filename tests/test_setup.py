@@ -382,7 +382,7 @@ def test_the_next_commands_name_a_file_that_would_not_be_found(tmp_path: Path) -
     for arguments in ([], ["--config", "my hive.toml"], ["--config", "hive.toml"]):
         file = tmp_path / arguments[1] if arguments else config_file(tmp_path)
         out = init(tmp_path, *arguments)[1]
-        quoted = f"'{file}'" if arguments else file
+        quoted = f"'{file}'" if " " in file.name else file
         assert out.count(f" --config {quoted}\n") == 2
     file = str(config_file(tmp_path))
     assert "--config" not in init(tmp_path, "--config", file, "--force")[1]
