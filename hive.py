@@ -6,37 +6,50 @@ envelopes.  What a script can do is done by an executable in hive-daemon.d/, at 
 tokens; only what needs judgment wakes an agent.
 """
 
-# The map, for readers.  A section uses only what stands above it.
+# The map, for readers.  Read the spine, and you have seen how a message travels; every section
+# of the other parts is a leaf: here stands what it hands out, in its banner what it does not
+# know.  Behind <- stand the sections that one may use besides Basics, Envelope, Config, Log and
+# Loop; * is any.  A test keeps the file to this map, and to no circles.
 #
-#   words   Basics     what a user can act on, with its exit code; how a value is declared
-#           Envelope   one message: its channel, what a node does with it; its fields; its topic
-#           Config     every key once; TOML in, values out
-#   rules   Routing    decide(...) -> Decision: what should happen, not how
-#   hands   Log        a line for each event, and a few a minute of what peers do wrong
-#           Loop       files, deadlines and signals on one selector; systemd hears that it runs
-#           Stream     a connected socket: bytes in, bytes out, both bounded
-#           Process    one child: bytes in, its result out, always by a deadline
-#           Handlers   which executables there are, and the contract with them
-#           Agent      methods to wake one, one call at a time, tried again
-#           Database   an SQLite file that may fail, and come back
-#           Journal    what came, what went, what is not finished: tasks, requests, outbox
-#           Control    a socket where this node's command line speaks to its daemon
-#           Packets    MQTT on the wire: bytes to packets and back
-#           Broker     a small one of our own, for one user on one machine
-#           MqttClient connect, return, subscribe, publish; alone in importing paho
-#           BrokerHost which broker, and whose turn it is to be one
-#   node    Members    who is alive, who has left, who has failed; what we show of ourselves
-#           Requests   what may be asked of a node, as one table
-#           Node       what comes in, what goes out, the end of a turn
-#           Work       who runs next, what became of it, and what agents say
-#           Daemon     wires the above; comes, shows that it is alive, goes
-#   doors   Output     rows to a table or to JSON; returns strings
-#           Client     a command asks its node: the daemon, or the same in its own process
-#           Setup      a hive.toml for this machine, asked for or taken from options
-#           Doctor     is everything as it must be: one small check after the other
-#           Mosquitto  a configuration for it that serves one hive and nobody else
-#           Commands   one function for each subcommand, its options beside it
-#           Main       arguments in, exit code out
+#   spine   Basics      exit codes and errors; how a value and its fields are declared
+#           Envelope    one message, the channels and what is done on each, the topics
+#           Routing     decide(envelope, context): what should happen, not how
+#           Loop        files, timers and signals on one selector; one wait
+#           Stream      a connected socket: bytes in, bytes out, both bounded
+#           Journal     what came, what went, what is still owed and still to be sent <- Database
+#           Control     the socket where commands speak to their daemon
+#                       <- Stream, Process, Handlers
+#           Requests    all that may be asked there, as one table <- Routing, Journal, Members
+#           Node        what comes in, what goes out, the end of a turn
+#                       <- Routing, Journal, Requests, Members, Packets, MqttClient, BrokerHost
+#           Work        who runs next, what became of it, what agents say
+#                       <- Routing, Journal, Node, Process, Handlers, Agent, Members
+#           Daemon      wires the above; comes, shows that it is alive, goes
+#                       <- Journal, Control, Node, Work, Members, MqttClient, BrokerHost
+#   hands   Config      every key of hive.toml once; TOML in, values out
+#           Log         a line for each event, a few a minute of what peers do wrong
+#           Process     one child: bytes in, its result out, always by a deadline
+#           Handlers    which executables there are, and the contract with them <- Process
+#           Agent       the methods to wake one; one call at a time, tried again
+#                       <- Process, Handlers
+#           Database    an SQLite file that may fail and come back; a lock
+#           Members     who is alive, who has left, who has failed; what we show of us
+#                       <- Journal, Agent, MqttClient
+#   MQTT    Packets     bytes to packets and back
+#           Broker      a small one of our own, for one user on one machine
+#                       <- Stream, Control, Database, Packets
+#           MqttClient  connect, come back, publish; alone in importing paho <- Journal
+#           BrokerHost  which broker, and whose turn it is to be one
+#                       <- Control, Database, Packets, Broker
+#   shell   Output      rows to a table or to JSON; returns strings <- Handlers, Members
+#           Client      a command asks its daemon, or the same node in its own process <- *
+#           Setup       a hive.toml for this machine, asked for or taken from options
+#                       <- Handlers, Agent, MqttClient
+#           Doctor      is everything as it must be: one small check after the other <- *
+#           Mosquitto   a configuration of it that serves one hive and nobody else
+#                       <- Packets, MqttClient, Setup
+#           Commands    one function for each subcommand, its options beside it <- *
+#           Main        arguments in, exit code out <- Members, Commands
 
 from __future__ import annotations
 
@@ -602,6 +615,2344 @@ class Topics(Value):
         home = f"{self.prefix}/meta/"
         levels = topic.removeprefix(home).split("/")
         return (levels[0], levels[1]) if topic.startswith(home) and len(levels) == 2 else None
+
+
+# ---- Routing: what should happen, not how ------------------------------------------------
+#
+# Pure: an envelope and the little that a node knows, to a Decision.  The channel's row decides.
+
+
+class Do(Enum):
+    """What becomes of a message."""
+
+    RUN = "run the handler of its action, and answer"
+    WAKE = "say it to agents of this node"
+    HEAR = "take it as a sign of life"
+    REFUSE = "tell the sender that nothing here can do it"
+    NOTE = "only log it"
+    DROP = "it should not have come"
+
+
+class Decision(Value):
+    """What to do with a message, and what belongs to that."""
+
+    do: Do
+    reason: str = ""  # why; what an agent is told besides
+    agents: tuple[str, ...] = ()  # to be woken
+    now: bool = False  # at once, or with the agent's next heartbeat
+
+
+AWAITED = "somebody waits for it"
+SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
+SIGN_OF_LIFE = Decision(Do.HEAR)
+
+
+class RoutingContext(Value):
+    """What a node knows when a message comes in."""
+
+    node: str
+    agents: Sequence[str] = ()  # the first one speaks for the node
+    handlers: Container[str] = ()
+    expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
+
+    def addressed(self, to: str) -> tuple[str, ...]:
+        """The agents that a message to this name is for."""
+        if to == EVERYONE:
+            return tuple(self.agents)
+        return (to,) if to in self.agents else tuple(self.agents[:1])
+
+
+def misplaced(envelope: Envelope, topic: str, topics: Topics, retained: bool) -> str | None:
+    """Why an envelope must not be acted upon, whatever it says."""
+    if topic != topics.of(envelope):
+        return "its topic disagrees with to and ch"
+    if retained:
+        return "it was retained, and would be acted upon again at each start"
+    return None
+
+
+def decide(envelope: Envelope, here: RoutingContext) -> Decision:
+    """What a node does with an envelope that is in its place, fresh and new."""
+    channel = CHANNELS[envelope.ch]
+    if envelope.to not in (here.node, EVERYONE, *here.agents):
+        return Decision(Do.DROP, "it is for another node")
+    if channel.wake is Wake.NEVER:
+        return SIGN_OF_LIFE
+    if channel.handler and envelope.action and envelope.action in here.handlers:
+        return Decision(Do.RUN)
+    if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
+        return Decision(Do.NOTE, AWAITED)
+    asked = channel.handler and envelope.action is not None
+    if channel.wake is Wake.IF_URGENT and not envelope.urgent:
+        return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
+    if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
+        return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
+    missing = f"no handler for action {envelope.action}" if asked else ""
+    agents = here.addressed(envelope.to)
+    if agents:
+        return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
+    if asked:
+        return Decision(Do.REFUSE, f"{missing}, and no agent to ask about it")
+    return Decision(Do.NOTE, "there is no agent to tell")
+
+
+# ---- Loop: one selector, one wait --------------------------------------------------------
+#
+# Files, timers, signals, and calls from other threads.  Sleeps until the nearest of them, and
+# tells systemd that it still runs: when it stalls, that ends.  Knows no message.  The only place
+# that catches any exception.
+
+
+class Timer:
+    """Something that is due; cancel() if it no longer is."""
+
+    __slots__ = ("call", "due", "order")
+
+    def __init__(self, due: float, order: int, call: Callable[[], None] | None) -> None:
+        self.due, self.order, self.call = due, order, call
+
+    def cancel(self) -> None:
+        self.call = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return (self.due, self.order) < (other.due, other.order)
+
+
+def nonblocking_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets that never block."""
+    pair = socket.socketpair()
+    for end in pair:
+        end.setblocking(False)
+    return pair
+
+
+class Loop:
+    """Calls what is ready or due, until it is stopped."""
+
+    def __init__(self, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
+        self.log = log
+        self.clock = clock
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[Timer] = []
+        self._order = itertools.count()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._signals: dict[int, Callable[[], None]] = {}
+        self._handlers_before: dict[int, Any] = {}
+        self._running = False
+        # Two pairs, so that a crowd of posts leaves room for the byte of a signal.
+        self._wake_reader, self._wake_writer = nonblocking_pair()
+        self._signal_reader, self._signal_writer = nonblocking_pair()
+        self.watch(self._wake_reader, selectors.EVENT_READ, self._on_posts)
+        self.watch(self._signal_reader, selectors.EVENT_READ, self._on_signals)
+
+    def watch(self, file: Any, events: int, call: Callable[[int], None]) -> None:
+        """Call back when a file is ready; replaces what was said of it before."""
+        try:
+            self._selector.modify(file, events, call)
+        except KeyError:
+            self._selector.register(file, events, call)
+
+    def forget(self, file: Any) -> None:
+        """Stop watching a file; do so before it is closed."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(file)
+
+    def after(self, delay: float, call: Callable[[], None]) -> Timer:
+        """Call back in `delay` seconds; 0 is at the end of this step."""
+        import heapq
+
+        timer = Timer(self.clock() + delay, next(self._order), call)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Call back soon; the one method for other threads."""
+        self._posted.append(call)
+        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody cares
+            self._wake_writer.send(b"\0")
+
+    def on_signal(self, number: int, call: Callable[[], None]) -> None:
+        """Call back from the loop, never in the middle of something, when a signal comes."""
+        if not self._signals:
+            signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
+        before = signal.signal(number, lambda *_: None)
+        self._handlers_before.setdefault(number, before)
+        self._signals[number] = call
+
+    def run(self) -> None:
+        """One step after the other, until stop() is called."""
+        self._running = True
+        while self._running:
+            self.step()
+
+    def stop(self) -> None:
+        self._running = False
+
+    def step(self) -> None:
+        """Wait until something is ready or due, then call it."""
+        import heapq
+
+        while self._timers and self._timers[0].call is None:
+            heapq.heappop(self._timers)
+        wait = max(0.0, self._timers[0].due - self.clock()) if self._timers else None
+        for ready, events in self._selector.select(wait):
+            if self._selector.get_map().get(ready.fd) is ready:  # not closed by an earlier call
+                self._guard(ready.data, events)
+        now = self.clock()
+        while self._timers and self._timers[0].due <= now:
+            timer = heapq.heappop(self._timers)
+            if timer.call:
+                self._guard(timer.call)
+
+    def close(self) -> None:
+        """Give back files and signals."""
+        if self._signals:
+            signal.set_wakeup_fd(-1)
+        for number, before in self._handlers_before.items():
+            signal.signal(number, before)
+        self._selector.close()
+        for end in (self._wake_reader, self._wake_writer, self._signal_reader, self._signal_writer):
+            end.close()
+
+    def _on_signals(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in sorted(set(self._signal_reader.recv(4096))):
+                if number in self._signals:
+                    self._guard(self._signals[number])
+
+    def _on_posts(self, events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_reader.recv(4096)
+        for _ in range(len(self._posted)):
+            self._guard(self._posted.popleft())
+
+    def _guard(self, call: Callable[..., None], *given: object) -> None:
+        """A fault in one callback is logged, and is not the end of the others."""
+        try:
+            call(*given)
+        except HiveError:
+            raise
+        except Exception as error:
+            import traceback
+
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.log.error(
+                "bug",
+                what=repr(error),
+                at=f"{Path(where.filename).name}:{where.lineno}",
+                traceback=traceback.format_exc()[-MAX_LOGGED:],
+            )
+
+
+class ServiceManager:
+    """systemd, where it started us: our state, and a sign of life from the loop (sd_notify(3))."""
+
+    def __init__(self, loop: Loop, environment: Mapping[str, str]) -> None:
+        self._loop = loop
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._watchdog_interval = 0.0
+        if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+            with contextlib.suppress(ValueError):
+                self._watchdog_interval = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 / 2
+        if self._watchdog_interval > 0:
+            loop.after(0, self._feed_watchdog)
+
+    def notify(self, *assignments: str) -> None:
+        """Say something like READY=1; without systemd it is said to nobody."""
+        if not self._address:
+            return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+            to.setblocking(False)
+            to.sendto("\n".join(assignments).encode(), self._address)
+
+    def _feed_watchdog(self) -> None:
+        self.notify("WATCHDOG=1")
+        self._loop.after(self._watchdog_interval, self._feed_watchdog)
+
+
+# ---- Stream: a connected socket ----------------------------------------------------------
+#
+# Bytes in, bytes out, both bounded.  A Stream knows neither who waits for whom nor what the bytes
+# mean: pause() and resume() are for back-pressure, flush_soon for whoever must save first.
+
+READ_CHUNK = 64 * KIB  # bytes of one stream in a turn
+MAX_COPIED = 4 * KIB  # bytes that are joined to others; what is longer is kept as it is, and shared
+
+
+class ByteCount:
+    """Bytes that several streams hold in memory, together."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+
+class Stream:
+    """A socket that does not block, and what is to be read from it and written to it.
+
+    on_ready is called when more has come in or gone out, on_close once, when it is gone; neither
+    from within write().  Where flush_soon is given, it is called instead of writing at once:
+    nothing leaves before the flush() that it promises.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        on_ready: Callable[[], None],
+        on_close: Callable[[], None],
+        max_input: int,
+        max_output: int,
+        flush_soon: Callable[[], None] | None = None,
+        total: ByteCount | None = None,
+    ) -> None:
+        self.input = bytearray()  # what came in, until it is consumed
+        self.output_size = 0  # bytes that wait for the socket
+        # When some of the input was last consumed, and the socket last took something; or, where
+        # there was nothing to be consumed or to be written, when there was again.
+        self.read_at = self.written_at = loop.clock()
+        self.is_open = True  # what comes in is still heard, and what is written sent
+        self.closed = False
+        self._loop, self._sock = loop, sock
+        self._on_ready, self._on_close = on_ready, on_close
+        self._max_input, self._max_output = max_input, max_output
+        self._flush_soon, self._total = flush_soon or self.flush, total or ByteCount()
+        self._output = deque[bytes | bytearray | memoryview]()
+        self._full = False  # the socket takes no more for now
+        self._paused = False
+        self._ending: Timer | None = None  # nothing more is heard or written; closed when it is due
+        self._watched = 0
+        sock.setblocking(False)
+        self._watch()
+
+    def pause(self) -> None:
+        """Read nothing more for now."""
+        self._paused = True
+        self._watch()
+
+    def resume(self) -> None:
+        self._paused = False
+        self._watch()
+
+    def consume(self, size: int) -> None:
+        """So many bytes of what came in are done with."""
+        del self.input[:size]
+        self._total.size -= size
+        self.read_at = self._loop.clock()
+
+    def write(self, head: bytes, body: bytes = b"") -> None:
+        """Send this; whoever lets more than the bound pile up is cut off."""
+        size = len(head) + len(body)
+        if not size or not self.is_open:
+            return
+        if not self._output:
+            self.written_at = self._loop.clock()
+        if size >= MAX_COPIED:
+            self._output += filter(None, (head, body))
+        elif self._output and isinstance(self._output[-1], bytearray):
+            self._output[-1] += head + body
+        else:
+            self._output.append(bytearray(head + body))
+        self.output_size += size
+        self._total.size += size
+        self._flush_soon()
+        if self.output_size > self._max_output:
+            self._abort()
+
+    def flush(self) -> None:
+        """Write what the socket takes."""
+        if self.closed:
+            return
+        self._full = False
+        try:
+            while self._output:
+                self._written(self._sock.sendmsg(itertools.islice(self._output, 64)))
+        except (BlockingIOError, InterruptedError):
+            self._full = True
+        except OSError:
+            return self._abort()
+        if self._ending and not self._output:
+            # It may still be sending: to close now would be a reset, and our last words lost.
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+        self._watch()
+
+    def end(self, linger: float) -> None:
+        """Hear no more, write what is left, and close when the other side has read it and closed.
+
+        `linger`: seconds that it has for that.
+        """
+        if self.is_open:
+            self.is_open = False
+            self._ending = self._loop.after(linger, self.close)
+            self.consume(len(self.input))
+            self._flush_soon()
+            self._watch()
+
+    def close(self) -> None:
+        """The connection is gone, with all that was not yet written."""
+        if self.closed:
+            return
+        self.closed, self.is_open = True, False
+        if self._ending:
+            self._ending.cancel()
+        self._drop_all()
+        self._loop.forget(self._sock)
+        self._sock.close()
+        self._on_close()
+
+    def _abort(self) -> None:
+        """Close it at the end of this turn: somebody may be in the middle of writing to it."""
+        self.is_open = False
+        if self._ending:
+            self._ending.cancel()
+        self._ending = self._loop.after(0, self.close)
+        self._drop_all()
+        self._watch()
+
+    def _drop_all(self) -> None:
+        self.consume(len(self.input))
+        self._total.size -= self.output_size
+        self.output_size = 0
+        self._output.clear()
+        self._full = False
+
+    def _watch(self) -> None:
+        """Read unless it is paused; what comes after its end is read too, and dropped."""
+        events = selectors.EVENT_WRITE if self._full else 0
+        if self._ending or not self._paused:
+            events |= selectors.EVENT_READ
+        if self.closed or events == self._watched:
+            return
+        self._watched = events
+        if events:
+            self._loop.watch(self._sock, events, self._on_event)
+        else:
+            self._loop.forget(self._sock)
+
+    def _on_event(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._flush_soon()
+        if events & selectors.EVENT_READ and not self.closed:
+            self._read()
+        if self.is_open:
+            self._on_ready()
+
+    def _read(self) -> None:
+        try:
+            data = self._sock.recv(READ_CHUNK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not self.input:
+            self.read_at = self._loop.clock()
+        if self._ending is None:
+            self.input += data
+            self._total.size += len(data)
+        if not data or len(self.input) > self._max_input:
+            self.close()
+
+    def _written(self, size: int) -> None:
+        self.written_at = self._loop.clock()
+        self.output_size -= size
+        self._total.size -= size
+        while size:
+            chunk = self._output[0]
+            if len(chunk) > size:
+                self._output[0] = memoryview(chunk)[size:]
+                return
+            size -= len(chunk)
+            self._output.popleft()
+
+
+def unix_listener(file: Path) -> socket.socket:
+    """A socket that only this user can open; the lock's holder may replace an old one.
+
+    Raises OSError, and touches nothing that is no socket.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(file.lstat().st_mode):
+            raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
+        file.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(file))
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(before)
+    return listener
+
+
+# ---- Journal: what came, what went, what is not finished ---------------------------------
+#
+# What this node received, sent and did in the last days: rows that are written once.  Beside
+# them what is not finished: tasks, requests, and the outbox, which alone decides what is sent
+# next.  Times are Unix seconds, which outlive a restart.  One daemon is its only user; it is
+# read with its help.
+
+MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
+MAX_OUTBOX = 10_000  # messages that wait for the broker
+MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for weeks
+UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
+MAX_ROWS = 100  # that are read at once
+PRUNE_STEP = 500  # rows that are forgotten at once
+PRUNE_TEXTS = 50  # texts that are
+PRUNE_AFTER = 1000  # rows written, or ...
+PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
+
+JOURNAL_TABLES = (
+    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
+    # event: in, out, did; content: the envelope, NULL where its text is kept no longer
+    "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
+    " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
+    " content TEXT, UNIQUE (id, event))",
+    "CREATE INDEX IF NOT EXISTS exchanges ON log (exchange)",
+    # agent: who is to be told; '' is a handler's run.  began: perhaps done, if we crashed
+    "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
+    " agent TEXT, until REAL, urgent INTEGER, note TEXT, began INTEGER DEFAULT 0)",
+    # payload: NULL where it is the content of the message
+    "CREATE TABLE IF NOT EXISTS outbox (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
+    " topic TEXT, payload BLOB, retain INTEGER, until REAL, acknowledged_at REAL)",
+    "CREATE INDEX IF NOT EXISTS acknowledged ON outbox (acknowledged_at)"
+    " WHERE acknowledged_at IS NOT NULL",
+    "CREATE TABLE IF NOT EXISTS pending_requests"
+    " (exchange TEXT PRIMARY KEY, message INTEGER, due REAL)",
+    # Numbers begin at the microsecond, so that a new file does not use those of a damaged one.
+    *(
+        "INSERT INTO sqlite_sequence (name, seq)"
+        f" SELECT '{table}', CAST(strftime('%s', 'now') AS INTEGER) * 1000000"
+        f" WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = '{table}')"
+        for table in ("log", "tasks", "outbox")
+    ),
+)
+
+
+def upgrade_journal(database: sqlite3.Connection) -> None:
+    """Take over a file from before `acknowledged_at`, when two tables had other names."""
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    for old, new in (("notes", "settings"), ("questions", "pending_requests")):
+        if old in tables and new not in tables:
+            database.execute(f"ALTER TABLE {old} RENAME TO {new}")
+    columns = [column[1] for column in database.execute("PRAGMA table_info(outbox)")]
+    if columns and "acknowledged_at" not in columns:
+        database.execute("ALTER TABLE outbox ADD COLUMN acknowledged_at REAL")
+
+
+class Event(Enum):
+    """What a row of the journal is about."""
+
+    RECEIVED = "in"
+    SENT = "out"
+    DID = "did"
+
+
+ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
+ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
+
+
+def entry_of(row: Sequence[Any]) -> dict[str, Any]:
+    """A row of the log as a JSON object, with the message where its text is still kept."""
+    *facts, content = row
+    try:
+        envelope = Envelope.parse(content.encode()).document() if content else None
+    except EnvelopeError:
+        envelope = None
+    return {**dict(zip(ENTRY, facts, strict=True)), "envelope": envelope}
+
+
+class Task(Value):
+    """What this node owes to a message: a handler's run, or a word to an agent."""
+
+    n: int
+    envelope: Envelope
+    agent: str  # nobody: it is a handler's run
+    until: float | None  # then it is stale
+    urgent: bool
+    note: str
+    began: bool  # was it under way when we crashed?
+
+
+class OutgoingMessage(Value):
+    """A message for the broker."""
+
+    topic: str
+    payload: bytes
+    qos: int = 1
+    retain: bool = False
+    until: float | None = None  # Unix seconds; then it is of no use any more
+    n: int = 0  # its row in the outbox; it has none if it goes past that
+    id: str | None = None  # of the envelope that it is
+    done: Callable[[int, str], object] = lambda code, words: None  # 0 for success
+
+
+class Journal:
+    """The tables, and what they are asked."""
+
+    def __init__(self, directory: Path | None, log: Log, keep: float, max_size: int) -> None:
+        """`keep`: seconds that a row is kept; `max_size`: bytes of them all.
+
+        Without a directory it is in memory.
+        """
+        risk = "what a crash interrupts is lost, or done twice"
+        file = directory / "journal.sqlite3" if directory else None
+        self._database = Database(file, JOURNAL_TABLES, log, risk, upgrade_journal)
+        self._keep, self._max_size = keep, max_size
+        self._rows = self._size = 0  # written since the last look
+        self._newest = int(self._database.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
+        self.full = False  # of what is not finished: no room is left to accept more
+        self.saved_before = self._forgotten = (
+            0.0  # the broker has saved what it acknowledged before
+        )
+        self._count_outbox()
+
+    @property
+    def on_disk(self) -> bool:
+        return self._database.on_disk
+
+    def commit(self) -> None:
+        """Make it last, before anybody is told that it is safe with us."""
+        if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
+            self.prune(time.time())
+        if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
+            self.forget_acknowledged(self.saved_before)
+            self._forgotten = self.saved_before
+        self._database.commit()
+
+    def return_to_disk(self) -> None:
+        self._database.return_to_disk()
+
+    def close(self) -> None:
+        self._database.close()
+
+    def put(self, key: str, value: object) -> None:
+        """Keep a JSON value under a key, in place of what was there."""
+        self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+
+    def get(self, key: str) -> dict[str, Any]:
+        """What is kept under a key; nothing if nothing is."""
+        rows = self._database.read("SELECT value FROM settings WHERE key = ?", (key,))
+        return (read_json_object(rows[0][0]) if rows else None) or {}
+
+    # -- what happened --
+
+    def record(
+        self,
+        event: Event,
+        envelope: Envelope,
+        now: float,
+        note: str = "",
+        content: str | None = None,
+    ) -> int | None:
+        """Write down a message that came or went; its row, or None if it is there already."""
+        content = None if self.full else content or envelope.encode().decode()
+        return self._append(now, event, envelope.id, envelope, note, content)
+
+    def sent(self, envelope: Envelope, now: float) -> None:
+        """A message went out without our doing; an answer to it may come."""
+        row = self.record(Event.SENT, envelope, now)
+        if row and CHANNELS[envelope.ch].handler:
+            self.add_pending_request(envelope, row)
+
+    def record_result(self, envelope: Envelope, now: float, note: str) -> None:
+        """Write down what came of a message, in words."""
+        self._append(now, Event.DID, None, envelope, note, None)
+
+    def _append(
+        self,
+        now: float,
+        event: Event,
+        id: str | None,
+        about: Envelope,
+        note: str,
+        content: str | None,
+    ) -> int | None:
+        row = self._database.insert(
+            f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(now, event.value, id, about.ch, about.sender, about.to, about.action),
+                *(about.exchange, note, content),
+            ),
+        )
+        if row:
+            self._rows, self._size = self._rows + 1, self._size + len(content or "")
+            self._newest = row
+        return row
+
+    def _entries(self, question: str, values: tuple[object, ...]) -> list[dict[str, Any]]:
+        """The rows of an answer, as many as fit into one line to a command."""
+        entries, size = [], 0
+        for row in self._database.read(question, values):
+            entries.append(entry_of(row))
+            size += len(row[-1] or "") + KIB
+            if size > MAX_PAYLOAD:
+                break
+        return entries
+
+    def message(self, id: str) -> dict[str, Any] | None:
+        """The message with this id; what came in before what went out."""
+        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event LIMIT 1"
+        return next(iter(self._entries(question, (id,))), None)
+
+    def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
+        """The next MAX_ROWS of the exchange that a message belongs to."""
+        message = self.message(id)
+        values = (message["exchange"] if message else id, after, MAX_ROWS)
+        question = f"SELECT {ROW} FROM log WHERE exchange = ? AND n > ? ORDER BY n LIMIT ?"
+        return self._entries(question, values)
+
+    @property
+    def newest(self) -> int:
+        """The number of the last row."""
+        return self._newest
+
+    def rows(
+        self, filters: Mapping[str, object], after: int = 0, last: int = 0
+    ) -> list[dict[str, Any]]:
+        """The next MAX_ROWS after a row, or the first of the `last` so many.
+
+        `filters` choose by what is in LOG_FILTERS.
+        """
+        where = " AND ".join(["n > ?", *(LOG_FILTERS[name] for name in filters)])
+        values = (after, *filters.values())
+        if last:
+            question = f"SELECT n FROM log WHERE {where} ORDER BY n DESC LIMIT 1 OFFSET {last}"
+            before = self._database.read(question, values)
+            values = (before[0][0] if before else after, *filters.values())
+        question = f"SELECT {ROW} FROM log WHERE {where} ORDER BY n LIMIT {MAX_ROWS}"
+        return self._entries(question, values)
+
+    # -- what is still to be done --
+
+    def add_task(
+        self,
+        message: int,
+        agent: str = "",
+        until: float | None = None,
+        urgent: bool = False,
+        note: str = "",
+    ) -> int:
+        """Take on a task for a received message; its number."""
+        task = self._database.insert(
+            "INSERT INTO tasks (message, agent, until, urgent, note) VALUES (?, ?, ?, ?, ?)",
+            (message, agent, until, urgent, note),
+        )
+        return task or 0
+
+    def start_tasks(self, tasks: Iterable[int]) -> None:
+        """From now on a crash leaves open whether these are done.  That is committed at once."""
+        for n in tasks:
+            self._database.write("UPDATE tasks SET began = 1 WHERE n = ?", (n,))
+        self._database.commit()
+
+    def reset_tasks(self, tasks: Iterable[int]) -> None:
+        """It has come to nothing, for certain: these are as before they began."""
+        for n in tasks:
+            self._database.write("UPDATE tasks SET began = 0 WHERE n = ?", (n,))
+
+    def remove_task(self, task: int) -> None:
+        self._database.write("DELETE FROM tasks WHERE n = ?", (task,))
+
+    def tasks(self) -> list[Task]:
+        """All that are not done, in order."""
+        rows = self._database.read(
+            "SELECT content, tasks.n, agent, until, urgent, tasks.note, began"
+            " FROM tasks JOIN log ON log.n = message ORDER BY tasks.n"
+        )
+        found = []
+        for content, n, agent, until, urgent, note, began in rows:
+            with contextlib.suppress(EnvelopeError):
+                envelope = Envelope.parse((content or "").encode())
+                found.append(Task(n, envelope, agent, until, bool(urgent), note, bool(began)))
+        return found
+
+    # -- what is still to be sent --
+
+    def _count_outbox(self) -> None:
+        content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
+        messages, size = self._database.read(
+            f"SELECT count(*), ifnull(sum({content}), 0)"
+            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
+        )[0]
+        self.outbox_size, self._outbox_bytes = int(messages), int(size)
+        rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
+        self._acknowledged = int(rows[0][0])
+
+    @property
+    def outbox_full(self) -> bool:
+        """Nothing more may be sent.  What peers gave us to do does not count."""
+        return self.outbox_size >= MAX_OUTBOX or self._outbox_bytes >= MAX_OUTBOX_SIZE
+
+    def enqueue(
+        self,
+        topic: str,
+        payload: bytes,
+        retain: bool = False,
+        message: int | None = None,
+        until: float | None = None,
+    ) -> None:
+        """Put something into the outbox, behind all that is there; it is of use `until` then.
+
+        The payload of a message is the content of its row, where that is kept.
+        """
+        own = payload if message is None or self.full else None
+        self._database.write(
+            "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
+            (message, topic, own, retain, until),
+        )
+        self.outbox_size += 1
+        self._outbox_bytes += len(payload)
+        self._size += len(own or b"")
+
+    def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
+        """The next that wait for the broker, in order."""
+        rows = self._database.read(
+            "SELECT outbox.n, id, topic, coalesce(payload, CAST(content AS BLOB), x''), retain,"
+            " until FROM outbox LEFT JOIN log ON log.n = message"
+            " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
+            (after, limit),
+        )
+        return [
+            OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
+            for n, id, topic, payload, retain, until in rows
+        ]
+
+    def dequeue(self, message: OutgoingMessage, acknowledged: bool) -> None:
+        """The broker has it, or never will.
+
+        What it has acknowledged is kept a moment longer: Mosquitto acknowledges first, and
+        saves then.
+        """
+        if acknowledged:
+            self._acknowledged += self._database.write(
+                "UPDATE outbox SET acknowledged_at = ? WHERE n = ?", (time.time(), message.n)
+            )
+        else:
+            self._database.write("DELETE FROM outbox WHERE n = ?", (message.n,))
+        self.outbox_size -= 1
+        self._outbox_bytes -= len(message.payload)
+
+    def forget_acknowledged(self, before: float) -> None:
+        """What the broker acknowledged before then it has saved."""
+        forget = "DELETE FROM outbox WHERE acknowledged_at < ?"
+        self._acknowledged -= self._database.write(forget, (before,))
+
+    def requeue(self, since: float) -> int:
+        """Send again what was acknowledged since then; the number of the last such message.
+
+        Nobody can tell whether the broker died.  Receivers drop ids that they have seen, so
+        nothing is acted upon twice.
+        """
+        if not self._acknowledged:
+            return 0
+        self.forget_acknowledged(since)
+        newest = "SELECT ifnull(max(n), 0) FROM outbox WHERE acknowledged_at IS NOT NULL"
+        last = int(self._database.read(newest)[0][0])
+        again = "UPDATE outbox SET acknowledged_at = NULL WHERE acknowledged_at IS NOT NULL"
+        self._database.write(again)
+        self._count_outbox()
+        return last
+
+    # -- what was asked --
+
+    def add_pending_request(self, envelope: Envelope, message: int) -> None:
+        """An answer to this is expected."""
+        due = envelope.ts + envelope.ttl if envelope.ttl else None
+        values = (envelope.exchange, message, due)
+        self._database.write("REPLACE INTO pending_requests VALUES (?, ?, ?)", values)
+        self._database.write(
+            "DELETE FROM pending_requests WHERE message <= (SELECT message FROM pending_requests"
+            " ORDER BY message DESC LIMIT 1 OFFSET ?)",
+            (MAX_PENDING_REQUESTS,),
+        )
+
+    def resolve_request(self, exchange: str | None) -> None:
+        """It was answered, or nobody waits for that any more."""
+        self._database.write("DELETE FROM pending_requests WHERE exchange = ?", (exchange,))
+
+    def pending_requests(self, due: float | None = None) -> list[dict[str, Any]]:
+        """Those that nobody has answered, oldest first; or those that were due by then.
+
+        `due` is when the answer is of no use any more.
+        """
+        rows = self._database.read(
+            "SELECT pending_requests.exchange, recipient, action, time, due FROM pending_requests"
+            " JOIN log ON log.n = message WHERE ? IS NULL OR due <= ? ORDER BY message LIMIT ?",
+            (due, due, MAX_ROWS),
+        )
+        return [dict(zip(("id", "to", "action", "asked", "due"), row, strict=True)) for row in rows]
+
+    def next_due(self) -> float | None:
+        """When the next request is overdue."""
+        value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
+        return None if value is None else float(value)
+
+    # -- bounds --
+
+    @property
+    def size(self) -> int:
+        """Bytes in use."""
+        pages, free, size = (
+            self._database.read(f"PRAGMA {name}")[0][0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def prune(self, now: float) -> bool:
+        """Forget a few rows that are too old, or too much; was there anything to forget?"""
+        self._rows = self._size = 0
+        oldest = self._database.read("SELECT time FROM log ORDER BY n LIMIT 1")
+        forgotten, too_old = 0, now - self._keep
+        if oldest and oldest[0][0] < too_old:
+            forgotten += self._forget_rows("time < ?", too_old)
+        too_large = self.size > self._max_size
+        if too_large:
+            texts = f"SELECT n FROM log WHERE content IS NOT NULL AND {FINISHED} ORDER BY n LIMIT ?"
+            forget = f"UPDATE log SET content = NULL WHERE n IN ({texts})"
+            forgotten += self._database.write(forget, (PRUNE_TEXTS,))
+            if self.size > self._max_size:
+                forgotten += self._forget_rows("content IS NULL")
+        self.full = too_large and not forgotten
+        if forgotten:
+            self._database.write(
+                "DELETE FROM pending_requests WHERE message NOT IN (SELECT n FROM log)"
+            )
+        return bool(forgotten)
+
+    def _forget_rows(self, which: str, *values: object) -> int:
+        """The oldest ones that nothing unfinished belongs to."""
+        unasked = "n NOT IN (SELECT message FROM pending_requests WHERE due IS NOT NULL)"
+        rows = f"SELECT n FROM log WHERE {which} AND {FINISHED} AND {unasked} ORDER BY n LIMIT ?"
+        return self._database.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
+
+
+FINISHED = (  # nothing is still to be done with these rows
+    "n NOT IN (SELECT message FROM tasks)"
+    " AND n NOT IN (SELECT message FROM outbox WHERE message IS NOT NULL)"
+)
+LOG_FILTERS = {  # how --from and the others choose rows
+    "ch": "ch = ?",
+    "from": "sender = ?",
+    "to": "recipient = ?",
+    "action": "action = ?",
+    "corr": "exchange = ?",
+    "since": "time >= ?",
+}
+
+
+# ---- Control: this node's command line speaks to its daemon ------------------------------
+#
+# A unix socket that only this user can open; one JSON object a line each way.  What peers could
+# forge on the bus cannot be forged here.  Knows no request.
+
+MAX_CONTROL_CONNECTIONS = 100
+MAX_LINE = 4 * MAX_PAYLOAD  # bytes
+MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
+CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
+MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
+SHORT_PLACE = Path("/tmp")
+CONTROL_EVENTS = {"published", "answer"}  # in a line that is no answer, but comes when it happens
+
+
+def shortened_socket_path(direct: Path) -> Path:
+    """This path, or one nearby if it is too long for a socket."""
+    if len(os.fsencode(direct)) <= MAX_SOCKET_PATH:
+        return direct
+    import hashlib
+
+    digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
+    return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
+
+
+def control_socket_path(config: Config) -> Path:
+    """In the node's state directory, or nearby if that path is too long."""
+    return shortened_socket_path(config.state_dir / "door")
+
+
+def directory_objection(file: Path) -> str | None:
+    """Why what is behind this socket may be somebody else; None if it can't.  Raises OSError."""
+    objection = writable_by_others(file.parent.stat())
+    if file.parent.parent == SHORT_PLACE and file.parent.is_symlink():
+        objection = "is a link, which is not hive's"
+    return f"{file.parent} {objection}" if objection else None
+
+
+class ControlConnection:
+    """One command that has come in, until it goes."""
+
+    def __init__(self, server: ControlServer, sock: socket.socket) -> None:
+        self.on_close: list[Callable[[], object]] = []  # what to do when it goes
+        self._server = server
+        self._stream = Stream(
+            server.loop, sock, self._serve, self._closed, max_input=MAX_LINE, max_output=MAX_UNREAD
+        )
+
+    def _serve(self) -> None:
+        """Answer one request a turn, and none before it has read the last answer."""
+        end = self._stream.input.find(b"\n")
+        if end < 0 or self.busy:
+            return
+        line = bytes(self._stream.input[:end])
+        self._stream.consume(end + 1)
+        answer = self._server.answer(read_json_object(line) or {}, self)
+        if answer is not None:
+            self.send(answer)
+        if self._stream.input:
+            self._server.loop.post(self._serve)
+
+    def send(self, document: Mapping[str, Any]) -> None:
+        """Send it one more line."""
+        self._stream.write(encode_json(document) + b"\n")
+
+    @property
+    def busy(self) -> bool:
+        """Has it yet to read what it was sent?"""
+        return self._stream.output_size > 0
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _closed(self) -> None:
+        self._server.connections.discard(self)
+        for call in self.on_close:
+            call()
+
+
+class ControlServer:
+    """The daemon's side."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        file: Path,
+        answer: Callable[[dict[str, Any], ControlConnection], dict[str, Any] | None],
+    ) -> None:
+        """Open it; raises OSError.  Whoever holds the daemon's lock may replace an old socket.
+
+        `answer` gives None where it will send() something later.
+        """
+        self.loop, self.answer, self._file = loop, answer, file
+        self.connections: set[ControlConnection] = set()
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        objection = directory_objection(file)
+        if objection:
+            raise PermissionError(errno.EPERM, objection)
+        self._listener = unix_listener(file)
+        self._listener.setblocking(False)
+        self._listener.listen(MAX_CONTROL_CONNECTIONS)
+        loop.watch(self._listener, selectors.EVENT_READ, self._accept)
+
+    def _accept(self, events: int) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = self._listener.accept()
+            if len(self.connections) >= MAX_CONTROL_CONNECTIONS:
+                sock.close()
+            else:
+                self.connections.add(ControlConnection(self, sock))
+
+    def close(self) -> None:
+        self.loop.forget(self._listener)
+        self._listener.close()
+        for connection in [*self.connections]:
+            connection.close()
+        self._file.unlink(missing_ok=True)
+
+
+class DaemonError(HiveError):
+    """This node's daemon does not answer, or not sensibly."""
+
+
+class ControlClient:
+    """The command's side: one request after another, until it is closed."""
+
+    def __init__(self, file: Path, node: str, patience: float = CONTROL_TIMEOUT) -> None:
+        """Raises OSError where no daemon answers; `patience`: seconds for each request."""
+        self._node, self._patience = node, patience
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(patience)
+        try:
+            self._sock.connect(str(file))
+        except OSError:
+            self._sock.close()
+            raise
+        self._in = bytearray()
+        self._events: deque[dict[str, Any]] = deque()  # what came while an answer was awaited
+
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        """Send a request and give the answer; raises DaemonError."""
+        ends = time.monotonic() + self._patience
+        self._sock.settimeout(self._patience)
+        try:
+            self._sock.sendall(encode_json(request) + b"\n")
+        except OSError as error:
+            raise self._fault(reason_of(error)) from None
+        while (line := self._next_line(ends)) is not None:
+            if not CONTROL_EVENTS & line.keys():
+                return line
+            self._events.append(line)
+        raise self._fault("it does not answer")
+
+    def receive(self, within: float | None) -> dict[str, Any] | None:
+        """What it says besides; None if that is nothing in so many seconds.  Raises DaemonError."""
+        if self._events:
+            return self._events.popleft()
+        return self._next_line(None if within is None else time.monotonic() + within)
+
+    def _next_line(self, ends: float | None) -> dict[str, Any] | None:
+        while b"\n" not in self._in:
+            self._sock.settimeout(None if ends is None else max(0.001, ends - time.monotonic()))
+            try:
+                data = self._sock.recv(PIPE_CHUNK)
+            except TimeoutError:
+                return None
+            except OSError as error:
+                raise self._fault(reason_of(error)) from None
+            if not data:
+                raise self._fault("it has ended")
+            self._in += data
+        line, _, rest = bytes(self._in).partition(b"\n")
+        self._in = bytearray(rest)
+        return read_json_object(line) or {}
+
+    def _fault(self, why: str) -> DaemonError:
+        return DaemonError(f"the daemon of {self._node}: {why}")
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+# ---- Requests: what may be asked of a node, as one table ---------------------------------
+#
+# The one way in for commands, whether they come through the control socket or run the node in
+# their own process.  Reads the journal and the members; what is to be sent it hands to the node.
+
+
+def pending_document(journal: Journal) -> dict[str, Any]:
+    """All that is not finished."""
+    tasks = [
+        {
+            "id": task.envelope.id,
+            "from": task.envelope.sender,
+            "ch": task.envelope.ch,
+            "action": task.envelope.action,
+            "agent": task.agent or None,
+            "began": task.began,
+            "since": task.envelope.ts,
+        }
+        for task in journal.tasks()[:MAX_ROWS]
+        if task.envelope
+    ]
+    outbox = [
+        {"topic": one.topic, "bytes": len(one.payload)}
+        for one in journal.next_outgoing(0, MAX_ROWS)
+    ]
+    return {
+        "questions": journal.pending_requests(),
+        "tasks": tasks,
+        "outbox": outbox,
+        "outbox_size": journal.outbox_size,
+    }
+
+
+def log_filters(value: object) -> dict[str, Any]:
+    """an object of ch, from, to, action, corr, since"""
+    if not isinstance(value, dict) or not value.keys() <= LOG_FILTERS.keys():
+        raise ValueError
+    for said in value.values():
+        word = isinstance(said, str) and (NAME.fullmatch(said) or ID.fullmatch(said))
+        if not word and bounded_number(said, 0, MAX_TS) is None:
+            raise ValueError
+    return value
+
+
+def row_number(value: object) -> int:
+    """a whole number from 0"""
+    return whole(value, 0, 2**53)
+
+
+def envelope_object(value: object) -> Envelope:
+    """an envelope: an object as in the protocol"""
+    if not isinstance(value, dict):
+        raise ValueError
+    return Envelope.check(value)
+
+
+class Requester(Protocol):
+    """Who asks: a connection to the control socket, or the command whose process this is."""
+
+    on_close: list[Callable[[], object]]
+
+    @property
+    def busy(self) -> bool: ...
+    def send(self, document: Mapping[str, Any]) -> None: ...
+
+
+class RequestField(Value):
+    """What a request may say, or must."""
+
+    check: Callable[[Any], Any]  # its docstring says what it takes
+    help: str
+    default: Any = None
+    required: bool = False
+
+    def read(self, name: str, value: object) -> Any:
+        """Its value, checked; raises UsageError."""
+        if value is None:
+            if self.required:
+                raise UsageError(f"{name}: missing")
+            return self.default
+        try:
+            return self.check(value)
+        except ValueError:
+            what = f"{quoted(value)} is not {docstring(self.check)}"
+            raise UsageError(f"{name}: {what}") from None
+
+
+def do_nothing() -> None:
+    """For whoever only wants a turn to end once more."""
+
+
+class Request(Value):
+    """One thing that may be asked: what answers it, what it is for, what it takes."""
+
+    run: Callable[..., dict[str, Any] | None]
+    help: str
+    fields: Mapping[str, RequestField] = {}
+    looks_back: bool = False  # the journal answers it, though no node runs
+
+    @classmethod
+    def find(cls, said: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
+        """What is asked, and its fields, checked; raises UsageError."""
+        do = said.get("do")
+        found = REQUESTS.get(do) if isinstance(do, str) else None
+        if found is None:
+            raise UsageError(f"{NO_SUCH_REQUEST}: {quoted(do)}")
+        return found, {name: one.read(name, said.get(name)) for name, one in found.fields.items()}
+
+
+class Requests:
+    """Answers what is asked of a node, some of it later."""
+
+    def __init__(
+        self,
+        node: str,
+        journal: Journal,
+        members: Members,
+        after_commit: Callable[[Callable[[], None]], None],
+        send: Callable[[Envelope], str],
+        connection: Callable[[], dict[str, Any]],
+    ) -> None:
+        """`send` gives why not, or nothing; `connection` tells how the node's one is."""
+        self._node, self._journal, self._members = node, journal, members
+        self._after_commit, self._send, self._connection = after_commit, send, connection
+        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
+        self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
+        self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
+
+    def handle(self, said: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """Answer one request; None if that comes later."""
+        try:
+            request, given = Request.find(said)
+        except HiveError as error:
+            return {"error": str(error)}
+        if request.looks_back:
+            return request.run(self._journal, given)
+        return request.run(self, given, requester)
+
+    # -- what the table names --
+
+    def send(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """A message to be sent."""
+        envelope: Envelope = given["envelope"]
+        if fault := self._objection(given, requester) or self._send(envelope):
+            return {"error": fault}
+        self._senders[envelope.id] = requester
+        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
+        connected = self._connection()["connected"]
+        self._after_commit(lambda: requester.send({"queued": True, "connected": connected}))
+        return None
+
+    def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """A message that the command is about to publish by itself."""
+        envelope: Envelope = given["envelope"]
+        if fault := self._objection(given, requester):
+            return {"error": fault}
+        self._journal.sent(envelope, time.time())
+        self._after_commit(lambda: requester.send({"ok": True}))
+        return None
+
+    def read(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """An answer that the command has read by itself: it is no news when it comes here too."""
+        answer: Envelope = given["envelope"]
+        if requester not in self._listeners.get(answer.corr or "", ()):
+            return {"error": f"{answer.id}: this command does not wait for it"}
+        self._journal.record(Event.RECEIVED, answer, time.time(), AWAITED)
+        self._journal.resolve_request(answer.corr)
+        self._after_commit(lambda: requester.send({"ok": True}))
+        return None
+
+    def follow(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Show what there is, and from now on whatever is new."""
+        answer = log_page(self._journal, given)
+        last = answer["rows"][-1]["n"] if answer["rows"] else given["after"]
+        self._followers[requester] = (given["filters"], last)
+        requester.on_close.append(lambda: self._followers.pop(requester, None))
+        self._after_commit(do_nothing)
+        return answer
+
+    def states(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {**self._connection(), "states": self._members.documents("state")}
+
+    def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {**self._connection(), "rosters": self._members.documents("roster")}
+
+    def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {"node": self._node, "version": __version__}
+
+    def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
+        """Why this node does not send it; else who waits for its answers gets them from now on."""
+        envelope: Envelope = given["envelope"]
+        if envelope.sender != self._node:
+            return f"this is the daemon of {self._node}, not of {envelope.sender}"
+        if given["wait"]:
+            self._listen(envelope.exchange, requester)
+        return ""
+
+    def _listen(self, exchange: str, requester: Requester) -> None:
+        self._listeners.setdefault(exchange, []).append(requester)
+        requester.on_close.append(lambda: self._stop_listening(exchange, requester))
+
+    def _stop_listening(self, exchange: str, requester: Requester) -> None:
+        listeners = self._listeners[exchange]
+        listeners.remove(requester)
+        if not listeners:
+            del self._listeners[exchange]
+
+    # -- what the node reports --
+
+    def published(self, id: str, code: int, words: str) -> None:
+        """The broker has a message, or refused it; whoever sent it may still be there."""
+        requester = self._senders.pop(id, None)
+        if requester:
+            requester.send({"published": code, "words": words})
+
+    def heard(self, answer: Envelope) -> None:
+        """An answer has come, and is in the journal."""
+        for requester in [*self._listeners.get(answer.corr or "", ())]:
+            requester.send({"answer": answer.document()})
+
+    def waits(self, exchange: str | None) -> bool:
+        """Does somebody wait for the answers of this exchange?"""
+        return exchange in self._listeners
+
+    def show_news(self) -> None:
+        """Something was committed: whoever follows the log wants to see it."""
+        for requester, (filters, last) in [*self._followers.items()]:
+            if requester.busy:
+                continue  # it does not read; what it has not seen stays in the journal
+            newest = self._journal.newest
+            rows = self._journal.rows(filters, last) if newest > last else []
+            self._followers[requester] = (filters, rows[-1]["n"] if rows else newest)
+            if rows:
+                requester.send({"rows": rows})
+                self._after_commit(do_nothing)  # look again: there may be more than one page
+
+
+def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return journal.message(given["id"]) or {"error": "not known here"}
+
+
+def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rows": journal.exchange(given["id"], given["after"])}
+
+
+def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rows": journal.rows(given["filters"], given["after"], given["last"])}
+
+
+def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return pending_document(journal)
+
+
+NO_SUCH_REQUEST = "no such request"
+ID_FIELD = RequestField(identifier, "the id of a message", required=True)
+ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
+WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
+AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
+LOG_FIELDS = {
+    "filters": RequestField(log_filters, "only rows with this in them", {}),
+    "after": AFTER_FIELD,
+    "last": RequestField(row_number, "the last so many; 0 is all of them, page by page", 0),
+}
+REQUESTS = {
+    "send": Request(
+        Requests.send,
+        "send a message, and hear what the broker says of it",
+        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
+    ),
+    "sent": Request(
+        Requests.sent,
+        "take note of a message that a command publishes by itself",
+        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
+    ),
+    "read": Request(
+        Requests.read,
+        "take note of an answer that a command has read by itself",
+        {"envelope": ENVELOPE_FIELD},
+    ),
+    "states": Request(Requests.states, "how every node and agent is"),
+    "roster": Request(Requests.roster, "what every node can do"),
+    "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
+    "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
+    "log": Request(log_page, "what this node received, sent and did", LOG_FIELDS, looks_back=True),
+    "message": Request(message_row, "one message", {"id": ID_FIELD}, looks_back=True),
+    "exchange": Request(
+        exchange_page,
+        "all messages of the exchange that a message belongs to",
+        {"id": ID_FIELD, "after": AFTER_FIELD},
+        looks_back=True,
+    ),
+    "pending": Request(pending_page, "what is not answered, done or delivered", looks_back=True),
+}
+
+
+# ---- Node: what comes in, what goes out, the end of a turn -------------------------------
+#
+# Decides nothing about a message by itself: asks decide(), then performs it.  What came in one
+# turn of the loop is committed at its end; only then is it acknowledged, answered or published.
+# Knows no handler, no agent, no broker: for a daemon Work and Members stand beside it.
+
+MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, too large, no disk
+
+
+def hive_of(config: Config) -> str:
+    """Which hive a configuration means: where its broker is, and its prefix."""
+    return f"{config.mqtt.address if config.mqtt.named else 'ours'} {config.topics.prefix}"
+
+
+class Worker:
+    """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
+
+    def __init__(self) -> None:
+        self.agents: tuple[str, ...] = ()
+        self.handlers: Mapping[str, Path] = {}
+
+    def look_again(self) -> None:
+        """An action is not known: a handler for it may have been put there just now."""
+
+    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
+        """Run the handler of a message's action; `row` is the message's in the journal."""
+
+    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
+        """Say a message to agents."""
+
+
+class Node:
+    """The messages of one name: a daemon's, or those of one command."""
+
+    def __init__(self, config: Config, loop: Loop, log: Log, journal: Journal) -> None:
+        self.config, self.loop, self.log, self.journal = config, loop, log, journal
+        self.name, self.topics = config.node.id, config.topics
+        self.connected = self.stopping = False
+        self.heard_all = False  # since it is connected: how all others are
+        self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
+        self._seen_broker = 0.0  # when it last was, on the loop's clock
+        self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
+        self.worker = Worker()
+        self.members = Members(config, loop, log, self.send, self.publish, self._probe)
+        self._rate_limit = RateLimit()
+        self.requests = Requests(
+            self.name,
+            journal,
+            self.members,
+            self.commit_soon,
+            self._send_for_command,
+            self._connection,
+        )
+        self._committing = False
+        self._after_commit: list[Callable[[], None]] = []
+        self._overdue: Timer | None = None
+
+    def attach(self, client: Transport) -> None:
+        """From now on messages go out by this client."""
+        self._client = client
+        client.use_outbox(self.journal, self.published)
+
+    def start(self) -> None:
+        """Look after the journal from now on."""
+        self._maintain_journal()
+        self._watch_pending_requests()
+
+    def on_connected(self, mqtt: MqttConfig) -> None:
+        self.connected, self._mqtt, self._fault = True, mqtt, ""
+        self.members.grant_grace(self.loop.clock())
+        self.commit_soon()
+
+    def all_heard(self) -> None:
+        """How all others are has been heard by now."""
+        self.heard_all, self._seen_broker = True, self.loop.clock()
+
+    def on_disconnected(self, mqtt: MqttConfig, reason: str) -> None:
+        if self.connected:
+            self._seen_broker = self.loop.clock()
+        self.connected = self.heard_all = False
+        self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
+        self.members.doubt_losses()
+
+    def _connection(self) -> dict[str, Any]:
+        """How this node's way to the broker is, for its commands.
+
+        A broker that hangs is known by our own state, which does not come back.
+        """
+        own, fault = self.config.heartbeat, self._fault
+        silence = self.loop.clock() - self._seen_broker
+        hangs = self.heard_all and is_overdue(silence, own.interval, own.miss_threshold + 1)
+        if hangs:
+            fault = str(broker_fault(self._mqtt, f"no answer for {silence:.0f} s"))
+        return {
+            "hive": hive_of(self.config),
+            "broker": self._mqtt.address,
+            "connected": self.connected and not hangs,
+            "complete": self.heard_all,
+            "fault": fault,
+            "age": silence if fault else 0.0,  # of what is known
+        }
+
+    def publish(self, message: OutgoingMessage) -> None:
+        """Send what need not be in the journal."""
+        self._client.publish(message)
+
+    def _probe(self, done: Callable[[bool], None]) -> None:
+        self._client.probe(done)
+
+    # -- the end of a turn --
+
+    def commit_soon(self, then: Callable[[], None] | None = None) -> None:
+        """Commit at the end of this turn of the loop, and call back when that is done."""
+        if then:
+            self._after_commit.append(then)
+        if not self._committing:
+            self._committing = True
+            self.loop.after(0, self.commit)
+
+    def commit(self) -> None:
+        """Make it last; then tell the broker and others that it is safe with us."""
+        self._committing = False
+        self.journal.commit()
+        calls, self._after_commit = self._after_commit, []
+        for call in calls:
+            call()
+        self._client.send_queued()
+        self.requests.show_news()
+
+    def _maintain_journal(self) -> None:
+        """Now and then, in small steps."""
+        self.journal.return_to_disk()
+        more = self.journal.prune(time.time())
+        self.commit_soon()
+        self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._maintain_journal)
+
+    # -- what comes in --
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        if self.stopping:
+            return  # not acknowledged: it comes again when this node does
+        meta = self.topics.meta_of(delivery.topic)
+        if meta:
+            name, document = meta
+            if document in ("state", "roster"):
+                self.members.hear_document(name, document, delivery)
+            if meta == (self.name, "state") and not delivery.retained:
+                self.all_heard()  # our own, which we publish last
+            return
+        self.counts["received"] += 1
+        try:
+            envelope = Envelope.parse(delivery.payload)
+        except EnvelopeError as error:
+            self.counts["invalid"] += 1
+            self._log_limited("not an envelope", topic=delivery.topic, why=error)
+            return self.commit_soon(delivery.ack)
+        what, row = self._receive(envelope, delivery)
+        if what is SIGN_OF_LIFE:
+            delivery.ack()  # there is nothing to commit, and no turn is cheaper than none
+        else:
+            self.commit_soon(delivery.ack)
+        self._perform(what, envelope, row, self._time_left(envelope, delivery))
+
+    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
+        """Decide what to do with it; its row in the journal, if it has one now."""
+        reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
+        if not reason and delivery.expires_in is None and envelope.stale(time.time()):
+            reason = "its time to live is over"
+        if envelope.action and envelope.action not in self.worker.handlers and not reason:
+            self.worker.look_again()
+        what = Decision(Do.DROP, reason) if reason else decide(envelope, self.context())
+        row = 0
+        if what.do not in (Do.HEAR, Do.DROP):
+            note, content = "" if what.do is Do.WAKE else what.reason, delivery.payload.decode()
+            row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
+            what = what if row else SEEN_BEFORE
+        self._log_message(envelope, what)
+        if row:
+            self._take_note(envelope)
+        return what, row
+
+    def _take_note(self, envelope: Envelope) -> None:
+        """What a new message means to those who wait, whatever is done with it."""
+        if envelope.ch == "alert" and envelope.to == EVERYONE:
+            self.members.mark_announced(envelope.exchange)
+        if CHANNELS[envelope.ch].wake is Wake.UNLESS_AWAITED and envelope.corr:
+            self.journal.resolve_request(envelope.corr)
+            self.commit_soon(lambda: self.requests.heard(envelope))
+
+    def context(self) -> RoutingContext:
+        return RoutingContext(
+            node=self.name,
+            agents=self.worker.agents,
+            handlers=self.worker.handlers,
+            expects=self.requests.waits,
+        )
+
+    def _log_message(self, envelope: Envelope, what: Decision) -> None:
+        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
+        facts |= {"to": envelope.to, "action": envelope.action}
+        match what.do:
+            case Do.DROP:
+                self.counts["dropped"] += 1
+                say = self.log.debug if what == SEEN_BEFORE else self._log_limited
+                say("dropped", **facts, why=what.reason)
+            case Do.HEAR:
+                self.log.debug("received", **facts)
+            case _:
+                idle = what.do is Do.NOTE and not envelope.urgent  # the journal has it
+                say = self.log.debug if idle else self.log.info
+                note = what.reason if what.do in (Do.NOTE, Do.REFUSE) else None
+                say("received", **facts, note=note)
+                self.log.debug("text", id=envelope.id, text=envelope.text)
+
+    def _log_limited(self, event: str, **facts: object) -> None:
+        """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
+        kind = f"{event}: {facts['why']}" if event == "dropped" else event
+        say = (
+            self.log.warning if self._rate_limit.allow(kind, self.loop.clock()) else self.log.debug
+        )
+        say(event, **facts)
+
+    def _perform(self, what: Decision, envelope: Envelope, row: int, left: float | None) -> None:
+        """Do it, within the seconds that are left."""
+        until = None if left is None else time.time() + left
+        match what.do:
+            case Do.RUN | Do.WAKE if self.journal.full:
+                self.refuse(envelope, "busy: the journal is full of what is not done yet")
+            case Do.RUN:
+                self.worker.run(envelope, row, until)
+            case Do.WAKE:
+                self.worker.wake(envelope, row, what, until)
+            case Do.HEAR:
+                self.members.hear(envelope)
+            case Do.REFUSE:
+                self.refuse(envelope, what.reason)
+            case Do.NOTE | Do.DROP:
+                pass
+            case _:
+                assert_never(what.do)
+
+    def _time_left(self, envelope: Envelope, delivery: IncomingMessage) -> float | None:
+        """Seconds until a message is stale; the broker's word counts more than the peer's clock."""
+        if not envelope.ttl:
+            return None
+        if delivery.expires_in is not None:
+            return max(1.0, delivery.expires_in)
+        return max(1.0, envelope.ts + envelope.ttl - time.time())
+
+    def tell_own_agents(self, envelope: Envelope, note: str) -> None:
+        """Something that this node itself has to say."""
+        row = self.journal.record(Event.RECEIVED, envelope, time.time(), note)
+        agents = self.context().addressed(self.name)
+        if row and agents:
+            self._perform(Decision(Do.WAKE, note, agents, now=True), envelope, row, None)
+        self.commit_soon()
+
+    # -- what goes out --
+
+    def send(self, envelope: Envelope) -> None:
+        """Publish an envelope, now or when the broker is back."""
+        fault = self._post(envelope)
+        if fault:
+            self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
+
+    def refuse(self, envelope: Envelope, reason: str) -> None:
+        """Tell the sender that it was not done, if its message may cause an answer at all."""
+        if CHANNELS[envelope.ch].handler:
+            what = envelope.action or "message"
+            text = f"{self.name}: {what} refused: {reason}"
+            self.send(envelope.reply(self.name, text, ch="alert"))
+
+    def keep_result(self, envelope: Envelope, result: Mapping[str, object]) -> None:
+        """Publish what a handler gave, for whoever comes later."""
+        if self.journal.outbox_full:
+            self.log.error("result not published", id=envelope.id, why="too much waits already")
+        else:
+            topic = self.topics.meta(self.name, str(result["action"]))
+            self.journal.enqueue(topic, encode_json(result), retain=True)
+
+    def _send_for_command(self, envelope: Envelope) -> str:
+        """Send for somebody at the command line, who may expect an answer; why not, if so."""
+        if self.stopping:
+            return "the daemon is stopping"
+        if self.journal.outbox_full:
+            return f"{self.journal.outbox_size} messages wait for the broker already"
+        fault = self._post(envelope, ask=CHANNELS[envelope.ch].handler)
+        if envelope.ttl:
+            self._watch_pending_requests()
+        return fault
+
+    def _post(self, envelope: Envelope, ask: bool = False) -> str:
+        """Into the journal and the outbox, once; why not, if so."""
+        if self.journal.outbox_full:
+            return "too much waits for the broker"
+        now, payload = time.time(), envelope.encode()
+        row = self.journal.record(Event.SENT, envelope, now, content=payload.decode())
+        if row is None:
+            return f"{envelope.id} was handed in before"
+        until = now + envelope.ttl if envelope.ttl else None
+        self.journal.enqueue(self.topics.of(envelope), payload, message=row, until=until)
+        if ask:
+            self.journal.add_pending_request(envelope, row)
+        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+        self.log.info("sent", **facts, corr=envelope.corr)
+        self.commit_soon()
+        return ""
+
+    def published(self, message: OutgoingMessage, code: int, words: str) -> None:
+        """The broker has it, or never will."""
+        self.commit_soon()
+        if message.id is None:
+            return
+        failed = is_failure(code)
+        if failed or code == NO_SUBSCRIBERS:
+            envelope = Envelope.parse(message.payload)  # as it was encoded here
+            if failed:
+                facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
+                self.log.error("not published", **facts, to=envelope.to, why=words)
+            what = f"not published: {words.lower()}" if failed else "nobody listens there"
+            self.journal.record_result(envelope, time.time(), what)
+            self.journal.resolve_request(envelope.exchange)  # nobody will answer
+        self.requests.published(message.id, code, words)
+
+    # -- what nobody answered --
+
+    def _watch_pending_requests(self) -> None:
+        """Look at the questions again when the next one is overdue, or in a minute."""
+        if self._overdue:
+            self._overdue.cancel()
+            self._overdue = None
+        due = self.journal.next_due()
+        if due is not None and not self.stopping:
+            wait = min(max(due - time.time(), 0.0) + 0.1, 60.0)
+            self._overdue = self.loop.after(wait, self._check_pending_requests)
+
+    def _check_pending_requests(self) -> None:
+        """Whoever asked, and does not wait any more, is told that nobody answered in time."""
+        now = time.time()
+        for request in self.journal.pending_requests(due=now):
+            self.journal.resolve_request(request["id"])
+            if not self.requests.waits(request["id"]):
+                asked = f"{now - request['asked']:.0f} s ago"
+                text = f"no answer from {request['to']} to what was asked {asked}"
+                alert = Envelope.new(self.name, self.name, "alert", text, corr=request["id"])
+                self.log.warning("no answer", id=request["id"], to=request["to"])
+                self.tell_own_agents(alert, "its time to live was over")
+        self.commit_soon()
+        self._watch_pending_requests()
+
+
+# ---- Work: who runs next, what became of it, and what agents say -------------------------
+#
+# Handlers, agents and the schedule of a daemon.  Knows of its node only how to say something;
+# what it owes is in the journal, so that it goes on after a crash.
+
+LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
+MAX_RUNS_WAITING = 1000
+FIRST_RUN = 10.0  # seconds after the start, for what has never run
+
+
+class ScheduledRun:
+    """One handler that runs by itself, when it last did, and how that ended."""
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        self.config = config
+        self.next = 0.0  # Unix seconds
+        self.last = 0.0  # 0: never
+        self.ok: bool | None = None  # how it ended; None: not known
+        self.running = False
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others, over restarts too."""
+        return f"schedule {self.config.action} {self.when} {self.config.text}"
+
+    @property
+    def when(self) -> str:
+        return self.config.at or f"every {self.config.every:g}s"
+
+    def plan(self, now: float, chance: float) -> None:
+        """Work out the next run; `chance` from 0 to 1 is for the jitter."""
+        if self.config.at:
+            due = next_at(self.config.at, self.last or now)
+        elif self.last:
+            due = self.last + (self.config.every or 0)
+        else:
+            due = now + min(FIRST_RUN, self.config.every or 0)
+        self.next = max(due, now) + chance * self.config.jitter
+
+    def due(self, now: float) -> bool:
+        """Is it time?  A clock that was put back must not silence it."""
+        if self.config.every and self.next - now > self.config.every + self.config.jitter:
+            self.next = now
+        return now >= self.next and not self.running
+
+    def begin(self, now: float) -> None:
+        self.running, self.last = True, now
+
+    def end(self, ok: bool) -> str | None:
+        """Take note of how it ended; what the agent should be told, if anything."""
+        before, self.ok, self.running = self.ok, ok, False
+        words = "is failing" if not ok else "is well again" if before is False else "is well"
+        tell = {
+            "always": True,
+            "never": False,
+            "failure": not ok,
+            "change": ok is False if before is None else ok != before,
+        }
+        return words if tell[self.config.notify] else None
+
+    def document(self) -> dict[str, object]:
+        """What the roster says of it."""
+        return {
+            "action": self.config.action,
+            "when": self.when,
+            "notify": self.config.notify,
+            "last": int(self.last) or None,
+            "next": int(self.next),
+            "ok": self.ok,
+        }
+
+
+def next_at(at: str, after: float) -> float:
+    """The first time that a local clock shows `at` after a moment; Unix seconds."""
+    hour, minute = map(int, at.split(":"))
+    day = time.localtime(after)
+    for days in (0, 1, 2):
+        # mktime finds its way over the ends of months and daylight saving time
+        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
+        if (due := time.mktime(moment)) > after:
+            return due
+    raise AssertionError("no day has this time")
+
+
+class HandlerRun(Value):
+    """A message that waits for its handler."""
+
+    envelope: Envelope
+    action: str
+    until: float = float("inf")  # monotonic; then it is stale
+    task: int = 0  # its number in the journal, if somebody else waits for it
+    scheduled: ScheduledRun | None = None  # who asked, if nobody did from outside
+
+
+class HandlerQueue:
+    """Who runs next: in order, so many at once in all, and so many of each action."""
+
+    def __init__(self, workers: int, workers_of: Callable[[str], int]) -> None:
+        self._workers, self._workers_of = workers, workers_of
+        self._waiting: deque[HandlerRun] = deque()
+        self._running: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, run: HandlerRun) -> bool:
+        """Wait in line; False if the line is too long."""
+        if len(self._waiting) >= MAX_RUNS_WAITING:
+            return False
+        self._waiting.append(run)
+        return True
+
+    def take(self) -> HandlerRun | None:
+        """The next one that may run now; give its action back with done()."""
+        if self.running >= self._workers:
+            return None
+        for i, run in enumerate(self._waiting):
+            running = self._running.get(run.action, 0)
+            if running < self._workers_of(run.action):
+                del self._waiting[i]
+                self._running[run.action] = running + 1
+                return run
+        return None
+
+    @property
+    def running(self) -> int:
+        """How many run now."""
+        return sum(self._running.values())
+
+    def done(self, action: str) -> None:
+        self._running[action] -= 1
+        if not self._running[action]:
+            del self._running[action]
+
+    def clear(self) -> list[HandlerRun]:
+        """Send them all home; who they were."""
+        left, self._waiting = [*self._waiting], deque()
+        return left
+
+
+class Work(Worker):
+    """What one machine can do: its handlers, its agents, its schedule."""
+
+    def __init__(self, node: Node, changed: Callable[[], None]) -> None:
+        """Calls `changed` when its roster has to say something else."""
+        super().__init__()
+        self._node, self._changed = node, changed
+        self._config, self._loop, self._log = node.config, node.loop, node.log
+        self._journal = node.journal
+        self._children = ChildProcesses(node.loop)
+        self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
+        self._handler_set = HandlerSet()
+        self._looked = float("-inf")
+        self._agents = {
+            name: Agent(node.loop, self._children, one, self)
+            for name, one in node.config.agents.items()
+        }
+        self.agents = tuple(self._agents)
+        self._schedule = [ScheduledRun(one) for one in node.config.schedule]
+
+    def start(self) -> None:
+        """Begin, with what was not finished when the daemon ended."""
+        self.look_for_handlers()
+        for agent in self._agents.values():
+            agent.probe()
+        self.take_up()
+        self._start_schedule()
+
+    def stop(self) -> list[Envelope]:
+        """Begin nothing any more; which messages wait.  What runs may end."""
+        waiting = [run.envelope for run in self._queue.clear() if run.task]
+        for agent in self._agents.values():
+            waiting += [event.envelope for event in agent.stop()]
+        return waiting
+
+    def end_handlers(self) -> None:
+        """No handler has any more time."""
+        self._children.stop()
+
+    def kill(self) -> None:
+        """Leave nothing running behind."""
+        self._children.kill()
+
+    @property
+    def running(self) -> int:
+        """How many handlers run."""
+        return self._queue.running
+
+    @property
+    def busy(self) -> bool:
+        """Does anything run, or is an agent being called?"""
+        return bool(self.running) or any(agent.calling for agent in self._agents.values())
+
+    def status(self) -> OwnStatus:
+        """What there is to tell of it."""
+        health = {
+            name: {"status": agent.health.value, "reason": agent.reason}
+            for name, agent in self._agents.items()
+        }
+        down = [
+            f"agent {name}: {agent.reason}"
+            for name, agent in self._agents.items()
+            if agent.health is Health.DOWN
+        ]
+        trouble = "; ".join(down + ([] if self._journal.on_disk else ["no journal on disk"]))
+        schedule = [one.document() for one in self._schedule]
+        return OwnStatus(health, [*self.handlers], schedule, trouble)
+
+    def take_up(self) -> None:
+        """Go on with what was not finished when the daemon ended."""
+        tasks = self._journal.tasks()
+        if tasks:
+            self._log.info("taking up what was not finished", tasks=len(tasks))
+        for task in tasks:
+            if task.agent:
+                self._tell_again(task)
+            else:
+                self._run_again(task)
+
+    def _tell_again(self, task: Task) -> None:
+        note = UNCERTAIN_NOTE if task.began else task.note
+        if task.agent in self._agents:
+            self._wake(task, note)
+        else:
+            self._journal.remove_task(task.n)
+            reason = f"{self._node.name} has no agent {task.agent} any more"
+            self._node.refuse(task.envelope, reason)
+
+    def _run_again(self, task: Task) -> None:
+        """Run it, unless it may have run: that is for whoever sent it to decide."""
+        envelope = task.envelope
+        run = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
+        if task.began and not self._handler_config(run.action).retry:
+            fault = "the daemon ended meanwhile"
+            self._finish(run, ProcessResult(exit=None, cancelled=True, fault=fault))
+        else:
+            self._enqueue(run)
+
+    def _deadline(self, until: float | None) -> float:
+        """Unix seconds as seconds of the loop's clock."""
+        return float("inf") if until is None else self._loop.clock() + until - time.time()
+
+    # -- handlers --
+
+    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
+        task = self._journal.add_task(row, until=until)
+        self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
+
+    def _handler_config(self, action: str) -> HandlerConfig:
+        return self._config.handlers.get(action, HandlerConfig())
+
+    def _workers_of(self, action: str) -> int:
+        return self._handler_config(action).workers
+
+    def _enqueue(self, run: HandlerRun) -> None:
+        if self._queue.put(run):
+            self._run_handlers()
+        else:
+            self._journal.remove_task(run.task)
+            self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
+
+    def _run_handlers(self) -> None:
+        while run := self._queue.take():
+            self._start_handler(run)
+
+    def _start_handler(self, run: HandlerRun) -> None:
+        file = self.handlers.get(run.action, self._config.handler_dir / run.action)
+        done = partial(self._ran, run)
+        objection = objection_to(file)  # it may have changed since it was found
+        if run.until < self._loop.clock():
+            objection = "its time to live was over before its turn came"
+        if objection:
+            self._loop.after(0, partial(done, ProcessResult(exit=None, fault=objection)))
+            return
+        agents = self._node.context().addressed(run.envelope.to)
+        agent = self._config.agents[agents[0]] if agents else None
+        self._log.info("handler started", action=run.action, id=run.envelope.id)
+        if run.task:
+            self._journal.start_tasks([run.task])
+        self._children.start(handler_spec(self._config, file, run.envelope, agent), done)
+
+    def _ran(self, run: HandlerRun, result: ProcessResult) -> None:
+        self._queue.done(run.action)
+        self._node.counts["runs"] += 1
+        self._node.counts["failures"] += not result.ok
+        if result.cancelled and run.task and self._handler_config(run.action).retry:
+            self._journal.reset_tasks([run.task])  # it runs again at the next start
+        else:
+            self._finish(run, result)
+        if not self._node.stopping:
+            self._run_handlers()
+
+    def _finish(self, run: HandlerRun, result: ProcessResult) -> None:
+        """Tell everyone whom it concerns how a handler ended."""
+        envelope = run.envelope
+        document = result_document(envelope, self._node.name, result, time.time())
+        status, took, error = document["status"], document["duration_ms"], document["error"]
+        say = self._log.info if result.ok else self._log.warning
+        facts: dict[str, object] = {"action": run.action, "id": envelope.id, "status": status}
+        say("handler ended", **facts, exit=result.exit, ms=took, why=error or None)
+        words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
+        self._journal.record_result(envelope, time.time(), words)
+        self._node.keep_result(envelope, document)
+        if run.scheduled:
+            self._scheduled_run_ended(run.scheduled, envelope, result)
+        else:
+            self._node.send(answer_to(envelope, self._node.name, result))
+        if run.task:
+            self._journal.remove_task(run.task)
+        self._node.commit_soon()
+
+    def look_again(self) -> None:
+        now = self._loop.clock()
+        if now - self._looked >= LOOK_GAP:
+            self._looked = now
+            if self.look_for_handlers():
+                self._changed()
+
+    def look_for_handlers(self) -> bool:
+        """Read the handler directory again; is anything different?"""
+        before, self._handler_set = self._handler_set, scan_handlers(self._config.handler_dir)
+        self.handlers = self._handler_set.handlers
+        if before.handlers.keys() != self.handlers.keys():
+            actions = ",".join(self.handlers)
+            self._log.info("handlers", dir=self._config.handler_dir, actions=actions)
+        for file, reason in self._handler_set.refused.items():
+            if before.refused.get(file) != reason:
+                self._log.warning("not a handler", file=file, why=reason)
+        return before != self._handler_set
+
+    # -- schedule --
+
+    def _start_schedule(self) -> None:
+        import random
+
+        now = time.time()
+        for one in self._schedule:
+            known = self._journal.get(one.key)
+            last, ok = known.get("last"), known.get("ok")
+            one.last = last if isinstance(last, float) and last < now else 0.0
+            one.ok = ok if isinstance(ok, bool) else None
+            one.plan(now, random.random())
+        if self._schedule:
+            self._run_due()
+
+    def _run_due(self) -> None:
+        """Run what is due; look again at the next one's time, or in a minute: clocks are put."""
+        now = time.time()
+        for one in self._schedule:
+            if one.due(now) and not self._node.stopping:
+                self._run_scheduled(one, now)
+        nearest = min(one.next for one in self._schedule)
+        self._loop.after(min(max(nearest - now, 0.1), 60.0), self._run_due)
+
+    def _run_scheduled(self, one: ScheduledRun, now: float) -> None:
+        import random
+
+        name, action = self._node.name, one.config.action
+        envelope = Envelope.new(name, name, "command", one.config.text, action=action)
+        if not self._queue.put(HandlerRun(envelope, action, scheduled=one)):
+            self._log.warning("not run", action=action, why="too many handlers wait")
+            return
+        one.begin(now)
+        one.plan(now, random.random())
+        self._run_handlers()
+
+    def _scheduled_run_ended(
+        self, one: ScheduledRun, envelope: Envelope, result: ProcessResult
+    ) -> None:
+        """Write down how it ended; wake the agent if that is news."""
+        if result.cancelled:
+            return
+        words = one.end(result.ok)
+        self._journal.put(one.key, {"last": one.last, "ok": one.ok})
+        self._changed()
+        if words and not self._node.stopping:
+            said = printed(result) if result.ok else failure(result)
+            text = cut(f"{one.config.action} {words}: {said}", MAX_ERROR)
+            ch = "status" if result.ok else "alert"
+            self._node.tell_own_agents(envelope.reply(self._node.name, text, ch=ch), "scheduled")
+
+    # -- agents --
+
+    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
+        for agent in what.agents:
+            n = self._journal.add_task(row, agent, until, what.now, what.reason)
+            task = Task(n, envelope, agent, until, what.now, what.reason, began=False)
+            self._wake(task, what.reason)
+
+    def _wake(self, task: Task, note: str) -> None:
+        """Let an agent know, with the question of ours that it answers."""
+        envelope = task.envelope
+        entry = self._journal.message(envelope.exchange) if envelope.corr else None
+        asked = entry["envelope"] if entry else None
+        question = asked["text"][:MAX_QUESTION] if asked else ""
+        latest = self._loop.clock() + self._config.node.agent_patience
+        deadline = min(self._deadline(task.until), latest)
+        event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
+        self._agents[task.agent].wake(event)
+
+    def agent_begins(self, group: Sequence[PendingEvent]) -> None:
+        """It is being told: if we crash now, nobody knows whether it was."""
+        self._journal.start_tasks(event.task for event in group if event.task)
+
+    def agent_failed(self, group: Sequence[PendingEvent]) -> None:
+        """It will be told again: now, or at the next start if there is a disk."""
+        self._journal.reset_tasks(one.task for one in group if one.task and not one.uncertain)
+        if self._node.stopping and not self._journal.on_disk:
+            for event in group:
+                self._node.refuse(event.envelope, "the node is stopping")
+        self._node.commit_soon()
+
+    def agent_woken(self, agent: str, event: PendingEvent, reply: str | None) -> None:
+        """It was; its reply, where the method has one, is the answer."""
+        self._journal.record_result(event.envelope, time.time(), f"told {agent}")
+        if event.task:
+            self._journal.remove_task(event.task)
+        if reply is not None and CHANNELS[event.envelope.ch].handler:
+            self._node.send(event.envelope.reply(self._node.name, reply))
+        self._node.commit_soon()
+
+    def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
+        self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
+        if event.task:
+            self._journal.remove_task(event.task)
+        self._node.refuse(event.envelope, f"agent {agent} was not told: {reason}")
+        self._node.commit_soon()
+
+
+# ---- Daemon: comes and goes --------------------------------------------------------------
+#
+# Wires the above for as long as the machine runs: finds the broker and makes sure of the name,
+# shows that it is alive, opens the door for commands, ends in order.
+
+STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
+DISCONNECT_TIMEOUT = 2.0  # seconds for the last messages
+
+
+class Daemon:
+    """One machine's node."""
+
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        log: Log,
+        journal: Journal,
+        instance: str,
+        predecessor: str,
+        make_client: Callable[[Config, OutgoingMessage], Transport],
+    ) -> None:
+        """`instance` tells this run of the daemon from all others."""
+        self.config, self.loop, self.log = config, loop, log
+        self._instances = (instance, predecessor)
+        self.node = node = Node(config, loop, log, journal)
+        self.work = node.worker = Work(node, lambda: self._presence.publish_roster())
+        self._presence = node.members.presence = Presence(
+            config,
+            loop,
+            instance,
+            node.publish,
+            self.work.status,
+            node.members.alive,
+            node.counts,
+        )
+        self._service = ServiceManager(loop, os.environ)
+        self._broker_host, self._mqtt = BrokerHost(config, loop, log), config.mqtt
+        self._control: ControlServer | None = None
+        self._outage = False
+        self._client = make_client(config, self._presence.will())
+        node.attach(self._client)
+
+    def start(self) -> None:
+        """Begin; the loop does the rest."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.on_signal(number, self.stop)
+        self.loop.on_signal(signal.SIGHUP, self._reread)
+        self._open_control_socket()
+        self.work.start()
+        self._client.open(self)
+        self._heartbeat()
+        self.node.start()
+        self._service.notify("READY=1", "STATUS=looking for the broker")
+
+    def _open_control_socket(self) -> None:
+        file = control_socket_path(self.config)
+        try:
+            self._control = ControlServer(self.loop, file, self.node.requests.handle)
+        except OSError as error:
+            self.log.error("no door for the command line", file=file, why=reason_of(error))
+
+    def _reread(self) -> None:
+        """Look into the handler directory again, because somebody asked."""
+        self._service.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.work.look_for_handlers()
+        self._presence.publish_roster()
+        self._service.notify("READY=1")
+
+    def _heartbeat(self) -> None:
+        """Every interval: see what has changed here, show that we are alive, see who is not."""
+        self.loop.after(self.config.heartbeat.interval, self._heartbeat)
+        if self.node.stopping:
+            return
+        if self.work.look_for_handlers():
+            self._presence.publish_roster()
+        if self.node.connected:
+            self._presence.beat()
+            self.node.members.check(self.loop.clock())
+
+    # -- the broker --
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        heartbeat = self._presence.heartbeat(self.node.name)
+        NameConflictCheck(
+            self.loop,
+            self.config,
+            self._instances,
+            heartbeat,
+            go_on,
+            self.on_disconnected,
+            self._set_broker,
+        )
+
+    def _set_broker(self, client: MqttClient, go_on: Callable[[], None]) -> None:
+        """Find the broker before each connection: the one that was there may be gone for good."""
+
+        def found(mqtt: MqttConfig) -> None:
+            self._mqtt = mqtt
+            client.set_broker(mqtt)
+            self._client.set_broker(mqtt)
+            go_on()
+
+        self._broker_host.find(found)
+
+    def on_connected(self) -> None:
+        self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
+        self._outage = False
+        self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
+        self.node.on_connected(self._mqtt)
+        self._presence.begin()
+
+    def on_disconnected(self, reason: str) -> None:
+        self.node.on_disconnected(self._mqtt, reason)
+        self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
+        say = self.log.debug if self._outage else self.log.error
+        say("no broker, trying again", broker=self._mqtt.address, why=reason)
+        self._outage = True
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        self.node.deliver(delivery)
+
+    # -- the end --
+
+    def stop(self) -> None:
+        """End in order: running handlers get a moment; what waits goes on at the next start."""
+        if self.node.stopping:
+            self.work.end_handlers()
+            return
+        self.node.stopping = True
+        self._service.notify("STOPPING=1", "STATUS=stopping")
+        self.node.members.stop()
+        self.log.info("stopping", handlers=self.work.running)
+        waiting = self.work.stop()
+        if not self.node.journal.on_disk:
+            for envelope in waiting:
+                self.node.refuse(envelope, "the node is stopping")
+        self.loop.after(STOP_GRACE, self.work.end_handlers)
+        self._leave_when_idle()
+
+    def _leave_when_idle(self) -> None:
+        if self.work.busy:
+            self.loop.after(0.05, self._leave_when_idle)
+            return
+        self.node.commit()
+        self._presence.end()
+        self._client.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
+
+    def abandon(self) -> None:
+        """Leave nothing running behind, whatever ended the loop."""
+        self.work.kill()
+        self._broker_host.close()
+        if self._control:
+            self._control.close()
 
 
 # ---- Config: every key once --------------------------------------------------------------
@@ -1249,85 +3600,6 @@ def effective_config(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-# ---- Routing: what should happen, not how ------------------------------------------------
-#
-# Pure: an envelope and the little that a node knows, to a Decision.  The channel's row decides.
-
-
-class Do(Enum):
-    """What becomes of a message."""
-
-    RUN = "run the handler of its action, and answer"
-    WAKE = "say it to agents of this node"
-    HEAR = "take it as a sign of life"
-    REFUSE = "tell the sender that nothing here can do it"
-    NOTE = "only log it"
-    DROP = "it should not have come"
-
-
-class Decision(Value):
-    """What to do with a message, and what belongs to that."""
-
-    do: Do
-    reason: str = ""  # why; what an agent is told besides
-    agents: tuple[str, ...] = ()  # to be woken
-    now: bool = False  # at once, or with the agent's next heartbeat
-
-
-AWAITED = "somebody waits for it"
-SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
-SIGN_OF_LIFE = Decision(Do.HEAR)
-
-
-class RoutingContext(Value):
-    """What a node knows when a message comes in."""
-
-    node: str
-    agents: Sequence[str] = ()  # the first one speaks for the node
-    handlers: Container[str] = ()
-    expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
-
-    def addressed(self, to: str) -> tuple[str, ...]:
-        """The agents that a message to this name is for."""
-        if to == EVERYONE:
-            return tuple(self.agents)
-        return (to,) if to in self.agents else tuple(self.agents[:1])
-
-
-def misplaced(envelope: Envelope, topic: str, topics: Topics, retained: bool) -> str | None:
-    """Why an envelope must not be acted upon, whatever it says."""
-    if topic != topics.of(envelope):
-        return "its topic disagrees with to and ch"
-    if retained:
-        return "it was retained, and would be acted upon again at each start"
-    return None
-
-
-def decide(envelope: Envelope, here: RoutingContext) -> Decision:
-    """What a node does with an envelope that is in its place, fresh and new."""
-    channel = CHANNELS[envelope.ch]
-    if envelope.to not in (here.node, EVERYONE, *here.agents):
-        return Decision(Do.DROP, "it is for another node")
-    if channel.wake is Wake.NEVER:
-        return SIGN_OF_LIFE
-    if channel.handler and envelope.action and envelope.action in here.handlers:
-        return Decision(Do.RUN)
-    if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
-        return Decision(Do.NOTE, AWAITED)
-    asked = channel.handler and envelope.action is not None
-    if channel.wake is Wake.IF_URGENT and not envelope.urgent:
-        return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
-    if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
-        return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
-    missing = f"no handler for action {envelope.action}" if asked else ""
-    agents = here.addressed(envelope.to)
-    if agents:
-        return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
-    if asked:
-        return Decision(Do.REFUSE, f"{missing}, and no agent to ask about it")
-    return Decision(Do.NOTE, "there is no agent to tell")
-
-
 # ---- Log: a line for each event ----------------------------------------------------------
 #
 # key=value text, or one JSON object a line.  What a peer said is quoted and in ASCII, so that
@@ -1397,397 +3669,6 @@ class RateLimit:
             self._since, self._counts = now, {}
         self._counts[kind] = self._counts.get(kind, 0) + 1
         return self._counts[kind] <= RATE_LIMIT_BURST
-
-
-# ---- Loop: one selector, one wait --------------------------------------------------------
-#
-# Files, timers, signals, and calls from other threads.  Sleeps until the nearest of them, and
-# tells systemd that it still runs: when it stalls, that ends.  Knows no message.  The only place
-# that catches any exception.
-
-
-class Timer:
-    """Something that is due; cancel() if it no longer is."""
-
-    __slots__ = ("call", "due", "order")
-
-    def __init__(self, due: float, order: int, call: Callable[[], None] | None) -> None:
-        self.due, self.order, self.call = due, order, call
-
-    def cancel(self) -> None:
-        self.call = None
-
-    def __lt__(self, other: Timer) -> bool:
-        return (self.due, self.order) < (other.due, other.order)
-
-
-def nonblocking_pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets that never block."""
-    pair = socket.socketpair()
-    for end in pair:
-        end.setblocking(False)
-    return pair
-
-
-class Loop:
-    """Calls what is ready or due, until it is stopped."""
-
-    def __init__(self, log: Log, clock: Callable[[], float] = time.monotonic) -> None:
-        self.log = log
-        self.clock = clock
-        self._selector = selectors.DefaultSelector()
-        self._timers: list[Timer] = []
-        self._order = itertools.count()
-        self._posted: deque[Callable[[], None]] = deque()
-        self._signals: dict[int, Callable[[], None]] = {}
-        self._handlers_before: dict[int, Any] = {}
-        self._running = False
-        # Two pairs, so that a crowd of posts leaves room for the byte of a signal.
-        self._wake_reader, self._wake_writer = nonblocking_pair()
-        self._signal_reader, self._signal_writer = nonblocking_pair()
-        self.watch(self._wake_reader, selectors.EVENT_READ, self._on_posts)
-        self.watch(self._signal_reader, selectors.EVENT_READ, self._on_signals)
-
-    def watch(self, file: Any, events: int, call: Callable[[int], None]) -> None:
-        """Call back when a file is ready; replaces what was said of it before."""
-        try:
-            self._selector.modify(file, events, call)
-        except KeyError:
-            self._selector.register(file, events, call)
-
-    def forget(self, file: Any) -> None:
-        """Stop watching a file; do so before it is closed."""
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(file)
-
-    def after(self, delay: float, call: Callable[[], None]) -> Timer:
-        """Call back in `delay` seconds; 0 is at the end of this step."""
-        import heapq
-
-        timer = Timer(self.clock() + delay, next(self._order), call)
-        heapq.heappush(self._timers, timer)
-        return timer
-
-    def post(self, call: Callable[[], None]) -> None:
-        """Call back soon; the one method for other threads."""
-        self._posted.append(call)
-        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody cares
-            self._wake_writer.send(b"\0")
-
-    def on_signal(self, number: int, call: Callable[[], None]) -> None:
-        """Call back from the loop, never in the middle of something, when a signal comes."""
-        if not self._signals:
-            signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
-        before = signal.signal(number, lambda *_: None)
-        self._handlers_before.setdefault(number, before)
-        self._signals[number] = call
-
-    def run(self) -> None:
-        """One step after the other, until stop() is called."""
-        self._running = True
-        while self._running:
-            self.step()
-
-    def stop(self) -> None:
-        self._running = False
-
-    def step(self) -> None:
-        """Wait until something is ready or due, then call it."""
-        import heapq
-
-        while self._timers and self._timers[0].call is None:
-            heapq.heappop(self._timers)
-        wait = max(0.0, self._timers[0].due - self.clock()) if self._timers else None
-        for ready, events in self._selector.select(wait):
-            if self._selector.get_map().get(ready.fd) is ready:  # not closed by an earlier call
-                self._guard(ready.data, events)
-        now = self.clock()
-        while self._timers and self._timers[0].due <= now:
-            timer = heapq.heappop(self._timers)
-            if timer.call:
-                self._guard(timer.call)
-
-    def close(self) -> None:
-        """Give back files and signals."""
-        if self._signals:
-            signal.set_wakeup_fd(-1)
-        for number, before in self._handlers_before.items():
-            signal.signal(number, before)
-        self._selector.close()
-        for end in (self._wake_reader, self._wake_writer, self._signal_reader, self._signal_writer):
-            end.close()
-
-    def _on_signals(self, events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            for number in sorted(set(self._signal_reader.recv(4096))):
-                if number in self._signals:
-                    self._guard(self._signals[number])
-
-    def _on_posts(self, events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_reader.recv(4096)
-        for _ in range(len(self._posted)):
-            self._guard(self._posted.popleft())
-
-    def _guard(self, call: Callable[..., None], *given: object) -> None:
-        """A fault in one callback is logged, and is not the end of the others."""
-        try:
-            call(*given)
-        except HiveError:
-            raise
-        except Exception as error:
-            import traceback
-
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            self.log.error(
-                "bug",
-                what=repr(error),
-                at=f"{Path(where.filename).name}:{where.lineno}",
-                traceback=traceback.format_exc()[-MAX_LOGGED:],
-            )
-
-
-class ServiceManager:
-    """systemd, where it started us: our state, and a sign of life from the loop (sd_notify(3))."""
-
-    def __init__(self, loop: Loop, environment: Mapping[str, str]) -> None:
-        self._loop = loop
-        address = environment.get("NOTIFY_SOCKET", "")
-        self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._watchdog_interval = 0.0
-        if environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
-            with contextlib.suppress(ValueError):
-                self._watchdog_interval = int(environment.get("WATCHDOG_USEC", "0")) / 1e6 / 2
-        if self._watchdog_interval > 0:
-            loop.after(0, self._feed_watchdog)
-
-    def notify(self, *assignments: str) -> None:
-        """Say something like READY=1; without systemd it is said to nobody."""
-        if not self._address:
-            return
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
-            to.setblocking(False)
-            to.sendto("\n".join(assignments).encode(), self._address)
-
-    def _feed_watchdog(self) -> None:
-        self.notify("WATCHDOG=1")
-        self._loop.after(self._watchdog_interval, self._feed_watchdog)
-
-
-# ---- Stream: a connected socket ----------------------------------------------------------
-#
-# Bytes in, bytes out, both bounded.  A Stream knows neither who waits for whom nor what the bytes
-# mean: pause() and resume() are for back-pressure, flush_soon for whoever must save first.
-
-READ_CHUNK = 64 * KIB  # bytes of one stream in a turn
-MAX_COPIED = 4 * KIB  # bytes that are joined to others; what is longer is kept as it is, and shared
-
-
-class ByteCount:
-    """Bytes that several streams hold in memory, together."""
-
-    def __init__(self) -> None:
-        self.size = 0
-
-
-class Stream:
-    """A socket that does not block, and what is to be read from it and written to it.
-
-    on_ready is called when more has come in or gone out, on_close once, when it is gone; neither
-    from within write().  Where flush_soon is given, it is called instead of writing at once:
-    nothing leaves before the flush() that it promises.
-    """
-
-    def __init__(
-        self,
-        loop: Loop,
-        sock: socket.socket,
-        on_ready: Callable[[], None],
-        on_close: Callable[[], None],
-        max_input: int,
-        max_output: int,
-        flush_soon: Callable[[], None] | None = None,
-        total: ByteCount | None = None,
-    ) -> None:
-        self.input = bytearray()  # what came in, until it is consumed
-        self.output_size = 0  # bytes that wait for the socket
-        # When some of the input was last consumed, and the socket last took something; or, where
-        # there was nothing to be consumed or to be written, when there was again.
-        self.read_at = self.written_at = loop.clock()
-        self.is_open = True  # what comes in is still heard, and what is written sent
-        self.closed = False
-        self._loop, self._sock = loop, sock
-        self._on_ready, self._on_close = on_ready, on_close
-        self._max_input, self._max_output = max_input, max_output
-        self._flush_soon, self._total = flush_soon or self.flush, total or ByteCount()
-        self._output = deque[bytes | bytearray | memoryview]()
-        self._full = False  # the socket takes no more for now
-        self._paused = False
-        self._ending: Timer | None = None  # nothing more is heard or written; closed when it is due
-        self._watched = 0
-        sock.setblocking(False)
-        self._watch()
-
-    def pause(self) -> None:
-        """Read nothing more for now."""
-        self._paused = True
-        self._watch()
-
-    def resume(self) -> None:
-        self._paused = False
-        self._watch()
-
-    def consume(self, size: int) -> None:
-        """So many bytes of what came in are done with."""
-        del self.input[:size]
-        self._total.size -= size
-        self.read_at = self._loop.clock()
-
-    def write(self, head: bytes, body: bytes = b"") -> None:
-        """Send this; whoever lets more than the bound pile up is cut off."""
-        size = len(head) + len(body)
-        if not size or not self.is_open:
-            return
-        if not self._output:
-            self.written_at = self._loop.clock()
-        if size >= MAX_COPIED:
-            self._output += filter(None, (head, body))
-        elif self._output and isinstance(self._output[-1], bytearray):
-            self._output[-1] += head + body
-        else:
-            self._output.append(bytearray(head + body))
-        self.output_size += size
-        self._total.size += size
-        self._flush_soon()
-        if self.output_size > self._max_output:
-            self._abort()
-
-    def flush(self) -> None:
-        """Write what the socket takes."""
-        if self.closed:
-            return
-        self._full = False
-        try:
-            while self._output:
-                self._written(self._sock.sendmsg(itertools.islice(self._output, 64)))
-        except (BlockingIOError, InterruptedError):
-            self._full = True
-        except OSError:
-            return self._abort()
-        if self._ending and not self._output:
-            # It may still be sending: to close now would be a reset, and our last words lost.
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_WR)
-        self._watch()
-
-    def end(self, linger: float) -> None:
-        """Hear no more, write what is left, and close when the other side has read it and closed.
-
-        `linger`: seconds that it has for that.
-        """
-        if self.is_open:
-            self.is_open = False
-            self._ending = self._loop.after(linger, self.close)
-            self.consume(len(self.input))
-            self._flush_soon()
-            self._watch()
-
-    def close(self) -> None:
-        """The connection is gone, with all that was not yet written."""
-        if self.closed:
-            return
-        self.closed, self.is_open = True, False
-        if self._ending:
-            self._ending.cancel()
-        self._drop_all()
-        self._loop.forget(self._sock)
-        self._sock.close()
-        self._on_close()
-
-    def _abort(self) -> None:
-        """Close it at the end of this turn: somebody may be in the middle of writing to it."""
-        self.is_open = False
-        if self._ending:
-            self._ending.cancel()
-        self._ending = self._loop.after(0, self.close)
-        self._drop_all()
-        self._watch()
-
-    def _drop_all(self) -> None:
-        self.consume(len(self.input))
-        self._total.size -= self.output_size
-        self.output_size = 0
-        self._output.clear()
-        self._full = False
-
-    def _watch(self) -> None:
-        """Read unless it is paused; what comes after its end is read too, and dropped."""
-        events = selectors.EVENT_WRITE if self._full else 0
-        if self._ending or not self._paused:
-            events |= selectors.EVENT_READ
-        if self.closed or events == self._watched:
-            return
-        self._watched = events
-        if events:
-            self._loop.watch(self._sock, events, self._on_event)
-        else:
-            self._loop.forget(self._sock)
-
-    def _on_event(self, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
-            self._flush_soon()
-        if events & selectors.EVENT_READ and not self.closed:
-            self._read()
-        if self.is_open:
-            self._on_ready()
-
-    def _read(self) -> None:
-        try:
-            data = self._sock.recv(READ_CHUNK)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if not self.input:
-            self.read_at = self._loop.clock()
-        if self._ending is None:
-            self.input += data
-            self._total.size += len(data)
-        if not data or len(self.input) > self._max_input:
-            self.close()
-
-    def _written(self, size: int) -> None:
-        self.written_at = self._loop.clock()
-        self.output_size -= size
-        self._total.size -= size
-        while size:
-            chunk = self._output[0]
-            if len(chunk) > size:
-                self._output[0] = memoryview(chunk)[size:]
-                return
-            size -= len(chunk)
-            self._output.popleft()
-
-
-def unix_listener(file: Path) -> socket.socket:
-    """A socket that only this user can open; the lock's holder may replace an old one.
-
-    Raises OSError, and touches nothing that is no socket.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(file.lstat().st_mode):
-            raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
-        file.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        listener.bind(str(file))
-    except OSError:
-        listener.close()
-        raise
-    finally:
-        os.umask(before)
-    return listener
 
 
 # ---- Process: one child ------------------------------------------------------------------
@@ -3109,641 +4990,557 @@ def is_locked(file: Path) -> bool:
     return False
 
 
-# ---- Journal: what came, what went, what is not finished ---------------------------------
+# ---- Members: who is alive, who has left, who has failed ---------------------------------
 #
-# What this node received, sent and did in the last days: rows that are written once.  Beside
-# them what is not finished: tasks, requests, and the outbox, which alone decides what is sent
-# next.  Times are Unix seconds, which outlive a restart.  One daemon is its only user; it is
-# read with its help.
+# One record a name, of what its heartbeats and its documents told; this node's own heartbeat,
+# state and roster.  A loss is logged by everyone, and announced by one.  Knows no connection:
+# whatever is to be said goes through what it is given for that.
 
-MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
-MAX_OUTBOX = 10_000  # messages that wait for the broker
-MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for weeks
-UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
-MAX_ROWS = 100  # that are read at once
-PRUNE_STEP = 500  # rows that are forgotten at once
-PRUNE_TEXTS = 50  # texts that are
-PRUNE_AFTER = 1000  # rows written, or ...
-PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
-
-JOURNAL_TABLES = (
-    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
-    # event: in, out, did; content: the envelope, NULL where its text is kept no longer
-    "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
-    " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
-    " content TEXT, UNIQUE (id, event))",
-    "CREATE INDEX IF NOT EXISTS exchanges ON log (exchange)",
-    # agent: who is to be told; '' is a handler's run.  began: perhaps done, if we crashed
-    "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
-    " agent TEXT, until REAL, urgent INTEGER, note TEXT, began INTEGER DEFAULT 0)",
-    # payload: NULL where it is the content of the message
-    "CREATE TABLE IF NOT EXISTS outbox (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
-    " topic TEXT, payload BLOB, retain INTEGER, until REAL, acknowledged_at REAL)",
-    "CREATE INDEX IF NOT EXISTS acknowledged ON outbox (acknowledged_at)"
-    " WHERE acknowledged_at IS NOT NULL",
-    "CREATE TABLE IF NOT EXISTS pending_requests"
-    " (exchange TEXT PRIMARY KEY, message INTEGER, due REAL)",
-    # Numbers begin at the microsecond, so that a new file does not use those of a damaged one.
-    *(
-        "INSERT INTO sqlite_sequence (name, seq)"
-        f" SELECT '{table}', CAST(strftime('%s', 'now') AS INTEGER) * 1000000"
-        f" WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = '{table}')"
-        for table in ("log", "tasks", "outbox")
-    ),
-)
+MAX_MEMBERS = 5000  # nodes and agents
+MAX_STATE = 64 * KIB  # bytes of a state or a roster
+LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
+MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
+PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
+MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
+NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
+DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
+MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with the broker
+ALIVE = ("online", "degraded")  # what the state of a node says that runs
+SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
+PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
 
 
-def upgrade_journal(database: sqlite3.Connection) -> None:
-    """Take over a file from before `acknowledged_at`, when two tables had other names."""
-    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-    for old, new in (("notes", "settings"), ("questions", "pending_requests")):
-        if old in tables and new not in tables:
-            database.execute(f"ALTER TABLE {old} RENAME TO {new}")
-    columns = [column[1] for column in database.execute("PRAGMA table_info(outbox)")]
-    if columns and "acknowledged_at" not in columns:
-        database.execute("ALTER TABLE outbox ADD COLUMN acknowledged_at REAL")
+def loss_of(name: str) -> str:
+    """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
+    return f"lost:{name}"[-64:]  # an id has 64 characters at most; the whole name is in it
 
 
-class Event(Enum):
-    """What a row of the journal is about."""
-
-    RECEIVED = "in"
-    SENT = "out"
-    DID = "did"
+def is_overdue(silence: float, interval: float, missed: float) -> bool:
+    """Has somebody who shows itself every `interval` seconds missed too many of them?"""
+    return silence > interval * missed
 
 
-ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
-ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
+def status_of(state: Mapping[str, Any]) -> str:
+    """The status that a state document claims; a short printable word whatever it holds."""
+    status = state.get("status")
+    return status if isinstance(status, str) and NAME.fullmatch(status) else "unknown"
 
 
-def entry_of(row: Sequence[Any]) -> dict[str, Any]:
-    """A row of the log as a JSON object, with the message where its text is still kept."""
-    *facts, content = row
-    try:
-        envelope = Envelope.parse(content.encode()).document() if content else None
-    except EnvelopeError:
-        envelope = None
-    return {**dict(zip(ENTRY, facts, strict=True)), "envelope": envelope}
+class MemberStatus(Enum):
+    """What has become of a peer."""
+
+    UNKNOWN = "unknown"  # it has documents, and has not been heard
+    ALIVE = "alive"
+    LEFT = "left"  # it said goodbye
+    FAILED = "failed"
 
 
-class Task(Value):
-    """What this node owes to a message: a handler's run, or a word to an agent."""
+class MemberEvent(Enum):
+    """What a heartbeat told us that we did not know."""
 
-    n: int
-    envelope: Envelope
-    agent: str  # nobody: it is a handler's run
-    until: float | None  # then it is stale
-    urgent: bool
-    note: str
-    began: bool  # was it under way when we crashed?
+    NEW = "peer is up"
+    BACK = "peer is back"  # after a loss that somebody announced
+    RESTARTED = "peer has restarted"
 
 
-class OutgoingMessage(Value):
-    """A message for the broker."""
+class Member:
+    """Another node, or an agent of one."""
 
-    topic: str
-    payload: bytes
-    qos: int = 1
-    retain: bool = False
-    until: float | None = None  # Unix seconds; then it is of no use any more
-    n: int = 0  # its row in the outbox; it has none if it goes past that
-    id: str | None = None  # of the envelope that it is
-    done: Callable[[int, str], object] = lambda code, words: None  # 0 for success
+    def __init__(self) -> None:
+        self.status = MemberStatus.UNKNOWN
+        self.heard = self.interval = 0.0
+        self.boot = ""
+        self.seen = 0  # Unix seconds, by this machine's or the peer's clock
+        self.failed: float | None = None  # when
+        self.announced = False  # did somebody tell the hive that it is lost?
+        self.documents: dict[str, bytes] = {}  # its state and roster
 
 
-class Journal:
-    """The tables, and what they are asked."""
+class Members:
+    """The other nodes and all agents, as this node knows them."""
 
-    def __init__(self, directory: Path | None, log: Log, keep: float, max_size: int) -> None:
-        """`keep`: seconds that a row is kept; `max_size`: bytes of them all.
-
-        Without a directory it is in memory.
-        """
-        risk = "what a crash interrupts is lost, or done twice"
-        file = directory / "journal.sqlite3" if directory else None
-        self._database = Database(file, JOURNAL_TABLES, log, risk, upgrade_journal)
-        self._keep, self._max_size = keep, max_size
-        self._rows = self._size = 0  # written since the last look
-        self._newest = int(self._database.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
-        self.full = False  # of what is not finished: no room is left to accept more
-        self.saved_before = self._forgotten = (
-            0.0  # the broker has saved what it acknowledged before
-        )
-        self._count_outbox()
-
-    @property
-    def on_disk(self) -> bool:
-        return self._database.on_disk
-
-    def commit(self) -> None:
-        """Make it last, before anybody is told that it is safe with us."""
-        if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
-            self.prune(time.time())
-        if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
-            self.forget_acknowledged(self.saved_before)
-            self._forgotten = self.saved_before
-        self._database.commit()
-
-    def return_to_disk(self) -> None:
-        self._database.return_to_disk()
-
-    def close(self) -> None:
-        self._database.close()
-
-    def put(self, key: str, value: object) -> None:
-        """Keep a JSON value under a key, in place of what was there."""
-        self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
-
-    def get(self, key: str) -> dict[str, Any]:
-        """What is kept under a key; nothing if nothing is."""
-        rows = self._database.read("SELECT value FROM settings WHERE key = ?", (key,))
-        return (read_json_object(rows[0][0]) if rows else None) or {}
-
-    # -- what happened --
-
-    def record(
+    def __init__(
         self,
-        event: Event,
-        envelope: Envelope,
-        now: float,
-        note: str = "",
-        content: str | None = None,
-    ) -> int | None:
-        """Write down a message that came or went; its row, or None if it is there already."""
-        content = None if self.full else content or envelope.encode().decode()
-        return self._append(now, event, envelope.id, envelope, note, content)
+        config: Config,
+        loop: Loop,
+        log: Log,
+        send: Callable[[Envelope], None],
+        publish: Callable[[OutgoingMessage], None],
+        probe: Callable[[Callable[[bool], None]], None],
+    ) -> None:
+        """`probe` calls back with whether the broker takes new connections."""
+        self.presence: Presence | None = None  # what this node shows of itself, if it does
+        self._me, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._loop, self._log = loop, log
+        self._send, self._publish, self._probe = send, publish, probe
+        self._members: dict[str, Member] = {}  # in the order in which they last said something
+        self._size = 0  # bytes of all documents
+        self._checked = loop.clock()
+        self._last_failure = self._probed = float("-inf")
+        self._proving: list[Callable[[], None]] = []  # losses that wait for that
+        self._silent = False
 
-    def sent(self, envelope: Envelope, now: float) -> None:
-        """A message went out without our doing; an answer to it may come."""
-        row = self.record(Event.SENT, envelope, now)
-        if row and CHANNELS[envelope.ch].handler:
-            self.add_pending_request(envelope, row)
+    def stop(self) -> None:
+        """Announce nothing any more."""
+        self._silent = True
 
-    def record_result(self, envelope: Envelope, now: float, note: str) -> None:
-        """Write down what came of a message, in words."""
-        self._append(now, Event.DID, None, envelope, note, None)
+    # -- what they say --
 
-    def _append(
-        self,
-        now: float,
-        event: Event,
-        id: str | None,
-        about: Envelope,
-        note: str,
-        content: str | None,
-    ) -> int | None:
-        row = self._database.insert(
-            f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(now, event.value, id, about.ch, about.sender, about.to, about.action),
-                *(about.exchange, note, content),
-            ),
+    def hear(self, envelope: Envelope) -> None:
+        """A heartbeat: whoever sent it lives; in our own name, it asks whether that is taken."""
+        said = read_json_object(envelope.text) or {}
+        boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
+        boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
+        if envelope.sender == self._me:
+            if self.presence:
+                self.presence.answer(boot)
+            return
+        news = self.heartbeat_from(
+            envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
         )
-        if row:
-            self._rows, self._size = self._rows + 1, self._size + len(content or "")
-            self._newest = row
-        return row
+        if news:
+            self._log.info(news.value, peer=envelope.sender)
+        if news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0:
+            text = f"{envelope.sender} is back"
+            self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
 
-    def _entries(self, question: str, values: tuple[object, ...]) -> list[dict[str, Any]]:
-        """The rows of an answer, as many as fit into one line to a command."""
-        entries, size = [], 0
-        for row in self._database.read(question, values):
-            entries.append(entry_of(row))
-            size += len(row[-1] or "") + KIB
-            if size > MAX_PAYLOAD:
-                break
-        return entries
+    def hear_document(self, name: str, kind: str, delivery: IncomingMessage) -> None:
+        """A state or a roster."""
+        if not NAME.fullmatch(name):
+            return
+        payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
+        said = read_json_object(payload) or {}
+        content = {key: value for key, value in said.items() if portable({key: value})}
+        if kind == "state" and len(payload) > LONG_STATE:
+            content.pop("known_peers", None)
+        if content != said:
+            payload = encode_json(content)
+        self._keep(name, kind, payload if content else b"")
+        if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
+            self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
 
-    def message(self, id: str) -> dict[str, Any] | None:
-        """The message with this id; what came in before what went out."""
-        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event LIMIT 1"
-        return next(iter(self._entries(question, (id,))), None)
+    def _hear_state(self, name: str, state: Mapping[str, Any], retained: bool) -> None:
+        """Retained, it tells who should be there; else, who has just gone."""
+        now, status = self._loop.clock(), status_of(state)
+        if retained:
+            if status in ALIVE:
+                seen = int(bounded_number(state.get("last_seen"), 1, MAX_TS) or 0)
+                interval = bounded_number(state.get("interval"), *PEER_INTERVAL)
+                self.expect(name, now, seen=seen, interval=interval)
+        elif status == "offline" and state.get("reason") == "connection lost":
+            if self.mark_failed(name, now):
+                self._lost(name, now, "its connection died")
+        elif status == "offline" and state.get("reason") == "lost":
+            if self.mark_failed(name, now):
+                self._log.warning("peer is lost", peer=name, why="another node says so")
+        elif status == "offline" and self.mark_left(name):
+            self._log.info("peer has stopped", peer=name)
 
-    def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
-        """The next MAX_ROWS of the exchange that a message belongs to."""
-        message = self.message(id)
-        values = (message["exchange"] if message else id, after, MAX_ROWS)
-        question = f"SELECT {ROW} FROM log WHERE exchange = ? AND n > ? ORDER BY n LIMIT ?"
-        return self._entries(question, values)
+    def _keep(self, name: str, kind: str, payload: bytes) -> None:
+        """Keep a document in place of the last one; where all are too much, not the longest."""
+        if not payload and name not in self._members:
+            return
+        member = self._member(name)
+        self._size += len(payload) - len(member.documents.pop(kind, b""))
+        if payload:
+            member.documents[kind] = payload
+        while self._size > MAX_DOCUMENTS:
+            size, longest, of = max(
+                (len(said), of, one)
+                for one, known in self._members.items()
+                for of, said in known.documents.items()
+            )
+            self._size -= size
+            del self._members[of].documents[longest]
 
-    @property
-    def newest(self) -> int:
-        """The number of the last row."""
-        return self._newest
-
-    def rows(
-        self, filters: Mapping[str, object], after: int = 0, last: int = 0
-    ) -> list[dict[str, Any]]:
-        """The next MAX_ROWS after a row, or the first of the `last` so many.
-
-        `filters` choose by what is in LOG_FILTERS.
-        """
-        where = " AND ".join(["n > ?", *(LOG_FILTERS[name] for name in filters)])
-        values = (after, *filters.values())
-        if last:
-            question = f"SELECT n FROM log WHERE {where} ORDER BY n DESC LIMIT 1 OFFSET {last}"
-            before = self._database.read(question, values)
-            values = (before[0][0] if before else after, *filters.values())
-        question = f"SELECT {ROW} FROM log WHERE {where} ORDER BY n LIMIT {MAX_ROWS}"
-        return self._entries(question, values)
-
-    # -- what is still to be done --
-
-    def add_task(
-        self,
-        message: int,
-        agent: str = "",
-        until: float | None = None,
-        urgent: bool = False,
-        note: str = "",
-    ) -> int:
-        """Take on a task for a received message; its number."""
-        task = self._database.insert(
-            "INSERT INTO tasks (message, agent, until, urgent, note) VALUES (?, ?, ?, ?, ?)",
-            (message, agent, until, urgent, note),
-        )
-        return task or 0
-
-    def start_tasks(self, tasks: Iterable[int]) -> None:
-        """From now on a crash leaves open whether these are done.  That is committed at once."""
-        for n in tasks:
-            self._database.write("UPDATE tasks SET began = 1 WHERE n = ?", (n,))
-        self._database.commit()
-
-    def reset_tasks(self, tasks: Iterable[int]) -> None:
-        """It has come to nothing, for certain: these are as before they began."""
-        for n in tasks:
-            self._database.write("UPDATE tasks SET began = 0 WHERE n = ?", (n,))
-
-    def remove_task(self, task: int) -> None:
-        self._database.write("DELETE FROM tasks WHERE n = ?", (task,))
-
-    def tasks(self) -> list[Task]:
-        """All that are not done, in order."""
-        rows = self._database.read(
-            "SELECT content, tasks.n, agent, until, urgent, tasks.note, began"
-            " FROM tasks JOIN log ON log.n = message ORDER BY tasks.n"
-        )
-        found = []
-        for content, n, agent, until, urgent, note, began in rows:
-            with contextlib.suppress(EnvelopeError):
-                envelope = Envelope.parse((content or "").encode())
-                found.append(Task(n, envelope, agent, until, bool(urgent), note, bool(began)))
+    def documents(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The last state or roster of each name; to a state its heartbeats count as well."""
+        found = {}
+        for name, member in self._members.items():
+            document = read_json_object(member.documents.get(kind, b"")) or {}
+            seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
+            if kind == "state" and document and member.seen > seen:
+                document["last_seen"] = member.seen
+            if document:
+                found[name] = document
         return found
 
-    # -- what is still to be sent --
+    # -- who is alive --
 
-    def _count_outbox(self) -> None:
-        content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
-        messages, size = self._database.read(
-            f"SELECT count(*), ifnull(sum({content}), 0)"
-            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
-        )[0]
-        self.outbox_size, self._outbox_bytes = int(messages), int(size)
-        rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
-        self._acknowledged = int(rows[0][0])
+    def _member(self, name: str) -> Member:
+        """The record of a name that has just said something; the longest silent one may go."""
+        member = self._members.pop(name) if name in self._members else Member()
+        self._members[name] = member
+        if len(self._members) > MAX_MEMBERS:
+            gone = self._members.pop(next(iter(self._members)))
+            self._size -= sum(map(len, gone.documents.values()))
+        return member
 
-    @property
-    def outbox_full(self) -> bool:
-        """Nothing more may be sent.  What peers gave us to do does not count."""
-        return self.outbox_size >= MAX_OUTBOX or self._outbox_bytes >= MAX_OUTBOX_SIZE
+    def member(self, name: str) -> Member | None:
+        return self._members.get(name)
 
-    def enqueue(
-        self,
-        topic: str,
-        payload: bytes,
-        retain: bool = False,
-        message: int | None = None,
-        until: float | None = None,
-    ) -> None:
-        """Put something into the outbox, behind all that is there; it is of use `until` then.
+    def heartbeat_from(
+        self, name: str, now: float, *, seen: int, interval: float | None = None, boot: str = ""
+    ) -> MemberEvent | None:
+        """Take note of a sign of life; what is new about it."""
+        member = self._member(name)
+        before, announced, old_boot = member.status, member.announced, member.boot
+        low, high = PEER_INTERVAL
+        member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
+        member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
+        member.boot, member.announced, member.failed = boot or old_boot, False, None
+        if before is MemberStatus.FAILED:
+            return MemberEvent.BACK if announced else MemberEvent.NEW
+        if before is not MemberStatus.ALIVE:
+            return MemberEvent.NEW
+        return MemberEvent.RESTARTED if boot and old_boot and boot != old_boot else None
 
-        The payload of a message is the content of its row, where that is kept.
-        """
-        own = payload if message is None or self.full else None
-        self._database.write(
-            "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
-            (message, topic, own, retain, until),
-        )
-        self.outbox_size += 1
-        self._outbox_bytes += len(payload)
-        self._size += len(own or b"")
+    def expect(self, name: str, now: float, *, seen: int, interval: float | None = None) -> None:
+        """A retained state says that it is online: it has its time from now on to show it."""
+        if self._member(name).status is MemberStatus.UNKNOWN:
+            self.heartbeat_from(name, now, seen=seen, interval=interval)
 
-    def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
-        """The next that wait for the broker, in order."""
-        rows = self._database.read(
-            "SELECT outbox.n, id, topic, coalesce(payload, CAST(content AS BLOB), x''), retain,"
-            " until FROM outbox LEFT JOIN log ON log.n = message"
-            " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
-            (after, limit),
-        )
-        return [
-            OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
-            for n, id, topic, payload, retain, until in rows
+    def mark_left(self, name: str) -> bool:
+        """A peer said goodbye; was it alive to us?"""
+        return self._end(name, MemberStatus.LEFT, None)
+
+    def mark_failed(self, name: str, now: float) -> bool:
+        """A peer's connection died, or it is too silent; was it alive to us?"""
+        return self._end(name, MemberStatus.FAILED, now)
+
+    def _end(self, name: str, status: MemberStatus, failed: float | None) -> bool:
+        member = self._members.get(name)
+        if member is None or member.status is not MemberStatus.ALIVE:
+            return False
+        member.status, member.failed = status, failed
+        return True
+
+    def failed_since(self, now: float) -> list[str]:
+        """Those who have just missed too many heartbeats; each is named once."""
+        late = [
+            name
+            for name, member in self._members.items()
+            if member.status is MemberStatus.ALIVE
+            and is_overdue(now - member.heard, member.interval, self._own.miss_threshold)
         ]
+        return [name for name in late if self.mark_failed(name, now)]
 
-    def dequeue(self, message: OutgoingMessage, acknowledged: bool) -> None:
-        """The broker has it, or never will.
+    def grant_grace(self, now: float) -> None:
+        """We could not hear anyone until now: count everyone's silence from here."""
+        self._checked = now
+        for member in self._members.values():
+            member.heard = now
 
-        What it has acknowledged is kept a moment longer: Mosquitto acknowledges first, and
-        saves then.
+    def doubt_losses(self) -> None:
+        """Our own connection has died: whom we have just lost may be well."""
+        for member in self._members.values():
+            if member.status is MemberStatus.FAILED and not member.announced:
+                member.status, member.failed = MemberStatus.ALIVE, None
+
+    def mark_announced(self, corr: str) -> None:
+        """Somebody has told the hive of the loss with this correlation id."""
+        for name, member in self._members.items():
+            if loss_of(name) == corr:
+                member.announced = True
+
+    def alive(self) -> list[str]:
+        """Names of the peers that are alive, in order."""
+        return sorted(
+            name for name, one in self._members.items() if one.status is MemberStatus.ALIVE
+        )
+
+    def rank(self, about: str) -> int:
+        """Our place in line to speak for all about one of them: 0 is first."""
+        return sum(name < self._me for name in self.alive() if name != about)
+
+    # -- who is missed --
+
+    def check(self, now: float) -> None:
+        """See who has been silent for too long; to be called at each heartbeat of ours."""
+        if now - self._checked > 2 * self._own.interval:
+            self.grant_grace(now)  # we were asleep ourselves: do not blame the others
+        self._checked = now
+        for name in self.failed_since(now):
+            silence = now - self._members[name].heard
+            self._lost(name, now, f"no heartbeat for {silence:.0f} s")
+
+    def _lost(self, name: str, now: float, why: str) -> None:
+        self._log.warning("peer is lost", peer=name, why=why)
+        self._last_failure = now
+        self._consider(name, now, why)
+
+    def _consider(self, name: str, failed: float, why: str) -> None:
+        """Tell the hive of a loss in our turn, unless somebody did, or it was none.
+
+        When a broker stops, everyone seems to die, one after the other, and our own connection
+        may be the last to end.  So nobody else may have been lost for a moment, and the broker
+        must have taken a new connection since: one that stops does not.
         """
-        if acknowledged:
-            self._acknowledged += self._database.write(
-                "UPDATE outbox SET acknowledged_at = ? WHERE n = ?", (time.time(), message.n)
-            )
+        member, now = self._members.get(name), self._loop.clock()
+        if self._silent or not member or member.failed != failed or member.announced:
+            return
+        again = partial(self._consider, name, failed, why)
+        turn = self.rank(about=name) * max(1.0, self._own.interval / 2)
+        quiet, latest = max(failed, self._last_failure) + DOUBT, failed + MAX_DOUBT
+        if now < min(quiet, latest) + turn:
+            self._loop.after(min(quiet, latest) + turn - now, again)
+        elif self._probed < quiet and now < latest + turn:
+            self._prove(again)
         else:
-            self._database.write("DELETE FROM outbox WHERE n = ?", (message.n,))
-        self.outbox_size -= 1
-        self._outbox_bytes -= len(message.payload)
+            self._announce(name, member, why)
 
-    def forget_acknowledged(self, before: float) -> None:
-        """What the broker acknowledged before then it has saved."""
-        forget = "DELETE FROM outbox WHERE acknowledged_at < ?"
-        self._acknowledged -= self._database.write(forget, (before,))
+    def _prove(self, then: Callable[[], None]) -> None:
+        """See whether the broker takes a connection, and go on; a moment later if it does not."""
+        began = self._loop.clock()
 
-    def requeue(self, since: float) -> int:
-        """Send again what was acknowledged since then; the number of the last such message.
+        def proved(well: bool) -> None:
+            calls, self._proving = self._proving, []
+            self._probed = began if well else self._probed
+            for call in calls:
+                self._loop.after(0.0 if well else DOUBT, call)
 
-        Nobody can tell whether the broker died.  Receivers drop ids that they have seen, so
-        nothing is acted upon twice.
-        """
-        if not self._acknowledged:
-            return 0
-        self.forget_acknowledged(since)
-        newest = "SELECT ifnull(max(n), 0) FROM outbox WHERE acknowledged_at IS NOT NULL"
-        last = int(self._database.read(newest)[0][0])
-        again = "UPDATE outbox SET acknowledged_at = NULL WHERE acknowledged_at IS NOT NULL"
-        self._database.write(again)
-        self._count_outbox()
-        return last
+        self._proving.append(then)
+        if len(self._proving) == 1:
+            self._probe(proved)
 
-    # -- what was asked --
-
-    def add_pending_request(self, envelope: Envelope, message: int) -> None:
-        """An answer to this is expected."""
-        due = envelope.ts + envelope.ttl if envelope.ttl else None
-        values = (envelope.exchange, message, due)
-        self._database.write("REPLACE INTO pending_requests VALUES (?, ?, ?)", values)
-        self._database.write(
-            "DELETE FROM pending_requests WHERE message <= (SELECT message FROM pending_requests"
-            " ORDER BY message DESC LIMIT 1 OFFSET ?)",
-            (MAX_PENDING_REQUESTS,),
-        )
-
-    def resolve_request(self, exchange: str | None) -> None:
-        """It was answered, or nobody waits for that any more."""
-        self._database.write("DELETE FROM pending_requests WHERE exchange = ?", (exchange,))
-
-    def pending_requests(self, due: float | None = None) -> list[dict[str, Any]]:
-        """Those that nobody has answered, oldest first; or those that were due by then.
-
-        `due` is when the answer is of no use any more.
-        """
-        rows = self._database.read(
-            "SELECT pending_requests.exchange, recipient, action, time, due FROM pending_requests"
-            " JOIN log ON log.n = message WHERE ? IS NULL OR due <= ? ORDER BY message LIMIT ?",
-            (due, due, MAX_ROWS),
-        )
-        return [dict(zip(("id", "to", "action", "asked", "due"), row, strict=True)) for row in rows]
-
-    def next_due(self) -> float | None:
-        """When the next request is overdue."""
-        value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
-        return None if value is None else float(value)
-
-    # -- bounds --
-
-    @property
-    def size(self) -> int:
-        """Bytes in use."""
-        pages, free, size = (
-            self._database.read(f"PRAGMA {name}")[0][0]
-            for name in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free) * size)
-
-    def prune(self, now: float) -> bool:
-        """Forget a few rows that are too old, or too much; was there anything to forget?"""
-        self._rows = self._size = 0
-        oldest = self._database.read("SELECT time FROM log ORDER BY n LIMIT 1")
-        forgotten, too_old = 0, now - self._keep
-        if oldest and oldest[0][0] < too_old:
-            forgotten += self._forget_rows("time < ?", too_old)
-        too_large = self.size > self._max_size
-        if too_large:
-            texts = f"SELECT n FROM log WHERE content IS NOT NULL AND {FINISHED} ORDER BY n LIMIT ?"
-            forget = f"UPDATE log SET content = NULL WHERE n IN ({texts})"
-            forgotten += self._database.write(forget, (PRUNE_TEXTS,))
-            if self.size > self._max_size:
-                forgotten += self._forget_rows("content IS NULL")
-        self.full = too_large and not forgotten
-        if forgotten:
-            self._database.write(
-                "DELETE FROM pending_requests WHERE message NOT IN (SELECT n FROM log)"
-            )
-        return bool(forgotten)
-
-    def _forget_rows(self, which: str, *values: object) -> int:
-        """The oldest ones that nothing unfinished belongs to."""
-        unasked = "n NOT IN (SELECT message FROM pending_requests WHERE due IS NOT NULL)"
-        rows = f"SELECT n FROM log WHERE {which} AND {FINISHED} AND {unasked} ORDER BY n LIMIT ?"
-        return self._database.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
+    def _announce(self, name: str, member: Member, why: str) -> None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(member.seen))
+        text = f"{name} is lost: {why}; last seen {when if member.seen else '-'}"
+        self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
+        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
+        document = {**state, "last_seen": member.seen, "reported_by": self._me}
+        topic = self._topics.meta(name, "state")
+        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
 
 
-FINISHED = (  # nothing is still to be done with these rows
-    "n NOT IN (SELECT message FROM tasks)"
-    " AND n NOT IN (SELECT message FROM outbox WHERE message IS NOT NULL)"
-)
-LOG_FILTERS = {  # how --from and the others choose rows
-    "ch": "ch = ?",
-    "from": "sender = ?",
-    "to": "recipient = ?",
-    "action": "action = ?",
-    "corr": "exchange = ?",
-    "since": "time >= ?",
-}
+class OwnStatus(Value):
+    """What this node can tell of itself, besides that it is alive."""
+
+    agents: Mapping[str, Mapping[str, str]]  # status and reason of each
+    handlers: Sequence[str]
+    schedule: Sequence[Mapping[str, object]]
+    trouble: str  # why it is degraded, or nothing
 
 
-# ---- Control: this node's command line speaks to its daemon ------------------------------
-#
-# A unix socket that only this user can open; one JSON object a line each way.  What peers could
-# forge on the bus cannot be forged here.  Knows no request.
-
-MAX_CONTROL_CONNECTIONS = 100
-MAX_LINE = 4 * MAX_PAYLOAD  # bytes
-MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
-CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
-MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
-SHORT_PLACE = Path("/tmp")
-CONTROL_EVENTS = {"published", "answer"}  # in a line that is no answer, but comes when it happens
-
-
-def shortened_socket_path(direct: Path) -> Path:
-    """This path, or one nearby if it is too long for a socket."""
-    if len(os.fsencode(direct)) <= MAX_SOCKET_PATH:
-        return direct
+def build() -> str:
+    """The first digits of this file's own hash: copies of one file drift apart."""
     import hashlib
 
-    digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
-    return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
+    try:
+        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
+        return hashlib.sha256(source.encode()).hexdigest()[:8]
+    except (OSError, ImportError):
+        return "unknown"
 
 
-def control_socket_path(config: Config) -> Path:
-    """In the node's state directory, or nearby if that path is too long."""
-    return shortened_socket_path(config.state_dir / "door")
+def load_1m() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
 
 
-def directory_objection(file: Path) -> str | None:
-    """Why what is behind this socket may be somebody else; None if it can't.  Raises OSError."""
-    objection = writable_by_others(file.parent.stat())
-    if file.parent.parent == SHORT_PLACE and file.parent.is_symlink():
-        objection = "is a link, which is not hive's"
-    return f"{file.parent} {objection}" if objection else None
+def with_reason(state: dict[str, Any], reason: str) -> dict[str, Any]:
+    """Say in a state document why it is so, if there is anything to say."""
+    return {**state, "reason": reason} if reason else state
 
 
-class ControlConnection:
-    """One command that has come in, until it goes."""
+class Presence:
+    """What this node shows of itself: a heartbeat, its state, its roster."""
 
-    def __init__(self, server: ControlServer, sock: socket.socket) -> None:
-        self.on_close: list[Callable[[], object]] = []  # what to do when it goes
-        self._server = server
-        self._stream = Stream(
-            server.loop, sock, self._serve, self._closed, max_input=MAX_LINE, max_output=MAX_UNREAD
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        instance: str,
+        publish: Callable[[OutgoingMessage], None],
+        status: Callable[[], OwnStatus],
+        known: Callable[[], list[str]],
+        counts: Mapping[str, int],
+    ) -> None:
+        """`known` are the peers that are alive; `counts` go into the state."""
+        self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._loop, self._instance, self._publish = loop, instance, publish
+        self._status, self._known, self._counts = status, known, counts
+        self._build = build()  # of the file as it was when this daemon started
+        self._started = loop.clock()
+        self._seq = 0
+        self._beaten = self._shown_at = float("-inf")
+        self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
+
+    def begin(self) -> None:
+        """The broker is there: show everything."""
+        self._shown_at = float("-inf")
+        self.publish_roster()
+        self.beat()
+
+    def answer(self, boot: str) -> None:
+        """Our own heartbeat; or another daemon asks whether our name is taken."""
+        if boot != self._instance and self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
+            self.beat()
+
+    def beat(self) -> None:
+        """Show that we are alive, and our state if that is news.
+
+        A state is judged by its `last_seen`, by hives of any version: stale if it is older than
+        all heartbeats that may be missed.  So it is renewed one heartbeat before that.
+        """
+        now = self._beaten = self._loop.clock()
+        topic = self._topics.to(EVERYONE, "heartbeat")
+        self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
+        states = self._states("online")
+        news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
+        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
+        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
+            self._shown, self._shown_at = news, now
+            self._publish_states(states)
+
+    def end(self) -> None:
+        """The last words."""
+        self._publish_states(self._states("offline", "stopped"))
+
+    def will(self) -> OutgoingMessage:
+        """What the broker says for us when our connection dies."""
+        state = self._states("offline", "connection lost")[0]
+        return OutgoingMessage(
+            self._topics.meta(self._node, "state"), encode_json(state), retain=True
         )
 
-    def _serve(self) -> None:
-        """Answer one request a turn, and none before it has read the last answer."""
-        end = self._stream.input.find(b"\n")
-        if end < 0 or self.busy:
-            return
-        line = bytes(self._stream.input[:end])
-        self._stream.consume(end + 1)
-        answer = self._server.answer(read_json_object(line) or {}, self)
-        if answer is not None:
-            self.send(answer)
-        if self._stream.input:
-            self._server.loop.post(self._serve)
+    def heartbeat(self, to: str) -> bytes:
+        self._seq += 1
+        agents = self._status().agents.items()
+        said = {
+            "node_id": self._node,
+            "uptime_s": round(self._loop.clock() - self._started, 1),
+            "load_1m": load_1m(),
+            "interval": self._own.interval,
+            "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
+            "boot": self._instance,
+            "seq": self._seq,
+        }
+        text = encode_json(said).decode()
+        return Envelope.new(self._node, to, "heartbeat", text, urgency="later").encode()
 
-    def send(self, document: Mapping[str, Any]) -> None:
-        """Send it one more line."""
-        self._stream.write(encode_json(document) + b"\n")
+    def _states(self, status: str, reason: str = "") -> list[dict[str, Any]]:
+        """The state documents of this node, and of each of its agents."""
+        own = self._status()
+        document: dict[str, Any] = {
+            "node_id": self._node,
+            "status": "degraded" if status == "online" and own.trouble else status,
+            "last_seen": int(time.time()),
+            "uptime_s": round(self._loop.clock() - self._started, 1),
+            "known_peers": self._known(),
+            "daemon_node": self._node,
+            "version": f"{__version__} ({self._build})",
+            "load_1m": load_1m(),
+            "oc": own.agents,
+            "instance": self._instance,
+            "interval": self._own.interval,
+            "miss_threshold": self._own.miss_threshold,
+            "host": socket.gethostname(),
+            "counters": self._counts,
+        }
+        states = [with_reason(document, reason or own.trouble)]
+        for name, agent in own.agents.items():
+            if name != self._node:
+                down = status == "online" and agent["status"] == Health.DOWN.value
+                about = {**document, "node_id": name, "oc": {name: agent}}
+                about["status"] = "degraded" if down else status
+                states.append(with_reason(about, reason or agent["reason"]))
+        return states
 
-    @property
-    def busy(self) -> bool:
-        """Has it yet to read what it was sent?"""
-        return self._stream.output_size > 0
+    def _publish_states(self, states: Iterable[Mapping[str, Any]]) -> None:
+        for state in states:
+            topic = self._topics.meta(state["node_id"], "state")
+            self._publish(OutgoingMessage(topic, encode_json(state), retain=True))
 
-    def close(self) -> None:
-        self._stream.close()
+    def publish_roster(self) -> None:
+        import platform
 
-    def _closed(self) -> None:
-        self._server.connections.discard(self)
-        for call in self.on_close:
-            call()
+        own = self._status()
+        document = {
+            "node": self._node,
+            "ts": int(time.time()),
+            "version": __version__,
+            "build": self._build,
+            "protocol": PROTOCOL_VERSION,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "agents": [*own.agents],
+            "handlers": own.handlers,
+            "schedule": own.schedule,
+        }
+        topic = self._topics.meta(self._node, "roster")
+        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
 
 
-class ControlServer:
-    """The daemon's side."""
+class NameConflictCheck:
+    """Asks, before a daemon connects, whether another one lives under its name.
+
+    The broker would end the other's connection, and the two would do so to each other for ever.
+    """
 
     def __init__(
         self,
         loop: Loop,
-        file: Path,
-        answer: Callable[[dict[str, Any], ControlConnection], dict[str, Any] | None],
+        config: Config,
+        ours: Collection[str],
+        heartbeat: bytes,
+        free: Callable[[], None],
+        on_disconnected: Callable[[str], None],
+        prepare: Callable[[MqttClient, Callable[[], None]], None],
     ) -> None:
-        """Open it; raises OSError.  Whoever holds the daemon's lock may replace an old socket.
+        """`ours` are instance ids of this daemon and its predecessor, which is dead.
 
-        `answer` gives None where it will send() something later.
+        Calls `free` when the name is free; raises BrokerError out of the loop when it is taken.
         """
-        self.loop, self.answer, self._file = loop, answer, file
-        self.connections: set[ControlConnection] = set()
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        objection = directory_objection(file)
-        if objection:
-            raise PermissionError(errno.EPERM, objection)
-        self._listener = unix_listener(file)
-        self._listener.setblocking(False)
-        self._listener.listen(MAX_CONTROL_CONNECTIONS)
-        loop.watch(self._listener, selectors.EVENT_READ, self._accept)
+        self._loop, self._config, self._ours, self._free = loop, config, ours, free
+        self._holder: dict[str, Any] | None = None
+        topics, node = config.topics, config.node.id
+        self._heartbeat = OutgoingMessage(topics.to(node, "heartbeat"), heartbeat, qos=0)
+        self._state_topic = topics.meta(node, "state")
+        self._query = RetainedQuery(
+            loop,
+            config.mqtt,
+            [self._state_topic, topics.to(EVERYONE, "heartbeat")],
+            topics.private(node, new_id()),
+            self._found,
+            self._complete,
+            on_disconnected,
+            prepare,
+        )
 
-    def _accept(self, events: int) -> None:
-        with contextlib.suppress(OSError):
-            sock, _ = self._listener.accept()
-            if len(self.connections) >= MAX_CONTROL_CONNECTIONS:
-                sock.close()
-            else:
-                self.connections.add(ControlConnection(self, sock))
+    def _found(self, delivery: IncomingMessage) -> None:
+        if len(delivery.payload) > MAX_STATE:
+            return
+        document = read_json_object(delivery.payload) or {}
+        if delivery.topic == self._state_topic:
+            ours = status_of(document) not in ALIVE or document.get("instance") in self._ours
+            self._holder = None if ours else document
+        elif document.get("from") == self._config.node.id and not delivery.retained:
+            self._taken()
 
-    def close(self) -> None:
-        self.loop.forget(self._listener)
-        self._listener.close()
-        for connection in [*self.connections]:
-            connection.close()
-        self._file.unlink(missing_ok=True)
+    def _complete(self) -> None:
+        if self._holder is None:
+            self._close()
+        else:
+            self._query.client.publish(self._heartbeat)
+            wait = NAME_CONFLICT_HEARTBEATS * self._config.heartbeat.interval
+            self._loop.after(wait, self._close)
 
+    def _close(self) -> None:
+        self._query.client.close(self._free, within=0.0)
 
-class DaemonError(HiveError):
-    """This node's daemon does not answer, or not sensibly."""
-
-
-class ControlClient:
-    """The command's side: one request after another, until it is closed."""
-
-    def __init__(self, file: Path, node: str, patience: float = CONTROL_TIMEOUT) -> None:
-        """Raises OSError where no daemon answers; `patience`: seconds for each request."""
-        self._node, self._patience = node, patience
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(patience)
-        try:
-            self._sock.connect(str(file))
-        except OSError:
-            self._sock.close()
-            raise
-        self._in = bytearray()
-        self._events: deque[dict[str, Any]] = deque()  # what came while an answer was awaited
-
-    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
-        """Send a request and give the answer; raises DaemonError."""
-        ends = time.monotonic() + self._patience
-        self._sock.settimeout(self._patience)
-        try:
-            self._sock.sendall(encode_json(request) + b"\n")
-        except OSError as error:
-            raise self._fault(reason_of(error)) from None
-        while (line := self._next_line(ends)) is not None:
-            if not CONTROL_EVENTS & line.keys():
-                return line
-            self._events.append(line)
-        raise self._fault("it does not answer")
-
-    def receive(self, within: float | None) -> dict[str, Any] | None:
-        """What it says besides; None if that is nothing in so many seconds.  Raises DaemonError."""
-        if self._events:
-            return self._events.popleft()
-        return self._next_line(None if within is None else time.monotonic() + within)
-
-    def _next_line(self, ends: float | None) -> dict[str, Any] | None:
-        while b"\n" not in self._in:
-            self._sock.settimeout(None if ends is None else max(0.001, ends - time.monotonic()))
-            try:
-                data = self._sock.recv(PIPE_CHUNK)
-            except TimeoutError:
-                return None
-            except OSError as error:
-                raise self._fault(reason_of(error)) from None
-            if not data:
-                raise self._fault("it has ended")
-            self._in += data
-        line, _, rest = bytes(self._in).partition(b"\n")
-        self._in = bytearray(rest)
-        return read_json_object(line) or {}
-
-    def _fault(self, why: str) -> DaemonError:
-        return DaemonError(f"the daemon of {self._node}: {why}")
-
-    def close(self) -> None:
-        self._sock.close()
+    def _taken(self) -> None:
+        """A heartbeat under our name: that is no error if no state said so before."""
+        if self._holder is None:
+            return
+        node, host = self._config.node.id, self._holder.get("host")
+        where = f" on {quoted(host)[1:-1]}" if host else ""
+        raise BrokerError(
+            f"another daemon is called {node}{where}; stop it, or give this one another name"
+            f" ([node] id in hive.toml, or --node)"
+        )
 
 
 # ---- Packets: MQTT on the wire -----------------------------------------------------------
@@ -5764,10 +7561,10 @@ class ClientListener(Protocol):
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         """Call `go_on` when a connection may be made."""
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         """Connected and subscribed."""
 
-    def link_down(self, reason: str) -> None:
+    def on_disconnected(self, reason: str) -> None:
         """The connection ended, or could not be made; the next try comes by itself."""
 
     def deliver(self, message: IncomingMessage) -> None:
@@ -6349,7 +8146,7 @@ class MqttClient:
     def connected(self) -> None:
         self._failures = 0
         if self._listener:
-            self._listener.link_up()
+            self._listener.on_connected()
 
     def received(self, message: IncomingMessage) -> None:
         if self._listener:
@@ -6409,7 +8206,7 @@ class MqttClient:
         self._failures += 1
         self._retry = self.loop.after(delay, self._try_again)
         if self._listener:
-            self._listener.link_down(reason)
+            self._listener.on_disconnected(reason)
 
 
 class ConnectionProbe:
@@ -6424,10 +8221,10 @@ class ConnectionProbe:
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         self._end(True)
 
-    def link_down(self, reason: str) -> None:
+    def on_disconnected(self, reason: str) -> None:
         self._end(False)
 
     def deliver(self, message: IncomingMessage) -> None:
@@ -6458,7 +8255,7 @@ class RetainedQuery:
         end_marker: str,
         found: Callable[[IncomingMessage], None],
         complete: Callable[[], None],
-        link_down: Callable[[str], None],
+        on_disconnected: Callable[[str], None],
         prepare: Callable[[MqttClient, Callable[[], None]], None] = lambda client, go_on: go_on(),
     ) -> None:
         """`end_marker` is a topic that nobody else uses; messages go on coming after `complete`.
@@ -6469,7 +8266,7 @@ class RetainedQuery:
             loop, settings, subscriptions=[(topic, 0) for topic in (*filters, end_marker)]
         )
         self._prepare = prepare
-        self.link_down = link_down
+        self.on_disconnected = on_disconnected
         self._loop, self._end_marker, self._found, self._complete = (
             loop,
             end_marker,
@@ -6482,7 +8279,7 @@ class RetainedQuery:
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         self._prepare(self.client, go_on)
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         self.client.publish(OutgoingMessage(self._end_marker, b"end", qos=0))
         self._loop.after(self.LONGEST, self._finish)
 
@@ -6677,1784 +8474,6 @@ class BrokerHost:
         if self._broker:
             self._broker.close()
             self._broker = None
-
-
-# ---- Members: who is alive, who has left, who has failed ---------------------------------
-#
-# One record a name, of what its heartbeats and its documents told; this node's own heartbeat,
-# state and roster.  A loss is logged by everyone, and announced by one.  Knows no connection:
-# whatever is to be said goes through what it is given for that.
-
-MAX_MEMBERS = 5000  # nodes and agents
-MAX_STATE = 64 * KIB  # bytes of a state or a roster
-LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
-MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
-PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
-MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
-NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
-DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
-MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with the broker
-ALIVE = ("online", "degraded")  # what the state of a node says that runs
-SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
-PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
-
-
-def loss_of(name: str) -> str:
-    """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
-    return f"lost:{name}"[-64:]  # an id has 64 characters at most; the whole name is in it
-
-
-def is_overdue(silence: float, interval: float, missed: float) -> bool:
-    """Has somebody who shows itself every `interval` seconds missed too many of them?"""
-    return silence > interval * missed
-
-
-def status_of(state: Mapping[str, Any]) -> str:
-    """The status that a state document claims; a short printable word whatever it holds."""
-    status = state.get("status")
-    return status if isinstance(status, str) and NAME.fullmatch(status) else "unknown"
-
-
-class MemberStatus(Enum):
-    """What has become of a peer."""
-
-    UNKNOWN = "unknown"  # it has documents, and has not been heard
-    ALIVE = "alive"
-    LEFT = "left"  # it said goodbye
-    FAILED = "failed"
-
-
-class MemberEvent(Enum):
-    """What a heartbeat told us that we did not know."""
-
-    NEW = "peer is up"
-    BACK = "peer is back"  # after a loss that somebody announced
-    RESTARTED = "peer has restarted"
-
-
-class Member:
-    """Another node, or an agent of one."""
-
-    def __init__(self) -> None:
-        self.status = MemberStatus.UNKNOWN
-        self.heard = self.interval = 0.0
-        self.boot = ""
-        self.seen = 0  # Unix seconds, by this machine's or the peer's clock
-        self.failed: float | None = None  # when
-        self.announced = False  # did somebody tell the hive that it is lost?
-        self.documents: dict[str, bytes] = {}  # its state and roster
-
-
-class Members:
-    """The other nodes and all agents, as this node knows them."""
-
-    def __init__(
-        self,
-        config: Config,
-        loop: Loop,
-        log: Log,
-        send: Callable[[Envelope], None],
-        publish: Callable[[OutgoingMessage], None],
-        probe: Callable[[Callable[[bool], None]], None],
-    ) -> None:
-        """`probe` calls back with whether the broker takes new connections."""
-        self.presence: Presence | None = None  # what this node shows of itself, if it does
-        self._me, self._topics, self._own = config.node.id, config.topics, config.heartbeat
-        self._loop, self._log = loop, log
-        self._send, self._publish, self._probe = send, publish, probe
-        self._members: dict[str, Member] = {}  # in the order in which they last said something
-        self._size = 0  # bytes of all documents
-        self._checked = loop.clock()
-        self._last_failure = self._probed = float("-inf")
-        self._proving: list[Callable[[], None]] = []  # losses that wait for that
-        self._silent = False
-
-    def stop(self) -> None:
-        """Announce nothing any more."""
-        self._silent = True
-
-    # -- what they say --
-
-    def hear(self, envelope: Envelope) -> None:
-        """A heartbeat: whoever sent it lives; in our own name, it asks whether that is taken."""
-        said = read_json_object(envelope.text) or {}
-        boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
-        boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
-        if envelope.sender == self._me:
-            if self.presence:
-                self.presence.answer(boot)
-            return
-        news = self.heartbeat_from(
-            envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
-        )
-        if news:
-            self._log.info(news.value, peer=envelope.sender)
-        if news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0:
-            text = f"{envelope.sender} is back"
-            self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
-
-    def hear_document(self, name: str, kind: str, delivery: IncomingMessage) -> None:
-        """A state or a roster."""
-        if not NAME.fullmatch(name):
-            return
-        payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
-        said = read_json_object(payload) or {}
-        content = {key: value for key, value in said.items() if portable({key: value})}
-        if kind == "state" and len(payload) > LONG_STATE:
-            content.pop("known_peers", None)
-        if content != said:
-            payload = encode_json(content)
-        self._keep(name, kind, payload if content else b"")
-        if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
-            self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
-
-    def _hear_state(self, name: str, state: Mapping[str, Any], retained: bool) -> None:
-        """Retained, it tells who should be there; else, who has just gone."""
-        now, status = self._loop.clock(), status_of(state)
-        if retained:
-            if status in ALIVE:
-                seen = int(bounded_number(state.get("last_seen"), 1, MAX_TS) or 0)
-                interval = bounded_number(state.get("interval"), *PEER_INTERVAL)
-                self.expect(name, now, seen=seen, interval=interval)
-        elif status == "offline" and state.get("reason") == "connection lost":
-            if self.mark_failed(name, now):
-                self._lost(name, now, "its connection died")
-        elif status == "offline" and state.get("reason") == "lost":
-            if self.mark_failed(name, now):
-                self._log.warning("peer is lost", peer=name, why="another node says so")
-        elif status == "offline" and self.mark_left(name):
-            self._log.info("peer has stopped", peer=name)
-
-    def _keep(self, name: str, kind: str, payload: bytes) -> None:
-        """Keep a document in place of the last one; where all are too much, not the longest."""
-        if not payload and name not in self._members:
-            return
-        member = self._member(name)
-        self._size += len(payload) - len(member.documents.pop(kind, b""))
-        if payload:
-            member.documents[kind] = payload
-        while self._size > MAX_DOCUMENTS:
-            size, longest, of = max(
-                (len(said), of, one)
-                for one, known in self._members.items()
-                for of, said in known.documents.items()
-            )
-            self._size -= size
-            del self._members[of].documents[longest]
-
-    def documents(self, kind: str) -> dict[str, dict[str, Any]]:
-        """The last state or roster of each name; to a state its heartbeats count as well."""
-        found = {}
-        for name, member in self._members.items():
-            document = read_json_object(member.documents.get(kind, b"")) or {}
-            seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
-            if kind == "state" and document and member.seen > seen:
-                document["last_seen"] = member.seen
-            if document:
-                found[name] = document
-        return found
-
-    # -- who is alive --
-
-    def _member(self, name: str) -> Member:
-        """The record of a name that has just said something; the longest silent one may go."""
-        member = self._members.pop(name) if name in self._members else Member()
-        self._members[name] = member
-        if len(self._members) > MAX_MEMBERS:
-            gone = self._members.pop(next(iter(self._members)))
-            self._size -= sum(map(len, gone.documents.values()))
-        return member
-
-    def member(self, name: str) -> Member | None:
-        return self._members.get(name)
-
-    def heartbeat_from(
-        self, name: str, now: float, *, seen: int, interval: float | None = None, boot: str = ""
-    ) -> MemberEvent | None:
-        """Take note of a sign of life; what is new about it."""
-        member = self._member(name)
-        before, announced, old_boot = member.status, member.announced, member.boot
-        low, high = PEER_INTERVAL
-        member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
-        member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
-        member.boot, member.announced, member.failed = boot or old_boot, False, None
-        if before is MemberStatus.FAILED:
-            return MemberEvent.BACK if announced else MemberEvent.NEW
-        if before is not MemberStatus.ALIVE:
-            return MemberEvent.NEW
-        return MemberEvent.RESTARTED if boot and old_boot and boot != old_boot else None
-
-    def expect(self, name: str, now: float, *, seen: int, interval: float | None = None) -> None:
-        """A retained state says that it is online: it has its time from now on to show it."""
-        if self._member(name).status is MemberStatus.UNKNOWN:
-            self.heartbeat_from(name, now, seen=seen, interval=interval)
-
-    def mark_left(self, name: str) -> bool:
-        """A peer said goodbye; was it alive to us?"""
-        return self._end(name, MemberStatus.LEFT, None)
-
-    def mark_failed(self, name: str, now: float) -> bool:
-        """A peer's connection died, or it is too silent; was it alive to us?"""
-        return self._end(name, MemberStatus.FAILED, now)
-
-    def _end(self, name: str, status: MemberStatus, failed: float | None) -> bool:
-        member = self._members.get(name)
-        if member is None or member.status is not MemberStatus.ALIVE:
-            return False
-        member.status, member.failed = status, failed
-        return True
-
-    def failed_since(self, now: float) -> list[str]:
-        """Those who have just missed too many heartbeats; each is named once."""
-        late = [
-            name
-            for name, member in self._members.items()
-            if member.status is MemberStatus.ALIVE
-            and is_overdue(now - member.heard, member.interval, self._own.miss_threshold)
-        ]
-        return [name for name in late if self.mark_failed(name, now)]
-
-    def grant_grace(self, now: float) -> None:
-        """We could not hear anyone until now: count everyone's silence from here."""
-        self._checked = now
-        for member in self._members.values():
-            member.heard = now
-
-    def doubt_losses(self) -> None:
-        """Our own connection has died: whom we have just lost may be well."""
-        for member in self._members.values():
-            if member.status is MemberStatus.FAILED and not member.announced:
-                member.status, member.failed = MemberStatus.ALIVE, None
-
-    def mark_announced(self, corr: str) -> None:
-        """Somebody has told the hive of the loss with this correlation id."""
-        for name, member in self._members.items():
-            if loss_of(name) == corr:
-                member.announced = True
-
-    def alive(self) -> list[str]:
-        """Names of the peers that are alive, in order."""
-        return sorted(
-            name for name, one in self._members.items() if one.status is MemberStatus.ALIVE
-        )
-
-    def rank(self, about: str) -> int:
-        """Our place in line to speak for all about one of them: 0 is first."""
-        return sum(name < self._me for name in self.alive() if name != about)
-
-    # -- who is missed --
-
-    def check(self, now: float) -> None:
-        """See who has been silent for too long; to be called at each heartbeat of ours."""
-        if now - self._checked > 2 * self._own.interval:
-            self.grant_grace(now)  # we were asleep ourselves: do not blame the others
-        self._checked = now
-        for name in self.failed_since(now):
-            silence = now - self._members[name].heard
-            self._lost(name, now, f"no heartbeat for {silence:.0f} s")
-
-    def _lost(self, name: str, now: float, why: str) -> None:
-        self._log.warning("peer is lost", peer=name, why=why)
-        self._last_failure = now
-        self._consider(name, now, why)
-
-    def _consider(self, name: str, failed: float, why: str) -> None:
-        """Tell the hive of a loss in our turn, unless somebody did, or it was none.
-
-        When a broker stops, everyone seems to die, one after the other, and our own connection
-        may be the last to end.  So nobody else may have been lost for a moment, and the broker
-        must have taken a new connection since: one that stops does not.
-        """
-        member, now = self._members.get(name), self._loop.clock()
-        if self._silent or not member or member.failed != failed or member.announced:
-            return
-        again = partial(self._consider, name, failed, why)
-        turn = self.rank(about=name) * max(1.0, self._own.interval / 2)
-        quiet, latest = max(failed, self._last_failure) + DOUBT, failed + MAX_DOUBT
-        if now < min(quiet, latest) + turn:
-            self._loop.after(min(quiet, latest) + turn - now, again)
-        elif self._probed < quiet and now < latest + turn:
-            self._prove(again)
-        else:
-            self._announce(name, member, why)
-
-    def _prove(self, then: Callable[[], None]) -> None:
-        """See whether the broker takes a connection, and go on; a moment later if it does not."""
-        began = self._loop.clock()
-
-        def proved(well: bool) -> None:
-            calls, self._proving = self._proving, []
-            self._probed = began if well else self._probed
-            for call in calls:
-                self._loop.after(0.0 if well else DOUBT, call)
-
-        self._proving.append(then)
-        if len(self._proving) == 1:
-            self._probe(proved)
-
-    def _announce(self, name: str, member: Member, why: str) -> None:
-        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(member.seen))
-        text = f"{name} is lost: {why}; last seen {when if member.seen else '-'}"
-        self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
-        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
-        document = {**state, "last_seen": member.seen, "reported_by": self._me}
-        topic = self._topics.meta(name, "state")
-        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
-
-
-class OwnStatus(Value):
-    """What this node can tell of itself, besides that it is alive."""
-
-    agents: Mapping[str, Mapping[str, str]]  # status and reason of each
-    handlers: Sequence[str]
-    schedule: Sequence[Mapping[str, object]]
-    trouble: str  # why it is degraded, or nothing
-
-
-def build() -> str:
-    """The first digits of this file's own hash: copies of one file drift apart."""
-    import hashlib
-
-    try:
-        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
-        return hashlib.sha256(source.encode()).hexdigest()[:8]
-    except (OSError, ImportError):
-        return "unknown"
-
-
-def load_1m() -> float | None:
-    try:
-        return round(os.getloadavg()[0], 2)
-    except OSError:
-        return None
-
-
-def with_reason(state: dict[str, Any], reason: str) -> dict[str, Any]:
-    """Say in a state document why it is so, if there is anything to say."""
-    return {**state, "reason": reason} if reason else state
-
-
-class Presence:
-    """What this node shows of itself: a heartbeat, its state, its roster."""
-
-    def __init__(
-        self,
-        config: Config,
-        loop: Loop,
-        instance: str,
-        publish: Callable[[OutgoingMessage], None],
-        status: Callable[[], OwnStatus],
-        known: Callable[[], list[str]],
-        counts: Mapping[str, int],
-    ) -> None:
-        """`known` are the peers that are alive; `counts` go into the state."""
-        self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
-        self._loop, self._instance, self._publish = loop, instance, publish
-        self._status, self._known, self._counts = status, known, counts
-        self._build = build()  # of the file as it was when this daemon started
-        self._started = loop.clock()
-        self._seq = 0
-        self._beaten = self._shown_at = float("-inf")
-        self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
-
-    def begin(self) -> None:
-        """The broker is there: show everything."""
-        self._shown_at = float("-inf")
-        self.publish_roster()
-        self.beat()
-
-    def answer(self, boot: str) -> None:
-        """Our own heartbeat; or another daemon asks whether our name is taken."""
-        if boot != self._instance and self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
-            self.beat()
-
-    def beat(self) -> None:
-        """Show that we are alive, and our state if that is news.
-
-        A state is judged by its `last_seen`, by hives of any version: stale if it is older than
-        all heartbeats that may be missed.  So it is renewed one heartbeat before that.
-        """
-        now = self._beaten = self._loop.clock()
-        topic = self._topics.to(EVERYONE, "heartbeat")
-        self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
-        states = self._states("online")
-        news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
-        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
-        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
-            self._shown, self._shown_at = news, now
-            self._publish_states(states)
-
-    def end(self) -> None:
-        """The last words."""
-        self._publish_states(self._states("offline", "stopped"))
-
-    def will(self) -> OutgoingMessage:
-        """What the broker says for us when our connection dies."""
-        state = self._states("offline", "connection lost")[0]
-        return OutgoingMessage(
-            self._topics.meta(self._node, "state"), encode_json(state), retain=True
-        )
-
-    def heartbeat(self, to: str) -> bytes:
-        self._seq += 1
-        agents = self._status().agents.items()
-        said = {
-            "node_id": self._node,
-            "uptime_s": round(self._loop.clock() - self._started, 1),
-            "load_1m": load_1m(),
-            "interval": self._own.interval,
-            "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
-            "boot": self._instance,
-            "seq": self._seq,
-        }
-        text = encode_json(said).decode()
-        return Envelope.new(self._node, to, "heartbeat", text, urgency="later").encode()
-
-    def _states(self, status: str, reason: str = "") -> list[dict[str, Any]]:
-        """The state documents of this node, and of each of its agents."""
-        own = self._status()
-        document: dict[str, Any] = {
-            "node_id": self._node,
-            "status": "degraded" if status == "online" and own.trouble else status,
-            "last_seen": int(time.time()),
-            "uptime_s": round(self._loop.clock() - self._started, 1),
-            "known_peers": self._known(),
-            "daemon_node": self._node,
-            "version": f"{__version__} ({self._build})",
-            "load_1m": load_1m(),
-            "oc": own.agents,
-            "instance": self._instance,
-            "interval": self._own.interval,
-            "miss_threshold": self._own.miss_threshold,
-            "host": socket.gethostname(),
-            "counters": self._counts,
-        }
-        states = [with_reason(document, reason or own.trouble)]
-        for name, agent in own.agents.items():
-            if name != self._node:
-                down = status == "online" and agent["status"] == Health.DOWN.value
-                about = {**document, "node_id": name, "oc": {name: agent}}
-                about["status"] = "degraded" if down else status
-                states.append(with_reason(about, reason or agent["reason"]))
-        return states
-
-    def _publish_states(self, states: Iterable[Mapping[str, Any]]) -> None:
-        for state in states:
-            topic = self._topics.meta(state["node_id"], "state")
-            self._publish(OutgoingMessage(topic, encode_json(state), retain=True))
-
-    def publish_roster(self) -> None:
-        import platform
-
-        own = self._status()
-        document = {
-            "node": self._node,
-            "ts": int(time.time()),
-            "version": __version__,
-            "build": self._build,
-            "protocol": PROTOCOL_VERSION,
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "agents": [*own.agents],
-            "handlers": own.handlers,
-            "schedule": own.schedule,
-        }
-        topic = self._topics.meta(self._node, "roster")
-        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
-
-
-class NameConflictCheck:
-    """Asks, before a daemon connects, whether another one lives under its name.
-
-    The broker would end the other's connection, and the two would do so to each other for ever.
-    """
-
-    def __init__(
-        self,
-        loop: Loop,
-        config: Config,
-        ours: Collection[str],
-        heartbeat: bytes,
-        free: Callable[[], None],
-        link_down: Callable[[str], None],
-        prepare: Callable[[MqttClient, Callable[[], None]], None],
-    ) -> None:
-        """`ours` are instance ids of this daemon and its predecessor, which is dead.
-
-        Calls `free` when the name is free; raises BrokerError out of the loop when it is taken.
-        """
-        self._loop, self._config, self._ours, self._free = loop, config, ours, free
-        self._holder: dict[str, Any] | None = None
-        topics, node = config.topics, config.node.id
-        self._heartbeat = OutgoingMessage(topics.to(node, "heartbeat"), heartbeat, qos=0)
-        self._state_topic = topics.meta(node, "state")
-        self._query = RetainedQuery(
-            loop,
-            config.mqtt,
-            [self._state_topic, topics.to(EVERYONE, "heartbeat")],
-            topics.private(node, new_id()),
-            self._found,
-            self._complete,
-            link_down,
-            prepare,
-        )
-
-    def _found(self, delivery: IncomingMessage) -> None:
-        if len(delivery.payload) > MAX_STATE:
-            return
-        document = read_json_object(delivery.payload) or {}
-        if delivery.topic == self._state_topic:
-            ours = status_of(document) not in ALIVE or document.get("instance") in self._ours
-            self._holder = None if ours else document
-        elif document.get("from") == self._config.node.id and not delivery.retained:
-            self._taken()
-
-    def _complete(self) -> None:
-        if self._holder is None:
-            self._close()
-        else:
-            self._query.client.publish(self._heartbeat)
-            wait = NAME_CONFLICT_HEARTBEATS * self._config.heartbeat.interval
-            self._loop.after(wait, self._close)
-
-    def _close(self) -> None:
-        self._query.client.close(self._free, within=0.0)
-
-    def _taken(self) -> None:
-        """A heartbeat under our name: that is no error if no state said so before."""
-        if self._holder is None:
-            return
-        node, host = self._config.node.id, self._holder.get("host")
-        where = f" on {quoted(host)[1:-1]}" if host else ""
-        raise BrokerError(
-            f"another daemon is called {node}{where}; stop it, or give this one another name"
-            f" ([node] id in hive.toml, or --node)"
-        )
-
-
-# ---- Requests: what may be asked of a node, as one table ---------------------------------
-#
-# The one way in for commands, whether they come through the control socket or run the node in
-# their own process.  Reads the journal and the members; what is to be sent it hands to the node.
-
-
-def pending_document(journal: Journal) -> dict[str, Any]:
-    """All that is not finished."""
-    tasks = [
-        {
-            "id": task.envelope.id,
-            "from": task.envelope.sender,
-            "ch": task.envelope.ch,
-            "action": task.envelope.action,
-            "agent": task.agent or None,
-            "began": task.began,
-            "since": task.envelope.ts,
-        }
-        for task in journal.tasks()[:MAX_ROWS]
-        if task.envelope
-    ]
-    outbox = [
-        {"topic": one.topic, "bytes": len(one.payload)}
-        for one in journal.next_outgoing(0, MAX_ROWS)
-    ]
-    return {
-        "questions": journal.pending_requests(),
-        "tasks": tasks,
-        "outbox": outbox,
-        "outbox_size": journal.outbox_size,
-    }
-
-
-def log_filters(value: object) -> dict[str, Any]:
-    """an object of ch, from, to, action, corr, since"""
-    if not isinstance(value, dict) or not value.keys() <= LOG_FILTERS.keys():
-        raise ValueError
-    for said in value.values():
-        word = isinstance(said, str) and (NAME.fullmatch(said) or ID.fullmatch(said))
-        if not word and bounded_number(said, 0, MAX_TS) is None:
-            raise ValueError
-    return value
-
-
-def row_number(value: object) -> int:
-    """a whole number from 0"""
-    return whole(value, 0, 2**53)
-
-
-def envelope_object(value: object) -> Envelope:
-    """an envelope: an object as in the protocol"""
-    if not isinstance(value, dict):
-        raise ValueError
-    return Envelope.check(value)
-
-
-class Requester(Protocol):
-    """Who asks: a connection to the control socket, or the command whose process this is."""
-
-    on_close: list[Callable[[], object]]
-
-    @property
-    def busy(self) -> bool: ...
-    def send(self, document: Mapping[str, Any]) -> None: ...
-
-
-class RequestField(Value):
-    """What a request may say, or must."""
-
-    check: Callable[[Any], Any]  # its docstring says what it takes
-    help: str
-    default: Any = None
-    required: bool = False
-
-    def read(self, name: str, value: object) -> Any:
-        """Its value, checked; raises UsageError."""
-        if value is None:
-            if self.required:
-                raise UsageError(f"{name}: missing")
-            return self.default
-        try:
-            return self.check(value)
-        except ValueError:
-            what = f"{quoted(value)} is not {docstring(self.check)}"
-            raise UsageError(f"{name}: {what}") from None
-
-
-def do_nothing() -> None:
-    """For whoever only wants a turn to end once more."""
-
-
-class Request(Value):
-    """One thing that may be asked: what answers it, what it is for, what it takes."""
-
-    run: Callable[..., dict[str, Any] | None]
-    help: str
-    fields: Mapping[str, RequestField] = {}
-    looks_back: bool = False  # the journal answers it, though no node runs
-
-    @classmethod
-    def find(cls, said: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
-        """What is asked, and its fields, checked; raises UsageError."""
-        do = said.get("do")
-        found = REQUESTS.get(do) if isinstance(do, str) else None
-        if found is None:
-            raise UsageError(f"{NO_SUCH_REQUEST}: {quoted(do)}")
-        return found, {name: one.read(name, said.get(name)) for name, one in found.fields.items()}
-
-
-class Requests:
-    """Answers what is asked of a node, some of it later."""
-
-    def __init__(
-        self,
-        node: str,
-        journal: Journal,
-        members: Members,
-        after_commit: Callable[[Callable[[], None]], None],
-        send: Callable[[Envelope], str],
-        connection: Callable[[], dict[str, Any]],
-    ) -> None:
-        """`send` gives why not, or nothing; `connection` tells how the node's one is."""
-        self._node, self._journal, self._members = node, journal, members
-        self._after_commit, self._send, self._connection = after_commit, send, connection
-        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
-        self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
-        self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
-
-    def handle(self, said: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
-        """Answer one request; None if that comes later."""
-        try:
-            request, given = Request.find(said)
-        except HiveError as error:
-            return {"error": str(error)}
-        if request.looks_back:
-            return request.run(self._journal, given)
-        return request.run(self, given, requester)
-
-    # -- what the table names --
-
-    def send(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
-        """A message to be sent."""
-        envelope: Envelope = given["envelope"]
-        if fault := self._objection(given, requester) or self._send(envelope):
-            return {"error": fault}
-        self._senders[envelope.id] = requester
-        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
-        connected = self._connection()["connected"]
-        self._after_commit(lambda: requester.send({"queued": True, "connected": connected}))
-        return None
-
-    def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
-        """A message that the command is about to publish by itself."""
-        envelope: Envelope = given["envelope"]
-        if fault := self._objection(given, requester):
-            return {"error": fault}
-        self._journal.sent(envelope, time.time())
-        self._after_commit(lambda: requester.send({"ok": True}))
-        return None
-
-    def read(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
-        """An answer that the command has read by itself: it is no news when it comes here too."""
-        answer: Envelope = given["envelope"]
-        if requester not in self._listeners.get(answer.corr or "", ()):
-            return {"error": f"{answer.id}: this command does not wait for it"}
-        self._journal.record(Event.RECEIVED, answer, time.time(), AWAITED)
-        self._journal.resolve_request(answer.corr)
-        self._after_commit(lambda: requester.send({"ok": True}))
-        return None
-
-    def follow(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        """Show what there is, and from now on whatever is new."""
-        answer = log_page(self._journal, given)
-        last = answer["rows"][-1]["n"] if answer["rows"] else given["after"]
-        self._followers[requester] = (given["filters"], last)
-        requester.on_close.append(lambda: self._followers.pop(requester, None))
-        self._after_commit(do_nothing)
-        return answer
-
-    def states(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        return {**self._connection(), "states": self._members.documents("state")}
-
-    def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        return {**self._connection(), "rosters": self._members.documents("roster")}
-
-    def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        return {"node": self._node, "version": __version__}
-
-    def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
-        """Why this node does not send it; else who waits for its answers gets them from now on."""
-        envelope: Envelope = given["envelope"]
-        if envelope.sender != self._node:
-            return f"this is the daemon of {self._node}, not of {envelope.sender}"
-        if given["wait"]:
-            self._listen(envelope.exchange, requester)
-        return ""
-
-    def _listen(self, exchange: str, requester: Requester) -> None:
-        self._listeners.setdefault(exchange, []).append(requester)
-        requester.on_close.append(lambda: self._stop_listening(exchange, requester))
-
-    def _stop_listening(self, exchange: str, requester: Requester) -> None:
-        listeners = self._listeners[exchange]
-        listeners.remove(requester)
-        if not listeners:
-            del self._listeners[exchange]
-
-    # -- what the node reports --
-
-    def published(self, id: str, code: int, words: str) -> None:
-        """The broker has a message, or refused it; whoever sent it may still be there."""
-        requester = self._senders.pop(id, None)
-        if requester:
-            requester.send({"published": code, "words": words})
-
-    def heard(self, answer: Envelope) -> None:
-        """An answer has come, and is in the journal."""
-        for requester in [*self._listeners.get(answer.corr or "", ())]:
-            requester.send({"answer": answer.document()})
-
-    def waits(self, exchange: str | None) -> bool:
-        """Does somebody wait for the answers of this exchange?"""
-        return exchange in self._listeners
-
-    def show_news(self) -> None:
-        """Something was committed: whoever follows the log wants to see it."""
-        for requester, (filters, last) in [*self._followers.items()]:
-            if requester.busy:
-                continue  # it does not read; what it has not seen stays in the journal
-            newest = self._journal.newest
-            rows = self._journal.rows(filters, last) if newest > last else []
-            self._followers[requester] = (filters, rows[-1]["n"] if rows else newest)
-            if rows:
-                requester.send({"rows": rows})
-                self._after_commit(do_nothing)  # look again: there may be more than one page
-
-
-def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return journal.message(given["id"]) or {"error": "not known here"}
-
-
-def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": journal.exchange(given["id"], given["after"])}
-
-
-def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": journal.rows(given["filters"], given["after"], given["last"])}
-
-
-def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return pending_document(journal)
-
-
-NO_SUCH_REQUEST = "no such request"
-ID_FIELD = RequestField(identifier, "the id of a message", required=True)
-ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
-WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
-AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
-LOG_FIELDS = {
-    "filters": RequestField(log_filters, "only rows with this in them", {}),
-    "after": AFTER_FIELD,
-    "last": RequestField(row_number, "the last so many; 0 is all of them, page by page", 0),
-}
-REQUESTS = {
-    "send": Request(
-        Requests.send,
-        "send a message, and hear what the broker says of it",
-        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
-    ),
-    "sent": Request(
-        Requests.sent,
-        "take note of a message that a command publishes by itself",
-        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
-    ),
-    "read": Request(
-        Requests.read,
-        "take note of an answer that a command has read by itself",
-        {"envelope": ENVELOPE_FIELD},
-    ),
-    "states": Request(Requests.states, "how every node and agent is"),
-    "roster": Request(Requests.roster, "what every node can do"),
-    "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
-    "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
-    "log": Request(log_page, "what this node received, sent and did", LOG_FIELDS, looks_back=True),
-    "message": Request(message_row, "one message", {"id": ID_FIELD}, looks_back=True),
-    "exchange": Request(
-        exchange_page,
-        "all messages of the exchange that a message belongs to",
-        {"id": ID_FIELD, "after": AFTER_FIELD},
-        looks_back=True,
-    ),
-    "pending": Request(pending_page, "what is not answered, done or delivered", looks_back=True),
-}
-
-
-# ---- Node: what comes in, what goes out, the end of a turn -------------------------------
-#
-# Decides nothing about a message by itself: asks decide(), then performs it.  What came in one
-# turn of the loop is committed at its end; only then is it acknowledged, answered or published.
-# Knows no handler, no agent, no broker: for a daemon Work and Members stand beside it.
-
-MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, too large, no disk
-
-
-def hive_of(config: Config) -> str:
-    """Which hive a configuration means: where its broker is, and its prefix."""
-    return f"{config.mqtt.address if config.mqtt.named else 'ours'} {config.topics.prefix}"
-
-
-class Worker:
-    """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
-
-    def __init__(self) -> None:
-        self.agents: tuple[str, ...] = ()
-        self.handlers: Mapping[str, Path] = {}
-
-    def look_again(self) -> None:
-        """An action is not known: a handler for it may have been put there just now."""
-
-    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
-        """Run the handler of a message's action; `row` is the message's in the journal."""
-
-    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
-        """Say a message to agents."""
-
-
-class Node:
-    """The messages of one name: a daemon's, or those of one command."""
-
-    def __init__(self, config: Config, loop: Loop, log: Log, journal: Journal) -> None:
-        self.config, self.loop, self.log, self.journal = config, loop, log, journal
-        self.name, self.topics = config.node.id, config.topics
-        self.connected = self.stopping = False
-        self.heard_all = False  # since it is connected: how all others are
-        self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
-        self._seen_broker = 0.0  # when it last was, on the loop's clock
-        self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
-        self.worker = Worker()
-        self.members = Members(config, loop, log, self.send, self.publish, self._probe)
-        self._rate_limit = RateLimit()
-        self.requests = Requests(
-            self.name,
-            journal,
-            self.members,
-            self.settle_soon,
-            self._send_for_command,
-            self._connection,
-        )
-        self._settling = False
-        self._when_safe: list[Callable[[], None]] = []
-        self._overdue: Timer | None = None
-
-    def attach(self, client: Transport) -> None:
-        """From now on messages go out by this client."""
-        self._client = client
-        client.use_outbox(self.journal, self.published)
-
-    def start(self) -> None:
-        """Look after the journal from now on."""
-        self._tend_journal()
-        self._watch_questions()
-
-    def link_up(self, mqtt: MqttConfig) -> None:
-        self.connected, self._mqtt, self._fault = True, mqtt, ""
-        self.members.grant_grace(self.loop.clock())
-        self.settle_soon()
-
-    def all_heard(self) -> None:
-        """How all others are has been heard by now."""
-        self.heard_all, self._seen_broker = True, self.loop.clock()
-
-    def link_down(self, mqtt: MqttConfig, reason: str) -> None:
-        if self.connected:
-            self._seen_broker = self.loop.clock()
-        self.connected = self.heard_all = False
-        self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
-        self.members.doubt_losses()
-
-    def _connection(self) -> dict[str, Any]:
-        """How this node's way to the broker is, for its commands.
-
-        A broker that hangs is known by our own state, which does not come back.
-        """
-        own, fault = self.config.heartbeat, self._fault
-        silence = self.loop.clock() - self._seen_broker
-        hangs = self.heard_all and is_overdue(silence, own.interval, own.miss_threshold + 1)
-        if hangs:
-            fault = str(broker_fault(self._mqtt, f"no answer for {silence:.0f} s"))
-        return {
-            "hive": hive_of(self.config),
-            "broker": self._mqtt.address,
-            "connected": self.connected and not hangs,
-            "complete": self.heard_all,
-            "fault": fault,
-            "age": silence if fault else 0.0,  # of what is known
-        }
-
-    def publish(self, message: OutgoingMessage) -> None:
-        """Send what need not be in the journal."""
-        self._client.publish(message)
-
-    def _probe(self, done: Callable[[bool], None]) -> None:
-        self._client.probe(done)
-
-    # -- the end of a turn --
-
-    def settle_soon(self, then: Callable[[], None] | None = None) -> None:
-        """Commit at the end of this turn of the loop, and call back when that is done."""
-        if then:
-            self._when_safe.append(then)
-        if not self._settling:
-            self._settling = True
-            self.loop.after(0, self.settle)
-
-    def settle(self) -> None:
-        """Make it last; then tell the broker and others that it is safe with us."""
-        self._settling = False
-        self.journal.commit()
-        calls, self._when_safe = self._when_safe, []
-        for call in calls:
-            call()
-        self._client.send_queued()
-        self.requests.show_news()
-
-    def _tend_journal(self) -> None:
-        """Now and then, in small steps."""
-        self.journal.return_to_disk()
-        more = self.journal.prune(time.time())
-        self.settle_soon()
-        self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._tend_journal)
-
-    # -- what comes in --
-
-    def deliver(self, delivery: IncomingMessage) -> None:
-        if self.stopping:
-            return  # not acknowledged: it comes again when this node does
-        meta = self.topics.meta_of(delivery.topic)
-        if meta:
-            name, document = meta
-            if document in ("state", "roster"):
-                self.members.hear_document(name, document, delivery)
-            if meta == (self.name, "state") and not delivery.retained:
-                self.all_heard()  # our own, which we publish last
-            return
-        self.counts["received"] += 1
-        try:
-            envelope = Envelope.parse(delivery.payload)
-        except EnvelopeError as error:
-            self.counts["invalid"] += 1
-            self._log_limited("not an envelope", topic=delivery.topic, why=error)
-            return self.settle_soon(delivery.ack)
-        what, row = self._receive(envelope, delivery)
-        if what is SIGN_OF_LIFE:
-            delivery.ack()  # there is nothing to commit, and no turn is cheaper than none
-        else:
-            self.settle_soon(delivery.ack)
-        self._perform(what, envelope, row, self._time_left(envelope, delivery))
-
-    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
-        """Decide what to do with it; its row in the journal, if it has one now."""
-        reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
-        if not reason and delivery.expires_in is None and envelope.stale(time.time()):
-            reason = "its time to live is over"
-        if envelope.action and envelope.action not in self.worker.handlers and not reason:
-            self.worker.look_again()
-        what = Decision(Do.DROP, reason) if reason else decide(envelope, self.context())
-        row = 0
-        if what.do not in (Do.HEAR, Do.DROP):
-            note, content = "" if what.do is Do.WAKE else what.reason, delivery.payload.decode()
-            row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
-            what = what if row else SEEN_BEFORE
-        self._log_message(envelope, what)
-        if row:
-            self._take_note(envelope)
-        return what, row
-
-    def _take_note(self, envelope: Envelope) -> None:
-        """What a new message means to those who wait, whatever is done with it."""
-        if envelope.ch == "alert" and envelope.to == EVERYONE:
-            self.members.mark_announced(envelope.exchange)
-        if CHANNELS[envelope.ch].wake is Wake.UNLESS_AWAITED and envelope.corr:
-            self.journal.resolve_request(envelope.corr)
-            self.settle_soon(lambda: self.requests.heard(envelope))
-
-    def context(self) -> RoutingContext:
-        return RoutingContext(
-            node=self.name,
-            agents=self.worker.agents,
-            handlers=self.worker.handlers,
-            expects=self.requests.waits,
-        )
-
-    def _log_message(self, envelope: Envelope, what: Decision) -> None:
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
-        facts |= {"to": envelope.to, "action": envelope.action}
-        match what.do:
-            case Do.DROP:
-                self.counts["dropped"] += 1
-                say = self.log.debug if what == SEEN_BEFORE else self._log_limited
-                say("dropped", **facts, why=what.reason)
-            case Do.HEAR:
-                self.log.debug("received", **facts)
-            case _:
-                idle = what.do is Do.NOTE and not envelope.urgent  # the journal has it
-                say = self.log.debug if idle else self.log.info
-                note = what.reason if what.do in (Do.NOTE, Do.REFUSE) else None
-                say("received", **facts, note=note)
-                self.log.debug("text", id=envelope.id, text=envelope.text)
-
-    def _log_limited(self, event: str, **facts: object) -> None:
-        """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
-        kind = f"{event}: {facts['why']}" if event == "dropped" else event
-        say = (
-            self.log.warning if self._rate_limit.allow(kind, self.loop.clock()) else self.log.debug
-        )
-        say(event, **facts)
-
-    def _perform(self, what: Decision, envelope: Envelope, row: int, left: float | None) -> None:
-        """Do it, within the seconds that are left."""
-        until = None if left is None else time.time() + left
-        match what.do:
-            case Do.RUN | Do.WAKE if self.journal.full:
-                self.refuse(envelope, "busy: the journal is full of what is not done yet")
-            case Do.RUN:
-                self.worker.run(envelope, row, until)
-            case Do.WAKE:
-                self.worker.wake(envelope, row, what, until)
-            case Do.HEAR:
-                self.members.hear(envelope)
-            case Do.REFUSE:
-                self.refuse(envelope, what.reason)
-            case Do.NOTE | Do.DROP:
-                pass
-            case _:
-                assert_never(what.do)
-
-    def _time_left(self, envelope: Envelope, delivery: IncomingMessage) -> float | None:
-        """Seconds until a message is stale; the broker's word counts more than the peer's clock."""
-        if not envelope.ttl:
-            return None
-        if delivery.expires_in is not None:
-            return max(1.0, delivery.expires_in)
-        return max(1.0, envelope.ts + envelope.ttl - time.time())
-
-    def tell_own_agents(self, envelope: Envelope, note: str) -> None:
-        """Something that this node itself has to say."""
-        row = self.journal.record(Event.RECEIVED, envelope, time.time(), note)
-        agents = self.context().addressed(self.name)
-        if row and agents:
-            self._perform(Decision(Do.WAKE, note, agents, now=True), envelope, row, None)
-        self.settle_soon()
-
-    # -- what goes out --
-
-    def send(self, envelope: Envelope) -> None:
-        """Publish an envelope, now or when the broker is back."""
-        fault = self._post(envelope)
-        if fault:
-            self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
-
-    def refuse(self, envelope: Envelope, reason: str) -> None:
-        """Tell the sender that it was not done, if its message may cause an answer at all."""
-        if CHANNELS[envelope.ch].handler:
-            what = envelope.action or "message"
-            text = f"{self.name}: {what} refused: {reason}"
-            self.send(envelope.reply(self.name, text, ch="alert"))
-
-    def keep_result(self, envelope: Envelope, result: Mapping[str, object]) -> None:
-        """Publish what a handler gave, for whoever comes later."""
-        if self.journal.outbox_full:
-            self.log.error("result not published", id=envelope.id, why="too much waits already")
-        else:
-            topic = self.topics.meta(self.name, str(result["action"]))
-            self.journal.enqueue(topic, encode_json(result), retain=True)
-
-    def _send_for_command(self, envelope: Envelope) -> str:
-        """Send for somebody at the command line, who may expect an answer; why not, if so."""
-        if self.stopping:
-            return "the daemon is stopping"
-        if self.journal.outbox_full:
-            return f"{self.journal.outbox_size} messages wait for the broker already"
-        fault = self._post(envelope, ask=CHANNELS[envelope.ch].handler)
-        if envelope.ttl:
-            self._watch_questions()
-        return fault
-
-    def _post(self, envelope: Envelope, ask: bool = False) -> str:
-        """Into the journal and the outbox, once; why not, if so."""
-        if self.journal.outbox_full:
-            return "too much waits for the broker"
-        now, payload = time.time(), envelope.encode()
-        row = self.journal.record(Event.SENT, envelope, now, content=payload.decode())
-        if row is None:
-            return f"{envelope.id} was handed in before"
-        until = now + envelope.ttl if envelope.ttl else None
-        self.journal.enqueue(self.topics.of(envelope), payload, message=row, until=until)
-        if ask:
-            self.journal.add_pending_request(envelope, row)
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
-        self.log.info("sent", **facts, corr=envelope.corr)
-        self.settle_soon()
-        return ""
-
-    def published(self, message: OutgoingMessage, code: int, words: str) -> None:
-        """The broker has it, or never will."""
-        self.settle_soon()
-        if message.id is None:
-            return
-        failed = is_failure(code)
-        if failed or code == NO_SUBSCRIBERS:
-            envelope = Envelope.parse(message.payload)  # as it was encoded here
-            if failed:
-                facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
-                self.log.error("not published", **facts, to=envelope.to, why=words)
-            what = f"not published: {words.lower()}" if failed else "nobody listens there"
-            self.journal.record_result(envelope, time.time(), what)
-            self.journal.resolve_request(envelope.exchange)  # nobody will answer
-        self.requests.published(message.id, code, words)
-
-    # -- what nobody answered --
-
-    def _watch_questions(self) -> None:
-        """Look at the questions again when the next one is overdue, or in a minute."""
-        if self._overdue:
-            self._overdue.cancel()
-            self._overdue = None
-        due = self.journal.next_due()
-        if due is not None and not self.stopping:
-            wait = min(max(due - time.time(), 0.0) + 0.1, 60.0)
-            self._overdue = self.loop.after(wait, self._check_questions)
-
-    def _check_questions(self) -> None:
-        """Whoever asked, and does not wait any more, is told that nobody answered in time."""
-        now = time.time()
-        for request in self.journal.pending_requests(due=now):
-            self.journal.resolve_request(request["id"])
-            if not self.requests.waits(request["id"]):
-                asked = f"{now - request['asked']:.0f} s ago"
-                text = f"no answer from {request['to']} to what was asked {asked}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=request["id"])
-                self.log.warning("no answer", id=request["id"], to=request["to"])
-                self.tell_own_agents(alert, "its time to live was over")
-        self.settle_soon()
-        self._watch_questions()
-
-
-# ---- Work: who runs next, what became of it, and what agents say -------------------------
-#
-# Handlers, agents and the schedule of a daemon.  Knows of its node only how to say something;
-# what it owes is in the journal, so that it goes on after a crash.
-
-LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
-MAX_RUNS_WAITING = 1000
-FIRST_RUN = 10.0  # seconds after the start, for what has never run
-
-
-class ScheduledRun:
-    """One handler that runs by itself, when it last did, and how that ended."""
-
-    def __init__(self, config: ScheduleConfig) -> None:
-        self.config = config
-        self.next = 0.0  # Unix seconds
-        self.last = 0.0  # 0: never
-        self.ok: bool | None = None  # how it ended; None: not known
-        self.running = False
-
-    @property
-    def key(self) -> str:
-        """What tells it from all others, over restarts too."""
-        return f"schedule {self.config.action} {self.when} {self.config.text}"
-
-    @property
-    def when(self) -> str:
-        return self.config.at or f"every {self.config.every:g}s"
-
-    def plan(self, now: float, chance: float) -> None:
-        """Work out the next run; `chance` from 0 to 1 is for the jitter."""
-        if self.config.at:
-            due = next_at(self.config.at, self.last or now)
-        elif self.last:
-            due = self.last + (self.config.every or 0)
-        else:
-            due = now + min(FIRST_RUN, self.config.every or 0)
-        self.next = max(due, now) + chance * self.config.jitter
-
-    def due(self, now: float) -> bool:
-        """Is it time?  A clock that was put back must not silence it."""
-        if self.config.every and self.next - now > self.config.every + self.config.jitter:
-            self.next = now
-        return now >= self.next and not self.running
-
-    def begin(self, now: float) -> None:
-        self.running, self.last = True, now
-
-    def end(self, ok: bool) -> str | None:
-        """Take note of how it ended; what the agent should be told, if anything."""
-        before, self.ok, self.running = self.ok, ok, False
-        words = "is failing" if not ok else "is well again" if before is False else "is well"
-        tell = {
-            "always": True,
-            "never": False,
-            "failure": not ok,
-            "change": ok is False if before is None else ok != before,
-        }
-        return words if tell[self.config.notify] else None
-
-    def document(self) -> dict[str, object]:
-        """What the roster says of it."""
-        return {
-            "action": self.config.action,
-            "when": self.when,
-            "notify": self.config.notify,
-            "last": int(self.last) or None,
-            "next": int(self.next),
-            "ok": self.ok,
-        }
-
-
-def next_at(at: str, after: float) -> float:
-    """The first time that a local clock shows `at` after a moment; Unix seconds."""
-    hour, minute = map(int, at.split(":"))
-    day = time.localtime(after)
-    for days in (0, 1, 2):
-        # mktime finds its way over the ends of months and daylight saving time
-        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
-        if (due := time.mktime(moment)) > after:
-            return due
-    raise AssertionError("no day has this time")
-
-
-class HandlerRun(Value):
-    """A message that waits for its handler."""
-
-    envelope: Envelope
-    action: str
-    until: float = float("inf")  # monotonic; then it is stale
-    task: int = 0  # its number in the journal, if somebody else waits for it
-    scheduled: ScheduledRun | None = None  # who asked, if nobody did from outside
-
-
-class HandlerQueue:
-    """Who runs next: in order, so many at once in all, and so many of each action."""
-
-    def __init__(self, workers: int, workers_of: Callable[[str], int]) -> None:
-        self._workers, self._workers_of = workers, workers_of
-        self._waiting: deque[HandlerRun] = deque()
-        self._running: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def put(self, run: HandlerRun) -> bool:
-        """Wait in line; False if the line is too long."""
-        if len(self._waiting) >= MAX_RUNS_WAITING:
-            return False
-        self._waiting.append(run)
-        return True
-
-    def take(self) -> HandlerRun | None:
-        """The next one that may run now; give its action back with done()."""
-        if self.running >= self._workers:
-            return None
-        for i, run in enumerate(self._waiting):
-            running = self._running.get(run.action, 0)
-            if running < self._workers_of(run.action):
-                del self._waiting[i]
-                self._running[run.action] = running + 1
-                return run
-        return None
-
-    @property
-    def running(self) -> int:
-        """How many run now."""
-        return sum(self._running.values())
-
-    def done(self, action: str) -> None:
-        self._running[action] -= 1
-        if not self._running[action]:
-            del self._running[action]
-
-    def clear(self) -> list[HandlerRun]:
-        """Send them all home; who they were."""
-        left, self._waiting = [*self._waiting], deque()
-        return left
-
-
-class Work(Worker):
-    """What one machine can do: its handlers, its agents, its schedule."""
-
-    def __init__(self, node: Node, changed: Callable[[], None]) -> None:
-        """Calls `changed` when its roster has to say something else."""
-        super().__init__()
-        self._node, self._changed = node, changed
-        self._config, self._loop, self._log = node.config, node.loop, node.log
-        self._journal = node.journal
-        self._children = ChildProcesses(node.loop)
-        self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
-        self._handler_set = HandlerSet()
-        self._looked = float("-inf")
-        self._agents = {
-            name: Agent(node.loop, self._children, one, self)
-            for name, one in node.config.agents.items()
-        }
-        self.agents = tuple(self._agents)
-        self._schedule = [ScheduledRun(one) for one in node.config.schedule]
-
-    def start(self) -> None:
-        """Begin, with what was not finished when the daemon ended."""
-        self.look_for_handlers()
-        for agent in self._agents.values():
-            agent.probe()
-        self.take_up()
-        self._start_schedule()
-
-    def stop(self) -> list[Envelope]:
-        """Begin nothing any more; which messages wait.  What runs may end."""
-        waiting = [run.envelope for run in self._queue.clear() if run.task]
-        for agent in self._agents.values():
-            waiting += [event.envelope for event in agent.stop()]
-        return waiting
-
-    def end_handlers(self) -> None:
-        """No handler has any more time."""
-        self._children.stop()
-
-    def kill(self) -> None:
-        """Leave nothing running behind."""
-        self._children.kill()
-
-    @property
-    def running(self) -> int:
-        """How many handlers run."""
-        return self._queue.running
-
-    @property
-    def busy(self) -> bool:
-        """Does anything run, or is an agent being called?"""
-        return bool(self.running) or any(agent.calling for agent in self._agents.values())
-
-    def status(self) -> OwnStatus:
-        """What there is to tell of it."""
-        health = {
-            name: {"status": agent.health.value, "reason": agent.reason}
-            for name, agent in self._agents.items()
-        }
-        down = [
-            f"agent {name}: {agent.reason}"
-            for name, agent in self._agents.items()
-            if agent.health is Health.DOWN
-        ]
-        trouble = "; ".join(down + ([] if self._journal.on_disk else ["no journal on disk"]))
-        schedule = [one.document() for one in self._schedule]
-        return OwnStatus(health, [*self.handlers], schedule, trouble)
-
-    def take_up(self) -> None:
-        """Go on with what was not finished when the daemon ended."""
-        tasks = self._journal.tasks()
-        if tasks:
-            self._log.info("taking up what was not finished", tasks=len(tasks))
-        for task in tasks:
-            if task.agent:
-                self._tell_again(task)
-            else:
-                self._run_again(task)
-
-    def _tell_again(self, task: Task) -> None:
-        note = UNCERTAIN_NOTE if task.began else task.note
-        if task.agent in self._agents:
-            self._wake(task, note)
-        else:
-            self._journal.remove_task(task.n)
-            reason = f"{self._node.name} has no agent {task.agent} any more"
-            self._node.refuse(task.envelope, reason)
-
-    def _run_again(self, task: Task) -> None:
-        """Run it, unless it may have run: that is for whoever sent it to decide."""
-        envelope = task.envelope
-        run = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
-        if task.began and not self._handler_config(run.action).retry:
-            fault = "the daemon ended meanwhile"
-            self._finish(run, ProcessResult(exit=None, cancelled=True, fault=fault))
-        else:
-            self._enqueue(run)
-
-    def _deadline(self, until: float | None) -> float:
-        """Unix seconds as seconds of the loop's clock."""
-        return float("inf") if until is None else self._loop.clock() + until - time.time()
-
-    # -- handlers --
-
-    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
-        task = self._journal.add_task(row, until=until)
-        self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
-
-    def _handler_config(self, action: str) -> HandlerConfig:
-        return self._config.handlers.get(action, HandlerConfig())
-
-    def _workers_of(self, action: str) -> int:
-        return self._handler_config(action).workers
-
-    def _enqueue(self, run: HandlerRun) -> None:
-        if self._queue.put(run):
-            self._run_handlers()
-        else:
-            self._journal.remove_task(run.task)
-            self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
-
-    def _run_handlers(self) -> None:
-        while run := self._queue.take():
-            self._start_handler(run)
-
-    def _start_handler(self, run: HandlerRun) -> None:
-        file = self.handlers.get(run.action, self._config.handler_dir / run.action)
-        done = partial(self._ran, run)
-        objection = objection_to(file)  # it may have changed since it was found
-        if run.until < self._loop.clock():
-            objection = "its time to live was over before its turn came"
-        if objection:
-            self._loop.after(0, partial(done, ProcessResult(exit=None, fault=objection)))
-            return
-        agents = self._node.context().addressed(run.envelope.to)
-        agent = self._config.agents[agents[0]] if agents else None
-        self._log.info("handler started", action=run.action, id=run.envelope.id)
-        if run.task:
-            self._journal.start_tasks([run.task])
-        self._children.start(handler_spec(self._config, file, run.envelope, agent), done)
-
-    def _ran(self, run: HandlerRun, result: ProcessResult) -> None:
-        self._queue.done(run.action)
-        self._node.counts["runs"] += 1
-        self._node.counts["failures"] += not result.ok
-        if result.cancelled and run.task and self._handler_config(run.action).retry:
-            self._journal.reset_tasks([run.task])  # it runs again at the next start
-        else:
-            self._finish(run, result)
-        if not self._node.stopping:
-            self._run_handlers()
-
-    def _finish(self, run: HandlerRun, result: ProcessResult) -> None:
-        """Tell everyone whom it concerns how a handler ended."""
-        envelope = run.envelope
-        document = result_document(envelope, self._node.name, result, time.time())
-        status, took, error = document["status"], document["duration_ms"], document["error"]
-        say = self._log.info if result.ok else self._log.warning
-        facts: dict[str, object] = {"action": run.action, "id": envelope.id, "status": status}
-        say("handler ended", **facts, exit=result.exit, ms=took, why=error or None)
-        words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
-        self._journal.record_result(envelope, time.time(), words)
-        self._node.keep_result(envelope, document)
-        if run.scheduled:
-            self._scheduled_run_ended(run.scheduled, envelope, result)
-        else:
-            self._node.send(answer_to(envelope, self._node.name, result))
-        if run.task:
-            self._journal.remove_task(run.task)
-        self._node.settle_soon()
-
-    def look_again(self) -> None:
-        now = self._loop.clock()
-        if now - self._looked >= LOOK_GAP:
-            self._looked = now
-            if self.look_for_handlers():
-                self._changed()
-
-    def look_for_handlers(self) -> bool:
-        """Read the handler directory again; is anything different?"""
-        before, self._handler_set = self._handler_set, scan_handlers(self._config.handler_dir)
-        self.handlers = self._handler_set.handlers
-        if before.handlers.keys() != self.handlers.keys():
-            actions = ",".join(self.handlers)
-            self._log.info("handlers", dir=self._config.handler_dir, actions=actions)
-        for file, reason in self._handler_set.refused.items():
-            if before.refused.get(file) != reason:
-                self._log.warning("not a handler", file=file, why=reason)
-        return before != self._handler_set
-
-    # -- schedule --
-
-    def _start_schedule(self) -> None:
-        import random
-
-        now = time.time()
-        for one in self._schedule:
-            known = self._journal.get(one.key)
-            last, ok = known.get("last"), known.get("ok")
-            one.last = last if isinstance(last, float) and last < now else 0.0
-            one.ok = ok if isinstance(ok, bool) else None
-            one.plan(now, random.random())
-        if self._schedule:
-            self._run_due()
-
-    def _run_due(self) -> None:
-        """Run what is due; look again at the next one's time, or in a minute: clocks are put."""
-        now = time.time()
-        for one in self._schedule:
-            if one.due(now) and not self._node.stopping:
-                self._run_scheduled(one, now)
-        nearest = min(one.next for one in self._schedule)
-        self._loop.after(min(max(nearest - now, 0.1), 60.0), self._run_due)
-
-    def _run_scheduled(self, one: ScheduledRun, now: float) -> None:
-        import random
-
-        name, action = self._node.name, one.config.action
-        envelope = Envelope.new(name, name, "command", one.config.text, action=action)
-        if not self._queue.put(HandlerRun(envelope, action, scheduled=one)):
-            self._log.warning("not run", action=action, why="too many handlers wait")
-            return
-        one.begin(now)
-        one.plan(now, random.random())
-        self._run_handlers()
-
-    def _scheduled_run_ended(
-        self, one: ScheduledRun, envelope: Envelope, result: ProcessResult
-    ) -> None:
-        """Write down how it ended; wake the agent if that is news."""
-        if result.cancelled:
-            return
-        words = one.end(result.ok)
-        self._journal.put(one.key, {"last": one.last, "ok": one.ok})
-        self._changed()
-        if words and not self._node.stopping:
-            said = printed(result) if result.ok else failure(result)
-            text = cut(f"{one.config.action} {words}: {said}", MAX_ERROR)
-            ch = "status" if result.ok else "alert"
-            self._node.tell_own_agents(envelope.reply(self._node.name, text, ch=ch), "scheduled")
-
-    # -- agents --
-
-    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
-        for agent in what.agents:
-            n = self._journal.add_task(row, agent, until, what.now, what.reason)
-            task = Task(n, envelope, agent, until, what.now, what.reason, began=False)
-            self._wake(task, what.reason)
-
-    def _wake(self, task: Task, note: str) -> None:
-        """Let an agent know, with the question of ours that it answers."""
-        envelope = task.envelope
-        entry = self._journal.message(envelope.exchange) if envelope.corr else None
-        asked = entry["envelope"] if entry else None
-        question = asked["text"][:MAX_QUESTION] if asked else ""
-        latest = self._loop.clock() + self._config.node.agent_patience
-        deadline = min(self._deadline(task.until), latest)
-        event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
-        self._agents[task.agent].wake(event)
-
-    def agent_begins(self, group: Sequence[PendingEvent]) -> None:
-        """It is being told: if we crash now, nobody knows whether it was."""
-        self._journal.start_tasks(event.task for event in group if event.task)
-
-    def agent_failed(self, group: Sequence[PendingEvent]) -> None:
-        """It will be told again: now, or at the next start if there is a disk."""
-        self._journal.reset_tasks(one.task for one in group if one.task and not one.uncertain)
-        if self._node.stopping and not self._journal.on_disk:
-            for event in group:
-                self._node.refuse(event.envelope, "the node is stopping")
-        self._node.settle_soon()
-
-    def agent_woken(self, agent: str, event: PendingEvent, reply: str | None) -> None:
-        """It was; its reply, where the method has one, is the answer."""
-        self._journal.record_result(event.envelope, time.time(), f"told {agent}")
-        if event.task:
-            self._journal.remove_task(event.task)
-        if reply is not None and CHANNELS[event.envelope.ch].handler:
-            self._node.send(event.envelope.reply(self._node.name, reply))
-        self._node.settle_soon()
-
-    def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
-        self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
-        if event.task:
-            self._journal.remove_task(event.task)
-        self._node.refuse(event.envelope, f"agent {agent} was not told: {reason}")
-        self._node.settle_soon()
-
-
-# ---- Daemon: comes and goes --------------------------------------------------------------
-#
-# Wires the above for as long as the machine runs: finds the broker and makes sure of the name,
-# shows that it is alive, opens the door for commands, ends in order.
-
-STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
-DISCONNECT_TIMEOUT = 2.0  # seconds for the last messages
-
-
-class Daemon:
-    """One machine's node."""
-
-    def __init__(
-        self,
-        config: Config,
-        loop: Loop,
-        log: Log,
-        journal: Journal,
-        instance: str,
-        predecessor: str,
-        make_client: Callable[[Config, OutgoingMessage], Transport],
-    ) -> None:
-        """`instance` tells this run of the daemon from all others."""
-        self.config, self.loop, self.log = config, loop, log
-        self._instances = (instance, predecessor)
-        self.node = node = Node(config, loop, log, journal)
-        self.work = node.worker = Work(node, lambda: self._presence.publish_roster())
-        self._presence = node.members.presence = Presence(
-            config,
-            loop,
-            instance,
-            node.publish,
-            self.work.status,
-            node.members.alive,
-            node.counts,
-        )
-        self._service = ServiceManager(loop, os.environ)
-        self._hosting, self._mqtt = BrokerHost(config, loop, log), config.mqtt
-        self._control: ControlServer | None = None
-        self._outage = False
-        self._client = make_client(config, self._presence.will())
-        node.attach(self._client)
-
-    def start(self) -> None:
-        """Begin; the loop does the rest."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.on_signal(number, self.stop)
-        self.loop.on_signal(signal.SIGHUP, self._reread)
-        self._open_control_socket()
-        self.work.start()
-        self._client.open(self)
-        self._heartbeat()
-        self.node.start()
-        self._service.notify("READY=1", "STATUS=looking for the broker")
-
-    def _open_control_socket(self) -> None:
-        file = control_socket_path(self.config)
-        try:
-            self._control = ControlServer(self.loop, file, self.node.requests.handle)
-        except OSError as error:
-            self.log.error("no door for the command line", file=file, why=reason_of(error))
-
-    def _reread(self) -> None:
-        """Look into the handler directory again, because somebody asked."""
-        self._service.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        self.work.look_for_handlers()
-        self._presence.publish_roster()
-        self._service.notify("READY=1")
-
-    def _heartbeat(self) -> None:
-        """Every interval: see what has changed here, show that we are alive, see who is not."""
-        self.loop.after(self.config.heartbeat.interval, self._heartbeat)
-        if self.node.stopping:
-            return
-        if self.work.look_for_handlers():
-            self._presence.publish_roster()
-        if self.node.connected:
-            self._presence.beat()
-            self.node.members.check(self.loop.clock())
-
-    # -- the broker --
-
-    def before_connecting(self, go_on: Callable[[], None]) -> None:
-        heartbeat = self._presence.heartbeat(self.node.name)
-        NameConflictCheck(
-            self.loop, self.config, self._instances, heartbeat, go_on, self.link_down, self._aim
-        )
-
-    def _aim(self, client: MqttClient, go_on: Callable[[], None]) -> None:
-        """Find the broker before each connection: the one that was there may be gone for good."""
-
-        def found(mqtt: MqttConfig) -> None:
-            self._mqtt = mqtt
-            client.set_broker(mqtt)
-            self._client.set_broker(mqtt)
-            go_on()
-
-        self._hosting.find(found)
-
-    def link_up(self) -> None:
-        self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
-        self._outage = False
-        self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
-        self.node.link_up(self._mqtt)
-        self._presence.begin()
-
-    def link_down(self, reason: str) -> None:
-        self.node.link_down(self._mqtt, reason)
-        self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
-        say = self.log.debug if self._outage else self.log.error
-        say("no broker, trying again", broker=self._mqtt.address, why=reason)
-        self._outage = True
-
-    def deliver(self, delivery: IncomingMessage) -> None:
-        self.node.deliver(delivery)
-
-    # -- the end --
-
-    def stop(self) -> None:
-        """End in order: running handlers get a moment; what waits goes on at the next start."""
-        if self.node.stopping:
-            self.work.end_handlers()
-            return
-        self.node.stopping = True
-        self._service.notify("STOPPING=1", "STATUS=stopping")
-        self.node.members.stop()
-        self.log.info("stopping", handlers=self.work.running)
-        waiting = self.work.stop()
-        if not self.node.journal.on_disk:
-            for envelope in waiting:
-                self.node.refuse(envelope, "the node is stopping")
-        self.loop.after(STOP_GRACE, self.work.end_handlers)
-        self._leave_when_idle()
-
-    def _leave_when_idle(self) -> None:
-        if self.work.busy:
-            self.loop.after(0.05, self._leave_when_idle)
-            return
-        self.node.settle()
-        self._presence.end()
-        self._client.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
-
-    def abandon(self) -> None:
-        """Leave nothing running behind, whatever ended the loop."""
-        self.work.kill()
-        self._hosting.close()
-        if self._control:
-            self._control.close()
 
 
 # ---- Output: rows to a table or to JSON --------------------------------------------------
@@ -8890,18 +8909,18 @@ class InProcessNode:
         marker = self._config.topics.private(node.name, new_id())
         return RetainedQuery(
             *(node.loop, self._mqtt, filters, marker),
-            *(self.deliver, self.link_up, self.link_down),
+            *(self.deliver, self.on_connected, self.on_disconnected),
         ).client
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         if self._node:
-            self._node.link_up(self._mqtt)
+            self._node.on_connected(self._mqtt)
             self._node.all_heard()
 
-    def link_down(self, reason: str) -> None:
+    def on_disconnected(self, reason: str) -> None:
         raise broker_fault(self._mqtt, reason)
 
     def deliver(self, delivery: IncomingMessage) -> None:
@@ -9374,12 +9393,12 @@ class BrokerCheck:
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         self.subscribed = True
         self.client.publish(self._beat)
         self._probe()
 
-    def link_down(self, reason: str) -> None:
+    def on_disconnected(self, reason: str) -> None:
         if reason.startswith("subscribing"):
             self.not_subscribed = reason
         elif self.subscribed and (self._unanswered or self.missing):
@@ -10625,28 +10644,30 @@ hive.py handler test git-sync --text '["~/notes"]'""",
 def command_handler(args: argparse.Namespace) -> int:
     """List this node's handlers, or run one here as the daemon would."""
     config = config_of(args)
-    catalogue = scan_handlers(config.handler_dir)
+    handler_set = scan_handlers(config.handler_dir)
     if args.what == "test":
         if not args.name:
-            raise UsageError("handler test: which one? there are: " + ", ".join(catalogue.handlers))
+            raise UsageError(
+                "handler test: which one? there are: " + ", ".join(handler_set.handlers)
+            )
         return test_handler(config, args)
     if args.as_json:
-        found = {action: str(file) for action, file in catalogue.handlers.items()}
-        print(json.dumps({"handlers": found, "refused": dict(catalogue.refused)}, indent=2))
+        found = {action: str(file) for action, file in handler_set.handlers.items()}
+        print(json.dumps({"handlers": found, "refused": dict(handler_set.refused)}, indent=2))
     else:
-        print(handler_table(config, catalogue), end="")
+        print(handler_table(config, handler_set), end="")
     return Exit.DONE
 
 
-def handler_table(config: Config, catalogue: HandlerSet) -> str:
+def handler_table(config: Config, handler_set: HandlerSet) -> str:
     """What was found, in which bounds it runs, and what was refused and why."""
     cells = [
         (action, f"{handler_deadline(config, action):g}s", str(workers), printable(str(file), 200))
-        for action, file in catalogue.handlers.items()
+        for action, file in handler_set.handlers.items()
         for workers in (config.handlers.get(action, HandlerConfig()).workers,)
     ]
     found = format_table(("ACTION", "TIMEOUT", "WORKERS", "FILE"), cells, False) if cells else ""
-    refused = [f"refused: {printable(f, 200)}: {why}\n" for f, why in catalogue.refused.items()]
+    refused = [f"refused: {printable(f, 200)}: {why}\n" for f, why in handler_set.refused.items()]
     return found + "".join(refused) or f"no handlers in {config.handler_dir}\n"
 
 
