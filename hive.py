@@ -53,6 +53,12 @@ tokens; only what needs judgment wakes an agent.
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # as python -P does: nothing is imported from beside this file
+
 import argparse
 import atexit
 import contextlib
@@ -61,18 +67,16 @@ import gc
 import io
 import itertools
 import json
-import os
 import re
 import selectors
 import signal
 import socket
 import stat
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import (
     IO,
@@ -170,6 +174,22 @@ def did_you_mean(said: str, known: Iterable[str]) -> str:
     names = {name.lower(): name for name in known}
     near = difflib.get_close_matches(said.lower(), names, 1, 0.5)
     return f"did you mean {names[near[0]]}?" if near else ""
+
+
+def docstring(of: Any) -> str:
+    """What a function or a class says of itself, even to a Python that was told to drop it."""
+    return str(of.__doc__ or dropped_docstrings().get(of.__qualname__, of.__qualname__))
+
+
+@cache
+def dropped_docstrings() -> Mapping[str, str]:
+    """What stands in the source, by name, and the file's own by none: python -OO drops it."""
+    import ast
+    import linecache
+
+    tree = ast.parse("".join(linecache.getlines(__file__, globals())))
+    found = [tree, *(one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef))]
+    return {getattr(one, "name", ""): ast.get_docstring(one, clean=False) or "" for one in found}
 
 
 class Field:
@@ -474,7 +494,7 @@ class Envelope(Value):
             try:
                 values[attribute] = check(value)
             except ValueError:
-                raise EnvelopeError(f"{key}: {quoted(value)} is not {check.__doc__}") from None
+                raise EnvelopeError(f"{key}: {quoted(value)} is not {docstring(check)}") from None
         rest = replace_surrogates(rest)
         for key, value in rest.items():
             if not portable({key: value}):
@@ -1860,7 +1880,7 @@ class RequestField(Value):
         try:
             return self.check(value)
         except ValueError:
-            what = f"{quoted(value)} is not {self.check.__doc__}"
+            what = f"{quoted(value)} is not {docstring(self.check)}"
             raise UsageError(f"{name}: {what}") from None
 
 
@@ -3217,7 +3237,7 @@ class ConfigTable(Value):
                 values[key] = kind(value)
             except (TypeError, ValueError):
                 what = "the value" if kind is secret else quoted(value)
-                raise ConfigError(f"{where}.{key}: {what} is not {kind.__doc__}") from None
+                raise ConfigError(f"{where}.{key}: {what} is not {docstring(kind)}") from None
             if isinstance(values[key], Path) and base:
                 values[key] = base / values[key]
         if cls.REQUIRED and not values.get(cls.REQUIRED):
@@ -3542,7 +3562,8 @@ CONFIG_TABLES: Mapping[str, type[ConfigTable]] = {
 }
 SINGLE_TABLES = [name for name, table in CONFIG_TABLES.items() if table.HEADER == ONCE]
 USER_CONFIG = "~/.config/hive/hive.toml"
-CONFIG_PLACES = ("hive.toml", USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
+CONFIG_PLACES = (USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
+LOCAL_CONFIG = "hive.toml"  # never read unnamed: whoever made the folder may have made it
 
 
 def setting_of(dotted: str) -> Field:
@@ -3565,6 +3586,14 @@ def find_config(explicit: str | None) -> Path | None:
     return None
 
 
+def passed_by(explicit: str | None, source: Path | None) -> Iterator[str]:
+    """Say that the current directory has a configuration, where somebody might count on it."""
+    if explicit or os.environ.get("HIVE_CONFIG") or not os.path.isfile(LOCAL_CONFIG):
+        return
+    if source is None or not os.path.samefile(source, LOCAL_CONFIG):
+        yield f"./{LOCAL_CONFIG} is not read; if you trust it, name it: --config {LOCAL_CONFIG}"
+
+
 def load_config(explicit: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
     """Read hive.toml; `overrides` ("mqtt.port": value) come from the command line.
 
@@ -3575,9 +3604,10 @@ def load_config(explicit: str | None = None, overrides: Mapping[str, Any] | None
     try:
         if source:
             document = read_toml(source)
-        return make_config(document, source, overrides or {})
+        config = make_config(document, source, overrides or {})
     except ConfigError as error:
         raise ConfigError(f"{source or 'configuration'}: {error}") from None
+    return config.replace(warnings=(*passed_by(explicit, source), *config.warnings))
 
 
 def read_toml(source: Path) -> dict[str, Any]:
@@ -3657,7 +3687,7 @@ def read_tables(name: str, document: Mapping[str, Any], base: Path | None) -> An
         try:
             action_name(action)
         except ValueError:
-            objection = f"{quoted(action)[1:-1]}: is not {action_name.__doc__}"
+            objection = f"{quoted(action)[1:-1]}: is not {docstring(action_name)}"
             raise ConfigError(f"{name}.{objection}") from None
     return {key: table.read(one, f"{name}.{key}", base) for key, one in said.items()}
 
@@ -3709,7 +3739,7 @@ def example_config(chosen: Mapping[str, Any] | None = None) -> str:
     for title, table in CONFIG_TABLES.items():
         lines += [
             "",
-            *(f"# {line.strip()}" for line in (table.__doc__ or "").splitlines() if line.strip()),
+            *(f"# {line.strip()}" for line in docstring(table).splitlines() if line.strip()),
         ]
         said, header = (chosen or {}).get(title, {}), table.HEADER.format(title)
         first, *others = said if isinstance(said, list) else [said]
@@ -4119,12 +4149,12 @@ def first_line_fault(file: Path) -> str:
         return NO_PROGRAM
     if words[-1].endswith("\r"):
         return f"its first line names {quoted(words[-1])}: its lines must end in LF, not CRLF"
-    program, *arguments = words
-    if not (file.parent / program).exists():
-        return f"its first line names {quoted(program)}, which is not there"
-    if not os.access(file.parent / program, os.X_OK) or (file.parent / program).is_dir():
-        return f"its first line names {quoted(program)}, which cannot be executed"
-    asked_of_env = os.path.basename(program) == "env" and len(arguments) == 1
+    interpreter, *arguments = words
+    if not (file.parent / interpreter).exists():
+        return f"its first line names {quoted(interpreter)}, which is not there"
+    if not os.access(file.parent / interpreter, os.X_OK) or (file.parent / interpreter).is_dir():
+        return f"its first line names {quoted(interpreter)}, which cannot be executed"
+    asked_of_env = os.path.basename(interpreter) == "env" and len(arguments) == 1
     by_env = asked_of_env and re.fullmatch(r"[^-=][^=]*", arguments[0])
     if by_env and not program_file(arguments[0], os.environ):
         return f"its first line names {quoted(arguments[0])}, which is not on the PATH"
@@ -4274,7 +4304,7 @@ def objection_to(file: Path) -> str | None:
         status = file.stat()
         objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
-        return f"its name is not {action_name.__doc__}"
+        return f"its name is not {docstring(action_name)}"
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
@@ -5147,8 +5177,8 @@ class Agent:
             else:
                 self._accepted.append((at, event))
         if forgotten:
-            count, name = len(forgotten), self.instance.name
-            self._log.warning("agent's gateway has restarted, telling again", agent=name, n=count)
+            number, name = len(forgotten), self.instance.name
+            self._log.warning("agent's gateway has restarted, telling again", agent=name, n=number)
             self._waiting.extendleft(reversed(forgotten))
             self._next()
 
@@ -9666,7 +9696,7 @@ class Prompt:
             try:
                 return kind(said)
             except ValueError:
-                print(f"  {quoted(said)} is not {kind.__doc__}", file=sys.stderr)
+                print(f"  {quoted(said)} is not {docstring(kind)}", file=sys.stderr)
         return default
 
     def agree(self, question: str, default: bool) -> bool:
@@ -9681,7 +9711,7 @@ class Prompt:
                 said = getpass.getpass(f"{question} (not shown) [none]: ")
                 return password_line(said) if said else None
             except ValueError:
-                print(f"  that is not {password_line.__doc__}", file=sys.stderr)
+                print(f"  that is not {docstring(password_line)}", file=sys.stderr)
         return None
 
 
@@ -10157,13 +10187,13 @@ def agent_finding(
 
     command, ways = (one.command or one.openclaw_cmd)[0], wake_methods(one)
     if set(ways) != {"hook"}:
-        program = shutil.which(command)
-        if not program:
+        found = shutil.which(command)
+        if not found:
             what, todo = f"no program {command}", "install it, or see [[oc_instances]]"
             return Finding(Level.FAIL, f"{one.name}: {what}", todo)
         with contextlib.suppress(OSError):
-            if fault := first_line_fault(Path(program)):
-                return Finding(Level.FAIL, f"{one.name}: {program}: {fault}", "mend it")
+            if fault := first_line_fault(Path(found)):
+                return Finding(Level.FAIL, f"{one.name}: {found}: {fault}", "mend it")
     if one.command:
         return Finding(Level.OK, f"{one.name}: {command} is there; more would wake it")
     file = openclaw_file(one.profile, home)
@@ -10691,7 +10721,7 @@ def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
         try:
             return kind(said)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {kind.__doc__}") from None
+            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(kind)}") from None
 
     return convert
 
@@ -10819,8 +10849,9 @@ def start_again() -> None:
     SourceFileLoader("hive", file).get_code("hive")
     if not os.path.exists(cache_from_source(file)):
         return
+    here = "" if sys.flags.safe_path else " del sys.path[0];"  # the current directory
     code = (
-        f"import sys; sys.path[:1] = {sys.path[:1]}; del sys.argv[0]; __file__ = sys.argv[0];"
+        f"import sys;{here} del sys.argv[0]; __file__ = sys.argv[0];"
         " from importlib.machinery import SourceFileLoader;"
         ' exec(SourceFileLoader("hive", __file__).get_code("hive"))'
     )
@@ -11399,7 +11430,7 @@ def run_once(job: ProcessSpec) -> ProcessResult:
 
 @subcommand(
     option("--example", action="store_true", help="print a commented hive.toml with every key"),
-    examples="hive.py config --example > hive.toml",
+    examples="hive.py config --example > my.toml",
 )
 def command_config(args: argparse.Namespace) -> int:
     """Show the configuration in force, and where each key was set; secrets are masked."""
@@ -11461,7 +11492,7 @@ def said_by_options(args: argparse.Namespace, ask: Prompt) -> dict[str, Any]:
         try:
             said["mqtt.password"] = password_line(password)
         except ValueError:
-            raise UsageError(f"--password-file -: not {password_line.__doc__}") from None
+            raise UsageError(f"--password-file -: not {docstring(password_line)}") from None
     if "mqtt.ca_file" in said:
         said.setdefault("mqtt.tls", True)
     return {k: Path(os.path.abspath(v)) if isinstance(v, Path) else v for k, v in said.items()}
@@ -11606,7 +11637,7 @@ def make_parser(only: str = "") -> Parser:
     """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
     common = common_options()
     parser = Parser(
-        description=__doc__,
+        description=__doc__ or dropped_docstrings()[""],
         parents=[common],
         epilog="Each command has --help of its own, with examples.",
     )
@@ -11617,7 +11648,7 @@ def make_parser(only: str = "") -> Parser:
     parser.flags = [flag for flags, _ in options for flag in flags]
     for name in wanted:
         one = COMMANDS[name]
-        about = (one.run.__doc__ or "").strip()
+        about = docstring(one.run).strip()
         sub = commands.add_parser(
             name,
             parents=[common],

@@ -414,7 +414,7 @@ def test_a_broker_that_refuses_the_login_is_exit_3_with_advice(tmp_path: Path) -
 def test_a_password_that_others_may_read_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "hive.toml").write_text('[mqtt]\nusername = "a"\npassword = "hunter2"\n')
     (tmp_path / "hive.toml").chmod(0o644)
-    done = run("config", cwd=tmp_path)
+    done = run("config", "--config", "hive.toml", cwd=tmp_path)
     assert done.stderr == (
         "hive: warning: hive.toml: holds a secret and others may read it;"
         " try: chmod 600 hive.toml\n"

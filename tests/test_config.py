@@ -365,22 +365,47 @@ def test_a_file_that_is_private_or_holds_no_secret_is_not_warned_of() -> None:
 def test_the_first_file_that_is_there_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = place.parent / "home/.config/hive/hive.toml"
     home.parent.mkdir(parents=True)
-    files = [place / "flag", place / "variable", place / "hive.toml", home]
+    files = [place / "flag", place / "variable", home]
     for file in files:
         file.write_text(f"node.id = 'from-{file.parent.name}-{file.name}'")
     monkeypatch.setenv("HIVE_CONFIG", str(files[1]))
     read = [load_config(str(files[0])), load_config()]
     monkeypatch.delenv("HIVE_CONFIG")
     read.append(load_config())
-    files[2].unlink()
-    read.append(load_config())
-    expected = [
-        "from-here-flag",
-        "from-here-variable",
-        "from-here-hive.toml",
-        "from-hive-hive.toml",
-    ]
+    expected = ["from-here-flag", "from-here-variable", "from-hive-hive.toml"]
     assert [config.node.id for config in read] == expected
+
+
+NOT_READ = "./hive.toml is not read; if you trust it, name it: --config hive.toml"
+
+
+def test_a_file_of_the_current_directory_counts_only_if_it_is_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "hive.toml").write_text("node.id = 'evil'\nmqtt.password_file = '/etc/shadow'")
+    unnamed = load_config()
+    assert (unnamed.source, unnamed.warnings) == (None, (NOT_READ,))
+    assert unnamed.node.id != "evil" and unnamed.mqtt.password is None
+    (place / "hive.toml").write_text("node.id = 'mine'")
+    assert load_config("hive.toml").node.id == "mine"
+    assert load_config("hive.toml").warnings == ()
+    monkeypatch.setenv("HIVE_CONFIG", "hive.toml")
+    assert (load_config().node.id, load_config().warnings) == ("mine", ())
+    monkeypatch.setenv("HIVE_CONFIG", str(place / "hive.toml"))
+    assert (load_config().node.id, load_config().warnings) == ("mine", ())
+
+
+def test_a_file_that_is_passed_by_is_told_of(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = place.parent / "home/.config/hive/hive.toml"
+    home.parent.mkdir(parents=True)
+    home.write_text("node.id = 'mine'")
+    assert load_config().warnings == ()
+    (place / "hive.toml").write_text("this is no TOML")
+    assert (load_config().node.id, load_config().warnings) == ("mine", (NOT_READ,))
+    (place / "named").write_text("")
+    assert load_config("named").warnings == ()  # nobody counts on the other
+    monkeypatch.chdir(home.parent)
+    assert (load_config().node.id, load_config().warnings) == ("mine", ())  # it is the one
 
 
 def test_a_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
@@ -486,7 +511,8 @@ def test_what_is_no_text_is_refused_on_the_command_line(
 
 def test_the_command_line_overrides_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     load("[node]\nid = 'alpha'\n[mqtt]\nhost = 'far'")
-    code = hive.main(["--host", "near", "config", "--port", "99", "--prefix", "a/b"])
+    near = ["--config", "hive.toml", "--host", "near"]
+    code = hive.main([*near, "config", "--port", "99", "--prefix", "a/b"])
     shown = tomllib.loads(capsys.readouterr().out)
     assert code == 0
     assert (shown["mqtt"]["host"], shown["mqtt"]["port"]) == ("near", 99)
@@ -739,7 +765,7 @@ def test_the_configuration_in_force_shows_what_was_repeated(place: Path) -> None
     assert [one["name"] for one in shown["oc_instances"]] == ["x", "z"]
     assert shown["oc_instances"][0]["openclaw_cmd"] == ["oc", "--y"]
     assert re.search(r"^workers = 3 +# hive\.toml$", text, re.M)
-    assert effective_config(load_config()).startswith("# from hive.toml\n")
+    assert effective_config(load_config("hive.toml")).startswith("# from hive.toml\n")
     Path("hive.toml").unlink()
     assert effective_config(load_config()).startswith("# no configuration file: the defaults\n")
 

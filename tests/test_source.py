@@ -185,6 +185,51 @@ def test_hive_cli_works_through_a_link(argument: str, tmp_path: Path) -> None:
     assert (linked.stdout, linked.stderr) == (direct.stdout, direct.stderr)
 
 
+HOSTILE = "raise SystemExit('this is another program')"
+
+
+@pytest.mark.parametrize("program", ["hive.py", "hive-cli"])
+@pytest.mark.parametrize("command", ["config", "doctor"])
+def test_nothing_is_imported_from_beside_it_or_from_here(
+    program: str, command: str, tmp_path: Path
+) -> None:
+    beside, here = tmp_path / "bin", tmp_path / "here"
+    for folder in (beside, here):
+        folder.mkdir()
+        for module in [*sorted(sys.stdlib_module_names - {"__future__"}), "paho"]:
+            (folder / f"{module}.py").write_text(HOSTILE)
+    for file in ("hive.py", "hive-cli"):
+        shutil.copy(FILE.with_name(file), beside)
+    done = python(f"{beside}/{program}", command, cwd=here, home=tmp_path)
+    assert "another program" not in done.stdout + done.stderr
+    assert done.returncode == {"config": 0, "doctor": 1}[command], done.stderr
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["init", "--help"],
+        ["config", "--example"],
+        ["config", "--port", "x"],
+        ["send", "--to", "a b", "--text", "x"],
+        ["config", "--config", "wrong.toml"],
+    ],
+    ids=" ".join,
+)
+def test_without_docstrings_it_says_the_same(
+    arguments: list[str], compiled: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "wrong.toml").write_text("[node]\nid = 'a b'")
+    program = str(FILE.with_name("hive-cli") if compiled else FILE)
+    said = [
+        python(*flags, program, *arguments, cwd=tmp_path, home=tmp_path) for flags in ([], ["-OO"])
+    ]
+    assert [one.returncode for one in said] == [said[0].returncode] * 2
+    assert said[0].stdout + said[0].stderr == said[1].stdout + said[1].stderr != ""
+
+
 BANNED = {
     *("ast", "bz2", "dataclasses", "difflib", "hashlib", "heapq", "inspect", "logging", "lzma"),
     *("paho", "platform", "random", "shutil", "sqlite3", "ssl", "subprocess", "threading"),
