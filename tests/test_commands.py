@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -1179,3 +1180,21 @@ def test_options_for_mosquitto_alone_are_refused_to_the_embedded_broker(
         "hive: broker: --tls and names of nodes belong to --mosquitto-conf\n",
     )
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", module.COMMANDS)
+def test_every_example_is_shown_and_can_be_typed(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = module.COMMANDS[name].examples.splitlines()
+    with pytest.raises(SystemExit):
+        module.main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.endswith("".join(f"\n  {line}" for line in examples) + "\n" if examples else "\n")
+    parser = module.make_parser()
+    for line in examples:
+        words = shlex.split(line)
+        for at in [at for at, word in enumerate(words) if word == "hive.py"]:
+            said = words[at + 1 :]
+            end = next((n for n, word in enumerate(said) if word[0] in "|>&<"), len(said))
+            assert parser.parse_args(said[:end]).run is module.COMMANDS[said[0]].run

@@ -210,3 +210,13 @@ def test_an_upgrade_is_whole_or_not_at_all(open_store: Open, file: Path, log: io
     ) as other:
         assert not other.on_disk
     assert on_disk(file) == ["one"] and "the disk is full" in log.getvalue()
+
+
+def test_whether_another_has_a_lock_can_be_seen(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    assert not hive.is_locked(file) and not file.exists()  # to look makes nothing
+    lock = hive.FileLock(file)
+    assert hive.is_locked(file)
+    lock.close()
+    assert not hive.is_locked(file)
+    assert not hive.is_locked(tmp_path)  # what is no file is nobody's lock

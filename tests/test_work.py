@@ -182,3 +182,12 @@ def test_an_agent_hears_of_the_question_that_is_answered(
     rig.until("it is told", lambda: told(fast_agent))
     [said] = told(fast_agent)
     assert json.dumps("yes") in said and "is the backup done?" in said
+
+
+def test_a_gateway_that_goes_away_is_noticed_within_half_a_minute(rig_of: Make) -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        rig = rig_of([hive.InstanceConfig("main", openclaw_cmd=("true",), port=port)])
+        rig.until("it is well", lambda: rig.node.work.status().agents["main"]["status"] == "ok")
+    rig.advance(31)
+    rig.until("it is noticed", lambda: rig.node.work.status().trouble, tick=0)
