@@ -1729,3 +1729,20 @@ def test_a_gateway_whose_port_is_not_known_is_not_waited_for(
     assert stand_in.heard[-1] == "told a"
     stand_in.agent.expect_read(pending("x", id="b"), at=0.0)  # as a daemon before us did
     assert stand_in.heard[-1] == "read b"
+
+
+def test_one_look_at_a_gateway_is_enough_at_a_time(
+    loop: hive.Loop, stand_in_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Callable[[str], None]] = []
+    monkeypatch.setattr(hive, "probe_port", lambda loop, port, done: answers.append(done))
+    agent = stand_in_of(port=7).agent
+    agent.probe()
+    agent.probe()
+    assert len(answers) == 1
+    answers[0]("Connection refused")
+    for n in range(3):
+        envelope = hive.Envelope.new("alpha", "beta", "command", "x", id=f"m-{n}")
+        agent.wake(hive.PendingEvent(envelope, True, loop.clock() + PATIENCE))
+    assert len(answers) == 2, "messages that wait look again, together"
+    answers[1]("Connection refused")

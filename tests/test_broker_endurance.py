@@ -371,6 +371,17 @@ def test_queues_are_bounded_in_bytes_too(hosted_of: Make, bounds: dict[str, int]
     assert hosted.broker._size < 1 << 20
 
 
+def test_what_is_under_way_counts_too(hosted_of: Make) -> None:
+    hosted = hosted_of(queue_messages=5)
+    client, sender = hosted.connected("here", receive_maximum=2), hosted.connected("s")
+    client.subscribe(("t", 1))
+    assert [sender.publish("t") for _ in range(6)] == [0] * 5 + [ReasonCode.QUOTA_EXCEEDED]
+    client.receive()
+    client.send(encode_packet(PacketType.PINGREQ))
+    client.expect(PacketType.PINGRESP)  # so it has the acknowledgement too
+    assert sender.publish("t") == 0
+
+
 def test_retained_messages_are_bounded(hosted_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hive, "MAX_RETAINED", 3)
     hosted = hosted_of(retained_mib=1)
@@ -686,8 +697,8 @@ def test_without_a_file_left_it_takes_nobody_and_does_not_run_hot(own: Own) -> N
     crowd = [broker.client() for _ in range(20)]
     eventually("it says so", lambda: "Too many open files" in broker.log)
     began = cpu_seconds()
-    time.sleep(0.8)
-    assert cpu_seconds() - began < 0.4
+    time.sleep(1.5)
+    assert cpu_seconds() - began < 0.1
     resource.prlimit(broker.pid, resource.RLIMIT_NOFILE, before)
     assert crowd[-1].connect("a").reason == 0  # it waited all the time
 

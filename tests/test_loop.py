@@ -347,3 +347,15 @@ def test_a_loop_without_timers_sleeps_until_something_comes(
     thread.join()
     loop.close()
     assert wakeups == [None]
+
+
+def test_more_signals_than_there_is_room_for_are_no_noise(
+    loop: hive.Loop, capfd: pytest.CaptureFixture[str]
+) -> None:
+    came: list[int] = []
+    loop.on_signal(signal.SIGUSR1, lambda: came.append(1))
+    for _ in range(5000):
+        signal.raise_signal(signal.SIGUSR1)
+    while not came:
+        loop.step()
+    assert capfd.readouterr().err == ""

@@ -804,3 +804,12 @@ def test_a_start_says_which_handlers_it_serves_and_from_where(rig: Rig) -> None:
     (line,) = rig.events("handlers")
     assert (line["level"], line["dir"]) == ("info", str(rig.handler_dir))
     assert line["actions"] == "ping" and not rig.events("no handlers")
+
+
+def test_what_a_node_has_to_say_goes_out_at_the_end_of_the_turn(rig: Rig) -> None:
+    rig.turn()
+    said = hive.Envelope.new("beta", "alpha", "status", "by itself")
+    rig.node.node.send(said)
+    assert said not in rig.sent()  # not before it is on disk
+    rig.turn()
+    assert said in rig.sent()
