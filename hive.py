@@ -9805,7 +9805,7 @@ def setup_files(
     if password is None:
         return {file: example_config(document)}
     beside = setting_of("mqtt.password_file").example
-    if file.name != CONFIG_PLACES[0]:
+    if file.name != os.path.basename(USER_CONFIG):
         beside = f"{file.stem}-{beside}"  # several nodes may have their files in one folder
     document["mqtt"]["password_file"] = beside
     return {file.parent / beside: f"{password}\n", file: example_config(document)}

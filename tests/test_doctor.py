@@ -169,9 +169,10 @@ def test_nodes_that_are_gone_are_a_warning(hive: Hive) -> None:
     for name, status, age in (
         ("den", "online", 0),
         ("attic", "offline", 90),
-        ("crypt", "online", 90),
+        ("crypt", "online", 900),
     ):
         said = {"status": status, "last_seen": now - age, "reason": "lost", "oc": {"x": "ok"}}
+        said["interval"] = 60
         say(alpha, f"{hive.prefix}/meta/{name}/state", said, retain=True)
     agent = {"status": "offline", "last_seen": now, "daemon_node": "attic"}
     say(alpha, f"{hive.prefix}/meta/main/state", agent, retain=True)
