@@ -6,39 +6,58 @@ envelopes.  What a script can do is done by an executable in hive-daemon.d/, at 
 tokens; only what needs judgment wakes an agent.
 """
 
-# The map, for readers.  A section uses only what stands above it.
+# The map, for readers.  Read the spine, and you have seen how a message travels; every section
+# of the other parts is a leaf: here stands what it hands out, in its banner what it does not
+# know.  Behind <- stand the sections that one may use besides Basics, Envelope, Config, Log and
+# Loop; * is any.  A test keeps the file to this map, and to no circles.
 #
-#   words   Basics     what a user can act on, with its exit code; how a value is declared
-#           Envelope   one message: its channel, what a node does with it; its fields; its topic
-#           Config     every key once; TOML in, values out
-#   rules   Routing    decide(...) -> Decision: what should happen, not how
-#   hands   Log        a line for each event, and a few a minute of what peers do wrong
-#           Loop       files, deadlines and signals on one selector; systemd hears that it runs
-#           Stream     a connected socket: bytes in, bytes out, both bounded
-#           Process    one child: bytes in, its result out, always by a deadline
-#           Handlers   which executables there are, and the contract with them
-#           Agent      methods to wake one, one call at a time, tried again
-#           Database   an SQLite file that may fail, and come back
-#           Journal    what came, what went, what is not finished: tasks, requests, outbox
-#           Control    a socket where this node's command line speaks to its daemon
-#           Packets    MQTT on the wire: bytes to packets and back
-#           Broker     a small one of our own, for one user on one machine
-#           MqttClient connect, return, subscribe, publish; alone in importing paho
-#           BrokerHost which broker, and whose turn it is to be one
-#   node    Members    who is alive, who has left, who has failed; what we show of ourselves
-#           Requests   what may be asked of a node, as one table
-#           Node       what comes in, what goes out, the end of a turn
-#           Work       who runs next, what became of it, and what agents say
-#           Daemon     wires the above; comes, shows that it is alive, goes
-#   doors   Output     rows to a table or to JSON; returns strings
-#           Client     a command asks its node: the daemon, or the same in its own process
-#           Setup      a hive.toml for this machine, asked for or taken from options
-#           Doctor     is everything as it must be: one small check after the other
-#           Mosquitto  a configuration for it that serves one hive and nobody else
-#           Commands   one function for each subcommand, its options beside it
-#           Main       arguments in, exit code out
+#   spine   Basics      exit codes and errors; how a value and its fields are declared
+#           Envelope    one message, the channels and what is done on each, the topics
+#           Routing     decide(envelope, context): what should happen, not how
+#           Loop        files, timers and signals on one selector; one wait
+#           Stream      a connected socket: bytes in, bytes out, both bounded
+#           Journal     what came, what went, what is still owed and still to be sent <- Database
+#           Control     the socket where commands speak to their daemon
+#                       <- Stream, Process, Handlers
+#           Requests    all that may be asked there, as one table <- Routing, Journal, Members
+#           Node        what comes in, what goes out, the end of a turn
+#                       <- Routing, Journal, Requests, Members, Packets, MqttClient, BrokerHost
+#           Work        who runs next, what became of it, what agents say
+#                       <- Routing, Journal, Node, Process, Handlers, Agent, Members
+#           Daemon      wires the above; comes, shows that it is alive, goes
+#                       <- Journal, Control, Node, Work, Members, MqttClient, BrokerHost
+#   hands   Config      every key of hive.toml once; TOML in, values out
+#           Log         a line for each event, a few a minute of what peers do wrong
+#           Process     one child: bytes in, its result out, always by a deadline
+#           Handlers    which executables there are, and the contract with them <- Process
+#           Agent       the methods to wake one; one call at a time, tried again
+#                       <- Process, Handlers
+#           Database    an SQLite file that may fail and come back; a lock
+#           Members     who is alive, who has left, who has failed; what we show of us
+#                       <- Journal, Agent, MqttClient
+#   MQTT    Packets     bytes to packets and back
+#           Broker      a small one of our own, for one user on one machine
+#                       <- Stream, Control, Database, Packets
+#           MqttClient  connect, come back, publish; alone in importing paho <- Journal
+#           BrokerHost  which broker, and whose turn it is to be one
+#                       <- Control, Database, Packets, Broker
+#   shell   Output      rows to a table or to JSON; returns strings <- Journal, Handlers, Members
+#           Client      a command asks its daemon, or the same node in its own process <- *
+#           Setup       a hive.toml for this machine, asked for or taken from options
+#                       <- Handlers, Agent, MqttClient
+#           Doctor      is everything as it must be: one small check after the other <- *
+#           Mosquitto   a configuration of it that serves one hive and nobody else
+#                       <- Packets, MqttClient, Setup
+#           Commands    one function for each subcommand, its options beside it <- *
+#           Main        arguments in, exit code out <- Members, Commands
 
 from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # as python -P does: nothing is imported from beside this file
 
 import argparse
 import atexit
@@ -48,18 +67,16 @@ import gc
 import io
 import itertools
 import json
-import os
 import re
 import selectors
 import signal
 import socket
 import stat
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import (
     IO,
@@ -148,6 +165,31 @@ def reason_of(error: BaseException) -> str:
     """Say why, without errno numbers and class names where the system has words for it."""
     strerror = getattr(error, "strerror", None)
     return str(strerror or error) or type(error).__name__
+
+
+def did_you_mean(said: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, as a question; nothing where none is near."""
+    import difflib
+
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(said.lower(), names, 1, 0.5)
+    return f"did you mean {names[near[0]]}?" if near else ""
+
+
+def docstring(of: Any) -> str:
+    """What a function or a class says of itself, even to a Python that was told to drop it."""
+    return str(of.__doc__ or dropped_docstrings().get(of.__qualname__, of.__qualname__))
+
+
+@cache
+def dropped_docstrings() -> Mapping[str, str]:
+    """What stands in the source, by name, and the file's own by none: python -OO drops it."""
+    import ast
+    import linecache
+
+    tree = ast.parse("".join(linecache.getlines(__file__, globals())))
+    found = [tree, *(one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef))]
+    return {getattr(one, "name", ""): ast.get_docstring(one, clean=False) or "" for one in found}
 
 
 class Field:
@@ -308,7 +350,7 @@ MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
 MAX_NESTING = 32  # levels of a field that we don't know
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
 EVERYONE = "all"
 RESERVED = (EVERYONE, "meta")
 URGENCIES = ("now", "later")
@@ -367,7 +409,7 @@ def action_name(value: object) -> str:
 
 
 def identifier(value: object) -> str:
-    """an id: 1 to 64 of A-Za-z0-9._:-"""
+    """an id: 1 to 64 of A-Za-z0-9._:- , the first a letter or digit"""
     if not isinstance(value, str) or not ID.fullmatch(value):
         raise ValueError
     return value
@@ -375,9 +417,12 @@ def identifier(value: object) -> str:
 
 def message_text(value: object) -> str:
     """a text: Unicode, not empty, at most 256 KiB of UTF-8"""
-    if not isinstance(value, str) or not 0 < len(value.encode()) <= MAX_TEXT:
-        raise ValueError  # as encode() does for a lone surrogate
-    return value
+    if not isinstance(value, str):
+        raise ValueError
+    text: str = replace_surrogates(value)
+    if not 0 < len(text.encode()) <= MAX_TEXT:
+        raise ValueError
+    return text
 
 
 def timestamp(value: object) -> int:
@@ -449,10 +494,11 @@ class Envelope(Value):
             try:
                 values[attribute] = check(value)
             except ValueError:
-                raise EnvelopeError(f"{key}: {quoted(value)} is not {check.__doc__}") from None
+                raise EnvelopeError(f"{key}: {quoted(value)} is not {docstring(check)}") from None
+        rest = replace_surrogates(rest)
         for key, value in rest.items():
             if not portable({key: value}):
-                raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, not Unicode, too deep)")
+                raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, or too deep)")
         return cls(**values, extra=rest)
 
     @classmethod
@@ -508,21 +554,31 @@ WIRE_FIELDS = tuple(
 
 
 def portable(value: object, levels: int = MAX_NESTING) -> bool:
-    """Can this JSON value be handed on: Unicode, finite numbers, and not nested too deep?"""
-    if isinstance(value, str):
-        return not LONE_SURROGATE.search(value)
+    """Can this JSON value be handed on: finite numbers, and not nested too deep?"""
     if isinstance(value, float):
         return abs(value) <= sys.float_info.max  # JSON has neither NaN nor infinity
     if isinstance(value, dict):
-        value = [*value, *value.values()]
+        value = [*value.values()]
     if isinstance(value, list):
         return levels > 0 and all(portable(item, levels - 1) for item in value)
     return True
 
 
-def replace_surrogates(text: str) -> str:
-    """The text with a question mark for each half of a surrogate pair: those cannot be sent."""
-    return text.encode(errors="replace").decode()
+def replace_surrogates(value: Any, levels: int = MAX_NESTING) -> Any:
+    """The JSON value with U+FFFD for each half of a surrogate pair: those cannot be sent.
+
+    A string that JavaScript has cut may end in one; what nests deeper is not portable.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else LONE_SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict) and levels > 0:
+        return {
+            replace_surrogates(key): replace_surrogates(item, levels - 1)
+            for key, item in value.items()
+        }
+    if isinstance(value, list) and levels > 0:
+        return [replace_surrogates(item, levels - 1) for item in value]
+    return value
 
 
 def new_id() -> str:
@@ -584,641 +640,6 @@ class Topics(Value):
         return (levels[0], levels[1]) if topic.startswith(home) and len(levels) == 2 else None
 
 
-# ---- Config: every key once --------------------------------------------------------------
-#
-# A key is a field with a kind and a line of help; parser, checks, the printed configuration,
-# the example file and the command line's overrides read it from there.  The kinds raise
-# ValueError.  Reads one file, once.
-
-
-def secret(value: object) -> str:
-    """a string that is never shown"""
-    return plain_string(value)
-
-
-def duration(value: object) -> float:
-    """a duration of 1s to a year, as in "90s", "5m" or "1h30m", or seconds"""
-    if isinstance(value, str):
-        units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value, re.ASCII)
-        if not value or not units:
-            raise ValueError
-        sizes = (86400, 3600, 60, 1)
-        value = sum(int(said or 0) * size for said, size in zip(units.groups(), sizes, strict=True))
-    given = seconds(value)
-    if given < 1:
-        raise ValueError
-    return given
-
-
-def jitter(value: object) -> float:
-    """a duration, or 0"""
-    return 0.0 if value == 0 and not isinstance(value, bool) else duration(value)
-
-
-def time_of_day(value: object) -> str:
-    """a time of day on this machine, as in "07:30\""""
-    said = str(value)[:5]  # TOML has times of its own, with seconds
-    if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", said, re.ASCII):
-        raise ValueError
-    return said
-
-
-count = integer(1, 10_000)
-port_number = integer(1, 65535, "a port number")
-
-
-def listen_address(value: object) -> str:
-    """HOST:PORT, as in "127.0.0.1:1883\""""
-    host, _, number = plain_string(value).rpartition(":")
-    if not host.strip("[]") or (":" in host) != (host[0] + host[-1] == "[]"):
-        raise ValueError
-    port_number(number)
-    return plain_string(value)
-
-
-def file_path(value: object) -> Path:
-    """a path, ~ is your home, relative to the folder of hive.toml"""
-    if not plain_string(value):
-        raise ValueError
-    return Path(os.path.expanduser(plain_string(value)))
-
-
-def http_url(value: object) -> str:
-    """an http:// or https:// address"""
-    said = plain_string(value)
-    if not re.fullmatch(r"https?://[^/\s?#@]+(/[!-~]*)?", said):
-        raise ValueError
-    return said
-
-
-def program(value: object) -> tuple[str, ...]:
-    """a program, or a list of it and its first arguments"""
-    words = tuple(plain_string(word) for word in (value if isinstance(value, list) else [value]))
-    if not words or not words[0].strip():
-        raise ValueError
-    return (os.path.expanduser(words[0].strip()), *words[1:])
-
-
-def own_file() -> Path:
-    """Where this program lies: hive.py, or the one file that `make dist` puts it into."""
-    file = Path(__file__).resolve()
-    return file.parent if file.parent.is_file() else file  # a zip is a folder to Python alone
-
-
-def short_host_name() -> str:
-    """This machine's name up to the first dot, made fit to be a node's name."""
-    label = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().partition(".")[0])
-    try:
-        return node_name(label.lstrip("._-")[:63])
-    except ValueError:
-        return "node"
-
-
-def setting(default: Any, kind: Callable[[Any], Any], help: str, example: Any = None) -> Any:
-    """One key of hive.toml: its default, the kind of value it takes, its line of help.
-
-    `example` is what the example file shows where there is no default.
-    """
-    return Field(default, kind, help=help, example=example, shown=kind is not secret)
-
-
-ONCE, REPEATED, NAMED = "[{}]", "[[{}]]", "[{}.NAME]"  # how a table is headed
-
-
-class ConfigTable(Value):
-    """One table of hive.toml."""
-
-    HEADER: ClassVar[str] = ONCE
-    REQUIRED: ClassVar[str] = ""
-
-    @classmethod
-    def read(cls, said: object, where: str, base: Path | None = None) -> Self:
-        """Make one from parsed TOML, or name the key that is wrong.
-
-        Relative paths are resolved against `base`.  A secret may be in a file: `password`, say,
-        in the first line of `password_file`.
-        """
-        if not isinstance(said, dict):
-            raise ConfigError(f"{where} = {masked(where, said)}: expected a table, as in [{where}]")
-        values: dict[str, Any] = {}
-        for key, value in said.items():
-            if key not in cls.FIELDS:
-                raise ConfigError(unknown_key(key, value, cls.FIELDS, where))
-            kind = cls.FIELDS[key].kind
-            try:
-                values[key] = kind(value)
-            except (TypeError, ValueError):
-                what = "the value" if kind is secret else quoted(value)
-                raise ConfigError(f"{where}.{key}: {what} is not {kind.__doc__}") from None
-            if isinstance(values[key], Path) and base:
-                values[key] = base / values[key]
-        if cls.REQUIRED and not values.get(cls.REQUIRED):
-            example = f"{cls.REQUIRED} = {toml_value(cls.FIELDS[cls.REQUIRED].example)}"
-            raise ConfigError(f"{where}.{cls.REQUIRED}: missing; as in {example}")
-        for key in cls.FIELDS:
-            file = values.get(f"{key}_file")
-            if file and key in values:
-                raise ConfigError(f"{where}.{key}_file: {key} is set as well; keep one of the two")
-            if file:
-                values[key] = read_secret(file, f"{where}.{key}_file")
-        made = cls(**values)
-        made.check(where)
-        return made
-
-    def check(self, where: str) -> None:
-        """Raise ConfigError where keys of this table do not go together."""
-
-
-def unknown_key(key: str, value: object, known: Iterable[str], where: str) -> str:
-    """Say which key is unknown and which one is nearest."""
-    import difflib
-
-    near = difflib.get_close_matches(key.lower(), known, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    said = masked(f"{key} {near}", value)
-    return f"{where}.{quoted(key)[1:-1]} = {said}: no such key; {hint}".removeprefix(".")
-
-
-def masked(key: str, value: object) -> str:
-    """Show a value, unless it is or holds what may be a misplaced secret."""
-    secretive = re.search("pass|pw|token|secret|key|cred|auth", key, re.IGNORECASE)
-    return "…" if secretive or isinstance(value, dict | list) else quoted(value)
-
-
-class NodeConfig(ConfigTable):
-    """This node, and what it may do by itself."""
-
-    id: str = setting("", node_name, "this node's name; without it the short host name", "alpha")
-    topic_prefix: str = setting("hive", topic_prefix, "what every topic of this hive begins with")
-    handler_dir: Path | None = setting(
-        None, file_path, "handlers; else those beside this file or hive.py", "hive-daemon.d"
-    )
-    handler_timeout: float = setting(30.0, seconds, "seconds until a handler is ended")
-    handler_workers: int = setting(4, count, "handlers that may run at once")
-    agent_patience: float = setting(
-        3600.0, seconds, "seconds a message waits for an agent that is down"
-    )
-    state_dir: Path | None = setting(
-        None, file_path, "what outlives a restart; else ~/.local/state/hive/NODE", "state"
-    )
-
-
-LOCALHOST, MQTT_PORT = "localhost", 1883  # where a broker is that nobody named
-
-
-class MqttConfig(ConfigTable):
-    """The broker where the nodes meet."""
-
-    host: str | None = setting(
-        None,
-        plain_string,
-        "the broker's host name or address; without it one is looked for",
-        "broker.lan",
-    )
-    port: int | None = setting(
-        None, port_number, "its port, if not 1883 (8883 is usual with TLS)", 8883
-    )
-    username: str | None = setting(None, plain_string, "who we are to the broker", "alpha")
-    password: str | None = setting(
-        None, secret, "better in password_file, or keep this file 0600", "…"
-    )
-    password_file: Path | None = setting(
-        None, file_path, "a file with the password in its first line", "mqtt-password"
-    )
-    keepalive: int = setting(
-        30, integer(5, 65535, "whole seconds"), "seconds until a silent connection is checked"
-    )
-    protocol: str = setting(
-        "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused"
-    )
-    tls: bool = setting(False, boolean, "encrypt, and check the broker's certificate and name")
-    ca_file: Path | None = setting(
-        None, file_path, "who signs the broker's certificate; else the system's list", "ca.pem"
-    )
-    cert_file: Path | None = setting(
-        None, file_path, "this node's certificate, where the broker asks for one", "node.pem"
-    )
-    key_file: Path | None = setting(None, file_path, "and its private key", "node.key")
-
-    def check(self, where: str) -> None:
-        if bool(self.cert_file) != bool(self.key_file):
-            both = f"{where}.cert_file and {where}.key_file"
-            raise ConfigError(f"{both}: one is of no use without the other")
-
-    @property
-    def named(self) -> bool:
-        """Did anybody say which broker?"""
-        return self.host is not None or self.port is not None
-
-    @property
-    def unix(self) -> bool:
-        """Is it a socket of this machine, and `host` its path?"""
-        return self.host is not None and self.host.startswith("/")
-
-    @property
-    def endpoint(self) -> tuple[str, int]:
-        return self.host or LOCALHOST, self.port or MQTT_PORT
-
-    @property
-    def address(self) -> str:
-        host, number = self.endpoint
-        if self.unix:
-            return host
-        return f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
-
-
-class BrokerConfig(ConfigTable):
-    """The embedded broker: a socket that only you can open, and TCP on loopback if asked for."""
-
-    listen: str | None = setting(
-        None, listen_address, "a loopback address for TCP as well", "127.0.0.1:1883"
-    )
-    anonymous: bool = setting(False, boolean, "let anybody on this machine in over TCP")
-    username: str | None = setting(None, plain_string, "else who may come in over TCP", "hive")
-    password: str | None = setting(
-        None, secret, "better in password_file, or keep this file 0600", "…"
-    )
-    password_file: Path | None = setting(
-        None, file_path, "a file with the password in its first line", "broker-password"
-    )
-    socket: Path | None = setting(
-        None, file_path, "its socket, if not $XDG_RUNTIME_DIR/hive/broker", "broker"
-    )
-    state_dir: Path | None = setting(
-        None, file_path, "what it keeps, if not in ~/.local/state/hive/.broker", "state"
-    )
-    queue_messages: int = setting(
-        10_000, integer(1, 1_000_000), "messages that may wait for one client"
-    )
-    queue_mib: int = setting(64, count, "and MiB of them")
-    total_mib: int = setting(256, count, "MiB of all messages that it keeps")
-    retained_mib: int = setting(64, count, "and MiB of those that are retained")
-
-    def check(self, where: str) -> None:
-        if (self.password is None) != (self.username is None):
-            both = f"{where}.username and {where}.password_file"
-            raise ConfigError(f"{both}: one is of no use alone")
-
-
-class HeartbeatConfig(ConfigTable):
-    """How this node shows that it is alive."""
-
-    interval: float = setting(5.0, seconds, "seconds between heartbeats")
-    miss_threshold: int = setting(3, count, "heartbeats a peer may miss before it counts as lost")
-
-
-VIA = {  # the ways to an OpenClaw agent
-    "cli": "openclaw system event: the documented one, 7 to 10 s a call",
-    "call": "openclaw gateway call wake: the same in about 2 s",
-    "hook": "POST /hooks/wake: 5 ms; needs hooks.enabled there and hook_token here",
-    "auto": "the hook if there is a token and it answers, else call, else cli",
-    "agent": "openclaw agent: runs a turn, and its reply is sent back as the answer",
-}
-
-
-class InstanceConfig(ConfigTable):
-    """An agent on this machine: one OpenClaw gateway.  Repeat the table for each."""
-
-    HEADER, REQUIRED = REPEATED, "name"
-
-    name: str = setting("", node_name, "its name; messages can be sent to it as to a node", "main")
-    profile: str | None = setting(
-        None, plain_string, "the OpenClaw profile, as in openclaw --profile work", "work"
-    )
-    port: int | None = setting(
-        None, port_number, "the gateway's port, if not the profile's own", 18789
-    )
-    openclaw_cmd: tuple[str, ...] = setting(("openclaw",), program, "the OpenClaw command")
-    token: str | None = setting(None, secret, "the gateway's token, if not the profile's own", "…")
-    session_key: str | None = setting(
-        None, plain_string, "wake this session instead of the main one", "agent:main:main"
-    )
-    via: str = setting("cli", choice(*VIA), "how it is woken; auto: hook, else call, else cli")
-    hook_token: str | None = setting(None, secret, "hooks.token of its openclaw.json", "…")
-    hook_token_file: Path | None = setting(
-        None, file_path, "a file with that in its first line", "hook"
-    )
-    hook_url: str | None = setting(
-        None, http_url, "if not its own /hooks/wake", "http://127.0.0.1:18789/hooks/wake"
-    )
-    agent: str = setting("main", plain_string, 'whose turn via = "agent" runs')
-    agent_timeout: float = setting(300.0, seconds, "seconds that such a turn, or command, may take")
-    command: tuple[str, ...] | None = setting(
-        None,
-        program,
-        "any other agent: a program that is run for each message",
-        ["notify", "{text}"],
-    )
-
-    def check(self, where: str) -> None:
-        if self.command and self.via != "cli":
-            raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
-        if self.via == "hook" and not self.hook_token:
-            raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
-
-
-class HandlerConfig(ConfigTable):
-    """What is different for one handler; the table is named after its action."""
-
-    HEADER = NAMED
-
-    timeout: float | None = setting(None, seconds, "seconds until it is ended", 120.0)
-    workers: int = setting(1, count, "how many of it may run at once")
-    retry: bool = setting(False, boolean, "run it again if the daemon ended while it ran")
-
-
-NOTIFY = ("change", "failure", "always", "never")
-
-
-class ScheduleConfig(ConfigTable):
-    """A handler that the daemon runs by itself.  Repeat the table for each."""
-
-    HEADER, REQUIRED = REPEATED, "action"
-
-    action: str = setting("", action_name, "the handler to run", "health-check")
-    every: float | None = setting(None, duration, "how often; either this", "5m")
-    at: str | None = setting(None, time_of_day, "or when, each day", "07:30")
-    jitter: float = setting(0.0, jitter, "up to this much later, by chance", "30s")
-    text: str = setting("scheduled", message_text, "the text of its message")
-    notify: str = setting("change", choice(*NOTIFY), "which outcomes wake the agent")
-
-    def check(self, where: str) -> None:
-        if (self.every is None) == (self.at is None):
-            raise ConfigError(f'{where}: either every or at, as in every = "5m"')
-
-
-class JournalConfig(ConfigTable):
-    """What this node received, sent and did, in its state directory."""
-
-    keep_days: int = setting(7, count, "days until it is forgotten")
-    max_mb: int = setting(64, count, "megabytes of it; beyond, the oldest texts go first")
-
-
-class LoggingConfig(ConfigTable):
-    """The log, on stderr."""
-
-    level: str = setting(
-        "info", choice("debug", "info", "warning", "error"), "the least that is logged"
-    )
-    format: str = setting("text", choice("text", "json"), "key=value, or one JSON object a line")
-
-
-class Config(Value):
-    """The whole of hive.toml, and where it came from."""
-
-    node: NodeConfig
-    mqtt: MqttConfig = MqttConfig()
-    broker: BrokerConfig = BrokerConfig()
-    heartbeat: HeartbeatConfig = HeartbeatConfig()
-    oc_instances: tuple[InstanceConfig, ...] = ()
-    handlers: Mapping[str, HandlerConfig] = {}
-    schedule: tuple[ScheduleConfig, ...] = ()
-    journal: JournalConfig = JournalConfig()
-    logging: LoggingConfig = LoggingConfig()
-    source: Path | None = None  # None: no file, the defaults hold
-    origin: Mapping[str, str] = {}  # "mqtt.port": who set it
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def topics(self) -> Topics:
-        return Topics(self.node.topic_prefix)
-
-    @property
-    def agents(self) -> Mapping[str, InstanceConfig]:
-        return {instance.name: instance for instance in self.oc_instances}
-
-    @property
-    def handler_dir(self) -> Path:
-        home = self.source.resolve() if self.source else own_file()
-        return self.node.handler_dir or home.parent / "hive-daemon.d"
-
-    @property
-    def state_dir(self) -> Path:
-        return self.node.state_dir or default_state_dir(self.node.id)
-
-
-def default_state_dir(name: str) -> Path:
-    """Where what outlives a restart is kept, unless hive.toml says so."""
-    if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
-        return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return Path(home) / "hive" / name
-
-
-CONFIG_TABLES: Mapping[str, type[ConfigTable]] = {
-    "node": NodeConfig,
-    "mqtt": MqttConfig,
-    "broker": BrokerConfig,
-    "heartbeat": HeartbeatConfig,
-    "oc_instances": InstanceConfig,
-    "handlers": HandlerConfig,
-    "schedule": ScheduleConfig,
-    "journal": JournalConfig,
-    "logging": LoggingConfig,
-}
-SINGLE_TABLES = [name for name, table in CONFIG_TABLES.items() if table.HEADER == ONCE]
-USER_CONFIG = "~/.config/hive/hive.toml"
-CONFIG_PLACES = ("hive.toml", USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
-
-
-def setting_of(dotted: str) -> Field:
-    """The declaration of a key, as in "mqtt.port"."""
-    title, _, key = dotted.partition(".")
-    return CONFIG_TABLES[title].FIELDS[key]
-
-
-def find_config(explicit: str | None) -> Path | None:
-    """Where the configuration is; None if there is none.  One that is named must exist."""
-    for named, by in ((explicit, "--config"), (os.environ.get("HIVE_CONFIG"), "$HIVE_CONFIG")):
-        if named:
-            if not os.path.isfile(os.path.expanduser(named)):
-                raise ConfigError(f"{quoted(named)}: no such file (named by {by})")
-            return Path(os.path.expanduser(named))
-    for place in CONFIG_PLACES:
-        candidate = os.path.expanduser(place)
-        if os.path.isfile(candidate):  # Path.is_file() raises where a folder is closed to us
-            return Path(candidate)
-    return None
-
-
-def load_config(explicit: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read hive.toml; `overrides` ("mqtt.port": value) come from the command line.
-
-    Raises ConfigError, which names file, key, value and the nearest known key.
-    """
-    source = find_config(explicit)
-    document: dict[str, Any] = {}
-    try:
-        if source:
-            document = read_toml(source)
-        return make_config(document, source, overrides or {})
-    except ConfigError as error:
-        raise ConfigError(f"{source or 'configuration'}: {error}") from None
-
-
-def read_toml(source: Path) -> dict[str, Any]:
-    """Read a TOML file that this user may trust, or raise ConfigError."""
-    import tomllib
-
-    try:
-        with source.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_uid not in (0, os.geteuid()):
-                raise ConfigError("belongs to another user, and may name programs to run")
-            if status.st_mode & stat.S_IWOTH:
-                raise ConfigError(f"is writable by everyone; try: chmod o-w {source}")
-            return tomllib.loads(file.read().decode())
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {reason_of(error)}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 at byte {error.start}") from None
-    except (tomllib.TOMLDecodeError, ValueError) as error:
-        raise ConfigError(f"not TOML: {quoted(str(error), 100)[1:-1]}") from None
-    except RecursionError:
-        raise ConfigError("not TOML: nested too deep") from None
-
-
-def make_config(
-    document: Mapping[str, Any], source: Path | None, overrides: Mapping[str, Any]
-) -> Config:
-    """Check parsed TOML and make the configuration of it, or raise ConfigError."""
-    known = [*dict.fromkeys((*SINGLE_TABLES, *CONFIG_TABLES))]
-    for key, value in document.items():
-        if key not in known:
-            raise ConfigError(unknown_key(key, value, known, ""))
-    base = source.resolve().parent if source else None
-    tables = {name: read_tables(name, document, base) for name in known}
-    origin = {
-        f"{name}.{key}": str(source) for name in SINGLE_TABLES for key in document.get(name, {})
-    }
-    for dotted, value in overrides.items():
-        table, _, key = dotted.partition(".")
-        tables[table] = tables[table].replace(**{key: value})
-        origin[dotted] = "the command line"
-    if not tables["node"].id:
-        tables["node"] = tables["node"].replace(id=short_host_name())
-        origin["node.id"] = "this machine's name"
-    config = Config(**tables, source=source, origin=origin)
-    for i, one in enumerate(config.oc_instances):  # their names are addresses
-        if one.name in (other.name for other in config.oc_instances[:i]):
-            raise ConfigError(f"oc_instances[{i}].name: {quoted(one.name)} is taken already")
-    return config.replace(warnings=tuple(exposed_secrets(config)))
-
-
-def read_tables(name: str, document: Mapping[str, Any], base: Path | None) -> Any:
-    """Read the table of a name; all of them where it is repeated, or has names below it."""
-    table = CONFIG_TABLES[name]
-    said = document.get(name, [] if table.HEADER == REPEATED else {})
-    if table.HEADER == ONCE:
-        return table.read(said, name, base)
-    if table.HEADER == REPEATED:
-        if not isinstance(said, list):
-            why = f"expected [[{name}]], twice bracketed"
-            raise ConfigError(f"{name} = {masked(name, said)}: {why}")
-        return tuple(table.read(one, f"{name}[{i}]", base) for i, one in enumerate(said))
-    if not isinstance(said, dict):
-        raise ConfigError(f"{name} = {masked('', said)}: expected tables, as in [{name}.git-sync]")
-    for action in said:
-        try:
-            action_name(action)
-        except ValueError:
-            objection = f"{quoted(action)[1:-1]}: is not {action_name.__doc__}"
-            raise ConfigError(f"{name}.{objection}") from None
-    return {key: table.read(one, f"{name}.{key}", base) for key, one in said.items()}
-
-
-def read_secret(file: Path, where: str) -> str:
-    """The first line of a file, or ConfigError."""
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{where}: {file}: not UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{where}: {file}: {reason_of(error)}") from None
-    if not lines or not lines[0]:
-        raise ConfigError(f"{where}: {file}: its first line is empty")
-    return lines[0]
-
-
-def secret_files(config: Config) -> list[Path]:
-    """The files that hold a secret; hive.toml itself if one is written there."""
-    held = [
-        getattr(table, f"{key}_file", None) or config.source
-        for table in (config.mqtt, config.broker, *config.oc_instances)
-        for key, declared in table.FIELDS.items()
-        if declared.kind is secret and getattr(table, key)
-    ]
-    return [file for file in (*dict.fromkeys(held), config.mqtt.key_file) if file]
-
-
-def exposed_secrets(config: Config) -> Iterator[str]:
-    """Warn of files that hold a secret and that others may read."""
-    for file in secret_files(config):
-        with contextlib.suppress(OSError):
-            if file.stat().st_mode & 0o077:
-                yield f"{file}: holds a secret and others may read it; try: chmod 600 {file}"
-
-
-def toml_value(value: object) -> str:
-    """Write a value as TOML; a JSON string is a TOML string too."""
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, tuple):
-        value = value[0] if len(value) == 1 else list(value)
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def example_config(chosen: Mapping[str, Any] | None = None) -> str:
-    """A commented hive.toml, made from the declarations; what is `chosen`, as parsed, is set."""
-    lines = ["# hive.toml: every key, with its default or an example.  Uncomment what you change."]
-    for title, table in CONFIG_TABLES.items():
-        lines += [
-            "",
-            *(f"# {line.strip()}" for line in (table.__doc__ or "").splitlines() if line.strip()),
-        ]
-        said, header = (chosen or {}).get(title, {}), table.HEADER.format(title)
-        first, *others = said if isinstance(said, list) else [said]
-        lines.append(header if table.HEADER == ONCE or first else f"# {header}")
-        lines += [example_line(f, first) for f in table.FIELDS.values()]
-        for one in others:
-            lines += ["", header]
-            lines += [example_line(f, one) for f in table.FIELDS.values() if f.name in one]
-    return "\n".join(lines) + "\n"
-
-
-def example_line(declared: Field, chosen: Mapping[str, Any]) -> str:
-    """One key with its line of help: set if it is chosen, else in a comment."""
-    example = declared.example
-    value = chosen.get(declared.name, declared.default if example is None else example)
-    mark = "" if declared.name in chosen else "# "
-    line = f"{mark}{declared.name} = {toml_value(value)}".ljust(38)
-    return f"{line}  # {declared.help}"
-
-
-def effective_config(config: Config) -> str:
-    """The configuration in force as TOML, each key with who set it; secrets are masked."""
-    lines = [
-        f"# from {config.source}" if config.source else "# no configuration file: the defaults"
-    ]
-    tables: list[tuple[str, Any, str]] = [(t, getattr(config, t), f"[{t}]") for t in SINGLE_TABLES]
-    tables += [("", instance, "[[oc_instances]]") for instance in config.oc_instances]
-    tables += [("", table, f"[handlers.{action}]") for action, table in config.handlers.items()]
-    tables += [("", one, "[[schedule]]") for one in config.schedule]
-    derived = {"node.handler_dir": config.handler_dir, "node.state_dir": config.state_dir}
-    for title, table, header in tables:
-        lines += ["", header]
-        for f in table.FIELDS.values():
-            dotted = f"{title}.{f.name}"
-            value = getattr(table, f.name)
-            origin = config.origin.get(dotted, "default") if title else str(config.source)
-            value = derived.get(dotted) if value is None else value
-            if f.kind is secret and value is not None:
-                value = "***"
-            said = f"# {f.name} is not set" if value is None else f"{f.name} = {toml_value(value)}"
-            lines.append(said.ljust(40) + (f" # {origin}" if value is not None else ""))
-    return "\n".join(lines) + "\n"
-
-
 # ---- Routing: what should happen, not how ------------------------------------------------
 #
 # Pure: an envelope and the little that a node knows, to a Decision.  The channel's row decides.
@@ -1245,6 +666,7 @@ class Decision(Value):
 
 
 AWAITED = "somebody waits for it"
+NO_AGENT = "there is no agent to tell"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
 
@@ -1256,6 +678,7 @@ class RoutingContext(Value):
     agents: Sequence[str] = ()  # the first one speaks for the node
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
+    why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
 
     def addressed(self, to: str) -> tuple[str, ...]:
         """The agents that a message to this name is for."""
@@ -1290,83 +713,16 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
     missing = f"no handler for action {envelope.action}" if asked else ""
+    if asked and (why := here.why_not(envelope.action or "")):
+        missing += f" ({quoted(why, 300)[1:-1]})"
     agents = here.addressed(envelope.to)
     if agents:
         return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
     if asked:
         return Decision(Do.REFUSE, f"{missing}, and no agent to ask about it")
-    return Decision(Do.NOTE, "there is no agent to tell")
-
-
-# ---- Log: a line for each event ----------------------------------------------------------
-#
-# key=value text, or one JSON object a line.  What a peer said is quoted and in ASCII, so that
-# no message can forge a line or move a cursor.
-
-LEVELS = ("debug", "info", "warning", "error")
-PLAIN = r"[A-Za-z0-9._:/@+,-]+"
-MAX_LOGGED = 500  # characters of one value
-RATE_LIMIT_BURST = 10  # lines of one kind within RATE_LIMIT_INTERVAL
-RATE_LIMIT_INTERVAL = 60.0  # seconds
-
-
-class Log:
-    """The node's story, on a stream."""
-
-    def __init__(
-        self, level: str = "info", format: str = "text", stream: IO[str] | None = None
-    ) -> None:
-        self._least = LEVELS.index(level)
-        self._json = format == "json"
-        self._stream = stream or sys.stderr
-
-    def debug(self, event: str, **facts: object) -> None:
-        self._write("debug", event, facts)
-
-    def info(self, event: str, **facts: object) -> None:
-        self._write("info", event, facts)
-
-    def warning(self, event: str, **facts: object) -> None:
-        self._write("warning", event, facts)
-
-    def error(self, event: str, **facts: object) -> None:
-        self._write("error", event, facts)
-
-    def _write(self, level: str, event: str, facts: Mapping[str, object]) -> None:
-        if LEVELS.index(level) < self._least:
-            return
-        now = time.time()
-        ts = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
-        row: dict[str, object] = {"ts": ts, "level": level, "event": event}
-        row |= {key.rstrip("_"): value for key, value in facts.items() if value is not None}
-        if self._json:
-            short = (int, float, bool, type(None))
-            row = {k: v if isinstance(v, short) else str(v)[:MAX_LOGGED] for k, v in row.items()}
-            line = json.dumps(row)
-        else:
-            line = " ".join(f"{key}={self._quoted(value)}" for key, value in row.items())
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
-            self._stream.write(line + "\n")
-            self._stream.flush()
-
-    @staticmethod
-    def _quoted(value: object) -> str:
-        said = str(value)[:MAX_LOGGED]
-        return said if re.fullmatch(PLAIN, said) else json.dumps(said)
-
-
-class RateLimit:
-    """Which faults of peers still deserve a line in the log: a few of each kind a minute."""
-
-    def __init__(self) -> None:
-        self._since = 0.0
-        self._counts: dict[str, int] = {}
-
-    def allow(self, kind: str, now: float) -> bool:
-        if now - self._since > RATE_LIMIT_INTERVAL:
-            self._since, self._counts = now, {}
-        self._counts[kind] = self._counts.get(kind, 0) + 1
-        return self._counts[kind] <= RATE_LIMIT_BURST
+    if channel.handler and envelope.to != EVERYONE:  # whoever speaks to all means those who hear
+        return Decision(Do.REFUSE, NO_AGENT)
+    return Decision(Do.NOTE, NO_AGENT)
 
 
 # ---- Loop: one selector, one wait --------------------------------------------------------
@@ -1760,6 +1116,2835 @@ def unix_listener(file: Path) -> socket.socket:
     return listener
 
 
+# ---- Journal: what came, what went, what is not finished ---------------------------------
+#
+# What this node received, sent and did in the last days: rows that are written once.  Beside
+# them what is not finished: tasks, requests, and the outbox, which alone decides what is sent
+# next.  Times are Unix seconds, which outlive a restart.  One daemon is its only user; it is
+# read with its help.
+
+MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
+MAX_OUTBOX = 10_000  # messages that wait for the broker
+MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for weeks
+UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
+MAX_ROWS = 100  # that are read at once
+MIN_ID_PREFIX = 4  # characters that may stand for an id
+SHOWN_TEXT = 200  # characters of a text that is shown beside what is not finished
+MAX_MEANINGS = 5  # of such a beginning that are listed
+PRUNE_STEP = 500  # rows that are forgotten at once
+PRUNE_TEXTS = 50  # texts that are
+PRUNE_AFTER = 1000  # rows written, or ...
+PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
+
+JOURNAL_TABLES = (
+    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
+    # event: in, out, did; content: the envelope, NULL where its text is kept no longer
+    "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
+    " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
+    " content TEXT, UNIQUE (id, event))",
+    "CREATE INDEX IF NOT EXISTS exchanges ON log (exchange)",
+    # agent: who is to be told; '' is a handler's run.  began: perhaps done, if we crashed
+    "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
+    " agent TEXT, until REAL, urgent INTEGER, note TEXT, began INTEGER DEFAULT 0)",
+    # payload: NULL where it is the content of the message
+    "CREATE TABLE IF NOT EXISTS outbox (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
+    " topic TEXT, payload BLOB, retain INTEGER, until REAL, acknowledged_at REAL)",
+    "CREATE INDEX IF NOT EXISTS acknowledged ON outbox (acknowledged_at)"
+    " WHERE acknowledged_at IS NOT NULL",
+    "CREATE TABLE IF NOT EXISTS pending_requests"
+    " (exchange TEXT PRIMARY KEY, message INTEGER, due REAL)",
+    # Numbers begin at the microsecond, so that a new file does not use those of a damaged one.
+    *(
+        "INSERT INTO sqlite_sequence (name, seq)"
+        f" SELECT '{table}', CAST(strftime('%s', 'now') AS INTEGER) * 1000000"
+        f" WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = '{table}')"
+        for table in ("log", "tasks", "outbox")
+    ),
+)
+
+
+def upgrade_journal(database: sqlite3.Connection) -> None:
+    """Take over a file from before `acknowledged_at`, when two tables had other names."""
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    for old, new in (("notes", "settings"), ("questions", "pending_requests")):
+        if old in tables and new not in tables:
+            database.execute(f"ALTER TABLE {old} RENAME TO {new}")
+    columns = [column[1] for column in database.execute("PRAGMA table_info(outbox)")]
+    if columns and "acknowledged_at" not in columns:
+        database.execute("ALTER TABLE outbox ADD COLUMN acknowledged_at REAL")
+
+
+class Event(Enum):
+    """What a row of the journal is about."""
+
+    RECEIVED = "in"
+    SENT = "out"
+    DID = "did"
+
+
+ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
+ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
+
+
+def text_of(content: str | bytes | None) -> str:
+    """The text of a message that is kept; nothing where it is kept no longer."""
+    return str((read_json_object(content or "") or {}).get("text", ""))
+
+
+def entry_of(row: Sequence[Any]) -> dict[str, Any]:
+    """A row of the log as a JSON object, with the message where its text is still kept."""
+    *facts, content = row
+    try:
+        envelope = Envelope.parse(content.encode()).document() if content else None
+    except EnvelopeError:
+        envelope = None
+    return {**dict(zip(ENTRY, facts, strict=True)), "envelope": envelope}
+
+
+class Task(Value):
+    """What this node owes to a message: a handler's run, or a word to an agent."""
+
+    n: int
+    envelope: Envelope
+    agent: str  # nobody: it is a handler's run
+    until: float | None  # then it is stale
+    urgent: bool
+    note: str
+    began: bool  # was it under way when we crashed?
+    accepted: int = 0  # Unix seconds: since then it is the agent's gateway that must not forget it
+
+
+class OutgoingMessage(Value):
+    """A message for the broker."""
+
+    topic: str
+    payload: bytes
+    qos: int = 1
+    retain: bool = False
+    until: float | None = None  # Unix seconds; then it is of no use any more
+    n: int = 0  # its row in the outbox; it has none if it goes past that
+    id: str | None = None  # of the envelope that it is
+    done: Callable[[int, str], object] = lambda code, words: None  # 0 for success
+
+
+class Journal:
+    """The tables, and what they are asked."""
+
+    def __init__(self, directory: Path | None, log: Log, keep: float, max_size: int) -> None:
+        """`keep`: seconds that a row is kept; `max_size`: bytes of them all.
+
+        Without a directory it is in memory.
+        """
+        risk = "what a crash interrupts is lost, or done twice"
+        file = directory / "journal.sqlite3" if directory else None
+        self._database = Database(file, JOURNAL_TABLES, log, risk, upgrade_journal)
+        self._keep, self._max_size = keep, max_size
+        self._rows = self._size = 0  # written since the last look
+        self._newest = int(self._database.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
+        self.full = False  # of what is not finished: no room is left to accept more
+        self.saved_before = self._forgotten = (
+            0.0  # the broker has saved what it acknowledged before
+        )
+        self._count_outbox()
+
+    @property
+    def on_disk(self) -> bool:
+        return self._database.on_disk
+
+    def commit(self) -> None:
+        """Make it last, before anybody is told that it is safe with us."""
+        if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
+            self.prune(time.time())
+        if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
+            self.forget_acknowledged(self.saved_before)
+            self._forgotten = self.saved_before
+        self._database.commit()
+
+    def return_to_disk(self) -> None:
+        self._database.return_to_disk()
+
+    def close(self) -> None:
+        self._database.close()
+
+    def put(self, key: str, value: object) -> None:
+        """Keep a JSON value under a key, in place of what was there."""
+        self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+
+    def get(self, key: str) -> dict[str, Any]:
+        """What is kept under a key; nothing if nothing is."""
+        rows = self._database.read("SELECT value FROM settings WHERE key = ?", (key,))
+        return (read_json_object(rows[0][0]) if rows else None) or {}
+
+    # -- what happened --
+
+    def record(
+        self,
+        event: Event,
+        envelope: Envelope,
+        now: float,
+        note: str = "",
+        content: str | None = None,
+    ) -> int | None:
+        """Write down a message that came or went; its row, or None if it is there already."""
+        content = None if self.full else content or envelope.encode().decode()
+        return self._append(now, event, envelope.id, envelope, note, content)
+
+    def sent(self, envelope: Envelope, now: float) -> None:
+        """A message went out without our doing; an answer to it may come."""
+        row = self.record(Event.SENT, envelope, now)
+        if row and CHANNELS[envelope.ch].handler:
+            self.add_pending_request(envelope, row)
+
+    def record_result(self, envelope: Envelope, now: float, note: str) -> None:
+        """Write down what came of a message, in words."""
+        self._append(now, Event.DID, None, envelope, note, None)
+
+    def _append(
+        self,
+        now: float,
+        event: Event,
+        id: str | None,
+        about: Envelope,
+        note: str,
+        content: str | None,
+    ) -> int | None:
+        row = self._database.insert(
+            f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(now, event.value, id, about.ch, about.sender, about.to, about.action),
+                *(about.exchange, note, content),
+            ),
+        )
+        if row:
+            self._rows, self._size = self._rows + 1, self._size + len(content or "")
+            self._newest = row
+        return row
+
+    def _entries(self, question: str, values: tuple[object, ...]) -> list[dict[str, Any]]:
+        """The rows of an answer, as many as fit into one line to a command."""
+        entries, size = [], 0
+        for row in self._database.read(question, values):
+            entries.append(entry_of(row))
+            size += len(row[-1] or "") + KIB
+            if size > MAX_PAYLOAD:
+                break
+        return entries
+
+    def find_id(self, said: str) -> str:
+        """The id that begins so, of a message or of an exchange; itself if none is known.
+
+        Raises UsageError where several do.
+        """
+        if len(said) < MIN_ID_PREFIX:
+            return said
+        known = " UNION ".join(
+            f"SELECT * FROM (SELECT DISTINCT {column} FROM log WHERE {column} >= ? AND {column} < ?"
+            f" ORDER BY {column} LIMIT {MAX_MEANINGS + 1})"
+            for column in ("id", "exchange")
+        )
+        bounds = (said, f"{said}\x7f")  # above all that an id is made of
+        found = [row[0] for row in self._database.read(f"{known} ORDER BY 1", bounds * 2)]
+        if len(found) > 1 and found[0] != said:
+            meanings = [*found[:MAX_MEANINGS], *(["..."] if found[MAX_MEANINGS:] else [])]
+            raise UsageError(f"{said}: which one? {', '.join(meanings)}")
+        return str(found[0]) if found else said
+
+    def message(self, id: str) -> dict[str, Any] | None:
+        """The message with this id; what came in before what went out."""
+        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event LIMIT 1"
+        return next(iter(self._entries(question, (id,))), None)
+
+    def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
+        """The next MAX_ROWS of the exchange that a message belongs to."""
+        message = self.message(id)
+        values = (message["exchange"] if message else id, after, MAX_ROWS)
+        question = f"SELECT {ROW} FROM log WHERE exchange = ? AND n > ? ORDER BY n LIMIT ?"
+        return self._entries(question, values)
+
+    @property
+    def newest(self) -> int:
+        """The number of the last row."""
+        return self._newest
+
+    def rows(
+        self, filters: Mapping[str, object], after: int = 0, last: int = 0
+    ) -> list[dict[str, Any]]:
+        """The next MAX_ROWS after a row, or the first of the `last` so many.
+
+        `filters` choose by what is in LOG_FILTERS.
+        """
+        where = " AND ".join(["n > ?", *(LOG_FILTERS[name] for name in filters)])
+        values = (after, *filters.values())
+        if last:
+            question = f"SELECT n FROM log WHERE {where} ORDER BY n DESC LIMIT 1 OFFSET {last}"
+            before = self._database.read(question, values)
+            values = (before[0][0] if before else after, *filters.values())
+        question = f"SELECT {ROW} FROM log WHERE {where} ORDER BY n LIMIT {MAX_ROWS}"
+        return self._entries(question, values)
+
+    # -- what is still to be done --
+
+    def add_task(
+        self,
+        message: int,
+        agent: str = "",
+        until: float | None = None,
+        urgent: bool = False,
+        note: str = "",
+    ) -> int:
+        """Take on a task for a received message; its number."""
+        task = self._database.insert(
+            "INSERT INTO tasks (message, agent, until, urgent, note) VALUES (?, ?, ?, ?, ?)",
+            (message, agent, until, urgent, note),
+        )
+        return task or 0
+
+    def start_tasks(self, tasks: Iterable[int]) -> None:
+        """From now on a crash leaves open whether these are done.  That is committed at once."""
+        for n in tasks:
+            self._database.write("UPDATE tasks SET began = 1 WHERE n = ?", (n,))
+        self._database.commit()
+
+    def mark_accepted(self, task: int, now: float) -> None:
+        """An agent's gateway has taken it, and has it in memory: it may have to be told again."""
+        self._database.write("UPDATE tasks SET began = ? WHERE n = ?", (int(now), task))
+
+    def reset_tasks(self, tasks: Iterable[int]) -> None:
+        """It has come to nothing, for certain: these are as before they began."""
+        for n in tasks:
+            self._database.write("UPDATE tasks SET began = 0 WHERE n = ?", (n,))
+
+    def remove_task(self, task: int) -> None:
+        self._database.write("DELETE FROM tasks WHERE n = ?", (task,))
+
+    def tasks(self) -> list[Task]:
+        """All that are not done, in order."""
+        rows = self._database.read(
+            "SELECT content, tasks.n, agent, until, urgent, tasks.note, began"
+            " FROM tasks JOIN log ON log.n = message ORDER BY tasks.n"
+        )
+        found = []
+        for content, n, agent, until, urgent, note, began in rows:
+            with contextlib.suppress(EnvelopeError):
+                envelope = Envelope.parse((content or "").encode())
+                task = Task(n, envelope, agent, until, bool(urgent), note, began == 1)
+                found.append(task.replace(accepted=began if began > 1 else 0))
+        return found
+
+    # -- what is still to be sent --
+
+    def _count_outbox(self) -> None:
+        content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
+        messages, size = self._database.read(
+            f"SELECT count(*), ifnull(sum({content}), 0)"
+            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
+        )[0]
+        self.outbox_size, self._outbox_bytes = int(messages), int(size)
+        rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
+        self._acknowledged = int(rows[0][0])
+
+    @property
+    def outbox_full(self) -> bool:
+        """Nothing more may be sent.  What peers gave us to do does not count."""
+        return self.outbox_size >= MAX_OUTBOX or self._outbox_bytes >= MAX_OUTBOX_SIZE
+
+    def enqueue(
+        self,
+        topic: str,
+        payload: bytes,
+        retain: bool = False,
+        message: int | None = None,
+        until: float | None = None,
+    ) -> None:
+        """Put something into the outbox, behind all that is there; it is of use `until` then.
+
+        The payload of a message is the content of its row, where that is kept.
+        """
+        own = payload if message is None or self.full else None
+        self._database.write(
+            "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
+            (message, topic, own, retain, until),
+        )
+        self.outbox_size += 1
+        self._outbox_bytes += len(payload)
+        self._size += len(own or b"")
+
+    def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
+        """The next that wait for the broker, in order."""
+        rows = self._database.read(
+            "SELECT outbox.n, id, topic, coalesce(payload, CAST(content AS BLOB), x''), retain,"
+            " until FROM outbox LEFT JOIN log ON log.n = message"
+            " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
+            (after, limit),
+        )
+        return [
+            OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
+            for n, id, topic, payload, retain, until in rows
+        ]
+
+    def dequeue(self, message: OutgoingMessage, acknowledged: bool) -> None:
+        """The broker has it, or never will.
+
+        What it has acknowledged is kept a moment longer: Mosquitto acknowledges first, and
+        saves then.
+        """
+        if acknowledged:
+            self._acknowledged += self._database.write(
+                "UPDATE outbox SET acknowledged_at = ? WHERE n = ?", (time.time(), message.n)
+            )
+        else:
+            self._database.write("DELETE FROM outbox WHERE n = ?", (message.n,))
+        self.outbox_size -= 1
+        self._outbox_bytes -= len(message.payload)
+
+    def forget_acknowledged(self, before: float) -> None:
+        """What the broker acknowledged before then it has saved."""
+        forget = "DELETE FROM outbox WHERE acknowledged_at < ?"
+        self._acknowledged -= self._database.write(forget, (before,))
+
+    def requeue(self, since: float) -> int:
+        """Send again what was acknowledged since then; the number of the last such message.
+
+        Nobody can tell whether the broker died.  Receivers drop ids that they have seen, so
+        nothing is acted upon twice.
+        """
+        if not self._acknowledged:
+            return 0
+        self.forget_acknowledged(since)
+        newest = "SELECT ifnull(max(n), 0) FROM outbox WHERE acknowledged_at IS NOT NULL"
+        last = int(self._database.read(newest)[0][0])
+        again = "UPDATE outbox SET acknowledged_at = NULL WHERE acknowledged_at IS NOT NULL"
+        self._database.write(again)
+        self._count_outbox()
+        return last
+
+    # -- what was asked --
+
+    def add_pending_request(self, envelope: Envelope, message: int) -> None:
+        """An answer to this is expected."""
+        due = envelope.ts + envelope.ttl if envelope.ttl else None
+        values = (envelope.exchange, message, due)
+        self._database.write("REPLACE INTO pending_requests VALUES (?, ?, ?)", values)
+        self._database.write(
+            "DELETE FROM pending_requests WHERE message <= (SELECT message FROM pending_requests"
+            " ORDER BY message DESC LIMIT 1 OFFSET ?)",
+            (MAX_PENDING_REQUESTS,),
+        )
+
+    def resolve_request(self, exchange: str | None) -> None:
+        """It was answered, or nobody waits for that any more."""
+        self._database.write("DELETE FROM pending_requests WHERE exchange = ?", (exchange,))
+
+    def pending_requests(self, due: float | None = None) -> list[dict[str, Any]]:
+        """Those that nobody has answered, oldest first; or those that were due by then.
+
+        `due` is when the answer is of no use any more.
+        """
+        rows = self._database.read(
+            "SELECT pending_requests.exchange, recipient, action, time, due, content"
+            " FROM pending_requests JOIN log ON log.n = message WHERE ? IS NULL OR due <= ?"
+            " ORDER BY message LIMIT ?",
+            (due, due, MAX_ROWS),
+        )
+        keys = ("id", "to", "action", "asked", "due")
+        return [
+            dict(zip(keys, facts, strict=True)) | {"text": text_of(content)[:SHOWN_TEXT]}
+            for *facts, content in rows
+        ]
+
+    def next_due(self) -> float | None:
+        """When the next request is overdue."""
+        value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
+        return None if value is None else float(value)
+
+    # -- bounds --
+
+    @property
+    def size(self) -> int:
+        """Bytes in use."""
+        pages, free, size = (
+            self._database.read(f"PRAGMA {name}")[0][0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * size)
+
+    def prune(self, now: float) -> bool:
+        """Forget a few rows that are too old, or too much; was there anything to forget?"""
+        self._rows = self._size = 0
+        oldest = self._database.read("SELECT time FROM log ORDER BY n LIMIT 1")
+        forgotten, too_old = 0, now - self._keep
+        if oldest and oldest[0][0] < too_old:
+            forgotten += self._forget_rows("time < ?", too_old)
+        too_large = self.size > self._max_size
+        if too_large:
+            texts = f"SELECT n FROM log WHERE content IS NOT NULL AND {FINISHED} ORDER BY n LIMIT ?"
+            forget = f"UPDATE log SET content = NULL WHERE n IN ({texts})"
+            forgotten += self._database.write(forget, (PRUNE_TEXTS,))
+            if self.size > self._max_size:
+                forgotten += self._forget_rows("content IS NULL")
+        self.full = too_large and not forgotten
+        if forgotten:
+            self._database.write(
+                "DELETE FROM pending_requests WHERE message NOT IN (SELECT n FROM log)"
+            )
+        return bool(forgotten)
+
+    def _forget_rows(self, which: str, *values: object) -> int:
+        """The oldest ones that nothing unfinished belongs to."""
+        unasked = "n NOT IN (SELECT message FROM pending_requests WHERE due IS NOT NULL)"
+        rows = f"SELECT n FROM log WHERE {which} AND {FINISHED} AND {unasked} ORDER BY n LIMIT ?"
+        return self._database.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
+
+
+FINISHED = (  # nothing is still to be done with these rows
+    "n NOT IN (SELECT message FROM tasks)"
+    " AND n NOT IN (SELECT message FROM outbox WHERE message IS NOT NULL)"
+)
+LOG_FILTERS = {  # how --from and the others choose rows
+    "ch": "ch = ?",
+    "from": "sender = ?",
+    "to": "recipient = ?",
+    "action": "action = ?",
+    "corr": "exchange = ?",
+    "since": "time >= ?",
+}
+
+
+# ---- Control: this node's command line speaks to its daemon ------------------------------
+#
+# A unix socket that only this user can open; one JSON object a line each way.  What peers could
+# forge on the bus cannot be forged here.  Knows no request.
+
+MAX_CONTROL_CONNECTIONS = 100
+MAX_LINE = 4 * MAX_PAYLOAD  # bytes
+MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
+CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
+MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
+SHORT_PLACE = Path("/tmp")
+CONTROL_EVENTS = {"published", "answer"}  # in a line that is no answer, but comes when it happens
+
+
+def shortened_socket_path(direct: Path) -> Path:
+    """This path, or one nearby if it is too long for a socket."""
+    if len(os.fsencode(direct)) <= MAX_SOCKET_PATH:
+        return direct
+    import hashlib
+
+    digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
+    return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
+
+
+def control_socket_path(config: Config) -> Path:
+    """In the node's state directory, or nearby if that path is too long."""
+    return shortened_socket_path(config.state_dir / "door")
+
+
+def directory_objection(file: Path) -> str | None:
+    """Why what is behind this socket may be somebody else; None if it can't.  Raises OSError."""
+    objection = writable_by_others(file.parent.stat())
+    if file.parent.parent == SHORT_PLACE and file.parent.is_symlink():
+        objection = "is a link, which is not hive's"
+    return f"{file.parent} {objection}" if objection else None
+
+
+class ControlConnection:
+    """One command that has come in, until it goes."""
+
+    def __init__(self, server: ControlServer, sock: socket.socket) -> None:
+        self.on_close: list[Callable[[], object]] = []  # what to do when it goes
+        self._server = server
+        self._stream = Stream(
+            server.loop, sock, self._serve, self._closed, max_input=MAX_LINE, max_output=MAX_UNREAD
+        )
+
+    def _serve(self) -> None:
+        """Answer one request a turn, and none before it has read the last answer."""
+        end = self._stream.input.find(b"\n")
+        if end < 0 or self.busy:
+            return
+        line = bytes(self._stream.input[:end])
+        self._stream.consume(end + 1)
+        answer = self._server.answer(read_json_object(line) or {}, self)
+        if answer is not None:
+            self.send(answer)
+        if self._stream.input:
+            self._server.loop.post(self._serve)
+
+    def send(self, document: Mapping[str, Any]) -> None:
+        """Send it one more line."""
+        self._stream.write(encode_json(document) + b"\n")
+
+    @property
+    def busy(self) -> bool:
+        """Has it yet to read what it was sent?"""
+        return self._stream.output_size > 0
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _closed(self) -> None:
+        self._server.connections.discard(self)
+        for call in self.on_close:
+            call()
+
+
+class ControlServer:
+    """The daemon's side."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        file: Path,
+        answer: Callable[[dict[str, Any], ControlConnection], dict[str, Any] | None],
+    ) -> None:
+        """Open it; raises OSError.  Whoever holds the daemon's lock may replace an old socket.
+
+        `answer` gives None where it will send() something later.
+        """
+        self.loop, self.answer, self._file = loop, answer, file
+        self.connections: set[ControlConnection] = set()
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        objection = directory_objection(file)
+        if objection:
+            raise PermissionError(errno.EPERM, objection)
+        self._listener = unix_listener(file)
+        self._listener.setblocking(False)
+        self._listener.listen(MAX_CONTROL_CONNECTIONS)
+        loop.watch(self._listener, selectors.EVENT_READ, self._accept)
+
+    def _accept(self, events: int) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = self._listener.accept()
+            if len(self.connections) >= MAX_CONTROL_CONNECTIONS:
+                sock.close()
+            else:
+                self.connections.add(ControlConnection(self, sock))
+
+    def close(self) -> None:
+        self.loop.forget(self._listener)
+        self._listener.close()
+        for connection in [*self.connections]:
+            connection.close()
+        self._file.unlink(missing_ok=True)
+
+
+class DaemonError(HiveError):
+    """This node's daemon does not answer, or not sensibly."""
+
+
+class ControlClient:
+    """The command's side: one request after another, until it is closed."""
+
+    def __init__(self, file: Path, node: str, patience: float = CONTROL_TIMEOUT) -> None:
+        """Raises OSError where no daemon answers; `patience`: seconds for each request."""
+        self._node, self._patience = node, patience
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(patience)
+        try:
+            self._sock.connect(str(file))
+        except OSError:
+            self._sock.close()
+            raise
+        self._in = bytearray()
+        self._events: deque[dict[str, Any]] = deque()  # what came while an answer was awaited
+
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        """Send a request and give the answer; raises DaemonError."""
+        ends = time.monotonic() + self._patience
+        self._sock.settimeout(self._patience)
+        try:
+            self._sock.sendall(encode_json(request) + b"\n")
+        except OSError as error:
+            raise self._fault(reason_of(error)) from None
+        while (line := self._next_line(ends)) is not None:
+            if not CONTROL_EVENTS & line.keys():
+                return line
+            self._events.append(line)
+        raise self._fault("it does not answer")
+
+    def receive(self, within: float | None) -> dict[str, Any] | None:
+        """What it says besides; None if that is nothing in so many seconds.  Raises DaemonError."""
+        if self._events:
+            return self._events.popleft()
+        return self._next_line(None if within is None else time.monotonic() + within)
+
+    def _next_line(self, ends: float | None) -> dict[str, Any] | None:
+        while b"\n" not in self._in:
+            self._sock.settimeout(None if ends is None else max(0.001, ends - time.monotonic()))
+            try:
+                data = self._sock.recv(PIPE_CHUNK)
+            except TimeoutError:
+                return None
+            except OSError as error:
+                raise self._fault(reason_of(error)) from None
+            if not data:
+                raise self._fault("it has ended")
+            self._in += data
+        line, _, rest = bytes(self._in).partition(b"\n")
+        self._in = bytearray(rest)
+        return read_json_object(line) or {}
+
+    def _fault(self, why: str) -> DaemonError:
+        return DaemonError(f"the daemon of {self._node}: {why}")
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+# ---- Requests: what may be asked of a node, as one table ---------------------------------
+#
+# The one way in for commands, whether they come through the control socket or run the node in
+# their own process.  Reads the journal and the members; what is to be sent it hands to the node.
+
+
+def pending_document(journal: Journal) -> dict[str, Any]:
+    """All that is not finished."""
+    tasks = [
+        {
+            "id": task.envelope.id,
+            "from": task.envelope.sender,
+            "ch": task.envelope.ch,
+            "action": task.envelope.action,
+            "agent": task.agent or None,
+            "began": task.began,
+            "since": task.envelope.ts,
+            "text": task.envelope.text[:SHOWN_TEXT],
+        }
+        for task in journal.tasks()[:MAX_ROWS]
+        if task.envelope and not task.accepted
+    ]
+    outbox = [
+        {
+            "topic": one.topic,
+            "bytes": len(one.payload),
+            "id": one.id,
+            "text": text_of(one.payload)[:SHOWN_TEXT],
+        }
+        for one in journal.next_outgoing(0, MAX_ROWS)
+    ]
+    return {
+        "questions": journal.pending_requests(),
+        "tasks": tasks,
+        "outbox": outbox,
+        "outbox_size": journal.outbox_size,
+    }
+
+
+def log_filters(value: object) -> dict[str, Any]:
+    """an object of ch, from, to, action, corr, since"""
+    if not isinstance(value, dict) or not value.keys() <= LOG_FILTERS.keys():
+        raise ValueError
+    for said in value.values():
+        word = isinstance(said, str) and (NAME.fullmatch(said) or ID.fullmatch(said))
+        if not word and bounded_number(said, 0, MAX_TS) is None:
+            raise ValueError
+    return value
+
+
+def row_number(value: object) -> int:
+    """a whole number from 0"""
+    return whole(value, 0, 2**53)
+
+
+def envelope_object(value: object) -> Envelope:
+    """an envelope: an object as in the protocol"""
+    if not isinstance(value, dict):
+        raise ValueError
+    return Envelope.check(value)
+
+
+class Requester(Protocol):
+    """Who asks: a connection to the control socket, or the command whose process this is."""
+
+    on_close: list[Callable[[], object]]
+
+    @property
+    def busy(self) -> bool: ...
+    def send(self, document: Mapping[str, Any]) -> None: ...
+
+
+class RequestField(Value):
+    """What a request may say, or must."""
+
+    check: Callable[[Any], Any]  # its docstring says what it takes
+    help: str
+    default: Any = None
+    required: bool = False
+
+    def read(self, name: str, value: object) -> Any:
+        """Its value, checked; raises UsageError."""
+        if value is None:
+            if self.required:
+                raise UsageError(f"{name}: missing")
+            return self.default
+        try:
+            return self.check(value)
+        except ValueError:
+            what = f"{quoted(value)} is not {docstring(self.check)}"
+            raise UsageError(f"{name}: {what}") from None
+
+
+def do_nothing() -> None:
+    """For whoever only wants a turn to end once more."""
+
+
+class Request(Value):
+    """One thing that may be asked: what answers it, what it is for, what it takes."""
+
+    run: Callable[..., dict[str, Any] | None]
+    help: str
+    fields: Mapping[str, RequestField] = {}
+    looks_back: bool = False  # the journal answers it, though no node runs
+
+    @classmethod
+    def find(cls, said: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
+        """What is asked, and its fields, checked; raises UsageError."""
+        do = said.get("do")
+        found = REQUESTS.get(do) if isinstance(do, str) else None
+        if found is None:
+            raise UsageError(f"{NO_SUCH_REQUEST}: {quoted(do)}")
+        return found, {name: one.read(name, said.get(name)) for name, one in found.fields.items()}
+
+
+class Requests:
+    """Answers what is asked of a node, some of it later."""
+
+    def __init__(
+        self,
+        node: str,
+        journal: Journal,
+        members: Members,
+        after_commit: Callable[[Callable[[], None]], None],
+        send: Callable[[Envelope], str],
+        connection: Callable[[], dict[str, Any]],
+    ) -> None:
+        """`send` gives why not, or nothing; `connection` tells how the node's one is."""
+        self._node, self._journal, self._members = node, journal, members
+        self._after_commit, self._send, self._connection = after_commit, send, connection
+        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
+        self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
+        self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
+
+    def handle(self, said: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """Answer one request; None if that comes later."""
+        try:
+            request, given = Request.find(said)
+            if request.looks_back:
+                return request.run(self._journal, given)
+            return request.run(self, given, requester)
+        except UsageError as error:
+            return {"error": str(error)}
+
+    # -- what the table names --
+
+    def send(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """A message to be sent."""
+        envelope: Envelope = given["envelope"]
+        if fault := self._objection(given, requester) or self._send(envelope):
+            return {"error": fault}
+        self._senders[envelope.id] = requester
+        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
+        answer = {"queued": True, "connected": self._connection()["connected"]}
+        if self._for_an_agent(envelope):
+            answer["agentless"] = self._members.document(envelope.to, "roster").get("agents") == []
+        self._after_commit(lambda: requester.send(answer))
+        return None
+
+    @staticmethod
+    def _for_an_agent(envelope: Envelope) -> bool:
+        """Is it of no use to a node that has none?"""
+        return not envelope.action and CHANNELS[envelope.ch].handler
+
+    def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """A message that the command is about to publish by itself."""
+        envelope: Envelope = given["envelope"]
+        if fault := self._objection(given, requester):
+            return {"error": fault}
+        self._journal.sent(envelope, time.time())
+        self._after_commit(lambda: requester.send({"ok": True}))
+        return None
+
+    def read(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
+        """An answer that the command has read by itself: it is no news when it comes here too."""
+        answer: Envelope = given["envelope"]
+        if requester not in self._listeners.get(answer.corr or "", ()):
+            return {"error": f"{answer.id}: this command does not wait for it"}
+        self._journal.record(Event.RECEIVED, answer, time.time(), AWAITED)
+        self._journal.resolve_request(answer.corr)
+        self._after_commit(lambda: requester.send({"ok": True}))
+        return None
+
+    def follow(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Show what there is, and from now on whatever is new."""
+        given = {**given, "filters": whole_filters(self._journal, given["filters"])}
+        answer = log_page(self._journal, given)
+        last = answer["rows"][-1]["n"] if answer["rows"] else given["after"]
+        self._followers[requester] = (given["filters"], last)
+        requester.on_close.append(lambda: self._followers.pop(requester, None))
+        self._after_commit(do_nothing)
+        return answer
+
+    def states(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {**self._connection(), "states": self._members.documents("state")}
+
+    def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {**self._connection(), "rosters": self._members.documents("roster")}
+
+    def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {"node": self._node, "version": __version__}
+
+    def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
+        """Why this node does not send it; else who waits for its answers gets them from now on."""
+        envelope: Envelope = given["envelope"]
+        if envelope.sender != self._node:
+            return f"this is the daemon of {self._node}, not of {envelope.sender}"
+        if given["wait"]:
+            self._listen(envelope.exchange, requester)
+        return ""
+
+    def _listen(self, exchange: str, requester: Requester) -> None:
+        self._listeners.setdefault(exchange, []).append(requester)
+        requester.on_close.append(lambda: self._stop_listening(exchange, requester))
+
+    def _stop_listening(self, exchange: str, requester: Requester) -> None:
+        listeners = self._listeners[exchange]
+        listeners.remove(requester)
+        if not listeners:
+            del self._listeners[exchange]
+
+    # -- what the node reports --
+
+    def published(self, id: str, code: int, words: str) -> None:
+        """The broker has a message, or refused it; whoever sent it may still be there."""
+        requester = self._senders.pop(id, None)
+        if requester:
+            requester.send({"published": code, "words": words})
+
+    def heard(self, answer: Envelope) -> None:
+        """An answer has come, and is in the journal."""
+        for requester in [*self._listeners.get(answer.corr or "", ())]:
+            requester.send({"answer": answer.document()})
+
+    def waits(self, exchange: str | None) -> bool:
+        """Does somebody wait for the answers of this exchange?"""
+        return exchange in self._listeners
+
+    def show_news(self) -> None:
+        """Something was committed: whoever follows the log wants to see it."""
+        for requester, (filters, last) in [*self._followers.items()]:
+            if requester.busy:
+                continue  # it does not read; what it has not seen stays in the journal
+            newest = self._journal.newest
+            rows = self._journal.rows(filters, last) if newest > last else []
+            self._followers[requester] = (filters, rows[-1]["n"] if rows else newest)
+            if rows:
+                requester.send({"rows": rows})
+                self._after_commit(do_nothing)  # look again: there may be more than one page
+
+
+def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    found = journal.message(journal.find_id(given["id"]))
+    return found or {"error": f"{given['id']}: {NOT_KNOWN}"}
+
+
+def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rows": journal.exchange(journal.find_id(given["id"]), given["after"])}
+
+
+def whole_filters(journal: Journal, filters: Mapping[str, Any]) -> dict[str, Any]:
+    """The filters with the exchange that is meant: any id of it may say so, or its beginning."""
+    if "corr" not in filters:
+        return dict(filters)
+    id = journal.find_id(str(filters["corr"]))
+    message = journal.message(id)
+    return {**filters, "corr": message["exchange"] if message else id}
+
+
+def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    filters = whole_filters(journal, given["filters"])
+    return {"rows": journal.rows(filters, given["after"], given["last"])}
+
+
+def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
+    return pending_document(journal)
+
+
+NO_SUCH_REQUEST = "no such request"
+NOT_KNOWN = "not known here; the last days are: hive-cli log"
+ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
+ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
+WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
+AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
+LOG_FIELDS = {
+    "filters": RequestField(log_filters, "only rows with this in them", {}),
+    "after": AFTER_FIELD,
+    "last": RequestField(row_number, "the last so many; 0 is all of them, page by page", 0),
+}
+REQUESTS = {
+    "send": Request(
+        Requests.send,
+        "send a message, and hear what the broker says of it",
+        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
+    ),
+    "sent": Request(
+        Requests.sent,
+        "take note of a message that a command publishes by itself",
+        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
+    ),
+    "read": Request(
+        Requests.read,
+        "take note of an answer that a command has read by itself",
+        {"envelope": ENVELOPE_FIELD},
+    ),
+    "states": Request(Requests.states, "how every node and agent is"),
+    "roster": Request(Requests.roster, "what every node can do"),
+    "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
+    "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
+    "log": Request(log_page, "what this node received, sent and did", LOG_FIELDS, looks_back=True),
+    "message": Request(message_row, "one message", {"id": ID_FIELD}, looks_back=True),
+    "exchange": Request(
+        exchange_page,
+        "all messages of the exchange that a message belongs to",
+        {"id": ID_FIELD, "after": AFTER_FIELD},
+        looks_back=True,
+    ),
+    "pending": Request(pending_page, "what is not answered, done or delivered", looks_back=True),
+}
+
+
+# ---- Node: what comes in, what goes out, the end of a turn -------------------------------
+#
+# Decides nothing about a message by itself: asks decide(), then performs it.  What came in one
+# turn of the loop is committed at its end; only then is it acknowledged, answered or published.
+# Knows no handler, no agent, no broker: for a daemon Work and Members stand beside it.
+
+MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, too large, no disk
+
+
+def hive_of(config: Config) -> str:
+    """Which hive a configuration means: where its broker is, and its prefix."""
+    return f"{config.mqtt.address if config.mqtt.named else 'ours'} {config.topics.prefix}"
+
+
+class Worker:
+    """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
+
+    def __init__(self) -> None:
+        self.agents: tuple[str, ...] = ()
+        self.handlers: Mapping[str, Path] = {}
+
+    def look_again(self) -> None:
+        """An action is not known: a handler for it may have been put there just now."""
+
+    def why_not(self, action: str) -> str:
+        """Why the file of this name is no handler; nothing if there is none."""
+        return ""
+
+    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
+        """Run the handler of a message's action; `row` is the message's in the journal."""
+
+    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
+        """Say a message to agents."""
+
+
+class Node:
+    """The messages of one name: a daemon's, or those of one command."""
+
+    def __init__(self, config: Config, loop: Loop, log: Log, journal: Journal) -> None:
+        self.config, self.loop, self.log, self.journal = config, loop, log, journal
+        self.name, self.topics = config.node.id, config.topics
+        self.connected = self.stopping = False
+        self.heard_all = False  # since it is connected: how all others are
+        self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
+        self._seen_broker = 0.0  # when it last was, on the loop's clock
+        self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
+        self.worker = Worker()
+        self.members = Members(config, loop, log, self.send, self.publish, self._probe)
+        self._rate_limit = RateLimit()
+        self.requests = Requests(
+            self.name,
+            journal,
+            self.members,
+            self.commit_soon,
+            self._send_for_command,
+            self._connection,
+        )
+        self._committing = False
+        self._after_commit: list[Callable[[], None]] = []
+        self._overdue: Timer | None = None
+
+    def attach(self, client: Transport) -> None:
+        """From now on messages go out by this client."""
+        self._client = client
+        client.use_outbox(self.journal, self.published)
+
+    def start(self) -> None:
+        """Look after the journal from now on."""
+        self._maintain_journal()
+        self._watch_pending_requests()
+
+    def on_connected(self, mqtt: MqttConfig) -> None:
+        self.connected, self._mqtt, self._fault = True, mqtt, ""
+        self.members.grant_grace(self.loop.clock())
+        self.commit_soon()
+
+    def all_heard(self) -> None:
+        """How all others are has been heard by now."""
+        self.heard_all, self._seen_broker = True, self.loop.clock()
+
+    def on_disconnected(self, mqtt: MqttConfig, reason: str) -> None:
+        if self.connected:
+            self._seen_broker = self.loop.clock()
+        self.connected = self.heard_all = False
+        self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
+        self.members.doubt_losses()
+
+    def _connection(self) -> dict[str, Any]:
+        """How this node's way to the broker is, for its commands.
+
+        A broker that hangs is known by our own state, which does not come back.
+        """
+        own, fault = self.config.heartbeat, self._fault
+        silence = self.loop.clock() - self._seen_broker
+        hangs = self.heard_all and is_overdue(silence, own.interval, own.miss_threshold + 1)
+        if hangs:
+            fault = str(broker_fault(self._mqtt, f"no answer for {silence:.0f} s"))
+        return {
+            "hive": hive_of(self.config),
+            "broker": self._mqtt.address,
+            "connected": self.connected and not hangs,
+            "complete": self.heard_all,
+            "fault": fault,
+            "age": silence if fault else 0.0,  # of what is known
+        }
+
+    def publish(self, message: OutgoingMessage) -> None:
+        """Send what need not be in the journal."""
+        self._client.publish(message)
+
+    def _probe(self, done: Callable[[bool], None]) -> None:
+        self._client.probe(done)
+
+    # -- the end of a turn --
+
+    def commit_soon(self, then: Callable[[], None] | None = None) -> None:
+        """Commit at the end of this turn of the loop, and call back when that is done."""
+        if then:
+            self._after_commit.append(then)
+        if not self._committing:
+            self._committing = True
+            self.loop.after(0, self.commit)
+
+    def commit(self) -> None:
+        """Make it last; then tell the broker and others that it is safe with us."""
+        self._committing = False
+        self.journal.commit()
+        calls, self._after_commit = self._after_commit, []
+        for call in calls:
+            call()
+        self._client.send_queued()
+        self.requests.show_news()
+
+    def _maintain_journal(self) -> None:
+        """Now and then, in small steps."""
+        self.journal.return_to_disk()
+        more = self.journal.prune(time.time())
+        self.commit_soon()
+        self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._maintain_journal)
+
+    # -- what comes in --
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        if self.stopping:
+            return  # not acknowledged: it comes again when this node does
+        meta = self.topics.meta_of(delivery.topic)
+        if meta:
+            name, document = meta
+            if document in ("state", "roster"):
+                self.members.hear_document(name, document, delivery)
+            if meta == (self.name, "state") and not delivery.retained:
+                self.all_heard()  # our own, which we publish last
+            return
+        self.counts["received"] += 1
+        try:
+            envelope = Envelope.parse(delivery.payload)
+        except EnvelopeError as error:
+            self.counts["invalid"] += 1
+            self._log_limited("not an envelope", topic=delivery.topic, why=error)
+            return self.commit_soon(delivery.ack)
+        what, row = self._receive(envelope, delivery)
+        if what is SIGN_OF_LIFE:
+            delivery.ack()  # there is nothing to commit, and no turn is cheaper than none
+        else:
+            self.commit_soon(delivery.ack)
+        self._perform(what, envelope, row, self._time_left(envelope, delivery))
+
+    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
+        """Decide what to do with it; its row in the journal, if it has one now."""
+        reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
+        if not reason and delivery.expires_in is None and envelope.stale(time.time()):
+            reason = "its time to live is over"
+        if envelope.action and envelope.action not in self.worker.handlers and not reason:
+            self.worker.look_again()
+        what = Decision(Do.DROP, reason) if reason else decide(envelope, self.context())
+        row = 0
+        if what.do not in (Do.HEAR, Do.DROP):
+            note, content = "" if what.do is Do.WAKE else what.reason, delivery.payload.decode()
+            row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
+            what = what if row else SEEN_BEFORE
+        self._log_message(envelope, what)
+        if row:
+            self._take_note(envelope)
+        return what, row
+
+    def _take_note(self, envelope: Envelope) -> None:
+        """What a new message means to those who wait, whatever is done with it."""
+        if envelope.ch == "alert" and envelope.to == EVERYONE:
+            self.members.mark_announced(envelope.exchange)
+        if CHANNELS[envelope.ch].wake is Wake.UNLESS_AWAITED and envelope.corr:
+            self.journal.resolve_request(envelope.corr)
+            self.commit_soon(lambda: self.requests.heard(envelope))
+
+    def context(self) -> RoutingContext:
+        return RoutingContext(
+            node=self.name,
+            agents=self.worker.agents,
+            handlers=self.worker.handlers,
+            expects=self.requests.waits,
+            why_not=self.worker.why_not,
+        )
+
+    def _log_message(self, envelope: Envelope, what: Decision) -> None:
+        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
+        facts |= {"to": envelope.to, "action": envelope.action}
+        match what.do:
+            case Do.DROP:
+                self.counts["dropped"] += 1
+                say = self.log.debug if what == SEEN_BEFORE else self._log_limited
+                say("dropped", **facts, why=what.reason)
+            case Do.HEAR:
+                self.log.debug("received", **facts)
+            case _:
+                idle = what.do is Do.NOTE and not envelope.urgent  # the journal has it
+                say = self.log.debug if idle else self.log.info
+                note = what.reason if what.do in (Do.NOTE, Do.REFUSE) else None
+                say("received", **facts, note=note)
+                self.log.debug("text", id=envelope.id, text=envelope.text)
+
+    def _log_limited(self, event: str, **facts: object) -> None:
+        """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
+        kind = f"{event}: {facts['why']}" if event == "dropped" else event
+        say = (
+            self.log.warning if self._rate_limit.allow(kind, self.loop.clock()) else self.log.debug
+        )
+        say(event, **facts)
+
+    def _perform(self, what: Decision, envelope: Envelope, row: int, left: float | None) -> None:
+        """Do it, within the seconds that are left."""
+        until = None if left is None else time.time() + left
+        match what.do:
+            case Do.RUN | Do.WAKE if self.journal.full:
+                self.refuse(envelope, "busy: the journal is full of what is not done yet")
+            case Do.RUN:
+                self.worker.run(envelope, row, until)
+            case Do.WAKE:
+                self.worker.wake(envelope, row, what, until)
+            case Do.HEAR:
+                self.members.hear(envelope)
+            case Do.REFUSE:
+                self.refuse(envelope, what.reason)
+            case Do.NOTE | Do.DROP:
+                pass
+            case _:
+                assert_never(what.do)
+
+    def _time_left(self, envelope: Envelope, delivery: IncomingMessage) -> float | None:
+        """Seconds until a message is stale; the broker's word counts more than the peer's clock."""
+        if not envelope.ttl:
+            return None
+        if delivery.expires_in is not None:
+            return max(1.0, delivery.expires_in)
+        return max(1.0, envelope.ts + envelope.ttl - time.time())
+
+    def tell_own_agents(self, envelope: Envelope, note: str) -> None:
+        """Something that this node itself has to say."""
+        row = self.journal.record(Event.RECEIVED, envelope, time.time(), note)
+        agents = self.context().addressed(self.name)
+        if row and agents:
+            self._perform(Decision(Do.WAKE, note, agents, now=True), envelope, row, None)
+        self.commit_soon()
+
+    # -- what goes out --
+
+    def send(self, envelope: Envelope) -> None:
+        """Publish an envelope, now or when the broker is back."""
+        fault = self._post(envelope)
+        if fault:
+            self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
+
+    def refuse(self, envelope: Envelope, reason: str) -> None:
+        """Tell the sender that it was not done, if its message may cause an answer at all."""
+        if CHANNELS[envelope.ch].handler:
+            what = envelope.action or "message"
+            text = f"{self.name}: {what} refused: {reason}"
+            self.send(envelope.reply(self.name, text, ch="alert"))
+
+    def keep_result(self, envelope: Envelope, result: Mapping[str, object]) -> None:
+        """Publish what a handler gave, for whoever comes later."""
+        if self.journal.outbox_full:
+            self.log.error("result not published", id=envelope.id, why="too much waits already")
+        else:
+            topic = self.topics.meta(self.name, str(result["action"]))
+            self.journal.enqueue(topic, encode_json(result), retain=True)
+
+    def _send_for_command(self, envelope: Envelope) -> str:
+        """Send for somebody at the command line, who may expect an answer; why not, if so."""
+        if self.stopping:
+            return "the daemon is stopping"
+        if self.journal.outbox_full:
+            return f"{self.journal.outbox_size} messages wait for the broker already"
+        fault = self._post(envelope, ask=CHANNELS[envelope.ch].handler)
+        if envelope.ttl:
+            self._watch_pending_requests()
+        return fault
+
+    def _post(self, envelope: Envelope, ask: bool = False) -> str:
+        """Into the journal and the outbox, once; why not, if so."""
+        if self.journal.outbox_full:
+            return "too much waits for the broker"
+        now, payload = time.time(), envelope.encode()
+        row = self.journal.record(Event.SENT, envelope, now, content=payload.decode())
+        if row is None:
+            return f"{envelope.id} was handed in before"
+        until = now + envelope.ttl if envelope.ttl else None
+        self.journal.enqueue(self.topics.of(envelope), payload, message=row, until=until)
+        if ask:
+            self.journal.add_pending_request(envelope, row)
+        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+        self.log.info("sent", **facts, corr=envelope.corr)
+        self.commit_soon()
+        return ""
+
+    def published(self, message: OutgoingMessage, code: int, words: str) -> None:
+        """The broker has it, or never will."""
+        self.commit_soon()
+        if message.id is None:
+            return
+        failed = is_failure(code)
+        if failed or code == NO_SUBSCRIBERS:
+            envelope = Envelope.parse(message.payload)  # as it was encoded here
+            if failed:
+                facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
+                self.log.error("not published", **facts, to=envelope.to, why=words)
+            what = f"not published: {words.lower()}" if failed else "nobody listens there"
+            self.journal.record_result(envelope, time.time(), what)
+            self.journal.resolve_request(envelope.exchange)  # nobody will answer
+        self.requests.published(message.id, code, words)
+
+    # -- what nobody answered --
+
+    def _watch_pending_requests(self) -> None:
+        """Look at the questions again when the next one is overdue, or in a minute."""
+        if self._overdue:
+            self._overdue.cancel()
+            self._overdue = None
+        due = self.journal.next_due()
+        if due is not None and not self.stopping:
+            wait = min(max(due - time.time(), 0.0) + 0.1, 60.0)
+            self._overdue = self.loop.after(wait, self._check_pending_requests)
+
+    def _check_pending_requests(self) -> None:
+        """Whoever asked, and does not wait any more, is told that nobody answered in time."""
+        now = time.time()
+        for request in self.journal.pending_requests(due=now):
+            self.journal.resolve_request(request["id"])
+            if not self.requests.waits(request["id"]):
+                asked = f"{now - request['asked']:.0f} s ago"
+                text = f"no answer from {request['to']} to what was asked {asked}"
+                alert = Envelope.new(self.name, self.name, "alert", text, corr=request["id"])
+                self.log.warning("no answer", id=request["id"], to=request["to"])
+                self.tell_own_agents(alert, "its time to live was over")
+        self.commit_soon()
+        self._watch_pending_requests()
+
+
+# ---- Work: who runs next, what became of it, and what agents say -------------------------
+#
+# Handlers, agents and the schedule of a daemon.  Knows of its node only how to say something;
+# what it owes is in the journal, so that it goes on after a crash.
+
+LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
+MAX_RUNS_WAITING = 1000
+FIRST_RUN = 10.0  # seconds after the start, for what has never run
+
+
+class ScheduledRun:
+    """One handler that runs by itself, when it last did, and how that ended."""
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        self.config = config
+        self.next = 0.0  # Unix seconds
+        self.last = 0.0  # 0: never
+        self.ok: bool | None = None  # how it ended; None: not known
+        self.running = False
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others, over restarts too."""
+        return f"schedule {self.config.action} {self.when} {self.config.text}"
+
+    @property
+    def when(self) -> str:
+        return self.config.at or f"every {self.config.every:g}s"
+
+    def plan(self, now: float, chance: float) -> None:
+        """Work out the next run; `chance` from 0 to 1 is for the jitter."""
+        if self.config.at:
+            due = next_at(self.config.at, self.last or now)
+        elif self.last:
+            due = self.last + (self.config.every or 0)
+        else:
+            due = now + min(FIRST_RUN, self.config.every or 0)
+        self.next = max(due, now) + chance * self.config.jitter
+
+    def due(self, now: float) -> bool:
+        """Is it time?  A clock that was put back must not silence it."""
+        if self.config.every and self.next - now > self.config.every + self.config.jitter:
+            self.next = now
+        return now >= self.next and not self.running
+
+    def begin(self, now: float) -> None:
+        self.running, self.last = True, now
+
+    def end(self, ok: bool) -> str | None:
+        """Take note of how it ended; what the agent should be told, if anything."""
+        before, self.ok, self.running = self.ok, ok, False
+        words = "is failing" if not ok else "is well again" if before is False else "is well"
+        tell = {
+            "always": True,
+            "never": False,
+            "failure": not ok,
+            "change": ok is False if before is None else ok != before,
+        }
+        return words if tell[self.config.notify] else None
+
+    def document(self) -> dict[str, object]:
+        """What the roster says of it."""
+        return {
+            "action": self.config.action,
+            "when": self.when,
+            "notify": self.config.notify,
+            "last": int(self.last) or None,
+            "next": int(self.next),
+            "ok": self.ok,
+        }
+
+
+def next_at(at: str, after: float) -> float:
+    """The first time that a local clock shows `at` after a moment; Unix seconds."""
+    hour, minute = map(int, at.split(":"))
+    day = time.localtime(after)
+    for days in (0, 1, 2):
+        # mktime finds its way over the ends of months and daylight saving time
+        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
+        if (due := time.mktime(moment)) > after:
+            return due
+    raise AssertionError("no day has this time")
+
+
+class HandlerRun(Value):
+    """A message that waits for its handler."""
+
+    envelope: Envelope
+    action: str
+    until: float = float("inf")  # monotonic; then it is stale
+    task: int = 0  # its number in the journal, if somebody else waits for it
+    scheduled: ScheduledRun | None = None  # who asked, if nobody did from outside
+
+
+class HandlerQueue:
+    """Who runs next: in order, so many at once in all, and so many of each action."""
+
+    def __init__(self, workers: int, workers_of: Callable[[str], int]) -> None:
+        self._workers, self._workers_of = workers, workers_of
+        self._waiting: deque[HandlerRun] = deque()
+        self._running: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def put(self, run: HandlerRun) -> bool:
+        """Wait in line; False if the line is too long."""
+        if len(self._waiting) >= MAX_RUNS_WAITING:
+            return False
+        self._waiting.append(run)
+        return True
+
+    def take(self) -> HandlerRun | None:
+        """The next one that may run now; give its action back with done()."""
+        if self.running >= self._workers:
+            return None
+        for i, run in enumerate(self._waiting):
+            running = self._running.get(run.action, 0)
+            if running < self._workers_of(run.action):
+                del self._waiting[i]
+                self._running[run.action] = running + 1
+                return run
+        return None
+
+    @property
+    def running(self) -> int:
+        """How many run now."""
+        return sum(self._running.values())
+
+    def done(self, action: str) -> None:
+        self._running[action] -= 1
+        if not self._running[action]:
+            del self._running[action]
+
+    def clear(self) -> list[HandlerRun]:
+        """Send them all home; who they were."""
+        left, self._waiting = [*self._waiting], deque()
+        return left
+
+
+class Work(Worker):
+    """What one machine can do: its handlers, its agents, its schedule."""
+
+    def __init__(self, node: Node, changed: Callable[[], None]) -> None:
+        """Calls `changed` when its roster has to say something else."""
+        super().__init__()
+        self._node, self._changed = node, changed
+        self._config, self._loop, self._log = node.config, node.loop, node.log
+        self._journal = node.journal
+        self._children = ChildProcesses(node.loop)
+        self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
+        self._handler_set = HandlerSet()
+        self._looked = float("-inf")
+        self._agents = {
+            name: Agent(node.loop, self._children, one, self)
+            for name, one in node.config.agents.items()
+        }
+        self.agents = tuple(self._agents)
+        self._schedule = [ScheduledRun(one) for one in node.config.schedule]
+
+    def start(self) -> None:
+        """Begin, with what was not finished when the daemon ended."""
+        self.look_for_handlers()
+        if not self.handlers:
+            folder = self._config.handler_dir
+            self._log.warning("no handlers", dir=folder, why=why_no_handlers(folder))
+        for agent in self._agents.values():
+            agent.probe()
+        self.take_up()
+        self._start_schedule()
+
+    def stop(self) -> list[Envelope]:
+        """Begin nothing any more; which messages wait.  What runs may end."""
+        waiting = [run.envelope for run in self._queue.clear() if run.task]
+        for agent in self._agents.values():
+            waiting += [event.envelope for event in agent.stop()]
+        return waiting
+
+    def end_handlers(self) -> None:
+        """No handler has any more time."""
+        self._children.stop()
+
+    def kill(self) -> None:
+        """Leave nothing running behind."""
+        self._children.kill()
+
+    @property
+    def running(self) -> int:
+        """How many handlers run."""
+        return self._queue.running
+
+    @property
+    def busy(self) -> bool:
+        """Does anything run, or is an agent being called?"""
+        return bool(self.running) or any(agent.calling for agent in self._agents.values())
+
+    def status(self) -> OwnStatus:
+        """What there is to tell of it."""
+        health = {
+            name: {"status": agent.health.value, "reason": agent.reason}
+            for name, agent in self._agents.items()
+        }
+        trouble = [
+            f"agent {name}: {agent.reason}"
+            for name, agent in self._agents.items()
+            if agent.health is Health.DOWN
+        ]
+        if not self._journal.on_disk:
+            trouble.append("no journal on disk")
+        trouble += [
+            f"schedule {one.config.action} {one.when} is failing"
+            for one in self._schedule
+            if one.ok is False
+        ]
+        schedule = [one.document() for one in self._schedule]
+        return OwnStatus(health, [*self.handlers], schedule, "; ".join(trouble))
+
+    def take_up(self) -> None:
+        """Go on with what was not finished when the daemon ended."""
+        tasks = self._journal.tasks()
+        if unfinished := sum(not task.accepted for task in tasks):
+            self._log.info("taking up what was not finished", tasks=unfinished)
+        for task in tasks:
+            if task.agent:
+                self._tell_again(task)
+            else:
+                self._run_again(task)
+
+    def _tell_again(self, task: Task) -> None:
+        note = UNCERTAIN_NOTE if task.began else task.note
+        if task.agent in self._agents:
+            self._wake(task, note)
+            return
+        self._journal.remove_task(task.n)
+        if not task.accepted:
+            reason = f"{self._node.name} has no agent {task.agent} any more"
+            self._node.refuse(task.envelope, reason)
+
+    def _run_again(self, task: Task) -> None:
+        """Run it, unless it may have run: that is for whoever sent it to decide."""
+        envelope = task.envelope
+        run = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
+        if task.began and not self._handler_config(run.action).retry:
+            fault = "the daemon ended meanwhile"
+            self._finish(run, ProcessResult(exit=None, cancelled=True, fault=fault))
+        else:
+            self._enqueue(run)
+
+    def _deadline(self, until: float | None) -> float:
+        """Unix seconds as seconds of the loop's clock."""
+        return float("inf") if until is None else self._loop.clock() + until - time.time()
+
+    # -- handlers --
+
+    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
+        task = self._journal.add_task(row, until=until)
+        self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
+
+    def _handler_config(self, action: str) -> HandlerConfig:
+        return self._config.handlers.get(action, HandlerConfig())
+
+    def _workers_of(self, action: str) -> int:
+        return self._handler_config(action).workers
+
+    def _enqueue(self, run: HandlerRun) -> None:
+        if self._queue.put(run):
+            self._run_handlers()
+        else:
+            self._journal.remove_task(run.task)
+            self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
+
+    def _run_handlers(self) -> None:
+        while run := self._queue.take():
+            self._start_handler(run)
+
+    def _start_handler(self, run: HandlerRun) -> None:
+        file = self.handlers.get(run.action, self._config.handler_dir / run.action)
+        done = partial(self._ran, run)
+        objection = objection_to(file)  # it may have changed since it was found
+        if run.until < self._loop.clock():
+            objection = "its time to live was over before its turn came"
+        if objection:
+            self._loop.after(0, partial(done, ProcessResult(exit=None, fault=objection)))
+            return
+        agents = self._node.context().addressed(run.envelope.to)
+        agent = self._config.agents[agents[0]] if agents else None
+        self._log.info("handler started", action=run.action, id=run.envelope.id)
+        if run.task:
+            self._journal.start_tasks([run.task])
+        self._children.start(handler_spec(self._config, file, run.envelope, agent), done)
+
+    def _ran(self, run: HandlerRun, result: ProcessResult) -> None:
+        self._queue.done(run.action)
+        self._node.counts["runs"] += 1
+        self._node.counts["failures"] += not result.ok
+        if result.cancelled and run.task and self._handler_config(run.action).retry:
+            self._journal.reset_tasks([run.task])  # it runs again at the next start
+        else:
+            self._finish(run, result)
+        if not self._node.stopping:
+            self._run_handlers()
+
+    def _finish(self, run: HandlerRun, result: ProcessResult) -> None:
+        """Tell everyone whom it concerns how a handler ended."""
+        envelope = run.envelope
+        document = result_document(envelope, self._node.name, result, time.time())
+        status, took, error = document["status"], document["duration_ms"], document["error"]
+        say = self._log.info if result.ok else self._log.warning
+        facts: dict[str, object] = {"action": run.action, "id": envelope.id, "status": status}
+        say("handler ended", **facts, exit=result.exit, ms=took, why=error or None)
+        words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
+        self._journal.record_result(envelope, time.time(), words)
+        self._node.keep_result(envelope, document)
+        if run.scheduled:
+            self._scheduled_run_ended(run.scheduled, envelope, result)
+        else:
+            self._node.send(answer_to(envelope, self._node.name, result))
+        if run.task:
+            self._journal.remove_task(run.task)
+        self._node.commit_soon()
+
+    def look_again(self) -> None:
+        now = self._loop.clock()
+        if now - self._looked >= LOOK_GAP:
+            self._looked = now
+            if self.look_for_handlers():
+                self._changed()
+
+    def why_not(self, action: str) -> str:
+        refused = self._handler_set.refused
+        return refused.get(action) or refused.get(str(self._config.handler_dir), "")
+
+    def look_for_handlers(self) -> bool:
+        """Read the handler directory again; is anything different?"""
+        before, self._handler_set = self._handler_set, scan_handlers(self._config.handler_dir)
+        self.handlers = self._handler_set.handlers
+        if before.handlers.keys() != self.handlers.keys():
+            actions = ",".join(self.handlers)
+            self._log.info("handlers", dir=self._config.handler_dir, actions=actions)
+        for file, reason in self._handler_set.refused.items():
+            if before.refused.get(file) != reason:
+                self._log.warning("not a handler", file=file, why=reason)
+        return before != self._handler_set
+
+    # -- schedule --
+
+    def _start_schedule(self) -> None:
+        import random
+
+        now = time.time()
+        for one in self._schedule:
+            known = self._journal.get(one.key)
+            last, ok = known.get("last"), known.get("ok")
+            one.last = last if isinstance(last, float) and last < now else 0.0
+            one.ok = ok if isinstance(ok, bool) else None
+            one.plan(now, random.random())
+        if self._schedule:
+            self._run_due()
+
+    def _run_due(self) -> None:
+        """Run what is due; look again at the next one's time, or in a minute: clocks are put."""
+        now = time.time()
+        for one in self._schedule:
+            if one.due(now) and not self._node.stopping:
+                self._run_scheduled(one, now)
+        nearest = min(one.next for one in self._schedule)
+        self._loop.after(min(max(nearest - now, 0.1), 60.0), self._run_due)
+
+    def _run_scheduled(self, one: ScheduledRun, now: float) -> None:
+        import random
+
+        name, action = self._node.name, one.config.action
+        envelope = Envelope.new(name, name, "command", one.config.text, action=action)
+        if not self._queue.put(HandlerRun(envelope, action, scheduled=one)):
+            self._log.warning("not run", action=action, why="too many handlers wait")
+            return
+        one.begin(now)
+        one.plan(now, random.random())
+        self._run_handlers()
+
+    def _scheduled_run_ended(
+        self, one: ScheduledRun, envelope: Envelope, result: ProcessResult
+    ) -> None:
+        """Write down how it ended; wake the agent if that is news."""
+        if result.cancelled:
+            return
+        words = one.end(result.ok)
+        self._journal.put(one.key, {"last": one.last, "ok": one.ok})
+        self._changed()
+        if words and not self._node.stopping:
+            said = printed(result) if result.ok else failure(result)
+            text = cut(f"{one.config.action} {words}: {said}", MAX_ERROR)
+            ch = "status" if result.ok else "alert"
+            self._node.tell_own_agents(envelope.reply(self._node.name, text, ch=ch), "scheduled")
+
+    # -- agents --
+
+    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
+        for agent in what.agents:
+            n = self._journal.add_task(row, agent, until, what.now, what.reason)
+            task = Task(n, envelope, agent, until, what.now, what.reason, began=False)
+            self._wake(task, what.reason)
+
+    def _wake(self, task: Task, note: str) -> None:
+        """Let an agent know, with the question of ours that it answers."""
+        envelope = task.envelope
+        entry = self._journal.message(envelope.exchange) if envelope.corr else None
+        asked = entry["envelope"] if entry else None
+        question = asked["text"][:MAX_QUESTION] if asked else ""
+        latest = self._loop.clock() + self._config.node.agent_patience
+        deadline = min(self._deadline(task.until), latest)
+        event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
+        if task.accepted:
+            self._agents[task.agent].expect_read(event, self._deadline(task.accepted))
+        else:
+            self._agents[task.agent].wake(event)
+
+    def agent_begins(self, group: Sequence[PendingEvent]) -> None:
+        """It is being told: if we crash now, nobody knows whether it was."""
+        self._journal.start_tasks(event.task for event in group if event.task)
+
+    def agent_failed(self, group: Sequence[PendingEvent]) -> None:
+        """It will be told again: now, or at the next start if there is a disk."""
+        self._journal.reset_tasks(one.task for one in group if one.task and not one.uncertain)
+        if self._node.stopping and not self._journal.on_disk:
+            for event in group:
+                self._node.refuse(event.envelope, "the node is stopping")
+        self._node.commit_soon()
+
+    def agent_woken(
+        self, agent: str, event: PendingEvent, reply: str | None, forgettable: bool
+    ) -> None:
+        """It was; its reply, where the method has one, is the answer."""
+        self._journal.record_result(event.envelope, time.time(), f"told {agent}")
+        if event.task and forgettable:
+            self._journal.mark_accepted(event.task, time.time())
+        elif event.task:
+            self._journal.remove_task(event.task)
+        if reply is not None and CHANNELS[event.envelope.ch].handler:
+            self._node.send(event.envelope.reply(self._node.name, reply))
+        self._node.commit_soon()
+
+    def agent_has_read(self, event: PendingEvent) -> None:
+        if event.task:
+            self._journal.remove_task(event.task)
+            self._node.commit_soon()
+
+    def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
+        self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
+        if event.task:
+            self._journal.remove_task(event.task)
+        self._node.refuse(event.envelope, f"agent {agent} was not told: {reason}")
+        self._node.commit_soon()
+
+
+# ---- Daemon: comes and goes --------------------------------------------------------------
+#
+# Wires the above for as long as the machine runs: finds the broker and makes sure of the name,
+# shows that it is alive, opens the door for commands, ends in order.
+
+STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
+DISCONNECT_TIMEOUT = 2.0  # seconds for the last messages
+
+
+class Daemon:
+    """One machine's node."""
+
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        log: Log,
+        journal: Journal,
+        instance: str,
+        predecessor: str,
+        make_client: Callable[[Config, OutgoingMessage], Transport],
+    ) -> None:
+        """`instance` tells this run of the daemon from all others."""
+        self.config, self.loop, self.log = config, loop, log
+        self._instances = (instance, predecessor)
+        self.node = node = Node(config, loop, log, journal)
+        self.work = node.worker = Work(node, lambda: self._presence.publish_roster())
+        self._presence = node.members.presence = Presence(
+            config,
+            loop,
+            instance,
+            node.publish,
+            self.work.status,
+            node.members.alive,
+            node.counts,
+        )
+        self._service = ServiceManager(loop, os.environ)
+        self._broker_host, self._mqtt = BrokerHost(config, loop, log), config.mqtt
+        self._control: ControlServer | None = None
+        self._outage = False
+        self._client = make_client(config, self._presence.will())
+        node.attach(self._client)
+
+    def start(self) -> None:
+        """Begin; the loop does the rest."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.on_signal(number, self.stop)
+        self.loop.on_signal(signal.SIGHUP, self._reread)
+        self._open_control_socket()
+        self.work.start()
+        self._client.open(self)
+        self._heartbeat()
+        self.node.start()
+        self._service.notify("READY=1", "STATUS=looking for the broker")
+
+    def _open_control_socket(self) -> None:
+        file = control_socket_path(self.config)
+        try:
+            self._control = ControlServer(self.loop, file, self.node.requests.handle)
+        except OSError as error:
+            self.log.error("no door for the command line", file=file, why=reason_of(error))
+
+    def _reread(self) -> None:
+        """Look into the handler directory again, because somebody asked."""
+        self._service.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self.work.look_for_handlers()
+        self._presence.publish_roster()
+        self._service.notify("READY=1")
+
+    def _heartbeat(self) -> None:
+        """Every interval: see what has changed here, show that we are alive, see who is not."""
+        self.loop.after(self.config.heartbeat.interval, self._heartbeat)
+        if self.node.stopping:
+            return
+        if self.work.look_for_handlers():
+            self._presence.publish_roster()
+        if self.node.connected:
+            self._presence.beat()
+            self.node.members.check(self.loop.clock())
+
+    # -- the broker --
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        heartbeat = self._presence.heartbeat(self.node.name)
+        NameConflictCheck(
+            self.loop,
+            self.config,
+            self._instances,
+            heartbeat,
+            go_on,
+            self.on_disconnected,
+            self._set_broker,
+        )
+
+    def _set_broker(self, client: MqttClient, go_on: Callable[[], None]) -> None:
+        """Find the broker before each connection: the one that was there may be gone for good."""
+
+        def found(mqtt: MqttConfig) -> None:
+            self._mqtt = mqtt
+            client.set_broker(mqtt)
+            self._client.set_broker(mqtt)
+            go_on()
+
+        self._broker_host.find(found)
+
+    def on_connected(self) -> None:
+        self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
+        self._outage = False
+        self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
+        self.node.on_connected(self._mqtt)
+        self._presence.begin()
+
+    def on_disconnected(self, reason: str) -> None:
+        self.node.on_disconnected(self._mqtt, reason)
+        self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
+        say = self.log.debug if self._outage else self.log.error
+        say("no broker, trying again", broker=self._mqtt.address, why=reason)
+        self._outage = True
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        self.node.deliver(delivery)
+
+    # -- the end --
+
+    def stop(self) -> None:
+        """End in order: running handlers get a moment; what waits goes on at the next start."""
+        if self.node.stopping:
+            self.work.end_handlers()
+            return
+        self.node.stopping = True
+        self._service.notify("STOPPING=1", "STATUS=stopping")
+        self.node.members.stop()
+        self.log.info("stopping", handlers=self.work.running)
+        waiting = self.work.stop()
+        if not self.node.journal.on_disk:
+            for envelope in waiting:
+                self.node.refuse(envelope, "the node is stopping")
+        self.loop.after(STOP_GRACE, self.work.end_handlers)
+        self._leave_when_idle()
+
+    def _leave_when_idle(self) -> None:
+        if self.work.busy:
+            self.loop.after(0.05, self._leave_when_idle)
+            return
+        self.node.commit()
+        self._presence.end()
+        self._client.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
+
+    def abandon(self) -> None:
+        """Leave nothing running behind, whatever ended the loop."""
+        self.work.kill()
+        self._broker_host.close()
+        if self._control:
+            self._control.close()
+
+
+# ---- Config: every key once --------------------------------------------------------------
+#
+# A key is a field with a kind and a line of help; parser, checks, the printed configuration,
+# the example file and the command line's overrides read it from there.  The kinds raise
+# ValueError.  Reads one file, once.
+
+
+HANDLER_FOLDER = "hive-daemon.d"
+
+
+def secret(value: object) -> str:
+    """a string that is never shown"""
+    return plain_string(value)
+
+
+def duration(value: object) -> float:
+    """a duration of 1s to a year, as in "90s", "5m" or "1h30m", or seconds"""
+    if isinstance(value, str):
+        units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value, re.ASCII)
+        if not value or not units:
+            raise ValueError
+        sizes = (86400, 3600, 60, 1)
+        value = sum(int(said or 0) * size for said, size in zip(units.groups(), sizes, strict=True))
+    given = seconds(value)
+    if given < 1:
+        raise ValueError
+    return given
+
+
+def jitter(value: object) -> float:
+    """a duration, or 0"""
+    return 0.0 if value == 0 and not isinstance(value, bool) else duration(value)
+
+
+def time_of_day(value: object) -> str:
+    """a time of day on this machine, as in "07:30\""""
+    said = str(value)[:5]  # TOML has times of its own, with seconds
+    if not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", said, re.ASCII):
+        raise ValueError
+    return said
+
+
+count = integer(1, 10_000)
+port_number = integer(1, 65535, "a port number")
+
+
+def listen_address(value: object) -> str:
+    """HOST:PORT, as in "127.0.0.1:1883\""""
+    host, _, number = plain_string(value).rpartition(":")
+    if not host.strip("[]") or (":" in host) != (host[0] + host[-1] == "[]"):
+        raise ValueError
+    port_number(number)
+    return plain_string(value)
+
+
+def expand_home(path: str) -> str:
+    """`~` and `~name` as a shell has them; raises ConfigError where nobody knows what that is."""
+    expanded, user = os.path.expanduser(path), path.partition("/")[0][1:]
+    if not path.startswith("~") or (os.path.isabs(expanded) and (user or home_is_said())):
+        return expanded
+    why = f"there is no user {user}" if user else "your home is not known: set HOME"
+    raise ConfigError(f"{quoted(path)}: {why}, or name another place (state_dir, --config)")
+
+
+def home_is_said() -> bool:
+    """An empty HOME would mean the root of all files."""
+    return os.environ.get("HOME") != ""
+
+
+def home_folder() -> Path:
+    """This user's; where nobody knows it, one that is never there."""
+    try:
+        return Path(expand_home("~"))
+    except ConfigError:
+        return Path("/nonexistent")
+
+
+def file_path(value: object) -> Path:
+    """a path, ~ is your home, relative to the folder of hive.toml"""
+    if not plain_string(value):
+        raise ValueError
+    return Path(expand_home(plain_string(value)))
+
+
+def http_url(value: object) -> str:
+    """an http:// or https:// address"""
+    said = plain_string(value)
+    if not re.fullmatch(r"https?://[^/\s?#@]+(/[!-~]*)?", said):
+        raise ValueError
+    return said
+
+
+def program(value: object) -> tuple[str, ...]:
+    """a program, or a list of it and its first arguments"""
+    words = tuple(plain_string(word) for word in (value if isinstance(value, list) else [value]))
+    if not words or not words[0].strip():
+        raise ValueError
+    return (expand_home(words[0].strip()), *words[1:])
+
+
+def variable_names(value: object) -> tuple[str, ...]:
+    """the name of an environment variable, or a list of them"""
+    names = tuple(plain_string(name) for name in (value if isinstance(value, list) else [value]))
+    if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name in names):
+        raise ValueError
+    return names
+
+
+def own_file() -> Path:
+    """Where this program lies: hive.py, or the one file that `make dist` puts it into."""
+    file = Path(__file__).resolve()
+    return file.parent if file.parent.is_file() else file  # a zip is a folder to Python alone
+
+
+def short_host_name() -> str:
+    """This machine's name up to the first dot, made fit to be a node's name."""
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().partition(".")[0])
+    try:
+        return node_name(label.lstrip("._-")[:63])
+    except ValueError:
+        return "node"
+
+
+def setting(default: Any, kind: Callable[[Any], Any], help: str, example: Any = None) -> Any:
+    """One key of hive.toml: its default, the kind of value it takes, its line of help.
+
+    `example` is what the example file shows where there is no default.
+    """
+    return Field(default, kind, help=help, example=example, shown=kind is not secret)
+
+
+ONCE, REPEATED, NAMED = "[{}]", "[[{}]]", "[{}.NAME]"  # how a table is headed
+
+
+class ConfigTable(Value):
+    """One table of hive.toml."""
+
+    HEADER: ClassVar[str] = ONCE
+    REQUIRED: ClassVar[str] = ""
+
+    @classmethod
+    def read(cls, said: object, where: str, base: Path | None = None) -> Self:
+        """Make one from parsed TOML, or name the key that is wrong.
+
+        Relative paths are resolved against `base`.  A secret may be in a file: `password`, say,
+        in the first line of `password_file`.
+        """
+        if not isinstance(said, dict):
+            raise ConfigError(f"{where} = {masked(where, said)}: expected a table, as in [{where}]")
+        values: dict[str, Any] = {}
+        for key, value in said.items():
+            if key not in cls.FIELDS:
+                raise ConfigError(unknown_key(key, value, cls.FIELDS, where))
+            kind = cls.FIELDS[key].kind
+            try:
+                values[key] = kind(value)
+            except (TypeError, ValueError):
+                what = "the value" if kind is secret else quoted(value)
+                raise ConfigError(f"{where}.{key}: {what} is not {docstring(kind)}") from None
+            if isinstance(values[key], Path) and base:
+                values[key] = base / values[key]
+        if cls.REQUIRED and not values.get(cls.REQUIRED):
+            example = f"{cls.REQUIRED} = {toml_value(cls.FIELDS[cls.REQUIRED].example)}"
+            raise ConfigError(f"{where}.{cls.REQUIRED}: missing; as in {example}")
+        for key in cls.FIELDS:
+            file = values.get(f"{key}_file")
+            if file and key in values:
+                raise ConfigError(f"{where}.{key}_file: {key} is set as well; keep one of the two")
+            if file:
+                values[key] = read_secret(file, f"{where}.{key}_file")
+        made = cls(**values)
+        made.check(where)
+        return made
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError where keys of this table do not go together."""
+
+
+def unknown_key(key: str, value: object, known: Iterable[str], where: str) -> str:
+    """Say which key is unknown and which one is nearest."""
+    near = did_you_mean(key, known)
+    said = masked(f"{key} {near}", value)
+    hint = near or f"there are {', '.join(known)}"
+    return f"{where}.{quoted(key)[1:-1]} = {said}: no such key; {hint}".removeprefix(".")
+
+
+def masked(key: str, value: object) -> str:
+    """Show a value, unless it is or holds what may be a misplaced secret."""
+    secretive = re.search("pass|pw|token|secret|key|cred|auth", key, re.IGNORECASE)
+    return "…" if secretive or isinstance(value, dict | list) else quoted(value)
+
+
+class NodeConfig(ConfigTable):
+    """This node, and what it may do by itself."""
+
+    id: str = setting("", node_name, "this node's name; without it the short host name", "alpha")
+    topic_prefix: str = setting("hive", topic_prefix, "what every topic of this hive begins with")
+    handler_dir: Path | None = setting(
+        None, file_path, "handlers; else those beside this file or hive.py", HANDLER_FOLDER
+    )
+    handler_timeout: float = setting(30.0, seconds, "seconds until a handler is ended")
+    handler_workers: int = setting(4, count, "handlers that may run at once")
+    agent_patience: float = setting(
+        3600.0, seconds, "seconds a message waits for an agent that is down"
+    )
+    state_dir: Path | None = setting(
+        None, file_path, "what outlives a restart; else ~/.local/state/hive/NODE", "state"
+    )
+
+
+LOCALHOST, MQTT_PORT = "localhost", 1883  # where a broker is that nobody named
+
+
+class MqttConfig(ConfigTable):
+    """The broker where the nodes meet."""
+
+    host: str | None = setting(
+        None,
+        plain_string,
+        "the broker's host name or address; without it one is looked for",
+        "broker.lan",
+    )
+    port: int | None = setting(
+        None, port_number, "its port, if not 1883 (8883 is usual with TLS)", 8883
+    )
+    username: str | None = setting(None, plain_string, "who we are to the broker", "alpha")
+    password: str | None = setting(
+        None, secret, "better in password_file, or keep this file 0600", "…"
+    )
+    password_file: Path | None = setting(
+        None, file_path, "a file with the password in its first line", "mqtt-password"
+    )
+    keepalive: int = setting(
+        30, integer(5, 65535, "whole seconds"), "seconds until a silent connection is checked"
+    )
+    protocol: str = setting(
+        "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused"
+    )
+    tls: bool = setting(False, boolean, "encrypt, and check the broker's certificate and name")
+    ca_file: Path | None = setting(
+        None, file_path, "who signs the broker's certificate; else the system's list", "ca.pem"
+    )
+    cert_file: Path | None = setting(
+        None, file_path, "this node's certificate, where the broker asks for one", "node.pem"
+    )
+    key_file: Path | None = setting(None, file_path, "and its private key", "node.key")
+
+    def check(self, where: str) -> None:
+        if bool(self.cert_file) != bool(self.key_file):
+            both = f"{where}.cert_file and {where}.key_file"
+            raise ConfigError(f"{both}: one is of no use without the other")
+
+    @property
+    def named(self) -> bool:
+        """Did anybody say which broker?"""
+        return self.host is not None or self.port is not None
+
+    @property
+    def unix(self) -> bool:
+        """Is it a socket of this machine, and `host` its path?"""
+        return self.host is not None and self.host.startswith("/")
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        return self.host or LOCALHOST, self.port or MQTT_PORT
+
+    @property
+    def address(self) -> str:
+        host, number = self.endpoint
+        if self.unix:
+            return host
+        return f"[{host}]:{number}" if ":" in host else f"{host}:{number}"
+
+
+class BrokerConfig(ConfigTable):
+    """The embedded broker: a socket that only you can open, and TCP on loopback if asked for."""
+
+    listen: str | None = setting(
+        None, listen_address, "a loopback address for TCP as well", "127.0.0.1:1883"
+    )
+    anonymous: bool = setting(False, boolean, "let anybody on this machine in over TCP")
+    username: str | None = setting(None, plain_string, "else who may come in over TCP", "hive")
+    password: str | None = setting(
+        None, secret, "better in password_file, or keep this file 0600", "…"
+    )
+    password_file: Path | None = setting(
+        None, file_path, "a file with the password in its first line", "broker-password"
+    )
+    socket: Path | None = setting(
+        None, file_path, "its socket, if not $XDG_RUNTIME_DIR/hive/broker", "broker"
+    )
+    state_dir: Path | None = setting(
+        None, file_path, "what it keeps, if not in ~/.local/state/hive/.broker", "state"
+    )
+    queue_messages: int = setting(
+        10_000, integer(1, 1_000_000), "messages that may wait for one client"
+    )
+    queue_mib: int = setting(64, count, "and MiB of them")
+    total_mib: int = setting(256, count, "MiB of all messages that it keeps")
+    retained_mib: int = setting(64, count, "and MiB of those that are retained")
+
+    def check(self, where: str) -> None:
+        if (self.password is None) != (self.username is None):
+            both = f"{where}.username and {where}.password_file"
+            raise ConfigError(f"{both}: one is of no use alone")
+
+
+class HeartbeatConfig(ConfigTable):
+    """How this node shows that it is alive."""
+
+    interval: float = setting(5.0, seconds, "seconds between heartbeats")
+    miss_threshold: int = setting(3, count, "heartbeats a peer may miss before it counts as lost")
+
+
+VIA = {  # the ways to an OpenClaw agent
+    "cli": "openclaw system event: the documented one, 7 to 10 s a call",
+    "call": "openclaw gateway call wake: the same in about 2 s",
+    "hook": "POST /hooks/wake: 5 ms; needs hooks.enabled there and hook_token here",
+    "auto": "the hook if there is a token and it answers, else call, else cli",
+    "agent": "openclaw agent: runs a turn, and its reply is sent back as the answer",
+}
+
+
+class InstanceConfig(ConfigTable):
+    """An agent on this machine: one OpenClaw gateway.  Repeat the table for each."""
+
+    HEADER, REQUIRED = REPEATED, "name"
+
+    name: str = setting("", node_name, "its name; messages can be sent to it as to a node", "main")
+    profile: str | None = setting(
+        None, plain_string, "the OpenClaw profile, as in openclaw --profile work", "work"
+    )
+    port: int | None = setting(
+        None, port_number, "the gateway's port, if not the profile's own", 18789
+    )
+    openclaw_cmd: tuple[str, ...] = setting(("openclaw",), program, "the OpenClaw command")
+    token: str | None = setting(None, secret, "the gateway's token, if not the profile's own", "…")
+    session_key: str | None = setting(
+        None, plain_string, "wake this session instead of the main one", "agent:main:main"
+    )
+    via: str = setting("cli", choice(*VIA), "how it is woken; auto: hook, else call, else cli")
+    hook_token: str | None = setting(None, secret, "hooks.token of its openclaw.json", "…")
+    hook_token_file: Path | None = setting(
+        None, file_path, "a file with that in its first line", "hook"
+    )
+    hook_url: str | None = setting(
+        None, http_url, "if not its own /hooks/wake", "http://127.0.0.1:18789/hooks/wake"
+    )
+    agent: str = setting("main", plain_string, 'whose turn via = "agent" runs')
+    agent_timeout: float = setting(300.0, seconds, "seconds that such a turn, or command, may take")
+    command: tuple[str, ...] | None = setting(
+        None,
+        program,
+        "any other agent: a program that is run for each message",
+        ["notify", "{text}"],
+    )
+    env: tuple[str, ...] = setting(
+        (), variable_names, "what its command gets of the daemon's environment besides", ["MY_KEY"]
+    )
+
+    def check(self, where: str) -> None:
+        if self.command and self.via != "cli":
+            raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
+        if self.via == "hook" and not self.hook_token:
+            raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
+
+
+class HandlerConfig(ConfigTable):
+    """What is different for one handler; the table is named after its action.
+
+    [handlers] itself takes env for all of them, as in env = ["AWS_PROFILE"].
+    """
+
+    HEADER = NAMED
+
+    timeout: float | None = setting(None, seconds, "seconds until it is ended", 120.0)
+    workers: int = setting(1, count, "how many of it may run at once")
+    retry: bool = setting(False, boolean, "run it again if the daemon ended while it ran")
+    env: tuple[str, ...] = setting(
+        (), variable_names, "what it gets of the daemon's environment besides", ["AWS_PROFILE"]
+    )
+
+
+class HandlersConfig(ConfigTable):
+    """What holds for all handlers, in [handlers] itself."""
+
+    env: tuple[str, ...] = setting((), variable_names, "what they get besides", ["AWS_PROFILE"])
+
+
+NOTIFY = ("change", "failure", "always", "never")
+
+
+class ScheduleConfig(ConfigTable):
+    """A handler that the daemon runs by itself.  Repeat the table for each."""
+
+    HEADER, REQUIRED = REPEATED, "action"
+
+    action: str = setting("", action_name, "the handler to run", "health-check")
+    every: float | None = setting(None, duration, "how often; either this", "5m")
+    at: str | None = setting(None, time_of_day, "or when, each day", "07:30")
+    jitter: float = setting(0.0, jitter, "up to this much later, by chance", "30s")
+    text: str = setting("scheduled", message_text, "the text of its message")
+    notify: str = setting("change", choice(*NOTIFY), "which outcomes wake the agent")
+
+    def check(self, where: str) -> None:
+        if (self.every is None) == (self.at is None):
+            raise ConfigError(f'{where}: either every or at, as in every = "5m"')
+
+
+class JournalConfig(ConfigTable):
+    """What this node received, sent and did, in its state directory."""
+
+    keep_days: int = setting(7, count, "days until it is forgotten")
+    max_mb: int = setting(64, count, "megabytes of it; beyond, the oldest texts go first")
+
+
+class LoggingConfig(ConfigTable):
+    """The log, on stderr."""
+
+    level: str = setting(
+        "info", choice("debug", "info", "warning", "error"), "the least that is logged"
+    )
+    format: str = setting("text", choice("text", "json"), "key=value, or one JSON object a line")
+
+
+class Config(Value):
+    """The whole of hive.toml, and where it came from."""
+
+    node: NodeConfig
+    mqtt: MqttConfig = MqttConfig()
+    broker: BrokerConfig = BrokerConfig()
+    heartbeat: HeartbeatConfig = HeartbeatConfig()
+    oc_instances: tuple[InstanceConfig, ...] = ()
+    handlers: Mapping[str, HandlerConfig] = {}
+    schedule: tuple[ScheduleConfig, ...] = ()
+    journal: JournalConfig = JournalConfig()
+    logging: LoggingConfig = LoggingConfig()
+    handler_env: tuple[str, ...] = ()  # [handlers] env, for all of them
+    source: Path | None = None  # None: no file, the defaults hold
+    origin: Mapping[str, str] = {}  # "mqtt.port": who set it
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def topics(self) -> Topics:
+        return Topics(self.node.topic_prefix)
+
+    @property
+    def agents(self) -> Mapping[str, InstanceConfig]:
+        return {instance.name: instance for instance in self.oc_instances}
+
+    @property
+    def handler_dir(self) -> Path:
+        home = self.source.resolve() if self.source else own_file()
+        return self.node.handler_dir or home.parent / HANDLER_FOLDER
+
+    @property
+    def state_dir(self) -> Path:
+        return self.node.state_dir or default_state_dir(self.node.id)
+
+
+def default_state_dir(name: str) -> Path:
+    """Where what outlives a restart is kept, unless hive.toml says so."""
+    if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
+        return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
+    home = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(home):  # then it does not count, says the XDG Base Directory spec
+        home = expand_home("~/.local/state")
+    return Path(home) / "hive" / name
+
+
+CONFIG_TABLES: Mapping[str, type[ConfigTable]] = {
+    "node": NodeConfig,
+    "mqtt": MqttConfig,
+    "broker": BrokerConfig,
+    "heartbeat": HeartbeatConfig,
+    "oc_instances": InstanceConfig,
+    "handlers": HandlerConfig,
+    "schedule": ScheduleConfig,
+    "journal": JournalConfig,
+    "logging": LoggingConfig,
+}
+SINGLE_TABLES = [name for name, table in CONFIG_TABLES.items() if table.HEADER == ONCE]
+USER_CONFIG = "~/.config/hive/hive.toml"
+CONFIG_PLACES = (USER_CONFIG, "/etc/hive/hive.toml")  # the first one counts
+LOCAL_CONFIG = "hive.toml"  # never read unnamed: whoever made the folder may have made it
+
+
+def setting_of(dotted: str) -> Field:
+    """The declaration of a key, as in "mqtt.port"."""
+    title, _, key = dotted.partition(".")
+    return CONFIG_TABLES[title].FIELDS[key]
+
+
+def find_config(explicit: str | None) -> Path | None:
+    """Where the configuration is; None if there is none.  One that is named must exist."""
+    for named, by in ((explicit, "--config"), (os.environ.get("HIVE_CONFIG"), "$HIVE_CONFIG")):
+        if named:
+            if not os.path.isfile(expand_home(named)):
+                raise ConfigError(f"{quoted(named)}: no such file (named by {by})")
+            return Path(expand_home(named))
+    for place in CONFIG_PLACES:
+        candidate = str(home_folder()) + place[1:] if place[0] == "~" else place
+        if os.path.isfile(candidate):  # Path.is_file() raises where a folder is closed to us
+            return Path(candidate)
+    return None
+
+
+def passed_by(explicit: str | None, source: Path | None) -> Iterator[str]:
+    """Say that the current directory has a configuration, where somebody might count on it."""
+    if explicit or os.environ.get("HIVE_CONFIG") or not os.path.isfile(LOCAL_CONFIG):
+        return
+    if source is None or not os.path.samefile(source, LOCAL_CONFIG):
+        yield f"./{LOCAL_CONFIG} is not read; if you trust it, name it: --config {LOCAL_CONFIG}"
+
+
+def load_config(explicit: str | None = None, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read hive.toml; `overrides` ("mqtt.port": value) come from the command line.
+
+    Raises ConfigError, which names file, key, value and the nearest known key.
+    """
+    source = find_config(explicit)
+    document: dict[str, Any] = {}
+    try:
+        if source:
+            document = read_toml(source)
+        config = make_config(document, source, overrides or {})
+    except ConfigError as error:
+        raise ConfigError(f"{source or 'configuration'}: {error}") from None
+    return config.replace(warnings=(*passed_by(explicit, source), *config.warnings))
+
+
+def read_toml(source: Path) -> dict[str, Any]:
+    """Read a TOML file that this user may trust, or raise ConfigError."""
+    import tomllib
+
+    try:
+        with source.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid not in (0, os.geteuid()):
+                raise ConfigError("belongs to another user, and may name programs to run")
+            if status.st_mode & stat.S_IWOTH:
+                raise ConfigError(f"is writable by everyone; try: chmod o-w {source}")
+            return tomllib.loads(file.read().decode())
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {reason_of(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 at byte {error.start}") from None
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise ConfigError(f"not TOML: {quoted(str(error), 100)[1:-1]}") from None
+    except RecursionError:
+        raise ConfigError("not TOML: nested too deep") from None
+
+
+def make_config(
+    document: Mapping[str, Any], source: Path | None, overrides: Mapping[str, Any]
+) -> Config:
+    """Check parsed TOML and make the configuration of it, or raise ConfigError."""
+    known = [*dict.fromkeys((*SINGLE_TABLES, *CONFIG_TABLES))]
+    for key, value in document.items():
+        if key not in known:
+            raise ConfigError(unknown_key(key, value, known, ""))
+    base = source.resolve().parent if source else None
+    document, handler_env = without_shared_env(document)
+    tables = {name: read_tables(name, document, base) for name in known}
+    origin = {
+        f"{name}.{key}": str(source) for name in SINGLE_TABLES for key in document.get(name, {})
+    }
+    for dotted, value in overrides.items():
+        table, _, key = dotted.partition(".")
+        tables[table] = tables[table].replace(**{key: value})
+        origin[dotted] = "the command line"
+    if not tables["node"].id:
+        tables["node"] = tables["node"].replace(id=short_host_name())
+        origin["node.id"] = "this machine's name"
+    config = Config(**tables, handler_env=handler_env, source=source, origin=origin)
+    for i, one in enumerate(config.oc_instances):  # their names are addresses
+        if one.name in (other.name for other in config.oc_instances[:i]):
+            raise ConfigError(f"oc_instances[{i}].name: {quoted(one.name)} is taken already")
+    return config.replace(warnings=tuple(exposed_secrets(config)))
+
+
+def without_shared_env(document: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Take [handlers] env from beside the tables of single handlers; one may be called env, too."""
+    said = document.get("handlers")
+    if not isinstance(said, dict) or isinstance(said.get("env", {}), dict):
+        return document, ()
+    rest = {key: value for key, value in said.items() if key != "env"}
+    shared = HandlersConfig.read({"env": said["env"]}, "handlers")
+    return {**document, "handlers": rest}, shared.env
+
+
+def read_tables(name: str, document: Mapping[str, Any], base: Path | None) -> Any:
+    """Read the table of a name; all of them where it is repeated, or has names below it."""
+    table = CONFIG_TABLES[name]
+    said = document.get(name, [] if table.HEADER == REPEATED else {})
+    if table.HEADER == ONCE:
+        return table.read(said, name, base)
+    if table.HEADER == REPEATED:
+        if not isinstance(said, list):
+            why = f"expected [[{name}]], twice bracketed"
+            raise ConfigError(f"{name} = {masked(name, said)}: {why}")
+        return tuple(table.read(one, f"{name}[{i}]", base) for i, one in enumerate(said))
+    if not isinstance(said, dict):
+        raise ConfigError(f"{name} = {masked('', said)}: expected tables, as in [{name}.git-sync]")
+    for action in said:
+        try:
+            action_name(action)
+        except ValueError:
+            objection = f"{quoted(action)[1:-1]}: is not {docstring(action_name)}"
+            raise ConfigError(f"{name}.{objection}") from None
+    return {key: table.read(one, f"{name}.{key}", base) for key, one in said.items()}
+
+
+def read_secret(file: Path, where: str) -> str:
+    """The first line of a file, or ConfigError."""
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: {file}: not UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{where}: {file}: {reason_of(error)}") from None
+    if not lines or not lines[0]:
+        raise ConfigError(f"{where}: {file}: its first line is empty")
+    return lines[0]
+
+
+def secret_files(config: Config) -> list[Path]:
+    """The files that hold a secret; hive.toml itself if one is written there."""
+    held = [
+        getattr(table, f"{key}_file", None) or config.source
+        for table in (config.mqtt, config.broker, *config.oc_instances)
+        for key, declared in table.FIELDS.items()
+        if declared.kind is secret and getattr(table, key)
+    ]
+    return [file for file in (*dict.fromkeys(held), config.mqtt.key_file) if file]
+
+
+def exposed_secrets(config: Config) -> Iterator[str]:
+    """Warn of files that hold a secret and that others may read."""
+    for file in secret_files(config):
+        with contextlib.suppress(OSError):
+            if file.stat().st_mode & 0o077:
+                yield f"{file}: holds a secret and others may read it; try: chmod 600 {file}"
+
+
+def toml_value(value: object) -> str:
+    """Write a value as TOML; a JSON string is a TOML string too."""
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, tuple):
+        value = value[0] if len(value) == 1 else list(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def example_config(chosen: Mapping[str, Any] | None = None) -> str:
+    """A commented hive.toml, made from the declarations; what is `chosen`, as parsed, is set."""
+    lines = ["# hive.toml: every key, with its default or an example.  Uncomment what you change."]
+    for title, table in CONFIG_TABLES.items():
+        lines += [
+            "",
+            *(f"# {line.strip()}" for line in docstring(table).splitlines() if line.strip()),
+        ]
+        said, header = (chosen or {}).get(title, {}), table.HEADER.format(title)
+        first, *others = said if isinstance(said, list) else [said]
+        lines.append(header if table.HEADER == ONCE or first else f"# {header}")
+        lines += [example_line(f, first) for f in table.FIELDS.values()]
+        for one in others:
+            lines += ["", header]
+            lines += [example_line(f, one) for f in table.FIELDS.values() if f.name in one]
+    return "\n".join(lines) + "\n"
+
+
+def example_line(declared: Field, chosen: Mapping[str, Any]) -> str:
+    """One key with its line of help: set if it is chosen, else in a comment."""
+    example = declared.example
+    value = chosen.get(declared.name, declared.default if example is None else example)
+    mark = "" if declared.name in chosen else "# "
+    line = f"{mark}{declared.name} = {toml_value(value)}".ljust(38)
+    return f"{line}  # {declared.help}"
+
+
+def effective_config(config: Config) -> str:
+    """The configuration in force as TOML, each key with who set it; secrets are masked."""
+    lines = [
+        f"# from {config.source}" if config.source else "# no configuration file: the defaults"
+    ]
+    tables: list[tuple[str, Any, str]] = [(t, getattr(config, t), f"[{t}]") for t in SINGLE_TABLES]
+    tables += [("", instance, "[[oc_instances]]") for instance in config.oc_instances]
+    if config.handler_env:
+        tables.append(("", HandlersConfig(config.handler_env), "[handlers]"))
+    tables += [("", table, f"[handlers.{action}]") for action, table in config.handlers.items()]
+    tables += [("", one, "[[schedule]]") for one in config.schedule]
+    derived = {"node.handler_dir": config.handler_dir, "node.state_dir": config.state_dir}
+    for title, table, header in tables:
+        lines += ["", header]
+        for f in table.FIELDS.values():
+            dotted = f"{title}.{f.name}"
+            value = getattr(table, f.name)
+            origin = config.origin.get(dotted, "default") if title else str(config.source)
+            value = derived.get(dotted) if value is None else value
+            if f.kind is secret and value is not None:
+                value = "***"
+            said = f"# {f.name} is not set" if value is None else f"{f.name} = {toml_value(value)}"
+            lines.append(said.ljust(40) + (f" # {origin}" if value is not None else ""))
+    return "\n".join(lines) + "\n"
+
+
+# ---- Log: a line for each event ----------------------------------------------------------
+#
+# key=value text, or one JSON object a line.  What a peer said is quoted and in ASCII, so that
+# no message can forge a line or move a cursor.
+
+LEVELS = ("debug", "info", "warning", "error")
+PLAIN = r"[A-Za-z0-9._:/@+,-]+"
+MAX_LOGGED = 500  # characters of one value
+RATE_LIMIT_BURST = 10  # lines of one kind within RATE_LIMIT_INTERVAL
+RATE_LIMIT_INTERVAL = 60.0  # seconds
+MAX_LINES_WAITING = 2000  # of the log, for a reader that has stopped reading
+LAST_LINES = 0.5  # seconds that such a reader has for them when the process ends
+
+
+class Log:
+    """The node's story, on a stream."""
+
+    def __init__(
+        self, level: str = "info", format: str = "text", stream: IO[str] | None = None
+    ) -> None:
+        self._least = LEVELS.index(level)
+        self._json = format == "json"
+        self._stream: LogStream = stream or sys.stderr
+
+    def debug(self, event: str, **facts: object) -> None:
+        self._write("debug", event, facts)
+
+    def info(self, event: str, **facts: object) -> None:
+        self._write("info", event, facts)
+
+    def warning(self, event: str, **facts: object) -> None:
+        self._write("warning", event, facts)
+
+    def error(self, event: str, **facts: object) -> None:
+        self._write("error", event, facts)
+
+    def _write(self, level: str, event: str, facts: Mapping[str, object]) -> None:
+        if LEVELS.index(level) < self._least:
+            return
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
+            self._stream.write(self._line(level, event, facts))
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def never_wait(self) -> Iterator[None]:
+        """Meanwhile a reader that has stopped reading holds up nobody."""
+        before = self._stream
+        try:
+            descriptor = before.fileno()
+        except (OSError, ValueError, AttributeError):  # it is no file
+            descriptor = -1
+        if descriptor < 0:
+            yield
+            return
+        writer = self._stream = LogWriter(
+            descriptor, lambda lost: self._line("warning", "lines dropped", {"lines": lost})
+        )
+        try:
+            yield
+        finally:
+            writer.close()
+            self._stream = before
+
+    def _line(self, level: str, event: str, facts: Mapping[str, object]) -> str:
+        now = time.time()
+        ts = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+        row: dict[str, object] = {"ts": ts, "level": level, "event": event}
+        row |= {key.rstrip("_"): value for key, value in facts.items() if value is not None}
+        if self._json:
+            short = (int, float, bool, type(None))
+            row = {k: v if isinstance(v, short) else str(v)[:MAX_LOGGED] for k, v in row.items()}
+            return json.dumps(row) + "\n"
+        return " ".join(f"{key}={self._quoted(value)}" for key, value in row.items()) + "\n"
+
+    @staticmethod
+    def _quoted(value: object) -> str:
+        said = str(value)[:MAX_LOGGED]
+        return said if re.fullmatch(PLAIN, said) else json.dumps(said)
+
+
+class LogStream(Protocol):
+    """What a log is written to: a file, or a LogWriter."""
+
+    def write(self, line: str, /) -> object: ...
+    def flush(self) -> None: ...
+    def fileno(self) -> int: ...
+
+
+class LogWriter:
+    """Writes lines to a file in a thread of its own, because any write may block for ever.
+
+    A pipe that nobody reads, a terminal after Ctrl-S, a disk that is gone: O_NONBLOCK would help
+    with some of them, but would be set for whoever else has the file open too.
+    """
+
+    def __init__(self, descriptor: int, dropped: Callable[[int], str]) -> None:
+        """`dropped` makes the line that says how many could not be kept."""
+        import threading
+
+        self._descriptor, self._dropped = descriptor, dropped
+        self._lines: list[str] = []
+        self._lost = 0
+        self._writing = self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        """Write it soon; drop and count it if too many wait."""
+        with self._changed:
+            if self._closed or len(self._lines) >= MAX_LINES_WAITING:
+                self._lost += 1
+            else:
+                self._lines.append(line)
+            self._changed.notify()
+
+    def flush(self) -> None:
+        """Nobody waits for that."""
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def close(self) -> None:
+        """Write what is left, as far as somebody reads it."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(LAST_LINES)
+
+    def _run(self) -> None:
+        while lines := self._take():
+            data = "".join(lines).encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # nobody reads it any more: not our end
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+
+    def _take(self) -> list[str]:
+        """Wait for lines; none when it is closed and all are written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines or self._lost or self._closed)
+            lines, lost = self._lines, self._lost
+            self._lines, self._lost = [], 0
+        return [*lines, self._dropped(lost)] if lost else lines
+
+
+class RateLimit:
+    """Which faults of peers still deserve a line in the log: a few of each kind a minute."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._counts: dict[str, int] = {}
+
+    def allow(self, kind: str, now: float) -> bool:
+        if now - self._since > RATE_LIMIT_INTERVAL:
+            self._since, self._counts = now, {}
+        self._counts[kind] = self._counts.get(kind, 0) + 1
+        return self._counts[kind] <= RATE_LIMIT_BURST
+
+
 # ---- Process: one child ------------------------------------------------------------------
 #
 # Bytes in, ProcessResult out, always by a deadline.  A child leads a process group of its own, and
@@ -1808,10 +3993,12 @@ class ChildProcess:
         loop: Loop,
         spec: ProcessSpec,
         popen: subprocess.Popen[bytes],
+        started: float,
         done: Callable[[ProcessResult], None],
     ):
+        """`started` is when its start began: that takes longer than many a handler."""
         self._loop, self._spec, self._popen, self._done = loop, spec, popen, done
-        self._started = loop.clock()
+        self._started = started
         self._stdin = memoryview(spec.stdin)
         self._stdout, self._stderr = bytearray(), bytearray()
         self._truncated = self._timed_out = self._cancelled = False
@@ -1945,6 +4132,62 @@ class ChildProcess:
         pipe.close()
 
 
+NO_PROGRAM = "no program; does its first line name one, as in #!/bin/sh ?"
+
+
+def first_line_fault(file: Path) -> str:
+    """Why the system will not start a file, as far as its first line tells, or nothing."""
+    with file.open("rb") as opened:
+        line = opened.read(4 * KIB).partition(b"\n")[0]
+    if line.startswith(b"\xef\xbb\xbf"):
+        return "a byte order mark comes before its first line; save it as UTF-8 without one"
+    if not line.startswith(b"#!"):
+        binary = re.search(rb"[\x00-\x08\x0e-\x1a\x7f]", line)
+        return "" if binary else NO_PROGRAM
+    words = [word for word in os.fsdecode(line[2:]).replace("\t", " ").split(" ") if word]
+    if not words:
+        return NO_PROGRAM
+    if words[-1].endswith("\r"):
+        return f"its first line names {quoted(words[-1])}: its lines must end in LF, not CRLF"
+    interpreter, *arguments = words
+    if not (file.parent / interpreter).exists():
+        return f"its first line names {quoted(interpreter)}, which is not there"
+    if not os.access(file.parent / interpreter, os.X_OK) or (file.parent / interpreter).is_dir():
+        return f"its first line names {quoted(interpreter)}, which cannot be executed"
+    asked_of_env = os.path.basename(interpreter) == "env" and len(arguments) == 1
+    by_env = asked_of_env and re.fullmatch(r"[^-=][^=]*", arguments[0])
+    if by_env and not program_file(arguments[0], os.environ):
+        return f"its first line names {quoted(arguments[0])}, which is not on the PATH"
+    return ""
+
+
+def program_file(name: str, environment: Mapping[str, str]) -> Path | None:
+    """The file that a command of this name would start; None if there is none."""
+    if "/" in name:
+        return Path(name) if os.path.isfile(name) else None
+    places = environment.get("PATH", os.defpath).split(os.pathsep)
+    found = (Path(place or ".") / name for place in places)
+    return next((file for file in found if os.access(file, os.X_OK) and file.is_file()), None)
+
+
+def start_fault(spec: ProcessSpec, error: Exception) -> str:
+    """Why it could not be started: the system says "No such file" of much that is there."""
+    if isinstance(error, FileNotFoundError) and spec.cwd and not spec.cwd.is_dir():
+        return f"no folder {spec.cwd}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+        file = program_file(spec.argv[0], spec.environment)
+        with contextlib.suppress(OSError):
+            if file and not os.access(file, os.X_OK):
+                return "not executable"
+            if file and (fault := first_line_fault(file)):
+                return fault
+        if file and error.errno == errno.ENOENT:
+            return "made for another system: the loader that it names is not there"
+        if error.errno == errno.ENOEXEC:
+            return NO_PROGRAM
+    return reason_of(error)
+
+
 class ChildProcesses:
     """Every running child; notices when one ends."""
 
@@ -1962,6 +4205,7 @@ class ChildProcesses:
         """Start a child; `done` is called once, later, also where it cannot be started."""
         import subprocess
 
+        started = self._loop.clock()
         try:
             popen = subprocess.Popen(
                 spec.argv,
@@ -1974,10 +4218,7 @@ class ChildProcesses:
                 bufsize=0,
             )
         except (OSError, ValueError) as error:
-            fault = reason_of(error)
-            if isinstance(error, OSError) and error.errno == errno.ENOEXEC:
-                fault = "no program; does its first line name one, as in #!/bin/sh ?"
-            result = ProcessResult(exit=None, fault=fault)
+            result = ProcessResult(exit=None, fault=start_fault(spec, error))
             self._loop.after(0, lambda: done(result))
             return None
 
@@ -1985,7 +4226,7 @@ class ChildProcesses:
             self._running.remove(child)
             done(result)
 
-        child = ChildProcess(self._loop, spec, popen, ended)
+        child = ChildProcess(self._loop, spec, popen, started, ended)
         self._running.append(child)
         return child
 
@@ -2026,7 +4267,7 @@ def scan_handlers(directory: Path) -> HandlerSet:
     handlers: dict[str, Path] = {}
     refused: dict[str, str] = {}
     try:
-        objection = writable_by_others(directory.stat())
+        objection = writable_by_others(directory.stat()) or unsafe_way(directory)
         if objection:
             return HandlerSet(refused={str(directory): f"the directory {objection}"})
         entries = sorted(entry.name for entry in os.scandir(directory))
@@ -2045,6 +4286,15 @@ def scan_handlers(directory: Path) -> HandlerSet:
     return HandlerSet(handlers, refused)
 
 
+def why_no_handlers(folder: Path) -> str:
+    """Why there are none, and where there are some: the folder moves with the configuration."""
+    why = "it is empty" if folder.is_dir() else "no such directory"
+    beside = own_file().parent / HANDLER_FOLDER
+    if beside != folder and scan_handlers(beside).handlers:
+        why += f"; for those in {beside} set [node] handler_dir"
+    return why
+
+
 def objection_to(file: Path) -> str | None:
     """Why a file must not be run as a handler, None if it may."""
     try:
@@ -2052,28 +4302,33 @@ def objection_to(file: Path) -> str | None:
         if file.name in META_DOCUMENTS:
             return "this name is taken by a topic of hive's own"
         status = file.stat()
-        objection = writable_by_others(status)
-        if file.is_symlink() and not objection:
-            objection = unsafe_link(file)
+        objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
-        return f"its name is not {action_name.__doc__}"
+        return f"its name is not {docstring(action_name)}"
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
-    if not os.access(file, os.X_OK):
+    if not status.st_mode & 0o111:
         return f"not executable; try: chmod +x {file}"
-    return objection
+    if not os.access(file, os.X_OK):
+        return "you may not execute it: its mode, or a file system that is mounted noexec"
+    try:
+        return objection or first_line_fault(file) or None
+    except OSError:  # a program need not be readable
+        return None
 
 
-def unsafe_link(link: Path) -> str | None:
-    """Say which directory on the way to a link's target others could change."""
-    for directory in directories_in_path(link):
+def unsafe_way(file: Path) -> str | None:
+    """Say which directory on the way to a file, or to its link's target, others could change."""
+    for directory in directories_in_path(file):
         status = directory.stat()
         sticky = status.st_mode & stat.S_ISVTX and status.st_uid in (0, os.geteuid())
         objection = None if sticky else writable_by_others(status)
         if objection:
-            return f"is a link through {directory}, which {objection}"
+            how = "is a link through" if file.is_symlink() else "is below"
+            named = f" {directory}" if "; try: " in objection else ""
+            return f"{how} {directory}, which {objection}{named}"
     return None
 
 
@@ -2115,11 +4370,27 @@ def is_private_group(gid: int) -> bool:
     return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
-NOT_INHERITED = {  # by a handler: what the contract gives a meaning, and the daemon's affairs
+# What children get of the daemon's environment: what a program needs to find its way about.  Not
+# the rest, which may be the keys of clouds and services; hive.toml names what shall be passed on.
+INHERITED = (
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_\w+|TZ|TERM|TMPDIR|XDG_\w+|HIVE_\w+"
+    r"|SSH_AUTH_SOCK|DBUS_SESSION_BUS_ADDRESS|DISPLAY|WAYLAND_DISPLAY|XAUTHORITY"
+    r"|(?i:https?|ftp|all|no)_(?i:proxy)|SSL_CERT_FILE|SSL_CERT_DIR"
+    r"|NODE_OPTIONS|NODE_PATH|NODE_EXTRA_CA_CERTS|NVM_DIR|VOLTA_HOME|FNM_DIR|PNPM_HOME"
+)
+CONTRACT = {  # by a handler, not inherited: what has a meaning for it
     *("HIVE_NODE", "HIVE_FROM", "HIVE_TO", "HIVE_ID", "HIVE_CORR", "HIVE_ACTION", "HIVE_CH"),
     *("HIVE_PREFIX", "HIVE_AGENT", "HIVE_PROFILE", "HIVE_OPENCLAW_CMD"),
-    *("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"),
 }
+
+
+def inherited_environment(all: Mapping[str, str], more: Container[str]) -> dict[str, str]:
+    """What a child gets of these; `more` are names from hive.toml."""
+    return {
+        name: value
+        for name, value in all.items()
+        if name in more or (re.fullmatch(INHERITED, name) and name not in CONTRACT)
+    }
 
 
 def handler_environment(
@@ -2130,8 +4401,8 @@ def handler_environment(
     inherited: Mapping[str, str],
 ) -> dict[str, str]:
     """What a handler finds in its environment (protocol, "Handlers")."""
-    environment = {key: value for key, value in inherited.items() if key not in NOT_INHERITED}
-    environment |= {
+    environment = {
+        **inherited,
         "HIVE_NODE": node,
         "HIVE_FROM": envelope.sender,
         "HIVE_TO": envelope.to,
@@ -2160,8 +4431,10 @@ def handler_spec(
     config: Config, file: Path, envelope: Envelope, agent: InstanceConfig | None
 ) -> ProcessSpec:
     """How a handler is run for a message: its environment, its stdin, its deadline."""
+    own = config.handlers.get(file.name, HandlerConfig()).env
+    inherited = inherited_environment(os.environ, {*config.handler_env, *own})
     environment = handler_environment(
-        envelope, config.node.id, config.node.topic_prefix, agent, os.environ
+        envelope, config.node.id, config.node.topic_prefix, agent, inherited
     )
     deadline = handler_deadline(config, file.name)
     return ProcessSpec([str(file)], environment, deadline, envelope.encode() + b"\n", file.parent)
@@ -2191,7 +4464,7 @@ def result_value(result: ProcessResult) -> object:
 
     said = printed(result)
     try:
-        value = json.loads(said, parse_constant=refuse)
+        value = replace_surrogates(json.loads(said, parse_constant=refuse))
     except (ValueError, RecursionError):
         return said
     return value if portable(value) else said
@@ -2274,6 +4547,12 @@ MAX_ALERTS = 10  # events within the window that an alert may still be the last 
 LATER_WINDOW, MAX_LATER = 1800.0, 15
 
 UNCERTAIN_NOTE = "perhaps told before"  # of a message whose first call had no end
+
+# A gateway that takes an event has it in memory, and forgets it if it restarts before the agent's
+# next turn (measured: kill -9 and SIGTERM).  Nothing tells that it was read; but `GET /readyz` says
+# how long the gateway runs, to anybody.  So what was taken shortly before it began is told again.
+FORGETTABLE = 900.0  # seconds in which an event may still wait for a turn that is under way
+FORGETTABLE_LATER = 2 * LATER_WINDOW  # or for the agent's own heartbeat
 
 PROBE_EVERY, PROBE_SOON, PROBE_DEADLINE = 30.0, 2.0, 3.0  # seconds; soon: while messages wait
 OPENCLAW_PORT = 18789  # where a gateway listens unless it is told otherwise
@@ -2430,12 +4709,11 @@ def wake_command(instance: InstanceConfig, name: str, event: SystemEvent) -> Pro
     """The program that wakes an agent by this method.
 
     An inherited OPENCLAW_* would override the profile and reach another gateway (measured with
-    OpenClaw 2026.9.6), so none is passed on but what hive.toml says.
+    OpenClaw 2026.9.6), so it must not be among what is inherited.
     """
     method = WAKE_METHODS[name]
     argv = wake_argv(instance, method.argv, event)
-    own = ("OPENCLAW_", "NOTIFY_SOCKET", "WATCHDOG_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+    environment = inherited_environment(os.environ, instance.env)
     if instance.port:
         environment["OPENCLAW_GATEWAY_PORT"] = str(instance.port)
     if instance.token:
@@ -2603,6 +4881,30 @@ def probe_port(loop: Loop, port: int, done: Callable[[str], None]) -> None:
     loop.watch(sock, selectors.EVENT_WRITE, ready)
 
 
+def ask_uptime(loop: Loop, port: int, done: Callable[[float | None], None]) -> None:
+    """Since how many seconds does the gateway at a local port run?  None if it does not say."""
+    import threading
+
+    def run() -> None:
+        uptime = None
+        with contextlib.suppress(Exception):  # whatever listens there may answer whatever it likes
+            uptime = read_uptime(port)
+        loop.post(lambda: done(uptime))
+
+    threading.Thread(target=run, name="uptime", daemon=True).start()
+
+
+def read_uptime(port: int) -> float | None:
+    from http.client import HTTPConnection
+
+    connection = HTTPConnection("127.0.0.1", port, timeout=PROBE_DEADLINE)
+    with contextlib.closing(connection):
+        connection.request("GET", "/readyz")
+        answer = read_json_object(connection.getresponse().read(MAX_HOOK_ANSWER)) or {}
+    uptime = bounded_number(answer.get("uptimeMs"), 0, 1e15)
+    return None if uptime is None else uptime / 1000
+
+
 class Health(Enum):
     """How an agent is, as far as the last calls and a look at its port tell."""
 
@@ -2620,8 +4922,16 @@ class AgentListener(Protocol):
     def agent_failed(self, group: Sequence[PendingEvent]) -> None:
         """It was not told these, unless they are uncertain; it will be again."""
 
-    def agent_woken(self, agent: str, event: PendingEvent, reply: str | None) -> None:
-        """It was; `reply` is what it said, where the method has one."""
+    def agent_woken(
+        self, agent: str, event: PendingEvent, reply: str | None, forgettable: bool
+    ) -> None:
+        """It was; `reply` is what it said, where the method has one.
+
+        `forgettable`: its gateway may forget it still, until agent_has_read() says otherwise.
+        """
+
+    def agent_has_read(self, event: PendingEvent) -> None:
+        """It was told long enough ago."""
 
     def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
         """It never will be."""
@@ -2639,11 +4949,14 @@ class Agent:
     ) -> None:
         self.instance, self.health, self.reason = instance, Health.UNKNOWN, ""
         self._loop, self._log, self._children, self._listener = loop, loop.log, children, listener
-        self._port = gateway_port(instance, Path(os.path.expanduser("~")))
+        self._port = gateway_port(instance, home_folder())
         self._probing = False
         self._closed = False  # nothing listens on the gateway's port: a call would be in vain
         self._waiting: deque[PendingEvent] = deque()
         self._calling: list[PendingEvent] = []
+        self._accepted: deque[tuple[float, PendingEvent]] = deque()  # when its gateway took it
+        self._asking_uptime = False
+        self._called_at = 0.0  # when the last call began
         self._events: deque[tuple[float, bool]] = deque(maxlen=MAX_LATER + MAX_ALERTS)
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
@@ -2672,6 +4985,12 @@ class Agent:
             self._give_up(oldest, f"more than {MAX_AGENT_QUEUE} messages wait for it")
         self._next()
 
+    def expect_read(self, event: PendingEvent, at: float) -> None:
+        """Its gateway took this at that time, and may have forgotten it since."""
+        self._accepted.append((at, event))
+        if self._port is None or len(self._accepted) > MAX_AGENT_QUEUE:
+            self._listener.agent_has_read(self._accepted.popleft()[1])
+
     def stop(self) -> list[PendingEvent]:
         """Begin no call any more; what was not told yet.  A call that is under way may end."""
         self._stopping = True
@@ -2699,6 +5018,7 @@ class Agent:
             return
         self._calling = self._take(groups)
         self._listener.agent_begins(self._calling)
+        self._called_at = now
         self._try(methods)
 
     def _slot(self, now: float) -> float:
@@ -2768,7 +5088,10 @@ class Agent:
         for event in group:
             self._log.info("agent woken", agent=self.instance.name, id=event.envelope.id)
             answer = (reply or "(no words)") if WAKE_METHODS[name].replies else None
-            self._listener.agent_woken(self.instance.name, event, answer)
+            forgettable = WAKE_METHODS[name].groups and self._port is not None
+            self._listener.agent_woken(self.instance.name, event, answer, forgettable)
+            if forgettable:
+                self.expect_read(event, self._called_at)
 
     def _failed(self, group: Sequence[PendingEvent], why: str) -> None:
         """Try again later, unless it is too late."""
@@ -2826,11 +5149,37 @@ class Agent:
             self._set_health(Health.DOWN, f"nothing listens on 127.0.0.1:{self._port}: {why}")
         elif before or self.health is Health.UNKNOWN:
             self._set_health(Health.OK, "")
-        self._next_probe = self._loop.after(
-            PROBE_SOON if self._waiting else PROBE_EVERY, self.probe
-        )
+        soon = self._waiting or (why and self._accepted)
+        self._next_probe = self._loop.after(PROBE_SOON if soon else PROBE_EVERY, self.probe)
+        if self._port and self._accepted and not why and not self._asking_uptime:
+            self._asking_uptime = True
+            ask_uptime(self._loop, self._port, self._heard_uptime)
         if before and not why:
             self._not_before = 0.0
+            self._next()
+
+    def _heard_uptime(self, uptime: float | None) -> None:
+        """Tell again what its gateway took before it last began; the agent may have read it."""
+        self._asking_uptime = False
+        if self._stopping:
+            return
+        now = self._loop.clock()
+        began = now - uptime if uptime is not None else float("-inf")
+        accepted, self._accepted = self._accepted, deque()
+        forgotten = []
+        for at, event in accepted:
+            if at < began and event.until <= now:
+                self._give_up(event, "its gateway restarted, perhaps before it had read it")
+            elif at < began:
+                forgotten.append(event.replace(note=UNCERTAIN_NOTE))
+            elif now - at > (FORGETTABLE if event.now else FORGETTABLE_LATER):
+                self._listener.agent_has_read(event)
+            else:
+                self._accepted.append((at, event))
+        if forgotten:
+            number, name = len(forgotten), self.instance.name
+            self._log.warning("agent's gateway has restarted, telling again", agent=name, n=number)
+            self._waiting.extendleft(reversed(forgotten))
             self._next()
 
 
@@ -3079,641 +5428,576 @@ def is_locked(file: Path) -> bool:
     return False
 
 
-# ---- Journal: what came, what went, what is not finished ---------------------------------
+# ---- Members: who is alive, who has left, who has failed ---------------------------------
 #
-# What this node received, sent and did in the last days: rows that are written once.  Beside
-# them what is not finished: tasks, requests, and the outbox, which alone decides what is sent
-# next.  Times are Unix seconds, which outlive a restart.  One daemon is its only user; it is
-# read with its help.
+# One record a name, of what its heartbeats and its documents told; this node's own heartbeat,
+# state and roster.  A loss is logged by everyone, and announced by one.  Knows no connection:
+# whatever is to be said goes through what it is given for that.
 
-MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
-MAX_OUTBOX = 10_000  # messages that wait for the broker
-MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for weeks
-UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
-MAX_ROWS = 100  # that are read at once
-PRUNE_STEP = 500  # rows that are forgotten at once
-PRUNE_TEXTS = 50  # texts that are
-PRUNE_AFTER = 1000  # rows written, or ...
-PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
-
-JOURNAL_TABLES = (
-    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
-    # event: in, out, did; content: the envelope, NULL where its text is kept no longer
-    "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
-    " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
-    " content TEXT, UNIQUE (id, event))",
-    "CREATE INDEX IF NOT EXISTS exchanges ON log (exchange)",
-    # agent: who is to be told; '' is a handler's run.  began: perhaps done, if we crashed
-    "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
-    " agent TEXT, until REAL, urgent INTEGER, note TEXT, began INTEGER DEFAULT 0)",
-    # payload: NULL where it is the content of the message
-    "CREATE TABLE IF NOT EXISTS outbox (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
-    " topic TEXT, payload BLOB, retain INTEGER, until REAL, acknowledged_at REAL)",
-    "CREATE INDEX IF NOT EXISTS acknowledged ON outbox (acknowledged_at)"
-    " WHERE acknowledged_at IS NOT NULL",
-    "CREATE TABLE IF NOT EXISTS pending_requests"
-    " (exchange TEXT PRIMARY KEY, message INTEGER, due REAL)",
-    # Numbers begin at the microsecond, so that a new file does not use those of a damaged one.
-    *(
-        "INSERT INTO sqlite_sequence (name, seq)"
-        f" SELECT '{table}', CAST(strftime('%s', 'now') AS INTEGER) * 1000000"
-        f" WHERE NOT EXISTS (SELECT 1 FROM sqlite_sequence WHERE name = '{table}')"
-        for table in ("log", "tasks", "outbox")
-    ),
-)
+MAX_MEMBERS = 5000  # nodes and agents
+MAX_STATE = 64 * KIB  # bytes of a state or a roster
+LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
+MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
+PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
+MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
+NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
+DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
+MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with the broker
+ALIVE = ("online", "degraded")  # what the state of a node says that runs
+SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
+PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
 
 
-def upgrade_journal(database: sqlite3.Connection) -> None:
-    """Take over a file from before `acknowledged_at`, when two tables had other names."""
-    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
-    for old, new in (("notes", "settings"), ("questions", "pending_requests")):
-        if old in tables and new not in tables:
-            database.execute(f"ALTER TABLE {old} RENAME TO {new}")
-    columns = [column[1] for column in database.execute("PRAGMA table_info(outbox)")]
-    if columns and "acknowledged_at" not in columns:
-        database.execute("ALTER TABLE outbox ADD COLUMN acknowledged_at REAL")
+def loss_of(name: str) -> str:
+    """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
+    # An id has 64 characters at most, and begins with a letter or digit; the whole name is in it.
+    return f"lost:{name}"[-64:].removeprefix(":")
 
 
-class Event(Enum):
-    """What a row of the journal is about."""
-
-    RECEIVED = "in"
-    SENT = "out"
-    DID = "did"
+def is_overdue(silence: float, interval: float, missed: float) -> bool:
+    """Has somebody who shows itself every `interval` seconds missed too many of them?"""
+    return silence > interval * missed
 
 
-ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
-ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
+def status_of(state: Mapping[str, Any]) -> str:
+    """The status that a state document claims; a short printable word whatever it holds."""
+    status = state.get("status")
+    return status if isinstance(status, str) and NAME.fullmatch(status) else "unknown"
 
 
-def entry_of(row: Sequence[Any]) -> dict[str, Any]:
-    """A row of the log as a JSON object, with the message where its text is still kept."""
-    *facts, content = row
-    try:
-        envelope = Envelope.parse(content.encode()).document() if content else None
-    except EnvelopeError:
-        envelope = None
-    return {**dict(zip(ENTRY, facts, strict=True)), "envelope": envelope}
+class MemberStatus(Enum):
+    """What has become of a peer."""
+
+    UNKNOWN = "unknown"  # it has documents, and has not been heard
+    ALIVE = "alive"
+    LEFT = "left"  # it said goodbye
+    FAILED = "failed"
 
 
-class Task(Value):
-    """What this node owes to a message: a handler's run, or a word to an agent."""
+class MemberEvent(Enum):
+    """What a heartbeat told us that we did not know."""
 
-    n: int
-    envelope: Envelope
-    agent: str  # nobody: it is a handler's run
-    until: float | None  # then it is stale
-    urgent: bool
-    note: str
-    began: bool  # was it under way when we crashed?
+    NEW = "peer is up"
+    BACK = "peer is back"  # after a loss that somebody announced
+    RESTARTED = "peer has restarted"
 
 
-class OutgoingMessage(Value):
-    """A message for the broker."""
+class Member:
+    """Another node, or an agent of one."""
 
-    topic: str
-    payload: bytes
-    qos: int = 1
-    retain: bool = False
-    until: float | None = None  # Unix seconds; then it is of no use any more
-    n: int = 0  # its row in the outbox; it has none if it goes past that
-    id: str | None = None  # of the envelope that it is
-    done: Callable[[int, str], object] = lambda code, words: None  # 0 for success
+    def __init__(self) -> None:
+        self.status = MemberStatus.UNKNOWN
+        self.heard = self.interval = 0.0
+        self.boot = ""
+        self.seen = 0  # Unix seconds, by this machine's or the peer's clock
+        self.failed: float | None = None  # when
+        self.announced = False  # did somebody tell the hive that it is lost?
+        self.documents: dict[str, bytes] = {}  # its state and roster
 
 
-class Journal:
-    """The tables, and what they are asked."""
+class Members:
+    """The other nodes and all agents, as this node knows them."""
 
-    def __init__(self, directory: Path | None, log: Log, keep: float, max_size: int) -> None:
-        """`keep`: seconds that a row is kept; `max_size`: bytes of them all.
-
-        Without a directory it is in memory.
-        """
-        risk = "what a crash interrupts is lost, or done twice"
-        file = directory / "journal.sqlite3" if directory else None
-        self._database = Database(file, JOURNAL_TABLES, log, risk, upgrade_journal)
-        self._keep, self._max_size = keep, max_size
-        self._rows = self._size = 0  # written since the last look
-        self._newest = int(self._database.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
-        self.full = False  # of what is not finished: no room is left to accept more
-        self.saved_before = self._forgotten = (
-            0.0  # the broker has saved what it acknowledged before
-        )
-        self._count_outbox()
-
-    @property
-    def on_disk(self) -> bool:
-        return self._database.on_disk
-
-    def commit(self) -> None:
-        """Make it last, before anybody is told that it is safe with us."""
-        if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
-            self.prune(time.time())
-        if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
-            self.forget_acknowledged(self.saved_before)
-            self._forgotten = self.saved_before
-        self._database.commit()
-
-    def return_to_disk(self) -> None:
-        self._database.return_to_disk()
-
-    def close(self) -> None:
-        self._database.close()
-
-    def put(self, key: str, value: object) -> None:
-        """Keep a JSON value under a key, in place of what was there."""
-        self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
-
-    def get(self, key: str) -> dict[str, Any]:
-        """What is kept under a key; nothing if nothing is."""
-        rows = self._database.read("SELECT value FROM settings WHERE key = ?", (key,))
-        return (read_json_object(rows[0][0]) if rows else None) or {}
-
-    # -- what happened --
-
-    def record(
+    def __init__(
         self,
-        event: Event,
-        envelope: Envelope,
-        now: float,
-        note: str = "",
-        content: str | None = None,
-    ) -> int | None:
-        """Write down a message that came or went; its row, or None if it is there already."""
-        content = None if self.full else content or envelope.encode().decode()
-        return self._append(now, event, envelope.id, envelope, note, content)
+        config: Config,
+        loop: Loop,
+        log: Log,
+        send: Callable[[Envelope], None],
+        publish: Callable[[OutgoingMessage], None],
+        probe: Callable[[Callable[[bool], None]], None],
+    ) -> None:
+        """`probe` calls back with whether the broker takes new connections."""
+        self.presence: Presence | None = None  # what this node shows of itself, if it does
+        self._me, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._loop, self._log = loop, log
+        self._send, self._publish, self._probe = send, publish, probe
+        self._members: dict[str, Member] = {}  # in the order in which they last said something
+        self._size = 0  # bytes of all documents
+        self._checked = loop.clock()
+        self._last_failure = self._probed = float("-inf")
+        self._proving: list[Callable[[], None]] = []  # losses that wait for that
+        self._silent = False
 
-    def sent(self, envelope: Envelope, now: float) -> None:
-        """A message went out without our doing; an answer to it may come."""
-        row = self.record(Event.SENT, envelope, now)
-        if row and CHANNELS[envelope.ch].handler:
-            self.add_pending_request(envelope, row)
+    def stop(self) -> None:
+        """Announce nothing any more."""
+        self._silent = True
 
-    def record_result(self, envelope: Envelope, now: float, note: str) -> None:
-        """Write down what came of a message, in words."""
-        self._append(now, Event.DID, None, envelope, note, None)
+    # -- what they say --
 
-    def _append(
-        self,
-        now: float,
-        event: Event,
-        id: str | None,
-        about: Envelope,
-        note: str,
-        content: str | None,
-    ) -> int | None:
-        row = self._database.insert(
-            f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(now, event.value, id, about.ch, about.sender, about.to, about.action),
-                *(about.exchange, note, content),
-            ),
+    def hear(self, envelope: Envelope) -> None:
+        """A heartbeat: whoever sent it lives; in our own name, it asks whether that is taken."""
+        said = read_json_object(envelope.text) or {}
+        boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
+        boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
+        if envelope.sender == self._me:
+            if self.presence:
+                self.presence.answer(boot)
+            return
+        news = self.heartbeat_from(
+            envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
         )
-        if row:
-            self._rows, self._size = self._rows + 1, self._size + len(content or "")
-            self._newest = row
-        return row
+        if news:
+            self._log.info(news.value, peer=envelope.sender)
+        if news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0:
+            text = f"{envelope.sender} is back"
+            self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
 
-    def _entries(self, question: str, values: tuple[object, ...]) -> list[dict[str, Any]]:
-        """The rows of an answer, as many as fit into one line to a command."""
-        entries, size = [], 0
-        for row in self._database.read(question, values):
-            entries.append(entry_of(row))
-            size += len(row[-1] or "") + KIB
-            if size > MAX_PAYLOAD:
-                break
-        return entries
+    def hear_document(self, name: str, kind: str, delivery: IncomingMessage) -> None:
+        """A state or a roster."""
+        if not NAME.fullmatch(name):
+            return
+        if kind == "state" and not delivery.payload:
+            return self._forget(name)
+        payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
+        said = read_json_object(payload) or {}
+        sent = replace_surrogates(said)
+        content = {key: value for key, value in sent.items() if portable({key: value})}
+        if kind == "state" and len(payload) > LONG_STATE:
+            content.pop("known_peers", None)
+        if content != said:
+            payload = encode_json(content)
+        self._keep(name, kind, payload if content else b"")
+        if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
+            self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
 
-    def message(self, id: str) -> dict[str, Any] | None:
-        """The message with this id; what came in before what went out."""
-        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event LIMIT 1"
-        return next(iter(self._entries(question, (id,))), None)
+    def _forget(self, name: str) -> None:
+        """Somebody has removed its state: it will not come back, or else is new when it does."""
+        member = self._members.pop(name, None)
+        if member:
+            self._size -= len(member.documents.pop("state", b""))
+            self._log.info("peer is forgotten", peer=name)
+        if member and member.documents:
+            self._members[name] = Member()  # its roster goes by itself
+            self._members[name].documents = member.documents
 
-    def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
-        """The next MAX_ROWS of the exchange that a message belongs to."""
-        message = self.message(id)
-        values = (message["exchange"] if message else id, after, MAX_ROWS)
-        question = f"SELECT {ROW} FROM log WHERE exchange = ? AND n > ? ORDER BY n LIMIT ?"
-        return self._entries(question, values)
+    def _hear_state(self, name: str, state: Mapping[str, Any], retained: bool) -> None:
+        """Retained, it tells who should be there; else, who has just gone."""
+        now, status = self._loop.clock(), status_of(state)
+        if retained:
+            if status in ALIVE:
+                seen = int(bounded_number(state.get("last_seen"), 1, MAX_TS) or 0)
+                interval = bounded_number(state.get("interval"), *PEER_INTERVAL)
+                self.expect(name, now, seen=seen, interval=interval)
+        elif status == "offline" and state.get("reason") == "connection lost":
+            if self.mark_failed(name, now):
+                self._lost(name, now, "its connection died")
+        elif status == "offline" and state.get("reason") == "lost":
+            if self.mark_failed(name, now):
+                self._log.warning("peer is lost", peer=name, why="another node says so")
+        elif status == "offline" and self.mark_left(name):
+            self._log.info("peer has stopped", peer=name)
 
-    @property
-    def newest(self) -> int:
-        """The number of the last row."""
-        return self._newest
+    def _keep(self, name: str, kind: str, payload: bytes) -> None:
+        """Keep a document in place of the last one; where all are too much, not the longest."""
+        if not payload and name not in self._members:
+            return
+        member = self._member(name)
+        self._size += len(payload) - len(member.documents.pop(kind, b""))
+        if payload:
+            member.documents[kind] = payload
+        while self._size > MAX_DOCUMENTS:
+            size, longest, of = max(
+                (len(said), of, one)
+                for one, known in self._members.items()
+                for of, said in known.documents.items()
+            )
+            self._size -= size
+            del self._members[of].documents[longest]
 
-    def rows(
-        self, filters: Mapping[str, object], after: int = 0, last: int = 0
-    ) -> list[dict[str, Any]]:
-        """The next MAX_ROWS after a row, or the first of the `last` so many.
+    def document(self, name: str, kind: str) -> dict[str, Any]:
+        """The last state or roster of one name, as it came."""
+        member = self._members.get(name)
+        return read_json_object(member.documents.get(kind, b"")) or {} if member else {}
 
-        `filters` choose by what is in LOG_FILTERS.
-        """
-        where = " AND ".join(["n > ?", *(LOG_FILTERS[name] for name in filters)])
-        values = (after, *filters.values())
-        if last:
-            question = f"SELECT n FROM log WHERE {where} ORDER BY n DESC LIMIT 1 OFFSET {last}"
-            before = self._database.read(question, values)
-            values = (before[0][0] if before else after, *filters.values())
-        question = f"SELECT {ROW} FROM log WHERE {where} ORDER BY n LIMIT {MAX_ROWS}"
-        return self._entries(question, values)
-
-    # -- what is still to be done --
-
-    def add_task(
-        self,
-        message: int,
-        agent: str = "",
-        until: float | None = None,
-        urgent: bool = False,
-        note: str = "",
-    ) -> int:
-        """Take on a task for a received message; its number."""
-        task = self._database.insert(
-            "INSERT INTO tasks (message, agent, until, urgent, note) VALUES (?, ?, ?, ?, ?)",
-            (message, agent, until, urgent, note),
-        )
-        return task or 0
-
-    def start_tasks(self, tasks: Iterable[int]) -> None:
-        """From now on a crash leaves open whether these are done.  That is committed at once."""
-        for n in tasks:
-            self._database.write("UPDATE tasks SET began = 1 WHERE n = ?", (n,))
-        self._database.commit()
-
-    def reset_tasks(self, tasks: Iterable[int]) -> None:
-        """It has come to nothing, for certain: these are as before they began."""
-        for n in tasks:
-            self._database.write("UPDATE tasks SET began = 0 WHERE n = ?", (n,))
-
-    def remove_task(self, task: int) -> None:
-        self._database.write("DELETE FROM tasks WHERE n = ?", (task,))
-
-    def tasks(self) -> list[Task]:
-        """All that are not done, in order."""
-        rows = self._database.read(
-            "SELECT content, tasks.n, agent, until, urgent, tasks.note, began"
-            " FROM tasks JOIN log ON log.n = message ORDER BY tasks.n"
-        )
-        found = []
-        for content, n, agent, until, urgent, note, began in rows:
-            with contextlib.suppress(EnvelopeError):
-                envelope = Envelope.parse((content or "").encode())
-                found.append(Task(n, envelope, agent, until, bool(urgent), note, bool(began)))
+    def documents(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The last state or roster of each name; to a state its heartbeats count as well."""
+        found = {}
+        for name, member in self._members.items():
+            document = read_json_object(member.documents.get(kind, b"")) or {}
+            seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
+            if kind == "state" and document and member.seen > seen:
+                document["last_seen"] = member.seen
+            if document:
+                found[name] = document
         return found
 
-    # -- what is still to be sent --
+    # -- who is alive --
 
-    def _count_outbox(self) -> None:
-        content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
-        messages, size = self._database.read(
-            f"SELECT count(*), ifnull(sum({content}), 0)"
-            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
-        )[0]
-        self.outbox_size, self._outbox_bytes = int(messages), int(size)
-        rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
-        self._acknowledged = int(rows[0][0])
+    def _member(self, name: str) -> Member:
+        """The record of a name that has just said something; the longest silent one may go."""
+        member = self._members.pop(name) if name in self._members else Member()
+        self._members[name] = member
+        if len(self._members) > MAX_MEMBERS:
+            gone = self._members.pop(next(iter(self._members)))
+            self._size -= sum(map(len, gone.documents.values()))
+        return member
 
-    @property
-    def outbox_full(self) -> bool:
-        """Nothing more may be sent.  What peers gave us to do does not count."""
-        return self.outbox_size >= MAX_OUTBOX or self._outbox_bytes >= MAX_OUTBOX_SIZE
+    def member(self, name: str) -> Member | None:
+        return self._members.get(name)
 
-    def enqueue(
-        self,
-        topic: str,
-        payload: bytes,
-        retain: bool = False,
-        message: int | None = None,
-        until: float | None = None,
-    ) -> None:
-        """Put something into the outbox, behind all that is there; it is of use `until` then.
+    def heartbeat_from(
+        self, name: str, now: float, *, seen: int, interval: float | None = None, boot: str = ""
+    ) -> MemberEvent | None:
+        """Take note of a sign of life; what is new about it."""
+        member = self._member(name)
+        before, announced, old_boot = member.status, member.announced, member.boot
+        low, high = PEER_INTERVAL
+        member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
+        member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
+        member.boot, member.announced, member.failed = boot or old_boot, False, None
+        if before is MemberStatus.FAILED:
+            return MemberEvent.BACK if announced else MemberEvent.NEW
+        if before is not MemberStatus.ALIVE:
+            return MemberEvent.NEW
+        return MemberEvent.RESTARTED if boot and old_boot and boot != old_boot else None
 
-        The payload of a message is the content of its row, where that is kept.
-        """
-        own = payload if message is None or self.full else None
-        self._database.write(
-            "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
-            (message, topic, own, retain, until),
-        )
-        self.outbox_size += 1
-        self._outbox_bytes += len(payload)
-        self._size += len(own or b"")
+    def expect(self, name: str, now: float, *, seen: int, interval: float | None = None) -> None:
+        """A retained state says that it is online: it has its time from now on to show it."""
+        if self._member(name).status is MemberStatus.UNKNOWN:
+            self.heartbeat_from(name, now, seen=seen, interval=interval)
 
-    def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
-        """The next that wait for the broker, in order."""
-        rows = self._database.read(
-            "SELECT outbox.n, id, topic, coalesce(payload, CAST(content AS BLOB), x''), retain,"
-            " until FROM outbox LEFT JOIN log ON log.n = message"
-            " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
-            (after, limit),
-        )
-        return [
-            OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
-            for n, id, topic, payload, retain, until in rows
+    def mark_left(self, name: str) -> bool:
+        """A peer said goodbye; was it alive to us?"""
+        return self._end(name, MemberStatus.LEFT, None)
+
+    def mark_failed(self, name: str, now: float) -> bool:
+        """A peer's connection died, or it is too silent; was it alive to us?"""
+        return self._end(name, MemberStatus.FAILED, now)
+
+    def _end(self, name: str, status: MemberStatus, failed: float | None) -> bool:
+        member = self._members.get(name)
+        if member is None or member.status is not MemberStatus.ALIVE:
+            return False
+        member.status, member.failed = status, failed
+        return True
+
+    def failed_since(self, now: float) -> list[str]:
+        """Those who have just missed too many heartbeats; each is named once."""
+        late = [
+            name
+            for name, member in self._members.items()
+            if member.status is MemberStatus.ALIVE
+            and is_overdue(now - member.heard, member.interval, self._own.miss_threshold)
         ]
+        return [name for name in late if self.mark_failed(name, now)]
 
-    def dequeue(self, message: OutgoingMessage, acknowledged: bool) -> None:
-        """The broker has it, or never will.
+    def grant_grace(self, now: float) -> None:
+        """We could not hear anyone until now: count everyone's silence from here."""
+        self._checked = now
+        for member in self._members.values():
+            member.heard = now
 
-        What it has acknowledged is kept a moment longer: Mosquitto acknowledges first, and
-        saves then.
+    def doubt_losses(self) -> None:
+        """Our own connection has died: whom we have just lost may be well."""
+        for member in self._members.values():
+            if member.status is MemberStatus.FAILED and not member.announced:
+                member.status, member.failed = MemberStatus.ALIVE, None
+
+    def mark_announced(self, corr: str) -> None:
+        """Somebody has told the hive of the loss with this correlation id."""
+        for name, member in self._members.items():
+            if loss_of(name) == corr:
+                member.announced = True
+
+    def alive(self) -> list[str]:
+        """Names of the peers that are alive, in order."""
+        return sorted(
+            name for name, one in self._members.items() if one.status is MemberStatus.ALIVE
+        )
+
+    def rank(self, about: str) -> int:
+        """Our place in line to speak for all about one of them: 0 is first."""
+        return sum(name < self._me for name in self.alive() if name != about)
+
+    # -- who is missed --
+
+    def check(self, now: float) -> None:
+        """See who has been silent for too long; to be called at each heartbeat of ours."""
+        if now - self._checked > 2 * self._own.interval:
+            self.grant_grace(now)  # we were asleep ourselves: do not blame the others
+        self._checked = now
+        for name in self.failed_since(now):
+            silence = now - self._members[name].heard
+            self._lost(name, now, f"no heartbeat for {silence:.0f} s")
+
+    def _lost(self, name: str, now: float, why: str) -> None:
+        self._log.warning("peer is lost", peer=name, why=why)
+        self._last_failure = now
+        self._consider(name, now, why)
+
+    def _consider(self, name: str, failed: float, why: str) -> None:
+        """Tell the hive of a loss in our turn, unless somebody did, or it was none.
+
+        When a broker stops, everyone seems to die, one after the other, and our own connection
+        may be the last to end.  So nobody else may have been lost for a moment, and the broker
+        must have taken a new connection since: one that stops does not.
         """
-        if acknowledged:
-            self._acknowledged += self._database.write(
-                "UPDATE outbox SET acknowledged_at = ? WHERE n = ?", (time.time(), message.n)
-            )
+        member, now = self._members.get(name), self._loop.clock()
+        if self._silent or not member or member.failed != failed or member.announced:
+            return
+        again = partial(self._consider, name, failed, why)
+        turn = self.rank(about=name) * max(1.0, self._own.interval / 2)
+        quiet, latest = max(failed, self._last_failure) + DOUBT, failed + MAX_DOUBT
+        if now < min(quiet, latest) + turn:
+            self._loop.after(min(quiet, latest) + turn - now, again)
+        elif self._probed < quiet and now < latest + turn:
+            self._prove(again)
         else:
-            self._database.write("DELETE FROM outbox WHERE n = ?", (message.n,))
-        self.outbox_size -= 1
-        self._outbox_bytes -= len(message.payload)
+            self._announce(name, member, why)
 
-    def forget_acknowledged(self, before: float) -> None:
-        """What the broker acknowledged before then it has saved."""
-        forget = "DELETE FROM outbox WHERE acknowledged_at < ?"
-        self._acknowledged -= self._database.write(forget, (before,))
+    def _prove(self, then: Callable[[], None]) -> None:
+        """See whether the broker takes a connection, and go on; a moment later if it does not."""
+        began = self._loop.clock()
 
-    def requeue(self, since: float) -> int:
-        """Send again what was acknowledged since then; the number of the last such message.
+        def proved(well: bool) -> None:
+            calls, self._proving = self._proving, []
+            self._probed = began if well else self._probed
+            for call in calls:
+                self._loop.after(0.0 if well else DOUBT, call)
 
-        Nobody can tell whether the broker died.  Receivers drop ids that they have seen, so
-        nothing is acted upon twice.
-        """
-        if not self._acknowledged:
-            return 0
-        self.forget_acknowledged(since)
-        newest = "SELECT ifnull(max(n), 0) FROM outbox WHERE acknowledged_at IS NOT NULL"
-        last = int(self._database.read(newest)[0][0])
-        again = "UPDATE outbox SET acknowledged_at = NULL WHERE acknowledged_at IS NOT NULL"
-        self._database.write(again)
-        self._count_outbox()
-        return last
+        self._proving.append(then)
+        if len(self._proving) == 1:
+            self._probe(proved)
 
-    # -- what was asked --
-
-    def add_pending_request(self, envelope: Envelope, message: int) -> None:
-        """An answer to this is expected."""
-        due = envelope.ts + envelope.ttl if envelope.ttl else None
-        values = (envelope.exchange, message, due)
-        self._database.write("REPLACE INTO pending_requests VALUES (?, ?, ?)", values)
-        self._database.write(
-            "DELETE FROM pending_requests WHERE message <= (SELECT message FROM pending_requests"
-            " ORDER BY message DESC LIMIT 1 OFFSET ?)",
-            (MAX_PENDING_REQUESTS,),
-        )
-
-    def resolve_request(self, exchange: str | None) -> None:
-        """It was answered, or nobody waits for that any more."""
-        self._database.write("DELETE FROM pending_requests WHERE exchange = ?", (exchange,))
-
-    def pending_requests(self, due: float | None = None) -> list[dict[str, Any]]:
-        """Those that nobody has answered, oldest first; or those that were due by then.
-
-        `due` is when the answer is of no use any more.
-        """
-        rows = self._database.read(
-            "SELECT pending_requests.exchange, recipient, action, time, due FROM pending_requests"
-            " JOIN log ON log.n = message WHERE ? IS NULL OR due <= ? ORDER BY message LIMIT ?",
-            (due, due, MAX_ROWS),
-        )
-        return [dict(zip(("id", "to", "action", "asked", "due"), row, strict=True)) for row in rows]
-
-    def next_due(self) -> float | None:
-        """When the next request is overdue."""
-        value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
-        return None if value is None else float(value)
-
-    # -- bounds --
-
-    @property
-    def size(self) -> int:
-        """Bytes in use."""
-        pages, free, size = (
-            self._database.read(f"PRAGMA {name}")[0][0]
-            for name in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free) * size)
-
-    def prune(self, now: float) -> bool:
-        """Forget a few rows that are too old, or too much; was there anything to forget?"""
-        self._rows = self._size = 0
-        oldest = self._database.read("SELECT time FROM log ORDER BY n LIMIT 1")
-        forgotten, too_old = 0, now - self._keep
-        if oldest and oldest[0][0] < too_old:
-            forgotten += self._forget_rows("time < ?", too_old)
-        too_large = self.size > self._max_size
-        if too_large:
-            texts = f"SELECT n FROM log WHERE content IS NOT NULL AND {FINISHED} ORDER BY n LIMIT ?"
-            forget = f"UPDATE log SET content = NULL WHERE n IN ({texts})"
-            forgotten += self._database.write(forget, (PRUNE_TEXTS,))
-            if self.size > self._max_size:
-                forgotten += self._forget_rows("content IS NULL")
-        self.full = too_large and not forgotten
-        if forgotten:
-            self._database.write(
-                "DELETE FROM pending_requests WHERE message NOT IN (SELECT n FROM log)"
-            )
-        return bool(forgotten)
-
-    def _forget_rows(self, which: str, *values: object) -> int:
-        """The oldest ones that nothing unfinished belongs to."""
-        unasked = "n NOT IN (SELECT message FROM pending_requests WHERE due IS NOT NULL)"
-        rows = f"SELECT n FROM log WHERE {which} AND {FINISHED} AND {unasked} ORDER BY n LIMIT ?"
-        return self._database.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
+    def _announce(self, name: str, member: Member, why: str) -> None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(member.seen))
+        text = f"{name} is lost: {why}; last seen {when if member.seen else '-'}"
+        self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
+        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
+        document = {**state, "last_seen": member.seen, "reported_by": self._me}
+        topic = self._topics.meta(name, "state")
+        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
 
 
-FINISHED = (  # nothing is still to be done with these rows
-    "n NOT IN (SELECT message FROM tasks)"
-    " AND n NOT IN (SELECT message FROM outbox WHERE message IS NOT NULL)"
-)
-LOG_FILTERS = {  # how --from and the others choose rows
-    "ch": "ch = ?",
-    "from": "sender = ?",
-    "to": "recipient = ?",
-    "action": "action = ?",
-    "corr": "exchange = ?",
-    "since": "time >= ?",
-}
+class OwnStatus(Value):
+    """What this node can tell of itself, besides that it is alive."""
+
+    agents: Mapping[str, Mapping[str, str]]  # status and reason of each
+    handlers: Sequence[str]
+    schedule: Sequence[Mapping[str, object]]
+    trouble: str  # why it is degraded, or nothing
 
 
-# ---- Control: this node's command line speaks to its daemon ------------------------------
-#
-# A unix socket that only this user can open; one JSON object a line each way.  What peers could
-# forge on the bus cannot be forged here.  Knows no request.
-
-MAX_CONTROL_CONNECTIONS = 100
-MAX_LINE = 4 * MAX_PAYLOAD  # bytes
-MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
-CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
-MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
-SHORT_PLACE = Path("/tmp")
-CONTROL_EVENTS = {"published", "answer"}  # in a line that is no answer, but comes when it happens
-
-
-def shortened_socket_path(direct: Path) -> Path:
-    """This path, or one nearby if it is too long for a socket."""
-    if len(os.fsencode(direct)) <= MAX_SOCKET_PATH:
-        return direct
+def build() -> str:
+    """The first digits of this file's own hash: copies of one file drift apart."""
     import hashlib
 
-    digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
-    return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
+    try:
+        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
+        return hashlib.sha256(source.encode()).hexdigest()[:8]
+    except (OSError, ImportError):
+        return "unknown"
 
 
-def control_socket_path(config: Config) -> Path:
-    """In the node's state directory, or nearby if that path is too long."""
-    return shortened_socket_path(config.state_dir / "door")
+def load_1m() -> float | None:
+    try:
+        return round(os.getloadavg()[0], 2)
+    except OSError:
+        return None
 
 
-def directory_objection(file: Path) -> str | None:
-    """Why what is behind this socket may be somebody else; None if it can't.  Raises OSError."""
-    objection = writable_by_others(file.parent.stat())
-    if file.parent.parent == SHORT_PLACE and file.parent.is_symlink():
-        objection = "is a link, which is not hive's"
-    return f"{file.parent} {objection}" if objection else None
+def with_reason(state: dict[str, Any], reason: str) -> dict[str, Any]:
+    """Say in a state document why it is so, if there is anything to say."""
+    return {**state, "reason": reason} if reason else state
 
 
-class ControlConnection:
-    """One command that has come in, until it goes."""
+class Presence:
+    """What this node shows of itself: a heartbeat, its state, its roster."""
 
-    def __init__(self, server: ControlServer, sock: socket.socket) -> None:
-        self.on_close: list[Callable[[], object]] = []  # what to do when it goes
-        self._server = server
-        self._stream = Stream(
-            server.loop, sock, self._serve, self._closed, max_input=MAX_LINE, max_output=MAX_UNREAD
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        instance: str,
+        publish: Callable[[OutgoingMessage], None],
+        status: Callable[[], OwnStatus],
+        known: Callable[[], list[str]],
+        counts: Mapping[str, int],
+    ) -> None:
+        """`known` are the peers that are alive; `counts` go into the state."""
+        self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._loop, self._instance, self._publish = loop, instance, publish
+        self._status, self._known, self._counts = status, known, counts
+        self._build = build()  # of the file as it was when this daemon started
+        self._started = loop.clock()
+        self._seq = 0
+        self._beaten = self._shown_at = float("-inf")
+        self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
+
+    def begin(self) -> None:
+        """The broker is there: show everything."""
+        self._shown_at = float("-inf")
+        self.publish_roster()
+        self.beat()
+
+    def answer(self, boot: str) -> None:
+        """Our own heartbeat; or another daemon asks whether our name is taken."""
+        if boot != self._instance and self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
+            self.beat()
+
+    def beat(self) -> None:
+        """Show that we are alive, and our state if that is news.
+
+        A state is judged by its `last_seen`, by hives of any version: stale if it is older than
+        all heartbeats that may be missed.  So it is renewed one heartbeat before that.
+        """
+        now = self._beaten = self._loop.clock()
+        topic = self._topics.to(EVERYONE, "heartbeat")
+        self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
+        states = self._states("online")
+        news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
+        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
+        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
+            self._shown, self._shown_at = news, now
+            self._publish_states(states)
+
+    def end(self) -> None:
+        """The last words."""
+        self._publish_states(self._states("offline", "stopped"))
+
+    def will(self) -> OutgoingMessage:
+        """What the broker says for us when our connection dies."""
+        state = self._states("offline", "connection lost")[0]
+        return OutgoingMessage(
+            self._topics.meta(self._node, "state"), encode_json(state), retain=True
         )
 
-    def _serve(self) -> None:
-        """Answer one request a turn, and none before it has read the last answer."""
-        end = self._stream.input.find(b"\n")
-        if end < 0 or self.busy:
-            return
-        line = bytes(self._stream.input[:end])
-        self._stream.consume(end + 1)
-        answer = self._server.answer(read_json_object(line) or {}, self)
-        if answer is not None:
-            self.send(answer)
-        if self._stream.input:
-            self._server.loop.post(self._serve)
+    def heartbeat(self, to: str) -> bytes:
+        self._seq += 1
+        agents = self._status().agents.items()
+        said = {
+            "node_id": self._node,
+            "uptime_s": round(self._loop.clock() - self._started, 1),
+            "load_1m": load_1m(),
+            "interval": self._own.interval,
+            "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
+            "boot": self._instance,
+            "seq": self._seq,
+        }
+        text = encode_json(said).decode()
+        return Envelope.new(self._node, to, "heartbeat", text, urgency="later").encode()
 
-    def send(self, document: Mapping[str, Any]) -> None:
-        """Send it one more line."""
-        self._stream.write(encode_json(document) + b"\n")
+    def _states(self, status: str, reason: str = "") -> list[dict[str, Any]]:
+        """The state documents of this node, and of each of its agents."""
+        own = self._status()
+        document: dict[str, Any] = {
+            "node_id": self._node,
+            "status": "degraded" if status == "online" and own.trouble else status,
+            "last_seen": int(time.time()),
+            "uptime_s": round(self._loop.clock() - self._started, 1),
+            "known_peers": self._known(),
+            "daemon_node": self._node,
+            "version": f"{__version__} ({self._build})",
+            "load_1m": load_1m(),
+            "oc": own.agents,
+            "instance": self._instance,
+            "interval": self._own.interval,
+            "miss_threshold": self._own.miss_threshold,
+            "host": socket.gethostname(),
+            "counters": self._counts,
+        }
+        states = [with_reason(document, reason or own.trouble)]
+        for name, agent in own.agents.items():
+            if name != self._node:
+                down = status == "online" and agent["status"] == Health.DOWN.value
+                about = {**document, "node_id": name, "oc": {name: agent}}
+                about["status"] = "degraded" if down else status
+                states.append(with_reason(about, reason or agent["reason"]))
+        return states
 
-    @property
-    def busy(self) -> bool:
-        """Has it yet to read what it was sent?"""
-        return self._stream.output_size > 0
+    def _publish_states(self, states: Iterable[Mapping[str, Any]]) -> None:
+        for state in states:
+            topic = self._topics.meta(state["node_id"], "state")
+            self._publish(OutgoingMessage(topic, encode_json(state), retain=True))
 
-    def close(self) -> None:
-        self._stream.close()
+    def publish_roster(self) -> None:
+        import platform
 
-    def _closed(self) -> None:
-        self._server.connections.discard(self)
-        for call in self.on_close:
-            call()
+        own = self._status()
+        document = {
+            "node": self._node,
+            "ts": int(time.time()),
+            "version": __version__,
+            "build": self._build,
+            "protocol": PROTOCOL_VERSION,
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "agents": [*own.agents],
+            "handlers": own.handlers,
+            "schedule": own.schedule,
+        }
+        topic = self._topics.meta(self._node, "roster")
+        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
 
 
-class ControlServer:
-    """The daemon's side."""
+class NameConflictCheck:
+    """Asks, before a daemon connects, whether another one lives under its name.
+
+    The broker would end the other's connection, and the two would do so to each other for ever.
+    """
 
     def __init__(
         self,
         loop: Loop,
-        file: Path,
-        answer: Callable[[dict[str, Any], ControlConnection], dict[str, Any] | None],
+        config: Config,
+        ours: Collection[str],
+        heartbeat: bytes,
+        free: Callable[[], None],
+        on_disconnected: Callable[[str], None],
+        prepare: Callable[[MqttClient, Callable[[], None]], None],
     ) -> None:
-        """Open it; raises OSError.  Whoever holds the daemon's lock may replace an old socket.
+        """`ours` are instance ids of this daemon and its predecessor, which is dead.
 
-        `answer` gives None where it will send() something later.
+        Calls `free` when the name is free; raises BrokerError out of the loop when it is taken.
         """
-        self.loop, self.answer, self._file = loop, answer, file
-        self.connections: set[ControlConnection] = set()
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        objection = directory_objection(file)
-        if objection:
-            raise PermissionError(errno.EPERM, objection)
-        self._listener = unix_listener(file)
-        self._listener.setblocking(False)
-        self._listener.listen(MAX_CONTROL_CONNECTIONS)
-        loop.watch(self._listener, selectors.EVENT_READ, self._accept)
+        self._loop, self._config, self._ours, self._free = loop, config, ours, free
+        self._holder: dict[str, Any] | None = None
+        topics, node = config.topics, config.node.id
+        self._heartbeat = OutgoingMessage(topics.to(node, "heartbeat"), heartbeat, qos=0)
+        self._state_topic = topics.meta(node, "state")
+        self._query = RetainedQuery(
+            loop,
+            config.mqtt,
+            [self._state_topic, topics.to(EVERYONE, "heartbeat")],
+            topics.private(node, new_id()),
+            self._found,
+            self._complete,
+            on_disconnected,
+            prepare,
+        )
 
-    def _accept(self, events: int) -> None:
-        with contextlib.suppress(OSError):
-            sock, _ = self._listener.accept()
-            if len(self.connections) >= MAX_CONTROL_CONNECTIONS:
-                sock.close()
-            else:
-                self.connections.add(ControlConnection(self, sock))
+    def _found(self, delivery: IncomingMessage) -> None:
+        if len(delivery.payload) > MAX_STATE:
+            return
+        document = read_json_object(delivery.payload) or {}
+        if delivery.topic == self._state_topic:
+            ours = status_of(document) not in ALIVE or document.get("instance") in self._ours
+            self._holder = None if ours else document
+        elif document.get("from") == self._config.node.id and not delivery.retained:
+            self._taken()
 
-    def close(self) -> None:
-        self.loop.forget(self._listener)
-        self._listener.close()
-        for connection in [*self.connections]:
-            connection.close()
-        self._file.unlink(missing_ok=True)
+    def _complete(self) -> None:
+        if self._holder is None:
+            self._close()
+        else:
+            self._query.client.publish(self._heartbeat)
+            wait = NAME_CONFLICT_HEARTBEATS * self._config.heartbeat.interval
+            self._loop.after(wait, self._close)
 
+    def _close(self) -> None:
+        self._query.client.close(self._free, within=0.0)
 
-class DaemonError(HiveError):
-    """This node's daemon does not answer, or not sensibly."""
-
-
-class ControlClient:
-    """The command's side: one request after another, until it is closed."""
-
-    def __init__(self, file: Path, node: str, patience: float = CONTROL_TIMEOUT) -> None:
-        """Raises OSError where no daemon answers; `patience`: seconds for each request."""
-        self._node, self._patience = node, patience
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(patience)
-        try:
-            self._sock.connect(str(file))
-        except OSError:
-            self._sock.close()
-            raise
-        self._in = bytearray()
-        self._events: deque[dict[str, Any]] = deque()  # what came while an answer was awaited
-
-    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
-        """Send a request and give the answer; raises DaemonError."""
-        ends = time.monotonic() + self._patience
-        self._sock.settimeout(self._patience)
-        try:
-            self._sock.sendall(encode_json(request) + b"\n")
-        except OSError as error:
-            raise self._fault(reason_of(error)) from None
-        while (line := self._next_line(ends)) is not None:
-            if not CONTROL_EVENTS & line.keys():
-                return line
-            self._events.append(line)
-        raise self._fault("it does not answer")
-
-    def receive(self, within: float | None) -> dict[str, Any] | None:
-        """What it says besides; None if that is nothing in so many seconds.  Raises DaemonError."""
-        if self._events:
-            return self._events.popleft()
-        return self._next_line(None if within is None else time.monotonic() + within)
-
-    def _next_line(self, ends: float | None) -> dict[str, Any] | None:
-        while b"\n" not in self._in:
-            self._sock.settimeout(None if ends is None else max(0.001, ends - time.monotonic()))
-            try:
-                data = self._sock.recv(PIPE_CHUNK)
-            except TimeoutError:
-                return None
-            except OSError as error:
-                raise self._fault(reason_of(error)) from None
-            if not data:
-                raise self._fault("it has ended")
-            self._in += data
-        line, _, rest = bytes(self._in).partition(b"\n")
-        self._in = bytearray(rest)
-        return read_json_object(line) or {}
-
-    def _fault(self, why: str) -> DaemonError:
-        return DaemonError(f"the daemon of {self._node}: {why}")
-
-    def close(self) -> None:
-        self._sock.close()
+    def _taken(self) -> None:
+        """A heartbeat under our name: that is no error if no state said so before."""
+        if self._holder is None:
+            return
+        node, host = self._config.node.id, self._holder.get("host")
+        where = f" on {quoted(host)[1:-1]}" if host else ""
+        raise BrokerError(
+            f"another daemon is called {node}{where}; stop it, or give this one another name"
+            f" ([node] id in hive.toml, or --node)"
+        )
 
 
 # ---- Packets: MQTT on the wire -----------------------------------------------------------
@@ -5734,10 +8018,10 @@ class ClientListener(Protocol):
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         """Call `go_on` when a connection may be made."""
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         """Connected and subscribed."""
 
-    def link_down(self, reason: str) -> None:
+    def on_disconnected(self, reason: str) -> None:
         """The connection ended, or could not be made; the next try comes by itself."""
 
     def deliver(self, message: IncomingMessage) -> None:
@@ -6319,7 +8603,7 @@ class MqttClient:
     def connected(self) -> None:
         self._failures = 0
         if self._listener:
-            self._listener.link_up()
+            self._listener.on_connected()
 
     def received(self, message: IncomingMessage) -> None:
         if self._listener:
@@ -6379,7 +8663,7 @@ class MqttClient:
         self._failures += 1
         self._retry = self.loop.after(delay, self._try_again)
         if self._listener:
-            self._listener.link_down(reason)
+            self._listener.on_disconnected(reason)
 
 
 class ConnectionProbe:
@@ -6394,10 +8678,10 @@ class ConnectionProbe:
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         self._end(True)
 
-    def link_down(self, reason: str) -> None:
+    def on_disconnected(self, reason: str) -> None:
         self._end(False)
 
     def deliver(self, message: IncomingMessage) -> None:
@@ -6428,7 +8712,7 @@ class RetainedQuery:
         end_marker: str,
         found: Callable[[IncomingMessage], None],
         complete: Callable[[], None],
-        link_down: Callable[[str], None],
+        on_disconnected: Callable[[str], None],
         prepare: Callable[[MqttClient, Callable[[], None]], None] = lambda client, go_on: go_on(),
     ) -> None:
         """`end_marker` is a topic that nobody else uses; messages go on coming after `complete`.
@@ -6439,7 +8723,7 @@ class RetainedQuery:
             loop, settings, subscriptions=[(topic, 0) for topic in (*filters, end_marker)]
         )
         self._prepare = prepare
-        self.link_down = link_down
+        self.on_disconnected = on_disconnected
         self._loop, self._end_marker, self._found, self._complete = (
             loop,
             end_marker,
@@ -6452,7 +8736,7 @@ class RetainedQuery:
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         self._prepare(self.client, go_on)
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         self.client.publish(OutgoingMessage(self._end_marker, b"end", qos=0))
         self._loop.after(self.LONGEST, self._finish)
 
@@ -6579,6 +8863,8 @@ class BrokerHost:
         self._broker: Broker | None = None
         self._found_at_localhost: MqttConfig | None = None  # what answered at localhost
         self._why, self._times = "", 0  # why it could not be hosted, and how often in a row
+        if not config.mqtt.named:
+            broker_home(config.broker)
         if config.broker.listen and not config.mqtt.named:
             check_listen(config.broker)
 
@@ -6649,1784 +8935,6 @@ class BrokerHost:
             self._broker = None
 
 
-# ---- Members: who is alive, who has left, who has failed ---------------------------------
-#
-# One record a name, of what its heartbeats and its documents told; this node's own heartbeat,
-# state and roster.  A loss is logged by everyone, and announced by one.  Knows no connection:
-# whatever is to be said goes through what it is given for that.
-
-MAX_MEMBERS = 5000  # nodes and agents
-MAX_STATE = 64 * KIB  # bytes of a state or a roster
-LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
-MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
-PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
-MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
-NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
-DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
-MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with the broker
-ALIVE = ("online", "degraded")  # what the state of a node says that runs
-SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
-PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
-
-
-def loss_of(name: str) -> str:
-    """The corr of the alert about a lost peer: the same at each node, so that one is enough."""
-    return f"lost:{name}"[-64:]  # an id has 64 characters at most; the whole name is in it
-
-
-def is_overdue(silence: float, interval: float, missed: float) -> bool:
-    """Has somebody who shows itself every `interval` seconds missed too many of them?"""
-    return silence > interval * missed
-
-
-def status_of(state: Mapping[str, Any]) -> str:
-    """The status that a state document claims; a short printable word whatever it holds."""
-    status = state.get("status")
-    return status if isinstance(status, str) and NAME.fullmatch(status) else "unknown"
-
-
-class MemberStatus(Enum):
-    """What has become of a peer."""
-
-    UNKNOWN = "unknown"  # it has documents, and has not been heard
-    ALIVE = "alive"
-    LEFT = "left"  # it said goodbye
-    FAILED = "failed"
-
-
-class MemberEvent(Enum):
-    """What a heartbeat told us that we did not know."""
-
-    NEW = "peer is up"
-    BACK = "peer is back"  # after a loss that somebody announced
-    RESTARTED = "peer has restarted"
-
-
-class Member:
-    """Another node, or an agent of one."""
-
-    def __init__(self) -> None:
-        self.status = MemberStatus.UNKNOWN
-        self.heard = self.interval = 0.0
-        self.boot = ""
-        self.seen = 0  # Unix seconds, by this machine's or the peer's clock
-        self.failed: float | None = None  # when
-        self.announced = False  # did somebody tell the hive that it is lost?
-        self.documents: dict[str, bytes] = {}  # its state and roster
-
-
-class Members:
-    """The other nodes and all agents, as this node knows them."""
-
-    def __init__(
-        self,
-        config: Config,
-        loop: Loop,
-        log: Log,
-        send: Callable[[Envelope], None],
-        publish: Callable[[OutgoingMessage], None],
-        probe: Callable[[Callable[[bool], None]], None],
-    ) -> None:
-        """`probe` calls back with whether the broker takes new connections."""
-        self.presence: Presence | None = None  # what this node shows of itself, if it does
-        self._me, self._topics, self._own = config.node.id, config.topics, config.heartbeat
-        self._loop, self._log = loop, log
-        self._send, self._publish, self._probe = send, publish, probe
-        self._members: dict[str, Member] = {}  # in the order in which they last said something
-        self._size = 0  # bytes of all documents
-        self._checked = loop.clock()
-        self._last_failure = self._probed = float("-inf")
-        self._proving: list[Callable[[], None]] = []  # losses that wait for that
-        self._silent = False
-
-    def stop(self) -> None:
-        """Announce nothing any more."""
-        self._silent = True
-
-    # -- what they say --
-
-    def hear(self, envelope: Envelope) -> None:
-        """A heartbeat: whoever sent it lives; in our own name, it asks whether that is taken."""
-        said = read_json_object(envelope.text) or {}
-        boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
-        boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
-        if envelope.sender == self._me:
-            if self.presence:
-                self.presence.answer(boot)
-            return
-        news = self.heartbeat_from(
-            envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
-        )
-        if news:
-            self._log.info(news.value, peer=envelope.sender)
-        if news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0:
-            text = f"{envelope.sender} is back"
-            self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
-
-    def hear_document(self, name: str, kind: str, delivery: IncomingMessage) -> None:
-        """A state or a roster."""
-        if not NAME.fullmatch(name):
-            return
-        payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
-        said = read_json_object(payload) or {}
-        content = {key: value for key, value in said.items() if portable({key: value})}
-        if kind == "state" and len(payload) > LONG_STATE:
-            content.pop("known_peers", None)
-        if content != said:
-            payload = encode_json(content)
-        self._keep(name, kind, payload if content else b"")
-        if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
-            self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
-
-    def _hear_state(self, name: str, state: Mapping[str, Any], retained: bool) -> None:
-        """Retained, it tells who should be there; else, who has just gone."""
-        now, status = self._loop.clock(), status_of(state)
-        if retained:
-            if status in ALIVE:
-                seen = int(bounded_number(state.get("last_seen"), 1, MAX_TS) or 0)
-                interval = bounded_number(state.get("interval"), *PEER_INTERVAL)
-                self.expect(name, now, seen=seen, interval=interval)
-        elif status == "offline" and state.get("reason") == "connection lost":
-            if self.mark_failed(name, now):
-                self._lost(name, now, "its connection died")
-        elif status == "offline" and state.get("reason") == "lost":
-            if self.mark_failed(name, now):
-                self._log.warning("peer is lost", peer=name, why="another node says so")
-        elif status == "offline" and self.mark_left(name):
-            self._log.info("peer has stopped", peer=name)
-
-    def _keep(self, name: str, kind: str, payload: bytes) -> None:
-        """Keep a document in place of the last one; where all are too much, not the longest."""
-        if not payload and name not in self._members:
-            return
-        member = self._member(name)
-        self._size += len(payload) - len(member.documents.pop(kind, b""))
-        if payload:
-            member.documents[kind] = payload
-        while self._size > MAX_DOCUMENTS:
-            size, longest, of = max(
-                (len(said), of, one)
-                for one, known in self._members.items()
-                for of, said in known.documents.items()
-            )
-            self._size -= size
-            del self._members[of].documents[longest]
-
-    def documents(self, kind: str) -> dict[str, dict[str, Any]]:
-        """The last state or roster of each name; to a state its heartbeats count as well."""
-        found = {}
-        for name, member in self._members.items():
-            document = read_json_object(member.documents.get(kind, b"")) or {}
-            seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
-            if kind == "state" and document and member.seen > seen:
-                document["last_seen"] = member.seen
-            if document:
-                found[name] = document
-        return found
-
-    # -- who is alive --
-
-    def _member(self, name: str) -> Member:
-        """The record of a name that has just said something; the longest silent one may go."""
-        member = self._members.pop(name) if name in self._members else Member()
-        self._members[name] = member
-        if len(self._members) > MAX_MEMBERS:
-            gone = self._members.pop(next(iter(self._members)))
-            self._size -= sum(map(len, gone.documents.values()))
-        return member
-
-    def member(self, name: str) -> Member | None:
-        return self._members.get(name)
-
-    def heartbeat_from(
-        self, name: str, now: float, *, seen: int, interval: float | None = None, boot: str = ""
-    ) -> MemberEvent | None:
-        """Take note of a sign of life; what is new about it."""
-        member = self._member(name)
-        before, announced, old_boot = member.status, member.announced, member.boot
-        low, high = PEER_INTERVAL
-        member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
-        member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
-        member.boot, member.announced, member.failed = boot or old_boot, False, None
-        if before is MemberStatus.FAILED:
-            return MemberEvent.BACK if announced else MemberEvent.NEW
-        if before is not MemberStatus.ALIVE:
-            return MemberEvent.NEW
-        return MemberEvent.RESTARTED if boot and old_boot and boot != old_boot else None
-
-    def expect(self, name: str, now: float, *, seen: int, interval: float | None = None) -> None:
-        """A retained state says that it is online: it has its time from now on to show it."""
-        if self._member(name).status is MemberStatus.UNKNOWN:
-            self.heartbeat_from(name, now, seen=seen, interval=interval)
-
-    def mark_left(self, name: str) -> bool:
-        """A peer said goodbye; was it alive to us?"""
-        return self._end(name, MemberStatus.LEFT, None)
-
-    def mark_failed(self, name: str, now: float) -> bool:
-        """A peer's connection died, or it is too silent; was it alive to us?"""
-        return self._end(name, MemberStatus.FAILED, now)
-
-    def _end(self, name: str, status: MemberStatus, failed: float | None) -> bool:
-        member = self._members.get(name)
-        if member is None or member.status is not MemberStatus.ALIVE:
-            return False
-        member.status, member.failed = status, failed
-        return True
-
-    def failed_since(self, now: float) -> list[str]:
-        """Those who have just missed too many heartbeats; each is named once."""
-        late = [
-            name
-            for name, member in self._members.items()
-            if member.status is MemberStatus.ALIVE
-            and is_overdue(now - member.heard, member.interval, self._own.miss_threshold)
-        ]
-        return [name for name in late if self.mark_failed(name, now)]
-
-    def grant_grace(self, now: float) -> None:
-        """We could not hear anyone until now: count everyone's silence from here."""
-        self._checked = now
-        for member in self._members.values():
-            member.heard = now
-
-    def doubt_losses(self) -> None:
-        """Our own connection has died: whom we have just lost may be well."""
-        for member in self._members.values():
-            if member.status is MemberStatus.FAILED and not member.announced:
-                member.status, member.failed = MemberStatus.ALIVE, None
-
-    def mark_announced(self, corr: str) -> None:
-        """Somebody has told the hive of the loss with this correlation id."""
-        for name, member in self._members.items():
-            if loss_of(name) == corr:
-                member.announced = True
-
-    def alive(self) -> list[str]:
-        """Names of the peers that are alive, in order."""
-        return sorted(
-            name for name, one in self._members.items() if one.status is MemberStatus.ALIVE
-        )
-
-    def rank(self, about: str) -> int:
-        """Our place in line to speak for all about one of them: 0 is first."""
-        return sum(name < self._me for name in self.alive() if name != about)
-
-    # -- who is missed --
-
-    def check(self, now: float) -> None:
-        """See who has been silent for too long; to be called at each heartbeat of ours."""
-        if now - self._checked > 2 * self._own.interval:
-            self.grant_grace(now)  # we were asleep ourselves: do not blame the others
-        self._checked = now
-        for name in self.failed_since(now):
-            silence = now - self._members[name].heard
-            self._lost(name, now, f"no heartbeat for {silence:.0f} s")
-
-    def _lost(self, name: str, now: float, why: str) -> None:
-        self._log.warning("peer is lost", peer=name, why=why)
-        self._last_failure = now
-        self._consider(name, now, why)
-
-    def _consider(self, name: str, failed: float, why: str) -> None:
-        """Tell the hive of a loss in our turn, unless somebody did, or it was none.
-
-        When a broker stops, everyone seems to die, one after the other, and our own connection
-        may be the last to end.  So nobody else may have been lost for a moment, and the broker
-        must have taken a new connection since: one that stops does not.
-        """
-        member, now = self._members.get(name), self._loop.clock()
-        if self._silent or not member or member.failed != failed or member.announced:
-            return
-        again = partial(self._consider, name, failed, why)
-        turn = self.rank(about=name) * max(1.0, self._own.interval / 2)
-        quiet, latest = max(failed, self._last_failure) + DOUBT, failed + MAX_DOUBT
-        if now < min(quiet, latest) + turn:
-            self._loop.after(min(quiet, latest) + turn - now, again)
-        elif self._probed < quiet and now < latest + turn:
-            self._prove(again)
-        else:
-            self._announce(name, member, why)
-
-    def _prove(self, then: Callable[[], None]) -> None:
-        """See whether the broker takes a connection, and go on; a moment later if it does not."""
-        began = self._loop.clock()
-
-        def proved(well: bool) -> None:
-            calls, self._proving = self._proving, []
-            self._probed = began if well else self._probed
-            for call in calls:
-                self._loop.after(0.0 if well else DOUBT, call)
-
-        self._proving.append(then)
-        if len(self._proving) == 1:
-            self._probe(proved)
-
-    def _announce(self, name: str, member: Member, why: str) -> None:
-        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(member.seen))
-        text = f"{name} is lost: {why}; last seen {when if member.seen else '-'}"
-        self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
-        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
-        document = {**state, "last_seen": member.seen, "reported_by": self._me}
-        topic = self._topics.meta(name, "state")
-        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
-
-
-class OwnStatus(Value):
-    """What this node can tell of itself, besides that it is alive."""
-
-    agents: Mapping[str, Mapping[str, str]]  # status and reason of each
-    handlers: Sequence[str]
-    schedule: Sequence[Mapping[str, object]]
-    trouble: str  # why it is degraded, or nothing
-
-
-def build() -> str:
-    """The first digits of this file's own hash: copies of one file drift apart."""
-    import hashlib
-
-    try:
-        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
-        return hashlib.sha256(source.encode()).hexdigest()[:8]
-    except (OSError, ImportError):
-        return "unknown"
-
-
-def load_1m() -> float | None:
-    try:
-        return round(os.getloadavg()[0], 2)
-    except OSError:
-        return None
-
-
-def with_reason(state: dict[str, Any], reason: str) -> dict[str, Any]:
-    """Say in a state document why it is so, if there is anything to say."""
-    return {**state, "reason": reason} if reason else state
-
-
-class Presence:
-    """What this node shows of itself: a heartbeat, its state, its roster."""
-
-    def __init__(
-        self,
-        config: Config,
-        loop: Loop,
-        instance: str,
-        publish: Callable[[OutgoingMessage], None],
-        status: Callable[[], OwnStatus],
-        known: Callable[[], list[str]],
-        counts: Mapping[str, int],
-    ) -> None:
-        """`known` are the peers that are alive; `counts` go into the state."""
-        self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
-        self._loop, self._instance, self._publish = loop, instance, publish
-        self._status, self._known, self._counts = status, known, counts
-        self._build = build()  # of the file as it was when this daemon started
-        self._started = loop.clock()
-        self._seq = 0
-        self._beaten = self._shown_at = float("-inf")
-        self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
-
-    def begin(self) -> None:
-        """The broker is there: show everything."""
-        self._shown_at = float("-inf")
-        self.publish_roster()
-        self.beat()
-
-    def answer(self, boot: str) -> None:
-        """Our own heartbeat; or another daemon asks whether our name is taken."""
-        if boot != self._instance and self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
-            self.beat()
-
-    def beat(self) -> None:
-        """Show that we are alive, and our state if that is news.
-
-        A state is judged by its `last_seen`, by hives of any version: stale if it is older than
-        all heartbeats that may be missed.  So it is renewed one heartbeat before that.
-        """
-        now = self._beaten = self._loop.clock()
-        topic = self._topics.to(EVERYONE, "heartbeat")
-        self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
-        states = self._states("online")
-        news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
-        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
-        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
-            self._shown, self._shown_at = news, now
-            self._publish_states(states)
-
-    def end(self) -> None:
-        """The last words."""
-        self._publish_states(self._states("offline", "stopped"))
-
-    def will(self) -> OutgoingMessage:
-        """What the broker says for us when our connection dies."""
-        state = self._states("offline", "connection lost")[0]
-        return OutgoingMessage(
-            self._topics.meta(self._node, "state"), encode_json(state), retain=True
-        )
-
-    def heartbeat(self, to: str) -> bytes:
-        self._seq += 1
-        agents = self._status().agents.items()
-        said = {
-            "node_id": self._node,
-            "uptime_s": round(self._loop.clock() - self._started, 1),
-            "load_1m": load_1m(),
-            "interval": self._own.interval,
-            "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
-            "boot": self._instance,
-            "seq": self._seq,
-        }
-        text = encode_json(said).decode()
-        return Envelope.new(self._node, to, "heartbeat", text, urgency="later").encode()
-
-    def _states(self, status: str, reason: str = "") -> list[dict[str, Any]]:
-        """The state documents of this node, and of each of its agents."""
-        own = self._status()
-        document: dict[str, Any] = {
-            "node_id": self._node,
-            "status": "degraded" if status == "online" and own.trouble else status,
-            "last_seen": int(time.time()),
-            "uptime_s": round(self._loop.clock() - self._started, 1),
-            "known_peers": self._known(),
-            "daemon_node": self._node,
-            "version": f"{__version__} ({self._build})",
-            "load_1m": load_1m(),
-            "oc": own.agents,
-            "instance": self._instance,
-            "interval": self._own.interval,
-            "miss_threshold": self._own.miss_threshold,
-            "host": socket.gethostname(),
-            "counters": self._counts,
-        }
-        states = [with_reason(document, reason or own.trouble)]
-        for name, agent in own.agents.items():
-            if name != self._node:
-                down = status == "online" and agent["status"] == Health.DOWN.value
-                about = {**document, "node_id": name, "oc": {name: agent}}
-                about["status"] = "degraded" if down else status
-                states.append(with_reason(about, reason or agent["reason"]))
-        return states
-
-    def _publish_states(self, states: Iterable[Mapping[str, Any]]) -> None:
-        for state in states:
-            topic = self._topics.meta(state["node_id"], "state")
-            self._publish(OutgoingMessage(topic, encode_json(state), retain=True))
-
-    def publish_roster(self) -> None:
-        import platform
-
-        own = self._status()
-        document = {
-            "node": self._node,
-            "ts": int(time.time()),
-            "version": __version__,
-            "build": self._build,
-            "protocol": PROTOCOL_VERSION,
-            "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "agents": [*own.agents],
-            "handlers": own.handlers,
-            "schedule": own.schedule,
-        }
-        topic = self._topics.meta(self._node, "roster")
-        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
-
-
-class NameConflictCheck:
-    """Asks, before a daemon connects, whether another one lives under its name.
-
-    The broker would end the other's connection, and the two would do so to each other for ever.
-    """
-
-    def __init__(
-        self,
-        loop: Loop,
-        config: Config,
-        ours: Collection[str],
-        heartbeat: bytes,
-        free: Callable[[], None],
-        link_down: Callable[[str], None],
-        prepare: Callable[[MqttClient, Callable[[], None]], None],
-    ) -> None:
-        """`ours` are instance ids of this daemon and its predecessor, which is dead.
-
-        Calls `free` when the name is free; raises BrokerError out of the loop when it is taken.
-        """
-        self._loop, self._config, self._ours, self._free = loop, config, ours, free
-        self._holder: dict[str, Any] | None = None
-        topics, node = config.topics, config.node.id
-        self._heartbeat = OutgoingMessage(topics.to(node, "heartbeat"), heartbeat, qos=0)
-        self._state_topic = topics.meta(node, "state")
-        self._query = RetainedQuery(
-            loop,
-            config.mqtt,
-            [self._state_topic, topics.to(EVERYONE, "heartbeat")],
-            topics.private(node, new_id()),
-            self._found,
-            self._complete,
-            link_down,
-            prepare,
-        )
-
-    def _found(self, delivery: IncomingMessage) -> None:
-        if len(delivery.payload) > MAX_STATE:
-            return
-        document = read_json_object(delivery.payload) or {}
-        if delivery.topic == self._state_topic:
-            ours = status_of(document) not in ALIVE or document.get("instance") in self._ours
-            self._holder = None if ours else document
-        elif document.get("from") == self._config.node.id and not delivery.retained:
-            self._taken()
-
-    def _complete(self) -> None:
-        if self._holder is None:
-            self._close()
-        else:
-            self._query.client.publish(self._heartbeat)
-            wait = NAME_CONFLICT_HEARTBEATS * self._config.heartbeat.interval
-            self._loop.after(wait, self._close)
-
-    def _close(self) -> None:
-        self._query.client.close(self._free, within=0.0)
-
-    def _taken(self) -> None:
-        """A heartbeat under our name: that is no error if no state said so before."""
-        if self._holder is None:
-            return
-        node, host = self._config.node.id, self._holder.get("host")
-        where = f" on {quoted(host)[1:-1]}" if host else ""
-        raise BrokerError(
-            f"another daemon is called {node}{where}; stop it, or give this one another name"
-            f" ([node] id in hive.toml, or --node)"
-        )
-
-
-# ---- Requests: what may be asked of a node, as one table ---------------------------------
-#
-# The one way in for commands, whether they come through the control socket or run the node in
-# their own process.  Reads the journal and the members; what is to be sent it hands to the node.
-
-
-def pending_document(journal: Journal) -> dict[str, Any]:
-    """All that is not finished."""
-    tasks = [
-        {
-            "id": task.envelope.id,
-            "from": task.envelope.sender,
-            "ch": task.envelope.ch,
-            "action": task.envelope.action,
-            "agent": task.agent or None,
-            "began": task.began,
-            "since": task.envelope.ts,
-        }
-        for task in journal.tasks()[:MAX_ROWS]
-        if task.envelope
-    ]
-    outbox = [
-        {"topic": one.topic, "bytes": len(one.payload)}
-        for one in journal.next_outgoing(0, MAX_ROWS)
-    ]
-    return {
-        "questions": journal.pending_requests(),
-        "tasks": tasks,
-        "outbox": outbox,
-        "outbox_size": journal.outbox_size,
-    }
-
-
-def log_filters(value: object) -> dict[str, Any]:
-    """an object of ch, from, to, action, corr, since"""
-    if not isinstance(value, dict) or not value.keys() <= LOG_FILTERS.keys():
-        raise ValueError
-    for said in value.values():
-        word = isinstance(said, str) and (NAME.fullmatch(said) or ID.fullmatch(said))
-        if not word and bounded_number(said, 0, MAX_TS) is None:
-            raise ValueError
-    return value
-
-
-def row_number(value: object) -> int:
-    """a whole number from 0"""
-    return whole(value, 0, 2**53)
-
-
-def envelope_object(value: object) -> Envelope:
-    """an envelope: an object as in the protocol"""
-    if not isinstance(value, dict):
-        raise ValueError
-    return Envelope.check(value)
-
-
-class Requester(Protocol):
-    """Who asks: a connection to the control socket, or the command whose process this is."""
-
-    on_close: list[Callable[[], object]]
-
-    @property
-    def busy(self) -> bool: ...
-    def send(self, document: Mapping[str, Any]) -> None: ...
-
-
-class RequestField(Value):
-    """What a request may say, or must."""
-
-    check: Callable[[Any], Any]  # its docstring says what it takes
-    help: str
-    default: Any = None
-    required: bool = False
-
-    def read(self, name: str, value: object) -> Any:
-        """Its value, checked; raises UsageError."""
-        if value is None:
-            if self.required:
-                raise UsageError(f"{name}: missing")
-            return self.default
-        try:
-            return self.check(value)
-        except ValueError:
-            what = f"{quoted(value)} is not {self.check.__doc__}"
-            raise UsageError(f"{name}: {what}") from None
-
-
-def do_nothing() -> None:
-    """For whoever only wants a turn to end once more."""
-
-
-class Request(Value):
-    """One thing that may be asked: what answers it, what it is for, what it takes."""
-
-    run: Callable[..., dict[str, Any] | None]
-    help: str
-    fields: Mapping[str, RequestField] = {}
-    looks_back: bool = False  # the journal answers it, though no node runs
-
-    @classmethod
-    def find(cls, said: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
-        """What is asked, and its fields, checked; raises UsageError."""
-        do = said.get("do")
-        found = REQUESTS.get(do) if isinstance(do, str) else None
-        if found is None:
-            raise UsageError(f"{NO_SUCH_REQUEST}: {quoted(do)}")
-        return found, {name: one.read(name, said.get(name)) for name, one in found.fields.items()}
-
-
-class Requests:
-    """Answers what is asked of a node, some of it later."""
-
-    def __init__(
-        self,
-        node: str,
-        journal: Journal,
-        members: Members,
-        after_commit: Callable[[Callable[[], None]], None],
-        send: Callable[[Envelope], str],
-        connection: Callable[[], dict[str, Any]],
-    ) -> None:
-        """`send` gives why not, or nothing; `connection` tells how the node's one is."""
-        self._node, self._journal, self._members = node, journal, members
-        self._after_commit, self._send, self._connection = after_commit, send, connection
-        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
-        self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
-        self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
-
-    def handle(self, said: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
-        """Answer one request; None if that comes later."""
-        try:
-            request, given = Request.find(said)
-        except HiveError as error:
-            return {"error": str(error)}
-        if request.looks_back:
-            return request.run(self._journal, given)
-        return request.run(self, given, requester)
-
-    # -- what the table names --
-
-    def send(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
-        """A message to be sent."""
-        envelope: Envelope = given["envelope"]
-        if fault := self._objection(given, requester) or self._send(envelope):
-            return {"error": fault}
-        self._senders[envelope.id] = requester
-        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
-        connected = self._connection()["connected"]
-        self._after_commit(lambda: requester.send({"queued": True, "connected": connected}))
-        return None
-
-    def sent(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
-        """A message that the command is about to publish by itself."""
-        envelope: Envelope = given["envelope"]
-        if fault := self._objection(given, requester):
-            return {"error": fault}
-        self._journal.sent(envelope, time.time())
-        self._after_commit(lambda: requester.send({"ok": True}))
-        return None
-
-    def read(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
-        """An answer that the command has read by itself: it is no news when it comes here too."""
-        answer: Envelope = given["envelope"]
-        if requester not in self._listeners.get(answer.corr or "", ()):
-            return {"error": f"{answer.id}: this command does not wait for it"}
-        self._journal.record(Event.RECEIVED, answer, time.time(), AWAITED)
-        self._journal.resolve_request(answer.corr)
-        self._after_commit(lambda: requester.send({"ok": True}))
-        return None
-
-    def follow(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        """Show what there is, and from now on whatever is new."""
-        answer = log_page(self._journal, given)
-        last = answer["rows"][-1]["n"] if answer["rows"] else given["after"]
-        self._followers[requester] = (given["filters"], last)
-        requester.on_close.append(lambda: self._followers.pop(requester, None))
-        self._after_commit(do_nothing)
-        return answer
-
-    def states(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        return {**self._connection(), "states": self._members.documents("state")}
-
-    def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        return {**self._connection(), "rosters": self._members.documents("roster")}
-
-    def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        return {"node": self._node, "version": __version__}
-
-    def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
-        """Why this node does not send it; else who waits for its answers gets them from now on."""
-        envelope: Envelope = given["envelope"]
-        if envelope.sender != self._node:
-            return f"this is the daemon of {self._node}, not of {envelope.sender}"
-        if given["wait"]:
-            self._listen(envelope.exchange, requester)
-        return ""
-
-    def _listen(self, exchange: str, requester: Requester) -> None:
-        self._listeners.setdefault(exchange, []).append(requester)
-        requester.on_close.append(lambda: self._stop_listening(exchange, requester))
-
-    def _stop_listening(self, exchange: str, requester: Requester) -> None:
-        listeners = self._listeners[exchange]
-        listeners.remove(requester)
-        if not listeners:
-            del self._listeners[exchange]
-
-    # -- what the node reports --
-
-    def published(self, id: str, code: int, words: str) -> None:
-        """The broker has a message, or refused it; whoever sent it may still be there."""
-        requester = self._senders.pop(id, None)
-        if requester:
-            requester.send({"published": code, "words": words})
-
-    def heard(self, answer: Envelope) -> None:
-        """An answer has come, and is in the journal."""
-        for requester in [*self._listeners.get(answer.corr or "", ())]:
-            requester.send({"answer": answer.document()})
-
-    def waits(self, exchange: str | None) -> bool:
-        """Does somebody wait for the answers of this exchange?"""
-        return exchange in self._listeners
-
-    def show_news(self) -> None:
-        """Something was committed: whoever follows the log wants to see it."""
-        for requester, (filters, last) in [*self._followers.items()]:
-            if requester.busy:
-                continue  # it does not read; what it has not seen stays in the journal
-            newest = self._journal.newest
-            rows = self._journal.rows(filters, last) if newest > last else []
-            self._followers[requester] = (filters, rows[-1]["n"] if rows else newest)
-            if rows:
-                requester.send({"rows": rows})
-                self._after_commit(do_nothing)  # look again: there may be more than one page
-
-
-def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return journal.message(given["id"]) or {"error": "not known here"}
-
-
-def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": journal.exchange(given["id"], given["after"])}
-
-
-def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": journal.rows(given["filters"], given["after"], given["last"])}
-
-
-def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return pending_document(journal)
-
-
-NO_SUCH_REQUEST = "no such request"
-ID_FIELD = RequestField(identifier, "the id of a message", required=True)
-ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
-WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
-AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
-LOG_FIELDS = {
-    "filters": RequestField(log_filters, "only rows with this in them", {}),
-    "after": AFTER_FIELD,
-    "last": RequestField(row_number, "the last so many; 0 is all of them, page by page", 0),
-}
-REQUESTS = {
-    "send": Request(
-        Requests.send,
-        "send a message, and hear what the broker says of it",
-        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
-    ),
-    "sent": Request(
-        Requests.sent,
-        "take note of a message that a command publishes by itself",
-        {"envelope": ENVELOPE_FIELD, "wait": WAIT_FIELD},
-    ),
-    "read": Request(
-        Requests.read,
-        "take note of an answer that a command has read by itself",
-        {"envelope": ENVELOPE_FIELD},
-    ),
-    "states": Request(Requests.states, "how every node and agent is"),
-    "roster": Request(Requests.roster, "what every node can do"),
-    "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
-    "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
-    "log": Request(log_page, "what this node received, sent and did", LOG_FIELDS, looks_back=True),
-    "message": Request(message_row, "one message", {"id": ID_FIELD}, looks_back=True),
-    "exchange": Request(
-        exchange_page,
-        "all messages of the exchange that a message belongs to",
-        {"id": ID_FIELD, "after": AFTER_FIELD},
-        looks_back=True,
-    ),
-    "pending": Request(pending_page, "what is not answered, done or delivered", looks_back=True),
-}
-
-
-# ---- Node: what comes in, what goes out, the end of a turn -------------------------------
-#
-# Decides nothing about a message by itself: asks decide(), then performs it.  What came in one
-# turn of the loop is committed at its end; only then is it acknowledged, answered or published.
-# Knows no handler, no agent, no broker: for a daemon Work and Members stand beside it.
-
-MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, too large, no disk
-
-
-def hive_of(config: Config) -> str:
-    """Which hive a configuration means: where its broker is, and its prefix."""
-    return f"{config.mqtt.address if config.mqtt.named else 'ours'} {config.topics.prefix}"
-
-
-class Worker:
-    """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
-
-    def __init__(self) -> None:
-        self.agents: tuple[str, ...] = ()
-        self.handlers: Mapping[str, Path] = {}
-
-    def look_again(self) -> None:
-        """An action is not known: a handler for it may have been put there just now."""
-
-    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
-        """Run the handler of a message's action; `row` is the message's in the journal."""
-
-    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
-        """Say a message to agents."""
-
-
-class Node:
-    """The messages of one name: a daemon's, or those of one command."""
-
-    def __init__(self, config: Config, loop: Loop, log: Log, journal: Journal) -> None:
-        self.config, self.loop, self.log, self.journal = config, loop, log, journal
-        self.name, self.topics = config.node.id, config.topics
-        self.connected = self.stopping = False
-        self.heard_all = False  # since it is connected: how all others are
-        self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
-        self._seen_broker = 0.0  # when it last was, on the loop's clock
-        self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
-        self.worker = Worker()
-        self.members = Members(config, loop, log, self.send, self.publish, self._probe)
-        self._rate_limit = RateLimit()
-        self.requests = Requests(
-            self.name,
-            journal,
-            self.members,
-            self.settle_soon,
-            self._send_for_command,
-            self._connection,
-        )
-        self._settling = False
-        self._when_safe: list[Callable[[], None]] = []
-        self._overdue: Timer | None = None
-
-    def attach(self, client: Transport) -> None:
-        """From now on messages go out by this client."""
-        self._client = client
-        client.use_outbox(self.journal, self.published)
-
-    def start(self) -> None:
-        """Look after the journal from now on."""
-        self._tend_journal()
-        self._watch_questions()
-
-    def link_up(self, mqtt: MqttConfig) -> None:
-        self.connected, self._mqtt, self._fault = True, mqtt, ""
-        self.members.grant_grace(self.loop.clock())
-        self.settle_soon()
-
-    def all_heard(self) -> None:
-        """How all others are has been heard by now."""
-        self.heard_all, self._seen_broker = True, self.loop.clock()
-
-    def link_down(self, mqtt: MqttConfig, reason: str) -> None:
-        if self.connected:
-            self._seen_broker = self.loop.clock()
-        self.connected = self.heard_all = False
-        self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
-        self.members.doubt_losses()
-
-    def _connection(self) -> dict[str, Any]:
-        """How this node's way to the broker is, for its commands.
-
-        A broker that hangs is known by our own state, which does not come back.
-        """
-        own, fault = self.config.heartbeat, self._fault
-        silence = self.loop.clock() - self._seen_broker
-        hangs = self.heard_all and is_overdue(silence, own.interval, own.miss_threshold + 1)
-        if hangs:
-            fault = str(broker_fault(self._mqtt, f"no answer for {silence:.0f} s"))
-        return {
-            "hive": hive_of(self.config),
-            "broker": self._mqtt.address,
-            "connected": self.connected and not hangs,
-            "complete": self.heard_all,
-            "fault": fault,
-            "age": silence if fault else 0.0,  # of what is known
-        }
-
-    def publish(self, message: OutgoingMessage) -> None:
-        """Send what need not be in the journal."""
-        self._client.publish(message)
-
-    def _probe(self, done: Callable[[bool], None]) -> None:
-        self._client.probe(done)
-
-    # -- the end of a turn --
-
-    def settle_soon(self, then: Callable[[], None] | None = None) -> None:
-        """Commit at the end of this turn of the loop, and call back when that is done."""
-        if then:
-            self._when_safe.append(then)
-        if not self._settling:
-            self._settling = True
-            self.loop.after(0, self.settle)
-
-    def settle(self) -> None:
-        """Make it last; then tell the broker and others that it is safe with us."""
-        self._settling = False
-        self.journal.commit()
-        calls, self._when_safe = self._when_safe, []
-        for call in calls:
-            call()
-        self._client.send_queued()
-        self.requests.show_news()
-
-    def _tend_journal(self) -> None:
-        """Now and then, in small steps."""
-        self.journal.return_to_disk()
-        more = self.journal.prune(time.time())
-        self.settle_soon()
-        self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._tend_journal)
-
-    # -- what comes in --
-
-    def deliver(self, delivery: IncomingMessage) -> None:
-        if self.stopping:
-            return  # not acknowledged: it comes again when this node does
-        meta = self.topics.meta_of(delivery.topic)
-        if meta:
-            name, document = meta
-            if document in ("state", "roster"):
-                self.members.hear_document(name, document, delivery)
-            if meta == (self.name, "state") and not delivery.retained:
-                self.all_heard()  # our own, which we publish last
-            return
-        self.counts["received"] += 1
-        try:
-            envelope = Envelope.parse(delivery.payload)
-        except EnvelopeError as error:
-            self.counts["invalid"] += 1
-            self._log_limited("not an envelope", topic=delivery.topic, why=error)
-            return self.settle_soon(delivery.ack)
-        what, row = self._receive(envelope, delivery)
-        if what is SIGN_OF_LIFE:
-            delivery.ack()  # there is nothing to commit, and no turn is cheaper than none
-        else:
-            self.settle_soon(delivery.ack)
-        self._perform(what, envelope, row, self._time_left(envelope, delivery))
-
-    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
-        """Decide what to do with it; its row in the journal, if it has one now."""
-        reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
-        if not reason and delivery.expires_in is None and envelope.stale(time.time()):
-            reason = "its time to live is over"
-        if envelope.action and envelope.action not in self.worker.handlers and not reason:
-            self.worker.look_again()
-        what = Decision(Do.DROP, reason) if reason else decide(envelope, self.context())
-        row = 0
-        if what.do not in (Do.HEAR, Do.DROP):
-            note, content = "" if what.do is Do.WAKE else what.reason, delivery.payload.decode()
-            row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
-            what = what if row else SEEN_BEFORE
-        self._log_message(envelope, what)
-        if row:
-            self._take_note(envelope)
-        return what, row
-
-    def _take_note(self, envelope: Envelope) -> None:
-        """What a new message means to those who wait, whatever is done with it."""
-        if envelope.ch == "alert" and envelope.to == EVERYONE:
-            self.members.mark_announced(envelope.exchange)
-        if CHANNELS[envelope.ch].wake is Wake.UNLESS_AWAITED and envelope.corr:
-            self.journal.resolve_request(envelope.corr)
-            self.settle_soon(lambda: self.requests.heard(envelope))
-
-    def context(self) -> RoutingContext:
-        return RoutingContext(
-            node=self.name,
-            agents=self.worker.agents,
-            handlers=self.worker.handlers,
-            expects=self.requests.waits,
-        )
-
-    def _log_message(self, envelope: Envelope, what: Decision) -> None:
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
-        facts |= {"to": envelope.to, "action": envelope.action}
-        match what.do:
-            case Do.DROP:
-                self.counts["dropped"] += 1
-                say = self.log.debug if what == SEEN_BEFORE else self._log_limited
-                say("dropped", **facts, why=what.reason)
-            case Do.HEAR:
-                self.log.debug("received", **facts)
-            case _:
-                idle = what.do is Do.NOTE and not envelope.urgent  # the journal has it
-                say = self.log.debug if idle else self.log.info
-                note = what.reason if what.do in (Do.NOTE, Do.REFUSE) else None
-                say("received", **facts, note=note)
-                self.log.debug("text", id=envelope.id, text=envelope.text)
-
-    def _log_limited(self, event: str, **facts: object) -> None:
-        """Warn of what a peer did, a few times a minute: the log must not grow at its will."""
-        kind = f"{event}: {facts['why']}" if event == "dropped" else event
-        say = (
-            self.log.warning if self._rate_limit.allow(kind, self.loop.clock()) else self.log.debug
-        )
-        say(event, **facts)
-
-    def _perform(self, what: Decision, envelope: Envelope, row: int, left: float | None) -> None:
-        """Do it, within the seconds that are left."""
-        until = None if left is None else time.time() + left
-        match what.do:
-            case Do.RUN | Do.WAKE if self.journal.full:
-                self.refuse(envelope, "busy: the journal is full of what is not done yet")
-            case Do.RUN:
-                self.worker.run(envelope, row, until)
-            case Do.WAKE:
-                self.worker.wake(envelope, row, what, until)
-            case Do.HEAR:
-                self.members.hear(envelope)
-            case Do.REFUSE:
-                self.refuse(envelope, what.reason)
-            case Do.NOTE | Do.DROP:
-                pass
-            case _:
-                assert_never(what.do)
-
-    def _time_left(self, envelope: Envelope, delivery: IncomingMessage) -> float | None:
-        """Seconds until a message is stale; the broker's word counts more than the peer's clock."""
-        if not envelope.ttl:
-            return None
-        if delivery.expires_in is not None:
-            return max(1.0, delivery.expires_in)
-        return max(1.0, envelope.ts + envelope.ttl - time.time())
-
-    def tell_own_agents(self, envelope: Envelope, note: str) -> None:
-        """Something that this node itself has to say."""
-        row = self.journal.record(Event.RECEIVED, envelope, time.time(), note)
-        agents = self.context().addressed(self.name)
-        if row and agents:
-            self._perform(Decision(Do.WAKE, note, agents, now=True), envelope, row, None)
-        self.settle_soon()
-
-    # -- what goes out --
-
-    def send(self, envelope: Envelope) -> None:
-        """Publish an envelope, now or when the broker is back."""
-        fault = self._post(envelope)
-        if fault:
-            self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
-
-    def refuse(self, envelope: Envelope, reason: str) -> None:
-        """Tell the sender that it was not done, if its message may cause an answer at all."""
-        if CHANNELS[envelope.ch].handler:
-            what = envelope.action or "message"
-            text = f"{self.name}: {what} refused: {reason}"
-            self.send(envelope.reply(self.name, text, ch="alert"))
-
-    def keep_result(self, envelope: Envelope, result: Mapping[str, object]) -> None:
-        """Publish what a handler gave, for whoever comes later."""
-        if self.journal.outbox_full:
-            self.log.error("result not published", id=envelope.id, why="too much waits already")
-        else:
-            topic = self.topics.meta(self.name, str(result["action"]))
-            self.journal.enqueue(topic, encode_json(result), retain=True)
-
-    def _send_for_command(self, envelope: Envelope) -> str:
-        """Send for somebody at the command line, who may expect an answer; why not, if so."""
-        if self.stopping:
-            return "the daemon is stopping"
-        if self.journal.outbox_full:
-            return f"{self.journal.outbox_size} messages wait for the broker already"
-        fault = self._post(envelope, ask=CHANNELS[envelope.ch].handler)
-        if envelope.ttl:
-            self._watch_questions()
-        return fault
-
-    def _post(self, envelope: Envelope, ask: bool = False) -> str:
-        """Into the journal and the outbox, once; why not, if so."""
-        if self.journal.outbox_full:
-            return "too much waits for the broker"
-        now, payload = time.time(), envelope.encode()
-        row = self.journal.record(Event.SENT, envelope, now, content=payload.decode())
-        if row is None:
-            return f"{envelope.id} was handed in before"
-        until = now + envelope.ttl if envelope.ttl else None
-        self.journal.enqueue(self.topics.of(envelope), payload, message=row, until=until)
-        if ask:
-            self.journal.add_pending_request(envelope, row)
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
-        self.log.info("sent", **facts, corr=envelope.corr)
-        self.settle_soon()
-        return ""
-
-    def published(self, message: OutgoingMessage, code: int, words: str) -> None:
-        """The broker has it, or never will."""
-        self.settle_soon()
-        if message.id is None:
-            return
-        failed = is_failure(code)
-        if failed or code == NO_SUBSCRIBERS:
-            envelope = Envelope.parse(message.payload)  # as it was encoded here
-            if failed:
-                facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
-                self.log.error("not published", **facts, to=envelope.to, why=words)
-            what = f"not published: {words.lower()}" if failed else "nobody listens there"
-            self.journal.record_result(envelope, time.time(), what)
-            self.journal.resolve_request(envelope.exchange)  # nobody will answer
-        self.requests.published(message.id, code, words)
-
-    # -- what nobody answered --
-
-    def _watch_questions(self) -> None:
-        """Look at the questions again when the next one is overdue, or in a minute."""
-        if self._overdue:
-            self._overdue.cancel()
-            self._overdue = None
-        due = self.journal.next_due()
-        if due is not None and not self.stopping:
-            wait = min(max(due - time.time(), 0.0) + 0.1, 60.0)
-            self._overdue = self.loop.after(wait, self._check_questions)
-
-    def _check_questions(self) -> None:
-        """Whoever asked, and does not wait any more, is told that nobody answered in time."""
-        now = time.time()
-        for request in self.journal.pending_requests(due=now):
-            self.journal.resolve_request(request["id"])
-            if not self.requests.waits(request["id"]):
-                asked = f"{now - request['asked']:.0f} s ago"
-                text = f"no answer from {request['to']} to what was asked {asked}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=request["id"])
-                self.log.warning("no answer", id=request["id"], to=request["to"])
-                self.tell_own_agents(alert, "its time to live was over")
-        self.settle_soon()
-        self._watch_questions()
-
-
-# ---- Work: who runs next, what became of it, and what agents say -------------------------
-#
-# Handlers, agents and the schedule of a daemon.  Knows of its node only how to say something;
-# what it owes is in the journal, so that it goes on after a crash.
-
-LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
-MAX_RUNS_WAITING = 1000
-FIRST_RUN = 10.0  # seconds after the start, for what has never run
-
-
-class ScheduledRun:
-    """One handler that runs by itself, when it last did, and how that ended."""
-
-    def __init__(self, config: ScheduleConfig) -> None:
-        self.config = config
-        self.next = 0.0  # Unix seconds
-        self.last = 0.0  # 0: never
-        self.ok: bool | None = None  # how it ended; None: not known
-        self.running = False
-
-    @property
-    def key(self) -> str:
-        """What tells it from all others, over restarts too."""
-        return f"schedule {self.config.action} {self.when} {self.config.text}"
-
-    @property
-    def when(self) -> str:
-        return self.config.at or f"every {self.config.every:g}s"
-
-    def plan(self, now: float, chance: float) -> None:
-        """Work out the next run; `chance` from 0 to 1 is for the jitter."""
-        if self.config.at:
-            due = next_at(self.config.at, self.last or now)
-        elif self.last:
-            due = self.last + (self.config.every or 0)
-        else:
-            due = now + min(FIRST_RUN, self.config.every or 0)
-        self.next = max(due, now) + chance * self.config.jitter
-
-    def due(self, now: float) -> bool:
-        """Is it time?  A clock that was put back must not silence it."""
-        if self.config.every and self.next - now > self.config.every + self.config.jitter:
-            self.next = now
-        return now >= self.next and not self.running
-
-    def begin(self, now: float) -> None:
-        self.running, self.last = True, now
-
-    def end(self, ok: bool) -> str | None:
-        """Take note of how it ended; what the agent should be told, if anything."""
-        before, self.ok, self.running = self.ok, ok, False
-        words = "is failing" if not ok else "is well again" if before is False else "is well"
-        tell = {
-            "always": True,
-            "never": False,
-            "failure": not ok,
-            "change": ok is False if before is None else ok != before,
-        }
-        return words if tell[self.config.notify] else None
-
-    def document(self) -> dict[str, object]:
-        """What the roster says of it."""
-        return {
-            "action": self.config.action,
-            "when": self.when,
-            "notify": self.config.notify,
-            "last": int(self.last) or None,
-            "next": int(self.next),
-            "ok": self.ok,
-        }
-
-
-def next_at(at: str, after: float) -> float:
-    """The first time that a local clock shows `at` after a moment; Unix seconds."""
-    hour, minute = map(int, at.split(":"))
-    day = time.localtime(after)
-    for days in (0, 1, 2):
-        # mktime finds its way over the ends of months and daylight saving time
-        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
-        if (due := time.mktime(moment)) > after:
-            return due
-    raise AssertionError("no day has this time")
-
-
-class HandlerRun(Value):
-    """A message that waits for its handler."""
-
-    envelope: Envelope
-    action: str
-    until: float = float("inf")  # monotonic; then it is stale
-    task: int = 0  # its number in the journal, if somebody else waits for it
-    scheduled: ScheduledRun | None = None  # who asked, if nobody did from outside
-
-
-class HandlerQueue:
-    """Who runs next: in order, so many at once in all, and so many of each action."""
-
-    def __init__(self, workers: int, workers_of: Callable[[str], int]) -> None:
-        self._workers, self._workers_of = workers, workers_of
-        self._waiting: deque[HandlerRun] = deque()
-        self._running: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def put(self, run: HandlerRun) -> bool:
-        """Wait in line; False if the line is too long."""
-        if len(self._waiting) >= MAX_RUNS_WAITING:
-            return False
-        self._waiting.append(run)
-        return True
-
-    def take(self) -> HandlerRun | None:
-        """The next one that may run now; give its action back with done()."""
-        if self.running >= self._workers:
-            return None
-        for i, run in enumerate(self._waiting):
-            running = self._running.get(run.action, 0)
-            if running < self._workers_of(run.action):
-                del self._waiting[i]
-                self._running[run.action] = running + 1
-                return run
-        return None
-
-    @property
-    def running(self) -> int:
-        """How many run now."""
-        return sum(self._running.values())
-
-    def done(self, action: str) -> None:
-        self._running[action] -= 1
-        if not self._running[action]:
-            del self._running[action]
-
-    def clear(self) -> list[HandlerRun]:
-        """Send them all home; who they were."""
-        left, self._waiting = [*self._waiting], deque()
-        return left
-
-
-class Work(Worker):
-    """What one machine can do: its handlers, its agents, its schedule."""
-
-    def __init__(self, node: Node, changed: Callable[[], None]) -> None:
-        """Calls `changed` when its roster has to say something else."""
-        super().__init__()
-        self._node, self._changed = node, changed
-        self._config, self._loop, self._log = node.config, node.loop, node.log
-        self._journal = node.journal
-        self._children = ChildProcesses(node.loop)
-        self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
-        self._handler_set = HandlerSet()
-        self._looked = float("-inf")
-        self._agents = {
-            name: Agent(node.loop, self._children, one, self)
-            for name, one in node.config.agents.items()
-        }
-        self.agents = tuple(self._agents)
-        self._schedule = [ScheduledRun(one) for one in node.config.schedule]
-
-    def start(self) -> None:
-        """Begin, with what was not finished when the daemon ended."""
-        self.look_for_handlers()
-        for agent in self._agents.values():
-            agent.probe()
-        self.take_up()
-        self._start_schedule()
-
-    def stop(self) -> list[Envelope]:
-        """Begin nothing any more; which messages wait.  What runs may end."""
-        waiting = [run.envelope for run in self._queue.clear() if run.task]
-        for agent in self._agents.values():
-            waiting += [event.envelope for event in agent.stop()]
-        return waiting
-
-    def end_handlers(self) -> None:
-        """No handler has any more time."""
-        self._children.stop()
-
-    def kill(self) -> None:
-        """Leave nothing running behind."""
-        self._children.kill()
-
-    @property
-    def running(self) -> int:
-        """How many handlers run."""
-        return self._queue.running
-
-    @property
-    def busy(self) -> bool:
-        """Does anything run, or is an agent being called?"""
-        return bool(self.running) or any(agent.calling for agent in self._agents.values())
-
-    def status(self) -> OwnStatus:
-        """What there is to tell of it."""
-        health = {
-            name: {"status": agent.health.value, "reason": agent.reason}
-            for name, agent in self._agents.items()
-        }
-        down = [
-            f"agent {name}: {agent.reason}"
-            for name, agent in self._agents.items()
-            if agent.health is Health.DOWN
-        ]
-        trouble = "; ".join(down + ([] if self._journal.on_disk else ["no journal on disk"]))
-        schedule = [one.document() for one in self._schedule]
-        return OwnStatus(health, [*self.handlers], schedule, trouble)
-
-    def take_up(self) -> None:
-        """Go on with what was not finished when the daemon ended."""
-        tasks = self._journal.tasks()
-        if tasks:
-            self._log.info("taking up what was not finished", tasks=len(tasks))
-        for task in tasks:
-            if task.agent:
-                self._tell_again(task)
-            else:
-                self._run_again(task)
-
-    def _tell_again(self, task: Task) -> None:
-        note = UNCERTAIN_NOTE if task.began else task.note
-        if task.agent in self._agents:
-            self._wake(task, note)
-        else:
-            self._journal.remove_task(task.n)
-            reason = f"{self._node.name} has no agent {task.agent} any more"
-            self._node.refuse(task.envelope, reason)
-
-    def _run_again(self, task: Task) -> None:
-        """Run it, unless it may have run: that is for whoever sent it to decide."""
-        envelope = task.envelope
-        run = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
-        if task.began and not self._handler_config(run.action).retry:
-            fault = "the daemon ended meanwhile"
-            self._finish(run, ProcessResult(exit=None, cancelled=True, fault=fault))
-        else:
-            self._enqueue(run)
-
-    def _deadline(self, until: float | None) -> float:
-        """Unix seconds as seconds of the loop's clock."""
-        return float("inf") if until is None else self._loop.clock() + until - time.time()
-
-    # -- handlers --
-
-    def run(self, envelope: Envelope, row: int, until: float | None) -> None:
-        task = self._journal.add_task(row, until=until)
-        self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
-
-    def _handler_config(self, action: str) -> HandlerConfig:
-        return self._config.handlers.get(action, HandlerConfig())
-
-    def _workers_of(self, action: str) -> int:
-        return self._handler_config(action).workers
-
-    def _enqueue(self, run: HandlerRun) -> None:
-        if self._queue.put(run):
-            self._run_handlers()
-        else:
-            self._journal.remove_task(run.task)
-            self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
-
-    def _run_handlers(self) -> None:
-        while run := self._queue.take():
-            self._start_handler(run)
-
-    def _start_handler(self, run: HandlerRun) -> None:
-        file = self.handlers.get(run.action, self._config.handler_dir / run.action)
-        done = partial(self._ran, run)
-        objection = objection_to(file)  # it may have changed since it was found
-        if run.until < self._loop.clock():
-            objection = "its time to live was over before its turn came"
-        if objection:
-            self._loop.after(0, partial(done, ProcessResult(exit=None, fault=objection)))
-            return
-        agents = self._node.context().addressed(run.envelope.to)
-        agent = self._config.agents[agents[0]] if agents else None
-        self._log.info("handler started", action=run.action, id=run.envelope.id)
-        if run.task:
-            self._journal.start_tasks([run.task])
-        self._children.start(handler_spec(self._config, file, run.envelope, agent), done)
-
-    def _ran(self, run: HandlerRun, result: ProcessResult) -> None:
-        self._queue.done(run.action)
-        self._node.counts["runs"] += 1
-        self._node.counts["failures"] += not result.ok
-        if result.cancelled and run.task and self._handler_config(run.action).retry:
-            self._journal.reset_tasks([run.task])  # it runs again at the next start
-        else:
-            self._finish(run, result)
-        if not self._node.stopping:
-            self._run_handlers()
-
-    def _finish(self, run: HandlerRun, result: ProcessResult) -> None:
-        """Tell everyone whom it concerns how a handler ended."""
-        envelope = run.envelope
-        document = result_document(envelope, self._node.name, result, time.time())
-        status, took, error = document["status"], document["duration_ms"], document["error"]
-        say = self._log.info if result.ok else self._log.warning
-        facts: dict[str, object] = {"action": run.action, "id": envelope.id, "status": status}
-        say("handler ended", **facts, exit=result.exit, ms=took, why=error or None)
-        words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
-        self._journal.record_result(envelope, time.time(), words)
-        self._node.keep_result(envelope, document)
-        if run.scheduled:
-            self._scheduled_run_ended(run.scheduled, envelope, result)
-        else:
-            self._node.send(answer_to(envelope, self._node.name, result))
-        if run.task:
-            self._journal.remove_task(run.task)
-        self._node.settle_soon()
-
-    def look_again(self) -> None:
-        now = self._loop.clock()
-        if now - self._looked >= LOOK_GAP:
-            self._looked = now
-            if self.look_for_handlers():
-                self._changed()
-
-    def look_for_handlers(self) -> bool:
-        """Read the handler directory again; is anything different?"""
-        before, self._handler_set = self._handler_set, scan_handlers(self._config.handler_dir)
-        self.handlers = self._handler_set.handlers
-        if before.handlers.keys() != self.handlers.keys():
-            actions = ",".join(self.handlers)
-            self._log.info("handlers", dir=self._config.handler_dir, actions=actions)
-        for file, reason in self._handler_set.refused.items():
-            if before.refused.get(file) != reason:
-                self._log.warning("not a handler", file=file, why=reason)
-        return before != self._handler_set
-
-    # -- schedule --
-
-    def _start_schedule(self) -> None:
-        import random
-
-        now = time.time()
-        for one in self._schedule:
-            known = self._journal.get(one.key)
-            last, ok = known.get("last"), known.get("ok")
-            one.last = last if isinstance(last, float) and last < now else 0.0
-            one.ok = ok if isinstance(ok, bool) else None
-            one.plan(now, random.random())
-        if self._schedule:
-            self._run_due()
-
-    def _run_due(self) -> None:
-        """Run what is due; look again at the next one's time, or in a minute: clocks are put."""
-        now = time.time()
-        for one in self._schedule:
-            if one.due(now) and not self._node.stopping:
-                self._run_scheduled(one, now)
-        nearest = min(one.next for one in self._schedule)
-        self._loop.after(min(max(nearest - now, 0.1), 60.0), self._run_due)
-
-    def _run_scheduled(self, one: ScheduledRun, now: float) -> None:
-        import random
-
-        name, action = self._node.name, one.config.action
-        envelope = Envelope.new(name, name, "command", one.config.text, action=action)
-        if not self._queue.put(HandlerRun(envelope, action, scheduled=one)):
-            self._log.warning("not run", action=action, why="too many handlers wait")
-            return
-        one.begin(now)
-        one.plan(now, random.random())
-        self._run_handlers()
-
-    def _scheduled_run_ended(
-        self, one: ScheduledRun, envelope: Envelope, result: ProcessResult
-    ) -> None:
-        """Write down how it ended; wake the agent if that is news."""
-        if result.cancelled:
-            return
-        words = one.end(result.ok)
-        self._journal.put(one.key, {"last": one.last, "ok": one.ok})
-        self._changed()
-        if words and not self._node.stopping:
-            said = printed(result) if result.ok else failure(result)
-            text = cut(f"{one.config.action} {words}: {said}", MAX_ERROR)
-            ch = "status" if result.ok else "alert"
-            self._node.tell_own_agents(envelope.reply(self._node.name, text, ch=ch), "scheduled")
-
-    # -- agents --
-
-    def wake(self, envelope: Envelope, row: int, what: Decision, until: float | None) -> None:
-        for agent in what.agents:
-            n = self._journal.add_task(row, agent, until, what.now, what.reason)
-            task = Task(n, envelope, agent, until, what.now, what.reason, began=False)
-            self._wake(task, what.reason)
-
-    def _wake(self, task: Task, note: str) -> None:
-        """Let an agent know, with the question of ours that it answers."""
-        envelope = task.envelope
-        entry = self._journal.message(envelope.exchange) if envelope.corr else None
-        asked = entry["envelope"] if entry else None
-        question = asked["text"][:MAX_QUESTION] if asked else ""
-        latest = self._loop.clock() + self._config.node.agent_patience
-        deadline = min(self._deadline(task.until), latest)
-        event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
-        self._agents[task.agent].wake(event)
-
-    def agent_begins(self, group: Sequence[PendingEvent]) -> None:
-        """It is being told: if we crash now, nobody knows whether it was."""
-        self._journal.start_tasks(event.task for event in group if event.task)
-
-    def agent_failed(self, group: Sequence[PendingEvent]) -> None:
-        """It will be told again: now, or at the next start if there is a disk."""
-        self._journal.reset_tasks(one.task for one in group if one.task and not one.uncertain)
-        if self._node.stopping and not self._journal.on_disk:
-            for event in group:
-                self._node.refuse(event.envelope, "the node is stopping")
-        self._node.settle_soon()
-
-    def agent_woken(self, agent: str, event: PendingEvent, reply: str | None) -> None:
-        """It was; its reply, where the method has one, is the answer."""
-        self._journal.record_result(event.envelope, time.time(), f"told {agent}")
-        if event.task:
-            self._journal.remove_task(event.task)
-        if reply is not None and CHANNELS[event.envelope.ch].handler:
-            self._node.send(event.envelope.reply(self._node.name, reply))
-        self._node.settle_soon()
-
-    def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
-        self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
-        if event.task:
-            self._journal.remove_task(event.task)
-        self._node.refuse(event.envelope, f"agent {agent} was not told: {reason}")
-        self._node.settle_soon()
-
-
-# ---- Daemon: comes and goes --------------------------------------------------------------
-#
-# Wires the above for as long as the machine runs: finds the broker and makes sure of the name,
-# shows that it is alive, opens the door for commands, ends in order.
-
-STOP_GRACE = 3.0  # seconds that running handlers get when the daemon is told to stop
-DISCONNECT_TIMEOUT = 2.0  # seconds for the last messages
-
-
-class Daemon:
-    """One machine's node."""
-
-    def __init__(
-        self,
-        config: Config,
-        loop: Loop,
-        log: Log,
-        journal: Journal,
-        instance: str,
-        predecessor: str,
-        make_client: Callable[[Config, OutgoingMessage], Transport],
-    ) -> None:
-        """`instance` tells this run of the daemon from all others."""
-        self.config, self.loop, self.log = config, loop, log
-        self._instances = (instance, predecessor)
-        self.node = node = Node(config, loop, log, journal)
-        self.work = node.worker = Work(node, lambda: self._presence.publish_roster())
-        self._presence = node.members.presence = Presence(
-            config,
-            loop,
-            instance,
-            node.publish,
-            self.work.status,
-            node.members.alive,
-            node.counts,
-        )
-        self._service = ServiceManager(loop, os.environ)
-        self._hosting, self._mqtt = BrokerHost(config, loop, log), config.mqtt
-        self._control: ControlServer | None = None
-        self._outage = False
-        self._client = make_client(config, self._presence.will())
-        node.attach(self._client)
-
-    def start(self) -> None:
-        """Begin; the loop does the rest."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.on_signal(number, self.stop)
-        self.loop.on_signal(signal.SIGHUP, self._reread)
-        self._open_control_socket()
-        self.work.start()
-        self._client.open(self)
-        self._heartbeat()
-        self.node.start()
-        self._service.notify("READY=1", "STATUS=looking for the broker")
-
-    def _open_control_socket(self) -> None:
-        file = control_socket_path(self.config)
-        try:
-            self._control = ControlServer(self.loop, file, self.node.requests.handle)
-        except OSError as error:
-            self.log.error("no door for the command line", file=file, why=reason_of(error))
-
-    def _reread(self) -> None:
-        """Look into the handler directory again, because somebody asked."""
-        self._service.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        self.work.look_for_handlers()
-        self._presence.publish_roster()
-        self._service.notify("READY=1")
-
-    def _heartbeat(self) -> None:
-        """Every interval: see what has changed here, show that we are alive, see who is not."""
-        self.loop.after(self.config.heartbeat.interval, self._heartbeat)
-        if self.node.stopping:
-            return
-        if self.work.look_for_handlers():
-            self._presence.publish_roster()
-        if self.node.connected:
-            self._presence.beat()
-            self.node.members.check(self.loop.clock())
-
-    # -- the broker --
-
-    def before_connecting(self, go_on: Callable[[], None]) -> None:
-        heartbeat = self._presence.heartbeat(self.node.name)
-        NameConflictCheck(
-            self.loop, self.config, self._instances, heartbeat, go_on, self.link_down, self._aim
-        )
-
-    def _aim(self, client: MqttClient, go_on: Callable[[], None]) -> None:
-        """Find the broker before each connection: the one that was there may be gone for good."""
-
-        def found(mqtt: MqttConfig) -> None:
-            self._mqtt = mqtt
-            client.set_broker(mqtt)
-            self._client.set_broker(mqtt)
-            go_on()
-
-        self._hosting.find(found)
-
-    def link_up(self) -> None:
-        self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
-        self._outage = False
-        self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
-        self.node.link_up(self._mqtt)
-        self._presence.begin()
-
-    def link_down(self, reason: str) -> None:
-        self.node.link_down(self._mqtt, reason)
-        self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
-        say = self.log.debug if self._outage else self.log.error
-        say("no broker, trying again", broker=self._mqtt.address, why=reason)
-        self._outage = True
-
-    def deliver(self, delivery: IncomingMessage) -> None:
-        self.node.deliver(delivery)
-
-    # -- the end --
-
-    def stop(self) -> None:
-        """End in order: running handlers get a moment; what waits goes on at the next start."""
-        if self.node.stopping:
-            self.work.end_handlers()
-            return
-        self.node.stopping = True
-        self._service.notify("STOPPING=1", "STATUS=stopping")
-        self.node.members.stop()
-        self.log.info("stopping", handlers=self.work.running)
-        waiting = self.work.stop()
-        if not self.node.journal.on_disk:
-            for envelope in waiting:
-                self.node.refuse(envelope, "the node is stopping")
-        self.loop.after(STOP_GRACE, self.work.end_handlers)
-        self._leave_when_idle()
-
-    def _leave_when_idle(self) -> None:
-        if self.work.busy:
-            self.loop.after(0.05, self._leave_when_idle)
-            return
-        self.node.settle()
-        self._presence.end()
-        self._client.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
-
-    def abandon(self) -> None:
-        """Leave nothing running behind, whatever ended the loop."""
-        self.work.kill()
-        self._hosting.close()
-        if self._control:
-            self._control.close()
-
-
 # ---- Output: rows to a table or to JSON --------------------------------------------------
 #
 # Returns strings.  Whatever a peer wrote is made harmless for a terminal.
@@ -8437,6 +8945,9 @@ COLOURS = {
     **dict.fromkeys(("stale", "degraded", "warn"), YELLOW),
     **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
 }
+TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
+MAX_ALERT_LINES = 6  # of an alert in the log
+ID_SHOWN = 8  # characters of an id, which are enough to ask for it
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 
@@ -8450,6 +8961,12 @@ def printable(value: object, limit: int = 60) -> str:
 def for_terminal(text: str) -> str:
     """A peer's text with its lines, without control sequences."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def escape_unprintable(document: str) -> str:
+    """JSON that says the same, without anything that could move a terminal's cursor."""
+    safe = (c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in document)
+    return "".join(safe).replace("\x7f", "\\u007f")
 
 
 def for_people(value: object) -> str:
@@ -8520,6 +9037,8 @@ def status_row(
         for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
     }
     version, reason = state.get("version"), state.get("reason")
+    if status == "stale":
+        reason = f"no word for {for_people(age)}" if age else "no word yet"
     return StatusRow(
         name=name,
         node=node if isinstance(node, str) and NAME.fullmatch(node) else name,
@@ -8537,13 +9056,27 @@ def status_row(
 def status_rows(
     states: Mapping[str, Mapping[str, Any]], heartbeat: HeartbeatConfig, now: float
 ) -> list[StatusRow]:
-    """Every node with its agents below it; an agent is no better than its node."""
+    """Every node with its agents below it, trouble first; an agent is no better than its node."""
     rows = {name: status_row(name, state, heartbeat, now) for name, state in states.items()}
     for name, row in rows.items():
         node = rows.get(row.node, row)
         if not node.alive:
             rows[name] = row.replace(status=node.status)
-    return sorted(rows.values(), key=lambda row: (row.node, not row.is_node, row.name))
+
+    def place(row: StatusRow) -> tuple[object, ...]:
+        status = rows.get(row.node, row).status
+        rank = TROUBLE_FIRST.index(status) if status in TROUBLE_FIRST else 0
+        return rank, row.node, not row.is_node, row.name
+
+    return sorted(rows.values(), key=place)
+
+
+def status_summary(rows: Sequence[StatusRow]) -> str:
+    """How many nodes there are, and how they are, on one line."""
+    nodes = [row.status for row in rows if row.is_node]
+    known = [*reversed(TROUBLE_FIRST), *sorted({*nodes} - {*TROUBLE_FIRST})]
+    counts = ", ".join(f"{nodes.count(one)} {one}" for one in known if one in nodes)
+    return f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}: {counts}"
 
 
 def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
@@ -8626,10 +9159,29 @@ def row_text(row: Mapping[str, Any]) -> str:
     return str(said or row["note"])
 
 
+def log_lines(row: Mapping[str, Any], width: int) -> str:
+    """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
+
+    The text of an alert goes on below, because its cause stands at the end.  That it was told to
+    an agent is no news; `show` has it.
+    """
+    if row["ch"] == "alert" and row["event"] == "did" and str(row["note"]).startswith("told "):
+        return ""
+    first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
+    lines, indent = [first[:width]], " " * 4
+    rest, room = first[width:], max(width - len(indent), 20)
+    while rest and len(lines) < MAX_ALERT_LINES:
+        lines.append(indent + rest[:room])
+        rest = rest[room:]
+    if rest:
+        lines[-1] = lines[-1][:-1] + "…"
+    return "\n".join(lines)
+
+
 def log_line(row: Mapping[str, Any], width: int) -> str:
-    """A row of the journal: when, in or out or did, the other side, what; cut to `width`."""
+    """All of a row on one line."""
     peer = row["to"] if row["event"] == "out" else row["from"]
-    id = str(row["id"] or row["exchange"])[:8]
+    id = str(row["id"] or row["exchange"])[:ID_SHOWN]
     when, action = clock_time(row["time"]), f"{row['action']}: " if row["action"] else ""
     line = f"{when} {row['event']:<3} {peer:<10} {row['ch']:<8} {id:<8} {action}{row_text(row)}"
     return printable(line, width)
@@ -8653,7 +9205,7 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
+def pending_table(document: Mapping[str, Any], now: float, width: int) -> str:
     """What is not finished, in three parts."""
 
     def ago(at: float) -> str:
@@ -8662,12 +9214,12 @@ def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
     questions, tasks, outbox = document["questions"], document["tasks"], document["outbox"]
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
         ("NOT ANSWERED", "BY", "ACTION", "ASKED", "DUE"): [
-            (q["id"], q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
+            (shown_id(q), q["to"], q["action"] or "-", ago(q["asked"]), for_due(q["due"], now))
             for q in questions
         ],
         ("TO DO", "FROM", "FOR", "SENT", "BEGUN"): [
             (
-                t["id"],
+                shown_id(t),
                 t["from"],
                 t["agent"] or t["action"],
                 ago(t["since"]),
@@ -8675,13 +9227,33 @@ def pending_table(document: Mapping[str, Any], now: float, colour: bool) -> str:
             )
             for t in tasks
         ],
-        ("NOT DELIVERED", "BYTES"): [(one["topic"], str(one["bytes"])) for one in outbox],
+        ("NOT DELIVERED", "TO", "BYTES"): [
+            (shown_id(one), one["topic"], str(one["bytes"])) for one in outbox
+        ],
     }
-    parts = [format_table(header, rows, colour) for header, rows in tables.items() if rows]
+    parts = [
+        with_texts(format_table(header, rows, colour=False), items, width)
+        for (header, rows), items in zip(tables.items(), (questions, tasks, outbox), strict=True)
+        if rows
+    ]
     more = document["outbox_size"] - len(outbox)
     if more > 0:
         parts.append(f"and {more} more to be delivered\n")
     return "\n".join(parts) or "nothing is pending\n"
+
+
+def shown_id(item: Mapping[str, Any]) -> str:
+    return str(item.get("id") or "-")[:ID_SHOWN]
+
+
+def with_texts(table: str, items: Sequence[Mapping[str, Any]], width: int) -> str:
+    """The table with what was said as its last column, cut to `width`."""
+    lines = table.splitlines()
+    wide = max(map(len, lines))
+    texts = ["TEXT", *(printable(item.get("text") or "-", SHOWN_TEXT) for item in items)]
+    room = max(width - wide - 2, 10)
+    both = zip(lines, texts, strict=True)
+    return "".join(f"{line:<{wide}}  {printable(text, room)}\n" for line, text in both)
 
 
 def for_due(due: float | None, now: float) -> str:
@@ -8860,18 +9432,18 @@ class InProcessNode:
         marker = self._config.topics.private(node.name, new_id())
         return RetainedQuery(
             *(node.loop, self._mqtt, filters, marker),
-            *(self.deliver, self.link_up, self.link_down),
+            *(self.deliver, self.on_connected, self.on_disconnected),
         ).client
 
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         if self._node:
-            self._node.link_up(self._mqtt)
+            self._node.on_connected(self._mqtt)
             self._node.all_heard()
 
-    def link_down(self, reason: str) -> None:
+    def on_disconnected(self, reason: str) -> None:
         raise broker_fault(self._mqtt, reason)
 
     def deliver(self, delivery: IncomingMessage) -> None:
@@ -8935,12 +9507,20 @@ class ReplyCollector:
         self._envelope, self._heartbeat = envelope, heartbeat
 
     def expect(self, states: dict[str, dict[str, Any]]) -> None:
-        """These are the nodes and agents; from all, everyone who is online shall answer."""
+        """These are the nodes and agents; from all, whoever is online and hears it shall answer."""
         self.states = states
         if self._envelope.to == EVERYONE:
-            self.outstanding = {row.name for row in self.rows() if row.is_node and row.alive}
-            if not self.outstanding:
+            online = {row.name for row in self.rows() if row.is_node and row.alive}
+            if not online:
                 raise NoReplyError("no node is online; see: hive-cli status")
+            hears = online if self._envelope.action else self._with_agents(online)
+            if not hears:
+                raise NoReplyError("no node that is online has an agent; see: hive-cli status")
+            self.outstanding = hears
+
+    def _with_agents(self, names: set[str]) -> set[str]:
+        """All but those whose state says that they have none: they would answer nothing."""
+        return {name for name in names if self.states[name].get("oc") != {}}
 
     def rows(self) -> list[StatusRow]:
         return status_rows(self.states, self._heartbeat, time.time())
@@ -8955,6 +9535,83 @@ class ReplyCollector:
         to_all = self._envelope.to == EVERYONE
         self.outstanding.discard(answer.sender if to_all else self._envelope.to)
         return True
+
+
+class NodeRemoval:
+    """Takes what a node left behind from the broker: its documents, and its agents' states."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config, self._mqtt, self._name = config, config.mqtt, name
+        self._states: dict[str, dict[str, Any]] = {}
+        self._kept: set[str] = set()  # topics
+        self._complete = False
+        self._loop = Loop(Log("error"))
+
+    def remove(self) -> int:
+        """How many documents that were; raises HiveError where there are none, or it is alive."""
+        load_paho()
+        self._mqtt = with_broker(self._config).mqtt
+        topics = self._config.topics
+        query = RetainedQuery(
+            *(self._loop, self._mqtt, [topics.meta("+", "state"), topics.meta(self._name, "+")]),
+            topics.private(self._config.node.id, new_id()),
+            *(self._hear, self._all_heard, self._failed),
+        )
+        self._turn(lambda: self._complete)
+        gone = self._removable()
+        missing = {*gone}
+
+        def removed(topic: str, code: int, words: str) -> None:
+            if is_failure(code):
+                raise broker_fault(self._mqtt, f"refused to publish to {topic}: {words.lower()}")
+            missing.discard(topic)
+
+        for topic in gone:
+            done = partial(removed, topic)
+            query.client.publish(OutgoingMessage(topic, b"", retain=True, done=done))
+        self._turn(lambda: not missing)
+        closed: list[bool] = []
+        query.client.close(lambda: closed.append(True), within=GOODBYE)
+        self._turn(lambda: closed)
+        self._loop.close()
+        return len(gone)
+
+    def _removable(self) -> list[str]:
+        name = self._name
+        rows = status_rows(self._states, self._config.heartbeat, time.time())
+        for row in rows:
+            if row.name == name and row.alive:
+                seen = f"{row.status}, seen {for_people(row.age_s)} ago"
+                raise HiveError(f"{name} is {seen}: only what is gone can be forgotten")
+        agents = {self._config.topics.meta(row.name, "state") for row in rows if row.node == name}
+        if not self._kept | agents:
+            where = f"at {self._mqtt.address} under {self._config.topics.prefix}/"
+            raise HiveError(f"nothing of {name} is kept {where}; who is there: hive-cli status")
+        return sorted(self._kept | agents)
+
+    def _hear(self, message: IncomingMessage) -> None:
+        name, document = self._config.topics.meta_of(message.topic) or ("", "")
+        if not message.payload or not NAME.fullmatch(name) or len(self._states) >= MAX_MEMBERS:
+            return
+        if document == "state" and len(message.payload) <= MAX_STATE:
+            self._states[name] = read_json_object(message.payload) or {}
+        if name == self._name:
+            self._kept.add(message.topic)
+
+    def _all_heard(self) -> None:
+        self._complete = True
+
+    def _failed(self, reason: str) -> None:
+        raise broker_fault(self._mqtt, reason)
+
+    def _turn(self, done: Callable[[], object]) -> None:
+        """Let it go on until something is done; raises BrokerError if that takes too long."""
+        timer = self._loop.after(PATIENCE, do_nothing)
+        while not done():
+            if self._loop.clock() >= timer.due:
+                raise broker_fault(self._mqtt, f"no answer in {PATIENCE:.2g} s")
+            self._loop.step()
+        timer.cancel()
 
 
 # ---- Setup: a hive.toml for this machine -------------------------------------------------
@@ -9039,7 +9696,7 @@ class Prompt:
             try:
                 return kind(said)
             except ValueError:
-                print(f"  {quoted(said)} is not {kind.__doc__}", file=sys.stderr)
+                print(f"  {quoted(said)} is not {docstring(kind)}", file=sys.stderr)
         return default
 
     def agree(self, question: str, default: bool) -> bool:
@@ -9054,7 +9711,7 @@ class Prompt:
                 said = getpass.getpass(f"{question} (not shown) [none]: ")
                 return password_line(said) if said else None
             except ValueError:
-                print(f"  that is not {password_line.__doc__}", file=sys.stderr)
+                print(f"  that is not {docstring(password_line)}", file=sys.stderr)
         return None
 
 
@@ -9148,7 +9805,7 @@ def setup_files(
     if password is None:
         return {file: example_config(document)}
     beside = setting_of("mqtt.password_file").example
-    if file.name != CONFIG_PLACES[0]:
+    if file.name != os.path.basename(USER_CONFIG):
         beside = f"{file.stem}-{beside}"  # several nodes may have their files in one folder
     document["mqtt"]["password_file"] = beside
     return {file.parent / beside: f"{password}\n", file: example_config(document)}
@@ -9156,7 +9813,7 @@ def setup_files(
 
 def said_against(place: Path, objection: str) -> str:
     """What is wrong with a file or folder; where the advice is to change it, naming it."""
-    unnamed = "; try: chmod" in objection and str(place) not in objection
+    unnamed = objection.endswith(("; try: chmod o-w", "; try: chmod g-w"))
     return f"{place}: {objection}" + (f" {place}" if unnamed else "")
 
 
@@ -9293,6 +9950,8 @@ class BrokerCheck:
         self.clocks = PeerClocks(config)
         self.subscribed, self.not_subscribed = False, ""  # why, if the broker said no
         self.refused: dict[str, str] = {}  # topic: why
+        self.others: dict[str, StatusRow] = {}  # how the other nodes and all agents are
+        self._config = config
         self._mqtt, self._left, self._lost = config.mqtt, left, ""
         topics, node, token = config.topics, config.node.id, new_id()
         names = [node, *config.agents]
@@ -9344,12 +10003,12 @@ class BrokerCheck:
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         self.subscribed = True
         self.client.publish(self._beat)
         self._probe()
 
-    def link_down(self, reason: str) -> None:
+    def on_disconnected(self, reason: str) -> None:
         if reason.startswith("subscribing"):
             self.not_subscribed = reason
         elif self.subscribed and (self._unanswered or self.missing):
@@ -9364,6 +10023,19 @@ class BrokerCheck:
             del self.missing[delivery.topic]
         else:
             self.clocks.hear(delivery)
+            self._hear_state(delivery)
+
+    def _hear_state(self, delivery: IncomingMessage) -> None:
+        name, document = self._config.topics.meta_of(delivery.topic) or ("", "")
+        if document != "state" or not NAME.fullmatch(name) or name == self._config.node.id:
+            return
+        small = len(delivery.payload) <= MAX_STATE and len(self.others) < MAX_MEMBERS
+        said = read_json_object(delivery.payload) if small else None
+        if said:
+            said.pop("oc", None)  # which would be all of its agents
+            self.others[name] = status_row(name, said, self._config.heartbeat, time.time())
+        elif not delivery.payload:
+            self.others.pop(name, None)
 
     def _probe(self) -> None:
         """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
@@ -9454,10 +10126,12 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
     names = ", ".join(found.handlers) or "none"
-    if folder.is_dir() or not context.config.node.handler_dir:
+    if folder.is_dir():
         yield Finding(Level.OK, f"{names}, in {folder}")
     else:
-        yield Finding(Level.WARN, f"none: no directory {folder}", f"mkdir {folder}")
+        named = context.config.node.handler_dir is not None
+        other = "" if named else why_no_handlers(folder).partition("; ")[2]
+        yield Finding(Level.WARN, f"none: no directory {folder}", other or f"mkdir {folder}")
 
 
 def check_daemon(context: DoctorContext) -> Iterator[Finding]:
@@ -9481,7 +10155,7 @@ def check_daemon(context: DoctorContext) -> Iterator[Finding]:
 
 
 def check_agents(context: DoctorContext) -> Iterator[Finding]:
-    home = Path(os.path.expanduser("~"))
+    home = home_folder()
     agents = context.config.oc_instances
     ports = {one.name: gateway_port(one, home) for one in agents}
     silent = probe_ports({number for number in ports.values() if number})
@@ -9512,10 +10186,14 @@ def agent_finding(
     import shutil
 
     command, ways = (one.command or one.openclaw_cmd)[0], wake_methods(one)
-    if set(ways) != {"hook"} and not shutil.which(command):
-        return Finding(
-            Level.FAIL, f"{one.name}: no program {command}", "install it, or see [[oc_instances]]"
-        )
+    if set(ways) != {"hook"}:
+        found = shutil.which(command)
+        if not found:
+            what, todo = f"no program {command}", "install it, or see [[oc_instances]]"
+            return Finding(Level.FAIL, f"{one.name}: {what}", todo)
+        with contextlib.suppress(OSError):
+            if fault := first_line_fault(Path(found)):
+                return Finding(Level.FAIL, f"{one.name}: {found}: {fault}", "mend it")
     if one.command:
         return Finding(Level.OK, f"{one.name}: {command} is there; more would wake it")
     file = openclaw_file(one.profile, home)
@@ -9614,6 +10292,19 @@ def check_clock(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.WARN, f"{and_more(wrong, 3)}: {whose}", CLOCK_ADVICE)
 
 
+def check_nodes(context: DoctorContext) -> Iterator[Finding]:
+    nodes = sorted((one for one in context.broker.others.values() if one.is_node), key=str)
+    wrong = [f"{one.name} is {one.status}" for one in nodes if one.status != "online"]
+    if not nodes:
+        yield Finding(Level.SKIPPED, "no other node has been seen")
+    elif not wrong:
+        yield Finding(Level.OK, status_summary(nodes).replace(":", " besides this one:", 1))
+    else:
+        what = f"{and_more(wrong, 5)}, of {len(nodes)} besides this one"
+        todo = "hive-cli status says why; forget NAME, if one will not come back"
+        yield Finding(Level.WARN, what, todo)
+
+
 class Check(Value):
     """One thing to look at, and what must be well before."""
 
@@ -9635,6 +10326,7 @@ CHECKS = (
     Check("publish", check_publishing, ("subscribe",)),
     Check("receive", check_receiving, ("publish",)),
     Check("clock", check_clock, ("receive",)),
+    Check("nodes", check_nodes, ("receive",)),
 )
 
 
@@ -10029,7 +10721,7 @@ def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
         try:
             return kind(said)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {kind.__doc__}") from None
+            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(kind)}") from None
 
     return convert
 
@@ -10087,11 +10779,20 @@ def config_of(args: argparse.Namespace) -> Config:
     return config
 
 
+def read_stdin(limit: int) -> bytes:
+    """At most so many bytes of it; raises UsageError where there is none."""
+    try:
+        return sys.stdin.buffer.read(limit)
+    except OSError as error:
+        raise UsageError(f"stdin: {reason_of(error)}") from None
+
+
 def read_text(said: str) -> str:
     """The text of a message: the argument itself, or all of stdin for `-`."""
     if said != "-":
-        return said
-    data = sys.stdin.buffer.read(MAX_TEXT + 2)
+        text: str = replace_surrogates(said)  # bytes that are not UTF-8 come as halves
+        return text
+    data = read_stdin(MAX_TEXT + 2)
     try:
         return data.decode().removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -10103,11 +10804,20 @@ def read_text(said: str) -> str:
 def write_answer(answer: Envelope, as_json: bool, label: bool) -> None:
     """A response to stdout, an alert to stderr; as JSON both go to stdout."""
     if as_json:
-        print(answer.encode().decode(), flush=True)
+        print(json_text(answer.encode().decode()), flush=True)
         return
     stream = sys.stderr if answer.ch == "alert" else sys.stdout
     text = for_terminal(answer.text) if stream.isatty() else answer.text
-    print(f"{answer.sender}: {text}" if label else text, file=stream, flush=True)
+    if label:  # each line, so that none can pass for another node's
+        who = f"{answer.sender}: "
+        lines = text.removeprefix(who).splitlines() or [""]
+        text = "\n".join(who + line for line in lines)
+    print(text, file=stream, flush=True)
+
+
+def json_text(document: str) -> str:
+    """JSON for stdout; for a terminal with escapes for whatever could move its cursor."""
+    return escape_unprintable(document) if sys.stdout.isatty() else document
 
 
 def colourful(stream: IO[str]) -> bool:
@@ -10139,8 +10849,9 @@ def start_again() -> None:
     SourceFileLoader("hive", file).get_code("hive")
     if not os.path.exists(cache_from_source(file)):
         return
+    here = "" if sys.flags.safe_path else " del sys.path[0];"  # the current directory
     code = (
-        f"import sys; sys.path[:1] = {sys.path[:1]}; del sys.argv[0]; __file__ = sys.argv[0];"
+        f"import sys;{here} del sys.argv[0]; __file__ = sys.argv[0];"
         " from importlib.machinery import SourceFileLoader;"
         ' exec(SourceFileLoader("hive", __file__).get_code("hive"))'
     )
@@ -10155,6 +10866,14 @@ def command_daemon(args: argparse.Namespace) -> int:
     start_again()
     config = config_of(args)
     log = Log(config.logging.level, config.logging.format)
+    with log.never_wait():
+        run_daemon(config, log)
+        log.info("stopped")
+    return Exit.DONE
+
+
+def run_daemon(config: Config, log: Log) -> None:
+    """Until SIGTERM or Ctrl-C."""
     instance = new_id()
     with contextlib.ExitStack() as ending:
         predecessor = take_the_name(config, instance, log, ending)
@@ -10169,8 +10888,6 @@ def command_daemon(args: argparse.Namespace) -> int:
         log.info("starting", node=config.node.id, version=__version__, build=build(), config=source)
         daemon.start()
         loop.run()
-    log.info("stopped")
-    return Exit.DONE
 
 
 def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.ExitStack) -> str:
@@ -10288,7 +11005,11 @@ def send_and_wait(
     control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
     with contextlib.closing(control):
         if wait is None:
-            return say_sent(config, envelope, args, control, said["connected"])
+            code = say_sent(config, envelope, args, control, said["connected"])
+            if said.get("agentless"):
+                what = f"{envelope.to} has no agent: it will refuse a message without --action"
+                print(f"hive: {what}", file=sys.stderr)
+            return code
         return print_replies(config, envelope, args, control, said["connected"], ends)
 
 
@@ -10306,7 +11027,7 @@ def say_sent(
         why = "the broker has not taken it yet"
     topic = config.topics.of(envelope)
     if args.as_json:
-        print(envelope.encode().decode())
+        print(json_text(envelope.encode().decode()))
     elif code is None:
         print(f"queued {envelope.id}, {why}")
     else:
@@ -10378,14 +11099,20 @@ def explain_no_reply(control: Control, replies: ReplyCollector) -> str:
     rows = {row.name: row for row in replies.rows()}
     for name in sorted(replies.outstanding):
         if name not in rows:
-            return f"; no node or agent {name} has been seen, is it spelled right?"
+            near = did_you_mean(name, rows) or "is it spelled right?"
+            return f"; no node or agent {name} has been seen, {near}"
         if not rows[name].alive:
             return f"; {name} is {rows[name].status}, seen {for_people(rows[name].age_s)} ago"
     return ""
 
 
 @subcommand(
-    option("--to-msg", required=True, metavar="ID", help="the message: its id, JSON, a file, or -"),
+    option(
+        "--to-msg",
+        required=True,
+        metavar="ID",
+        help="the message: its id, JSON, a file, or -",
+    ),
     option("--text", required=True, help="what to say; - reads it from stdin"),
     DIRECT,
     AS_JSON,
@@ -10403,7 +11130,7 @@ def command_reply(args: argparse.Namespace) -> int:
 
 def find_original(config: Config, said: str) -> Envelope:
     """The envelope to answer: known to the daemon by its id, or read from somewhere."""
-    if ID.fullmatch(said) and said != "-" and not os.path.exists(said):
+    if ID.fullmatch(said) and not os.path.exists(said):
         return known_envelope(config, said)
     return Envelope.parse(read_original(said))
 
@@ -10427,9 +11154,9 @@ def command_show(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     read_log(config, {"do": "exchange", "id": args.id}, rows.extend)
     if not rows:
-        raise HiveError(f"{args.id}: not known here; the last days are: hive-cli log")
+        raise HiveError(f"{args.id}: {NOT_KNOWN}")
     if args.as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json_text(json.dumps(rows, indent=2, ensure_ascii=False)))
     else:
         print(exchange_story(rows, sys.stdout.isatty()), end="")
     return Exit.DONE
@@ -10441,7 +11168,7 @@ def command_show(args: argparse.Namespace) -> int:
     option("--from", dest="sender", type=node_name, metavar="NAME", help="only from this one"),
     option("--to", type=recipient_name, metavar="NAME", help="only to this one"),
     option("--action", type=action_name, help="only with this action"),
-    option("--corr", type=identifier, metavar="ID", help="only of this exchange"),
+    option("--corr", type=identifier, metavar="ID", help="only of this exchange: any id of it"),
     option("--since", type=duration, metavar="AGE", help="not older than this, as in 2h or 30m"),
     option("--lines", "-n", type=count, default=100, help="how many, without --since (100)"),
     AS_JSON,
@@ -10461,9 +11188,15 @@ def command_log(args: argparse.Namespace) -> int:
 
     width = shutil.get_terminal_size().columns
 
+    def row_line(row: Mapping[str, Any]) -> str:
+        if args.as_json:
+            return json_text(json.dumps(row, ensure_ascii=False))
+        return log_lines(row, width)
+
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False) if args.as_json else log_line(row, width))
+            if said := row_line(row):
+                print(said)
         sys.stdout.flush()
 
     if args.follow:
@@ -10480,7 +11213,10 @@ def command_pending(args: argparse.Namespace) -> int:
     if args.as_json:
         print(json.dumps(document, indent=2))
     else:
-        print(pending_table(document, time.time(), colourful(sys.stdout)), end="")
+        import shutil
+
+        width = shutil.get_terminal_size().columns
+        print(pending_table(document, time.time(), width), end="")
     return Exit.DONE
 
 
@@ -10510,9 +11246,10 @@ def follow_log(
 def read_original(said: str) -> bytes:
     """The bytes of the envelope to answer: given as they are, in a file, or on stdin."""
     if said == "-":
-        return sys.stdin.buffer.read(MAX_PAYLOAD + 1)
+        return read_stdin(MAX_PAYLOAD + 1)
     if said.lstrip().startswith("{"):
-        return said.encode(errors="replace")
+        document: str = replace_surrogates(said)
+        return document.encode()
     try:
         with open(said, "rb") as file:
             return file.read(MAX_PAYLOAD + 1)
@@ -10527,6 +11264,7 @@ ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not t
 
 @subcommand(
     ASK_BROKER,
+    option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
     AS_JSON,
     examples="hive.py status --json | jq '.[] | select(.status != \"online\")'",
 )
@@ -10535,11 +11273,29 @@ def command_status(args: argparse.Namespace) -> int:
     config = config_of(args)
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
+    if args.check:
+        return check_status(config, args, said, rows)
     if args.as_json and (rows or not said["fault"]):
         print(json.dumps([vars(row) for row in rows], indent=2))
     elif rows:
-        print(status_table(rows, colourful(sys.stdout)) + status_notes(rows), end="")
+        table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
+        print(f"{status_summary(rows)}\n\n{table}", end="")
     return say_of_members(config, args, said, bool(rows))
+
+
+def check_status(
+    config: Config,
+    args: argparse.Namespace,
+    said: Mapping[str, Any],
+    rows: Sequence[StatusRow],
+) -> int:
+    """The status for cron and monitoring: a line, and the exit code."""
+    if not said["connected"] or not rows:
+        return say_of_members(config, args, said, False) or Exit.REFUSED
+    wrong = [row for row in rows if row.is_node and row.status != "online"]
+    why = [f"{row.name}: {row.reason or row.status}" for row in wrong[:5]]
+    print("; ".join([status_summary(rows), *why, *(["..."] if wrong[5:] else [])]))
+    return Exit.REFUSED if wrong else Exit.DONE
 
 
 @subcommand(ASK_BROKER, AS_JSON)
@@ -10554,6 +11310,17 @@ def command_roster(args: argparse.Namespace) -> int:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
         print(schedule_lines(rosters, time.time()), end="")
     return say_of_members(config, args, said, bool(rosters))
+
+
+@subcommand(
+    option("name", type=node_name, metavar="NAME", help="a node that will not come back"),
+    examples="hive.py forget old-laptop",
+)
+def command_forget(args: argparse.Namespace) -> int:
+    """Remove a node that will not come back from every view, with all that it left behind."""
+    removed = NodeRemoval(config_of(args), args.name).remove()
+    print(f"forgotten: {args.name} ({removed} document{'' if removed == 1 else 's'})")
+    return Exit.DONE
 
 
 def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
@@ -10594,28 +11361,30 @@ hive.py handler test git-sync --text '["~/notes"]'""",
 def command_handler(args: argparse.Namespace) -> int:
     """List this node's handlers, or run one here as the daemon would."""
     config = config_of(args)
-    catalogue = scan_handlers(config.handler_dir)
+    handler_set = scan_handlers(config.handler_dir)
     if args.what == "test":
         if not args.name:
-            raise UsageError("handler test: which one? there are: " + ", ".join(catalogue.handlers))
+            raise UsageError(
+                "handler test: which one? there are: " + ", ".join(handler_set.handlers)
+            )
         return test_handler(config, args)
     if args.as_json:
-        found = {action: str(file) for action, file in catalogue.handlers.items()}
-        print(json.dumps({"handlers": found, "refused": dict(catalogue.refused)}, indent=2))
+        found = {action: str(file) for action, file in handler_set.handlers.items()}
+        print(json.dumps({"handlers": found, "refused": dict(handler_set.refused)}, indent=2))
     else:
-        print(handler_table(config, catalogue), end="")
+        print(handler_table(config, handler_set), end="")
     return Exit.DONE
 
 
-def handler_table(config: Config, catalogue: HandlerSet) -> str:
+def handler_table(config: Config, handler_set: HandlerSet) -> str:
     """What was found, in which bounds it runs, and what was refused and why."""
     cells = [
         (action, f"{handler_deadline(config, action):g}s", str(workers), printable(str(file), 200))
-        for action, file in catalogue.handlers.items()
+        for action, file in handler_set.handlers.items()
         for workers in (config.handlers.get(action, HandlerConfig()).workers,)
     ]
     found = format_table(("ACTION", "TIMEOUT", "WORKERS", "FILE"), cells, False) if cells else ""
-    refused = [f"refused: {printable(f, 200)}: {why}\n" for f, why in catalogue.refused.items()]
+    refused = [f"refused: {printable(f, 200)}: {why}\n" for f, why in handler_set.refused.items()]
     return found + "".join(refused) or f"no handlers in {config.handler_dir}\n"
 
 
@@ -10623,6 +11392,8 @@ def test_handler(config: Config, args: argparse.Namespace) -> int:
     """Run one handler once, here: same environment, deadline and bounds as in the daemon."""
     file = config.handler_dir / args.name
     objection = objection_to(file)
+    if objection and (near := did_you_mean(args.name, scan_handlers(config.handler_dir).handlers)):
+        objection += f"; {near}"
     if objection:
         raise HiveError(f"{file}: {objection}")
     node, sender = config.node.id, args.sender or config.node.id
@@ -10630,7 +11401,7 @@ def test_handler(config: Config, args: argparse.Namespace) -> int:
     outcome = run_once(handler_spec(config, file, envelope, next(iter(config.oc_instances), None)))
     result = result_document(envelope, node, outcome, time.time())
     if args.as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json_text(json.dumps(result, indent=2, ensure_ascii=False)))
     else:
         said = printed(outcome)
         print(for_terminal(said) if sys.stdout.isatty() else said)
@@ -10659,7 +11430,7 @@ def run_once(job: ProcessSpec) -> ProcessResult:
 
 @subcommand(
     option("--example", action="store_true", help="print a commented hive.toml with every key"),
-    examples="hive.py config --example > hive.toml",
+    examples="hive.py config --example > my.toml",
 )
 def command_config(args: argparse.Namespace) -> int:
     """Show the configuration in force, and where each key was set; secrets are masked."""
@@ -10689,14 +11460,14 @@ hive.py init --yes --no-agents --password-file - --username beta --host broker.l
 def command_init(args: argparse.Namespace) -> int:
     """Write a commented hive.toml for this machine, asking for what no option says."""
     place = getattr(args, "config", None) or os.environ.get("HIVE_CONFIG") or USER_CONFIG
-    file = Path(os.path.abspath(os.path.expanduser(place)))
+    file = Path(os.path.abspath(expand_home(place)))
     refuse_to_write(file, args.force)
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
     ask = Prompt(asking=terminal and not args.yes)
     try:
         said = said_by_options(args, ask)
         ask_missing(ask, said)
-        agents = choose_agents(ask, find_agents(Path(os.path.expanduser("~"))), args.agent)
+        agents = choose_agents(ask, find_agents(home_folder()), args.agent)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         raise Interrupted("interrupted; nothing was written") from None
@@ -10721,7 +11492,7 @@ def said_by_options(args: argparse.Namespace, ask: Prompt) -> dict[str, Any]:
         try:
             said["mqtt.password"] = password_line(password)
         except ValueError:
-            raise UsageError(f"--password-file -: not {password_line.__doc__}") from None
+            raise UsageError(f"--password-file -: not {docstring(password_line)}") from None
     if "mqtt.ca_file" in said:
         said.setdefault("mqtt.tls", True)
     return {k: Path(os.path.abspath(v)) if isinstance(v, Path) else v for k, v in said.items()}
@@ -10800,7 +11571,7 @@ def run_broker(config: Config) -> None:
     """Until SIGTERM or Ctrl-C."""
     log = Log(config.logging.level, config.logging.format)
     loop = Loop(log)
-    with contextlib.ExitStack() as ending:
+    with log.never_wait(), contextlib.ExitStack() as ending:
         ending.callback(loop.close)
         hosted = Broker(loop, log, config.broker)
         ending.callback(hosted.close)
@@ -10817,6 +11588,8 @@ def run_broker(config: Config) -> None:
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and who asks for the terminal's width for help alone."""
 
+    flags: Sequence[str] = ()  # every option that may have been meant
+
     def __init__(self, **how: Any) -> None:
         plain = partial(argparse.RawDescriptionHelpFormatter, width=80)
         super().__init__(**how, formatter_class=plain, allow_abbrev=False)
@@ -10825,8 +11598,22 @@ class Parser(argparse.ArgumentParser):
         self.formatter_class = argparse.RawDescriptionHelpFormatter
         return super().format_help()
 
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own is silent where that fails."""
+        (file or sys.stdout).write(self.format_help())
+
     def error(self, message: str) -> NoReturn:
-        self.exit(Exit.USAGE, f"hive: {message}; see: {self.prog} --help\n")
+        near = self._nearest(message)
+        near = f"; {near}" if near else ""
+        self.exit(Exit.USAGE, f"hive: {message}{near}; see: {self.prog} --help\n")
+
+    def _nearest(self, message: str) -> str:
+        """What may have been meant, as far as argparse's words let one tell."""
+        if wrong := re.search(r"invalid choice: (.*) \(choose from (.*)\)", message):
+            return did_you_mean(wrong[1].strip("'"), re.findall(r"[\w.-]+", wrong[2]))
+        if wrong := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            return did_you_mean(wrong[1], self.flags)
+        return ""
 
 
 def common_options() -> Parser:
@@ -10850,15 +11637,18 @@ def make_parser(only: str = "") -> Parser:
     """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
     common = common_options()
     parser = Parser(
-        description=__doc__,
+        description=__doc__ or dropped_docstrings()[""],
         parents=[common],
         epilog="Each command has --help of its own, with examples.",
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in [only] if only else COMMANDS:
+    wanted = [only] if only else [*COMMANDS]
+    options = (*COMMON_OPTIONS, *itertools.chain(*(COMMANDS[name].options for name in wanted)))
+    parser.flags = [flag for flags, _ in options for flag in flags]
+    for name in wanted:
         one = COMMANDS[name]
-        about = (one.run.__doc__ or "").strip()
+        about = docstring(one.run).strip()
         sub = commands.add_parser(
             name,
             parents=[common],
@@ -10876,35 +11666,77 @@ def indented(lines: str) -> str:
     return "\n".join(f"  {line}" for line in lines.splitlines())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; give the exit code."""
-    atexit.register(gc.freeze)  # what goes with the process need not be searched for garbage
+class UnfailingFile(io.FileIO):
+    """Where nobody takes what is written it is lost, and whoever writes goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            taken = super().write(data)
+        except OSError:
+            taken = None
+        return len(data) if taken is None else taken
+
+
+def hold_standard_streams() -> None:
+    """Nothing that is opened later may take the place of a stream that is closed.
+
+    Output is lost then; stdin cannot be read, rather than be empty.  stderr never fails: what a
+    command says beside its result must not end it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_WRONLY), True)  # the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if sys.stderr is sys.__stderr__ or sys.__stderr__ is None:
+        unfailing: Any = io.BufferedWriter(UnfailingFile(2, "w", closefd=False))
+        sys.stderr = io.TextIOWrapper(unfailing, sys.stderr.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    said = sys.argv[1:] if arguments is None else arguments
-    parser = make_parser(said[0] if said and said[0] in COMMANDS else "")
-    if not said:
-        parser.print_help(sys.stderr)
-        return Exit.USAGE
-    args = parser.parse_args(said)
+
+
+def let_go_of_stdout() -> None:
+    """What it did not take would fail once more when Python ends."""
     try:
-        code = args.run(args)
         sys.stdout.flush()
-        return int(code)
+    except (OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; give the exit code."""
+    atexit.register(gc.freeze)  # what goes with the process need not be searched for garbage
+    hold_standard_streams()
+    try:
+        try:
+            return run_command(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except HiveError as error:
         print(f"hive: {error}", file=sys.stderr)
         return error.exit
     except KeyboardInterrupt:
         return Exit.INTERRUPTED
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python complains at exit
         return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"hive: {error.filename or 'input/output'}: {reason_of(error)}", file=sys.stderr)
         return Exit.REFUSED
+    finally:
+        let_go_of_stdout()
+
+
+def run_command(said: Sequence[str]) -> int:
+    """The command that the arguments ask for; raises HiveError, or SystemExit where it is none."""
+    parser = make_parser(said[0] if said and said[0] in COMMANDS else "")
+    if not said:
+        parser.print_help(sys.stderr)
+        return Exit.USAGE
+    args = parser.parse_args(said)
+    return int(args.run(args))
 
 
 if __name__ == "__main__":

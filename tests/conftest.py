@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup has SIGHUP ignored
 
 PATIENCE = 30.0  # seconds; nothing here takes that long unless it is broken
 T = TypeVar("T")
@@ -212,7 +213,7 @@ class Daemon:
         return made.rename(self.handlers / action)
 
     def start(self, wait: bool = True) -> Daemon:
-        seen = len(self.events("connected"))
+        seen = len(self.events("connected")) if wait else 0
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.hive.program, "daemon", "--config", self.config],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,6 +20,7 @@ class FakeModel:
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
+        self.delay = 0.0  # seconds that an answer takes
         model = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -27,6 +29,7 @@ class FakeModel:
             def do_POST(self) -> None:
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 model.requests.append(asked)
+                time.sleep(model.delay)
                 if asked.get("stream"):
                     self.answer("text/event-stream", b"".join(events()))
                 else:

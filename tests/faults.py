@@ -408,9 +408,9 @@ class Witness:
         self._client.loop_start()
         assert subscribed.wait(PATIENCE)
 
-    def interrupted(self) -> list[str]:
-        """The ids of the results that say so."""
-        return [one["id"] for one in self._results if one["status"] == "interrupted"]
+    def interrupted(self) -> set[str]:
+        """The ids of the results that say so; one may be sent again after its node has died."""
+        return {one["id"] for one in self._results if one["status"] == "interrupted"}
 
     def close(self) -> None:
         self._client.disconnect()

@@ -79,9 +79,9 @@ class Gateway:
         if wait:
             eventually("the gateway listens", lambda: answers(self.port), SLOW)
 
-    def stop(self) -> None:
+    def stop(self, number: int = signal.SIGKILL) -> None:
         if self._process:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, number)
             self._process.wait()
             self._process = None
             eventually("the port is closed", lambda: not answers(self.port))
@@ -215,6 +215,30 @@ def test_a_gateway_that_was_stopped_gets_it_when_it_is_back(
     assert len(read(gateways["blue"], "while you were out")) == 1
     hive.nodes["beta"].logged("agent is back")
     assert len(hive.nodes["beta"].events("agent is down, trying again")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_a_message_that_a_gateway_forgot_when_it_restarted_is_told_again(
+    two_nodes: Callable[..., Hive], gateways: dict[str, Gateway], number: int
+) -> None:
+    blue = gateways["blue"]
+    hive = two_nodes(blue.instance(via="hook", hook_token="hook-blue"))
+    beta = hive.nodes["beta"]
+    first, second = f"first before {number}", f"second before {number}"
+    blue.model.delay = 20.0
+    try:
+        hive.cli("alpha", "send", "--to", "beta", "--text", first)
+        eventually("a turn begins", lambda: json.dumps(first) in blue.model.lines_read(), SLOW)
+        id = hive.cli("alpha", "send", "--to", "beta", "--text", second).stdout.split()[1]
+        beta.logged("agent woken", id=id)  # the gateway has it, in memory
+        blue.stop(number)
+    finally:
+        blue.model.delay = 0.0
+    assert json.dumps(second) not in blue.model.lines_read()
+    blue.start()
+    headers = read(blue, second)
+    assert len(headers) == 1 and headers[0].endswith(f"id={id} corr={id} (perhaps told before)")
+    assert beta.events("agent's gateway has restarted, telling again")
 
 
 def test_two_profiles_each_get_their_own_whatever_the_environment_says(

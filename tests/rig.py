@@ -126,12 +126,12 @@ class Rig:
 
     def connect(self) -> None:
         self.wire.up = True
-        self.node.link_up()
+        self.node.on_connected()
         self.turn()
 
     def disconnect(self) -> None:
         self.wire.up = False
-        self.node.link_down("connection refused")
+        self.node.on_disconnected("connection refused")
         self.turn()
 
     def end(self) -> None:

@@ -98,7 +98,7 @@ FORGERIES = (
 )
 fragments = st.sampled_from((*PHRASES, *HALVES, *LINES, *ESCAPES, *FORGERIES, "ä", "😀"))
 texts = st.text(min_size=1) | st.lists(fragments, min_size=1).map("".join)
-ids = st.text("abcXYZ019._:-", min_size=1, max_size=64)
+ids = st.builds(str.__add__, st.sampled_from("abcXYZ019"), st.text("abcXYZ019._:-", max_size=63))
 names = st.sampled_from(("alpha", "heartbeat", "reason", "periodic", "poll", "System", "a.b-c_d"))
 events_of_any_kind = st.builds(
     lambda ch, text, id, corr, sender, action, note, question: hive.PendingEvent(
@@ -381,10 +381,16 @@ def test_the_environment_of_a_call(
         monkeypatch.setenv(f"OPENCLAW_{key}", "another's")
     for key in ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"):
         monkeypatch.setenv(key, "the daemon's")
-    environment = dict(command_of(way, {"command": ("x",), **keys}).environment)
+    for key in ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "NODE_AUTH_TOKEN"):
+        monkeypatch.setenv(key, "nobody's business")
+    for key in ("HOME", "PATH", "NODE_OPTIONS", "https_proxy", "HIVE_CONFIG", "MY_KEY"):
+        monkeypatch.setenv(key, "mine")
+    environment = dict(command_of(way, {"command": ("x",), "env": ("MY_KEY",), **keys}).environment)
     assert {k: environment.pop(k) for k in sorted(expected)} == expected
-    alike = {k: v for k, v in os.environ.items() if v not in ("another's", "the daemon's")}
-    assert environment == alike
+    assert not {"another's", "the daemon's", "nobody's business"} & {*environment.values()}
+    mine = {k: v for k, v in os.environ.items() if v == "mine"}
+    assert mine.items() <= environment.items() and len(mine) == 6
+    assert environment.items() <= os.environ.items()
 
 
 @pytest.mark.parametrize(
@@ -512,11 +518,16 @@ class StandIn:
         self.heard.append(f"failed {ids_of(group)}")
         self.uncertain.append([event.envelope.id for event in group if event.uncertain])
 
-    def agent_woken(self, agent: str, event: hive.PendingEvent, reply: str | None) -> None:
+    def agent_woken(
+        self, agent: str, event: hive.PendingEvent, reply: str | None, forgettable: bool
+    ) -> None:
         assert agent == "main"
-        self.heard.append(f"told {event.envelope.id}")
+        self.heard.append(f"told {event.envelope.id}" + (", forgettable" if forgettable else ""))
         if reply is not None:
             self.replied.append((event.envelope.id, reply))
+
+    def agent_has_read(self, event: hive.PendingEvent) -> None:
+        self.heard.append(f"read {event.envelope.id}")
 
     def agent_gave_up(self, agent: str, event: hive.PendingEvent, reason: str) -> None:
         assert agent == "main"
@@ -1148,7 +1159,7 @@ def test_whatever_a_reply_is_made_of_it_can_be_sent(loop: hive.Loop, stand_in_of
     stand_in.wake("a")
     run_until(loop, "the turn has ended", stand_in.idle)
     ((_, reply),) = stand_in.replied
-    assert "half a pair" in envelope().reply("beta", reply).text
+    assert envelope().reply("beta", reply).text == "half a pair: \ufffd"
 
 
 @pytest.mark.parametrize(
@@ -1607,6 +1618,117 @@ def test_secrets_are_in_no_argument(stand_in_of: Make) -> None:
         assert not [
             word for word in command_of(way, keys).argv if TOKEN in word or HOOK_TOKEN in word
         ]
+
+
+# What a gateway forgets when it restarts
+
+
+class Forgetful:
+    """How long a gateway says that it runs; None: it does not say."""
+
+    def __init__(self, gateway_of: Callable[..., Gateway]) -> None:
+        self.uptime: float | None = 1e6
+        self.gateway = gateway_of(self.answer)
+
+    def answer(self, visitor: socket.socket) -> None:
+        body = b'{"ok":true}'
+        if self.gateway.requests[-1][0].startswith("GET /readyz "):
+            said = {} if self.uptime is None else {"uptimeMs": self.uptime * 1000}
+            body = json.dumps(said).encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
+        visitor.sendall(head.encode() + body)
+
+    def asked(self) -> int:
+        return sum(first.startswith("GET ") for first, _, _ in self.gateway.requests)
+
+    def told(self) -> list[str]:
+        return [json.loads(b)["text"] for first, _, b in self.gateway.requests if "POST" in first]
+
+
+@pytest.fixture
+def forgetful(gateway_of: Callable[..., Gateway]) -> Forgetful:
+    return Forgetful(gateway_of)
+
+
+def look(loop: hive.Loop, agent: hive.Agent, forgetful: Forgetful) -> None:
+    """Let it look at its gateway's port, and ask how long it runs."""
+    before = forgetful.asked()
+    agent.probe()
+    run_until(loop, "it has asked", lambda: forgetful.asked() > before)
+    run_until(loop, "it has heard", lambda: not agent._asking_uptime)
+
+
+def test_what_a_gateway_forgot_when_it_restarted_is_told_again(
+    loop: hive.Loop, clock: Clock, stand_in_of: Make, forgetful: Forgetful
+) -> None:
+    port = forgetful.gateway.port
+    stand_in = stand_in_of(via="hook", port=port, hook_token=HOOK_TOKEN)
+    stand_in.wake("a")
+    run_until(loop, "it is told", stand_in.idle)
+    assert stand_in.heard[-1] == "told a, forgettable"
+    clock.skipped += 60
+    look(loop, stand_in.agent, forgetful)
+    assert len(forgetful.told()) == 1, "it runs for longer than that"
+    forgetful.uptime = 10.0
+    look(loop, stand_in.agent, forgetful)
+    run_until(loop, "it is told again", lambda: len(forgetful.told()) == 2)
+    assert " id=a corr=corr-1 (perhaps told before)\n" in forgetful.told()[1]
+    run_until(loop, "that has ended", stand_in.idle)
+    look(loop, stand_in.agent, forgetful)
+    assert len(forgetful.told()) == 2, "once for each restart"
+    assert "read a" not in stand_in.heard
+
+
+@pytest.mark.parametrize("uptime", [1e6, None], ids=["no restart", "it does not say"])
+@pytest.mark.parametrize("now", [True, False])
+def test_after_a_while_a_message_counts_as_read(
+    loop: hive.Loop,
+    clock: Clock,
+    stand_in_of: Make,
+    forgetful: Forgetful,
+    uptime: float | None,
+    now: bool,
+) -> None:
+    port, forgetful.uptime = forgetful.gateway.port, uptime
+    stand_in = stand_in_of(via="hook", port=port, hook_token=HOOK_TOKEN)
+    stand_in.wake("a", now=now)
+    run_until(loop, "it is told", stand_in.idle)
+    keeps = hive.FORGETTABLE if now else hive.FORGETTABLE_LATER
+    clock.skipped += keeps - 60
+    look(loop, stand_in.agent, forgetful)
+    assert "read a" not in stand_in.heard
+    clock.skipped += 120
+    look(loop, stand_in.agent, forgetful)
+    assert stand_in.heard[-1] == "read a"
+    forgetful.uptime = 1.0
+    stand_in.agent.probe()
+    clock.skipped += 1
+    assert len(forgetful.told()) == 1
+
+
+def test_a_message_that_is_stale_when_its_gateway_is_back_is_given_up(
+    loop: hive.Loop, clock: Clock, stand_in_of: Make, forgetful: Forgetful
+) -> None:
+    port = forgetful.gateway.port
+    stand_in = stand_in_of(via="hook", port=port, hook_token=HOOK_TOKEN)
+    stand_in.wake("a", max_wait=30)
+    run_until(loop, "it is told", stand_in.idle)
+    clock.skipped += 60
+    forgetful.uptime = 1.0
+    look(loop, stand_in.agent, forgetful)
+    why = "its gateway restarted, perhaps before it had read it"
+    assert stand_in.given_up == [("a", why)]
+
+
+def test_a_gateway_whose_port_is_not_known_is_not_waited_for(
+    loop: hive.Loop, stand_in_of: Make
+) -> None:
+    stand_in = stand_in_of()
+    stand_in.wake("a")
+    run_until(loop, "it is told", stand_in.idle)
+    assert stand_in.heard[-1] == "told a"
+    stand_in.agent.expect_read(pending("x", id="b"), at=0.0)  # as a daemon before us did
+    assert stand_in.heard[-1] == "read b"
 
 
 def test_one_look_at_a_gateway_is_enough_at_a_time(

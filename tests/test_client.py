@@ -21,7 +21,7 @@ def collector(envelope: Envelope = ASKED) -> ReplyCollector:
 
 
 def state(status: str = "online", **more: Any) -> dict[str, Any]:
-    return {"status": status, "last_seen": NOW, **more}
+    return {"status": status, "last_seen": int(time.time()), **more}
 
 
 def test_one_who_was_asked_answers_once() -> None:

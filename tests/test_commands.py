@@ -34,6 +34,7 @@ from conftest import (
 from paho.mqtt import publish
 
 import hive as module
+from hive import Envelope, write_answer
 
 
 def run(
@@ -280,11 +281,22 @@ def test_reply_takes_an_envelope_as_it_is_from_a_file_or_from_stdin(
     assert texts[-3:] == ["one", "two", "three"]
 
 
-def test_a_peers_answer_cannot_drive_the_terminal(hive: Hive) -> None:
+def test_an_argument_that_is_not_utf_8_is_sent_with_a_mark(hive: Hive) -> None:
     alpha = hive.node("alpha")
-    alpha.handler("evil", "#!/bin/sh\nprintf '\\033[2Jgone\\nnext'\n")
+    alpha.handler("say", "#!/bin/sh\nexec cat\n")
     alpha.start()
-    line = hive.command_line("alpha", "send", "--to", "alpha", "--action", "evil", "--text", "x")
+    shown = hive.cli("alpha", "send", "--to", "alpha", "--ch", "status", "--text", "a\udcff")
+    assert alpha.logged("text", id=shown.stdout.split()[1])["text"] == "a\ufffd"
+    tested = hive.cli("alpha", "handler", "test", "say", "--text", "a\udcff")
+    assert json.loads(tested.stdout)["text"] == "a\ufffd"
+    message = '{"v": 1, "id": "m-1", "ts": 1, "from": "alpha", "to": "beta", "ch": "command",'
+    message += ' "urgency": "now", "text": "a\udcff"}'
+    reply = ["reply", "--to-msg", message, "--text", "b\udcff", "--json"]
+    assert json.loads(hive.cli("alpha", *reply).stdout)["text"] == "b\ufffd"
+
+
+def seen_on_a_terminal(hive: Hive, line: list[str]) -> bytes:
+    """What a command writes where stdout is a terminal."""
     parent, child = pty.openpty()
     seen = bytearray()
 
@@ -297,11 +309,93 @@ def test_a_peers_answer_cannot_drive_the_terminal(hive: Hive) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    subprocess.run([*line, "--wait", "20"], stdout=child, env=hive.environment, check=True)
+    subprocess.run(line, stdout=child, env=hive.environment, check=True)
     os.close(child)
     reader.join(PATIENCE)
     os.close(parent)
+    return bytes(seen)
+
+
+def test_a_peers_answer_cannot_drive_the_terminal(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("evil", "#!/bin/sh\nprintf '\\033[2Jgone\\nnext'\n")
+    alpha.start()
+    line = hive.command_line("alpha", "send", "--to", "alpha", "--action", "evil", "--text", "x")
+    seen = seen_on_a_terminal(hive, [*line, "--wait", "20"])
     assert b"\\x1b[2Jgone\r\nnext" in seen and b"\x1b" not in seen
+
+
+def test_json_cannot_drive_the_terminal_either_and_stays_json(hive: Hive) -> None:
+    text = "a\x9b2Jb\u202ec\x7fd\U000e0041e ä"
+    alpha = hive.node("alpha")
+    alpha.handler("evil", f"#!/bin/sh\nprintf '%s' '{text}'\n")
+    alpha.start()
+    send = ["send", "--to", "alpha", "--action", "evil", "--text", text, "--json"]
+    shown = {
+        "sent": send,
+        "answered": [*send, "--wait", "20"],
+        "log": ["log", "--json", "--lines", "1", "--ch", "response"],
+        "handler": ["handler", "test", "evil", "--json"],
+    }
+    for what, words in shown.items():
+        seen = seen_on_a_terminal(hive, hive.command_line("alpha", *words)).decode()
+        said = seen[seen.index("{") : seen.rindex("}") + 1]
+        assert all(c.isprintable() or c in "\r\n" for c in seen), (what, seen)
+        document = json.loads(said)
+        document = document.get("envelope", document)
+        assert text in document.values(), (what, document)
+        if what == "answered":
+            id = document["id"]
+    seen = seen_on_a_terminal(hive, hive.command_line("alpha", "show", id, "--json")).decode()
+    assert all(c.isprintable() or c in "\r\n" for c in seen)
+    assert text in [row["envelope"]["text"] for row in json.loads(seen) if row["envelope"]]
+
+
+def test_no_line_of_an_answer_can_pass_for_that_of_another_node(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    question = Envelope.new("alpha", "all", "command", "x")
+    write_answer(question.reply("beta", "one\ngamma: two\r\ndelta: 3\n"), False, label=True)
+    write_answer(question.reply("beta", "beta: x refused: why\ngamma: no", ch="alert"), False, True)
+    write_answer(question.reply("beta", "alone\nas it is"), False, label=False)
+    said = capsys.readouterr()
+    assert said.out == "beta: one\nbeta: gamma: two\nbeta: delta: 3\nalone\nas it is\n"
+    assert said.err == "beta: x refused: why\nbeta: gamma: no\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("sned", "send"),
+        ("Status", "status"),
+        ("send --to a --text b --ch comand", "command"),
+        ("send --to a --text b --urgency latter", "later"),
+        ("send --to a --text b --wiat 3", "--wait"),
+        ("status --jsno", "--json"),
+        ("status --confg x", "--config"),
+        ("handler lst", "list"),
+        ("log --levle x", "--log-level"),
+        ("xyzzy", None),
+    ],
+)
+def test_a_slip_of_the_fingers_is_met_with_what_was_meant(
+    tmp_path: Path, line: str, meant: str | None
+) -> None:
+    done = run(*line.split(), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (f"did you mean {meant}?" in done.stderr) == bool(meant), done.stderr
+    assert meant or "did you mean" not in done.stderr
+
+
+def test_a_name_or_a_handler_that_is_there_in_other_letters_is_named(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("backup", "#!/bin/sh\n")
+    alpha.start()
+    for name in ("Alpha", "alhpa"):
+        done = hive.cli("alpha", "send", "--to", name, "--text", "x", "--wait", "3", code=4)
+        assert f"no node or agent {name} has been seen, did you mean alpha?" in done.stderr
+    done = hive.cli("alpha", "handler", "test", "bakup", code=1)
+    assert done.stderr.endswith("did you mean backup?\n")
 
 
 def test_a_broker_that_refuses_the_login_is_exit_3_with_advice(tmp_path: Path) -> None:
@@ -321,7 +415,7 @@ def test_a_broker_that_refuses_the_login_is_exit_3_with_advice(tmp_path: Path) -
 def test_a_password_that_others_may_read_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "hive.toml").write_text('[mqtt]\nusername = "a"\npassword = "hunter2"\n')
     (tmp_path / "hive.toml").chmod(0o644)
-    done = run("config", cwd=tmp_path)
+    done = run("config", "--config", "hive.toml", cwd=tmp_path)
     assert done.stderr == (
         "hive: warning: hive.toml: holds a secret and others may read it;"
         " try: chmod 600 hive.toml\n"
@@ -388,8 +482,15 @@ def test_a_message_is_shown_and_answered_by_its_id(hive: Hive, fast_agent: Path)
     hive.cli("beta", "reply", "--to-msg", id, "--text", "verstanden")
     answer = alpha.logged("received", ch="response")
     assert alpha.logged("text", id=answer["id"])["text"] == "verstanden"
-    unknown = hive.cli("beta", "show", "no-such-id", code=1)
-    assert unknown.stderr == "hive: no-such-id: not known here; the last days are: hive-cli log\n"
+    shown = hive.cli("beta", "log").stdout.splitlines()[0].split()[5]
+    assert shown == id[:8], "what log prints, show and reply take"
+    assert hive.cli("beta", "show", shown).stdout.splitlines()[1] == f"  id {id}"
+    assert len(hive.cli("beta", "log", "--corr", shown).stdout.splitlines()) == 3
+    whole = hive.cli("beta", "reply", "--to-msg", shown, "--text", "kurz", "--json")
+    assert json.loads(whole.stdout)["replyTo"] == id
+    for command in (["show", "no-such-id"], ["reply", "--text", "x", "--to-msg", "no-such-id"]):
+        unknown = hive.cli("beta", *command, code=1).stderr
+        assert unknown == "hive: no-such-id: not known here; the last days are: hive-cli log\n"
     beta.stop()
     late = hive.cli("beta", "reply", "--to-msg", id, "--text", "x")
     assert late.stdout.startswith("sent ")
@@ -410,7 +511,7 @@ def test_a_message_is_taken_with_the_broker_away_and_goes_out_when_it_is_back(
     done = hive.cli("alpha", "send", "--to", "beta", "--text", "late")
     assert re.fullmatch(r"queued [0-9a-f-]{36}, no broker at the moment\n", done.stdout)
     waiting = hive.cli("alpha", "pending").stdout
-    assert done.stdout.split()[1].rstrip(",") in waiting
+    assert done.stdout.split()[1][:8] in waiting and "late" in waiting
     assert "NOT DELIVERED" in waiting and f"{hive.prefix}/beta/command" in waiting
     own_broker.start()
     assert beta.logged("text")["text"] == "late"
@@ -434,7 +535,7 @@ def test_sending_through_the_daemon_needs_neither_paho_nor_a_broker_of_its_own(
     done = subprocess.run(  # -I -S: no paho-mqtt can be imported
         [
             *(sys.executable, "-I", "-S", str(ROOT / "hive.py"), "--config", str(other)),
-            *("send", "--to", "beta", "--text", "from inside"),
+            *("send", "--to", "beta", "--ch", "status", "--text", "from inside"),
         ],
         capture_output=True,
         text=True,
@@ -445,9 +546,9 @@ def test_sending_through_the_daemon_needs_neither_paho_nor_a_broker_of_its_own(
     assert hive.nodes["beta"].logged("text")["text"] == "from inside"
 
 
-def test_direct_means_without_the_daemon(hive: Hive) -> None:
+def test_direct_means_without_the_daemon(hive: Hive, fast_agent: Path) -> None:
     alpha = hive.node("alpha").start()
-    hive.node("beta").start()
+    hive.node("beta", f'[[oc_instances]]\nname = "main"\nopenclaw_cmd = "{fast_agent}"\n').start()
     hive.cli("alpha", "send", "--direct", "--to", "beta", "--text", "x")
     assert alpha.events("sent") == []
     (row,) = json_lines(hive.cli("alpha", "log", "--json").stdout)
@@ -505,7 +606,7 @@ def test_the_log_tells_what_came_went_and_was_done(hive: Hive) -> None:
     beta.handler("count", "#!/bin/sh\necho 7\n")
     beta.start()
     hive.cli("alpha", "send", "--to", "beta", "--action", "count", "--text", "x", "--wait", "20")
-    hive.cli("alpha", "send", "--to", "beta", "--text", "a\nlong text " * 50)
+    hive.cli("alpha", "send", "--to", "beta", "--ch", "status", "--text", "a\nlong text " * 50)
     beta.logged("text")
 
     came, did, went, second = hive.cli("beta", "log").stdout.splitlines()
@@ -592,7 +693,7 @@ def test_a_question_that_nobody_answers_in_time_is_told_to_the_agent_that_asked(
         "alpha", "send", "--to", "beta", "--action", "slow", "--text", "x", "--ttl", "4"
     )
     id = sent.stdout.split()[1]
-    assert id in hive.cli("alpha", "pending").stdout
+    assert id[:8] in hive.cli("alpha", "pending").stdout
     (call,) = eventually("the agent is called", lambda: calls_of(fast_agent))
     assert "[hive] alert from alpha to alpha id=" in call["argv"][3]
     assert f"corr={id}" in call["argv"][3]
@@ -682,8 +783,10 @@ def test_no_command_waits_for_a_silent_daemon_longer_than_it_was_told(hive: Hive
     for asked, (code, out, err) in found.items():
         if asked.split()[0] in ("log", "show", "pending"):
             assert (code, err) == (1, "hive: the daemon of alpha: it does not answer\n"), asked
-        elif "--wait" in asked:  # there is no agent that could answer it
-            assert code == 4 and "no answer from" in err, (asked, err)
+        elif "--to all" in asked:
+            assert code == 4 and "no node that is online has an agent" in err, (asked, err)
+        elif "--wait" in asked:
+            assert code == 1 and "refused: there is no agent to tell" in err, (asked, err)
         else:
             assert code == 0 and out, (asked, err)
             assert "--direct" in asked or "it does not answer; " in err, (asked, err)
@@ -703,6 +806,12 @@ def test_a_daemon_and_a_broker_that_are_both_silent_are_given_up_in_time(
         finally:
             os.kill(alpha.pid, signal.SIGCONT)
     assert {code for code, _, _ in found.values()} == {1, 3}
+
+
+def names_in(table: str) -> list[str]:
+    """The first words of a table's rows, which stand below its header."""
+    words = [(line.split() or [""])[0] for line in table.splitlines()]
+    return words[[word in ("NAME", "NODE") for word in words].index(True) + 1 :]
 
 
 class OldDaemon:
@@ -763,7 +872,7 @@ def test_what_is_no_daemon_of_this_version_is_passed_by_and_that_is_said(
     hive.nodes["beta"].logged("text", text="x")
     for done in asked:
         assert done.stderr == f"hive: the daemon of alpha: {why}; asking the broker instead\n"
-        assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["beta"]
+        assert names_in(done.stdout) == ["beta"]
 
 
 def test_a_name_server_that_says_nothing_is_not_waited_for(
@@ -837,7 +946,7 @@ def test_a_daemon_that_is_cut_off_says_so_and_what_it_knew(
     for command in ("status", "roster"):
         done = hive.cli("alpha", command, code=3)
         assert done.stderr == fault
-        assert [line.split()[0] for line in done.stdout.splitlines()[1:3]] == ["alpha", "beta"]
+        assert names_in(done.stdout)[:2] == ["alpha", "beta"]
         assert re.search(r"\nas of (\d+[smh] ?)+ ago, when the broker was lost\n$", done.stdout)
         assert len(json.loads(hive.cli("alpha", command, "--json", code=3).stdout)) == 2
         assert hive.cli("alpha", command, "--direct", code=3).stdout == ""
@@ -992,6 +1101,55 @@ def test_a_handler_is_tested_with_what_it_would_find(hive: Hive) -> None:
     given = hive.cli("alpha", "handler", "test", "who", "--text", "-", stdin="from stdin\n").stdout
     assert module.Envelope.parse(given.splitlines()[1].encode()).text == "from stdin"
     assert "{" not in hive.cli("alpha", "handler", "list").stdout
+
+
+def test_status_checks_for_monitoring_in_one_line(hive: Hive) -> None:
+    alpha = hive.node("alpha", '[[schedule]]\naction = "check"\nevery = "1s"\n')
+    bad = alpha.handler("check", "#!/bin/sh\n[ ! -e bad ]\n").parent / "bad"
+    none = hive.cli("alpha", "status", "--check", code=1)
+    assert none.stdout == "" and "no node has been seen" in none.stderr
+    alpha.start()
+    beta = hive.node("beta").start()
+    alpha.logged("peer is up", peer="beta")
+    assert hive.cli("alpha", "status", "--check").stdout == "2 nodes: 2 online\n"
+    beta.stop()
+    alpha.logged("peer has stopped", peer="beta")
+    said = hive.cli("alpha", "status", "--check", code=1)
+    assert (said.stdout, said.stderr) == ("2 nodes: 1 online, 1 offline; beta: stopped\n", "")
+    bad.touch()
+    line = "2 nodes: 1 degraded, 1 offline; beta: stopped;"
+    line += " alpha: schedule check every 1s is failing\n"
+    check = ("status", "--check")
+    eventually("it fails", lambda: hive.cli("alpha", *check, code=1).stdout == line)
+
+
+def test_a_node_that_will_not_come_back_is_forgotten_everywhere(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    beta = hive.node("beta", '[[oc_instances]]\nname = "main"\nopenclaw_cmd = "true"\n')
+    beta.handler("ping", "#!/bin/sh\necho pong\n")
+    beta.start()
+    alpha.logged("peer is up", peer="beta")
+    ping = ["send", "--to", "beta", "--action", "ping", "--text", "x", "--wait", "20"]
+    hive.cli("alpha", *ping)
+    for name in ("beta", "main"):
+        alive = hive.cli("alpha", "forget", name, code=1).stderr
+        said = rf"hive: {name} is online, seen \d+s ago: only what is gone can be forgotten\n"
+        assert re.fullmatch(said, alive)
+    beta.stop()
+    alpha.logged("peer has stopped", peer="beta")
+    # its state and roster, the result of ping, the state of main
+    assert hive.cli("alpha", "forget", "beta").stdout == "forgotten: beta (4 documents)\n"
+    alpha.logged("peer is forgotten", peer="main")
+    for direct in ([], ["--direct"]):
+        rows = json.loads(hive.cli("alpha", "status", "--json", *direct).stdout)
+        assert [row["name"] for row in rows] == ["alpha"]
+        roster = json.loads(hive.cli("alpha", "roster", "--json", *direct).stdout)
+        assert [one["node"] for one in roster] == ["alpha"]
+    again = hive.cli("alpha", "forget", "beta", code=1).stderr
+    assert again.startswith("hive: nothing of beta is kept at ") and again.count("\n") == 1
+    beta.start()
+    eventually("it is new", lambda: len(alpha.events("peer is up", peer="beta")) == 2)
+    hive.cli("alpha", *ping)
 
 
 def test_status_and_roster_as_json(hive: Hive) -> None:

@@ -191,6 +191,8 @@ def test_an_error_names_the_key_its_value_and_what_would_do(content: str, line: 
         ("handlers.x.workers", ["1"], ["0", "1.5"]),
         ("handlers.x.timeout", ["0.5"], ["0"]),
         ("handlers.x.retry", ["true", "false"], ["1", "'yes'"]),
+        ("handlers.x.env", ["'A'", "['A', 'b_2']", "[]"], ["''", "1", "['A=1']", "['a b']", "'*'"]),
+        ("handlers.env", ["'A'", "['A', 'b_2']", "[]"], ["1", "['A=1']", "['2']"]),
         ("journal.keep_days", ["1", "365"], ["0", "-1", "0.5", "true", "'7 days'", "[7]"]),
         ("journal.max_mb", ["1", "4096"], ["0", "1.5", "'64 MB'"]),
     ],
@@ -363,22 +365,47 @@ def test_a_file_that_is_private_or_holds_no_secret_is_not_warned_of() -> None:
 def test_the_first_file_that_is_there_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = place.parent / "home/.config/hive/hive.toml"
     home.parent.mkdir(parents=True)
-    files = [place / "flag", place / "variable", place / "hive.toml", home]
+    files = [place / "flag", place / "variable", home]
     for file in files:
         file.write_text(f"node.id = 'from-{file.parent.name}-{file.name}'")
     monkeypatch.setenv("HIVE_CONFIG", str(files[1]))
     read = [load_config(str(files[0])), load_config()]
     monkeypatch.delenv("HIVE_CONFIG")
     read.append(load_config())
-    files[2].unlink()
-    read.append(load_config())
-    expected = [
-        "from-here-flag",
-        "from-here-variable",
-        "from-here-hive.toml",
-        "from-hive-hive.toml",
-    ]
+    expected = ["from-here-flag", "from-here-variable", "from-hive-hive.toml"]
     assert [config.node.id for config in read] == expected
+
+
+NOT_READ = "./hive.toml is not read; if you trust it, name it: --config hive.toml"
+
+
+def test_a_file_of_the_current_directory_counts_only_if_it_is_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "hive.toml").write_text("node.id = 'evil'\nmqtt.password_file = '/etc/shadow'")
+    unnamed = load_config()
+    assert (unnamed.source, unnamed.warnings) == (None, (NOT_READ,))
+    assert unnamed.node.id != "evil" and unnamed.mqtt.password is None
+    (place / "hive.toml").write_text("node.id = 'mine'")
+    assert load_config("hive.toml").node.id == "mine"
+    assert load_config("hive.toml").warnings == ()
+    monkeypatch.setenv("HIVE_CONFIG", "hive.toml")
+    assert (load_config().node.id, load_config().warnings) == ("mine", ())
+    monkeypatch.setenv("HIVE_CONFIG", str(place / "hive.toml"))
+    assert (load_config().node.id, load_config().warnings) == ("mine", ())
+
+
+def test_a_file_that_is_passed_by_is_told_of(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = place.parent / "home/.config/hive/hive.toml"
+    home.parent.mkdir(parents=True)
+    home.write_text("node.id = 'mine'")
+    assert load_config().warnings == ()
+    (place / "hive.toml").write_text("this is no TOML")
+    assert (load_config().node.id, load_config().warnings) == ("mine", (NOT_READ,))
+    (place / "named").write_text("")
+    assert load_config("named").warnings == ()  # nobody counts on the other
+    monkeypatch.chdir(home.parent)
+    assert (load_config().node.id, load_config().warnings) == ("mine", ())  # it is the one
 
 
 def test_a_file_that_is_named_must_be_there(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
@@ -484,7 +511,8 @@ def test_what_is_no_text_is_refused_on_the_command_line(
 
 def test_the_command_line_overrides_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     load("[node]\nid = 'alpha'\n[mqtt]\nhost = 'far'")
-    code = hive.main(["--host", "near", "config", "--port", "99", "--prefix", "a/b"])
+    near = ["--config", "hive.toml", "--host", "near"]
+    code = hive.main([*near, "config", "--port", "99", "--prefix", "a/b"])
     shown = tomllib.loads(capsys.readouterr().out)
     assert code == 0
     assert (shown["mqtt"]["host"], shown["mqtt"]["port"]) == ("near", 99)
@@ -527,9 +555,11 @@ openclaw_cmd = "openclaw"
 via = "cli"
 agent = "main"
 agent_timeout = 300.0
+env = []
 [handlers.sync]
 workers = 1
 retry = false
+env = []
 [[schedule]]
 action = "sync"
 every = 60.0
@@ -735,7 +765,7 @@ def test_the_configuration_in_force_shows_what_was_repeated(place: Path) -> None
     assert [one["name"] for one in shown["oc_instances"]] == ["x", "z"]
     assert shown["oc_instances"][0]["openclaw_cmd"] == ["oc", "--y"]
     assert re.search(r"^workers = 3 +# hive\.toml$", text, re.M)
-    assert effective_config(load_config()).startswith("# from hive.toml\n")
+    assert effective_config(load_config("hive.toml")).startswith("# from hive.toml\n")
     Path("hive.toml").unlink()
     assert effective_config(load_config()).startswith("# no configuration file: the defaults\n")
 
@@ -747,3 +777,13 @@ def test_what_may_be_a_secret_is_not_shown_and_the_rest_is() -> None:
     )
     assert refusal("[node]\nidd = [1]").startswith("hive.toml: node.idd = …: no such key; ")
     assert refusal("[mqtt]\npasword = 1").endswith("did you mean password?")
+
+
+def test_what_all_handlers_get_may_be_named_beside_what_one_gets() -> None:
+    config = load("[handlers]\nenv = ['A', 'B']\n[handlers.sync]\nenv = 'C'\nworkers = 2")
+    assert config.handler_env == ("A", "B")
+    assert {name: one.env for name, one in config.handlers.items()} == {"sync": ("C",)}
+    shown = tomllib.loads(effective_config(config))["handlers"]
+    assert (shown["env"], shown["sync"]["env"]) == (["A", "B"], "C")
+    named_env = load("[handlers.env]\nworkers = 2")  # a handler may have that name
+    assert (named_env.handler_env, named_env.handlers["env"].workers) == ((), 2)

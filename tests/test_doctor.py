@@ -131,7 +131,9 @@ def test_a_healthy_node_is_ok_line_by_line(hive: Hive) -> None:
     done = hive.cli("alpha", "doctor")
     assert done.stderr == ""
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    assert [line[:2] for line in lines] == [["ok", name] for name in NAMES[:-1]] + [["--", "clock"]]
+    assert [line[:2] for line in lines] == [["ok", name] for name in NAMES[:-2]] + [
+        ["--", name] for name in NAMES[-2:]
+    ]
     said = {check: what for _, check, what in lines}
     assert said["config"] == f"node alpha: {alpha.config}"
     assert said["handlers"] == f"ping, in {alpha.handlers}"
@@ -142,7 +144,10 @@ def test_a_healthy_node_is_ok_line_by_line(hive: Hive) -> None:
 
 def test_it_harms_nobody(hive: Hive, fast_agent: Path) -> None:
     agent = f'[[oc_instances]]\nname = "main"\nopenclaw_cmd = "{fast_agent}"\n'
-    alpha, beta = hive.node("alpha", agent).start(), hive.node("beta").start()
+    alpha, beta = hive.node("alpha", agent), hive.node("beta")
+    for node in (alpha, beta):
+        node.handler("ping", "#!/bin/sh\n")
+        node.start()
     alpha.logged("peer is up", peer="beta")
     rows = doctor(alpha)
     assert levels(rows, *ASK_BROKER) == ["ok"] * 4
@@ -156,6 +161,30 @@ def test_it_harms_nobody(hive: Hive, fast_agent: Path) -> None:
     assert sorted(
         row["name"] for row in json.loads(hive.cli("beta", "status", "--json").stdout)
     ) == [*("alpha", "beta", "main")]
+
+
+def test_nodes_that_are_gone_are_a_warning(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    now = int(time.time())
+    for name, status, age in (
+        ("den", "online", 0),
+        ("attic", "offline", 90),
+        ("crypt", "online", 900),
+    ):
+        said = {"status": status, "last_seen": now - age, "reason": "lost", "oc": {"x": "ok"}}
+        said["interval"] = 60
+        say(alpha, f"{hive.prefix}/meta/{name}/state", said, retain=True)
+    agent = {"status": "offline", "last_seen": now, "daemon_node": "attic"}
+    say(alpha, f"{hive.prefix}/meta/main/state", agent, retain=True)
+    found = doctor(alpha)["nodes"]
+    assert found["level"] == "warn"
+    assert found["what"] == "attic is offline, crypt is stale, of 3 besides this one"
+    assert "forget" in found["todo"]
+    for name in ("attic", "crypt", "main"):
+        topic = f"{hive.prefix}/meta/{name}/state"
+        publish.single(topic, None, 1, retain=True, port=hive.broker.port)
+    found = doctor(alpha)["nodes"]
+    assert (found["level"], found["what"]) == ("ok", "1 node besides this one: 1 online")
 
 
 def test_a_dead_node_is_not_shown_as_alive_by_it(hive: Hive) -> None:
@@ -330,6 +359,14 @@ def test_files_that_others_may_read_or_change_are_named(hive: Hive) -> None:
     folder.rmdir()
     folder.write_text("a file")
     assert doctor(alpha)["files"]["what"] == f"state directory {folder}: you may not write to it"
+
+
+def test_a_handler_directory_that_is_not_there_is_a_warning(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    alpha.handlers.rmdir()
+    found = doctor(alpha)["handlers"]
+    assert (found["level"], found["what"]) == ("warn", f"none: no directory {alpha.handlers}")
+    assert found["todo"] == f"for those in {ROOT}/hive-daemon.d set [node] handler_dir"
 
 
 def test_handlers_that_are_refused_are_named_and_why(hive: Hive) -> None:

@@ -185,7 +185,8 @@ def test_status_and_roster_show_both_nodes_and_their_agents(hive: Hive, fast_age
     }
     assert documents["beta"]["handlers"] == ["ping"] and documents["alpha"]["agents"] == ["main"]
     table = hive.cli("alpha", "status").stdout
-    assert table.splitlines()[0].split() == [
+    assert table.splitlines()[:2] == ["2 nodes: 2 online", ""]
+    assert table.splitlines()[2].split() == [
         "NAME",
         "STATUS",
         "AGENTS",
@@ -710,3 +711,54 @@ def test_git_sync_pulls_on_every_node_that_has_it(hive: Hive, tmp_path: Path) ->
         (workspace,) = json.loads(result)["workspaces"]
         assert (workspace["path"], workspace["status"]) == (f"{tmp_path}/{name}", "updated")
     assert len(done.stdout.splitlines()) == 2
+
+
+def test_a_reader_of_the_log_that_has_stopped_reading_holds_up_nothing(hive: Hive) -> None:
+    hive.node("alpha").start()
+    beta = hive.node("beta")
+    beta.handler("ping", PONG)
+    os.mkfifo(beta.log_file)
+    reader = os.open(beta.log_file, os.O_RDONLY | os.O_NONBLOCK)  # and never reads
+    ping = ("send", "--to", "beta", "--action", "ping", "--text", "x", "--wait")
+    try:
+        beta.start(wait=False)
+        eventually("beta is up", lambda: hive.cli("alpha", *ping, "2", code=None).returncode == 0)
+        texts = [json.dumps(envelope(ch="status", text="x" * 500)).encode() for _ in range(400)]
+        publish(hive, "beta/status", *texts)  # each makes a line of 600 bytes; a pipe has 64 KiB
+        assert hive.cli("alpha", *ping, "20").stdout == "pong\n"
+        assert beta.stop() == 0
+    finally:
+        beta.log_file.unlink()
+        os.close(reader)
+    rows = json.loads(hive.cli("alpha", "status", "--json").stdout)
+    assert [row["reason"] for row in rows if row["name"] == "beta"] == ["stopped"]
+
+
+def test_a_text_for_a_node_without_agent_is_refused_to_its_sender(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+    hive.node("beta").start()
+    to_beta = ("send", "--to", "beta", "--text", "hello")
+    done = hive.cli("alpha", *to_beta, "--wait", "20", code=1)
+    assert done.stderr == "beta: message refused: there is no agent to tell\n"
+    done = hive.cli("alpha", *to_beta)
+    assert done.stderr == "hive: beta has no agent: it will refuse a message without --action\n"
+    alpha.logged("received", ch="alert")
+    assert hive.cli("alpha", "pending").stdout == "nothing is pending\n"
+
+
+def test_a_text_for_all_is_for_those_who_have_an_agent(hive: Hive, fast_agent: Path) -> None:
+    hive.node("alpha").start()
+    beta = hive.node("beta", with_agent(fast_agent))
+    hive.node("gamma").start()
+    to_all = ("send", "--to", "all", "--text", "hello", "--wait")
+
+    def roster() -> str:
+        return hive.cli("alpha", "status").stdout
+
+    eventually("gamma is known", lambda: "gamma" in roster())
+    done = hive.cli("alpha", *to_all, "20", code=4)
+    assert done.stderr == "hive: no node that is online has an agent; see: hive-cli status\n"
+    beta.start()
+    eventually("beta is known", lambda: "beta" in roster())
+    done = hive.cli("alpha", *to_all, "2", code=4)
+    assert done.stderr == "hive: no answer from beta in 2 s\n"

@@ -105,6 +105,24 @@ def test_a_file_that_is_not_executable_is_refused_with_advice(folder: Path) -> N
     assert hive.scan_handlers(folder).refused == {"ping": f"not executable; try: chmod +x {file}"}
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("#!/bin/sh\r\necho\r\n", r"its first line names '/bin/sh\r': its lines must end in LF"),
+        ("#!/usr/bin/nosuch\n", "its first line names '/usr/bin/nosuch', which is not there"),
+        ("#!/usr/bin/env nosuch\n", "its first line names 'nosuch', which is not on the PATH"),
+        ("echo hello\n", hive.NO_PROGRAM),
+        ("", hive.NO_PROGRAM),
+    ],
+)
+def test_a_file_that_cannot_be_started_is_no_handler(folder: Path, content: str, why: str) -> None:
+    (folder / "ping").write_bytes(content.encode())
+    (folder / "ping").chmod(0o755)
+    found = hive.scan_handlers(folder)
+    assert found.handlers == {}
+    assert found.refused["ping"].startswith(why)
+
+
 @pytest.mark.parametrize("mode", [0o757, 0o777, 0o703])
 @pytest.mark.usefixtures("private")
 def test_a_handler_that_everyone_may_change_is_refused(folder: Path, mode: int) -> None:
@@ -198,6 +216,26 @@ def test_a_link_through_a_folder_that_everyone_may_change_is_refused(
     assert "is writable by everyone" in found.refused["ping"]
 
 
+def test_nothing_is_run_from_below_a_folder_that_others_may_change(tmp_path: Path) -> None:
+    """Whoever may rename the handler directory can put another one into its place."""
+    open_folder = tmp_path / "open"
+    folder = open_folder / "mine" / "hive-daemon.d"
+    folder.mkdir(parents=True)
+    for one in (folder, folder.parent):
+        one.chmod(0o755)
+    put(folder / "ping")
+    open_folder.chmod(0o777)
+    why = f"is below {open_folder}, which is writable by everyone; try: chmod o-w {open_folder}"
+    assert hive.scan_handlers(folder) == hive.HandlerSet(
+        refused={str(folder): f"the directory {why}"}
+    )
+    assert hive.objection_to(folder / "ping") == why  # right before it is run, too
+    (tmp_path / "link").symlink_to(folder)
+    assert hive.scan_handlers(tmp_path / "link").handlers == {}
+    open_folder.chmod(0o1777)  # as /tmp is: nobody but its owner may rename what is in it
+    assert hive.scan_handlers(folder).handlers == {"ping": folder / "ping"}
+
+
 # What a handler is given
 
 
@@ -238,22 +276,55 @@ def test_an_exchange_is_named_after_its_first_message() -> None:
     assert hive.handler_environment(first, "beta", "hive", None, {})["HIVE_CORR"] == "id-1"
 
 
+def inherited(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], **config: Any) -> Any:
+    """What a handler finds of what the daemon has in its environment."""
+    for name in [*os.environ]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = hive.Config(hive.NodeConfig(id="beta"), **config)
+    return hive.handler_spec(settings, Path("/x/git-sync"), ASKED, None).environment
+
+
 @pytest.mark.parametrize(
     "name",
-    ["HIVE_AGENT", "HIVE_PROFILE", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"],
+    [
+        *("HIVE_AGENT", "HIVE_PROFILE", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"),
+        *("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "ANTHROPIC_API_KEY", "OPENCLAW_STATE_DIR"),
+        *("INVOCATION_ID", "LD_PRELOAD", "NODE_AUTH_TOKEN", "MY_PATH", "PATHX"),
+    ],
 )
-def test_the_daemons_own_affairs_are_not_handed_on(name: str) -> None:
-    inherited = {name: "the daemon's", "HOME": "/home/me"}
-    environment = hive.handler_environment(ASKED, "beta", "hive", None, inherited)
+def test_the_daemons_own_affairs_are_not_handed_on(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    environment = inherited(monkeypatch, {name: "the daemon's", "HOME": "/home/me"})
     assert name not in environment
     assert environment["HOME"] == "/home/me"
 
 
-def test_a_handlers_own_settings_reach_it() -> None:
-    inherited = {"HIVE_GIT_SYNC_CONFIG": "/etc/sync.toml", "HIVE_CONFIG": "/etc/hive.toml"}
-    assert (
-        inherited.items() <= hive.handler_environment(ASKED, "b", "hive", None, inherited).items()
+def test_a_handler_gets_what_it_needs_to_find_its_way_about(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = dict.fromkeys(
+        ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "XDG_RUNTIME_DIR", "https_proxy", "NO_PROXY"), "x"
     )
+    assert given.items() <= inherited(monkeypatch, given).items()
+
+
+def test_a_handlers_own_settings_reach_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"HIVE_GIT_SYNC_CONFIG": "/etc/sync.toml", "HIVE_CONFIG": "/etc/hive.toml"}
+    assert given.items() <= inherited(monkeypatch, given).items()
+
+
+def test_a_handler_gets_what_the_configuration_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"AWS_PROFILE": "a", "GIT_KEY": "b", "OTHER_KEY": "c"}
+    own = {
+        "git-sync": hive.HandlerConfig(env=("GIT_KEY",)),
+        "other": hive.HandlerConfig(env=("OTHER_KEY",)),
+    }
+    environment = inherited(monkeypatch, given, handler_env=("AWS_PROFILE", "NONE"), handlers=own)
+    assert (environment.get("AWS_PROFILE"), environment.get("GIT_KEY")) == ("a", "b")
+    assert not {"OTHER_KEY", "NONE"} & environment.keys()
 
 
 # What is made of an result
@@ -295,7 +366,7 @@ def test_the_result_of_a_success() -> None:
         ("ä €".encode(), "ä €"),
         (b"caf\xe9", "caf\ufffd"),
         (b"\xed\xa0\x80", "\ufffd" * 3),
-        (b'"\\ud800"', '"\\ud800"'),
+        (b'"\\ud800"', "\ufffd"),
         (b"\x00\x01", "\x00\x01"),
         (b"NaN", "NaN"),
         (b'{"x": NaN}', '{"x": NaN}'),
@@ -306,6 +377,8 @@ def test_the_result_of_a_success() -> None:
         (b"[" * 100_000, "[" * 100_000),
         (b"[" * 100 + b"]" * 100, "[" * 100 + "]" * 100),
         (b'{"half": ', '{"half": '),
+        (b'{"half": ["\\ud83d"]}', {"half": ["\ufffd"]}),
+        (b'"\\ud83d\\udc1d"', "\U0001f41d"),
     ],
 )
 def test_stdout_is_json_where_it_is_that_and_else_text(stdout: bytes, value: object) -> None:
@@ -565,9 +638,8 @@ def test_a_link_may_lead_through_a_folder_where_nobody_can_replace_it(
     shared.chmod(0o1777)
     assert hive.scan_handlers(folder).handlers == {"ping": folder / "ping"}
     shared.chmod(0o777)
-    assert hive.scan_handlers(folder).refused == {
-        "ping": f"is a link through {shared}, which is writable by everyone; try: chmod o-w"
-    }
+    why = f"is a link through {shared}, which is writable by everyone; try: chmod o-w {shared}"
+    assert hive.scan_handlers(folder).refused == {"ping": why}
 
 
 def test_every_folder_on_the_way_is_looked_into(folder: Path, tmp_path: Path) -> None:
@@ -603,7 +675,7 @@ def test_a_handler_is_run_in_its_folder_with_the_message_as_a_line(
     config = hive.make_config(
         {
             "node": {"id": "beta", "topic_prefix": "home", "handler_timeout": 7},
-            "handlers": {"slow": {"timeout": 99}, "other": {"workers": 2}},
+            "handlers": {"slow": {"timeout": 99}, "other": {"workers": 2}, "env": ["GIVEN"]},
         },
         None,
         {},

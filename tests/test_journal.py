@@ -377,6 +377,22 @@ def test_to_finish_twice_or_what_never_was_harms_nobody(journal: hive.Journal) -
     journal.start_tasks([])
 
 
+def test_what_a_gateway_has_in_memory_is_still_owed_but_not_pending(open_journal: Open) -> None:
+    journal = open_journal()
+    task = journal.add_task(receive(journal, "a"), "main")
+    journal.start_tasks([task])
+    journal.mark_accepted(task, NOW + 1.5)
+    journal.commit()
+    journal.close()
+    journal = open_journal()
+    assert [(one.n, one.began, one.accepted) for one in journal.tasks()] == [
+        (task, False, int(NOW + 1.5))
+    ]
+    assert hive.pending_document(journal)["tasks"] == []
+    journal.start_tasks([task])  # it is told again
+    assert [(one.began, one.accepted) for one in journal.tasks()] == [(True, 0)]
+
+
 def test_the_number_of_a_task_is_never_given_again(journal: hive.Journal) -> None:
     row = receive(journal, "a")
     first = journal.add_task(row)
@@ -550,6 +566,7 @@ def test_a_question_is_open_until_it_is_answered(open_journal: Open) -> None:
     journal = open_journal()
     assert questions(journal) == ["a", "c"]
     (first, _) = journal.pending_requests()
+    assert first.pop("text") == "hello"
     assert first == {"id": "a", "to": "alpha", "action": "ping", "asked": NOW, "due": None}
 
 

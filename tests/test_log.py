@@ -6,14 +6,20 @@ import contextlib
 import io
 import json
 import os
+import pty
 import re
+import socket
+import termios
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE, eventually
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hive import RATE_LIMIT_BURST, Log, RateLimit
+from hive import MAX_LINES_WAITING, RATE_LIMIT_BURST, Log, RateLimit
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=100)
 LEVELS = ["debug", "info", "warning", "error"]
@@ -94,6 +100,82 @@ def test_a_stream_that_nobody_reads_any_more_is_survived(format: str) -> None:
         log = Log("info", format, broken)
         for _ in range(3):
             log.error("hello", text="x" * 500)
+
+
+@pytest.fixture(params=["pipe", "terminal", "socket"])
+def unread(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
+    """Where a log goes, and where nobody reads it."""
+    if request.param == "pipe":
+        reader, writer = os.pipe()
+    elif request.param == "terminal":
+        reader, writer = pty.openpty()
+        termios.tcflow(writer, termios.TCOOFF)  # as Ctrl-S does
+    else:
+        reader, writer = (end.detach() for end in socket.socketpair())
+    yield reader, writer
+    os.close(writer)
+    with contextlib.suppress(OSError):
+        os.close(reader)
+
+
+def read_some(reader: int) -> bytes:
+    try:
+        return os.read(reader, 65536)
+    except BlockingIOError:
+        return b""
+
+
+def test_a_reader_that_has_stopped_reading_holds_up_nobody(unread: tuple[int, int]) -> None:
+    reader, writer = unread
+    many = 3 * MAX_LINES_WAITING
+    with os.fdopen(os.dup(writer), "w") as stream:
+        log = Log("info", "json", stream)
+        with log.never_wait():
+            begun = time.monotonic()
+            for i in range(many):
+                log.info("line", n=i, text="x" * 200)
+            assert time.monotonic() - begun < PATIENCE / 2
+            if os.isatty(writer):
+                termios.tcflow(writer, termios.TCOON)
+            os.set_blocking(reader, False)
+            heard = bytearray()
+
+            def everything() -> bool:
+                heard.extend(read_some(reader))
+                return b"lines dropped" in heard
+
+            eventually("what was kept is read, and what was not is counted", everything)
+            log.info("the end")
+            eventually("what is logged later is read", lambda: b"the end" in read_some(reader))
+    assert os.get_blocking(writer)  # it is not ours alone
+    rows = [json.loads(line) for line in heard.decode().splitlines() if line.endswith("}")]
+    kept = [row["n"] for row in rows if row["event"] == "line"]
+    [lost] = [row["lines"] for row in rows if row["event"] == "lines dropped"]
+    assert kept == [*range(len(kept))]
+    assert len(kept) + lost == many
+
+
+def test_a_log_that_nobody_reads_ends_all_the_same(unread: tuple[int, int]) -> None:
+    _, writer = unread
+    with os.fdopen(os.dup(writer), "w") as stream:
+        log = Log("info", "text", stream)
+        begun = time.monotonic()
+        with log.never_wait():
+            for _ in range(2000):
+                log.info("line", text="x" * 200)
+        assert time.monotonic() - begun < PATIENCE / 2
+    os.close(unread[0])  # or its thread would wait for ever
+
+
+def test_what_was_logged_at_the_end_is_written(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as stream:
+        log = Log("info", "json", stream)
+        with log.never_wait():
+            for i in range(1000):
+                log.info("line", n=i)
+        log.info("after it")
+    rows = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [row.get("n", row["event"]) for row in rows] == [*range(1000), "after it"]
 
 
 def test_a_fault_of_a_peer_is_logged_a_few_times_a_minute() -> None:

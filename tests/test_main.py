@@ -225,7 +225,8 @@ def test_a_warning_of_the_configuration_is_told_once(alone: Alone) -> None:
     config = alone.elsewhere / "hive.toml"
     config.write_text('[broker]\nusername = "u"\npassword = "p"\n')
     config.chmod(0o644)
-    broker = alone.start(sys.executable, alone.file, "broker", "--socket", "s")
+    words = ("broker", "--socket", "s", "--config", "hive.toml")
+    broker = alone.start(sys.executable, alone.file, *words)
     eventually("it listens", (alone.elsewhere / "s").exists)
     code, said = end(broker)
     assert code == 0 and said.count("others may read it") == 1

@@ -23,6 +23,7 @@ from hive import (
     Members,
     NodeConfig,
     OutgoingMessage,
+    identifier,
     loss_of,
 )
 
@@ -113,6 +114,12 @@ def test_an_announcement_is_about_one_node() -> None:
         MemberEvent.BACK,
         MemberEvent.NEW,
     ]
+
+
+@pytest.mark.parametrize("length", range(1, 64))
+def test_the_corr_of_every_loss_is_an_id_and_tells_names_apart(length: int) -> None:
+    names = [f"{first}{'x' * (length - 1)}" for first in "ab"]
+    assert len({identifier(loss_of(name)) for name in names}) == 2
 
 
 def test_a_node_is_new_once_and_again_after_it_said_goodbye() -> None:

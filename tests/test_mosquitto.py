@@ -47,9 +47,11 @@ NODES = ("alpha:main", "beta")
 def script(*arguments: str, code: int = 0, config: str = "") -> str:
     """What the command prints, or its error, in an empty home."""
     with tempfile.TemporaryDirectory() as home:
-        Path(home, "hive.toml").write_text(config or '[node]\nid = "alpha"\n')
+        file = Path(home, "hive.toml")
+        file.write_text(config or '[node]\nid = "alpha"\n')
+        command = ["broker", "--mosquitto-conf", "--config", str(file), *arguments]
         done = subprocess.run(
-            [sys.executable, ROOT / "hive.py", "broker", "--mosquitto-conf", *arguments],
+            [sys.executable, ROOT / "hive.py", *command],
             cwd=home,
             env={"HOME": home, "PATH": os.environ["PATH"]},
             capture_output=True,

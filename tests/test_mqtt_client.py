@@ -64,11 +64,11 @@ class Listener:
     def before_connecting(self, go_on: Callable[[], None]) -> None:
         go_on()
 
-    def link_up(self) -> None:
+    def on_connected(self) -> None:
         self.ups += 1
         self.commit()
 
-    def link_down(self, reason: str) -> None:
+    def on_disconnected(self, reason: str) -> None:
         self.downs.append(reason)
 
     def deliver(self, message: IncomingMessage) -> None:

@@ -17,6 +17,7 @@ from rig import HANGS, Rig
 import hive
 
 NOBODY = "no handler for action other, and no agent to ask about it"
+SAID_TO_NOBODY = "beta: message refused: there is no agent to tell"
 
 
 # The table of the protocol, "What a node does with an envelope"
@@ -85,8 +86,8 @@ def test_a_node_with_an_agent_and_each_kind_of_message(
     [
         ("command", "other", "now", f"beta: other refused: {NOBODY}"),
         ("sync", "other", "later", f"beta: other refused: {NOBODY}"),
-        ("command", None, "now", None),
-        ("sync", None, "now", None),
+        ("command", None, "now", SAID_TO_NOBODY),
+        ("sync", None, "now", SAID_TO_NOBODY),
         ("sync", None, "later", None),
         ("alert", "other", "now", None),
         ("response", "other", "now", None),
@@ -100,6 +101,8 @@ def test_a_node_without_agent_and_each_kind_of_message(
 ) -> None:
     asked = rig.say(ch, action, urgency=urgency, to=to)
     rig.turn()
+    if alert == SAID_TO_NOBODY and to == "all":
+        alert = None  # who speaks to all means those who have one
     assert [e.text for e in rig.sent()] == ([alert] if alert else [])
     if alert:
         (answer,) = rig.sent("alert")
@@ -158,13 +161,15 @@ def test_a_handler_reads_the_envelope_as_one_line(rig_of: Callable[..., Rig]) ->
 def test_a_handler_finds_its_agent_in_the_environment_and_no_secret(
     rig_of: Callable[..., Rig], main_agent: hive.InstanceConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key in hive.NOT_INHERITED:
+    own = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "AWS_SECRET_ACCESS_KEY")
+    for key in (*hive.CONTRACT, *own):
         monkeypatch.setenv(key, "of the daemon")
-    monkeypatch.setenv("EDITOR", "ed")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/xdg")
     other = hive.InstanceConfig("other", profile="work", token="x-y-z", hook_token="x-y-z")
     rig = rig_of([main_agent, other], show="env")
     lines = rig.answer_to(rig.say("command", "show", to="other")).text.splitlines()
-    assert {"HIVE_AGENT=other", "HIVE_PROFILE=work", "HIVE_TO=other", "EDITOR=ed"} <= set(lines)
+    assert {"HIVE_AGENT=other", "HIVE_PROFILE=work", "HIVE_TO=other"} <= set(lines)
+    assert "XDG_CONFIG_HOME=/xdg" in lines
     assert not [line for line in lines if "x-y-z" in line or "of the daemon" in line]
     assert "HIVE_AGENT=main" in rig.answer_to(rig.say("command", "show")).text
 
@@ -227,6 +232,31 @@ def test_a_handler_that_changed_since_it_was_found_is_told(rig: Rig, how: str) -
     assert answer.ch == "alert"
     assert answer.text.startswith("beta: deploy failed: could not be started: ")
     assert rig.works()
+
+
+@pytest.mark.parametrize(
+    ("mode", "content", "why"),
+    [
+        (0o644, "#!/bin/sh\n", "not executable; try: chmod +x {file}"),
+        (0o777, "#!/bin/sh\n", "is writable by everyone; try: chmod o-w"),
+        (0o755, "#!/no/such\n", "its first line names '/no/such', which is not there"),
+    ],
+)
+def test_whoever_asks_for_a_file_that_is_no_handler_is_told_why(
+    rig: Rig, mode: int, content: str, why: str
+) -> None:
+    rig.turn()
+    file = rig.handler_dir / "deploy"
+    file.write_text(content)
+    file.chmod(mode)
+    rig.advance(5)
+    answer = rig.answer_to(rig.say("command", "deploy"))
+    what = f"no handler for action deploy ({why.format(file=file)}), and no agent to ask about it"
+    assert (answer.ch, answer.text) == ("alert", f"beta: deploy refused: {what}")
+    rig.handler_dir.chmod(0o777)
+    rig.advance(5)
+    answer = rig.answer_to(rig.say("command", "other"))
+    assert "no handler for action other (the directory is writable by everyone; " in answer.text
 
 
 def test_a_handler_that_takes_too_long_is_ended_and_the_next_one_runs(
@@ -363,7 +393,7 @@ def test_the_reply_of_an_agents_turn_is_the_answer(
     asked = rig.say(ch, corr="c-1")
     rig.until("the turn has ended", lambda: rig.events("agent woken") and rig.works())
     heard = [(e.ch, e.text, e.corr, e.to) for e in rig.answers_to(asked)]
-    assert [text.replace("?", "\ufffd") for _, text, *_ in heard] == answers
+    assert [text for _, text, *_ in heard] == answers
     assert {(ch, corr, to) for ch, _, corr, to in heard} <= {("response", "c-1", "alpha")}
 
 
@@ -609,6 +639,22 @@ def test_no_payload_stops_a_node(rig_of: Callable[..., Rig], topic: str, retaine
     assert rig.works()
 
 
+def test_a_lost_peer_that_is_forgotten_is_not_announced(rig: Rig) -> None:
+    rig.beat("gamma")
+    rig.hear_state("gamma", retained=True, status="online")
+    rig.turn()
+    rig.hear_state("gamma", status="offline", reason="connection lost")
+    rig.turn()
+    assert rig.events("peer is lost")
+    rig.hand_in("hive/meta/gamma/state", b"", False)
+    rig.advance(120)
+    assert rig.sent("alert") == [] and rig.kept("gamma", "state") == []
+    assert rig.events("peer is forgotten", peer="gamma")
+    rig.beat("gamma")
+    rig.turn()
+    assert len(rig.events("peer is up", peer="gamma")) == 2
+
+
 SENSELESS: list[object] = ["5", [5], {"a": 1}, None, True, 0, -1, 10**400, 1e300]
 
 
@@ -724,6 +770,40 @@ def test_only_documents_are_retained(rig: Rig) -> None:
     assert {one.topic for one in messages} == {"hive/all/heartbeat", "hive/alpha/response"}
     assert not any(one.retain for one in messages) and all(one.retain for one in documents)
     assert {one.topic.rpartition("/")[2] for one in documents} == {"state", "roster", "ping"}
+
+
+@pytest.mark.parametrize(
+    ("there", "elsewhere", "why"),
+    [
+        (True, False, "it is empty"),
+        (False, False, "no such directory"),
+        (False, True, "no such directory; for those in {} set [node] handler_dir"),
+    ],
+)
+def test_a_start_without_handlers_says_where_they_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, elsewhere: bool, why: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    beside = tmp_path / "program" / "hive-daemon.d"
+    if elsewhere:
+        beside.mkdir(parents=True)
+        (beside / "ping").write_text("#!/bin/sh\n")
+        (beside / "ping").chmod(0o755)
+    monkeypatch.setattr(hive, "own_file", lambda: tmp_path / "program" / "hive.py")
+    if not there:
+        monkeypatch.setattr(hive.Config, "handler_dir", tmp_path / "missing")
+    rig = Rig(tmp_path, {}, [], {}, "debug")
+    (line,) = rig.events("no handlers")
+    folder = rig.handler_dir if there else tmp_path / "missing"
+    assert (line["level"], line["dir"]) == ("warning", str(folder))
+    assert line["why"] == why.format(beside)
+    rig.end()
+
+
+def test_a_start_says_which_handlers_it_serves_and_from_where(rig: Rig) -> None:
+    (line,) = rig.events("handlers")
+    assert (line["level"], line["dir"]) == ("info", str(rig.handler_dir))
+    assert line["actions"] == "ping" and not rig.events("no handlers")
 
 
 def test_what_a_node_has_to_say_goes_out_at_the_end_of_the_turn(rig: Rig) -> None:

@@ -206,6 +206,43 @@ def test_a_status_table_reads_like_this() -> None:
     ]
 
 
+def hive_in_trouble() -> list[StatusRow]:
+    return status_rows(
+        {
+            "alpha": state(),
+            "beta": state(),
+            "crypt": state(age=200, oc={"main": {"status": "ok"}}),
+            "main": state(age=200, daemon_node="crypt"),
+            "den": state("degraded", reason="schedule sync every 5s is failing"),
+            "attic": state("offline", age=90, reason="lost"),
+            "odd": {"status": "asleep"},
+            "new": {"status": "online"},
+        },
+        HeartbeatConfig(),
+        NOW,
+    )
+
+
+def test_trouble_comes_first_and_every_node_in_trouble_has_a_reason() -> None:
+    rows = hive_in_trouble()
+    names = [row.name for row in rows]
+    assert names == ["attic", "odd", "crypt", "main", "new", "den", "alpha", "beta"]
+    assert hive.status_notes(rows).splitlines()[1:] == [
+        "attic: lost",
+        "crypt: no word for 3m 20s",
+        "new: no word yet",
+        "den: schedule sync every 5s is failing",
+    ]
+    assert {row.name: row.reason for row in rows}["main"] == "no word for 3m 20s"
+
+
+def test_a_summary_counts_nodes_and_not_agents() -> None:
+    said = "7 nodes: 2 online, 1 degraded, 2 stale, 1 offline, 1 asleep"
+    assert hive.status_summary(hive_in_trouble()) == said
+    one = status_rows({"a": state()}, HeartbeatConfig(), NOW)
+    assert hive.status_summary(one) == "1 node: 1 online"
+
+
 def test_a_roster_table_reads_like_this() -> None:
     rosters: dict[str, dict[str, Any]] = {
         "beta": {
@@ -316,7 +353,24 @@ def utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_a_line_of_the_log_reads_like_this(row: dict[str, Any], line: str) -> None:
-    assert hive.log_line(row, 80) == line
+    assert hive.log_lines(row, 80) == line
+
+
+@pytest.mark.usefixtures("utc")
+def test_an_alert_is_shown_to_its_end_where_its_cause_is_and_once() -> None:
+    text = "beta: git-sync failed: exit 1: fatal: unable to access the remote: no\nroute to host"
+    alert = entry(ch="alert", action=None, envelope={"text": text})
+    assert hive.log_lines(alert, 80).splitlines() == [
+        "02-15 08:18:20 in  beta       alert    01234567 beta: git-sync failed: exit 1: f",
+        "    atal: unable to access the remote: no?route to host",
+    ]
+    long = hive.log_lines(alert | {"envelope": {"text": "x" * 10_000}}, 80).splitlines()
+    assert {len(line) for line in long} == {80} and long[-1].endswith("…")
+    assert len(long) == hive.MAX_ALERT_LINES
+    told = entry(ch="alert", event="did", note="told main", envelope=None)
+    assert hive.log_lines(told, 80) == ""
+    assert hive.log_lines(told | {"note": "main not told: it is down"}, 80)
+    assert hive.log_lines(told | {"ch": "command"}, 80).endswith("told main")
 
 
 @pytest.mark.usefixtures("utc")
@@ -354,12 +408,13 @@ def test_a_moment_is_shown_by_this_machines_clock(at: object, said: str) -> None
 
 def pending(**said: Any) -> str:
     document = {"questions": [], "tasks": [], "outbox": [], "outbox_size": 0}
-    return hive.pending_table(document | said, NOW, False)
+    return hive.pending_table(document | said, NOW, 60)
 
 
 def test_what_is_pending_reads_like_this() -> None:
     question = {"id": "q1", "to": "beta", "action": "ping", "asked": NOW - 60, "due": NOW + 30}
-    for_ever = question | {"id": "q2", "action": None, "due": None}
+    question |= {"text": "is the backup\ndone, all of it?"}
+    for_ever = question | {"id": "q2-0123456789", "action": None, "due": None, "text": ""}
     over = question | {"id": "q3", "due": NOW}
     task = {"id": "t1", "from": "beta", "agent": "", "action": "sync", "since": NOW + 5, "began": 0}
     begun = task | {"id": "t2", "agent": "main", "since": NOW - 3700, "began": NOW}
@@ -371,17 +426,17 @@ def test_what_is_pending_reads_like_this() -> None:
         outbox_size=3,
     )
     assert said.splitlines() == [
-        "NOT ANSWERED  BY    ACTION  ASKED   DUE",
-        "q1            beta  ping    1m ago  in 30s",
-        "q2            beta  -       1m ago  -",
-        "q3            beta  ping    1m ago  over",
+        "NOT ANSWERED  BY    ACTION  ASKED   DUE     TEXT",
+        "q1            beta  ping    1m ago  in 30s  is the backup?d…",
+        "q2-01234      beta  -       1m ago  -       -",
+        "q3            beta  ping    1m ago  over    is the backup?d…",
         "",
-        "TO DO  FROM  FOR   SENT       BEGUN",
-        "t1     beta  sync  0s ago     no",
-        "t2     beta  main  1h 1m ago  yes",
+        "TO DO  FROM  FOR   SENT       BEGUN  TEXT",
+        "t1     beta  sync  0s ago     no     -",
+        "t2     beta  main  1h 1m ago  yes    -",
         "",
-        "NOT DELIVERED      BYTES",
-        "hive/beta/command  70",
+        "NOT DELIVERED  TO                 BYTES  TEXT",
+        "-              hive/beta/command  70     -",
         "",
         "and 2 more to be delivered",
     ]

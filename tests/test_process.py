@@ -6,10 +6,12 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PATIENCE, Clock, run_until
@@ -86,6 +88,19 @@ def run(
     loop.run()
     assert len(results) == 1
     return results[0]
+
+
+def test_the_time_of_a_child_begins_before_it_is_started(
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = subprocess.Popen.__init__
+
+    def slowly(*how: Any, **more: Any) -> None:
+        begin(*how, **more)
+        time.sleep(0.3)  # so long that the child has ended
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", slowly)
+    assert run(loop, children, script("exit 0")).seconds >= 0.3
 
 
 def test_what_a_child_prints_is_in_its_result(
@@ -317,7 +332,9 @@ def test_a_grandchild_that_left_the_group_does_not_hold_up_the_result(
     assert [result.exit for result in results] == [0 if "end" in how else -signal.SIGTERM]
 
 
-NO_PROGRAM = "no program; does its first line name one, as in #!/bin/sh ?"
+NO_PROGRAM = hive.NO_PROGRAM
+NOT_LF = "its lines must end in LF, not CRLF"
+BOM = "a byte order mark comes before its first line; save it as UTF-8 without one"
 
 
 @pytest.mark.parametrize(
@@ -325,10 +342,15 @@ NO_PROGRAM = "no program; does its first line name one, as in #!/bin/sh ?"
     [
         ("echo no shebang\n", 0o755, NO_PROGRAM),
         ("", 0o755, NO_PROGRAM),
-        ("#!/no/such/interpreter\n", 0o755, "No such file or directory"),
-        ("#!/bin/sh\n", 0o644, "Permission denied"),
+        ("#!/no/such\n", 0o755, "its first line names '/no/such', which is not there"),
+        ("#!/bin/sh\n", 0o644, "not executable"),
+        ("#!/bin/sh\r\n", 0o755, rf"its first line names '/bin/sh\r': {NOT_LF}"),
+        ("#! /bin/sh -e\r\necho\r\n", 0o755, None),
+        ("#!/etc/passwd\n", 0o755, "its first line names '/etc/passwd', which cannot be executed"),
+        ("#!/\n", 0o755, "its first line names '/', which cannot be executed"),
+        ("\ufeff#!/bin/sh\n", 0o755, BOM),
+        ("#!\n", 0o755, NO_PROGRAM),
     ],
-    ids=["no shebang", "empty", "missing interpreter", "not executable"],
 )
 def test_a_file_that_cannot_be_run_is_told(
     loop: hive.Loop,
@@ -336,14 +358,49 @@ def test_a_file_that_cannot_be_run_is_told(
     tmp_path: Path,
     content: str,
     mode: int,
-    fault: str,
+    fault: str | None,
 ) -> None:
     file = tmp_path / "file"
-    file.write_text(content)
+    file.write_bytes(content.encode())
     file.chmod(mode)
     result = run(loop, children, [str(file)], stdin=b"x" * 1000)
+    if fault is None:  # the program is there, and does not like what it is given
+        assert NOT_LF in hive.first_line_fault(file) and result.exit
+        return
     assert (result.exit, result.fault, result.ok) == (None, fault, False)
     assert not result.truncated and not result.timed_out and not result.cancelled
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("#!/bin/sh\n", ""),
+        ("#!/usr/bin/env sh\n", ""),
+        ("#!\t/usr/bin/env\tsh", ""),
+        ("#!/usr/bin/env -S sh -e\n", ""),
+        ("#!/usr/bin/env A=1\n", ""),
+        ("#!/usr/bin/env nosuch\n", "its first line names 'nosuch', which is not on the PATH"),
+        ("#!/usr/bin/env sh\r\n", rf"its first line names 'sh\r': {NOT_LF}"),
+        ("\x7fELF\0", ""),
+    ],
+)
+def test_what_a_first_line_tells(tmp_path: Path, content: str, fault: str) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(content.encode())
+    assert hive.first_line_fault(file) == fault
+
+
+def test_a_program_whose_loader_is_missing_is_not_said_to_be_missing(
+    loop: hive.Loop, children: hive.ChildProcesses, tmp_path: Path
+) -> None:
+    program = Path("/bin/true").read_bytes()
+    if b"/lib64/ld-linux" not in program:
+        pytest.skip("needs a program of Linux with a loader")
+    file = tmp_path / "file"
+    file.write_bytes(program.replace(b"/lib64/ld-linux", b"/lib64/no-linux"))
+    file.chmod(0o755)
+    result = run(loop, children, [str(file)])
+    assert result.fault == "made for another system: the loader that it names is not there"
 
 
 @pytest.mark.parametrize(
@@ -370,7 +427,7 @@ def test_a_folder_that_is_missing_is_told(
     loop: hive.Loop, children: hive.ChildProcesses, tmp_path: Path
 ) -> None:
     result = run(loop, children, ["/bin/echo"], cwd=tmp_path / "missing")
-    assert (result.exit, result.fault) == (None, "No such file or directory")
+    assert (result.exit, result.fault) == (None, f"no folder {tmp_path}/missing")
 
 
 @pytest.mark.usefixtures("impatient")

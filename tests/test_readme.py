@@ -59,7 +59,7 @@ def test_its_error_line_is_the_real_one(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hive.toml").write_text('[mqtt]\nhots = "broker.lan"\n')
     with pytest.raises(module.ConfigError) as raised:
-        module.load_config()
+        module.load_config("hive.toml")
     assert f"hive: {raised.value}" in CONSOLE
 
 

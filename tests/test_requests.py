@@ -98,6 +98,76 @@ def test_a_whole_exchange_is_shown_whoever_took_it(rig: Rig, caller: Caller) -> 
         assert rows[1]["note"].startswith("ok, ") and rows[1]["envelope"] is None
 
 
+IDS = ("5f3a-one", "5f3a-two", "5f3a", "9c1d-question", "lost:gamma")
+
+
+def meant_by(caller: Caller, said: str) -> str:
+    """What the node takes this for: the same for all that ask with an id."""
+    exchange, shown = caller.ask(do="exchange", id=said), caller.ask(do="message", id=said)
+    assert "error" in exchange or exchange["rows"][0]["id"] == shown["id"]
+    for do in ("log", "follow"):
+        filtered = caller.ask(do=do, filters={"corr": said})
+        assert filtered.get("error") == exchange.get("error")
+        rows = exchange.get("rows", [])
+        assert [row["id"] for row in filtered.get("rows", [])] == [row["id"] for row in rows]
+    return str(shown.get("id") or shown["error"])
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("9c1d", "9c1d-question"),
+        ("9c1d-question", "9c1d-question"),
+        ("5f3a", "5f3a"),
+        ("5f3a-o", "5f3a-one"),
+        ("5f3a-", "5f3a-: which one? 5f3a-one, 5f3a-two"),
+    ],
+)
+def test_the_beginning_of_an_id_is_the_id_where_one_is_meant(
+    rig: Rig, caller: Caller, said: str, meant: str
+) -> None:
+    for id in IDS:
+        rig.say("status", id=id)
+    assert meant_by(caller, said) == meant
+
+
+@pytest.mark.parametrize("said", ["9c1", "9", "9c1d-x", "nosuch", "5F3A", "5f3_"])
+def test_what_is_not_known_is_named(rig: Rig, caller: Caller, said: str) -> None:
+    for id in IDS:
+        rig.say("status", id=id)
+    error = f"{said}: not known here; the last days are: hive-cli log"
+    assert caller.ask(do="message", id=said) == {"error": error}
+    assert caller.ask(do="exchange", id=said) == {"rows": []}
+    assert caller.ask(do="log", filters={"corr": said}) == {"rows": []}
+
+
+def test_a_beginning_that_means_many_lists_a_few(rig: Rig, caller: Caller) -> None:
+    for i in range(10, 20):
+        rig.say("status", id=f"same-{i}")
+    error = "same: which one? same-10, same-11, same-12, same-13, same-14, ..."
+    assert caller.ask(do="message", id="same") == {"error": error}
+
+
+def test_an_exchange_is_found_by_the_id_of_any_message_and_followed_as_it_was(
+    rig: Rig, caller: Caller
+) -> None:
+    rig.say("status", id="answer-1", corr="question-1")
+    rows = [
+        caller.ask(do="log", filters={"corr": "answ"})["rows"],
+        caller.ask(do="exchange", id="question")["rows"],
+        caller.ask(do="follow", filters={"corr": "answ"})["rows"],
+    ]
+    assert [(page[0]["id"], page[0]["exchange"]) for page in rows] == [
+        ("answer-1", "question-1")
+    ] * 3
+    for id in ("answer-2", "other-1"):
+        rig.say("status", id=id, corr="question-1" if id == "answer-2" else None)
+    news: list[Any] = []
+    while "answer-2" not in news:
+        news += [row["id"] for row in caller.hear("rows")]
+    assert "other-1" not in news
+
+
 @pytest.mark.parametrize(
     ("code", "words", "open_questions"),
     [
@@ -387,6 +457,16 @@ def test_no_document_of_a_peer_can_stand_in_the_way_of_others(
     assert documents["delta"] == {"status": "online"} and {*documents} <= {"delta", "gamma"}
 
 
+@pytest.mark.parametrize("document", ["state", "roster"])
+def test_a_broken_surrogate_in_a_document_of_a_peer_costs_no_field(
+    rig: Rig, caller: Caller, document: str
+) -> None:
+    retain(rig, f"gamma/{document}", b'{"version": "cut \\ud83d", "\\udfff": ["\\ud800"]}')
+    do = {"state": "states", "roster": "roster"}[document]
+    kept = caller.ask(do=do)[f"{document}s"]["gamma"]
+    assert kept == {"version": "cut \ufffd", "\ufffd": ["\ufffd"]}
+
+
 def test_all_documents_together_have_a_bound_and_the_longest_go_first(
     rig: Rig, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,6 +494,7 @@ def test_every_request_says_what_it_is_for_and_what_it_takes(name: str) -> None:
         assert one.required == (one.default is None)
 
 
+NO_ID = "is not an id: 1 to 64 of A-Za-z0-9._:- , the first a letter or digit"
 WRONG: list[object] = [
     *(None, True, False, 0, 7, -1, 1.5, 2**70, -(2**63), 1e308, float("nan"), float("inf")),
     *("", "a b", "x" * 65, "x" * 100_000, "\0", "half a pair: \ud83d", "m-1", "nobody", "all"),
@@ -486,10 +567,10 @@ def test_an_envelope_with_nonsense_in_any_field_is_answered(rig: Rig, do: str) -
     ("request_", "error"),
     [
         ({"do": "message"}, "id: missing"),
-        ({"do": "message", "id": 7}, "id: 7 is not an id: 1 to 64 of A-Za-z0-9._:-"),
-        ({"do": "exchange", "id": "a b"}, "id: 'a b' is not an id: 1 to 64 of A-Za-z0-9._:-"),
+        ({"do": "message", "id": 7}, f"id: 7 {NO_ID}"),
+        ({"do": "exchange", "id": "a b"}, f"id: 'a b' {NO_ID}"),
         ({"do": "log", "after": -1}, "after: -1 is not a whole number from 0"),
-        ({"do": "message", "id": "m-1"}, "not known here"),
+        ({"do": "message", "id": "m-1"}, "m-1: not known here; the last days are: hive-cli log"),
         ({"do": "send"}, "envelope: missing"),
         ({"do": "send", "envelope": {}}, "v: missing"),
         (

@@ -68,6 +68,8 @@ def test_a_node_does_what_the_protocol_says(
         assert (decision.agents, decision.now) == (told, now)
     elif ch in ("command", "sync") and action:
         assert decision.do is Do.REFUSE and "no-such" in decision.reason
+    elif ch in ("command", "sync") and to != "all":
+        assert decision == Decision(Do.REFUSE, "there is no agent to tell")
     else:
         assert decision.do is Do.NOTE
 
@@ -78,6 +80,15 @@ def test_an_agent_is_told_that_there_is_no_handler(ch: str) -> None:
     plain = decide(envelope(ch), context())
     assert asked.do is Do.WAKE and "no-such" in asked.reason
     assert plain == Decision(Do.WAKE, agents=("main",), now=True)
+
+
+@pytest.mark.parametrize("agents", AGENTS)
+def test_whoever_asks_for_a_file_that_is_no_handler_is_told_why(agents: tuple[str, ...]) -> None:
+    here = context(agents).replace(why_not=lambda action: f"{action} is\r\u2028 not executable")
+    reason = decide(envelope("command", action="deploy"), here).reason
+    said = r"no handler for action deploy (deploy is\r\u2028 not executable)"
+    assert reason == said + ("" if agents else ", and no agent to ask about it")
+    assert decide(envelope("command"), here) == decide(envelope("command"), context(agents))
 
 
 @pytest.mark.parametrize("agents", AGENTS)

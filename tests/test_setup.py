@@ -379,13 +379,13 @@ def test_a_password_on_stdin_goes_to_a_file_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_next_commands_name_a_file_that_would_not_be_found(tmp_path: Path) -> None:
-    (tmp_path / "hive.toml").write_text("")
-    for arguments in ([], ["--config", "my hive.toml"]):
-        file = tmp_path / arguments[1] if arguments else config_file(tmp_path)
-        out = init(tmp_path, *arguments)[1]
-        quoted = f"'{file}'" if arguments else file
+    for name in ("my hive.toml", "hive.toml"):
+        file = tmp_path / name
+        out = init(tmp_path, "--config", name)[1]
+        quoted = f"'{file}'" if " " in file.name else file
         assert out.count(f" --config {quoted}\n") == 2
-    assert "--config" not in init(tmp_path, "--config", "hive.toml", "--force")[1]
+    usual = str(config_file(tmp_path))
+    assert "--config" not in init(tmp_path, "--config", usual)[1]
 
 
 def test_agents_are_found_by_the_folders_of_their_profiles(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import calls_of, free_port
 from rig import Rig
 
@@ -46,6 +48,36 @@ def test_what_an_agent_was_perhaps_told_is_told_again_with_that_word(
     assert [row["tasks"] for row in rig.events("taking up what was not finished")] == [2]
 
 
+def test_what_a_gateway_took_before_a_restart_of_the_daemon_is_told_again_only_if_forgotten(
+    rig_of: Make,
+    main_agent: hive.InstanceConfig,
+    fast_agent: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uptime = {"seconds": 1000.0}
+    monkeypatch.setattr(hive, "read_uptime", lambda port: uptime["seconds"])
+    with socket.create_server(("127.0.0.1", 0)) as gateway:
+        rig = rig_of([main_agent.replace(port=gateway.getsockname()[1])])
+        asked = hive.Envelope.new("alpha", "beta", "command", "hello")
+        row = rig.journal.record(hive.Event.RECEIVED, asked, 1.0) or 0
+        task = rig.journal.add_task(row, "main", None, True)
+        rig.journal.mark_accepted(task, time.time() - 100)
+        rig.node.work.take_up()
+        rig.advance(hive.PROBE_EVERY + 1)
+        rig.advance(1)
+        assert told(fast_agent) == [] and [one.n for one in rig.journal.tasks()] == [task]
+        assert hive.pending_document(rig.journal)["tasks"] == []
+        uptime["seconds"] = 10.0
+        rig.advance(hive.PROBE_EVERY + 1)
+        rig.until("it is told again", lambda: told(fast_agent))
+        assert hive.UNCERTAIN_NOTE in told(fast_agent)[0]
+        rig.until("its gateway has it", lambda: rig.journal.tasks()[0].accepted)
+        uptime["seconds"] = 1e6
+        rig.advance(hive.FORGETTABLE + hive.PROBE_EVERY + 1)
+        rig.until("it counts as read", lambda: not rig.journal.tasks())
+    assert len(told(fast_agent)) == 1
+
+
 def test_whoever_wrote_to_an_agent_that_is_gone_is_told(
     rig_of: Make, main_agent: hive.InstanceConfig, fast_agent: Path
 ) -> None:
@@ -79,12 +111,20 @@ def test_how_it_ended_is_known_after_a_restart(
     rig = rig_of([main_agent], schedule=every_second(), check="echo why >&2; exit 3")
     rig.until("it fails twice", lambda: len(rig.events("handler ended")) >= 2)
     rig.until("the agent is told", lambda: told(fast_agent))
+    rig.advance(5)
+    state = rig.kept("beta", "state")[-1]
+    assert (state["status"], state["reason"]) == (
+        "degraded",
+        "schedule check every 1s is failing",
+    )
     rig.end()
     rig = rig_of([main_agent], schedule=every_second(), check="exit 4")
     rig.until("it fails again", lambda: rig.events("handler ended"))
     rig.handler("check", "echo fine")
     rig.until("it is well again", lambda: rig.events("handler ended", status="ok"))
     rig.until("the agent is told", lambda: len(told(fast_agent)) == 2)
+    rig.advance(5)
+    assert rig.kept("beta", "state")[-1]["status"] == "online"
     first, second = told(fast_agent)
     assert "check is failing: exit 3: why" in first and "[hive] alert from beta to beta" in first
     assert "check is well again: fine" in second and "[hive] status from beta to beta" in second
