@@ -7,9 +7,9 @@ ones, until one of them fails, twice.  What was found is remembered in .cache/, 
 where it was stopped; after tests were written, `--again` tries the survivors once more.  A
 survivor is a test that is missing, or a mistake that changes nothing; a person says which.
 
-mutmut 3 and cosmic-ray were tried first: one writes all mutants of all functions into one file
-(here of some 300,000 lines, which every node of a test would compile), the other knows neither
-samples nor an order of tests, and neither mutates what stands outside functions.
+mutmut 3 and cosmic-ray were looked at first, in their documentation: one writes all mutants of
+all functions into one file, which every node of a test would compile; the other knows neither
+samples nor an order of tests; and neither mutates what stands outside functions.
 """
 
 from __future__ import annotations
