@@ -118,7 +118,7 @@ def test_what_a_daemon_has_left_is_looked_up_without_it(config: hive.Config) -> 
     found = hive.look_up(config, {"do": "message", "id": "asked"})
     assert (found["event"], found["envelope"]["text"]) == ("out", "x")
     assert [row["id"] for row in hive.look_up(config, {"do": "log"})["rows"]] == ["asked"]
-    assert refusal(config, do="message", id="unknown") == "not known here"
+    assert refusal(config, do="message", id="unknown") == f"unknown: {hive.NOT_KNOWN}"
     assert refusal(config, do="message").startswith("id: missing")
     assert refusal(config, do="nothing") == "no such request: 'nothing'"
 

@@ -15,6 +15,7 @@ ARGUMENTS = {
     "send": ["--to=a", "--text=b"],
     "reply": ["--to-msg=abcd", "--text=b"],
     "show": ["abcd"],
+    "forget": ["attic"],
     "handler": ["list"],
 }
 
