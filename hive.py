@@ -4374,8 +4374,8 @@ def is_private_group(gid: int) -> bool:
 # the rest, which may be the keys of clouds and services; hive.toml names what shall be passed on.
 INHERITED = (
     r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_\w+|TZ|TERM|TMPDIR|XDG_\w+|HIVE_\w+"
-    r"|PYTHONDONTWRITEBYTECODE|SSH_AUTH_SOCK|DBUS_SESSION_BUS_ADDRESS|DISPLAY|WAYLAND_DISPLAY|XAUTHORITY"
-    r"|(?i:https?|ftp|all|no)_(?i:proxy)|SSL_CERT_FILE|SSL_CERT_DIR"
+    r"|SSH_AUTH_SOCK|DBUS_SESSION_BUS_ADDRESS|DISPLAY|WAYLAND_DISPLAY|XAUTHORITY"
+    r"|(?i:https?|ftp|all|no)_(?i:proxy)|SSL_CERT_FILE|SSL_CERT_DIR|PYTHONDONTWRITEBYTECODE"
     r"|NODE_OPTIONS|NODE_PATH|NODE_EXTRA_CA_CERTS|NVM_DIR|VOLTA_HOME|FNM_DIR|PNPM_HOME"
 )
 CONTRACT = {  # by a handler, not inherited: what has a meaning for it
