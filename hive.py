@@ -1145,6 +1145,8 @@ def unix_listener(file: Path) -> socket.socket:
 MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
 MAX_OUTBOX = 10_000  # messages that wait for the broker
 MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for weeks
+ANSWER_SHARE = 0.8  # of it for answers to peers: the rest is for what this node itself has to say
+ONE_SHARE = 0.2  # of it for those on one topic
 UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
 MAX_ROWS = 100  # that are read at once
 MIN_ID_PREFIX = 4  # characters that may stand for an id
@@ -1256,8 +1258,11 @@ class Journal:
         """
         risk = "what a crash interrupts is lost, or done twice"
         file = directory / "journal.sqlite3" if directory else None
-        self._database = Database(file, JOURNAL_TABLES, log, risk, upgrade_journal)
         self._keep, self._max_size = keep, max_size
+        self._room = min(DATABASE_WAL, max_size // 3)  # for what is not in the file yet
+        self._database = Database(
+            *(file, JOURNAL_TABLES, log, risk, upgrade_journal), wal=self._room
+        )
         self._rows = self._size = 0  # written since the last look
         self._newest = int(self._database.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
         self.full = False  # of what is not finished: no room is left to accept more
@@ -1272,6 +1277,7 @@ class Journal:
 
     def commit(self) -> None:
         """Make it last, before anybody is told that it is safe with us."""
+        self._database.commit()
         if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
             self.prune(time.time())
         if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
@@ -1454,18 +1460,39 @@ class Journal:
 
     def _count_outbox(self) -> None:
         content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
-        messages, size = self._database.read(
-            f"SELECT count(*), ifnull(sum({content}), 0)"
-            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
-        )[0]
-        self.outbox_size, self._outbox_bytes = int(messages), int(size)
+        groups = self._database.read(
+            f"SELECT topic, count(*), ifnull(sum({content}), 0) FROM outbox"
+            " LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL GROUP BY topic"
+        )
+        self._outbox = {topic: (int(number), int(size)) for topic, number, size in groups}
+        self.outbox_size = sum(number for number, _ in self._outbox.values())
+        self._outbox_bytes = sum(size for _, size in self._outbox.values())
+        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not taken yet
         rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
         self._acknowledged = int(rows[0][0])
+
+    def _count_out(self, topic: str, number: int, size: int) -> None:
+        """So many more messages wait on a topic, or fewer."""
+        before = self._outbox.get(topic, (0, 0))
+        self._outbox[topic] = after = before[0] + number, before[1] + size
+        if not after[0]:
+            del self._outbox[topic]
+        self.outbox_size += number
+        self._outbox_bytes += size
 
     @property
     def outbox_full(self) -> bool:
         """Nothing more may be sent.  What peers gave us to do does not count."""
-        return self.outbox_size >= MAX_OUTBOX or self._outbox_bytes >= MAX_OUTBOX_SIZE
+        return self._fills((self.outbox_size, self._outbox_bytes), 1)
+
+    def takes_answer(self, topic: str) -> bool:
+        """May an answer still be sent there?  One who asks too much takes no room from others."""
+        here, all = self._outbox.get(topic, (0, 0)), (self.outbox_size, self._outbox_bytes)
+        return not (self._fills(here, ONE_SHARE) or self._fills(all, ANSWER_SHARE))
+
+    def _fills(self, load: tuple[int, int], share: float) -> bool:
+        size = min(MAX_OUTBOX_SIZE, self._max_size // 2)
+        return load[0] >= share * MAX_OUTBOX or load[1] >= share * size
 
     def enqueue(
         self,
@@ -1484,9 +1511,21 @@ class Journal:
             "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
             (message, topic, own, retain, until),
         )
-        self.outbox_size += 1
-        self._outbox_bytes += len(payload)
+        self._count_out(topic, 1, len(payload))
         self._size += len(own or b"")
+
+    def keep_latest(self, topic: str, payload: bytes) -> None:
+        """Put what is to be retained into the outbox, or in the place of what waits there."""
+        before = self._latest.get(topic)
+        if before:
+            self._database.write("UPDATE outbox SET payload = ? WHERE n = ?", (payload, before.n))
+            self._count_out(topic, 0, len(payload) - len(before.payload))
+            self._size += len(payload)
+            self._latest[topic] = before.replace(payload=payload)
+            return
+        self.enqueue(topic, payload, retain=True)
+        n = int(self._database.read("SELECT max(n) FROM outbox")[0][0])
+        self._latest[topic] = OutgoingMessage(topic, payload, n=n)
 
     def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
         """The next that wait for the broker, in order."""
@@ -1496,6 +1535,7 @@ class Journal:
             " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
             (after, limit),
         )
+        self._latest.clear()  # these are under way
         return [
             OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
             for n, id, topic, payload, retain, until in rows
@@ -1513,8 +1553,7 @@ class Journal:
             )
         else:
             self._database.write("DELETE FROM outbox WHERE n = ?", (message.n,))
-        self.outbox_size -= 1
-        self._outbox_bytes -= len(message.payload)
+        self._count_out(message.topic, -1, -len(message.payload))
 
     def forget_acknowledged(self, before: float) -> None:
         """What the broker acknowledged before then it has saved."""
@@ -1588,25 +1627,41 @@ class Journal:
         return int((pages - free) * size)
 
     def prune(self, now: float) -> bool:
-        """Forget a few rows that are too old, or too much; was there anything to forget?"""
-        self._rows = self._size = 0
+        """Forget a few rows that are too old, or too much; was there anything to forget?
+
+        As many as were written since, so that it keeps its size however fast they come.
+        """
+        step, self._rows, self._size = self._rows * 5 // 4, 0, 0
         oldest = self._database.read("SELECT time FROM log ORDER BY n LIMIT 1")
         forgotten, too_old = 0, now - self._keep
         if oldest and oldest[0][0] < too_old:
             forgotten += self._forget_rows("time < ?", too_old)
-        too_large = self.size > self._max_size
-        if too_large:
-            texts = f"SELECT n FROM log WHERE content IS NOT NULL AND {FINISHED} ORDER BY n LIMIT ?"
-            forget = f"UPDATE log SET content = NULL WHERE n IN ({texts})"
-            forgotten += self._database.write(forget, (PRUNE_TEXTS,))
-            if self.size > self._max_size:
+        most = self._max_size - self._room
+        too_large = self.size > most
+        for _ in range(0, step + 1, PRUNE_STEP) if too_large else ():
+            if self.size > most:
+                forgotten += self._forget_texts(self.size - most)
+            if self.size > most:
                 forgotten += self._forget_rows("content IS NULL")
-        self.full = too_large and not forgotten
+            self._database.commit()  # or the write-ahead log would have to hold all of it
+        self.full = too_large and (not forgotten or self.size > most + self._room // 2)
         if forgotten:
             self._database.write(
                 "DELETE FROM pending_requests WHERE message NOT IN (SELECT n FROM log)"
             )
         return bool(forgotten)
+
+    def _forget_texts(self, much: int) -> int:
+        """The oldest ones that nothing unfinished belongs to: PRUNE_TEXTS, or so many bytes."""
+        kept = f"content IS NOT NULL AND {FINISHED}"
+        question = f"SELECT n, length(content) FROM log WHERE {kept} ORDER BY n LIMIT ?"
+        rows, last = deque(self._database.read(question, (max(PRUNE_TEXTS, PRUNE_STEP),))), 0
+        few = len(rows) - PRUNE_TEXTS
+        while rows and (much > 0 or len(rows) > few):
+            last, size = rows.popleft()
+            much -= size
+        forget = f"UPDATE log SET content = NULL WHERE n <= ? AND {kept}"
+        return self._database.write(forget, (last,))
 
     def _forget_rows(self, which: str, *values: object) -> int:
         """The oldest ones that nothing unfinished belongs to."""
@@ -2272,6 +2327,8 @@ class Node:
     def _maintain_journal(self) -> None:
         """Now and then, in small steps."""
         self.journal.return_to_disk()
+        self._rate_limit.report(self.log, self.loop.clock())
+        self.log.count_repeats()
         more = self.journal.prune(time.time())
         self.commit_soon()
         self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._maintain_journal)
@@ -2402,7 +2459,11 @@ class Node:
 
     def send(self, envelope: Envelope) -> None:
         """Publish an envelope, now or when the broker is back."""
-        fault = self._post(envelope)
+        answer = envelope.reply_to is not None
+        if answer and not self.journal.takes_answer(self.topics.of(envelope)):
+            fault = f"too much waits for {envelope.to} already"
+        else:
+            fault = self._post(envelope)
         if fault:
             self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
 
@@ -2415,11 +2476,11 @@ class Node:
 
     def keep_result(self, envelope: Envelope, result: Mapping[str, object]) -> None:
         """Publish what a handler gave, for whoever comes later."""
-        if self.journal.outbox_full:
-            self.log.error("result not published", id=envelope.id, why="too much waits already")
+        topic = self.topics.meta(self.name, str(result["action"]))
+        if self.journal.takes_answer(topic):
+            self.journal.keep_latest(topic, encode_json(result))
         else:
-            topic = self.topics.meta(self.name, str(result["action"]))
-            self.journal.enqueue(topic, encode_json(result), retain=True)
+            self.log.error("result not published", id=envelope.id, why="too much waits already")
 
     def _send_for_command(self, envelope: Envelope) -> str:
         """Send for somebody at the command line, who may expect an answer; why not, if so."""
@@ -2495,7 +2556,7 @@ class Node:
         if code == PACKET_TOO_LARGE and message.n and "result" in result:
             short = shortened(result, room, "result", "error")
         if short:
-            self.journal.enqueue(message.topic, encode_json(short), retain=True)
+            self.journal.keep_latest(message.topic, encode_json(short))
         if document:
             self._log_limited("document not published", topic=message.topic, why=why)
 
@@ -3851,10 +3912,12 @@ def effective_config(config: Config) -> str:
 # no message can forge a line or move a cursor.
 
 LEVELS = ("debug", "info", "warning", "error")
+SAME_AGAIN = "the same again"  # so often that only the number is written
 PLAIN = r"[A-Za-z0-9._:/@+,-]+"
 MAX_LOGGED = 500  # characters of one value
-RATE_LIMIT_BURST = 10  # lines of one kind within RATE_LIMIT_INTERVAL
+RATE_LIMIT_BURST = 10  # lines about one kind of fault of peers within RATE_LIMIT_INTERVAL
 RATE_LIMIT_INTERVAL = 60.0  # seconds
+MAX_REPEATS = 300  # lines of one event within it; the journal has what they tell
 MAX_LINES_WAITING = 2000  # of the log, for a reader that has stopped reading
 LAST_LINES = 0.5  # seconds that such a reader has for them when the process ends
 
@@ -3863,8 +3926,14 @@ class Log:
     """The node's story, on a stream."""
 
     def __init__(
-        self, level: str = "info", format: str = "text", stream: IO[str] | None = None
+        self,
+        level: str = "info",
+        format: str = "text",
+        stream: IO[str] | None = None,
+        repeats: int = 0,
     ) -> None:
+        """`repeats`: lines of one event in a minute, those at debug aside; 0 is any number."""
+        self._limit = RateLimit(repeats) if repeats else None
         self._least = LEVELS.index(level)
         self._json = format == "json"
         self._stream: LogStream = stream or sys.stderr
@@ -3884,9 +3953,18 @@ class Log:
     def _write(self, level: str, event: str, facts: Mapping[str, object]) -> None:
         if LEVELS.index(level) < self._least:
             return
+        if self._limit and level != "debug" and event != SAME_AGAIN:
+            self.count_repeats()
+            if not self._limit.allow(event, time.monotonic()):
+                return
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
             self._stream.write(self._line(level, event, facts))
             self._stream.flush()
+
+    def count_repeats(self) -> None:
+        """Say how often the same was not written again, in the minutes that are over."""
+        if self._limit:
+            self._limit.report(self, time.monotonic())
 
     @contextlib.contextmanager
     def never_wait(self) -> Iterator[None]:
@@ -3991,17 +4069,31 @@ class LogWriter:
 
 
 class RateLimit:
-    """Which faults of peers still deserve a line in the log: a few of each kind a minute."""
+    """What still deserves a line in the log: a few of each kind a minute; the rest is counted."""
 
-    def __init__(self) -> None:
-        self._since = 0.0
+    def __init__(self, burst: int = RATE_LIMIT_BURST) -> None:
+        self._burst, self._since = burst, 0.0
         self._counts: dict[str, int] = {}
+        self._withheld: dict[str, int] = {}  # in the minutes that are over
 
     def allow(self, kind: str, now: float) -> bool:
-        if now - self._since > RATE_LIMIT_INTERVAL:
-            self._since, self._counts = now, {}
+        self._turn(now)
         self._counts[kind] = self._counts.get(kind, 0) + 1
-        return self._counts[kind] <= RATE_LIMIT_BURST
+        return self._counts[kind] <= self._burst
+
+    def report(self, log: Log, now: float) -> None:
+        """Say what was not allowed, once its minute is over."""
+        self._turn(now)
+        while self._withheld:
+            kind, times = self._withheld.popitem()
+            log.warning(SAME_AGAIN, what=kind, times=times)
+
+    def _turn(self, now: float) -> None:
+        if now - self._since > RATE_LIMIT_INTERVAL:
+            for kind, times in self._counts.items():
+                if times > self._burst:
+                    self._withheld[kind] = self._withheld.get(kind, 0) + times - self._burst
+            self._since, self._counts = now, {}
 
 
 # ---- Process: one child ------------------------------------------------------------------
@@ -5248,7 +5340,7 @@ class Agent:
 # on in memory, and returns when the disk does.  Knows no table.
 
 DATABASE_CACHE = 1024  # KiB of memory
-DATABASE_WAL = 8 * KIB * KIB  # bytes that its write-ahead log keeps on disk when it is idle
+DATABASE_WAL = 8 * KIB * KIB  # bytes of its write-ahead log
 
 
 def make_private(folder: Path) -> None:
@@ -5268,16 +5360,18 @@ class Database:
         log: Log,
         risk: str,
         upgrade: Callable[[sqlite3.Connection], None] | None = None,
+        wal: int = DATABASE_WAL,
     ) -> None:
         """`tables` are statements that make them; `risk` is what it means to have no disk.
 
         `upgrade` is called before: it brings the tables of an older file to what they are now.
+        `wal`: bytes of its write-ahead log, about; it goes into the file at a quarter of that.
         """
         import sqlite3
 
         self.on_disk = file is not None
         self._sqlite, self._file, self._tables = sqlite3, file or Path(), tables
-        self._has_file, self._upgrade = file is not None, upgrade
+        self._has_file, self._upgrade, self._wal = file is not None, upgrade, wal
         self._log, self._risk = log, risk
         self._uncommitted: list[tuple[str, tuple[object, ...]]] = []  # what commit() makes last
         try:
@@ -5319,7 +5413,8 @@ class Database:
                 "journal_mode=WAL",
                 "synchronous=NORMAL",  # outlives any crash but that of the whole machine
                 f"cache_size=-{DATABASE_CACHE}",
-                f"journal_size_limit={DATABASE_WAL}",
+                f"journal_size_limit={self._wal}",
+                f"wal_autocheckpoint={max(1, self._wal // (16 * KIB))}",  # pages of 4 KiB
             ):
                 database.execute(f"PRAGMA {pragma}")
             database.execute("BEGIN IMMEDIATE")  # a crash leaves the tables of one version
@@ -5502,6 +5597,8 @@ MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
 DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
 MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with the broker
+MAX_LOSSES = 30  # that are announced one by one in a minute; of more there is one alert for all
+MANY_LOST = "lost::many"  # its corr; no name is like that
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
 PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
@@ -5553,6 +5650,12 @@ class Member:
         self.failed: float | None = None  # when
         self.announced = False  # did somebody tell the hive that it is lost?
         self.documents: dict[str, bytes] = {}  # its state and roster
+        self.beats = 0  # heartbeats that were heard
+
+    @property
+    def proven(self) -> bool:
+        """Has it shown more than one heartbeat, which anybody can invent?"""
+        return self.beats > 1 or bool(self.documents)
 
 
 class Members:
@@ -5578,6 +5681,9 @@ class Members:
         self._last_failure = self._probed = float("-inf")
         self._proving: list[Callable[[], None]] = []  # losses that wait for that
         self._silent = False
+        self._limit = RateLimit(MAX_LOSSES)
+        self._summary: Timer | None = None  # when those are announced that were too many
+        self._summed = float("-inf")  # when that was last done
 
     def stop(self) -> None:
         """Announce nothing any more."""
@@ -5599,7 +5705,8 @@ class Members:
         )
         if news:
             self._log.info(news.value, peer=envelope.sender)
-        if news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0:
+        first = news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0
+        if first and self._limit.allow("back", self._loop.clock()):
             text = f"{envelope.sender} is back"
             self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
 
@@ -5705,6 +5812,7 @@ class Members:
         low, high = PEER_INTERVAL
         member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
         member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
+        member.beats += 1
         member.boot, member.announced, member.failed = boot or old_boot, False, None
         if before is MemberStatus.FAILED:
             return MemberEvent.BACK if announced else MemberEvent.NEW
@@ -5757,7 +5865,8 @@ class Members:
     def mark_announced(self, corr: str) -> None:
         """Somebody has told the hive of the loss with this correlation id."""
         for name, member in self._members.items():
-            if loss_of(name) == corr:
+            many = corr == MANY_LOST and member.status is MemberStatus.FAILED
+            if many or loss_of(name) == corr:
                 member.announced = True
 
     def alive(self) -> list[str]:
@@ -5777,7 +5886,10 @@ class Members:
         if now - self._checked > 2 * self._own.interval:
             self.grant_grace(now)  # we were asleep ourselves: do not blame the others
         self._checked = now
-        for name in self.failed_since(now):
+        names = self.failed_since(now)
+        if len(names) > MAX_LOSSES:  # a crowd that was heard once and never again is no news
+            names = [name for name in names if self._members[name].proven]
+        for name in names[: 10 * MAX_LOSSES]:  # the others are told of with these
             silence = now - self._members[name].heard
             self._lost(name, now, f"no heartbeat for {silence:.0f} s")
 
@@ -5821,6 +5933,11 @@ class Members:
             self._probe(proved)
 
     def _announce(self, name: str, member: Member, why: str) -> None:
+        if not self._limit.allow("lost", self._loop.clock()):
+            now = self._loop.clock()
+            wait = max(DOUBT, self._summed + RATE_LIMIT_INTERVAL - now)
+            self._summary = self._summary or self._loop.after(wait, self._announce_others)
+            return
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(member.seen))
         text = f"{name} is lost: {why}; last seen {when if member.seen else '-'}"
         self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
@@ -5828,6 +5945,21 @@ class Members:
         document = {**state, "last_seen": member.seen, "reported_by": self._me}
         topic = self._topics.meta(name, "state")
         self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
+
+    def _announce_others(self) -> None:
+        """One alert for all that were too many; the next one a minute later at the earliest."""
+        lost = [
+            name
+            for name, one in self._members.items()
+            if one.status is MemberStatus.FAILED and one.proven and not one.announced
+        ]
+        self._summary = None
+        if not lost or self._silent:
+            return
+        self._summed = self._loop.clock()
+        some = ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else "")
+        text = f"{len(lost)} more are lost: {some}; all of them: hive-cli status"
+        self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=MANY_LOST))
 
 
 class OwnStatus(Value):
@@ -7683,6 +7815,7 @@ class Broker:
         if next(self._ticks) % (DISK_AGAIN / BROKER_TICK) == 0:
             for topic in [one for one, kept in self.retained.items() if kept.expired(now)]:
                 self._unretain(topic)
+            self._rate_limit.report(self._log, self.loop.clock())
             self.store.database.return_to_disk()
         self.store.commit()
 
@@ -11006,7 +11139,7 @@ def command_daemon(args: argparse.Namespace) -> int:
     """Run this node, in the foreground, until SIGTERM or Ctrl-C."""
     start_again()
     config = config_of(args)
-    log = Log(config.logging.level, config.logging.format)
+    log = Log(config.logging.level, config.logging.format, repeats=MAX_REPEATS)
     with log.never_wait():
         run_daemon(config, log)
         log.info("stopped")
@@ -11710,7 +11843,7 @@ def command_broker(args: argparse.Namespace) -> int:
 
 def run_broker(config: Config) -> None:
     """Until SIGTERM or Ctrl-C."""
-    log = Log(config.logging.level, config.logging.format)
+    log = Log(config.logging.level, config.logging.format, repeats=MAX_REPEATS)
     loop = Loop(log)
     with log.never_wait(), contextlib.ExitStack() as ending:
         ending.callback(loop.close)
