@@ -2521,6 +2521,13 @@ class ScheduledRun:
             due = self.last + (self.config.every or 0)
         else:
             due = now + min(FIRST_RUN, self.config.every or 0)
+        if now - due > self.config.patience:  # it was missed for good: the one after
+            every = self.config.every or 1.0
+            due = (
+                next_at(self.config.at, now)
+                if self.config.at
+                else now + every - (now - due) % every
+            )
         self.next = max(due, now) + chance * self.config.jitter
 
     def due(self, now: float) -> bool:
@@ -2528,6 +2535,10 @@ class ScheduledRun:
         if self.config.every and self.next - now > self.config.every + self.config.jitter:
             self.next = now
         return now >= self.next and not self.running
+
+    def missed(self, now: float) -> bool:
+        """Is it too late for the run that is due?  The machine may have slept."""
+        return now - self.next > self.config.patience
 
     def begin(self, now: float) -> None:
         self.running, self.last = True, now
@@ -2848,9 +2859,16 @@ class Work(Worker):
 
     def _run_due(self) -> None:
         """Run what is due; look again at the next one's time, or in a minute: clocks are put."""
+        import random
+
         now = time.time()
         for one in self._schedule:
-            if one.due(now) and not self._node.stopping:
+            if not one.due(now) or self._node.stopping:
+                continue
+            if one.missed(now):
+                self._log.info("missed", action=one.config.action, when=one.when)
+                one.plan(now, random.random())
+            else:
                 self._run_scheduled(one, now)
         nearest = min(one.next for one in self._schedule)
         self._loop.after(min(max(nearest - now, 0.1), 60.0), self._run_due)
@@ -3134,6 +3152,11 @@ def duration(value: object) -> float:
 def jitter(value: object) -> float:
     """a duration, or 0"""
     return 0.0 if value == 0 and not isinstance(value, bool) else duration(value)
+
+
+def lateness(value: object) -> float | bool:
+    """true, false, or how late at most, as in "2h\""""
+    return value if isinstance(value, bool) else duration(value)
 
 
 def time_of_day(value: object) -> str:
@@ -3491,6 +3514,9 @@ class HandlersConfig(ConfigTable):
     env: tuple[str, ...] = setting((), variable_names, "what they get besides", ["AWS_PROFILE"])
 
 
+ON_TIME = (
+    90.0  # seconds that a run may be late and be no late one: clocks are looked at each minute
+)
 NOTIFY = ("change", "failure", "always", "never")
 
 
@@ -3505,6 +3531,15 @@ class ScheduleConfig(ConfigTable):
     jitter: float = setting(0.0, jitter, "up to this much later, by chance", "30s")
     text: str = setting("scheduled", message_text, "the text of its message")
     notify: str = setting("change", choice(*NOTIFY), "which outcomes wake the agent")
+    catch_up: float | bool = setting(
+        True, lateness, "what was missed runs later: true, false, or so long", "2h"
+    )
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a run may be late."""
+        late = {True: float("inf"), False: ON_TIME}
+        return late[self.catch_up] if isinstance(self.catch_up, bool) else self.catch_up
 
     def check(self, where: str) -> None:
         if (self.every is None) == (self.at is None):
@@ -9486,12 +9521,17 @@ def open_control(config: Config, patience: float = PATIENCE, direct: bool = Fals
 
 def look_up(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
     """What is in the journal: the daemon's, or the one that it left.  Raises HiveError."""
-    control = connect_to_daemon(config) or InProcessNode(config, PATIENCE)
-    with contextlib.closing(control):
-        answer = control.ask(request)
+    answer = ask_journal(config, request)
     if "error" in answer:
         raise HiveError(str(answer["error"]))
     return answer
+
+
+def ask_journal(config: Config, request: Mapping[str, object]) -> dict[str, Any]:
+    """The same, and what is wrong with the request as an `error`."""
+    control = connect_to_daemon(config) or InProcessNode(config, PATIENCE)
+    with contextlib.closing(control):
+        return control.ask(request)
 
 
 class InProcessNode:
@@ -9516,7 +9556,10 @@ class InProcessNode:
         found, given = Request.find(request)
         if found.looks_back:
             with self._journal_left_behind() as journal:
-                return found.run(journal, given) or {}
+                try:
+                    return found.run(journal, given) or {}
+                except UsageError as error:
+                    return {"error": str(error)}
         filters = self._filters(str(request["do"]), given)
         if request["do"] == "send":
             self._topic = self._config.topics.of(given["envelope"])
@@ -10316,13 +10359,14 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
         return
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
-    names = ", ".join(found.handlers) or "none"
-    if folder.is_dir():
-        yield Finding(Level.OK, f"{names}, in {folder}")
-    else:
-        named = context.config.node.handler_dir is not None
-        other = "" if named else why_no_handlers(folder).partition("; ")[2]
-        yield Finding(Level.WARN, f"none: no directory {folder}", other or f"mkdir {folder}")
+    if found.handlers:
+        yield Finding(Level.OK, f"{', '.join(found.handlers)}, in {folder}")
+        return
+    what = f"nothing to run in {folder}" if folder.is_dir() else f"no directory {folder}"
+    named = context.config.node.handler_dir is not None
+    other = "" if named else why_no_handlers(folder).partition("; ")[2]
+    todo = f"put an executable there: {folder}/NAME" if folder.is_dir() else f"mkdir {folder}"
+    yield Finding(Level.WARN, f"none: {what}", other or todo)
 
 
 def check_daemon(context: DoctorContext) -> Iterator[Finding]:
@@ -11139,7 +11183,12 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     option(
         "--ttl", type=ttl_seconds, metavar="SECONDS", help="after this it is of no use any more"
     ),
-    option("--corr", type=identifier, metavar="ID", help="the exchange that this belongs to"),
+    option(
+        "--corr",
+        type=identifier,
+        metavar="ID",
+        help="the exchange that this belongs to: any id of it",
+    ),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
     DIRECT,
     AS_JSON,
@@ -11158,7 +11207,7 @@ def command_send(args: argparse.Namespace) -> int:
         action=args.action,
         urgency=args.urgency,
         ttl=args.ttl,
-        corr=args.corr,
+        corr=args.corr and known_exchange(config, args.corr),
     )
     return send_and_wait(config, envelope, args, args.wait)
 
@@ -11336,6 +11385,17 @@ def find_original(config: Config, said: str) -> Envelope:
     if ID.fullmatch(said) and not os.path.exists(said):
         return known_envelope(config, said)
     return Envelope.parse(read_original(said))
+
+
+def known_exchange(config: Config, id: str) -> str:
+    """The exchange that any id of it means, or its beginning; itself where none is known."""
+    try:
+        answer = ask_journal(config, {"do": "log", "filters": {"corr": id}, "last": 1})
+    except HiveError:  # there is no journal: a message goes out without
+        return id
+    if "error" in answer:
+        raise UsageError(f"--corr {answer['error']}")
+    return str(answer["rows"][0]["exchange"]) if answer["rows"] else id
 
 
 def known_envelope(config: Config, id: str) -> Envelope:
