@@ -566,6 +566,7 @@ every = 60.0
 jitter = 0.0
 text = "scheduled"
 notify = "change"
+failures = 1
 """
 
 
