@@ -2382,12 +2382,12 @@ class Node:
             return max(1.0, delivery.expires_in)
         return max(1.0, envelope.ts + envelope.ttl - time.time())
 
-    def tell_own_agents(self, envelope: Envelope, note: str) -> None:
-        """Something that this node itself has to say."""
+    def tell_own_agents(self, envelope: Envelope, note: str, now: bool = True) -> None:
+        """Something that this node itself has to say; at once, or with their next heartbeat."""
         row = self.journal.record(Event.RECEIVED, envelope, time.time(), note)
         agents = self.context().addressed(self.name)
         if row and agents:
-            self._perform(Decision(Do.WAKE, note, agents, now=True), envelope, row, None)
+            self._perform(Decision(Do.WAKE, note, agents, now), envelope, row, None)
         self.commit_soon()
 
     # -- what goes out --
@@ -2502,6 +2502,9 @@ class ScheduledRun:
         self.next = 0.0  # Unix seconds
         self.last = 0.0  # 0: never
         self.ok: bool | None = None  # how it ended; None: not known
+        self.failures = 0  # in a row, up to now
+        self.alarmed = False  # was the agent told that it fails, and nothing since?
+        self.output = ""  # what it printed, as a digest
         self.running = False
 
     @property
@@ -2543,17 +2546,53 @@ class ScheduledRun:
     def begin(self, now: float) -> None:
         self.running, self.last = True, now
 
-    def end(self, ok: bool) -> str | None:
-        """Take note of how it ended; what the agent should be told, if anything."""
-        before, self.ok, self.running = self.ok, ok, False
-        words = "is failing" if not ok else "is well again" if before is False else "is well"
+    def end(self, ok: bool, news: object = None, output: str = "") -> str | None:
+        """Take note of how it ended; what the agent should be told, if anything.
+
+        `news` is the handler's own word, true or false, where it has one.
+        """
+        self.ok, self.running = ok, False
+        self.failures = 0 if ok else self.failures + 1
+        differs, self.output = output != self.output, output
+        silent, before = not isinstance(news, bool), self.alarmed
+        change = news is True or (before if ok else silent and self.failing and not before)
         tell = {
             "always": True,
             "never": False,
-            "failure": not ok,
-            "change": ok is False if before is None else ok != before,
+            "failure": self.failing,
+            "change": change,
+            "output": change or differs,
+        }[self.config.notify]
+        words = "has news" if news is True else "is failing"
+        if ok and news is not True:
+            words = "is well again" if before else "has news" if differs else "is well"
+        if tell:
+            self.alarmed = silent and not ok
+        return words if tell else None
+
+    @property
+    def failing(self) -> bool:
+        """Has it failed as often in a row as counts?"""
+        return self.failures >= self.config.failures
+
+    def restore(self, kept: Mapping[str, Any], now: float) -> None:
+        """Go on from what an earlier process kept."""
+        last, ok, failures = kept.get("last"), kept.get("ok"), kept.get("failures")
+        self.last = last if isinstance(last, float) and last < now else 0.0
+        self.ok = ok if isinstance(ok, bool) else None
+        self.failures = failures if isinstance(failures, int) else int(ok is False)
+        self.alarmed = kept.get("alarmed", ok is False) is True
+        self.output = str(kept.get("output", ""))
+
+    def kept(self) -> dict[str, object]:
+        """What outlives a restart."""
+        return {
+            "last": self.last,
+            "ok": self.ok,
+            "failures": self.failures,
+            "alarmed": self.alarmed,
+            "output": self.output,
         }
-        return words if tell[self.config.notify] else None
 
     def document(self) -> dict[str, object]:
         """What the roster says of it."""
@@ -2711,7 +2750,7 @@ class Work(Worker):
         trouble += [
             f"schedule {one.config.action} {one.when} is failing"
             for one in self._schedule
-            if one.ok is False
+            if one.failing
         ]
         return "; ".join(trouble)
 
@@ -2787,7 +2826,9 @@ class Work(Worker):
         self._log.info("handler started", action=run.action, id=run.envelope.id)
         if run.task:
             self._journal.start_tasks([run.task])
-        self._children.start(handler_spec(self._config, file, run.envelope, agent), done)
+        last_run = self._last_run(run.action) if run.scheduled else None
+        spec = handler_spec(self._config, file, run.envelope, agent, last_run)
+        self._children.start(spec, done)
 
     def _ran(self, run: HandlerRun, result: ProcessResult) -> None:
         self._queue.done(run.action)
@@ -2810,9 +2851,11 @@ class Work(Worker):
         say("handler ended", **facts, exit=result.exit, ms=took, why=error or None)
         words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
         self._journal.record_result(envelope, time.time(), words)
-        self._node.keep_result(envelope, document)
+        said = document["result"] if isinstance(document["result"], dict) else {}
+        hidden = {"result": {"private": True}} if said.get("private") is True else {}
+        self._node.keep_result(envelope, document | hidden)
         if run.scheduled:
-            self._scheduled_run_ended(run.scheduled, envelope, result)
+            self._scheduled_run_ended(run.scheduled, envelope, result, said)
         else:
             self._node.send(answer_to(envelope, self._node.name, result))
         if run.task:
@@ -2849,10 +2892,7 @@ class Work(Worker):
 
         now = time.time()
         for one in self._schedule:
-            known = self._journal.get(one.key)
-            last, ok = known.get("last"), known.get("ok")
-            one.last = last if isinstance(last, float) and last < now else 0.0
-            one.ok = ok if isinstance(ok, bool) else None
+            one.restore(self._journal.get(one.key), now)
             one.plan(now, random.random())
         if self._schedule:
             self._run_due()
@@ -2885,20 +2925,39 @@ class Work(Worker):
         one.plan(now, random.random())
         self._run_handlers()
 
+    def _last_run(self, action: str) -> str:
+        """The id of the last scheduled run of an action whose outcome was taken over."""
+        return str(self._journal.get(f"scheduled {action}").get("id", ""))
+
     def _scheduled_run_ended(
-        self, one: ScheduledRun, envelope: Envelope, result: ProcessResult
+        self,
+        one: ScheduledRun,
+        envelope: Envelope,
+        result: ProcessResult,
+        said: Mapping[str, object],
     ) -> None:
-        """Write down how it ended; wake the agent if that is news."""
-        if result.cancelled:
+        """Write down how it ended; wake the agent if that is news.  One commit has it all.
+
+        What cannot be taken over now is not written down, so that the handler is not told that
+        it was, and tells it again.
+        """
+        if result.cancelled or self._node.stopping or self._journal.full:
+            one.running = False
             return
-        words = one.end(result.ok)
-        self._journal.put(one.key, {"last": one.last, "ok": one.ok})
+        words = one.end(result.ok, said.get("news"), content_hash(result.stdout))
+        self._journal.put(one.key, one.kept())
+        self._journal.put(f"scheduled {envelope.action}", {"id": envelope.id})
         self._changed()
-        if words and not self._node.stopping:
-            said = printed(result) if result.ok else failure(result)
-            text = cut(f"{one.config.action} {words}: {said}", MAX_ERROR)
-            ch = "status" if result.ok else "alert"
-            self._node.tell_own_agents(envelope.reply(self._node.name, text, ch=ch), "scheduled")
+        if words:
+            own, news = said.get("text"), said.get("news") is True
+            text = own if isinstance(own, str) else printed(result)
+            if not (result.ok or news) or not text:
+                text = failure(result) if not result.ok else "it prints nothing"
+            ch = "status" if result.ok or news else "alert"
+            answer = cut(f"{one.config.action} {words}: {text}", MAX_ERROR)
+            now = not news or said.get("urgency") != "later"
+            told = envelope.reply(self._node.name, answer, ch=ch)
+            self._node.tell_own_agents(told, "scheduled", now)
 
     # -- agents --
 
@@ -3514,10 +3573,8 @@ class HandlersConfig(ConfigTable):
     env: tuple[str, ...] = setting((), variable_names, "what they get besides", ["AWS_PROFILE"])
 
 
-ON_TIME = (
-    90.0  # seconds that a run may be late and be no late one: clocks are looked at each minute
-)
-NOTIFY = ("change", "failure", "always", "never")
+ON_TIME = 90.0  # seconds that a run may be late: clocks are looked at each minute
+NOTIFY = ("change", "output", "failure", "always", "never")
 
 
 class ScheduleConfig(ConfigTable):
@@ -3534,6 +3591,7 @@ class ScheduleConfig(ConfigTable):
     catch_up: float | bool = setting(
         True, lateness, "what was missed runs later: true, false, or so long", "2h"
     )
+    failures: int = setting(1, count, "how often in a row it must fail until that counts")
 
     @property
     def patience(self) -> float:
@@ -4382,10 +4440,10 @@ def scan_handlers(directory: Path) -> HandlerSet:
         if entry.startswith((".", "README")):
             continue
         objection = objection_to(directory / entry)
-        if objection:
-            refused[entry] = objection
-        else:
+        if objection is None:
             handlers[entry] = directory / entry
+        elif not (entry.endswith(".py") and objection.startswith("not executable")):
+            refused[entry] = objection  # the other is a module that handlers import
     return HandlerSet(handlers, refused)
 
 
@@ -4484,6 +4542,7 @@ INHERITED = (
 CONTRACT = {  # by a handler, not inherited: what has a meaning for it
     *("HIVE_NODE", "HIVE_FROM", "HIVE_TO", "HIVE_ID", "HIVE_CORR", "HIVE_ACTION", "HIVE_CH"),
     *("HIVE_PREFIX", "HIVE_AGENT", "HIVE_PROFILE", "HIVE_OPENCLAW_CMD"),
+    *("HIVE_STATE_DIR", "HIVE_TIMEOUT", "HIVE_LAST_RUN"),
 }
 
 
@@ -4536,9 +4595,16 @@ def handler_deadline(config: Config, action: str) -> float:
 
 
 def handler_spec(
-    config: Config, file: Path, envelope: Envelope, agent: InstanceConfig | None
+    config: Config,
+    file: Path,
+    envelope: Envelope,
+    agent: InstanceConfig | None,
+    last_run: str | None = None,
 ) -> ProcessSpec:
-    """How a handler is run for a message: its environment, its stdin, its deadline."""
+    """How a handler is run for a message: its environment, its stdin, its deadline.
+
+    A scheduled run is told the id of the last one whose outcome was taken over.
+    """
     own = config.handlers.get(file.name, HandlerConfig()).env
     inherited = inherited_environment(os.environ, {*config.handler_env, *own})
     inherited |= whose_child(config)
@@ -4546,6 +4612,11 @@ def handler_spec(
         envelope, config.node.id, config.node.topic_prefix, agent, inherited
     )
     deadline = handler_deadline(config, file.name)
+    environment["HIVE_TIMEOUT"] = f"{deadline:g}"
+    with contextlib.suppress(ConfigError):  # there is none where nobody knows a home
+        environment["HIVE_STATE_DIR"] = str(config.state_dir.absolute())
+    if last_run is not None:
+        environment["HIVE_LAST_RUN"] = last_run
     return ProcessSpec([str(file)], environment, deadline, envelope.encode() + b"\n", file.parent)
 
 
@@ -4577,6 +4648,13 @@ def result_value(result: ProcessResult) -> object:
     except (ValueError, RecursionError):
         return said
     return value if portable(value) else said
+
+
+def content_hash(content: bytes) -> str:
+    """What is compared in place of the content; nothing for nothing."""
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest() if content.strip() else ""
 
 
 def failure(result: ProcessResult) -> str:
