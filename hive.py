@@ -346,6 +346,7 @@ MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixf
 MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
 MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
 MAX_NESTING = 32  # levels of a field that we don't know
+CUT_SHORT = " [cut by hive: more than the broker takes]"
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
@@ -589,6 +590,24 @@ def new_id() -> str:
 def encode_json(document: object) -> bytes:
     """One line of compact JSON in UTF-8."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def shortened(document: Mapping[str, Any], room: int, *keys: str) -> dict[str, Any] | None:
+    """The JSON object in `room` bytes: these values are cut, as far as must be, and marked.
+
+    None where that is not enough.
+    """
+    import bisect
+
+    short = dict(document)
+    for key in keys:
+        if len(encode_json(short)) > room:
+            said = short[key] if isinstance(short[key], str) else encode_json(short[key]).decode()
+            left = room - len(encode_json({**short, key: CUT_SHORT}))
+            sizes = range(len(said) + 1)
+            kept = bisect.bisect(sizes, left + 2, key=lambda n: len(encode_json(said[:n]))) - 1
+            short[key] = said[: max(kept, 0)] + CUT_SHORT
+    return short if len(encode_json(short)) <= room else None
 
 
 def read_json_object(payload: bytes | str) -> dict[str, Any] | None:
@@ -2023,11 +2042,12 @@ class Requests:
 
     # -- what the node reports --
 
-    def published(self, id: str, code: int, words: str) -> None:
-        """The broker has a message, or refused it; whoever sent it may still be there."""
+    def published(self, id: str, code: int, words: str) -> bool:
+        """The broker has a message, or refused it; is whoever sent it still there?"""
         requester = self._senders.pop(id, None)
         if requester:
             requester.send({"published": code, "words": words})
+        return requester is not None
 
     def heard(self, answer: Envelope) -> None:
         """An answer has come, and is in the journal."""
@@ -2235,6 +2255,10 @@ class Node:
     def publish(self, message: OutgoingMessage) -> None:
         """Send what need not be in the journal."""
         self._client.publish(message)
+
+    def room(self, topic: str) -> int:
+        """Bytes of a payload that the broker takes there, as far as is known."""
+        return self._client.room(topic)
 
     def _probe(self, done: Callable[[bool], None]) -> None:
         self._client.probe(done)
@@ -2444,18 +2468,52 @@ class Node:
     def published(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
         self.commit_soon()
-        if message.id is None:
-            return
         failed = is_failure(code)
+        if message.id is None:
+            if failed:
+                self._document_refused(message, code, words)
+            return
+        told = self.requests.published(message.id, code, words)
         if failed or code == NO_SUBSCRIBERS:
             envelope = Envelope.parse(message.payload)  # as it was encoded here
-            if failed:
-                facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
-                self.log.error("not published", **facts, to=envelope.to, why=words)
             what = f"not published: {words.lower()}" if failed else "nobody listens there"
             self.journal.record_result(envelope, time.time(), what)
             self.journal.resolve_request(envelope.exchange)  # nobody will answer
-        self.requests.published(message.id, code, words)
+            if failed:
+                facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
+                self.log.error("not published", **facts, to=envelope.to, why=words)
+                self._envelope_refused(envelope, code, words.lower(), told)
+
+    def _envelope_refused(self, envelope: Envelope, code: int, why: str, told: bool) -> None:
+        """Whoever waits for it gets an alert, with as much of it as the broker takes."""
+        if CHANNELS[envelope.ch].handler:
+            if not told:
+                text = f"not published to {envelope.to}: {why}"
+                alert = Envelope.new(self.name, self.name, "alert", text, corr=envelope.exchange)
+                self.tell_own_agents(alert, "it waited for the broker")
+            return
+        document = {**envelope.document(), "id": new_id(), "ts": int(time.time())}
+        if envelope.ch == "response":
+            document["ch"] = "alert"
+            begins = f"; it begins: {envelope.text}" if code == PACKET_TOO_LARGE else ""
+            document["text"] = f"{self.name}: the answer was not published: {why}{begins}"
+        elif code != PACKET_TOO_LARGE:
+            return
+        short = shortened(document, self._client.room(self.topics.to(envelope.to, "alert")), "text")
+        if short:
+            self.send(Envelope.check(short))
+
+    def _document_refused(self, message: OutgoingMessage, code: int, why: str) -> None:
+        """What is kept for all: a result is cut; what else there is comes again by itself."""
+        _, document = self.topics.meta_of(message.topic) or ("", "")
+        result = (read_json_object(message.payload) or {}) | {"truncated": True}
+        room, short = self._client.room(message.topic), None
+        if code == PACKET_TOO_LARGE and message.n and "result" in result:
+            short = shortened(result, room, "result", "error")
+        if short:
+            self.journal.enqueue(message.topic, encode_json(short), retain=True)
+        if document:
+            self._log_limited("document not published", topic=message.topic, why=why)
 
     # -- what nobody answered --
 
@@ -3051,6 +3109,7 @@ class Daemon:
             loop,
             instance,
             node.publish,
+            node.room,
             self.work.status,
             node.members.alive,
             node.counts,
@@ -5669,6 +5728,7 @@ MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with th
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
 PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
+SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
 
 def loss_of(name: str) -> str:
@@ -6034,13 +6094,14 @@ class Presence:
         loop: Loop,
         instance: str,
         publish: Callable[[OutgoingMessage], None],
+        room: Callable[[str], int],
         status: Callable[[], OwnStatus],
         known: Callable[[], list[str]],
         counts: Mapping[str, int],
     ) -> None:
-        """`known` are the peers that are alive; `counts` go into the state."""
+        """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
-        self._loop, self._instance, self._publish = loop, instance, publish
+        self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
         self._build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
@@ -6131,8 +6192,16 @@ class Presence:
 
     def _publish_states(self, states: Iterable[Mapping[str, Any]]) -> None:
         for state in states:
-            topic = self._topics.meta(state["node_id"], "state")
-            self._publish(OutgoingMessage(topic, encode_json(state), retain=True))
+            self._publish_document(state["node_id"], "state", state)
+
+    def _publish_document(self, name: str, kind: str, document: Mapping[str, Any]) -> None:
+        """Publish it, without what can be spared where all of it is too large."""
+        topic = self._topics.meta(name, kind)
+        room, spared = min(self._room(topic), MAX_STATE), {**document}
+        for key in SPARED:
+            if len(encode_json(spared)) > room and spared.pop(key, None) is not None:
+                spared["truncated"] = True
+        self._publish(OutgoingMessage(topic, encode_json(spared), retain=True))
 
     def publish_roster(self) -> None:
         import platform
@@ -6150,8 +6219,7 @@ class Presence:
             "handlers": own.handlers,
             "schedule": own.schedule,
         }
-        topic = self._topics.meta(self._node, "roster")
-        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
+        self._publish_document(self._node, "roster", document)
 
 
 class NameConflictCheck:
@@ -8227,6 +8295,10 @@ SESSION_EXPIRY = 7 * 86400  # seconds that the broker keeps what came while we w
 RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
 SEND_WINDOW = 20  # messages we send before the broker acknowledges one
 MAX_HANG_UPS = 5  # of the broker at one message, until it is given up
+LARGE_HANG_UPS = 2  # in MQTT 3.1.1, at one that is larger than any that it has taken
+SURELY_TAKEN = KIB  # bytes of a packet that any broker takes
+LIMIT_MEMORY = 3600.0  # seconds that a limit is believed which the broker has not told
+PUBLISH_OVERHEAD = 20  # bytes of a packet besides topic and payload (MQTT 5, 3.3), at most
 READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
 CLIENT_ID_PREFIX = "hive-"
@@ -8239,6 +8311,7 @@ WAYS_TO_PAHO = (
 HANG_UP = "the broker closed the connection"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
 NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
+PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
 
 class IncomingMessage(Value):
@@ -8277,6 +8350,7 @@ class Transport(Protocol):
     ) -> None: ...
     def publish(self, message: OutgoingMessage) -> None: ...
     def send_queued(self) -> None: ...
+    def room(self, topic: str) -> int: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
 
@@ -8677,6 +8751,50 @@ def ignore_published(message: OutgoingMessage, code: int, words: str) -> None:
     """For who asks each message by itself."""
 
 
+class PacketLimit:
+    """How large a packet the broker takes: what it told us, and what we have learned.
+
+    In MQTT 3.1.1 it tells nothing, and closes the connection at what is too large.
+    """
+
+    def __init__(self) -> None:
+        self.told = sys.maxsize  # bytes
+        self.taken = 0  # bytes of the largest that it has acknowledged
+        self._refused, self._refused_at = sys.maxsize, 0.0  # the smallest that it hung up at
+
+    @staticmethod
+    def size(topic: str, payload: bytes = b"") -> int:
+        return len(topic) + len(payload) + PUBLISH_OVERHEAD
+
+    def connected(self, told: int, now: float) -> None:
+        self.told = told
+        if now - self._refused_at > LIMIT_MEMORY:  # its configuration may be another one by now
+            self._refused = sys.maxsize
+
+    def refused(self, size: int, now: float) -> str:
+        """It hung up at a packet of so many bytes, time and again; why, in words."""
+        self._refused, self._refused_at = min(self._refused, size), now
+        return self.objection(size)
+
+    def suspicious(self, size: int) -> bool:
+        """May it be the size at which the broker hung up?"""
+        return size > max(self.taken, SURELY_TAKEN)
+
+    def objection(self, size: int) -> str:
+        """Why a packet of so many bytes need not be tried; nothing if it may be."""
+        if size > self.told:
+            return f"larger than the broker takes ({size} of {self.told} bytes)"
+        if size >= self._refused:
+            taken = f"the largest that it took: {self.taken}" if self.taken else "none was taken"
+            return f"larger than the broker seems to take ({size} bytes; {taken})"
+        return ""
+
+    def room(self, topic: str) -> int:
+        """Bytes of a payload that it takes for certain, as far as is known."""
+        learned = self.told if self._refused == sys.maxsize else max(self.taken, SURELY_TAKEN)
+        return min(self.told, learned) - self.size(topic)
+
+
 class MqttClient:
     """The way to the broker: comes back by itself, and sends what is next in the outbox."""
 
@@ -8706,7 +8824,8 @@ class MqttClient:
         self._last = 0  # the number of the last message that was taken from the outbox
         self._again = 0  # up to this number they were acknowledged once, but perhaps not saved
         self._suspects = 0  # up to this number one by one: the broker hung up at one of them
-        self._hang_ups = (0, 0)  # at which message, and how often
+        self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
+        self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
@@ -8722,7 +8841,13 @@ class MqttClient:
 
     def set_broker(self, settings: MqttConfig) -> None:
         """From the next connection on, this is the broker."""
+        if settings.endpoint != self.settings.endpoint:
+            self._limit = PacketLimit()
         self.settings = settings
+
+    def room(self, topic: str) -> int:
+        """Bytes of a payload that the broker takes on a topic, as far as is known."""
+        return self._limit.room(topic)
 
     def use_outbox(
         self, outbox: Journal, published: Callable[[OutgoingMessage, int, str], None]
@@ -8789,9 +8914,8 @@ class MqttClient:
             left = int(message.until - time.time() + 0.999)
         if left is not None and left <= 0:
             self._resolve(message, -1, "its time to live was over")
-        elif len(message.payload) + len(message.topic) + 100 > connection.max_packet:
-            words = f"larger than the broker takes ({connection.max_packet} bytes)"
-            self._resolve(message, -1, words)
+        elif words := self._limit.objection(PacketLimit.size(message.topic, message.payload)):
+            self._resolve(message, PACKET_TOO_LARGE, words)
         else:
             packet_id = connection.publish(message, left)
             if message.qos:
@@ -8799,6 +8923,7 @@ class MqttClient:
 
     def _resolve(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
+        self._hang_ups.pop(message.n or message.topic, None)
         if self._outbox and message.n:
             self._outbox.dequeue(message, acknowledged=code == 0)
             if message.n <= self._again:
@@ -8841,6 +8966,8 @@ class MqttClient:
 
     def connected(self) -> None:
         self._failures = 0
+        if self._connection:
+            self._limit.connected(self._connection.max_packet, self.loop.clock())
         if self._listener:
             self._listener.on_connected()
 
@@ -8854,6 +8981,8 @@ class MqttClient:
         known = connection is self._connection
         message = self._inflight.pop(packet_id, None) if known else None
         if message:
+            size = PacketLimit.size(message.topic, message.payload)
+            self._limit.taken = max(self._limit.taken, size)
             self._resolve(message, code, words)
             while self._held and self._room() > 0:
                 self._send(self._held.pop(next(iter(self._held))))
@@ -8863,8 +8992,8 @@ class MqttClient:
         if connection is not self._connection:
             return
         self._connection = None
-        if reason == HANG_UP:
-            self._suspect()
+        if reason == HANG_UP or code == PACKET_TOO_LARGE:
+            self._suspect(connection, code)
         self._inflight.clear()
         self._held.clear()
         if self._outbox:
@@ -8878,18 +9007,26 @@ class MqttClient:
             return self._connect()
         self._retry_later(reason)
 
-    def _suspect(self) -> None:
-        """A broker may hang up at a message, for ever: Mosquitto 2.0.11 does at some refusals.
+    def _suspect(self, connection: MqttConnection, code: int) -> None:
+        """A broker may hang up at a message, for ever: one that is too large, or may not be sent.
 
-        After the first time they are sent one by one, to find it.
+        After the first time they are sent one by one, to find it (Mosquitto 2.0.11 does so).
         """
-        sent = [message for message in self._inflight.values() if message.n]
-        if not sent:
+        under_way = {message.n or message.topic: message for message in self._inflight.values()}
+        if not under_way:
             return
-        self._suspects = max(self._suspects, sent[-1].n)
-        n, times = self._hang_ups
-        self._hang_ups = (sent[0].n, times + 1 if sent[0].n == n else 1)
-        if self._hang_ups[1] >= MAX_HANG_UPS:
+        for key in under_way:
+            self._hang_ups[key] = self._hang_ups.get(key, 0) + 1
+        sent = [message for message in under_way.values() if message.n]
+        if sent:
+            self._suspects = max(self._suspects, sent[-1].n)
+        sizes = {key: PacketLimit.size(one.topic, one.payload) for key, one in under_way.items()}
+        key, size = max(sizes.items(), key=lambda item: item[1])
+        often = self._hang_ups[key] >= (MAX_HANG_UPS if connection.v5 else LARGE_HANG_UPS)
+        if self._limit.suspicious(size) and (often or code == PACKET_TOO_LARGE):
+            words = self._limit.refused(size, self.loop.clock())
+            self._resolve(under_way[key], PACKET_TOO_LARGE, words)
+        elif sent and self._hang_ups[sent[0].n] >= MAX_HANG_UPS:
             self._resolve(sent[0], -1, f"{HANG_UP} at it {MAX_HANG_UPS} times")
 
     def _retry_later(self, reason: str) -> None:
@@ -9661,6 +9798,7 @@ class InProcessNode:
         self._patience, self._daemon = patience, daemon
         self._ends = time.monotonic() + patience
         self._lines: deque[dict[str, Any]] = deque()
+        self._bytes = 0  # of what is to be sent
         self._node: Node | None = None
         self._client: MqttClient | None = None
 
@@ -9676,6 +9814,7 @@ class InProcessNode:
         filters = self._filters(str(request["do"]), given)
         if request["do"] == "send":
             self._topic = self._config.topics.of(given["envelope"])
+            self._bytes = len(given["envelope"].encode())
             if given["wait"] or CHANNELS[given["envelope"].ch].handler:
                 # so that the daemon can tell its agent what an answer is about
                 self._tell_daemon({**request, "do": "sent"})
@@ -9772,6 +9911,8 @@ class InProcessNode:
             self._node.all_heard()
 
     def on_disconnected(self, reason: str) -> None:
+        if reason == HANG_UP and self._bytes > SURELY_TAKEN and self._node and self._node.connected:
+            reason += f" at a message of {self._bytes} bytes: it may be too large for it"
         raise broker_fault(self._mqtt, reason)
 
     def deliver(self, delivery: IncomingMessage) -> None:
