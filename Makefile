@@ -28,7 +28,7 @@ TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6
            radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2
 
 SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py \
-           contrib/handlers/sentinel.py contrib/handlers/check-calendar
+           contrib/handlers/sentinel.py contrib/handlers/check-calendar contrib/handlers/check-url
 SOURCES := hive.py tests $(SCRIPTS)
 
 check: lint types test fuzz-check  ## what every change passes

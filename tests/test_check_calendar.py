@@ -9,16 +9,15 @@ import random
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -28,6 +27,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from conftest import PATIENCE, ROOT, Hive, answers, calls_of, eventually, free_port
+from feed import Feed, Reply, self_signed
 from ics_oddities import ODDITIES, Oddity, calendar, event
 
 HANDLERS = ROOT / "contrib" / "handlers"
@@ -456,52 +456,6 @@ def test_rules_say_what_is_told_and_how_urgently(watched: Watch, home_calendar: 
 # ---- Files and feeds; a double for what a good server does not do ----------------------------
 
 
-Reply = tuple[int, dict[str, str], bytes]
-
-
-class Feed:
-    """A web server that answers as it is told, and remembers what it was asked."""
-
-    def __init__(self, context: ssl.SSLContext | None = None) -> None:
-        self.reply: Callable[[BaseHTTPRequestHandler], Reply] = lambda asked: (404, {}, b"")
-        self.asked: list[tuple[str, str, dict[str, str]]] = []
-        feed = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def answer(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                headers = {key.lower(): value for key, value in self.headers.items()}
-                feed.asked.append((self.command, self.path, headers | {"body": body.decode()}))
-                status, more, content = feed.reply(self)
-                self.send_response(status)
-                for key, value in {"Content-Length": str(len(content)), **more}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            do_GET = do_PROPFIND = do_REPORT = answer
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.handle_error = lambda *gone: None  # type: ignore[method-assign]
-        if context:
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.url = f"{'https' if context else 'http'}://127.0.0.1:{self._server.server_port}/c.ics"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        self._thread.start()
-
-    def serve(self, content: bytes, status: int = 200, **headers: str) -> None:
-        named = {key.replace("_", "-"): value for key, value in headers.items()}
-        self.reply = lambda asked: (status, named, content)
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
 @pytest.fixture
 def feed() -> Iterator[Feed]:
     feed = Feed()
@@ -631,24 +585,12 @@ def test_a_host_that_is_gone_or_silent_is_one_line(watch: Watch, feed: Feed) -> 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that nobody has signed, with its key."""
-    openssl = shutil.which("openssl")
-    assert openssl, "openssl is needed"
-    file = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = (
-        f"{openssl} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 20 "
-        f"-keyout {file}.key -out {file} -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
-    )
-    subprocess.run(command.split(), check=True, capture_output=True)
-    file.write_text(file.read_text() + Path(f"{file}.key").read_text())
-    return file
+    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
 def secure(certificate: Path) -> Iterator[Feed]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    feed = Feed(context)
+    feed = Feed(certificate)
     yield feed
     feed.close()
 
