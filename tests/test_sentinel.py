@@ -7,32 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from importlib import util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import ROOT, eventually
+from conftest import eventually
+from sentinels import KIT, Scheduled, imported
 
-KIT = ROOT / "contrib" / "handlers" / "sentinel.py"
-
-
-def imported() -> ModuleType:
-    """The module, without a __pycache__ beside it."""
-    spec = util.spec_from_file_location("sentinel", KIT)
-    assert spec and spec.loader
-    module = util.module_from_spec(spec)
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        sys.modules["sentinel"] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
-
-
-sentinel = imported()
+sentinel = imported("sentinel", KIT)
 
 # Looks at a file of lines: each line that was not there before is news.
 WATCHER = f'''#!{sys.executable}
@@ -67,66 +49,20 @@ sentinel.main(Sentinel(
 '''
 
 
-class Watcher:
+class Watcher(Scheduled):
     """A machine with that sentinel, and hive's part of the contract."""
 
     def __init__(self, home: Path) -> None:
-        self.home, self.list = home, home / "list.txt"
-        self.state = home / "state" / "sentinels" / "watch-file.json"
-        self.config = home / "watch-file.toml"
+        super().__init__(home, "watch-file", home / "watch-file")
+        self.list = home / "list.txt"
         self.configure()
         for file, content in (("watch-file", WATCHER), ("sentinel.py", KIT.read_text())):
             (home / file).write_text(content)
         (home / "watch-file").chmod(0o755)
         self.list.write_text("")
-        self.runs, self.last = 0, ""
 
     def configure(self, more: str = "", top: str = "") -> None:
-        self.config.write_text(f'{top}\n[[file]]\nname = "list"\npath = "{self.list}"\n{more}')
-        self.config.chmod(0o600)
-
-    def environment(self, **more: str) -> dict[str, str]:
-        named = {"HIVE_WATCH_FILE_CONFIG": str(self.config), "HOME": str(self.home)}
-        return {"PATH": os.environ["PATH"], **named, **more}
-
-    def scheduled(self, taken: bool = True, **more: str) -> dict[str, Any]:
-        """Run it as the daemon does; `taken`: the daemon has the outcome on disk."""
-        self.runs += 1
-        done = self.run(**self.hive(), **more)
-        if taken:
-            self.last = f"run-{self.runs}"
-        assert done.stdout, done.stderr
-        said: dict[str, Any] = json.loads(done.stdout)
-        return said | {"exit": done.returncode, "stderr": done.stderr}
-
-    def hive(self) -> dict[str, str]:
-        return {
-            "HIVE_ID": f"run-{self.runs}",
-            "HIVE_LAST_RUN": self.last,
-            "HIVE_STATE_DIR": str(self.home / "state"),
-            "HIVE_NODE": "alpha",
-            "HIVE_FROM": "alpha",
-        }
-
-    def run(
-        self, *arguments: str, stdin: str = "", **more: str
-    ) -> subprocess.CompletedProcess[str]:
-        line = [str(self.home / "watch-file"), *arguments]
-        return subprocess.run(
-            line,
-            env=self.environment(**more),
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def asked(self, text: str = "now", sender: str = "alpha") -> dict[str, Any]:
-        asking = {**self.hive(), "HIVE_FROM": sender}
-        del asking["HIVE_LAST_RUN"]
-        done = self.run(stdin=json.dumps({"text": text}) + "\n", **asking)
-        said: dict[str, Any] = json.loads(done.stdout or "{}")
-        return said | {"exit": done.returncode, "stderr": done.stderr}
+        self.write(f'{top}\n[[file]]\nname = "list"\npath = "{self.list}"\n{more}')
 
 
 @pytest.fixture

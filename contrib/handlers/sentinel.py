@@ -367,7 +367,7 @@ class Look:
         self.config: Mapping[str, Any] = run.config
         self.source, self.before, self.failures = source, before, failures
         self.now, self.scheduled, self.since = run.now, run.scheduled, run.since
-        self.idle, self._run = run.idle, run
+        self.idle, self.seconds, self._run = run.idle, run.seconds, run
         if run.since is not None and not run.scheduled:
             self.before = None  # asked for the last hours, whatever is known
         elif before is None and run.since is None:
@@ -468,14 +468,16 @@ class Sentinel(NamedTuple):
     schedule: str = 'every = "5m"'
     idle: str = ""  # what --idle does; nothing: there is no such thing
     together: Callable[[Together], Found] | None = None  # what is news of all sources at once
+    check: Callable[[Mapping[str, Any]], str] = lambda source: ""  # which keys do not fit, and why
 
     @property
     def top(self) -> dict[str, Key]:
         """The keys of the file itself."""
         asks = "nodes that may ask, besides this one; others get no answer"
+        since = Key(duration, "at the first run, tell what is newer than that", example="1d")
         return {
             "default": Key(choice(*URGENCIES), "what no rule matches", self.default),
-            "since": Key(duration, "at the first run, tell what is newer than that", example="1d"),
+            **({} if self.together else {"since": since}),
             "answer": Key(words, asks, example=["alpha"]),
             **self.more,
         }
@@ -530,11 +532,16 @@ def make_config(sentinel: Sentinel, said: Mapping[str, Any], base: Path) -> dict
         config[name] = [
             read_table(one, table, f"{name}[{number}]", base) for number, one in enumerate(given)
         ]
+    for number, rule in enumerate(config.get("rule", [])):
+        if all(rule[name] is None for name in sentinel.facts):
+            raise Wrong(f"rule[{number}]: asks for nothing; leave it out, and see `default`")
     sources = config[sentinel.source]
     if not 1 <= len(sources) <= MAX_SOURCES:
         raise Wrong(f"{sentinel.source}: expected 1 to {MAX_SOURCES} [[{sentinel.source}]]")
     names = [one["name"] for one in sources]
     for number, name in enumerate(names):
+        if objection := sentinel.check(sources[number]):
+            raise Wrong(f"{sentinel.source}[{number}].{objection}")
         if name in names[:number]:
             raise Wrong(f"{sentinel.source}[{number}].name: {shown(name)} is taken already")
     return config
@@ -546,7 +553,9 @@ def example(sentinel: Sentinel) -> str:
     lines = [f"# {file}: chmod 600.  Uncomment what you change."]
     tables = [("", sentinel.top), (f"[[{sentinel.source}]]", sentinel.source_keys)]
     if sentinel.facts:
-        tables.append(("[[rule]]  # the first one that matches counts; all its keys must", {}))
+        tables.append(
+            ("# [[rule]]".ljust(44) + "  # the first one counts of which all keys hold", {})
+        )
         tables.append(("", sentinel.rule_keys))
     for header, table in tables:
         lines += ["", header] if header else [""] if table is sentinel.top else []
