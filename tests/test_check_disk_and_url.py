@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import PATIENCE, ROOT, Hive, calls_of, eventually, free_port
+from conftest import Hive, calls_of, eventually, free_port
 from feed import Feed, self_signed
+from sentinels import HANDLERS, Scheduled
 
-HANDLERS = ROOT / "contrib" / "handlers"
 HEAD = "Filesystem 1024-blocks Used Available Capacity Mounted on\n"
 
 
@@ -74,36 +72,17 @@ def test_an_agent_is_woken_when_a_disk_fills_and_when_it_is_well_again(
     assert "/ is at least 90 % full" in str(calls_of(fast_agent)[0])
 
 
-class Pages:
+class Pages(Scheduled):
     """A machine with check-url, and hive's part of the contract."""
 
     def __init__(self, home: Path) -> None:
-        self.home, self.runs = home, 0
-        self.config = home / "check-url.toml"
+        super().__init__(home, "check-url", home / "check-url")
+        line = f'{sys.executable} -S {HANDLERS / "check-url"} "$@"'
+        self.program.write_text(f"#!/bin/sh\nPYTHONDONTWRITEBYTECODE=1 exec {line}\n")
+        self.program.chmod(0o755)
 
     def watch(self, url: str, more: str = "", top: str = "") -> None:
-        self.config.touch(0o600)
-        self.config.write_text(f'{top}\n[[page]]\nname = "web"\nurl = "{url}"\n{more}\n')
-
-    def look(self) -> dict[str, Any]:
-        self.runs += 1
-        done = subprocess.run(
-            [sys.executable, "-S", HANDLERS / "check-url"],
-            env={
-                "PATH": os.environ["PATH"],
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "HIVE_CHECK_URL_CONFIG": str(self.config),
-                "HIVE_STATE_DIR": str(self.home / "state"),
-                "HIVE_ID": f"run-{self.runs}",
-                "HIVE_LAST_RUN": f"run-{self.runs - 1}" if self.runs > 1 else "",
-            },
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
-        assert done.stdout, done.stderr
-        said: dict[str, Any] = json.loads(done.stdout)
-        return said
+        self.write(f'{top}\n[[page]]\nname = "web"\nurl = "{url}"\n{more}\n')
 
 
 @pytest.fixture
@@ -126,11 +105,11 @@ def site(certificate: Path) -> Iterator[Feed]:
 
 def test_a_page_that_answers_is_no_news(pages: Pages, site: Feed, certificate: Path) -> None:
     pages.watch(f"{site.url}?a=b", f'ca_file = "{certificate}"')
-    said = pages.look()
+    said = pages.scheduled()
     assert (said["news"], said["problems"]) == (False, {})
     assert [asked[:2] for asked in site.asked] == [("GET", "/c.ics?a=b")]
     site.serve(b"", 302, Location="https://nowhere.invalid/")
-    assert pages.look()["problems"] == {}
+    assert pages.scheduled()["problems"] == {}
 
 
 def test_a_page_that_fails_is_news_at_the_third_time_and_when_it_is_back(
@@ -138,11 +117,11 @@ def test_a_page_that_fails_is_news_at_the_third_time_and_when_it_is_back(
 ) -> None:
     pages.watch(site.url, f'ca_file = "{certificate}"')
     site.serve(b"", 502)
-    said = [pages.look() for _ in range(4)]
+    said = [pages.scheduled() for _ in range(4)]
     assert [one["news"] for one in said] == [False, False, True, False]
     assert "web fails: HTTP 502" in said[2]["text"]
     site.serve(b"hello")
-    assert "web works again" in pages.look()["text"]
+    assert "web works again" in pages.scheduled()["text"]
 
 
 def test_a_certificate_that_ends_soon_is_told_once(
@@ -150,24 +129,19 @@ def test_a_certificate_that_ends_soon_is_told_once(
 ) -> None:
     trust = f'ca_file = "{certificate}"'
     pages.watch(site.url, trust)
-    assert pages.look()["news"] is False  # 20 days are more than 14
+    assert pages.scheduled()["news"] is False  # 20 days are more than 14
     pages.watch(site.url, trust, 'expires = "30d"')
-    assert "! web: its certificate ends in 20 days, on " in pages.look()["text"]
-    assert pages.look()["news"] is False
+    assert "! web: its certificate ends in 20 days, on " in pages.scheduled()["text"]
+    assert pages.scheduled()["news"] is False
 
 
 def test_what_is_no_page_is_one_line(pages: Pages, site: Feed) -> None:
     pages.watch(site.url)
-    assert pages.look()["problems"]["web"].startswith("certificate: self-signed")
+    assert pages.scheduled()["problems"]["web"].startswith("certificate: self-signed")
     pages.watch(f"http://127.0.0.1:{free_port()}/")
-    assert pages.look()["problems"] == {"web": "Connection refused"}
+    assert pages.scheduled()["problems"] == {"web": "Connection refused"}
     pages.watch("gopher://example.org/")
-    done = subprocess.run(
-        [sys.executable, HANDLERS / "check-url"],
-        env={"HIVE_CHECK_URL_CONFIG": str(pages.config), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = pages.run()
     assert done.returncode == 2 and "not an address that begins with https://" in done.stderr
 
 
