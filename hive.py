@@ -6670,7 +6670,8 @@ class Reader:
             return {}
         if size > MAX_PROPERTIES:
             raise MalformedPacket(f"properties of {size} bytes", ReasonCode.PACKET_TOO_LARGE)
-        reader, found = Reader(self.take(size)), dict[str, Any]()
+        reader = Reader(self.take(size))
+        found: dict[str, Any] = {}
         while reader.left:
             known = PROPERTIES.get(reader.variable_byte_integer())
             if not known or packet not in known.packets:
