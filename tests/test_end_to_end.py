@@ -185,7 +185,7 @@ def test_status_and_roster_show_both_nodes_and_their_agents(hive: Hive, fast_age
     }
     assert documents["beta"]["handlers"] == ["ping"] and documents["alpha"]["agents"] == ["main"]
     table = hive.cli("alpha", "status").stdout
-    assert table.splitlines()[:2] == ["2 nodes: 2 online", ""]
+    assert table.splitlines()[:2] == ["2 nodes: 2 online; senders: not checked", ""]
     assert table.splitlines()[2].split() == [
         "NAME",
         "STATUS",
@@ -644,7 +644,7 @@ def test_a_hive_on_mqtt_3_1_1_does_the_same(hive: Hive) -> None:
 
 def test_messages_are_logged_without_their_text(hive: Hive) -> None:
     beta = hive.node("beta")
-    beta.config.write_text(beta.config.read_text().replace("'debug'", "'info'"))
+    beta.config.write_text(beta.config.read_text().replace('"debug"', '"info"'))
     beta.start()
     publish(hive, "beta/command", json.dumps(envelope(text="the-secret-plan")).encode())
 

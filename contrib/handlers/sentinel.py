@@ -345,6 +345,16 @@ class Found(NamedTuple):
     problem: str = ""  # what could not be seen, though the rest could
 
 
+class Together(NamedTuple):
+    """What `together` is given, once each source was looked at or has failed."""
+
+    config: Mapping[str, Any]
+    now: float
+    since: float | None  # as a look's
+    before: Mapping[str, Any] | None  # its own memory
+    sources: Mapping[str, tuple[Any, Any]]  # by name: the memory before this look, and now
+
+
 # ---- One run -----------------------------------------------------------------------------
 
 
@@ -457,15 +467,17 @@ class Sentinel(NamedTuple):
     default: str = "ignore"  # what becomes of what no rule matches
     schedule: str = 'every = "5m"'
     idle: str = ""  # what --idle does; nothing: there is no such thing
+    together: Callable[[Together], Found] | None = None  # what is news of all sources at once
     check: Callable[[Mapping[str, Any]], str] = lambda source: ""  # which keys do not fit, and why
 
     @property
     def top(self) -> dict[str, Key]:
         """The keys of the file itself."""
         asks = "nodes that may ask, besides this one; others get no answer"
+        since = Key(duration, "at the first run, tell what is newer than that", example="1d")
         return {
             "default": Key(choice(*URGENCIES), "what no rule matches", self.default),
-            "since": Key(duration, "at the first run, tell what is newer than that", example="1d"),
+            **({} if self.together else {"since": since}),
             "answer": Key(words, asks, example=["alpha"]),
             **self.more,
         }
@@ -548,7 +560,7 @@ def example(sentinel: Sentinel) -> str:
     for header, table in tables:
         lines += ["", header] if header else [""] if table is sentinel.top else []
         for name, key in table.items():
-            value = key.example if key.default is None else key.default
+            value = key.default if key.example is None else key.example
             if isinstance(value, Mapping):
                 name, value = next((f"{name}.{k}", v) for k, v in value.items())
             mark = "" if key.required else "# "
@@ -817,7 +829,8 @@ class Report:
         lines += [plain(change, 400) for change in self.changes]
         size = 0
         for number, (urgency, name, item) in enumerate(self.told):
-            line = f"{'!' if urgency == 'now' else '-'} {name}: {plain(item.line, 800)}"
+            mark, whose = "!" if urgency == "now" else "-", f"{name}: " if name else ""
+            line = f"{mark} {whose}{plain(item.line, 800)}"
             size += len(line)
             if number == MAX_TOLD or size > MAX_TEXT:
                 lines.append(f"and {len(self.told) - number} more")
@@ -845,7 +858,33 @@ def perform(sentinel: Sentinel, run: Run, memory: Memory) -> Report:
         except Late:
             result = Trouble("a pattern of its rules takes too long")
         report.add(name, key, before, result, items, run.now)
+    if sentinel.together:
+        look_together(sentinel, run, memory, report)
     return report
+
+
+def look_together(sentinel: Sentinel, run: Run, memory: Memory, report: Report) -> None:
+    """Let a sentinel say what is news of all its sources at once; what it keeps has its name."""
+    assert sentinel.together
+    sources = {}
+    for source in run.config[sentinel.source]:
+        both = (
+            kept.get(sentinel_key(sentinel, source), {}) for kept in (memory.base, report.entries)
+        )
+        before, after = (entry.get("memory") for entry in both)
+        sources[source["name"]] = (before, after)
+    own = memory.base.get(sentinel.name, {})
+    result: Found | Trouble
+    items: list[tuple[str, Item]] = []
+    try:
+        given = Together(run.config, run.now, run.since, own.get("memory"), sources)
+        result = sentinel.together(given)
+        items = list(judged(sentinel, run.config, result.items))
+    except Late:
+        result = Trouble("the patterns of its rules take too long")
+    except Exception as error:
+        result = Trouble(f"a fault of {sentinel.name}: {fault(error)}")
+    report.add("", sentinel.name, own, result, items, run.now)
 
 
 def may_ask(config: Mapping[str, Any]) -> bool:
