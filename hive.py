@@ -3039,7 +3039,8 @@ class Daemon:
         self.node.on_disconnected(self._mqtt, reason)
         self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
-        say("no broker, trying again", broker=self._mqtt.address, why=reason)
+        hint = hint_for(self._mqtt, reason) or None
+        say("no broker, trying again", broker=self._mqtt.address, why=reason, hint=hint)
         self._outage = True
 
     def deliver(self, delivery: IncomingMessage) -> None:
@@ -7981,6 +7982,7 @@ def max_client_connections() -> int:
 DIAL_TIMEOUT = 5.0  # seconds for each address of the broker
 PROBE_TIMEOUT = 5.0  # seconds in which a broker that works takes one more connection
 DIAL_DEADLINE = 30.0  # seconds until CONNACK, all in all; DNS has no limit of its own
+SILENCE = (2.5, 0.5)  # seconds without CONNACK until a question of another kind, and then 3.1.1
 RETRY = (0.5, 2.0, 30.0)  # seconds: the first wait, the longest of a minute, the longest
 RETRY_PART = 1 / 30  # of an outage: how the longest wait grows with it
 RESEND_WITHIN = 86400.0  # seconds after a crash of ours in which receivers surely know an id
@@ -7990,6 +7992,7 @@ SEND_WINDOW = 20  # messages we send before the broker acknowledges one
 MAX_HANG_UPS = 5  # of the broker at one message, until it is given up
 READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
+FIRST_SIZE = 64  # bytes that tell what kind of server it is
 CLIENT_ID_PREFIX = "hive-"
 WAYS_TO_PAHO = (
     "either python3 -m pip install 'paho-mqtt>=2' in a virtual environment (in a checkout: make"
@@ -7998,7 +8001,17 @@ WAYS_TO_PAHO = (
 )
 
 HANG_UP = "the broker closed the connection"
+NO_WELCOME = f"{HANG_UP} at once"
+NO_CONNACK = "no answer (CONNACK) in time"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
+CONNACK = b"\x20"  # its first byte
+PAHO_LACKS = {1: "unsupported protocol version", 0x99: "payload format invalid"}  # in a CONNACK
+FIRST_WORDS = {
+    **{b"HTTP/": "HTTP", b"<!": "HTTP", b"<h": "HTTP"},  # without a header it is HTTP/0.9
+    **{b"SSH-": "SSH", b"AMQP": "AMQP", b"\x15\x03": "TLS"},
+}
+SSL_MARKS = re.compile(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
+KEEP_ALIVE_TIMEOUT = 0x8D
 NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 
 
@@ -8133,11 +8146,38 @@ def tls_context(settings: MqttConfig) -> Any:
     return context
 
 
+def dial_fault(error: Exception, tls: bool) -> str:
+    """Why there is no connection; what went wrong in TLS says so."""
+    reason = reason_of(error)
+    words = SSL_MARKS.sub("", reason)
+    begun = tls and isinstance(error, ConnectionError) and error.errno != errno.ECONNREFUSED
+    return f"TLS: {words}" if begun or words != reason else words
+
+
+def first_fault(first: bytes) -> tuple[str, int]:
+    """What a server's first bytes say, unless that is a welcome, and the reason code in them."""
+    if not first:
+        return "", 0
+    if first[:1] != CONNACK:
+        kinds = (kind for start, kind in FIRST_WORDS.items() if first.startswith(start))
+        line = quoted(first.splitlines()[0].decode(errors="replace"))
+        return f"no MQTT broker: it answers as {next(kinds, line)}", 0
+    at = 4 if first[1:2] >= b"\x80" else 3  # the length before it has one byte, or two
+    code = int.from_bytes(first[at : at + 1])
+    if code not in PAHO_LACKS:
+        return "", 0
+    return f"refused: {PAHO_LACKS[code]}", UNSUPPORTED_PROTOCOL if code == 1 else code
+
+
 class ReadAhead:
-    """Many packets for one read(2); paho asks for each byte of a header by itself."""
+    """Many packets for one read(2); paho asks for each byte of a header by itself.
+
+    Keeps what paho does not tell of: how a server began, and why TLS ended.
+    """
 
     def __init__(self, recv: Callable[[int], bytes]) -> None:
         self._recv, self._data, self._at = recv, b"", 0
+        self.first, self.fault = b"", ""
 
     def __bool__(self) -> bool:
         """Is there something that the selector does not know of?"""
@@ -8148,7 +8188,13 @@ class ReadAhead:
         if not self:
             if size >= READ_SIZE:
                 return self._recv(size)
-            self._data, self._at = self._recv(READ_SIZE), 0
+            try:
+                self._data, self._at = self._recv(READ_SIZE), 0
+            except OSError as error:
+                fault = dial_fault(error, tls=False)
+                self.fault = fault if fault.startswith("TLS") else ""
+                raise
+            self.first = self.first or self._data[:FIRST_SIZE]
         part = self._data[self._at : self._at + size]
         self._at += len(part)
         return part
@@ -8179,9 +8225,7 @@ class MqttConnection:
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
         self._client = self._make_client()
         self._ahead = read_ahead(self._client)
-        self._timer = self._loop.after(
-            DIAL_DEADLINE, lambda: self.end("no answer (CONNACK) in time")
-        )
+        self._timer = self._loop.after(DIAL_DEADLINE, lambda: self.end(NO_CONNACK))
         import threading
 
         threading.Thread(target=self._dial, name="dial", daemon=True).start()
@@ -8249,7 +8293,7 @@ class MqttConnection:
         try:
             self._client.reconnect()
         except (OSError, ValueError) as error:
-            fault = reason_of(error)
+            fault = dial_fault(error, self._owner.settings.tls)
         self._loop.post(lambda: self._dialled(fault))
 
     def _dialled(self, fault: str) -> None:
@@ -8266,6 +8310,22 @@ class MqttConnection:
             self._client.on_socket_unregister_write = lambda *_: self._watch(write=False)
             self._client.on_socket_close = lambda client, userdata, sock: self._loop.forget(sock)
             self._watch(write=True)
+            if self.v5:
+                self._loop.after(SILENCE[0], self._ask_otherwise)
+
+    def _ask_otherwise(self) -> None:
+        """Some brokers answer nothing to MQTT 5, and a web server waits for the end of a line."""
+        sock = self._client.socket()
+        if self.welcome or self.ended or sock is None:
+            return
+        with contextlib.suppress(OSError):
+            sock.send(b"\r\n\r\n")
+        self._loop.after(SILENCE[1], self._give_up)
+
+    def _give_up(self) -> None:
+        if not self.welcome:
+            self.hung_up = True
+            self.end(NO_CONNACK)
 
     def _watch(self, write: bool) -> None:
         sock = self._client.socket()
@@ -8281,7 +8341,8 @@ class MqttConnection:
                 self.heard = time.time()
                 self._read()
         except self._owner.protocol_errors as error:
-            self.end(f"the broker sent what is no MQTT: {quoted(str(error))}")
+            if not self._first_fault[0]:
+                self.end(f"the broker sent what is no MQTT: {quoted(str(error))}")
         self._check()
 
     def _read(self) -> None:
@@ -8316,26 +8377,39 @@ class MqttConnection:
 
     def _check(self) -> None:
         """Has the broker refused something, or paho closed its socket, silently as it does?"""
+        first, code = self._first_fault
         if self._refusal:
             self.end(*self._refusal)
+        elif first:
+            self.end(first, code)
         elif self._client.socket() is None:
-            self.hung_up = not self.welcome
-            self.end(HANG_UP)
+            fault = "" if self.welcome or self._ahead is None else self._ahead.fault
+            self.hung_up = not (self.welcome or fault)
+            self.end(fault or (HANG_UP if self.welcome else NO_WELCOME))
+
+    @property
+    def _first_fault(self) -> tuple[str, int]:
+        """What it is that answers, where it did not let us in."""
+        first = b"" if self.welcome or self._ahead is None else self._ahead.first
+        return first_fault(first)
 
     # What paho calls.  An exception here would make it handle the same packet again for ever,
     # so these only take note.
 
     def _on_disconnect(
-        self, client: object, userdata: object, flags: Any, code: Any, properties: object
+        self, client: object, userdata: object, flags: Any, code: Any, properties: Any
     ) -> None:
         if flags.is_disconnect_packet_from_server:
-            self._refusal = f"the broker ended the connection: {code}".lower(), code.value
+            words = f"the broker ended the connection: {code}".lower()
+            self._refusal = words + said_besides(properties), code.value
+        elif code.value == KEEP_ALIVE_TIMEOUT:
+            self._refusal = "no answer (PINGRESP) in time", 0
 
     def _on_connect(
         self, client: object, userdata: object, flags: object, code: Any, properties: Any
     ) -> None:
         if code.is_failure:
-            self._refusal = f"refused: {code}".lower(), code.value
+            self._refusal = f"refused: {code}".lower() + said_besides(properties), code.value
             return
         self.welcome = True
         self.window = min(SEND_WINDOW, getattr(properties, "ReceiveMaximum", SEND_WINDOW))
@@ -8407,6 +8481,12 @@ class MqttConnection:
             with contextlib.suppress(OSError):
                 sock.close()
         self._owner.disconnected(self, reason, code)
+
+
+def said_besides(properties: Any) -> str:
+    """What a broker says to its refusal in words, and which server it names instead."""
+    said = [getattr(properties, name, "") for name in ("ReasonString", "ServerReference")]
+    return "".join(f" ({quoted(one)[1:-1]})" for one in said if one)
 
 
 def acknowledge_at_once(sock: Any) -> None:
@@ -8767,21 +8847,121 @@ NO_BROKER = (
     "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
     f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
 )
-HINTS = (  # what is in the reason, what to try
-    (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
-    (r"name or service|nodename|name resolution|not known", "is [mqtt] host spelled right?"),
+HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
+HINTS = (  # what is in "transport, protocol, login: reason"; what to try.  The first one counts.
     (
-        r"bad user name|not authorized|banned",
+        "^unix .*no answer",
+        HUNG,
+    ),
+    ("connection refused|no such file", "is a broker running there? mosquitto is one"),
+    ("temporary failure in name", "no name server answers: is this machine's network up?"),
+    ("name or service|nodename|not known|address associated|idna", "is [mqtt] host spelled right?"),
+    ("no route|unreachable|host is down", "is [mqtt] host right, and this machine's network up?"),
+    (
+        "permission denied|not permitted",
+        "may this user connect to it? see owner and mode, or the firewall",
+    ),
+    # TLS
+    ("failed: .*mismatch", "[mqtt] host must be a name that is in the broker's certificate"),
+    (
+        "failed: certificate has expired",
+        "renew the broker's certificate, if this machine's clock is right",
+    ),
+    (
+        "failed: .*not yet valid",
+        "set this machine's clock, or let the broker's certificate begin earlier",
+    ),
+    (
+        "failed: .*(self.signed|unable to get)",
+        "[mqtt] ca_file must hold the authority of the broker's certificate",
+    ),
+    ("verify failed", "the broker needs a better certificate"),
+    (
+        "^tls .*certified.*(: TLS: .*alert| at once)",
+        "does the broker know the authority of [mqtt] cert_file, and has that not expired?",
+    ),
+    (
+        "alert (certificate req|handshake)|^tls .* at once",
+        "does the broker want a client certificate? set [mqtt] cert_file and key_file",
+    ),
+    (
+        "TLS: .*(protocol version|unsupported protocol|no protocols)",
+        "let the broker take TLS 1.2 or newer",
+    ),
+    (
+        "TLS: .*(reset|eof|pipe)",
+        "does that port speak plain MQTT? then [mqtt] tls = false; over TLS it is mostly 8883",
+    ),
+    (
+        "TLS: |handshake operation",
+        "nothing there speaks TLS: is [mqtt] port right? for plain MQTT tls = false",
+    ),
+    ("answers as TLS", "the port wants TLS: set [mqtt] tls = true"),
+    ("no MQTT", "is [mqtt] port right? MQTT is mostly at 1883, over TLS at 8883"),
+    # what the broker says: MQTT 5, 3.2.2.2 (CONNACK) and 3.14.2.1 (DISCONNECT)
+    ("anonymous: refused: (bad user|not auth)", "the broker wants [mqtt] username and password"),
+    (
+        "named: refused: (bad user name|not authorized)",
         "check [mqtt] username and password, and the broker's ACL",
     ),
     (
-        r"certificate|ssl|tls",
-        "check [mqtt] tls, ca_file, port, and that host is the certificate's name",
+        "not authorized",
+        "the broker's ACL does not allow it; hive-cli doctor says what this node needs",
     ),
-    (r"timed out|no answer|unreachable", "are host and port right, and no firewall in between?"),
-    (r"closed", "does the port want TLS ([mqtt] tls = true), or is it no MQTT broker?"),
+    ("banned", "the broker has banned this user, client id or address: ask whoever runs it"),
+    (
+        "authentication method",
+        "the broker wants a login of another kind than hive knows, a user name and password",
+    ),
+    (
+        "identifier not valid",
+        "the broker takes no client id like ours, which is made of topic_prefix and node id",
+    ),
+    ("protocol version", 'set [mqtt] protocol to what the broker speaks, "3.1.1" or "5"'),
+    (
+        "(server|broker) (unavailable|busy|shutting)",
+        "it starts, stops, or has too much to do; hive tries again by itself",
+    ),
+    (
+        "rate (exceeded|too high)|quota|maximum exc",
+        "the broker's limit for this user, or for all, is reached: wait, or raise it there",
+    ),
+    ("too large", "raise the broker's limit (Mosquitto: max_packet_size)"),
+    ("retain not", "hive needs retained messages: allow them (Mosquitto: retain_available true)"),
+    ("qos not", "hive needs QoS 1: allow it (Mosquitto: max_qos 1)"),
+    ("wildcard subscription", "hive needs wildcard subscriptions: allow them at the broker"),
+    (
+        "topic (name|filter) inv",
+        "the broker does not like the topic: choose another [node] topic_prefix",
+    ),
+    (
+        "another server|server moved",
+        "set [mqtt] host to the server that is meant; whoever runs the broker knows it",
+    ),
+    ("taken over", "another client has this node's id: does a second daemon run under its name?"),
+    (
+        "keep alive|PINGRESP",
+        "the network, the broker or this machine was away; hive tries again by itself",
+    ),
+    ("administrative|connect time", "whoever runs the broker ended it; hive tries again by itself"),
+    (
+        "malformed|protocol error|payload format|(unspecified|specific) error",
+        "see the broker's log",
+    ),
+    # what it does not say
+    ("timed out|no answer", "are host and port right, and no firewall in between?"),
+    (
+        r"^plain 3\.1\.1 .* at once",
+        "does the port want TLS ([mqtt] tls = true)? or does the broker forbid QoS 1 or"
+        ' retained messages? over protocol = "5" it would say so',
+    ),
+    (
+        "at once",
+        "does the port want TLS ([mqtt] tls = true), is the broker full (see its log), or is it no"
+        " MQTT broker?",
+    ),
+    ("closed", "did it stop, or not like what was sent? see its log; hive tries again by itself"),
 )
-HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
 
 
 def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
@@ -8848,10 +9028,17 @@ def with_broker(config: Config) -> Config:
 
 def broker_fault(mqtt: MqttConfig, reason: str) -> BrokerError:
     """Which broker, why not, what to try."""
-    hints = [hint for pattern, hint in HINTS if re.search(pattern, reason, re.IGNORECASE)]
-    if mqtt.unix and "no answer" in reason:
-        hints = [HUNG]
-    return BrokerError("; ".join([f"broker {mqtt.address}: {reason}", *hints[:1]]))
+    hint = hint_for(mqtt, reason)
+    return BrokerError("; ".join(filter(None, [f"broker {mqtt.address}: {reason}", hint])))
+
+
+def hint_for(mqtt: MqttConfig, reason: str) -> str:
+    """What to try, where one can say: by the reason, and how the connection was to be."""
+    way = "unix" if mqtt.unix else "tls" if mqtt.tls else "plain"
+    login = "anonymous" if mqtt.username is None else "named"
+    certified = " certified" if mqtt.cert_file else ""
+    said = f"{way} {mqtt.protocol}{certified} {login}: {reason}"
+    return next((hint for pattern, hint in HINTS if re.search(pattern, said, re.IGNORECASE)), "")
 
 
 class BrokerHost:

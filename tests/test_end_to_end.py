@@ -325,6 +325,7 @@ def test_a_daemon_waits_for_a_broker_that_is_not_there_yet(
     alpha = hive.node("alpha").start(wait=False)
     complaint = alpha.logged("no broker, trying again")
     assert complaint["why"] == "Connection refused"
+    assert complaint["hint"] == "is a broker running there? mosquitto is one"
     refused = hive.cli("alpha", "status", code=3)
     assert refused.stderr == (
         f"hive: broker localhost:{own_broker.port}: Connection refused;"
