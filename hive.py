@@ -3633,6 +3633,13 @@ class Config(Value):
         return [self.node.id] if self.checked else [self.node.id, *self.agents]
 
     @property
+    def subscriptions(self) -> Sequence[tuple[str, int]]:
+        """What a daemon subscribes to, and its QoS: how the others are is not kept meanwhile."""
+        topics = self.topics
+        documents = [(topics.meta("+", document), 0) for document in ("state", "roster")]
+        return [*((topic, 1) for topic in topics.for_node(self.addresses)), *documents]
+
+    @property
     def agents(self) -> Mapping[str, InstanceConfig]:
         return {instance.name: instance for instance in self.oc_instances}
 
@@ -8626,6 +8633,8 @@ class MqttConnection:
     def _on_subscribe(
         self, client: object, userdata: object, mid: int, codes: Any, properties: object
     ) -> None:
+        if self.up:
+            return  # those came later
         for (topic, _), code in zip(self._owner.subscriptions, codes, strict=False):
             if code.is_failure:
                 self._refusal = f"subscribing to {topic} refused: {code}".lower(), code.value
@@ -8643,9 +8652,12 @@ class MqttConnection:
         self._timer.cancel()
         self._tick()
         if self._owner.subscriptions:
-            self._client.subscribe([*self._owner.subscriptions])
+            self.subscribe(self._owner.subscriptions)
         else:
             self._ready_for_use()
+
+    def subscribe(self, subscriptions: Sequence[tuple[str, int]]) -> None:
+        self._client.subscribe([*subscriptions])
 
     def _ready_for_use(self) -> None:
         if not self.ended:
@@ -8806,6 +8818,16 @@ class MqttClient:
                 self._connection = MqttConnection(self, self._protocol)
             except ConfigError as error:  # a certificate that was there at the start
                 self._retry_later(str(error))
+
+    @property
+    def v5(self) -> bool:
+        """Does the connection speak MQTT 5?"""
+        return self._connection is not None and self._connection.v5
+
+    def subscribe(self, subscriptions: Sequence[tuple[str, int]]) -> None:
+        """To more, until the connection ends; nobody is told what the broker says to it."""
+        if self._connection and self._connection.up:
+            self._connection.subscribe(subscriptions)
 
     def publish(self, message: OutgoingMessage) -> None:
         """Past the outbox: now, or not at all.  Of one topic the last has to wait for the window.
@@ -9218,7 +9240,10 @@ HINTS = (  # what is in "transport, protocol, login: reason"; what to try.  The 
     ("answers as TLS", "the port wants TLS: set [mqtt] tls = true"),
     ("no MQTT", "is [mqtt] port right? MQTT is mostly at 1883, over TLS at 8883"),
     # what the broker says: MQTT 5, 3.2.2.2 (CONNACK) and 3.14.2.1 (DISCONNECT)
-    ("anonymous: refused: (bad user|not auth)", "the broker wants [mqtt] username and password"),
+    (
+        "anonymous: refused: (bad user|not auth)",
+        "does the broker want [mqtt] username and password? else see its ACL",
+    ),
     (
         "named: refused: (bad user name|not authorized)",
         "check [mqtt] username and password, and the broker's ACL",
@@ -10387,8 +10412,16 @@ def write_beside(file: Path, content: str, force: bool, undo: contextlib.ExitSta
 DOCTOR_DEADLINE = 14.0  # seconds, all in all
 BROKER_DEADLINE = 4.0  # seconds for one connection, and what is asked on it
 PROBE_PATIENCE = 1.5  # seconds until a message to ourselves must be back
+DOCUMENT_LIFE = 60.0  # seconds that what we leave with the broker lives, if we do not
 CLOCK_PATIENCE = 6.0  # seconds to wait for the nodes that are said to be alive
 CLOCK_TOLERANCE = 5.0  # seconds; a ttl shorter than that is rare
+LAST_WORD = (
+    "let the broker allow QoS 1 and retained messages (Mosquitto: max_qos, retain_available)"
+)
+NO_WILDCARD = (
+    "RabbitMQ is so; a daemon asks for each node that it hears, so status and roster are complete a"
+    " heartbeat later, where one runs"
+)
 CLOCK_ADVICE = "let NTP set it (Linux: timedatectl set-ntp true)"
 
 
@@ -10454,9 +10487,10 @@ class PeerClocks:
 class BrokerCheck:
     """One connection to the broker, and what it shows, stage after stage.
 
-    It subscribes to what this node reads, and publishes where it writes.  The probes go to topics
-    below the node's own that nobody subscribes to, but one: a heartbeat to ourselves, as a daemon
-    sends it that looks for another of its name.
+    It does what a daemon does: has a will, subscribes to what this node reads, publishes where it
+    writes, retained where that is.  The probes go to topics below the node's own that nobody
+    subscribes to, but one: a heartbeat to ourselves, as a daemon sends it that looks for another of
+    its name.  What is retained is removed in the end, and by the will if it does not come to that.
     """
 
     def __init__(self, config: Config, left: Callable[[float], float]) -> None:
@@ -10469,14 +10503,17 @@ class BrokerCheck:
         topics, node, token = config.topics, config.node.id, new_id()
         names = config.addresses
         private = dict.fromkeys((topics.private(one, token) for one in names), b"doctor")
-        unread = dict.fromkeys((topics.meta(one, f"doctor-{token}") for one in names), b"{}")
+        second = topics.meta(node, f"doctor-{token}-2")
+        self.documents = [*(topics.meta(one, f"doctor-{token}") for one in names), second]
+        self.last_word = OutgoingMessage(self.documents[0], b"", retain=True)
+        self._unfound = set[str]()  # of the documents
         beat = Envelope.new(node, node, "heartbeat", "{}", urgency="later", id=token)
         self._beat = OutgoingMessage(topics.of(beat), beat.encode(), qos=0)  # so it isn't queued
         self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
-        self._unanswered = deque((private | unread).items())
+        self._unanswered = deque((private | dict.fromkeys(self.documents, b"{}")).items())
         self._loop = Loop(Log("error"))
-        read = [*topics.for_node(names), topics.meta("+", "state"), *private]
-        self.client = MqttClient(self._loop, self._mqtt, subscriptions=[(one, 0) for one in read])
+        read = [*config.subscriptions, *((one, 0) for one in private)]
+        self.client = MqttClient(self._loop, self._mqtt, "", read, self.last_word)
         self.client.open(self)
 
     def wait(self, known: Callable[[], object], within: float) -> bool:
@@ -10498,6 +10535,30 @@ class BrokerCheck:
         self.expect(lambda: not self._unanswered)
         self.wait(lambda: self.refused or not self.missing, PROBE_PATIENCE)
 
+    def takes_no_will(self) -> bool:
+        """Were we refused, and are let in when we leave no last word?"""
+        well = list[bool]()
+        if not self._lost.startswith(("refused", HANG_UP)):
+            return False
+        ConnectionProbe(self._loop, self._mqtt, well.append)
+        while not well:
+            self._loop.step()
+        return well[0]
+
+    def finds(self, filters: Iterable[str]) -> bool:
+        """Do these bring all of our documents, now that they are kept?"""
+        self._unfound = {*self.documents[:1], *self.documents[-1:]}
+        self.client.subscribe([(one, 0) for one in filters])
+        return self.wait(lambda: not self._unfound, PROBE_PATIENCE)
+
+    def takes(self, topic: str) -> bool:
+        """May we publish there?  Mosquitto 2.0.11 may hang up instead of saying no."""
+        codes = list[int]()
+        done = lambda code, words: codes.append(code)  # noqa: E731
+        self.client.publish(OutgoingMessage(topic, b"doctor", done=done))
+        self.wait(lambda: codes, PROBE_PATIENCE)
+        return bool(codes) and not is_failure(codes[0])
+
     def compare_clocks(self) -> None:
         """Wait for the nodes that are said to be alive; some brokers are late in saying so."""
         self.wait(lambda: self.clocks.awaited, RetainedQuery.QUIET)
@@ -10506,7 +10567,9 @@ class BrokerCheck:
 
     def close(self) -> None:
         gone = list[bool]()
-        self.client.close(lambda: gone.append(True), within=0.0)
+        for topic in self.documents:
+            self.client.publish(OutgoingMessage(topic, b"", retain=True))
+        self.client.close(lambda: gone.append(True), within=GOODBYE if self.client.up else 0.0)
         while not gone:
             self._loop.step()
         self._loop.close()
@@ -10532,8 +10595,11 @@ class BrokerCheck:
             self._lost = reason
 
     def deliver(self, delivery: IncomingMessage) -> None:
+        delivery.ack()
         if self.missing.get(delivery.topic) == delivery.payload:
             del self.missing[delivery.topic]
+        elif delivery.topic in self.documents:
+            self._unfound -= {delivery.topic} if delivery.retained else set()
         else:
             self.clocks.hear(delivery)
             self._hear_state(delivery)
@@ -10554,7 +10620,9 @@ class BrokerCheck:
         """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
         if self._unanswered:
             topic, payload = self._unanswered[0]
-            self.client.publish(OutgoingMessage(topic, payload, done=self._answered))
+            retain, until = topic in self.documents, time.time() + DOCUMENT_LIFE
+            message = OutgoingMessage(topic, payload, 1, retain, until if retain else None)
+            self.client.publish(message.replace(done=self._answered))
 
     def _answered(self, code: int, words: str) -> None:
         topic, _ = self._unanswered.popleft()
@@ -10735,7 +10803,16 @@ def check_broker(context: DoctorContext) -> Iterator[Finding]:
     context.config, begun = context.config.replace(mqtt=found), time.monotonic()
     broker = context.broker = BrokerCheck(context.config, context.left)
     context.ending.callback(broker.close)
-    broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
+    try:
+        broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
+    except BrokerError as error:
+        if not broker.takes_no_will():
+            raise
+        what, _, todo = str(error).removeprefix("broker ").partition("; ")
+        said = f"{what}: it lets us in, but takes no last word (will) to {broker.last_word.topic}"
+        todo = acl_for(context.config) if "not authorized" in what else todo
+        yield Finding(Level.FAIL, said, LAST_WORD if HANG_UP in what else todo)
+        return
     how = f"as {found.username}" if found.username else "without a name"
     took = 1000 * (time.monotonic() - begun)
     yield Finding(Level.OK, f"{found.address} lets us in {how}, in {took:.0f} ms")
@@ -10754,8 +10831,10 @@ def check_publishing(context: DoctorContext) -> Iterator[Finding]:
     context.broker.publish()
     refused = context.broker.refused
     if refused:
-        why = f"to {and_more(refused)}: {next(iter(refused.values()))}"
-        yield Finding(Level.FAIL, why, acl_for(context.config))
+        why = next(iter(refused.values()))
+        todo = "" if HANG_UP in why else hint_for(context.config.mqtt, f"refused to publish: {why}")
+        todo = acl_for(context.config) if "ACL" in todo or not todo else todo
+        yield Finding(Level.FAIL, f"to {and_more(refused)}: {why}", todo)
     else:
         always = ", as MQTT 3.1.1 always says" if context.config.mqtt.protocol != "5" else ""
         yield Finding(Level.OK, f"messages to ourselves are taken{always}")
@@ -10768,6 +10847,39 @@ def check_receiving(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.FAIL, what, acl_for(context.config))
     else:
         yield Finding(Level.OK, "they come back")
+
+
+def check_retained(context: DoctorContext) -> Iterator[Finding]:
+    broker, config = context.broker, context.config
+    if broker.finds([config.topics.meta(config.node.id, "+")]):
+        yield Finding(Level.OK, "what nodes leave with the broker is found through a wildcard")
+    elif broker.finds(broker.documents):
+        what = "what nodes leave with the broker is found by its exact topic, by no wildcard"
+        yield Finding(Level.WARN, what, NO_WILDCARD)
+    else:
+        what = f"what is left at {broker.documents[0]} is not given back: no right to read?"
+        yield Finding(Level.FAIL, what, acl_for(config))
+
+
+def check_senders(context: DoctorContext) -> Iterator[Finding]:
+    broker, config = context.broker, context.config
+    nobody = f"nobody-{new_id()[:8]}"
+    ours, forged = (
+        Topics(config.topics.prefix, who).to(nobody, "status") for who in (config.node.id, nobody)
+    )
+    if not broker.client.v5:
+        yield Finding(Level.SKIPPED, "not tried: over MQTT 3.1.1 no broker says what it refuses")
+    elif not broker.takes(ours):
+        yield Finding(Level.SKIPPED, f"not tried: the broker does not take {ours}")
+    elif broker.takes(forged):
+        what = "not checked: whoever may publish at this broker can do so in any node's name"
+        todo = "give it the ACL of: hive.py broker --mosquitto-conf"
+        yield Finding(Level.FAIL, what, todo) if config.checked else Finding(Level.OK, what)
+    elif config.checked:
+        yield Finding(Level.OK, "checked: the broker lets no node speak in another's name")
+    else:
+        todo = '[mqtt] senders = "checked", at every node, makes use of it'
+        yield Finding(Level.OK, "the broker lets no node speak in another's name", todo)
 
 
 def and_more(names: Collection[str], limit: int = 1) -> str:
@@ -10838,8 +10950,10 @@ CHECKS = (
     Check("subscribe", check_subscribing, ("broker",)),
     Check("publish", check_publishing, ("subscribe",)),
     Check("receive", check_receiving, ("publish",)),
+    Check("retained", check_retained, ("publish",)),
     Check("clock", check_clock, ("receive",)),
     Check("nodes", check_nodes, ("receive",)),
+    Check("senders", check_senders, ("publish",)),  # last: the broker may hang up at it
 )
 
 
@@ -11399,11 +11513,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
 
 def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttClient:
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
-    topics = config.topics
-    subscriptions = [(topic, 1) for topic in topics.for_node(config.addresses)]
-    for document in ("state", "roster"):  # QoS 0: not kept while we are away
-        subscriptions.append((topics.meta("+", document), 0))
-    return MqttClient(loop, config.mqtt, session_id(config), subscriptions, will)
+    return MqttClient(loop, config.mqtt, session_id(config), config.subscriptions, will)
 
 
 @subcommand(

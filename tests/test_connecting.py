@@ -125,7 +125,8 @@ ON_MOSQUITTO: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "no password": (
         LOCKED,
         {},
-        "refused: not authorized; the broker wants [mqtt] username and password",
+        "refused: not authorized; does the broker want [mqtt] username and password? else see its"
+        " ACL",
     ),
     "wrong password": (
         LOCKED,
@@ -385,8 +386,11 @@ REFUSALS = {
     0x83: ("implementation specific error", "see the broker's log"),
     0x84: ("unsupported protocol version", 'protocol to what the broker speaks, "3.1.1" or "5"'),
     0x85: ("client identifier not valid", "made of topic_prefix and node id"),
-    0x86: ("bad user name or password", "the broker wants [mqtt] username and password"),
-    0x87: ("not authorized", "the broker wants [mqtt] username and password"),
+    0x86: (
+        "bad user name or password",
+        "does the broker want [mqtt] username and password? else see its ACL",
+    ),
+    0x87: ("not authorized", "does the broker want [mqtt] username and password? else see its ACL"),
     0x88: ("server unavailable", "hive tries again by itself"),
     0x89: ("server busy", "hive tries again by itself"),
     0x8A: ("banned", "ask whoever runs it"),
