@@ -2199,7 +2199,9 @@ class Node:
         self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
-        self.members = Members(config, loop, log, journal, self.send, self._probe)
+        self.members = Members(
+            config, loop, log, journal, self.send, self._probe, self._fetch_documents
+        )
         self._rate_limit = RateLimit()
         self.requests = Requests(
             self.name,
@@ -2266,6 +2268,11 @@ class Node:
 
     def _probe(self, done: Callable[[bool], None]) -> None:
         self._client.probe(done)
+
+    def _fetch_documents(self, names: Iterable[str]) -> None:
+        """Ask the broker for what these nodes left there, each by its exact topic."""
+        topics = [self.topics.meta(name, one) for name in names for one in ("state", "roster")]
+        self._client.fetch(topics, self.topics.private(self.name, new_id()), self.deliver)
 
     # -- the end of a turn --
 
@@ -5550,6 +5557,7 @@ def is_locked(file: Path) -> bool:
 
 MAX_MEMBERS = 5000  # nodes and agents
 MAX_AGENTS = 100  # of one node
+MAX_FETCH = 100  # nodes whose documents are asked for at once
 CLAIM_TIME = 60.0  # seconds in which a node may speak up that still owns agents, as we remember
 MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
@@ -5610,6 +5618,7 @@ class Member:
         self.announced = False  # did somebody tell the hive that it is lost?
         self.documents: dict[str, bytes] = {}  # its state and roster
         self.is_node = False  # has it spoken for itself, as agents do not?
+        self.looks = 0  # of ours, at which it was alive and a document was missing
 
 
 class AgentNames:
@@ -5660,12 +5669,16 @@ class Members:
         journal: Journal,
         send: Callable[[Envelope], None],
         probe: Callable[[Callable[[bool], None]], None],
+        fetch: Callable[[Sequence[str]], None],
     ) -> None:
-        """`probe` calls back with whether the broker takes new connections."""
+        """`probe` calls back with whether the broker takes new connections.
+
+        `fetch` asks the broker for the documents of these, which come as all others do.
+        """
         self.presence: Presence | None = None  # what this node shows of itself, if it does
         self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
         self._loop, self._log = loop, log
-        self._send, self._probe = send, probe
+        self._send, self._probe, self._fetch = send, probe, fetch
         self._agents = AgentNames(config.node.id, journal, log)
         self._members: dict[str, Member] = {}  # in the order in which they last said something
         self._size = 0  # bytes of all documents
@@ -5921,6 +5934,18 @@ class Members:
         for name in self.failed_since(now):
             silence = now - self._members[name].heard
             self._lost(name, now, f"no heartbeat for {silence:.0f} s")
+        self._miss_documents()
+
+    def _miss_documents(self) -> None:
+        """Ask once for what those who live left where no wildcard finds it: RabbitMQ is so."""
+        missed = list[str]()
+        for name, member in self._members.items():
+            if member.status is MemberStatus.ALIVE and len(member.documents) < 2:
+                member.looks += 1
+                if member.looks == 2 and len(missed) < MAX_FETCH:
+                    missed.append(name)
+        if missed:
+            self._fetch(missed)
 
     def _lost(self, name: str, now: float, why: str) -> None:
         self._log.warning("peer is lost", peer=name, why=why)
@@ -8260,6 +8285,9 @@ class Transport(Protocol):
     def send_queued(self) -> None: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
+    def fetch(
+        self, topics: Sequence[str], end_marker: str, found: Callable[[IncomingMessage], None]
+    ) -> None: ...
     def take_over(
         self,
         client_id: str,
@@ -8919,6 +8947,17 @@ class MqttClient:
         """Does the broker take a new connection?"""
         ConnectionProbe(self.loop, self.settings.replace(protocol=self._protocol), done)
 
+    def fetch(
+        self, topics: Sequence[str], end_marker: str, found: Callable[[IncomingMessage], None]
+    ) -> None:
+        """What is retained there, once; nothing where the broker is away."""
+
+        def end(reason: str = "") -> None:
+            self.loop.post(lambda: query.client.close(lambda: None, within=0.0))
+
+        settings = self.settings.replace(protocol=self._protocol)
+        query = RetainedQuery(self.loop, settings, topics, end_marker, found, end, end)
+
     def take_over(
         self,
         client_id: str,
@@ -9120,6 +9159,7 @@ class RetainedQuery:
 
     Retained messages come before a marker that we publish to ourselves, if all of it is QoS 0.
     Where nothing came before the marker a short silence decides: some brokers send them later.
+    So it does over MQTT 3.1.1: aedes sends the marker between them.
     """
 
     QUIET = 0.1  # seconds
@@ -9165,7 +9205,7 @@ class RetainedQuery:
         if message.topic != self._end_marker:
             self._any = True
             self._found(message)
-        elif self._any:
+        elif self._any and self.client.v5:
             self._finish()
         else:
             self._loop.after(self.QUIET, self._finish)
@@ -10090,8 +10130,10 @@ class NodeRemoval:
         topics = self._config.topics
         if topics.sender and self._name != self._config.node.id:
             raise HiveError(f"nobody but {self._name} writes its documents: senders are checked")
+        # Each by its name too, for brokers where no wildcard finds it.
+        theirs = [topics.meta(self._name, document) for document in ("+", "state", "roster")]
         query = RetainedQuery(
-            *(self._loop, self._mqtt, [topics.meta("+", "state"), topics.meta(self._name, "+")]),
+            *(self._loop, self._mqtt, [topics.meta("+", "state"), *theirs]),
             topics.private(self._config.node.id, new_id()),
             *(self._hear, self._all_heard, self._failed),
         )
@@ -11942,7 +11984,7 @@ def say_of_members(
         raise BrokerError(said["fault"] or none_yet)
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
-        start = "start one with: hive.py daemon"
+        start = "start one with: hive.py daemon; or does the broker hide them? hive-cli doctor"
         print(f"hive: no node has been seen {where} yet; {start}", file=sys.stderr)
     return Exit.DONE
 
