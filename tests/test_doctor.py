@@ -811,6 +811,8 @@ def test_what_the_broker_must_allow_is_said() -> None:
             f"in the broker's ACL let {user} read hive/alpha/#, hive/main/#, hive/all/# and"
             " hive/meta/#, and write hive/#"
         )
+    checked = config_of(mqtt={"username": "alpha", "senders": "checked"})
+    assert "broker --mosquitto-conf" in module.acl_for(checked)
 
 
 def test_what_comes_of_publishing_is_said() -> None:
