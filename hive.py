@@ -2339,6 +2339,7 @@ class Node:
             reason = "its time to live is over"
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
+            here = self.context()
         what = Decision(Do.DROP, reason) if reason else decide(envelope, here)
         row = 0
         if what.do not in (Do.HEAR, Do.DROP):
@@ -9059,13 +9060,13 @@ def session_id(config: Config) -> str:
     """
     import hmac
 
-    secret = (config.mqtt.password or "").encode()
-    if config.mqtt.key_file and not secret:
+    key = (config.mqtt.password or "").encode()
+    if config.mqtt.key_file and not key:
         with contextlib.suppress(OSError):  # tls_context() says why not
-            secret = config.mqtt.key_file.read_bytes()
+            key = config.mqtt.key_file.read_bytes()
     plain, tag = plain_session_id(config), config.mqtt.senders if config.checked else ""
-    if secret:  # with the kind of hive in it, whose topics the session's subscriptions are
-        tag = hmac.digest(secret, f"{config.mqtt.senders} {plain}".encode(), "sha256").hex()[:32]
+    if key:  # with the kind of hive in it, whose topics the session's subscriptions are
+        tag = hmac.digest(key, f"{config.mqtt.senders} {plain}".encode(), "sha256").hex()[:32]
     return f"{plain}:{tag}" if tag else plain
 
 
@@ -9127,7 +9128,7 @@ class FormerSession:
         self.close()
 
     def close(self) -> None:
-        self._client.close(do_nothing, within=0.0)
+        self._client.close(lambda: None, within=0.0)
 
 
 class ConnectionProbe:
