@@ -678,6 +678,8 @@ class RoutingContext(Value):
     agents: Sequence[str] = ()  # the first one speaks for the node
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
+    began: Callable[[str | None], bool] = lambda corr: False  # did this node begin the exchange?
+    allow: Mapping[str, Container[str]] = {}  # who alone may do what, by the rule that says so
     why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
 
     def addressed(self, to: str) -> tuple[str, ...]:
@@ -685,6 +687,11 @@ class RoutingContext(Value):
         if to == EVERYONE:
             return tuple(self.agents)
         return (to,) if to in self.agents else tuple(self.agents[:1])
+
+    def denies(self, rule: str, sender: str) -> str:
+        """How a rule keeps a sender from what it is about; nothing where it does not."""
+        denied = rule in self.allow and sender != self.node and sender not in self.allow[rule]
+        return f"{rule} does not name {sender}" if denied else ""
 
 
 def misplaced(envelope: Envelope, topic: str, topics: Topics, retained: bool) -> str | None:
@@ -703,8 +710,11 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
         return SIGN_OF_LIFE
-    if channel.handler and envelope.action and envelope.action in here.handlers:
-        return Decision(Do.RUN)
+    if channel.handler and envelope.action:
+        if why := here.denies(handler_rule(envelope.action), envelope.sender):
+            return Decision(Do.REFUSE, why)
+        if envelope.action in here.handlers:
+            return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
         return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
@@ -716,6 +726,11 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if asked and (why := here.why_not(envelope.action or "")):
         missing += f" ({quoted(why, 300)[1:-1]})"
     agents = here.addressed(envelope.to)
+    denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
+    if any(denied.values()) and (channel.handler or not here.began(envelope.corr)):
+        agents = tuple(one for one in agents if not denied[one])
+        if not agents:
+            return Decision(Do.REFUSE, next(iter(denied.values())))
     if agents:
         return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
     if asked:
@@ -1353,6 +1368,11 @@ class Journal:
         """The message with this id; what came in before what went out."""
         question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event LIMIT 1"
         return next(iter(self._entries(question, (id,))), None)
+
+    def began(self, exchange: str | None) -> bool:
+        """Is it one that this node began?"""
+        question = "SELECT 1 FROM log WHERE id = ? AND event = ?"
+        return bool(self._database.read(question, (exchange, Event.SENT.value)))
 
     def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
         """The next MAX_ROWS of the exchange that a message belongs to."""
@@ -2170,6 +2190,7 @@ class Node:
         self.name, self.topics = config.node.id, config.topics
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
+        self._allow = config.allow
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
@@ -2327,6 +2348,8 @@ class Node:
             agents=self.worker.agents,
             handlers=self.worker.handlers,
             expects=self.requests.waits,
+            began=self.journal.began,
+            allow=self._allow,
             why_not=self.worker.why_not,
         )
 
@@ -2663,6 +2686,10 @@ class Work(Worker):
             self._log.warning("no handlers", dir=folder, why=why_no_handlers(folder))
         for agent in self._agents.values():
             agent.probe()
+        for action, one in self._config.handlers.items():
+            if not one.publish:  # what was before it said so
+                topic = self._config.topics.meta(self._node.name, action)
+                self._journal.enqueue(topic, b"", retain=True)
         self.take_up()
         self._start_schedule()
 
@@ -2810,7 +2837,8 @@ class Work(Worker):
         say("handler ended", **facts, exit=result.exit, ms=took, why=error or None)
         words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
         self._journal.record_result(envelope, time.time(), words)
-        self._node.keep_result(envelope, document)
+        if self._handler_config(run.action).publish:
+            self._node.keep_result(envelope, document)
         if run.scheduled:
             self._scheduled_run_ended(run.scheduled, envelope, result)
         else:
@@ -3233,6 +3261,19 @@ def variable_names(value: object) -> tuple[str, ...]:
     return names
 
 
+def node_names(value: object) -> tuple[str, ...]:
+    """a name, or a list of names"""
+    return tuple(node_name(name) for name in (value if isinstance(value, list) else [value]))
+
+
+def handler_rule(action: str) -> str:
+    return f"[handlers.{action}] allow"
+
+
+def agent_rule(name: str) -> str:
+    return f"allow of [[oc_instances]] {name}"
+
+
 def own_file() -> Path:
     """Where this program lies: hive.py, or the one file that `make dist` puts it into."""
     file = Path(__file__).resolve()
@@ -3484,6 +3525,9 @@ class InstanceConfig(ConfigTable):
     env: tuple[str, ...] = setting(
         (), variable_names, "what its command gets of the daemon's environment besides", ["MY_KEY"]
     )
+    allow: tuple[str, ...] | None = setting(
+        None, node_names, "who may wake it, besides this node; else everyone", ["alpha"]
+    )
 
     def check(self, where: str) -> None:
         if self.command and self.via != "cli":
@@ -3506,6 +3550,10 @@ class HandlerConfig(ConfigTable):
     env: tuple[str, ...] = setting(
         (), variable_names, "what it gets of the daemon's environment besides", ["AWS_PROFILE"]
     )
+    allow: tuple[str, ...] | None = setting(
+        None, node_names, "who may run it, besides this node; else everyone", ["alpha"]
+    )
+    publish: bool = setting(True, boolean, "keep its latest result at the broker, for everyone")
 
 
 class HandlersConfig(ConfigTable):
@@ -3586,6 +3634,13 @@ class Config(Value):
     @property
     def agents(self) -> Mapping[str, InstanceConfig]:
         return {instance.name: instance for instance in self.oc_instances}
+
+    @property
+    def allow(self) -> Mapping[str, Sequence[str]]:
+        """Who alone may run a handler or wake an agent, by the rule that says so."""
+        rules = {handler_rule(action): one.allow for action, one in self.handlers.items()}
+        rules |= {agent_rule(one.name): one.allow for one in self.oc_instances}
+        return {rule: names for rule, names in rules.items() if names is not None}
 
     @property
     def handler_dir(self) -> Path:
@@ -10359,14 +10414,26 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
         return
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
+    for action in context.config.handlers.keys() - found.handlers.keys():
+        near = did_you_mean(action, found.handlers)
+        yield Finding(Level.WARN, f"[handlers.{action}] is about none that is there", near)
     if found.handlers:
-        yield Finding(Level.OK, f"{', '.join(found.handlers)}, in {folder}")
+        names = [
+            action + admitted(context.config, handler_rule(action)) for action in found.handlers
+        ]
+        yield Finding(Level.OK, f"{', '.join(names)}, in {folder}")
         return
     what = f"nothing to run in {folder}" if folder.is_dir() else f"no directory {folder}"
     named = context.config.node.handler_dir is not None
     other = "" if named else why_no_handlers(folder).partition("; ")[2]
     todo = f"put an executable there: {folder}/NAME" if folder.is_dir() else f"mkdir {folder}"
     yield Finding(Level.WARN, f"none: {what}", other or todo)
+
+
+def admitted(config: Config, rule: str) -> str:
+    """Whom a rule lets in, as a note in brackets; nothing where that is everyone."""
+    names = config.allow.get(rule)
+    return "" if names is None else f" (from {', '.join([*names, config.node.id])} alone)"
 
 
 def check_daemon(context: DoctorContext) -> Iterator[Finding]:
@@ -10399,10 +10466,11 @@ def check_agents(context: DoctorContext) -> Iterator[Finding]:
     ports = {one.name: gateway_port(one, home) for one in agents}
     silent = probe_ports({number for number in ports.values() if number})
     for one in agents:
-        yield agent_finding(one, home, ports[one.name], silent)
+        found = agent_finding(one, home, ports[one.name], silent)
+        yield found.replace(what=found.what + admitted(context.config, agent_rule(one.name)))
     if not agents:
-        found = ", ".join(find_agents(home))
-        hint = f"; found here: {found}" if found else ""
+        others = ", ".join(find_agents(home))
+        hint = f"; found here: {others}" if others else ""
         yield Finding(Level.OK, f"none configured, so messages wake nobody{hint}")
 
 
@@ -11632,8 +11700,16 @@ def command_handler(args: argparse.Namespace) -> int:
             )
         return test_handler(config, args)
     if args.as_json:
-        found = {action: str(file) for action, file in handler_set.handlers.items()}
-        print(json.dumps({"handlers": found, "refused": dict(handler_set.refused)}, indent=2))
+        document = {
+            "handlers": {action: str(file) for action, file in handler_set.handlers.items()},
+            "refused": dict(handler_set.refused),
+            "allow": {
+                action: one.allow
+                for action, one in config.handlers.items()
+                if one.allow is not None
+            },
+        }
+        print(json.dumps(document, indent=2))
     else:
         print(handler_table(config, handler_set), end="")
     return Exit.DONE
@@ -11641,12 +11717,16 @@ def command_handler(args: argparse.Namespace) -> int:
 
 def handler_table(config: Config, handler_set: HandlerSet) -> str:
     """What was found, in which bounds it runs, and what was refused and why."""
-    cells = [
-        (action, f"{handler_deadline(config, action):g}s", str(workers), printable(str(file), 200))
-        for action, file in handler_set.handlers.items()
-        for workers in (config.handlers.get(action, HandlerConfig()).workers,)
-    ]
-    found = format_table(("ACTION", "TIMEOUT", "WORKERS", "FILE"), cells, False) if cells else ""
+    cells = []
+    for action, file in handler_set.handlers.items():
+        one, deadline = (
+            config.handlers.get(action, HandlerConfig()),
+            handler_deadline(config, action),
+        )
+        who = "all" if one.allow is None else ",".join([*one.allow, config.node.id])
+        cells.append((action, f"{deadline:g}s", str(one.workers), who, printable(str(file), 200)))
+    columns = ("ACTION", "TIMEOUT", "WORKERS", "ALLOW", "FILE")
+    found = format_table(columns, cells, False) if cells else ""
     refused = [f"refused: {printable(f, 200)}: {why}\n" for f, why in handler_set.refused.items()]
     return found + "".join(refused) or f"no handlers in {config.handler_dir}\n"
 

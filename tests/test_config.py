@@ -560,12 +560,14 @@ env = []
 workers = 1
 retry = false
 env = []
+publish = true
 [[schedule]]
 action = "sync"
 every = 60.0
 jitter = 0.0
 text = "scheduled"
 notify = "change"
+catch_up = true
 """
 
 

@@ -13,7 +13,9 @@ from hive import (
     Envelope,
     RoutingContext,
     Topics,
+    agent_rule,
     decide,
+    handler_rule,
     misplaced,
 )
 
@@ -135,3 +137,60 @@ def test_no_word_on_the_bus_means_anything_to_a_node(ch: str, sender: str, text:
 )
 def test_an_envelope_is_acted_upon_in_its_place_only(topic: str, retained: bool, fit: bool) -> None:
     assert (misplaced(envelope("command"), topic, Topics("hive"), retained) is None) is fit
+
+
+# Who may
+
+
+ALLOW = {handler_rule("deploy"): ("gamma",), agent_rule("main"): ("gamma", "delta")}
+
+
+def guarded(**more: Any) -> RoutingContext:
+    agents, handlers = ("main", "second"), ("deploy", "ping")
+    return RoutingContext("beta", agents, handlers, allow=ALLOW, **more)
+
+
+def said_by(sender: str, ch: str = "command", to: str = "beta", **more: Any) -> Envelope:
+    return Envelope.new(sender, to, ch, "hello", id="m-1", now=1, **more)
+
+
+@pytest.mark.parametrize("ch", ["command", "sync"])
+@pytest.mark.parametrize("handlers", [(), ("deploy",)], ids=["removed", "there"])
+def test_a_handler_runs_for_those_alone_whom_its_rule_names(
+    ch: str, handlers: tuple[str, ...]
+) -> None:
+    here = guarded().replace(handlers=handlers)
+    refused = decide(said_by("alpha", ch, action="deploy"), here)
+    assert refused == Decision(Do.REFUSE, "[handlers.deploy] allow does not name alpha")
+    for sender in ("gamma", "beta"):  # whoever may use this node may say what it does
+        decision = decide(said_by(sender, ch, action="deploy"), here)
+        assert decision.do is (Do.RUN if handlers else Do.WAKE)
+    assert decide(said_by("alpha", ch, action="ping"), guarded()).do is Do.RUN
+
+
+@pytest.mark.parametrize("ch", sorted(set(CHANNELS) - {"heartbeat"}))
+def test_an_agent_is_woken_by_those_alone_whom_its_rule_names(ch: str) -> None:
+    refused = decide(said_by("alpha", ch), guarded())
+    assert refused == Decision(Do.REFUSE, "allow of [[oc_instances]] main does not name alpha")
+    for sender in ("gamma", "delta", "beta"):
+        assert decide(said_by(sender, ch), guarded()).agents == ("main",)
+    assert decide(said_by("alpha", ch, to="second"), guarded()).agents == ("second",)
+    assert decide(said_by("alpha", ch, to="all"), guarded()).agents == ("second",)
+    assert decide(said_by("gamma", ch, to="all"), guarded()).agents == ("main", "second")
+    unknown = decide(said_by("alpha", ch, action="unknown"), guarded())
+    assert unknown.do is Do.REFUSE and unknown.reason.endswith("does not name alpha")
+
+
+def test_an_empty_rule_names_nobody_but_this_node() -> None:
+    here = guarded().replace(allow={handler_rule("ping"): ()})
+    assert decide(said_by("alpha", action="ping"), here).do is Do.REFUSE
+    assert decide(said_by("beta", action="ping"), here).do is Do.RUN
+
+
+def test_an_answer_to_its_own_question_reaches_an_agent_from_anybody() -> None:
+    here = guarded(began=lambda corr: corr == "mine")
+    for ch in ("response", "alert"):
+        assert decide(said_by("alpha", ch, corr="mine"), here).do is Do.WAKE
+        assert decide(said_by("alpha", ch, corr="other"), here).do is Do.REFUSE
+    for ch in ("command", "sync"):  # it asks, and answers nothing
+        assert decide(said_by("alpha", ch, corr="mine"), here).do is Do.REFUSE
