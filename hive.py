@@ -53,9 +53,12 @@ tokens; only what needs judgment wakes an agent.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
+if gc.isenabled():
+    gc.disable()  # until all of this is read: none of it is garbage
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # as python -P does: nothing is imported from beside this file
 
@@ -63,7 +66,6 @@ import argparse
 import atexit
 import contextlib
 import errno
-import gc
 import io
 import itertools
 import json
@@ -78,25 +80,21 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from enum import Enum, IntEnum
 from functools import cache, partial
 from pathlib import Path
-from typing import (
-    IO,
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    NoReturn,
-    Protocol,
-    Self,
-    TypeVar,
-    assert_never,
-    dataclass_transform,
-)
 
+TYPE_CHECKING = False  # to mypy it is true; others need not import what only mypy reads
 if TYPE_CHECKING:
     import sqlite3
     import subprocess
     from ssl import SSLSocket
+    from typing import IO, Any, ClassVar, NoReturn, Protocol, Self, TypeVar, dataclass_transform
 
     import paho.mqtt.client as paho_client
+else:
+    Protocol = object
+
+    def dataclass_transform(**how):
+        return lambda made: made
+
 
 __version__ = "0.1.0"
 
@@ -2395,6 +2393,8 @@ class Node:
             case Do.NOTE | Do.DROP:
                 pass
             case _:
+                from typing import assert_never
+
                 assert_never(what.do)
 
     def _time_left(self, envelope: Envelope, delivery: IncomingMessage) -> float | None:
@@ -3735,8 +3735,6 @@ def load_config(explicit: str | None = None, overrides: Mapping[str, Any] | None
 
 def read_toml(source: Path) -> dict[str, Any]:
     """Read a TOML file that this user may trust, or raise ConfigError."""
-    import tomllib
-
     try:
         with source.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -3744,15 +3742,52 @@ def read_toml(source: Path) -> dict[str, Any]:
                 raise ConfigError("belongs to another user, and may name programs to run")
             if status.st_mode & stat.S_IWOTH:
                 raise ConfigError(f"is writable by everyone; try: chmod o-w {source}")
-            return tomllib.loads(file.read().decode())
+            return parse_toml(file.read().decode())
     except OSError as error:
         raise ConfigError(f"cannot be read: {reason_of(error)}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 at byte {error.start}") from None
-    except (tomllib.TOMLDecodeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"not TOML: {quoted(str(error), 100)[1:-1]}") from None
     except RecursionError:
         raise ConfigError("not TOML: nested too deep") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """What tomllib says it is; but to import that is a fifth of what a short command costs."""
+    document = parse_simple_toml(text)
+    if document is None:
+        import tomllib
+
+        document = tomllib.loads(text)
+    return document
+
+
+SIMPLE_LINE = (
+    r"(?:\[(\w+)]|\[\[(\w+)]]"
+    r'|(\w+) = ("[^"\\]*"|(?:0|[1-9]\d*)(?:\.\d+)?|true|false) *)?(?:#.*)?'
+)
+
+
+def parse_simple_toml(text: str) -> dict[str, Any] | None:
+    """Tables of strings, numbers and booleans, as init writes them; None if there is more."""
+    document: dict[str, Any] = {}
+    table: dict[str, Any] | None = None
+    for line in text.split("\n"):
+        found = re.fullmatch(SIMPLE_LINE, line, re.ASCII)
+        if not (found and line.isprintable()):
+            return None
+        once, repeated, key, value = found.groups()
+        if once and once not in document:
+            table = document[once] = {}
+        elif repeated and isinstance(document.setdefault(repeated, []), list):
+            table = {}
+            document[repeated].append(table)
+        elif key and table is not None and key not in table:
+            table[key] = json.loads(value)
+        elif once or repeated or key:
+            return None
+    return document
 
 
 def make_config(
@@ -9894,7 +9929,8 @@ MAX_ANSWER = 4 * KIB  # bytes of one line
 TLS_PORT = 8883  # where the broker's port is not said
 MAIN_AGENT = "main"  # the agent of OpenClaw's default profile
 
-Answer = TypeVar("Answer")
+if TYPE_CHECKING:
+    Answer = TypeVar("Answer")
 
 
 class Interrupted(HiveError):
@@ -10062,14 +10098,12 @@ def setup_files(
     file: Path, said: Mapping[str, Any], agents: Sequence[Mapping[str, str]]
 ) -> dict[Path, str]:
     """What is to be written where: hive.toml, and the password beside it; or ConfigError."""
-    import tomllib
-
     document: dict[str, Any] = {"oc_instances": agents} if agents else {}
     for dotted, value in said.items():
         table, _, key = dotted.partition(".")
         document.setdefault(table, {})[key] = value
     password = document.get("mqtt", {}).pop("password", None)
-    config = make_config(tomllib.loads(example_config(document)), file, {})
+    config = make_config(parse_toml(example_config(document)), file, {})
     if config.mqtt.tls:
         tls_context(config.mqtt)
     if password is None:
@@ -12005,6 +12039,19 @@ def make_parser(only: str = "") -> Parser:
     return parser
 
 
+def command_among(said: Sequence[str]) -> str:
+    """The command that the arguments name; "" where it takes the whole parser to tell."""
+    known = [flag for flags, _ in COMMON_OPTIONS for flag in flags]
+    words = iter(said)
+    for word in words:
+        flag, its_value, _ = word.partition("=")
+        if flag not in known:
+            return word if word in COMMANDS else ""
+        if not its_value:
+            next(words, "")
+    return ""
+
+
 def indented(lines: str) -> str:
     return "\n".join(f"  {line}" for line in lines.splitlines())
 
@@ -12074,7 +12121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(said: Sequence[str]) -> int:
     """The command that the arguments ask for; raises HiveError, or SystemExit where it is none."""
-    parser = make_parser(said[0] if said and said[0] in COMMANDS else "")
+    parser = make_parser(command_among(said))
     if not said:
         parser.print_help(sys.stderr)
         return Exit.USAGE
@@ -12082,5 +12129,7 @@ def run_command(said: Sequence[str]) -> int:
     return int(args.run(args))
 
 
+gc.freeze()
+gc.enable()
 if __name__ == "__main__":
     sys.exit(main())
