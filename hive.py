@@ -346,6 +346,7 @@ MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixf
 MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
 MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
 MAX_NESTING = 32  # levels of a field that we don't know
+MAX_AGE, MAX_AHEAD = 8 * 86400, 86400  # seconds; of another time is a replay, or a wrong clock
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
@@ -698,6 +699,15 @@ def misplaced(envelope: Envelope, topic: str, topics: Topics, retained: bool) ->
         return "its topic disagrees with to and ch"
     if retained:
         return "it was retained, and would be acted upon again at each start"
+    return None
+
+
+def untimely(envelope: Envelope, now: float) -> str | None:
+    """Why an envelope of its time must not be acted upon, by the wall clock."""
+    if envelope.ts < now - MAX_AGE:
+        return "it is more than 8 days old: a replay, or a clock that is wrong"
+    if envelope.ts > now + MAX_AHEAD:
+        return "it is more than a day ahead: a clock is wrong"
     return None
 
 
@@ -1145,16 +1155,23 @@ MIN_ID_PREFIX = 4  # characters that may stand for an id
 SHOWN_TEXT = 200  # characters of a text that is shown beside what is not finished
 MAX_MEANINGS = 5  # of such a beginning that are listed
 PRUNE_STEP = 500  # rows that are forgotten at once
+SIZE_OF_ID = KIB  # bytes of max_mb for each id that is remembered longer: an eighth of it in all
 PRUNE_TEXTS = 50  # texts that are
 PRUNE_AFTER = 1000  # rows written, or ...
 PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
 
-JOURNAL_TABLES = (
-    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
+JOURNAL_LOG = (
     # event: in, out, did; content: the envelope, NULL where its text is kept no longer
     "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
     " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
-    " content TEXT, UNIQUE (id, event))",
+    " content TEXT, UNIQUE (id, sender, event))"
+)
+JOURNAL_TABLES = (
+    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
+    JOURNAL_LOG,
+    # whose ids came in rows that are forgotten already
+    "CREATE TABLE IF NOT EXISTS seen (id TEXT, sender TEXT, time REAL, PRIMARY KEY (id, sender))"
+    " WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS exchanges ON log (exchange)",
     # agent: who is to be told; '' is a handler's run.  began: perhaps done, if we crashed
     "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
@@ -1177,14 +1194,25 @@ JOURNAL_TABLES = (
 
 
 def upgrade_journal(database: sqlite3.Connection) -> None:
-    """Take over a file from before `acknowledged_at`, when two tables had other names."""
-    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    """Take over a file from before `acknowledged_at`, when two tables had other names.
+
+    Later ids were taken to be unique among all senders.
+    """
+    schema = "SELECT name, ifnull(sql, '') FROM sqlite_master"
+    tables: dict[str, str] = dict(database.execute(schema).fetchall())
     for old, new in (("notes", "settings"), ("questions", "pending_requests")):
         if old in tables and new not in tables:
             database.execute(f"ALTER TABLE {old} RENAME TO {new}")
     columns = [column[1] for column in database.execute("PRAGMA table_info(outbox)")]
     if columns and "acknowledged_at" not in columns:
         database.execute("ALTER TABLE outbox ADD COLUMN acknowledged_at REAL")
+    if "UNIQUE (id, event)" in tables.get("log", ""):
+        database.execute("ALTER TABLE log RENAME TO log_before")
+        database.execute(JOURNAL_LOG)
+        database.execute(f"INSERT INTO log ({ROW}) SELECT {ROW} FROM log_before ORDER BY n")
+        database.execute("DELETE FROM sqlite_sequence WHERE name = 'log'")  # no number comes twice
+        database.execute("UPDATE sqlite_sequence SET name = 'log' WHERE name = 'log_before'")
+        database.execute("DROP TABLE log_before")
 
 
 class Event(Enum):
@@ -1254,6 +1282,7 @@ class Journal:
         self._keep, self._max_size = keep, max_size
         self._rows = self._size = 0  # written since the last look
         self._newest = int(self._database.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
+        self._count_ids(0.0)
         self.full = False  # of what is not finished: no room is left to accept more
         self.saved_before = self._forgotten = (
             0.0  # the broker has saved what it acknowledged before
@@ -1322,10 +1351,11 @@ class Journal:
         content: str | None,
     ) -> int | None:
         row = self._database.insert(
-            f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+            " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)",
             (
                 *(now, event.value, id, about.ch, about.sender, about.to, about.action),
-                *(about.exchange, note, content),
+                *(about.exchange, note, content, id, about.sender),
             ),
         )
         if row:
@@ -1362,10 +1392,16 @@ class Journal:
             raise UsageError(f"{said}: which one? {', '.join(meanings)}")
         return str(found[0]) if found else said
 
-    def message(self, id: str) -> dict[str, Any] | None:
+    def message(self, id: str, event: Event | None = None) -> dict[str, Any] | None:
         """The message with this id; what came in before what went out."""
-        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event LIMIT 1"
+        which = f"id = ? AND event = '{event.value}'" if event else "id = ?"
+        question = f"SELECT {ROW} FROM log WHERE {which} ORDER BY event, n LIMIT 1"
         return next(iter(self._entries(question, (id,))), None)
+
+    def senders(self, id: str) -> list[str]:
+        """Whose messages have this id: that of another is no secret."""
+        rows = self._database.read("SELECT DISTINCT sender FROM log WHERE id = ?", (id,))
+        return sorted(sender for (sender,) in rows)
 
     def began(self, exchange: str | None) -> bool:
         """Is it one that this node began?"""
@@ -1374,10 +1410,11 @@ class Journal:
 
     def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
         """The next MAX_ROWS of the exchange that a message belongs to."""
-        message = self.message(id)
-        values = (message["exchange"] if message else id, after, MAX_ROWS)
-        question = f"SELECT {ROW} FROM log WHERE exchange = ? AND n > ? ORDER BY n LIMIT ?"
-        return self._entries(question, values)
+        known = "SELECT DISTINCT exchange FROM log WHERE id = ? LIMIT ?"
+        found = [row[0] for row in self._database.read(known, (id, MAX_MEANINGS))] or [id]
+        which = f"exchange IN ({', '.join('?' * len(found))}) AND n > ?"
+        question = f"SELECT {ROW} FROM log WHERE {which} ORDER BY n LIMIT ?"
+        return self._entries(question, (*found, after, MAX_ROWS))
 
     @property
     def newest(self) -> int:
@@ -1591,6 +1628,7 @@ class Journal:
         self._rows = self._size = 0
         oldest = self._database.read("SELECT time FROM log ORDER BY n LIMIT 1")
         forgotten, too_old = 0, now - self._keep
+        self._forget_ids(now)
         if oldest and oldest[0][0] < too_old:
             forgotten += self._forget_rows("time < ?", too_old)
         too_large = self.size > self._max_size
@@ -1611,7 +1649,30 @@ class Journal:
         """The oldest ones that nothing unfinished belongs to."""
         unasked = "n NOT IN (SELECT message FROM pending_requests WHERE due IS NOT NULL)"
         rows = f"SELECT n FROM log WHERE {which} AND {FINISHED} AND {unasked} ORDER BY n LIMIT ?"
+        remember = (
+            "INSERT OR IGNORE INTO seen (id, sender, time) SELECT id, sender, time FROM log"
+            f" WHERE event = '{Event.RECEIVED.value}' AND n IN ({rows})"
+        )
+        self._ids += self._database.write(remember, (*values, PRUNE_STEP))
         return self._database.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
+
+    def _forget_ids(self, now: float) -> None:
+        """Those that nobody can use any more, once an hour; the oldest where they are too many."""
+        most, too_old = self._max_size // SIZE_OF_ID, now - MAX_AGE - MAX_AHEAD
+        if self._ids > most:
+            nth = "SELECT time FROM seen ORDER BY time LIMIT 1 OFFSET ?"
+            for (time_,) in self._database.read(nth, (self._ids - most * 3 // 4 - 1,)):
+                too_old = max(too_old, time_)
+        elif now < self._ids_swept + 3600:
+            return
+        self._database.write("DELETE FROM seen WHERE time <= ?", (too_old,))
+        self._count_ids(now)
+
+    def _count_ids(self, now: float) -> None:
+        self._ids, self._ids_swept = (
+            int(self._database.read("SELECT count(*) FROM seen")[0][0]),
+            now,
+        )
 
 
 FINISHED = (  # nothing is still to be done with these rows
@@ -2072,8 +2133,11 @@ class Requests:
 
 
 def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    found = journal.message(journal.find_id(given["id"]))
-    return found or {"error": f"{given['id']}: {NOT_KNOWN}"}
+    id = journal.find_id(given["id"])
+    if len(senders := journal.senders(id)) > 1:
+        which = "show it with --json, and give the envelope that is meant instead of its id"
+        return {"error": f"{id}: {' and '.join(senders)} each sent a message of this id; {which}"}
+    return journal.message(id) or {"error": f"{given['id']}: {NOT_KNOWN}"}
 
 
 def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -2317,6 +2381,7 @@ class Node:
     def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
         """Decide what to do with it; its row in the journal, if it has one now."""
         reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
+        reason = reason or untimely(envelope, time.time())
         if not reason and delivery.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
@@ -2939,7 +3004,7 @@ class Work(Worker):
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        entry = self._journal.message(envelope.exchange) if envelope.corr else None
+        entry = self._journal.message(envelope.exchange, Event.SENT) if envelope.corr else None
         asked = entry["envelope"] if entry else None
         question = asked["text"][:MAX_QUESTION] if asked else ""
         latest = self._loop.clock() + self._config.node.agent_patience

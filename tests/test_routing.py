@@ -17,6 +17,7 @@ from hive import (
     decide,
     handler_rule,
     misplaced,
+    untimely,
 )
 
 # Protocol, "What a node does with an envelope":
@@ -194,3 +195,24 @@ def test_an_answer_to_its_own_question_reaches_an_agent_from_anybody() -> None:
         assert decide(said_by("alpha", ch, corr="other"), here).do is Do.REFUSE
     for ch in ("command", "sync"):  # it asks, and answers nothing
         assert decide(said_by("alpha", ch, corr="mine"), here).do is Do.REFUSE
+
+
+# When
+
+
+DAY = 86400
+
+
+@pytest.mark.parametrize(
+    ("age", "why"),
+    [
+        (8 * DAY + 1, "it is more than 8 days old: a replay, or a clock that is wrong"),
+        (8 * DAY, None),
+        (0, None),
+        (-DAY, None),
+        (-DAY - 1, "it is more than a day ahead: a clock is wrong"),
+    ],
+)
+def test_an_envelope_of_another_time_is_not_acted_upon(age: int, why: str | None) -> None:
+    now = 100 * DAY
+    assert untimely(envelope("command").replace(ts=now - age), now) == why
