@@ -1686,7 +1686,6 @@ class Journal:
         self._rows = self._size = 0
         oldest = self._database.read("SELECT time FROM log ORDER BY n LIMIT 1")
         forgotten, too_old = 0, now - self._keep
-        self._forget_ids(now)
         if oldest and oldest[0][0] < too_old:
             forgotten += self._forget_rows("time < ?", too_old)
         too_large = self.size > self._max_size
@@ -1701,6 +1700,7 @@ class Journal:
             self._database.write(
                 "DELETE FROM pending_requests WHERE message NOT IN (SELECT n FROM log)"
             )
+            self._forget_ids(now)
         return bool(forgotten)
 
     def _forget_rows(self, which: str, *values: object) -> int:
