@@ -346,6 +346,7 @@ MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixf
 MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
 MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
 MAX_NESTING = 32  # levels of a field that we don't know
+MAX_AGE, MAX_AHEAD = 8 * 86400, 86400  # seconds; of another time is a replay, or a wrong clock
 CUT_SHORT = " [cut by hive: more than the broker takes]"
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -717,6 +718,8 @@ class RoutingContext(Value):
     agents: Sequence[str] = ()  # the first one speaks for the node
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
+    began: Callable[[str | None], bool] = lambda corr: False  # did this node begin the exchange?
+    allow: Mapping[str, Container[str]] = {}  # who alone may do what, by the rule that says so
     why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
     speaks_for: Callable[[str, str], bool] = lambda node, name: False  # is it that node's agent?
 
@@ -725,6 +728,11 @@ class RoutingContext(Value):
         if to == EVERYONE:
             return tuple(self.agents)
         return (to,) if to in self.agents else tuple(self.agents[:1])
+
+    def denies(self, rule: str, sender: str) -> str:
+        """How a rule keeps a sender from what it is about; nothing where it does not."""
+        denied = rule in self.allow and sender != self.node and sender not in self.allow[rule]
+        return f"{rule} does not name {sender}" if denied else ""
 
 
 def misplaced(
@@ -752,6 +760,15 @@ def misplaced(
     return None
 
 
+def untimely(envelope: Envelope, now: float) -> str | None:
+    """Why an envelope of its time must not be acted upon, by the wall clock."""
+    if envelope.ts < now - MAX_AGE:
+        return "it is more than 8 days old: a replay, or a clock that is wrong"
+    if envelope.ts > now + MAX_AHEAD:
+        return "it is more than a day ahead: a clock is wrong"
+    return None
+
+
 def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     """What a node does with an envelope that is in its place, fresh and new."""
     channel = CHANNELS[envelope.ch]
@@ -759,8 +776,11 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
         return SIGN_OF_LIFE
-    if channel.handler and envelope.action and envelope.action in here.handlers:
-        return Decision(Do.RUN)
+    if channel.handler and envelope.action:
+        if why := here.denies(handler_rule(envelope.action), envelope.sender):
+            return Decision(Do.REFUSE, why)
+        if envelope.action in here.handlers:
+            return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
         return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
@@ -772,6 +792,11 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if asked and (why := here.why_not(envelope.action or "")):
         missing += f" ({quoted(why, 300)[1:-1]})"
     agents = here.addressed(envelope.to)
+    denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
+    if any(denied.values()) and (channel.handler or not here.began(envelope.corr)):
+        agents = tuple(one for one in agents if not denied[one])
+        if not agents:
+            return Decision(Do.REFUSE, next(iter(denied.values())))
     if agents:
         return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
     if asked:
@@ -1190,16 +1215,23 @@ MIN_ID_PREFIX = 4  # characters that may stand for an id
 SHOWN_TEXT = 200  # characters of a text that is shown beside what is not finished
 MAX_MEANINGS = 5  # of such a beginning that are listed
 PRUNE_STEP = 500  # rows that are forgotten at once
+SIZE_OF_ID = KIB  # bytes of max_mb for each id that is remembered longer: an eighth of it in all
 PRUNE_TEXTS = 50  # texts that are
 PRUNE_AFTER = 1000  # rows written, or ...
 PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
 
-JOURNAL_TABLES = (
-    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
+JOURNAL_LOG = (
     # event: in, out, did; content: the envelope, NULL where its text is kept no longer
     "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
     " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
-    " content TEXT, UNIQUE (id, event))",
+    " content TEXT, UNIQUE (id, sender, event))"
+)
+JOURNAL_TABLES = (
+    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
+    JOURNAL_LOG,
+    # whose ids came in rows that are forgotten already
+    "CREATE TABLE IF NOT EXISTS seen (id TEXT, sender TEXT, time REAL, PRIMARY KEY (id, sender))"
+    " WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS exchanges ON log (exchange)",
     # agent: who is to be told; '' is a handler's run.  began: perhaps done, if we crashed
     "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
@@ -1222,14 +1254,25 @@ JOURNAL_TABLES = (
 
 
 def upgrade_journal(database: sqlite3.Connection) -> None:
-    """Take over a file from before `acknowledged_at`, when two tables had other names."""
-    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    """Take over a file from before `acknowledged_at`, when two tables had other names.
+
+    Later ids were taken to be unique among all senders.
+    """
+    schema = "SELECT name, ifnull(sql, '') FROM sqlite_master"
+    tables: dict[str, str] = dict(database.execute(schema).fetchall())
     for old, new in (("notes", "settings"), ("questions", "pending_requests")):
         if old in tables and new not in tables:
             database.execute(f"ALTER TABLE {old} RENAME TO {new}")
     columns = [column[1] for column in database.execute("PRAGMA table_info(outbox)")]
     if columns and "acknowledged_at" not in columns:
         database.execute("ALTER TABLE outbox ADD COLUMN acknowledged_at REAL")
+    if "UNIQUE (id, event)" in tables.get("log", ""):
+        database.execute("ALTER TABLE log RENAME TO log_before")
+        database.execute(JOURNAL_LOG)
+        database.execute(f"INSERT INTO log ({ROW}) SELECT {ROW} FROM log_before ORDER BY n")
+        database.execute("DELETE FROM sqlite_sequence WHERE name = 'log'")  # no number comes twice
+        database.execute("UPDATE sqlite_sequence SET name = 'log' WHERE name = 'log_before'")
+        database.execute("DROP TABLE log_before")
 
 
 class Event(Enum):
@@ -1302,6 +1345,7 @@ class Journal:
         )
         self._rows = self._size = 0  # written since the last look
         self._newest = int(self._database.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
+        self._count_ids(0.0)
         self.full = False  # of what is not finished: no room is left to accept more
         self.saved_before = self._forgotten = (
             0.0  # the broker has saved what it acknowledged before
@@ -1371,10 +1415,11 @@ class Journal:
         content: str | None,
     ) -> int | None:
         row = self._database.insert(
-            f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+            " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)",
             (
                 *(now, event.value, id, about.ch, about.sender, about.to, about.action),
-                *(about.exchange, note, content),
+                *(about.exchange, note, content, id, about.sender),
             ),
         )
         if row:
@@ -1411,17 +1456,29 @@ class Journal:
             raise UsageError(f"{said}: which one? {', '.join(meanings)}")
         return str(found[0]) if found else said
 
-    def message(self, id: str) -> dict[str, Any] | None:
+    def message(self, id: str, event: Event | None = None) -> dict[str, Any] | None:
         """The message with this id; what came in before what went out."""
-        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event LIMIT 1"
+        which = f"id = ? AND event = '{event.value}'" if event else "id = ?"
+        question = f"SELECT {ROW} FROM log WHERE {which} ORDER BY event, n LIMIT 1"
         return next(iter(self._entries(question, (id,))), None)
+
+    def senders(self, id: str) -> list[str]:
+        """Whose messages have this id: that of another is no secret."""
+        rows = self._database.read("SELECT DISTINCT sender FROM log WHERE id = ?", (id,))
+        return sorted(sender for (sender,) in rows)
+
+    def began(self, exchange: str | None) -> bool:
+        """Is it one that this node began?"""
+        question = "SELECT 1 FROM log WHERE id = ? AND event = ?"
+        return bool(self._database.read(question, (exchange, Event.SENT.value)))
 
     def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
         """The next MAX_ROWS of the exchange that a message belongs to."""
-        message = self.message(id)
-        values = (message["exchange"] if message else id, after, MAX_ROWS)
-        question = f"SELECT {ROW} FROM log WHERE exchange = ? AND n > ? ORDER BY n LIMIT ?"
-        return self._entries(question, values)
+        known = "SELECT DISTINCT exchange FROM log WHERE id = ? LIMIT ?"
+        found = [row[0] for row in self._database.read(known, (id, MAX_MEANINGS))] or [id]
+        which = f"exchange IN ({', '.join('?' * len(found))}) AND n > ?"
+        question = f"SELECT {ROW} FROM log WHERE {which} ORDER BY n LIMIT ?"
+        return self._entries(question, (*found, after, MAX_ROWS))
 
     @property
     def newest(self) -> int:
@@ -1686,6 +1743,7 @@ class Journal:
             self._database.write(
                 "DELETE FROM pending_requests WHERE message NOT IN (SELECT n FROM log)"
             )
+            self._forget_ids(now)
         return bool(forgotten)
 
     def _forget_texts(self, much: int) -> int:
@@ -1704,7 +1762,30 @@ class Journal:
         """The oldest ones that nothing unfinished belongs to."""
         unasked = "n NOT IN (SELECT message FROM pending_requests WHERE due IS NOT NULL)"
         rows = f"SELECT n FROM log WHERE {which} AND {FINISHED} AND {unasked} ORDER BY n LIMIT ?"
+        remember = (
+            "INSERT OR IGNORE INTO seen (id, sender, time) SELECT id, sender, time FROM log"
+            f" WHERE event = '{Event.RECEIVED.value}' AND n IN ({rows})"
+        )
+        self._ids += self._database.write(remember, (*values, PRUNE_STEP))
         return self._database.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
+
+    def _forget_ids(self, now: float) -> None:
+        """Those that nobody can use any more, once an hour; the oldest where they are too many."""
+        most, too_old = self._max_size // SIZE_OF_ID, now - MAX_AGE - MAX_AHEAD
+        if self._ids > most:
+            nth = "SELECT time FROM seen ORDER BY time LIMIT 1 OFFSET ?"
+            for (time_,) in self._database.read(nth, (self._ids - most * 3 // 4 - 1,)):
+                too_old = max(too_old, time_)
+        elif now < self._ids_swept + 3600:
+            return
+        self._database.write("DELETE FROM seen WHERE time <= ?", (too_old,))
+        self._count_ids(now)
+
+    def _count_ids(self, now: float) -> None:
+        self._ids, self._ids_swept = (
+            int(self._database.read("SELECT count(*) FROM seen")[0][0]),
+            now,
+        )
 
 
 FINISHED = (  # nothing is still to be done with these rows
@@ -2166,8 +2247,11 @@ class Requests:
 
 
 def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    found = journal.message(journal.find_id(given["id"]))
-    return found or {"error": f"{given['id']}: {NOT_KNOWN}"}
+    id = journal.find_id(given["id"])
+    if len(senders := journal.senders(id)) > 1:
+        which = "show it with --json, and give the envelope that is meant instead of its id"
+        return {"error": f"{id}: {' and '.join(senders)} each sent a message of this id; {which}"}
+    return journal.message(id) or {"error": f"{given['id']}: {NOT_KNOWN}"}
 
 
 def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -2282,6 +2366,7 @@ class Node:
         self.name, self.topics = config.node.id, config.topics
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
+        self._allow = config.allow
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
@@ -2428,6 +2513,7 @@ class Node:
         place, here = self.topics.place(delivery.topic), self.context()
         checked = bool(self.topics.sender) and not delivery.earlier
         reason = misplaced(envelope, place, here, checked, delivery.retained)
+        reason = reason or untimely(envelope, time.time())
         if reason == OTHER_KIND or (place and place[2] and not self.topics.sender):
             self._note_other_kind(envelope)
         if not reason and delivery.expires_in is None and envelope.stale(time.time()):
@@ -2468,6 +2554,8 @@ class Node:
             agents=self.worker.agents,
             handlers=self.worker.handlers,
             expects=self.requests.waits,
+            began=self.journal.began,
+            allow=self._allow,
             why_not=self.worker.why_not,
             speaks_for=self._speaks_for,
         )
@@ -2904,6 +2992,10 @@ class Work(Worker):
             self._log.warning("no handlers", dir=folder, why=why_no_handlers(folder))
         for agent in self._agents.values():
             agent.probe()
+        for action, one in self._config.handlers.items():
+            if not one.publish:  # what was before it said so
+                topic = self._config.topics.meta(self._node.name, action)
+                self._journal.enqueue(topic, b"", retain=True)
         self.take_up()
         self._start_schedule()
 
@@ -3055,7 +3147,8 @@ class Work(Worker):
         self._journal.record_result(envelope, time.time(), words)
         said = document["result"] if isinstance(document["result"], dict) else {}
         hidden = {"result": {"private": True}} if said.get("private") is True else {}
-        self._node.keep_result(envelope, document | hidden)
+        if self._handler_config(run.action).publish:
+            self._node.keep_result(envelope, document | hidden)
         if run.scheduled:
             self._scheduled_run_ended(run.scheduled, envelope, result, said)
         else:
@@ -3172,7 +3265,7 @@ class Work(Worker):
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        entry = self._journal.message(envelope.exchange) if envelope.corr else None
+        entry = self._journal.message(envelope.exchange, Event.SENT) if envelope.corr else None
         asked = entry["envelope"] if entry else None
         question = asked["text"][:MAX_QUESTION] if asked else ""
         latest = self._loop.clock() + self._config.node.agent_patience
@@ -3514,6 +3607,19 @@ def variable_names(value: object) -> tuple[str, ...]:
     return names
 
 
+def node_names(value: object) -> tuple[str, ...]:
+    """a name, or a list of names"""
+    return tuple(node_name(name) for name in (value if isinstance(value, list) else [value]))
+
+
+def handler_rule(action: str) -> str:
+    return f"[handlers.{action}] allow"
+
+
+def agent_rule(name: str) -> str:
+    return f"allow of [[oc_instances]] {name}"
+
+
 def own_file() -> Path:
     """Where this program lies: hive.py, or the one file that `make dist` puts it into."""
     file = Path(__file__).resolve()
@@ -3768,6 +3874,9 @@ class InstanceConfig(ConfigTable):
     env: tuple[str, ...] = setting(
         (), variable_names, "what its command gets of the daemon's environment besides", ["MY_KEY"]
     )
+    allow: tuple[str, ...] | None = setting(
+        None, node_names, "who may wake it, besides this node; else everyone", ["alpha"]
+    )
 
     def check(self, where: str) -> None:
         if self.command and self.via != "cli":
@@ -3790,6 +3899,10 @@ class HandlerConfig(ConfigTable):
     env: tuple[str, ...] = setting(
         (), variable_names, "what it gets of the daemon's environment besides", ["AWS_PROFILE"]
     )
+    allow: tuple[str, ...] | None = setting(
+        None, node_names, "who may run it, besides this node; else everyone", ["alpha"]
+    )
+    publish: bool = setting(True, boolean, "keep its latest result at the broker, for everyone")
 
 
 class HandlersConfig(ConfigTable):
@@ -3886,6 +3999,13 @@ class Config(Value):
     @property
     def agents(self) -> Mapping[str, InstanceConfig]:
         return {instance.name: instance for instance in self.oc_instances}
+
+    @property
+    def allow(self) -> Mapping[str, Sequence[str]]:
+        """Who alone may run a handler or wake an agent, by the rule that says so."""
+        rules = {handler_rule(action): one.allow for action, one in self.handlers.items()}
+        rules |= {agent_rule(one.name): one.allow for one in self.oc_instances}
+        return {rule: names for rule, names in rules.items() if names is not None}
 
     @property
     def handler_dir(self) -> Path:
@@ -11378,14 +11498,26 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
         return
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
+    for action in context.config.handlers.keys() - found.handlers.keys():
+        near = did_you_mean(action, found.handlers)
+        yield Finding(Level.WARN, f"[handlers.{action}] is about none that is there", near)
     if found.handlers:
-        yield Finding(Level.OK, f"{', '.join(found.handlers)}, in {folder}")
+        names = [
+            action + admitted(context.config, handler_rule(action)) for action in found.handlers
+        ]
+        yield Finding(Level.OK, f"{', '.join(names)}, in {folder}")
         return
     what = f"nothing to run in {folder}" if folder.is_dir() else f"no directory {folder}"
     named = context.config.node.handler_dir is not None
     other = "" if named else why_no_handlers(folder).partition("; ")[2]
     todo = f"put an executable there: {folder}/NAME" if folder.is_dir() else f"mkdir {folder}"
     yield Finding(Level.WARN, f"none: {what}", other or todo)
+
+
+def admitted(config: Config, rule: str) -> str:
+    """Whom a rule lets in, as a note in brackets; nothing where that is everyone."""
+    names = config.allow.get(rule)
+    return "" if names is None else f" (from {', '.join([*names, config.node.id])} alone)"
 
 
 def check_daemon(context: DoctorContext) -> Iterator[Finding]:
@@ -11418,10 +11550,11 @@ def check_agents(context: DoctorContext) -> Iterator[Finding]:
     ports = {one.name: gateway_port(one, home) for one in agents}
     silent = probe_ports({number for number in ports.values() if number})
     for one in agents:
-        yield agent_finding(one, home, ports[one.name], silent)
+        found = agent_finding(one, home, ports[one.name], silent)
+        yield found.replace(what=found.what + admitted(context.config, agent_rule(one.name)))
     if not agents:
-        found = ", ".join(find_agents(home))
-        hint = f"; found here: {found}" if found else ""
+        others = ", ".join(find_agents(home))
+        hint = f"; found here: {others}" if others else ""
         yield Finding(Level.OK, f"none configured, so messages wake nobody{hint}")
 
 
@@ -12669,8 +12802,16 @@ def command_handler(args: argparse.Namespace) -> int:
             )
         return test_handler(config, args)
     if args.as_json:
-        found = {action: str(file) for action, file in handler_set.handlers.items()}
-        print(json.dumps({"handlers": found, "refused": dict(handler_set.refused)}, indent=2))
+        document = {
+            "handlers": {action: str(file) for action, file in handler_set.handlers.items()},
+            "refused": dict(handler_set.refused),
+            "allow": {
+                action: one.allow
+                for action, one in config.handlers.items()
+                if one.allow is not None
+            },
+        }
+        print(json.dumps(document, indent=2))
     else:
         print(handler_table(config, handler_set), end="")
     return Exit.DONE
@@ -12678,12 +12819,16 @@ def command_handler(args: argparse.Namespace) -> int:
 
 def handler_table(config: Config, handler_set: HandlerSet) -> str:
     """What was found, in which bounds it runs, and what was refused and why."""
-    cells = [
-        (action, f"{handler_deadline(config, action):g}s", str(workers), printable(str(file), 200))
-        for action, file in handler_set.handlers.items()
-        for workers in (config.handlers.get(action, HandlerConfig()).workers,)
-    ]
-    found = format_table(("ACTION", "TIMEOUT", "WORKERS", "FILE"), cells, False) if cells else ""
+    cells = []
+    for action, file in handler_set.handlers.items():
+        one, deadline = (
+            config.handlers.get(action, HandlerConfig()),
+            handler_deadline(config, action),
+        )
+        who = "all" if one.allow is None else ",".join([*one.allow, config.node.id])
+        cells.append((action, f"{deadline:g}s", str(one.workers), who, printable(str(file), 200)))
+    columns = ("ACTION", "TIMEOUT", "WORKERS", "ALLOW", "FILE")
+    found = format_table(columns, cells, False) if cells else ""
     refused = [f"refused: {printable(f, 200)}: {why}\n" for f, why in handler_set.refused.items()]
     return found + "".join(refused) or f"no handlers in {config.handler_dir}\n"
 
