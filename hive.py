@@ -2232,7 +2232,9 @@ class Node:
         self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
-        self.members = Members(config, loop, log, journal, self.send, self._probe)
+        self.members = Members(
+            config, loop, log, journal, self.send, self._probe, self._fetch_documents
+        )
         self._rate_limit = RateLimit()
         self.requests = Requests(
             self.name,
@@ -2304,6 +2306,11 @@ class Node:
 
     def _probe(self, done: Callable[[bool], None]) -> None:
         self._client.probe(done)
+
+    def _fetch_documents(self, names: Iterable[str]) -> None:
+        """Ask the broker for what these nodes left there, each by its exact topic."""
+        topics = [self.topics.meta(name, one) for name in names for one in ("state", "roster")]
+        self._client.fetch(topics, self.topics.private(self.name, new_id()), self.deliver)
 
     # -- the end of a turn --
 
@@ -3292,7 +3299,8 @@ class Daemon:
         self.node.on_disconnected(self._mqtt, reason)
         self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
-        say("no broker, trying again", broker=self._mqtt.address, why=reason)
+        hint = hint_for(self._mqtt, reason) or None
+        say("no broker, trying again", broker=self._mqtt.address, why=reason, hint=hint)
         self._outage = True
 
     def deliver(self, delivery: IncomingMessage) -> None:
@@ -3806,6 +3814,13 @@ class Config(Value):
     def addresses(self) -> Sequence[str]:
         """Whose mail the broker has for us: in a checked hive an agent's goes to its node."""
         return [self.node.id] if self.checked else [self.node.id, *self.agents]
+
+    @property
+    def subscriptions(self) -> Sequence[tuple[str, int]]:
+        """What a daemon subscribes to, and its QoS: how the others are is not kept meanwhile."""
+        topics = self.topics
+        documents = [(topics.meta("+", document), 0) for document in ("state", "roster")]
+        return [*((topic, 1) for topic in topics.for_node(self.addresses)), *documents]
 
     @property
     def agents(self) -> Mapping[str, InstanceConfig]:
@@ -5825,6 +5840,7 @@ def is_locked(*files: Path) -> bool:
 
 MAX_MEMBERS = 5000  # nodes and agents
 MAX_AGENTS = 100  # of one node
+MAX_FETCH = 100  # nodes whose documents are asked for at once
 CLAIM_TIME = 60.0  # seconds in which a node may speak up that still owns agents, as we remember
 MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
@@ -5886,6 +5902,7 @@ class Member:
         self.announced = False  # did somebody tell the hive that it is lost?
         self.documents: dict[str, bytes] = {}  # its state and roster
         self.is_node = False  # has it spoken for itself, as agents do not?
+        self.looks = 0  # of ours, at which it was alive and a document was missing
 
 
 class AgentNames:
@@ -5936,12 +5953,16 @@ class Members:
         journal: Journal,
         send: Callable[[Envelope], None],
         probe: Callable[[Callable[[bool], None]], None],
+        fetch: Callable[[Sequence[str]], None],
     ) -> None:
-        """`probe` calls back with whether the broker takes new connections."""
+        """`probe` calls back with whether the broker takes new connections.
+
+        `fetch` asks the broker for the documents of these, which come as all others do.
+        """
         self.presence: Presence | None = None  # what this node shows of itself, if it does
         self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
         self._loop, self._log = loop, log
-        self._send, self._probe = send, probe
+        self._send, self._probe, self._fetch = send, probe, fetch
         self._agents = AgentNames(journal, log)
         self._members: dict[str, Member] = {}  # in the order in which they last said something
         self._size = 0  # bytes of all documents
@@ -6201,6 +6222,18 @@ class Members:
         for name in self.failed_since(now):
             silence = now - self._members[name].heard
             self._lost(name, now, f"no heartbeat for {silence:.0f} s")
+        self._miss_documents()
+
+    def _miss_documents(self) -> None:
+        """Ask once for what those who live left where no wildcard finds it: RabbitMQ is so."""
+        missed = list[str]()
+        for name, member in self._members.items():
+            if member.status is MemberStatus.ALIVE and len(member.documents) < 2:
+                member.looks += 1
+                if member.looks == 2 and len(missed) < MAX_FETCH:
+                    missed.append(name)
+        if missed:
+            self._fetch(missed)
 
     def _lost(self, name: str, now: float, why: str) -> None:
         self._log.warning("peer is lost", peer=name, why=why)
@@ -6670,7 +6703,8 @@ class Reader:
             return {}
         if size > MAX_PROPERTIES:
             raise MalformedPacket(f"properties of {size} bytes", ReasonCode.PACKET_TOO_LARGE)
-        reader, found = Reader(self.take(size)), dict[str, Any]()
+        reader = Reader(self.take(size))
+        found: dict[str, Any] = {}
         while reader.left:
             known = PROPERTIES.get(reader.variable_byte_integer())
             if not known or packet not in known.packets:
@@ -8488,6 +8522,7 @@ def max_client_connections() -> int:
 DIAL_TIMEOUT = 5.0  # seconds for each address of the broker
 PROBE_TIMEOUT = 5.0  # seconds in which a broker that works takes one more connection
 DIAL_DEADLINE = 30.0  # seconds until CONNACK, all in all; DNS has no limit of its own
+SILENCE = (2.5, 0.5)  # seconds without CONNACK until a question of another kind, and then 3.1.1
 RETRY = (0.5, 2.0, 30.0)  # seconds: the first wait, the longest of a minute, the longest
 RETRY_PART = 1 / 30  # of an outage: how the longest wait grows with it
 RESEND_WITHIN = 86400.0  # seconds after a crash of ours in which receivers surely know an id
@@ -8502,6 +8537,7 @@ LIMIT_MEMORY = 3600.0  # seconds that a limit is believed which the broker has n
 PUBLISH_OVERHEAD = 20  # bytes of a packet besides topic and payload (MQTT 5, 3.3), at most
 READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
+FIRST_SIZE = 64  # bytes that tell what kind of server it is
 CLIENT_ID_PREFIX = "hive-"
 WAYS_TO_PAHO = (
     "either python3 -m pip install 'paho-mqtt>=2' in a virtual environment (in a checkout: make"
@@ -8510,7 +8546,17 @@ WAYS_TO_PAHO = (
 )
 
 HANG_UP = "the broker closed the connection"
+NO_WELCOME = f"{HANG_UP} at once"
+NO_CONNACK = "no answer (CONNACK) in time"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
+CONNACK = b"\x20"  # its first byte
+PAHO_LACKS = {1: "unsupported protocol version", 0x99: "payload format invalid"}  # in a CONNACK
+FIRST_WORDS = {
+    **{b"HTTP/": "HTTP", b"<!": "HTTP", b"<h": "HTTP"},  # without a header it is HTTP/0.9
+    **{b"SSH-": "SSH", b"AMQP": "AMQP", b"\x15\x03": "TLS"},
+}
+SSL_MARKS = re.compile(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
+KEEP_ALIVE_TIMEOUT = 0x8D
 NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
@@ -8558,6 +8604,9 @@ class Transport(Protocol):
     def room(self, topic: str) -> int: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
+    def fetch(
+        self, topics: Sequence[str], end_marker: str, found: Callable[[IncomingMessage], None]
+    ) -> None: ...
     def take_over(
         self,
         client_id: str,
@@ -8658,11 +8707,38 @@ def tls_context(settings: MqttConfig) -> Any:
     return context
 
 
+def dial_fault(error: Exception, tls: bool) -> str:
+    """Why there is no connection; what went wrong in TLS says so."""
+    reason = reason_of(error)
+    words = SSL_MARKS.sub("", reason)
+    begun = tls and isinstance(error, ConnectionError) and error.errno != errno.ECONNREFUSED
+    return f"TLS: {words}" if begun or words != reason else words
+
+
+def first_fault(first: bytes) -> tuple[str, int]:
+    """What a server's first bytes say, unless that is a welcome, and the reason code in them."""
+    if not first:
+        return "", 0
+    if first[:1] != CONNACK:
+        kinds = (kind for start, kind in FIRST_WORDS.items() if first.startswith(start))
+        line = quoted(first.splitlines()[0].decode(errors="replace"))
+        return f"no MQTT broker: it answers as {next(kinds, line)}", 0
+    at = 4 if first[1:2] >= b"\x80" else 3  # the length before it has one byte, or two
+    code = int.from_bytes(first[at : at + 1])
+    if code not in PAHO_LACKS:
+        return "", 0
+    return f"refused: {PAHO_LACKS[code]}", UNSUPPORTED_PROTOCOL if code == 1 else code
+
+
 class ReadAhead:
-    """Many packets for one read(2); paho asks for each byte of a header by itself."""
+    """Many packets for one read(2); paho asks for each byte of a header by itself.
+
+    Keeps what paho does not tell of: how a server began, and why TLS ended.
+    """
 
     def __init__(self, recv: Callable[[int], bytes]) -> None:
         self._recv, self._data, self._at = recv, b"", 0
+        self.first, self.fault = b"", ""
 
     def __bool__(self) -> bool:
         """Is there something that the selector does not know of?"""
@@ -8673,7 +8749,13 @@ class ReadAhead:
         if not self:
             if size >= READ_SIZE:
                 return self._recv(size)
-            self._data, self._at = self._recv(READ_SIZE), 0
+            try:
+                self._data, self._at = self._recv(READ_SIZE), 0
+            except OSError as error:
+                fault = dial_fault(error, tls=False)
+                self.fault = fault if fault.startswith("TLS") else ""
+                raise
+            self.first = self.first or self._data[:FIRST_SIZE]
         part = self._data[self._at : self._at + size]
         self._at += len(part)
         return part
@@ -8704,9 +8786,7 @@ class MqttConnection:
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
         self._client = self._make_client()
         self._ahead = read_ahead(self._client)
-        self._timer = self._loop.after(
-            DIAL_DEADLINE, lambda: self.end("no answer (CONNACK) in time")
-        )
+        self._timer = self._loop.after(DIAL_DEADLINE, lambda: self.end(NO_CONNACK))
         import threading
 
         threading.Thread(target=self._dial, name="dial", daemon=True).start()
@@ -8774,7 +8854,7 @@ class MqttConnection:
         try:
             self._client.reconnect()
         except (OSError, ValueError) as error:
-            fault = reason_of(error)
+            fault = dial_fault(error, self._owner.settings.tls)
         self._loop.post(lambda: self._dialled(fault))
 
     def _dialled(self, fault: str) -> None:
@@ -8791,6 +8871,22 @@ class MqttConnection:
             self._client.on_socket_unregister_write = lambda *_: self._watch(write=False)
             self._client.on_socket_close = lambda client, userdata, sock: self._loop.forget(sock)
             self._watch(write=True)
+            if self.v5:
+                self._loop.after(SILENCE[0], self._ask_otherwise)
+
+    def _ask_otherwise(self) -> None:
+        """Some brokers answer nothing to MQTT 5, and a web server waits for the end of a line."""
+        sock = self._client.socket()
+        if self.welcome or self.ended or sock is None:
+            return
+        with contextlib.suppress(OSError):
+            sock.send(b"\r\n\r\n")
+        self._loop.after(SILENCE[1], self._give_up)
+
+    def _give_up(self) -> None:
+        if not self.welcome:
+            self.hung_up = True
+            self.end(NO_CONNACK)
 
     def _watch(self, write: bool) -> None:
         sock = self._client.socket()
@@ -8806,7 +8902,8 @@ class MqttConnection:
                 self.heard = time.time()
                 self._read()
         except self._owner.protocol_errors as error:
-            self.end(f"the broker sent what is no MQTT: {quoted(str(error))}")
+            if not self._first_fault[0]:
+                self.end(f"the broker sent what is no MQTT: {quoted(str(error))}")
         self._check()
 
     def _read(self) -> None:
@@ -8841,26 +8938,39 @@ class MqttConnection:
 
     def _check(self) -> None:
         """Has the broker refused something, or paho closed its socket, silently as it does?"""
+        first, code = self._first_fault
         if self._refusal:
             self.end(*self._refusal)
+        elif first:
+            self.end(first, code)
         elif self._client.socket() is None:
-            self.hung_up = not self.welcome
-            self.end(HANG_UP)
+            fault = "" if self.welcome or self._ahead is None else self._ahead.fault
+            self.hung_up = not (self.welcome or fault)
+            self.end(fault or (HANG_UP if self.welcome else NO_WELCOME))
+
+    @property
+    def _first_fault(self) -> tuple[str, int]:
+        """What it is that answers, where it did not let us in."""
+        first = b"" if self.welcome or self._ahead is None else self._ahead.first
+        return first_fault(first)
 
     # What paho calls.  An exception here would make it handle the same packet again for ever,
     # so these only take note.
 
     def _on_disconnect(
-        self, client: object, userdata: object, flags: Any, code: Any, properties: object
+        self, client: object, userdata: object, flags: Any, code: Any, properties: Any
     ) -> None:
         if flags.is_disconnect_packet_from_server:
-            self._refusal = f"the broker ended the connection: {code}".lower(), code.value
+            words = f"the broker ended the connection: {code}".lower()
+            self._refusal = words + said_besides(properties), code.value
+        elif code.value == KEEP_ALIVE_TIMEOUT:
+            self._refusal = "no answer (PINGRESP) in time", 0
 
     def _on_connect(
         self, client: object, userdata: object, flags: object, code: Any, properties: Any
     ) -> None:
         if code.is_failure:
-            self._refusal = f"refused: {code}".lower(), code.value
+            self._refusal = f"refused: {code}".lower() + said_besides(properties), code.value
             return
         self.welcome = True
         self.window = min(SEND_WINDOW, getattr(properties, "ReceiveMaximum", SEND_WINDOW))
@@ -8870,6 +8980,8 @@ class MqttConnection:
     def _on_subscribe(
         self, client: object, userdata: object, mid: int, codes: Any, properties: object
     ) -> None:
+        if self.up:
+            return  # those came later
         for (topic, _), code in zip(self._owner.subscriptions, codes, strict=False):
             if code.is_failure:
                 self._refusal = f"subscribing to {topic} refused: {code}".lower(), code.value
@@ -8887,9 +8999,12 @@ class MqttConnection:
         self._timer.cancel()
         self._tick()
         if self._owner.subscriptions:
-            self._client.subscribe([*self._owner.subscriptions])
+            self.subscribe(self._owner.subscriptions)
         else:
             self._ready_for_use()
+
+    def subscribe(self, subscriptions: Sequence[tuple[str, int]]) -> None:
+        self._client.subscribe([*subscriptions])
 
     def _ready_for_use(self) -> None:
         if not self.ended:
@@ -8932,6 +9047,12 @@ class MqttConnection:
             with contextlib.suppress(OSError):
                 sock.close()
         self._owner.disconnected(self, reason, code)
+
+
+def said_besides(properties: Any) -> str:
+    """What a broker says to its refusal in words, and which server it names instead."""
+    said = [getattr(properties, name, "") for name in ("ReasonString", "ServerReference")]
+    return "".join(f" ({quoted(one)[1:-1]})" for one in said if one)
 
 
 def acknowledge_at_once(sock: Any) -> None:
@@ -9096,6 +9217,16 @@ class MqttClient:
             except ConfigError as error:  # a certificate that was there at the start
                 self._retry_later(str(error))
 
+    @property
+    def v5(self) -> bool:
+        """Does the connection speak MQTT 5?"""
+        return self._connection is not None and self._connection.v5
+
+    def subscribe(self, subscriptions: Sequence[tuple[str, int]]) -> None:
+        """To more, until the connection ends; nobody is told what the broker says to it."""
+        if self._connection and self._connection.up:
+            self._connection.subscribe(subscriptions)
+
     def publish(self, message: OutgoingMessage) -> None:
         """Past the outbox: now, or not at all.  Of one topic the last has to wait for the window.
 
@@ -9185,6 +9316,17 @@ class MqttClient:
     def probe(self, done: Callable[[bool], None]) -> None:
         """Does the broker take a new connection?"""
         ConnectionProbe(self.loop, self.settings.replace(protocol=self._protocol), done)
+
+    def fetch(
+        self, topics: Sequence[str], end_marker: str, found: Callable[[IncomingMessage], None]
+    ) -> None:
+        """What is retained there, once; nothing where the broker is away."""
+
+        def end(reason: str = "") -> None:
+            self.loop.post(lambda: query.client.close(lambda: None, within=0.0))
+
+        settings = self.settings.replace(protocol=self._protocol)
+        query = RetainedQuery(self.loop, settings, topics, end_marker, found, end, end)
 
     def take_over(
         self,
@@ -9399,6 +9541,7 @@ class RetainedQuery:
 
     Retained messages come before a marker that we publish to ourselves, if all of it is QoS 0.
     Where nothing came before the marker a short silence decides: some brokers send them later.
+    So it does over MQTT 3.1.1: aedes sends the marker between them.
     """
 
     QUIET = 0.1  # seconds
@@ -9444,7 +9587,7 @@ class RetainedQuery:
         if message.topic != self._end_marker:
             self._any = True
             self._found(message)
-        elif self._any:
+        elif self._any and self.client.v5:
             self._finish()
         else:
             self._loop.after(self.QUIET, self._finish)
@@ -9467,21 +9610,124 @@ NO_BROKER = (
     "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
     f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
 )
-HINTS = (  # what is in the reason, what to try
-    (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
-    (r"name or service|nodename|name resolution|not known", "is [mqtt] host spelled right?"),
+HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
+HINTS = (  # what is in "transport, protocol, login: reason"; what to try.  The first one counts.
     (
-        r"bad user name|not authorized|banned",
+        "^unix .*no answer",
+        HUNG,
+    ),
+    ("connection refused|no such file", "is a broker running there? mosquitto is one"),
+    ("temporary failure in name", "no name server answers: is this machine's network up?"),
+    ("name or service|nodename|not known|address associated|idna", "is [mqtt] host spelled right?"),
+    ("no route|unreachable|host is down", "is [mqtt] host right, and this machine's network up?"),
+    (
+        "permission denied|not permitted",
+        "may this user connect to it? see owner and mode, or the firewall",
+    ),
+    # TLS
+    ("failed: .*mismatch", "[mqtt] host must be a name that is in the broker's certificate"),
+    (
+        "failed: certificate has expired",
+        "renew the broker's certificate, if this machine's clock is right",
+    ),
+    (
+        "failed: .*not yet valid",
+        "set this machine's clock, or let the broker's certificate begin earlier",
+    ),
+    (
+        "failed: .*(self.signed|unable to get)",
+        "[mqtt] ca_file must hold the authority of the broker's certificate",
+    ),
+    ("verify failed", "the broker needs a better certificate"),
+    (
+        "^tls .*certified.*(: TLS: .*alert| at once)",
+        "does the broker know the authority of [mqtt] cert_file, and has that not expired?",
+    ),
+    (
+        "alert (certificate req|handshake)|^tls .* at once",
+        "does the broker want a client certificate? set [mqtt] cert_file and key_file",
+    ),
+    (
+        "TLS: .*(protocol version|unsupported protocol|no protocols)",
+        "let the broker take TLS 1.2 or newer",
+    ),
+    (
+        "TLS: .*(reset|eof|pipe)",
+        "does that port speak plain MQTT? then [mqtt] tls = false; over TLS it is mostly 8883",
+    ),
+    (
+        "TLS: |handshake operation",
+        "nothing there speaks TLS: is [mqtt] port right? for plain MQTT tls = false",
+    ),
+    ("answers as TLS", "the port wants TLS: set [mqtt] tls = true"),
+    ("no MQTT", "is [mqtt] port right? MQTT is mostly at 1883, over TLS at 8883"),
+    # what the broker says: MQTT 5, 3.2.2.2 (CONNACK) and 3.14.2.1 (DISCONNECT)
+    (
+        "anonymous: refused: (bad user|not auth)",
+        "does the broker want [mqtt] username and password? else see its ACL",
+    ),
+    (
+        "named: refused: (bad user name|not authorized)",
         "check [mqtt] username and password, and the broker's ACL",
     ),
     (
-        r"certificate|ssl|tls",
-        "check [mqtt] tls, ca_file, port, and that host is the certificate's name",
+        "not authorized",
+        "the broker's ACL does not allow it; hive-cli doctor says what this node needs",
     ),
-    (r"timed out|no answer|unreachable", "are host and port right, and no firewall in between?"),
-    (r"closed", "does the port want TLS ([mqtt] tls = true), or is it no MQTT broker?"),
+    ("banned", "the broker has banned this user, client id or address: ask whoever runs it"),
+    (
+        "authentication method",
+        "the broker wants a login of another kind than hive knows, a user name and password",
+    ),
+    (
+        "identifier not valid",
+        "the broker takes no client id like ours, which is made of topic_prefix and node id",
+    ),
+    ("protocol version", 'set [mqtt] protocol to what the broker speaks, "3.1.1" or "5"'),
+    (
+        "(server|broker) (unavailable|busy|shutting)",
+        "it starts, stops, or has too much to do; hive tries again by itself",
+    ),
+    (
+        "rate (exceeded|too high)|quota|maximum exc",
+        "the broker's limit for this user, or for all, is reached: wait, or raise it there",
+    ),
+    ("too large", "raise the broker's limit (Mosquitto: max_packet_size)"),
+    ("retain not", "hive needs retained messages: allow them (Mosquitto: retain_available true)"),
+    ("qos not", "hive needs QoS 1: allow it (Mosquitto: max_qos 1)"),
+    ("wildcard subscription", "hive needs wildcard subscriptions: allow them at the broker"),
+    (
+        "topic (name|filter) inv",
+        "the broker does not like the topic: choose another [node] topic_prefix",
+    ),
+    (
+        "another server|server moved",
+        "set [mqtt] host to the server that is meant; whoever runs the broker knows it",
+    ),
+    ("taken over", "another client has this node's id: does a second daemon run under its name?"),
+    (
+        "keep alive|PINGRESP",
+        "the network, the broker or this machine was away; hive tries again by itself",
+    ),
+    ("administrative|connect time", "whoever runs the broker ended it; hive tries again by itself"),
+    (
+        "malformed|protocol error|payload format|(unspecified|specific) error",
+        "see the broker's log",
+    ),
+    # what it does not say
+    ("timed out|no answer", "are host and port right, and no firewall in between?"),
+    (
+        r"^plain 3\.1\.1 .* at once",
+        "does the port want TLS ([mqtt] tls = true)? or does the broker forbid QoS 1 or"
+        ' retained messages? over protocol = "5" it would say so',
+    ),
+    (
+        "at once",
+        "does the port want TLS ([mqtt] tls = true), is the broker full (see its log), or is it no"
+        " MQTT broker?",
+    ),
+    ("closed", "did it stop, or not like what was sent? see its log; hive tries again by itself"),
 )
-HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
 
 
 def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
@@ -9553,10 +9799,17 @@ def with_broker(config: Config) -> Config:
 
 def broker_fault(mqtt: MqttConfig, reason: str) -> BrokerError:
     """Which broker, why not, what to try."""
-    hints = [hint for pattern, hint in HINTS if re.search(pattern, reason, re.IGNORECASE)]
-    if mqtt.unix and "no answer" in reason:
-        hints = [HUNG]
-    return BrokerError("; ".join([f"broker {mqtt.address}: {reason}", *hints[:1]]))
+    hint = hint_for(mqtt, reason)
+    return BrokerError("; ".join(filter(None, [f"broker {mqtt.address}: {reason}", hint])))
+
+
+def hint_for(mqtt: MqttConfig, reason: str) -> str:
+    """What to try, where one can say: by the reason, and how the connection was to be."""
+    way = "unix" if mqtt.unix else "tls" if mqtt.tls else "plain"
+    login = "anonymous" if mqtt.username is None else "named"
+    certified = " certified" if mqtt.cert_file else ""
+    said = f"{way} {mqtt.protocol}{certified} {login}: {reason}"
+    return next((hint for pattern, hint in HINTS if re.search(pattern, said, re.IGNORECASE)), "")
 
 
 class BrokerHost:
@@ -10349,8 +10602,10 @@ class NodeRemoval:
         topics = self._config.topics
         if topics.sender and self._name != self._config.node.id:
             raise HiveError(f"nobody but {self._name} writes its documents: senders are checked")
+        # Each by its name too, for brokers where no wildcard finds it.
+        theirs = [topics.meta(self._name, document) for document in ("+", "state", "roster")]
         query = RetainedQuery(
-            *(self._loop, self._mqtt, [topics.meta("+", "state"), topics.meta(self._name, "+")]),
+            *(self._loop, self._mqtt, [topics.meta("+", "state"), *theirs]),
             topics.private(self._config.node.id, new_id()),
             *(self._hear, self._all_heard, self._failed),
         )
@@ -10670,8 +10925,17 @@ def write_beside(file: Path, content: str, force: bool, undo: contextlib.ExitSta
 DOCTOR_DEADLINE = 14.0  # seconds, all in all
 BROKER_DEADLINE = 4.0  # seconds for one connection, and what is asked on it
 PROBE_PATIENCE = 1.5  # seconds until a message to ourselves must be back
+DOCUMENT_LIFE = 60.0  # seconds that what we leave with the broker lives, if we do not
 CLOCK_PATIENCE = 6.0  # seconds to wait for the nodes that are said to be alive
 CLOCK_TOLERANCE = 5.0  # seconds; a ttl shorter than that is rare
+CHECKED_ACL = "the broker's ACL must be that which hive.py broker --mosquitto-conf prints"
+LAST_WORD = (
+    "let the broker allow QoS 1 and retained messages (Mosquitto: max_qos, retain_available)"
+)
+NO_WILDCARD = (
+    "RabbitMQ is so; a daemon asks for each node that it hears, so status and roster are complete a"
+    " heartbeat later, where one runs"
+)
 NEEDED_ROOM = 64 * KIB  # bytes that must fit on the disk, for what one busy moment writes
 CLOCK_ADVICE = "let NTP set it (Linux: timedatectl set-ntp true)"
 
@@ -10738,9 +11002,10 @@ class PeerClocks:
 class BrokerCheck:
     """One connection to the broker, and what it shows, stage after stage.
 
-    It subscribes to what this node reads, and publishes where it writes.  The probes go to topics
-    below the node's own that nobody subscribes to, but one: a heartbeat to ourselves, as a daemon
-    sends it that looks for another of its name.
+    It does what a daemon does: has a will, subscribes to what this node reads, publishes where it
+    writes, retained where that is.  The probes go to topics below the node's own that nobody
+    subscribes to, but one: a heartbeat to ourselves, as a daemon sends it that looks for another of
+    its name.  What is retained is removed in the end, and by the will if it does not come to that.
     """
 
     def __init__(self, config: Config, left: Callable[[float], float]) -> None:
@@ -10753,14 +11018,17 @@ class BrokerCheck:
         topics, node, token = config.topics, config.node.id, new_id()
         names = config.addresses
         private = dict.fromkeys((topics.private(one, token) for one in names), b"doctor")
-        unread = dict.fromkeys((topics.meta(one, f"doctor-{token}") for one in names), b"{}")
+        second = topics.meta(node, f"doctor-{token}-2")
+        self.documents = [*(topics.meta(one, f"doctor-{token}") for one in names), second]
+        self.last_word = OutgoingMessage(self.documents[0], b"", retain=True)
+        self._unfound = set[str]()  # of the documents
         beat = Envelope.new(node, node, "heartbeat", "{}", urgency="later", id=token)
         self._beat = OutgoingMessage(topics.of(beat), beat.encode(), qos=0)  # so it isn't queued
         self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
-        self._unanswered = deque((private | unread).items())
+        self._unanswered = deque((private | dict.fromkeys(self.documents, b"{}")).items())
         self._loop = Loop(Log("error"))
-        read = [*topics.for_node(names), topics.meta("+", "state"), *private]
-        self.client = MqttClient(self._loop, self._mqtt, subscriptions=[(one, 0) for one in read])
+        read = [*config.subscriptions, *((one, 0) for one in private)]
+        self.client = MqttClient(self._loop, self._mqtt, "", read, self.last_word)
         self.client.open(self)
 
     def wait(self, known: Callable[[], object], within: float) -> bool:
@@ -10782,6 +11050,30 @@ class BrokerCheck:
         self.expect(lambda: not self._unanswered)
         self.wait(lambda: self.refused or not self.missing, PROBE_PATIENCE)
 
+    def takes_no_will(self) -> bool:
+        """Were we refused, and are let in when we leave no last word?"""
+        well = list[bool]()
+        if not self._lost.startswith(("refused", HANG_UP)):
+            return False
+        ConnectionProbe(self._loop, self._mqtt, well.append)
+        while not well:
+            self._loop.step()
+        return well[0]
+
+    def finds(self, filters: Iterable[str]) -> bool:
+        """Do these bring all of our documents, now that they are kept?"""
+        self._unfound = {*self.documents[:1], *self.documents[-1:]}
+        self.client.subscribe([(one, 0) for one in filters])
+        return self.wait(lambda: not self._unfound, PROBE_PATIENCE)
+
+    def takes(self, topic: str) -> bool:
+        """May we publish there?  Mosquitto 2.0.11 may hang up instead of saying no."""
+        codes = list[int]()
+        done = lambda code, words: codes.append(code)  # noqa: E731
+        self.client.publish(OutgoingMessage(topic, b"doctor", done=done))
+        self.wait(lambda: codes, PROBE_PATIENCE)
+        return bool(codes) and not is_failure(codes[0])
+
     def compare_clocks(self) -> None:
         """Wait for the nodes that are said to be alive; some brokers are late in saying so."""
         self.wait(lambda: self.clocks.awaited, RetainedQuery.QUIET)
@@ -10790,7 +11082,9 @@ class BrokerCheck:
 
     def close(self) -> None:
         gone = list[bool]()
-        self.client.close(lambda: gone.append(True), within=0.0)
+        for topic in self.documents:
+            self.client.publish(OutgoingMessage(topic, b"", retain=True))
+        self.client.close(lambda: gone.append(True), within=GOODBYE if self.client.up else 0.0)
         while not gone:
             self._loop.step()
         self._loop.close()
@@ -10816,8 +11110,11 @@ class BrokerCheck:
             self._lost = reason
 
     def deliver(self, delivery: IncomingMessage) -> None:
+        delivery.ack()
         if self.missing.get(delivery.topic) == delivery.payload:
             del self.missing[delivery.topic]
+        elif delivery.topic in self.documents:
+            self._unfound -= {delivery.topic} if delivery.retained else set()
         else:
             self.clocks.hear(delivery)
             self._hear_state(delivery)
@@ -10838,7 +11135,9 @@ class BrokerCheck:
         """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
         if self._unanswered:
             topic, payload = self._unanswered[0]
-            self.client.publish(OutgoingMessage(topic, payload, done=self._answered))
+            retain, until = topic in self.documents, time.time() + DOCUMENT_LIFE
+            message = OutgoingMessage(topic, payload, 1, retain, until if retain else None)
+            self.client.publish(message.replace(done=self._answered))
 
     def _answered(self, code: int, words: str) -> None:
         topic, _ = self._unanswered.popleft()
@@ -11042,7 +11341,16 @@ def check_broker(context: DoctorContext) -> Iterator[Finding]:
     context.config, begun = context.config.replace(mqtt=found), time.monotonic()
     broker = context.broker = BrokerCheck(context.config, context.left)
     context.ending.callback(broker.close)
-    broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
+    try:
+        broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
+    except BrokerError as error:
+        if not broker.takes_no_will():
+            raise
+        what, _, todo = str(error).removeprefix("broker ").partition("; ")
+        said = f"{what}: it lets us in, but takes no last word (will) to {broker.last_word.topic}"
+        todo = acl_for(context.config) if "not authorized" in what else todo
+        yield Finding(Level.FAIL, said, LAST_WORD if HANG_UP in what else todo)
+        return
     how = f"as {found.username}" if found.username else "without a name"
     took = 1000 * (time.monotonic() - begun)
     yield Finding(Level.OK, f"{found.address} lets us in {how}, in {took:.0f} ms")
@@ -11061,8 +11369,10 @@ def check_publishing(context: DoctorContext) -> Iterator[Finding]:
     context.broker.publish()
     refused = context.broker.refused
     if refused:
-        why = f"to {and_more(refused)}: {next(iter(refused.values()))}"
-        yield Finding(Level.FAIL, why, acl_for(context.config))
+        why = next(iter(refused.values()))
+        todo = "" if HANG_UP in why else hint_for(context.config.mqtt, f"refused to publish: {why}")
+        todo = acl_for(context.config) if "ACL" in todo or not todo else todo
+        yield Finding(Level.FAIL, f"to {and_more(refused)}: {why}", todo)
     else:
         always = ", as MQTT 3.1.1 always says" if context.config.mqtt.protocol != "5" else ""
         yield Finding(Level.OK, f"messages to ourselves are taken{always}")
@@ -11077,6 +11387,38 @@ def check_receiving(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.OK, "they come back")
 
 
+def check_retained(context: DoctorContext) -> Iterator[Finding]:
+    broker, config = context.broker, context.config
+    if broker.finds([config.topics.meta(config.node.id, "+")]):
+        yield Finding(Level.OK, "what nodes leave with the broker is found through a wildcard")
+    elif broker.finds(broker.documents):
+        what = "what nodes leave with the broker is found by its exact topic, by no wildcard"
+        yield Finding(Level.WARN, what, NO_WILDCARD)
+    else:
+        what = f"what is left at {broker.documents[0]} is not given back: no right to read?"
+        yield Finding(Level.FAIL, what, acl_for(config))
+
+
+def check_senders(context: DoctorContext) -> Iterator[Finding]:
+    broker, config = context.broker, context.config
+    nobody = f"nobody-{new_id()[:8]}"
+    ours, forged = (
+        Topics(config.topics.prefix, who).to(nobody, "status") for who in (config.node.id, nobody)
+    )
+    if not broker.client.v5:
+        yield Finding(Level.SKIPPED, "not tried: over MQTT 3.1.1 no broker says what it refuses")
+    elif not broker.takes(ours):
+        yield Finding(Level.SKIPPED, f"not tried: the broker does not take {ours}")
+    elif broker.takes(forged):
+        what = "not checked: whoever may publish at this broker can do so in any node's name"
+        yield Finding(Level.FAIL, what, CHECKED_ACL) if config.checked else Finding(Level.OK, what)
+    elif config.checked:
+        yield Finding(Level.OK, "checked: the broker lets no node speak in another's name")
+    else:
+        todo = '[mqtt] senders = "checked", at every node, makes use of it'
+        yield Finding(Level.OK, "the broker lets no node speak in another's name", todo)
+
+
 def and_more(names: Collection[str], limit: int = 1) -> str:
     """The first few of many."""
     more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
@@ -11085,6 +11427,8 @@ def and_more(names: Collection[str], limit: int = 1) -> str:
 
 def acl_for(config: Config) -> str:
     """What the broker must allow."""
+    if config.checked:
+        return CHECKED_ACL
     user, prefix = config.mqtt.username or "anonymous clients", config.topics.prefix
     names = ", ".join(f"{prefix}/{one}/#" for one in [config.node.id, *config.agents])
     return (
@@ -11145,8 +11489,10 @@ CHECKS = (
     Check("subscribe", check_subscribing, ("broker",)),
     Check("publish", check_publishing, ("subscribe",)),
     Check("receive", check_receiving, ("publish",)),
+    Check("retained", check_retained, ("publish",)),
     Check("clock", check_clock, ("receive",)),
     Check("nodes", check_nodes, ("receive",)),
+    Check("senders", check_senders, ("publish",)),  # last: the broker may hang up at it
 )
 
 
@@ -11714,11 +12060,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
 
 def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttClient:
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
-    topics = config.topics
-    subscriptions = [(topic, 1) for topic in topics.for_node(config.addresses)]
-    for document in ("state", "roster"):  # QoS 0: not kept while we are away
-        subscriptions.append((topics.meta("+", document), 0))
-    return MqttClient(loop, config.mqtt, session_id(config), subscriptions, will)
+    return MqttClient(loop, config.mqtt, session_id(config), config.subscriptions, will)
 
 
 @subcommand(
@@ -12164,7 +12506,7 @@ def say_of_members(
         raise BrokerError(said["fault"] or none_yet)
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
-        start = "start one with: hive.py daemon"
+        start = "start one with: hive.py daemon; or does the broker hide them? hive-cli doctor"
         print(f"hive: no node has been seen {where} yet; {start}", file=sys.stderr)
     return Exit.DONE
 

@@ -407,7 +407,7 @@ def test_a_broker_that_refuses_the_login_is_exit_3_with_advice(tmp_path: Path) -
         assert done.returncode == 3
         assert done.stderr == (
             f"hive: broker localhost:{broker.port}: refused: not authorized;"
-            " check [mqtt] username and password, and the broker's ACL\n"
+            " does the broker want [mqtt] username and password? else see its ACL\n"
         )
     finally:
         broker.stop()
