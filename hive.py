@@ -2217,11 +2217,11 @@ class Requests:
 
     # -- what the node reports --
 
-    def published(self, id: str, code: int, words: str) -> bool:
+    def published(self, message: OutgoingMessage, code: int, words: str) -> bool:
         """The broker has a message, or refused it; is whoever sent it still there?"""
-        requester = self._senders.pop(id, None)
+        requester = self._senders.pop(message.id or "", None)
         if requester:
-            requester.send({"published": code, "words": words})
+            requester.send({"published": code, "words": words, "topic": message.topic})
         return requester is not None
 
     def heard(self, answer: Envelope) -> None:
@@ -2705,7 +2705,7 @@ class Node:
             if failed:
                 self._document_refused(message, code, words)
             return
-        told = self.requests.published(message.id, code, words)
+        told = self.requests.published(message, code, words)
         if failed or code == NO_SUBSCRIBERS:
             envelope = Envelope.parse(message.payload)  # as it was encoded here
             what = f"not published: {words.lower()}" if failed else "nobody listens there"
@@ -10648,7 +10648,6 @@ class InProcessNode:
                     return {"error": str(error)}
         filters = self._filters(str(request["do"]), given)
         if request["do"] == "send":
-            self._topic = self._config.topics.of(given["envelope"])
             self._bytes = len(given["envelope"].encode())
             if given["wait"] or CHANNELS[given["envelope"].ch].handler:
                 # so that the daemon can tell its agent what an answer is about
@@ -10672,7 +10671,7 @@ class InProcessNode:
         code = document.get("published", 0)
         if is_failure(code):
             why = str(document["words"]).lower()
-            raise broker_fault(self._mqtt, f"refused to publish to {self._topic}: {why}")
+            raise broker_fault(self._mqtt, f"refused to publish to {document['topic']}: {why}")
         self._lines.append(dict(document))
         if "answer" in document:
             self._tell_daemon({"do": "read", "envelope": document["answer"]})
@@ -10693,9 +10692,7 @@ class InProcessNode:
     def _filters(self, do: str, given: Mapping[str, Any]) -> list[str]:
         """What must be heard to answer a request; raises HiveError where only a daemon can."""
         topics, node = self._config.topics, self._config.node.id
-        rosters = []  # they tell where an agent's mail goes
-        if topics.sender and do == "send" and given["envelope"].to != EVERYONE:
-            rosters = [topics.meta("+", "roster")]
+        rosters = [topics.meta("+", "roster")] if topics.sender else []  # whose each agent is
         match do:
             case "send" if given["wait"]:
                 to = given["envelope"].to
@@ -10703,9 +10700,9 @@ class InProcessNode:
                 own = [topics.from_anybody(node, ch) for ch in ("response", "alert")]
                 return [*own[0], *own[1], *rosters, topics.meta(whose, "state")]
             case "send":
-                return rosters
+                return rosters if given["envelope"].to != EVERYONE else []
             case "states":
-                return [topics.meta("+", "state")]
+                return [*rosters, topics.meta("+", "state")]
             case "roster":
                 return [topics.meta("+", "roster")]
         raise HiveError(f"no daemon of {node} runs on this machine: nothing to {do}")
@@ -12441,12 +12438,12 @@ def say_sent(
     config: Config, envelope: Envelope, args: argparse.Namespace, control: Control, connected: bool
 ) -> int:
     """It is in the journal: what else is known of it?"""
-    code = None
-    why = "no broker at the moment"
+    said: Mapping[str, Any] = {}
+    code, why = None, "no broker at the moment"
     if connected:
-        code = reason_code_of(config, control.receive(PUBLISHED_TIMEOUT))
-        why = "the broker has not taken it yet"
-    topic = config.topics.of(envelope)
+        said = control.receive(PUBLISHED_TIMEOUT) or said
+        code, why = reason_code_of(config, said), "the broker has not taken it yet"
+    topic = said.get("topic") or config.topics.of(envelope)  # an agent's is its node's
     if args.as_json:
         print(json_text(envelope.encode().decode()))
     elif code is None:
@@ -12486,7 +12483,8 @@ def print_replies(
         while replies.outstanding and (left := ends - time.monotonic()) > 0:
             said = control.receive(left) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
-                topic, why = config.topics.of(envelope), explain_no_reply(control, replies)
+                why = explain_no_reply(control, replies)
+                topic = said.get("topic") or config.topics.of(envelope)
                 raise NoReplyError(f"nobody listens on {topic}{why}")
             answer = Envelope.check(said["answer"]) if "answer" in said else None
             if answer and replies.take(answer):
