@@ -1795,7 +1795,7 @@ class ControlClient:
 # their own process.  Reads the journal and the members; what is to be sent it hands to the node.
 
 
-def pending_document(journal: Journal) -> dict[str, Any]:
+def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
     """All that is not finished."""
     tasks = [
         {
@@ -2063,10 +2063,6 @@ def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": journal.rows(filters, given["after"], given["last"])}
 
 
-def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return pending_document(journal)
-
-
 NO_SUCH_REQUEST = "no such request"
 NOT_KNOWN = "not known here; the last days are: hive-cli log"
 ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
@@ -2106,7 +2102,9 @@ REQUESTS = {
         {"id": ID_FIELD, "after": AFTER_FIELD},
         looks_back=True,
     ),
-    "pending": Request(pending_page, "what is not answered, done or delivered", looks_back=True),
+    "pending": Request(
+        pending_document, "what is not answered, done or delivered", looks_back=True
+    ),
 }
 
 
@@ -6171,9 +6169,6 @@ class Reader:
             raise MalformedPacket("it ends too early")
         return self._data[at] << 8 | self._data[at + 1]
 
-    def four_byte_integer(self) -> int:
-        return int.from_bytes(self.take(4), "big")
-
     def variable_byte_integer(self) -> int:
         """A number of one to four bytes, no more than it needs (MQTT 5, 1.5.5)."""
         value = 0
@@ -6197,9 +6192,6 @@ class Reader:
         if "\0" in value:
             raise MalformedPacket("a string holds NUL")
         return value
-
-    def string_pair(self) -> tuple[str, str]:
-        return self.utf8_string(), self.utf8_string()
 
     def packet_id(self) -> int:
         packet_id = self.two_byte_integer()
@@ -6251,10 +6243,6 @@ def encode_two_bytes(value: int) -> bytes:
     return value.to_bytes(2, "big")
 
 
-def encode_four_bytes(value: int) -> bytes:
-    return value.to_bytes(4, "big")
-
-
 def encode_binary(value: bytes) -> bytes:
     return encode_two_bytes(len(value)) + value
 
@@ -6267,19 +6255,18 @@ def encode_byte(value: int) -> bytes:
     return bytes((value,))
 
 
-def encode_string_pair(value: tuple[str, str]) -> bytes:
-    return encode_string(value[0]) + encode_string(value[1])
-
-
 WIRE: Mapping[str, tuple[Callable[[Reader], Any], Callable[[Any], bytes]]] = {
     "byte": (Reader.byte, encode_byte),
     "flag": (Reader.flag, encode_byte),
     "two": (Reader.two_byte_integer, encode_two_bytes),
-    "four": (Reader.four_byte_integer, encode_four_bytes),
+    "four": (lambda it: int.from_bytes(it.take(4), "big"), lambda value: value.to_bytes(4, "big")),
     "variable": (Reader.variable_byte_integer, encode_variable_byte_integer),
     "string": (Reader.utf8_string, encode_string),
     "binary": (Reader.binary, encode_binary),
-    "pair": (Reader.string_pair, encode_string_pair),
+    "pair": (
+        lambda it: (it.utf8_string(), it.utf8_string()),
+        lambda pair: encode_string(pair[0]) + encode_string(pair[1]),
+    ),
 }
 
 
@@ -7034,20 +7021,15 @@ class SessionStore:
             largest = max(largest, n)
             if message not in messages:
                 continue
-            said = (
-                messages[message],
-                qos,
-                bool(retain),
-                tuple(map(int, ids.split(",") if ids else ())),
-            )
+            subscription_ids = tuple(map(int, ids.split(",") if ids else ()))
+            about = messages[message], qos, bool(retain), subscription_ids
+            queued = QueuedMessage(*about, n, packet_id, bool(pubrec))
             if number == 0:
-                retained.append(messages[message])
+                retained.append(queued.message)
             elif number in sessions and packet_id:
-                sessions[number].inflight[packet_id] = QueuedMessage(
-                    *said, n, packet_id, bool(pubrec)
-                )
+                sessions[number].inflight[packet_id] = queued
             elif number in sessions:
-                sessions[number].queue.append(QueuedMessage(*said, n))
+                sessions[number].queue.append(queued)
         self._numbers = itertools.count(largest + 1)
         return [*messages.values()], [*sessions.values()], retained
 
@@ -7999,11 +7981,8 @@ def max_client_connections() -> int:
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        MAX_CLIENT_CONNECTIONS
-        if soft < 0
-        else min(MAX_CLIENT_CONNECTIONS, max(soft // 2, soft - 200))
-    )
+    room = max(soft // 2, soft - 200) if soft >= 0 else MAX_CLIENT_CONNECTIONS
+    return min(MAX_CLIENT_CONNECTIONS, room)
 
 
 # ---- MqttClient: the way to the broker ---------------------------------------------------
@@ -11164,17 +11143,12 @@ def command_reply(args: argparse.Namespace) -> int:
 
 def find_original(config: Config, said: str) -> Envelope:
     """The envelope to answer: known to the daemon by its id, or read from somewhere."""
-    if ID.fullmatch(said) and not os.path.exists(said):
-        return known_envelope(config, said)
-    return Envelope.parse(read_original(said))
-
-
-def known_envelope(config: Config, id: str) -> Envelope:
-    """An envelope that this node has received or sent, whole; or HiveError."""
-    answer = look_up(config, {"do": "message", "id": id})
-    if not isinstance(answer.get("envelope"), dict):
-        raise HiveError(f"{id}: its text is kept no longer; see [journal] in hive.toml")
-    return Envelope.check(answer["envelope"])
+    if not ID.fullmatch(said) or os.path.exists(said):
+        return Envelope.parse(read_original(said))
+    document = look_up(config, {"do": "message", "id": said}).get("envelope")
+    if not isinstance(document, dict):
+        raise HiveError(f"{said}: its text is kept no longer; see [journal] in hive.toml")
+    return Envelope.check(document)
 
 
 @subcommand(
@@ -11222,15 +11196,12 @@ def command_log(args: argparse.Namespace) -> int:
 
     width = shutil.get_terminal_size().columns
 
-    def row_line(row: Mapping[str, Any]) -> str:
-        if args.as_json:
-            return json_text(json.dumps(row, ensure_ascii=False))
-        return log_lines(row, width)
-
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            if said := row_line(row):
-                print(said)
+            if args.as_json:
+                print(json_text(json.dumps(row, ensure_ascii=False)))
+            elif lines := log_lines(row, width):
+                print(lines)
         sys.stdout.flush()
 
     if args.follow:
@@ -11669,6 +11640,8 @@ class ShowVersion(argparse.Action):
 
 def make_parser(only: str = "") -> Parser:
     """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
+    # No catalogue has argparse's words, and error() reads them.
+    argparse._ = str  # type: ignore[attr-defined]
     common = common_options()
     parser = Parser(
         description=__doc__ or dropped_docstrings()[""],
