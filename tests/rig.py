@@ -36,16 +36,21 @@ class Wire:
         self.echoes: list[hive.OutgoingMessage] = []
         self.unacknowledged: list[hive.OutgoingMessage] = []
         self.probes: list[Callable[[bool], None]] = []
+        self.fetched: list[list[str]] = []
         self.takes_connections: bool | None = True  # None: it does not answer
         self.up = self.closed = self.silent = False
+        self.limit = 1_000_000  # bytes of a topic and its payload
 
     def set_broker(self, settings: hive.MqttConfig) -> None:
         pass
 
     def use_outbox(
-        self, outbox: hive.Journal, published: Callable[[hive.OutgoingMessage, int, str], None]
+        self,
+        outbox: hive.Journal,
+        published: Callable[[hive.OutgoingMessage, int, str], None],
+        address: Callable[[str], str | None],
     ) -> None:
-        self.outbox, self.told, self.last = outbox, published, 0
+        self.outbox, self.told, self.address, self.last = outbox, published, address, 0
 
     def open(self, listener: hive.ClientListener) -> None:
         pass
@@ -58,8 +63,14 @@ class Wire:
         for message in (
             self.outbox.next_outgoing(self.last, 1000) if self.outbox and self.up else ()
         ):
+            topic = self.address(message.topic)
+            if topic is None:
+                break
             self.last = message.n
-            self.send(message)
+            self.send(message.replace(topic=topic))
+
+    def room(self, topic: str) -> int:
+        return self.limit - len(topic)
 
     def send(self, message: hive.OutgoingMessage) -> None:
         self.published.append(message)
@@ -77,6 +88,24 @@ class Wire:
     def close(self, done: Callable[[], None], within: float) -> None:
         self.closed = True
         done()
+
+    def take_over(
+        self,
+        client_id: str,
+        end_marker: str,
+        commit: Callable[[Callable[[], None]], None],
+        done: Callable[[], None],
+    ) -> None:
+        self.taken_over = client_id
+        done()
+
+    def fetch(
+        self,
+        topics: Sequence[str],
+        end_marker: str,
+        found: Callable[[hive.IncomingMessage], None],
+    ) -> None:
+        self.fetched.append([*topics])
 
     def probe(self, done: Callable[[bool], None]) -> None:
         self.probes.append(done)

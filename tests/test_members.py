@@ -17,18 +17,19 @@ from hive import (
     Config,
     Envelope,
     IncomingMessage,
+    Journal,
     Log,
     Loop,
     MemberEvent,
     Members,
+    MqttConfig,
     NodeConfig,
-    OutgoingMessage,
     identifier,
     loss_of,
 )
 
 
-def nothing(said: Envelope | OutgoingMessage | Callable[[bool], None]) -> None:
+def nothing(said: Envelope | Callable[[bool], None]) -> None:
     pass
 
 
@@ -36,7 +37,9 @@ def members(*peers: str, me: str = "beta", at: float = 100) -> Members:
     """Those who have heard of these peers; a heartbeat is due every 5 s, 3 may be missed."""
     log = Log(stream=io.StringIO())
     loop = Loop(log)
-    made = Members(Config(NodeConfig(me)), loop, log, nothing, nothing, nothing)
+    journal = Journal(None, log, 1.0, 1)
+    made = Members(Config(NodeConfig(me)), loop, log, journal, nothing, nothing, print)
+    journal.close()
     loop.close()
     for peer in peers:
         made.heartbeat_from(peer, at, seen=1)
@@ -85,7 +88,7 @@ def test_a_lost_node_that_comes_back_is_news_once(announced: bool, news: MemberE
     peers = members("attic")
     assert peers.failed_since(200) == ["attic"]
     if announced:
-        peers.mark_announced(loss_of("attic"))
+        peers.mark_announced(loss_of("attic"), "beta")
     assert [peers.heartbeat_from("attic", now, seen=1) for now in (201, 206)] == [news, None]
     assert peers.failed_since(300) == ["attic"]
     assert (
@@ -98,17 +101,29 @@ def test_a_loss_is_doubted_unless_somebody_announced_it() -> None:
     peers.mark_left("garden")
     peers.mark_failed("attic", 100)
     peers.mark_failed("cellar", 100)
-    peers.mark_announced(loss_of("cellar"))
+    peers.mark_announced(loss_of("cellar"), "beta")
     peers.doubt_losses()
     assert peers.alive() == ["attic"]
     assert peers.failed_since(116) == ["attic"]
+
+
+@pytest.mark.parametrize(
+    ("by", "counts"),
+    [("alpha", True), ("beta", True), ("gamma", False), ("attic", False), ("aaa", False)],
+)
+def test_only_who_lives_and_stands_before_us_keeps_us_silent(by: str, counts: bool) -> None:
+    peers = members("alpha", "gamma", "attic")
+    peers.mark_failed("attic", 100)
+    peers.mark_announced(loss_of("attic"), by)
+    attic = peers.member("attic")
+    assert attic and attic.announced is counts
 
 
 def test_an_announcement_is_about_one_node() -> None:
     names = [f"{'x' * 62}{i}" for i in range(3)]
     peers = members(*names)
     assert peers.failed_since(200) == names
-    peers.mark_announced(loss_of(names[1]))
+    peers.mark_announced(loss_of(names[1]), "beta")
     assert [peers.heartbeat_from(name, 201, seen=1) for name in names] == [
         MemberEvent.NEW,
         MemberEvent.BACK,
@@ -148,7 +163,7 @@ def test_a_node_whose_connection_died_is_lost_once_and_comes_back() -> None:
         False,
         False,
     ]
-    peers.mark_announced(loss_of("attic"))
+    peers.mark_announced(loss_of("attic"), "beta")
     assert peers.failed_since(1000) == []
     assert peers.heartbeat_from("attic", 1001, seen=1) is MemberEvent.BACK
 
@@ -200,7 +215,11 @@ def test_strangers_without_end_do_not_grow_the_members() -> None:
         peers.heartbeat_from(f"n{i}", 101, seen=1)
         peers.heartbeat_from("cellar", 101, seen=1)
     assert len(peers.alive()) == MAX_MEMBERS
-    assert peers.member("attic") is None and peers.member("cellar")
+    assert peers.member("attic") and peers.member("cellar")  # no stranger throws them out
+    peers.failed_since(116.5)
+    peers.heartbeat_from("garden", 117, seen=1)  # in the place of one that is gone
+    assert peers.alive() == ["garden"]
+    assert peers.member("attic") is None
 
 
 def test_members_remember_when_a_peer_was_seen() -> None:
@@ -217,20 +236,20 @@ def test_members_remember_when_a_peer_was_seen() -> None:
 class Hall:
     """Members, and all that they say, on a clock that the test puts forward."""
 
-    def __init__(self, me: str = "beta") -> None:
+    def __init__(self, me: str = "beta", senders: str = "open") -> None:
         self.log, self.now = io.StringIO(), 100.0
         self.sent: list[Envelope] = []
-        self.published: list[OutgoingMessage] = []
-        log = Log("debug", "json", self.log)
-        self.loop = Loop(log, lambda: self.now)
-        self.members = Members(
-            Config(NodeConfig(me)),
-            self.loop,
-            log,
-            self.sent.append,
-            self.published.append,
-            lambda done: done(True),
-        )
+        self._log = Log("debug", "json", self.log)
+        self.loop = Loop(self._log, lambda: self.now)
+        self.journal = Journal(None, self._log, 1.0, 1)
+        self._config = Config(NodeConfig(me), MqttConfig(senders=senders))
+        self.restart()
+
+    def restart(self) -> None:
+        proof: Callable[[Callable[[bool], None]], None] = lambda done: done(True)  # noqa: E731
+        self.fetched: list[str] = []
+        given = (self._config, self.loop, self._log, self.journal, self.sent.append, proof)
+        self.members = Members(*given, self.fetched.extend)
 
     def hear(self, name: str, kind: str, said: object, retained: bool = False) -> None:
         payload = said if isinstance(said, bytes) else hive.encode_json(said)
@@ -262,6 +281,7 @@ class Hall:
 def hall() -> Iterator[Hall]:
     made = Hall()
     yield made
+    made.journal.close()
     made.loop.close()
     assert '"bug"' not in made.log.getvalue()
 
@@ -354,6 +374,78 @@ def test_whoever_is_forgotten_takes_its_documents_along(
     assert [*hall.members.documents("roster")] == ["d", "e"]
 
 
+# Whose agents there are
+
+
+def test_a_roster_speaks_for_its_own_agents_only(hall: Hall) -> None:
+    hall.beat("attic")
+    hall.beat("mallory")
+    hall.hear("attic", "roster", {"agents": ["main", "attic", ["x"], "a b", "x" * 64]})
+    greedy = {"agents": ["main", "attic", "beta", "mine"]}
+    for _ in range(2):
+        hall.hear("mallory", "roster", greedy)
+    assert hall.members.node_of("main") == "attic"
+    assert hall.members.node_of("mine") == "mallory"
+    assert [hall.members.node_of(name) for name in ("attic", "beta", "nobody")] == [
+        "attic",
+        "beta",
+        None,
+    ]
+    refused = [(line["agent"], line["of"]) for line in hall.events("warning")]
+    assert refused == [("attic", "attic"), ("beta", "beta"), ("main", "attic")]  # each once
+    hall.hear("attic", "roster", {"agents": []})  # it has moved
+    hall.hear("mallory", "roster", greedy)
+    assert hall.members.node_of("main") == "mallory"
+
+
+@pytest.mark.parametrize("how", ["stopped", "connection lost", "forgotten"])
+def test_the_agents_of_a_node_that_is_gone_may_be_anothers(hall: Hall, how: str) -> None:
+    hall.beat("attic")
+    hall.hear("attic", "roster", {"agents": ["main"]})
+    gone = b"" if how == "forgotten" else {"status": "offline", "reason": how}
+    hall.hear("attic", "state", gone)
+    hall.hear("cellar", "roster", {"agents": ["main"]})
+    assert hall.members.node_of("main") == "cellar"
+
+
+def test_whose_an_agent_is_outlives_a_restart(hall: Hall) -> None:
+    hall.hear("zattic", "roster", {"agents": ["main"]})
+    hall.restart()
+    hall.hear("mallory", "roster", {"agents": ["main"]}, retained=True)  # which comes first
+    hall.hear("zattic", "roster", {"agents": ["main"]}, retained=True)
+    assert hall.members.node_of("main") == "zattic"
+    hall.restart()
+    hall.advance(61)  # zattic had its time
+    hall.hear("mallory", "roster", {"agents": ["main"]})
+    assert hall.members.node_of("main") == "mallory"
+
+
+def test_one_node_has_only_so_many_agents(hall: Hall) -> None:
+    hall.hear("attic", "roster", {"agents": [f"a{number}" for number in range(101)]})
+    assert hall.members.node_of("a99") == "attic" and hall.members.node_of("a100") is None
+
+
+def test_in_a_checked_hive_a_nodes_state_tells_of_its_agents() -> None:
+    hall = Hall(senders="checked")
+    health = {"main": {"status": "down", "reason": "no gateway"}, "second": {"status": "ok"}}
+    oc = {**health, "mine": {"status": "ok"}, "attic": {"status": "ok"}, "other": 5}
+    hall.hear("attic", "roster", {"agents": ["main", "second", "attic", "other"]})
+    hall.hear("attic", "state", {"status": "degraded", "reason": "main", "oc": oc, "uptime_s": 5})
+    hall.hear("main", "state", {"status": "online", "daemon_node": "attic"})  # from before
+    states = hall.members.documents("state")
+    assert {*states} == {"attic", "main", "second"}
+    assert states["main"] == {
+        **{"status": "degraded", "reason": "no gateway", "uptime_s": 5},
+        **{"node_id": "main", "oc": {"main": health["main"]}},
+    }
+    assert states["second"]["status"] == "online" and "reason" not in states["second"]
+    hall.hear("attic", "state", {"status": "offline", "reason": "stopped", "oc": oc})
+    gone = hall.members.documents("state")["second"]
+    assert (gone["status"], gone["reason"]) == ("offline", "stopped")
+    hall.journal.close()
+    hall.loop.close()
+
+
 # What is said of them
 
 
@@ -364,13 +456,7 @@ def test_whoever_is_forgotten_takes_its_documents_along(
         ("degraded", {}, ["attic"], "info", None),
         ("offline", {"reason": "stopped"}, [], "info", {"event": "peer has stopped"}),
         ("offline", {}, [], "info", {"event": "peer has stopped"}),
-        (
-            "offline",
-            {"reason": "lost"},
-            [],
-            "warning",
-            {"event": "peer is lost", "why": "another node says so"},
-        ),
+        ("offline", {"reason": "lost"}, ["attic"], "info", None),  # another's word on it
         (
             "offline",
             {"reason": "connection lost"},
@@ -429,17 +515,9 @@ def test_a_loss_is_told_once_with_when_it_was_seen(hall: Hall) -> None:
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seen))
     assert alert.text == f"attic is lost: no heartbeat for 20 s; last seen {when}"
     assert (alert.ch, alert.to, alert.corr) == ("alert", "all", loss_of("attic"))
-    [state_of_attic] = hall.published
-    assert (state_of_attic.topic, state_of_attic.retain) == ("hive/meta/attic/state", True)
-    assert json.loads(state_of_attic.payload) == {
-        "node_id": "attic",
-        "daemon_node": "attic",
-        "status": "offline",
-        "reason": "lost",
-        "last_seen": seen,
-        "reported_by": "beta",
-    }
-    hall.members.mark_announced(loss_of("attic"))
+    judged = hall.members.documents("state")["attic"]  # what we tell of it; nobody writes it down
+    assert judged == {**state, "status": "offline", "reason": "lost"}
+    hall.members.mark_announced(loss_of("attic"), "beta")
     hall.beat("attic")
     assert [one.text for one in hall.sent[1:]] == ["attic is back"]
     assert (hall.sent[1].ch, hall.sent[1].urgency, hall.sent[1].to) == ("status", "later", "all")
@@ -465,3 +543,27 @@ def test_a_sleep_of_ours_is_nobodys_silence(hall: Hall) -> None:
     hall.advance(6)
     hall.members.check(hall.now)
     assert hall.members.alive() == []
+
+
+def test_whose_documents_do_not_come_is_asked_for_once(hall: Hall) -> None:
+    """RabbitMQ gives nothing that is retained to a wildcard."""
+    hall.beat("alpha")
+    hall.beat("gamma")
+    for document in ("state", "roster"):
+        hall.hear("gamma", document, {"status": "online"})
+    hall.members.check(hall.now)
+    assert hall.fetched == [], "they may be on their way"
+    for _ in range(3):
+        hall.members.check(hall.now)
+    assert hall.fetched == ["alpha"]
+
+
+def test_not_more_are_asked_for_at_once_than_fit(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_FETCH", 3)
+    for number in range(5):
+        hall.beat(f"node{number}")
+    for _ in range(3):
+        hall.members.check(hall.now)
+    assert len(hall.fetched) == 3

@@ -127,7 +127,7 @@ def test_a_clean_goodbye_is_no_loss(rig: Rig) -> None:
     assert rig.kept("beta", "state")[-1]["known_peers"] == []
 
 
-@pytest.mark.parametrize("how", ["silence", "will", "word of another"])
+@pytest.mark.parametrize("how", ["silence", "will"])
 def test_a_peer_that_comes_back_is_told_once(rig: Rig, how: str) -> None:
     rig.beat("gamma")
     rig.turn()
@@ -136,9 +136,6 @@ def test_a_peer_that_comes_back_is_told_once(rig: Rig, how: str) -> None:
             rig.advance(25)
         case "will":
             rig.hear_state("gamma", status="offline", reason="connection lost")
-        case _:
-            rig.say("alert", to="all", text="gamma is lost", corr=hive.loss_of("gamma"))
-            rig.hear_state("gamma", status="offline", reason="lost")
     rig.advance(3)
     assert lost(rig) == ["gamma"]
     rig.beat("gamma", boot="second")
@@ -541,3 +538,13 @@ def test_the_roster_is_told_again_when_the_handlers_change(rig: Rig) -> None:
     (rig.handler_dir / "deploy").unlink()
     rig.advance(20)
     assert handlers() == [["ping"], ["deploy", "ping"], ["ping"]]
+
+
+def test_the_state_of_a_node_that_knows_thousands_is_not_too_large_to_be_kept(rig: Rig) -> None:
+    for number in range(2000):
+        rig.beat(f"a-peer-with-quite-a-long-name-{number}")
+    rig.advance(10)
+    payload = [p.payload for p in rig.wire.published if p.topic == "hive/meta/beta/state"][-1]
+    assert len(payload) <= hive.MAX_STATE
+    state = rig.kept("beta", "state")[-1]
+    assert state["status"] == "online" and state["truncated"] and "known_peers" not in state
