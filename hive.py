@@ -196,7 +196,7 @@ class Field:
     def __init__(
         self,
         default: Any = ...,  # `...`: it must be given
-        kind: Any = None,  # checks a value from outside, or raises ValueError
+        check: Any = None,  # takes a value from outside, or raises ValueError
         *,
         key: str = "",  # its spelling outside, if another
         help: str = "",
@@ -204,7 +204,7 @@ class Field:
         shown: bool = True,
     ) -> None:
         self.name = ""
-        self.default, self.kind, self.key = default, kind, key
+        self.default, self.check, self.key = default, check, key
         self.help, self.example, self.shown = help, example, shown
 
 
@@ -257,8 +257,8 @@ class Value:
         return type(self)(**{**vars(self), **new})
 
 
-# A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
-# hive.toml, requests and the command line share them.
+# A check returns what it was given, as it is used, or raises ValueError; its docstring says what
+# it takes.  Envelopes, hive.toml, requests and the command line share them.
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -295,28 +295,28 @@ def seconds(value: object) -> float:
 
 
 def integer(low: int, high: int, words: str = "a whole number") -> Callable[[object], int]:
-    """Make the kind that takes a whole number in a range."""
+    """Make the check that takes a whole number in a range."""
 
-    def kind(value: object) -> int:
+    def check(value: object) -> int:
         given = finite_number(value)
         if not (low <= given <= high and given == int(given)):
             raise ValueError
         return int(given)
 
-    kind.__doc__ = f"{words} from {low} to {high}"
-    return kind
+    check.__doc__ = f"{words} from {low} to {high}"
+    return check
 
 
 def choice(*allowed: str) -> Callable[[object], str]:
-    """Make the kind that takes one of a few words."""
+    """Make the check that takes one of a few words."""
 
-    def kind(value: object) -> str:
+    def check(value: object) -> str:
         if not isinstance(value, str) or value not in allowed:
             raise ValueError
         return value
 
-    kind.__doc__ = " or ".join(f'"{word}"' for word in allowed)
-    return kind
+    check.__doc__ = " or ".join(f'"{word}"' for word in allowed)
+    return check
 
 
 def bounded_number(value: object, low: float, high: float) -> float | None:
@@ -442,9 +442,9 @@ def wire_version(value: object) -> int:
     return value
 
 
-def wire(kind: Callable[[Any], Any], key: str = "", default: Any = ...) -> Any:
-    """One field of the envelope: the kind of value it takes, and its spelling on the wire."""
-    return Field(default, kind, key=key)
+def wire(check: Callable[[Any], Any], key: str = "", default: Any = ...) -> Any:
+    """One field of the envelope: the check of its value, and its spelling on the wire."""
+    return Field(default, check, key=key)
 
 
 class Envelope(Value):
@@ -549,7 +549,9 @@ class Envelope(Value):
 
 # (attribute, key on the wire, required, check) for each field that the protocol knows
 WIRE_FIELDS = tuple(
-    (f.name, f.key or f.name, f.default is ..., f.kind) for f in Envelope.FIELDS.values() if f.kind
+    (f.name, f.key or f.name, f.default is ..., f.check)
+    for f in Envelope.FIELDS.values()
+    if f.check
 )
 
 
@@ -2000,7 +2002,7 @@ class ControlClient:
 # their own process.  Reads the journal and the members; what is to be sent it hands to the node.
 
 
-def pending_document(journal: Journal) -> dict[str, Any]:
+def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
     """All that is not finished."""
     tasks = [
         {
@@ -2272,10 +2274,6 @@ def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": journal.rows(filters, given["after"], given["last"])}
 
 
-def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return pending_document(journal)
-
-
 NO_SUCH_REQUEST = "no such request"
 NOT_KNOWN = "not known here; the last days are: hive-cli log"
 ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
@@ -2315,7 +2313,9 @@ REQUESTS = {
         {"id": ID_FIELD, "after": AFTER_FIELD},
         looks_back=True,
     ),
-    "pending": Request(pending_page, "what is not answered, done or delivered", looks_back=True),
+    "pending": Request(
+        pending_document, "what is not answered, done or delivered", looks_back=True
+    ),
 }
 
 
@@ -2483,40 +2483,40 @@ class Node:
 
     # -- what comes in --
 
-    def deliver(self, delivery: IncomingMessage) -> None:
+    def deliver(self, message: IncomingMessage) -> None:
         if self.stopping:
             return  # not acknowledged: it comes again when this node does
-        meta = self.topics.meta_of(delivery.topic)
+        meta = self.topics.meta_of(message.topic)
         if meta:
             name, document = meta
             if document in ("state", "roster"):
-                self.members.hear_document(name, document, delivery)
-            if meta == (self.name, "state") and not delivery.retained:
+                self.members.hear_document(name, document, message)
+            if meta == (self.name, "state") and not message.retained:
                 self.all_heard()  # our own, which we publish last
             return
         self.counts["received"] += 1
         try:
-            envelope = Envelope.parse(delivery.payload)
+            envelope = Envelope.parse(message.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
-            self._log_limited("not an envelope", topic=delivery.topic, why=error)
-            return self.commit_soon(delivery.ack)
-        what, row = self._receive(envelope, delivery)
+            self._log_limited("not an envelope", topic=message.topic, why=error)
+            return self.commit_soon(message.ack)
+        what, row = self._receive(envelope, message)
         if what is SIGN_OF_LIFE:
-            delivery.ack()  # there is nothing to commit, and no turn is cheaper than none
+            message.ack()  # there is nothing to commit, and no turn is cheaper than none
         else:
-            self.commit_soon(delivery.ack)
-        self._perform(what, envelope, row, self._time_left(envelope, delivery))
+            self.commit_soon(message.ack)
+        self._perform(what, envelope, row, self._time_left(envelope, message))
 
-    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
+    def _receive(self, envelope: Envelope, message: IncomingMessage) -> tuple[Decision, int]:
         """Decide what to do with it; its row in the journal, if it has one now."""
-        place, here = self.topics.place(delivery.topic), self.context()
-        checked = bool(self.topics.sender) and not delivery.earlier
-        reason = misplaced(envelope, place, here, checked, delivery.retained)
+        place, here = self.topics.place(message.topic), self.context()
+        checked = bool(self.topics.sender) and not message.earlier
+        reason = misplaced(envelope, place, here, checked, message.retained)
         reason = reason or untimely(envelope, time.time())
         if reason == OTHER_KIND or (place and place[2] and not self.topics.sender):
             self._note_other_kind(envelope)
-        if not reason and delivery.expires_in is None and envelope.stale(time.time()):
+        if not reason and message.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
@@ -2524,7 +2524,7 @@ class Node:
         what = Decision(Do.DROP, reason) if reason else decide(envelope, here)
         row = 0
         if what.do not in (Do.HEAR, Do.DROP):
-            note, content = "" if what.do is Do.WAKE else what.reason, delivery.payload.decode()
+            note, content = "" if what.do is Do.WAKE else what.reason, message.payload.decode()
             row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
             what = what if row else SEEN_BEFORE
         self._log_message(envelope, what)
@@ -2612,12 +2612,12 @@ class Node:
 
                 assert_never(what.do)
 
-    def _time_left(self, envelope: Envelope, delivery: IncomingMessage) -> float | None:
+    def _time_left(self, envelope: Envelope, message: IncomingMessage) -> float | None:
         """Seconds until a message is stale; the broker's word counts more than the peer's clock."""
         if not envelope.ttl:
             return None
-        if delivery.expires_in is not None:
-            return max(1.0, delivery.expires_in)
+        if message.expires_in is not None:
+            return max(1.0, message.expires_in)
         return max(1.0, envelope.ts + envelope.ttl - time.time())
 
     def tell_own_agents(self, envelope: Envelope, note: str, now: bool = True) -> None:
@@ -3457,8 +3457,8 @@ class Daemon:
         say("no broker, trying again", broker=self._mqtt.address, why=reason, hint=hint)
         self._outage = True
 
-    def deliver(self, delivery: IncomingMessage) -> None:
-        self.node.deliver(delivery)
+    def deliver(self, message: IncomingMessage) -> None:
+        self.node.deliver(message)
 
     # -- the end --
 
@@ -3496,8 +3496,8 @@ class Daemon:
 
 # ---- Config: every key once --------------------------------------------------------------
 #
-# A key is a field with a kind and a line of help; parser, checks, the printed configuration,
-# the example file and the command line's overrides read it from there.  The kinds raise
+# A key is a field with a check and a line of help; parser, checks, the printed configuration,
+# the example file and the command line's overrides read it from there.  The checks raise
 # ValueError.  Reads one file, once.
 
 
@@ -3635,12 +3635,12 @@ def short_host_name() -> str:
         return "node"
 
 
-def setting(default: Any, kind: Callable[[Any], Any], help: str, example: Any = None) -> Any:
-    """One key of hive.toml: its default, the kind of value it takes, its line of help.
+def setting(default: Any, check: Callable[[Any], Any], help: str, example: Any = None) -> Any:
+    """One key of hive.toml: its default, the check of its value, its line of help.
 
     `example` is what the example file shows where there is no default.
     """
-    return Field(default, kind, help=help, example=example, shown=kind is not secret)
+    return Field(default, check, help=help, example=example, shown=check is not secret)
 
 
 ONCE, REPEATED, NAMED = "[{}]", "[[{}]]", "[{}.NAME]"  # how a table is headed
@@ -3665,12 +3665,12 @@ class ConfigTable(Value):
         for key, value in said.items():
             if key not in cls.FIELDS:
                 raise ConfigError(unknown_key(key, value, cls.FIELDS, where))
-            kind = cls.FIELDS[key].kind
+            check = cls.FIELDS[key].check
             try:
-                values[key] = kind(value)
+                values[key] = check(value)
             except (TypeError, ValueError):
-                what = "the value" if kind is secret else quoted(value)
-                raise ConfigError(f"{where}.{key}: {what} is not {docstring(kind)}") from None
+                what = "the value" if check is secret else quoted(value)
+                raise ConfigError(f"{where}.{key}: {what} is not {docstring(check)}") from None
             if isinstance(values[key], Path) and base:
                 values[key] = base / values[key]
         if cls.REQUIRED and not values.get(cls.REQUIRED):
@@ -4234,7 +4234,7 @@ def secret_files(config: Config) -> list[Path]:
         getattr(table, f"{key}_file", None) or config.source
         for table in (config.mqtt, config.broker, *config.oc_instances)
         for key, declared in table.FIELDS.items()
-        if declared.kind is secret and getattr(table, key)
+        if declared.check is secret and getattr(table, key)
     ]
     return [file for file in (*dict.fromkeys(held), config.mqtt.key_file) if file]
 
@@ -4302,7 +4302,7 @@ def effective_config(config: Config) -> str:
             value = getattr(table, f.name)
             origin = config.origin.get(dotted, "default") if title else str(config.source)
             value = derived.get(dotted) if value is None else value
-            if f.kind is secret and value is not None:
+            if f.check is secret and value is not None:
                 value = "***"
             said = f"# {f.name} is not set" if value is None else f"{f.name} = {toml_value(value)}"
             lines.append(said.ljust(40) + (f" # {origin}" if value is not None else ""))
@@ -6222,13 +6222,13 @@ class Members:
             text = f"{envelope.sender} is back"
             self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
 
-    def hear_document(self, name: str, kind: str, delivery: IncomingMessage) -> None:
+    def hear_document(self, name: str, kind: str, message: IncomingMessage) -> None:
         """A state or a roster."""
         if not NAME.fullmatch(name):
             return
-        if kind == "state" and not delivery.payload:
+        if kind == "state" and not message.payload:
             return self._forget(name)
-        payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
+        payload = message.payload if len(message.payload) <= MAX_STATE else b""
         said = read_json_object(payload) or {}
         sent = replace_surrogates(said)
         content = {key: value for key, value in sent.items() if portable({key: value})}
@@ -6245,7 +6245,7 @@ class Members:
         if kind == "roster":
             self._agents.take(name, content.get("agents"), self._keeper)
         elif own and name != self._me:
-            self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
+            self._hear_state(name, content, message.retained)  # an agent's node speaks for it
 
     def _forget(self, name: str) -> None:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
@@ -6744,14 +6744,14 @@ class NameConflictCheck:
             prepare,
         )
 
-    def _found(self, delivery: IncomingMessage) -> None:
-        if len(delivery.payload) > MAX_STATE:
+    def _found(self, message: IncomingMessage) -> None:
+        if len(message.payload) > MAX_STATE:
             return
-        document = read_json_object(delivery.payload) or {}
-        if delivery.topic == self._state_topic:
+        document = read_json_object(message.payload) or {}
+        if message.topic == self._state_topic:
             ours = status_of(document) not in ALIVE or document.get("instance") in self._ours
             self._holder = None if ours else document
-        elif document.get("from") == self._config.node.id and not delivery.retained:
+        elif document.get("from") == self._config.node.id and not message.retained:
             self._taken()
 
     def _complete(self) -> None:
@@ -6913,9 +6913,6 @@ class Reader:
             raise MalformedPacket("it ends too early")
         return self._data[at] << 8 | self._data[at + 1]
 
-    def four_byte_integer(self) -> int:
-        return int.from_bytes(self.take(4), "big")
-
     def variable_byte_integer(self) -> int:
         """A number of one to four bytes, no more than it needs (MQTT 5, 1.5.5)."""
         value = 0
@@ -6939,9 +6936,6 @@ class Reader:
         if "\0" in value:
             raise MalformedPacket("a string holds NUL")
         return value
-
-    def string_pair(self) -> tuple[str, str]:
-        return self.utf8_string(), self.utf8_string()
 
     def packet_id(self) -> int:
         packet_id = self.two_byte_integer()
@@ -6994,10 +6988,6 @@ def encode_two_bytes(value: int) -> bytes:
     return value.to_bytes(2, "big")
 
 
-def encode_four_bytes(value: int) -> bytes:
-    return value.to_bytes(4, "big")
-
-
 def encode_binary(value: bytes) -> bytes:
     return encode_two_bytes(len(value)) + value
 
@@ -7010,19 +7000,18 @@ def encode_byte(value: int) -> bytes:
     return bytes((value,))
 
 
-def encode_string_pair(value: tuple[str, str]) -> bytes:
-    return encode_string(value[0]) + encode_string(value[1])
-
-
 WIRE: Mapping[str, tuple[Callable[[Reader], Any], Callable[[Any], bytes]]] = {
     "byte": (Reader.byte, encode_byte),
     "flag": (Reader.flag, encode_byte),
     "two": (Reader.two_byte_integer, encode_two_bytes),
-    "four": (Reader.four_byte_integer, encode_four_bytes),
+    "four": (lambda it: int.from_bytes(it.take(4), "big"), lambda value: value.to_bytes(4, "big")),
     "variable": (Reader.variable_byte_integer, encode_variable_byte_integer),
     "string": (Reader.utf8_string, encode_string),
     "binary": (Reader.binary, encode_binary),
-    "pair": (Reader.string_pair, encode_string_pair),
+    "pair": (
+        lambda it: (it.utf8_string(), it.utf8_string()),
+        lambda pair: encode_string(pair[0]) + encode_string(pair[1]),
+    ),
 }
 
 
@@ -7777,20 +7766,15 @@ class SessionStore:
             largest = max(largest, n)
             if message not in messages:
                 continue
-            said = (
-                messages[message],
-                qos,
-                bool(retain),
-                tuple(map(int, ids.split(",") if ids else ())),
-            )
+            subscription_ids = tuple(map(int, ids.split(",") if ids else ()))
+            about = messages[message], qos, bool(retain), subscription_ids
+            queued = QueuedMessage(*about, n, packet_id, bool(pubrec))
             if number == 0:
-                retained.append(messages[message])
+                retained.append(queued.message)
             elif number in sessions and packet_id:
-                sessions[number].inflight[packet_id] = QueuedMessage(
-                    *said, n, packet_id, bool(pubrec)
-                )
+                sessions[number].inflight[packet_id] = queued
             elif number in sessions:
-                sessions[number].queue.append(QueuedMessage(*said, n))
+                sessions[number].queue.append(queued)
         self._numbers = itertools.count(largest + 1)
         return [*messages.values()], [*sessions.values()], retained
 
@@ -8759,11 +8743,8 @@ def max_client_connections() -> int:
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        MAX_CLIENT_CONNECTIONS
-        if soft < 0
-        else min(MAX_CLIENT_CONNECTIONS, max(soft // 2, soft - 200))
-    )
+    room = max(soft // 2, soft - 200) if soft >= 0 else MAX_CLIENT_CONNECTIONS
+    return min(MAX_CLIENT_CONNECTIONS, room)
 
 
 # ---- MqttClient: the way to the broker ---------------------------------------------------
@@ -10508,7 +10489,7 @@ def running_daemons() -> list[RunningDaemon]:
                 AttributeError, LookupError, RecursionError, TypeError, ValueError
             ):
                 node, file, keys = json.loads(said)
-                keys = {one: setting_of(one).kind(value) for one, value in keys.items()}
+                keys = {one: setting_of(one).check(value) for one, value in keys.items()}
                 found.append(RunningDaemon(node_name(node), file and plain_string(file), keys))
     return found
 
@@ -10750,9 +10731,9 @@ class InProcessNode:
             reason += f" at a message of {self._bytes} bytes: it may be too large for it"
         raise broker_fault(self._mqtt, reason)
 
-    def deliver(self, delivery: IncomingMessage) -> None:
+    def deliver(self, message: IncomingMessage) -> None:
         if self._node:
-            self._node.deliver(delivery)
+            self._node.deliver(message)
 
     def _late(self, what: str) -> BrokerError:
         return broker_fault(self._mqtt, f"{what} in {self._patience:.2g} s")
@@ -10991,9 +10972,9 @@ class Prompt:
         self.asking = asking
 
     def ask(
-        self, question: str, kind: Callable[[Any], Answer], default: Answer, instead: str = ""
+        self, question: str, check: Callable[[Any], Answer], default: Answer, instead: str = ""
     ) -> Answer:
-        """The answer, once it is of that kind; no answer is the default, shown as `instead`."""
+        """The answer, once it passes; no answer is the default, shown as `instead`."""
         while self.asking:
             print(f"{question} [{instead or default}]: ", end="", file=sys.stderr, flush=True)
             line = sys.stdin.buffer.readline(MAX_ANSWER)
@@ -11003,9 +10984,9 @@ class Prompt:
             if not said:
                 break
             try:
-                return kind(said)
+                return check(said)
             except ValueError:
-                print(f"  {quoted(said)} is not {docstring(kind)}", file=sys.stderr)
+                print(f"  {quoted(said)} is not {docstring(check)}", file=sys.stderr)
         return default
 
     def agree(self, question: str, default: bool) -> bool:
@@ -11365,26 +11346,26 @@ class BrokerCheck:
         else:
             self._lost = reason
 
-    def deliver(self, delivery: IncomingMessage) -> None:
-        delivery.ack()
-        if self.missing.get(delivery.topic) == delivery.payload:
-            del self.missing[delivery.topic]
-        elif delivery.topic in self.documents:
-            self._unfound -= {delivery.topic} if delivery.retained else set()
+    def deliver(self, message: IncomingMessage) -> None:
+        message.ack()
+        if self.missing.get(message.topic) == message.payload:
+            del self.missing[message.topic]
+        elif message.topic in self.documents:
+            self._unfound -= {message.topic} if message.retained else set()
         else:
-            self.clocks.hear(delivery)
-            self._hear_state(delivery)
+            self.clocks.hear(message)
+            self._hear_state(message)
 
-    def _hear_state(self, delivery: IncomingMessage) -> None:
-        name, document = self._config.topics.meta_of(delivery.topic) or ("", "")
+    def _hear_state(self, message: IncomingMessage) -> None:
+        name, document = self._config.topics.meta_of(message.topic) or ("", "")
         if document != "state" or not NAME.fullmatch(name) or name == self._config.node.id:
             return
-        small = len(delivery.payload) <= MAX_STATE and len(self.others) < MAX_MEMBERS
-        said = read_json_object(delivery.payload) if small else None
+        small = len(message.payload) <= MAX_STATE and len(self.others) < MAX_MEMBERS
+        said = read_json_object(message.payload) if small else None
         if said:
             said.pop("oc", None)  # which would be all of its agents
             self.others[name] = status_row(name, said, self._config.heartbeat, time.time())
-        elif not delivery.payload:
+        elif not message.payload:
             self.others.pop(name, None)
 
     def _probe(self) -> None:
@@ -12125,30 +12106,30 @@ class Command(Value):
 COMMANDS: dict[str, Command] = {}
 
 
-def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a kind of Config or a field's check serve as argparse's type=."""
+def as_type(check: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """Make a check serve as argparse's type=."""
 
     def convert(said: str) -> Any:
         try:
-            return kind(said)
+            return check(said)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(kind)}") from None
+            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
     return convert
 
 
 def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """One option, as argparse's add_argument takes it, but for `type`, which is a kind."""
+    """One option, as argparse's add_argument takes it, but for `type`, which is a check."""
     return flags, how | ({"type": as_type(how["type"])} if "type" in how else {})
 
 
 def key_option(
     dotted: str, flag: str = "", more: str = "", **how: Any
 ) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """An option that sets a key of hive.toml ("mqtt.port"): kind and help are the key's own."""
+    """An option that sets a key of hive.toml ("mqtt.port"): check and help are the key's own."""
     declared = setting_of(dotted)
     if "action" not in how:
-        how = {"type": declared.kind, "metavar": declared.name.upper()} | how
+        how = {"type": declared.check, "metavar": declared.name.upper()} | how
     flag = flag or f"--{declared.name.replace('_', '-')}"
     return option(flag, dest=dotted, help=declared.help + more, **how)
 
@@ -12549,9 +12530,12 @@ def command_reply(args: argparse.Namespace) -> int:
 
 def find_original(config: Config, said: str) -> Envelope:
     """The envelope to answer: known to the daemon by its id, or read from somewhere."""
-    if ID.fullmatch(said) and not os.path.exists(said):
-        return known_envelope(config, said)
-    return Envelope.parse(read_original(said))
+    if not ID.fullmatch(said) or os.path.exists(said):
+        return Envelope.parse(read_original(said))
+    document = look_up(config, {"do": "message", "id": said}).get("envelope")
+    if not isinstance(document, dict):
+        raise HiveError(f"{said}: its text is kept no longer; see [journal] in hive.toml")
+    return Envelope.check(document)
 
 
 def known_exchange(config: Config, id: str) -> str:
@@ -12563,14 +12547,6 @@ def known_exchange(config: Config, id: str) -> str:
     if "error" in answer:
         raise UsageError(f"--corr {answer['error']}")
     return str(answer["rows"][0]["exchange"]) if answer["rows"] else id
-
-
-def known_envelope(config: Config, id: str) -> Envelope:
-    """An envelope that this node has received or sent, whole; or HiveError."""
-    answer = look_up(config, {"do": "message", "id": id})
-    if not isinstance(answer.get("envelope"), dict):
-        raise HiveError(f"{id}: its text is kept no longer; see [journal] in hive.toml")
-    return Envelope.check(answer["envelope"])
 
 
 @subcommand(
@@ -12618,15 +12594,12 @@ def command_log(args: argparse.Namespace) -> int:
 
     width = shutil.get_terminal_size().columns
 
-    def row_line(row: Mapping[str, Any]) -> str:
-        if args.as_json:
-            return json_text(json.dumps(row, ensure_ascii=False))
-        return log_lines(row, width)
-
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            if said := row_line(row):
-                print(said)
+            if args.as_json:
+                print(json_text(json.dumps(row, ensure_ascii=False)))
+            elif lines := log_lines(row, width):
+                print(lines)
         sys.stdout.flush()
 
     if args.follow:
@@ -13078,6 +13051,8 @@ class ShowVersion(argparse.Action):
 
 def make_parser(only: str = "") -> Parser:
     """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
+    # No catalogue has argparse's words, and error() reads them.
+    argparse._ = str  # type: ignore[attr-defined]
     common = common_options()
     parser = Parser(
         description=__doc__ or dropped_docstrings()[""],

@@ -388,7 +388,7 @@ def test_what_a_gateway_has_in_memory_is_still_owed_but_not_pending(open_journal
     assert [(one.n, one.began, one.accepted) for one in journal.tasks()] == [
         (task, False, int(NOW + 1.5))
     ]
-    assert hive.pending_document(journal)["tasks"] == []
+    assert hive.pending_document(journal, {})["tasks"] == []
     journal.start_tasks([task])  # it is told again
     assert [(one.began, one.accepted) for one in journal.tasks()] == [(True, 0)]
 
