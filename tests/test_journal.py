@@ -388,7 +388,7 @@ def test_what_a_gateway_has_in_memory_is_still_owed_but_not_pending(open_journal
     assert [(one.n, one.began, one.accepted) for one in journal.tasks()] == [
         (task, False, int(NOW + 1.5))
     ]
-    assert hive.pending_document(journal)["tasks"] == []
+    assert hive.pending_document(journal, {})["tasks"] == []
     journal.start_tasks([task])  # it is told again
     assert [(one.began, one.accepted) for one in journal.tasks()] == [(True, 0)]
 
@@ -647,8 +647,8 @@ def test_what_is_older_than_its_time_is_forgotten_in_small_steps(
     while journal.prune(now):
         left.append(len(ids(journal)))
     assert left == [40, 30, 25]
-    assert ids(journal)[0] == "m-25" and is_new(journal, "m-0")
-    assert not journal.full
+    assert ids(journal)[0] == "m-25" and not journal.full
+    assert not is_new(journal, "m-0"), "whoever kept it could say it once more"
 
 
 def test_the_oldest_texts_go_before_the_oldest_rows(
@@ -1009,6 +1009,19 @@ def test_a_file_of_the_old_layout_is_taken_over(
         journal.dequeue(one, acknowledged=True)
     assert waiting(journal) == [] and journal.requeue(since=0) == second.n
     assert waiting(journal) == ["asked", None]
+
+
+def test_a_number_of_the_old_layout_never_comes_again(open_journal: Open, folder: Path) -> None:
+    """Tasks and the outbox mean rows by them."""
+    with closing(old_file(folder, *OLD_TABLES)) as database:
+        database.execute("UPDATE sqlite_sequence SET seq = 9000 WHERE name = 'log'")
+    journal = open_journal()
+    assert receive(journal, "next") == 9001
+    journal.close()
+    journal = open_journal()
+    assert receive(journal, "more") == 9002
+    tables = "SELECT name FROM sqlite_master WHERE name LIKE '%before%'"
+    assert journal._database.read(tables) == []
 
 
 @pytest.mark.parametrize("made", range(len(OLD_TABLES)))
@@ -1378,3 +1391,71 @@ def test_a_lock_is_private_and_needs_its_folder(tmp_path: Path) -> None:
     for place in (tmp_path / "missing" / "lock", tmp_path):
         with pytest.raises(OSError):
             hive.FileLock(place)
+
+
+# Ids that were seen
+
+
+def from_(sender: str, id: str, **more: Any) -> hive.Envelope:
+    return message(id, sender=sender, **more)
+
+
+def test_nobody_uses_up_the_id_of_another(open_journal: Open) -> None:
+    journal = open_journal()
+    assert journal.record(Event.RECEIVED, from_("mallory", "known"), NOW)
+    assert journal.record(Event.RECEIVED, from_("alpha", "known", text="the real one"), NOW)
+    for sender in ("mallory", "alpha"):
+        assert journal.record(Event.RECEIVED, from_(sender, "known"), NOW) is None
+    assert journal.senders("known") == ["alpha", "mallory"]
+    shown = [row["from"] for row in journal.exchange("known")]
+    assert shown == ["mallory", "alpha"], "both are shown, whoever was first"
+
+
+def test_an_exchange_is_whole_whoever_else_took_its_id(open_journal: Open) -> None:
+    journal = open_journal()
+    journal.record(Event.RECEIVED, from_("mallory", "known", corr="elsewhere"), NOW)
+    journal.record(Event.RECEIVED, from_("alpha", "known"), NOW)
+    assert [row["from"] for row in journal.exchange("known")] == ["mallory", "alpha"]
+    ours = message("ours", sender="beta", to="alpha")
+    journal.record(Event.SENT, ours, NOW)
+    journal.record(Event.RECEIVED, from_("mallory", "ours"), NOW)
+    found = journal.message("ours", Event.SENT)
+    assert (
+        found and found["from"] == "beta" and journal.began("ours") and not journal.began("known")
+    )
+
+
+def test_an_id_is_known_as_long_as_its_message_could_come_again(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = open_journal(keep=86400)
+    journal.record(Event.RECEIVED, from_("alpha", "old"), NOW)
+    journal.record(Event.SENT, message("ours", sender="beta", to="alpha"), NOW)
+    day = 86400
+    while journal.prune(NOW + 2 * day):
+        pass
+    assert ids(journal) == [] and count_of(journal, "seen") == 1
+    journal.commit()
+    journal.close()
+    journal = open_journal(keep=86400)
+    last = NOW + hive.MAX_AGE + hive.MAX_AHEAD
+    journal.prune(last - 1)
+    assert journal.record(Event.RECEIVED, from_("alpha", "old"), last) is None
+    assert journal.record(Event.RECEIVED, from_("beta", "old"), last)
+    while journal.prune(last + 2 * day):
+        pass
+    assert journal._database.read("SELECT sender FROM seen") == [("beta",)]
+
+
+def test_the_ids_that_are_remembered_are_bounded(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "SIZE_OF_ID", 10_000)  # so that 100 of them fit
+    journal = open_journal(keep=1, max_size=1_000_000)
+    for i in range(150):
+        receive(journal, f"m-{i}", NOW + i / 1000)
+    while journal.prune(NOW + 1000):
+        pass
+    journal.prune(NOW + 1000)
+    assert 50 <= count_of(journal, "seen") <= 100
+    assert not is_new(journal, "m-149") and is_new(journal, "m-0"), "the oldest went"

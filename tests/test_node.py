@@ -828,6 +828,33 @@ def test_the_log_says_how_it_ended_and_why_nothing_was_done(rig_of: Callable[...
     assert notes == {"ping": None, "fail": None, "other": NOBODY}
 
 
+@pytest.mark.parametrize("ch", sorted(hive.CHANNELS))
+def test_what_is_of_another_time_is_dropped_and_counted(rig: Rig, ch: str) -> None:
+    now, day = time.time(), 86400
+    for days, why in ((-9, "more than 8 days old"), (2, "more than a day ahead")):
+        before = rig.node.node.counts["dropped"]
+        rig.say(ch, "ping", now=now + days * day)
+        assert rig.node.node.counts["dropped"] == before + 1
+        assert why in rig.events("dropped", ch=ch)[-1]["why"]
+    rig.turn()
+    assert rig.sent() == [] and rig.acked == 2 and not rig.started()
+    for seconds in (-7 * day, 0.9 * day):
+        assert rig.answer_to(rig.say("command", "ping", now=now + seconds)).text == "pong"
+
+
+def test_an_id_that_somebody_else_used_first_is_no_reason_to_drop_a_message(rig: Rig) -> None:
+    rig.say("command", "ping", sender="mallory", id="guessed")
+    rig.until("it is answered", lambda: rig.sent("response"))
+    rig.say("command", "ping", id="guessed")
+    rig.until("the other too", lambda: len(rig.sent("response")) == 2)
+    assert [one.to for one in rig.sent("response")] == ["mallory", "alpha"]
+    rig.say("command", "ping", id="guessed")
+    rig.turn()
+    assert len(rig.sent("response")) == 2
+    why = hive.message_row(rig.journal, {"id": "guessed"})["error"]
+    assert why.startswith("guessed: alpha and mallory each sent a message of this id; show it")
+
+
 # What the broker does not take
 
 
