@@ -3581,7 +3581,7 @@ class MqttConfig(ConfigTable):
         30, integer(5, 65535, "whole seconds"), "seconds until a silent connection is checked"
     )
     protocol: str = setting(
-        "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused"
+        "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused or not answered"
     )
     tls: bool = setting(False, boolean, "encrypt, and check the broker's certificate and name")
     ca_file: Path | None = setting(
@@ -11377,7 +11377,7 @@ def check_publishing(context: DoctorContext) -> Iterator[Finding]:
         todo = acl_for(context.config) if "ACL" in todo or not todo else todo
         yield Finding(Level.FAIL, f"to {and_more(refused)}: {why}", todo)
     else:
-        always = ", as MQTT 3.1.1 always says" if context.config.mqtt.protocol != "5" else ""
+        always = "" if context.broker.client.v5 else ", as MQTT 3.1.1 always says"
         yield Finding(Level.OK, f"messages to ourselves are taken{always}")
 
 
