@@ -5935,6 +5935,10 @@ class AgentNames:
             self._nodes = kept
             self._journal.put("agents", kept)
 
+    def claimants(self, agent: str) -> list[str]:
+        """Who else lists it, or has."""
+        return sorted(node for node, refused in self._refused if refused == agent)
+
     def _refuse(self, node: str, agent: str, owner: str | None) -> None:
         """Say it once."""
         if (node, agent) not in self._refused and len(self._refused) < MAX_MEMBERS:
@@ -6102,6 +6106,11 @@ class Members:
         member = self._members.get(name)
         is_node = name == self._me or (member is not None and member.is_node)
         return name if is_node else self._agents.node_of(name)
+
+    def contested(self, agent: str) -> str:
+        """Between which nodes it is; nothing if only one lists it."""
+        others, owner = self._agents.claimants(agent), self.node_of(agent)
+        return " and ".join([owner, *others]) if others and owner not in (None, agent) else ""
 
     def _keeper(self, agent: str) -> str | None:
         """Which node keeps a name, though another one lists it: one that is not gone."""
@@ -10391,12 +10400,15 @@ class InProcessNode:
                 except UsageError as error:
                     return {"error": str(error)}
         filters = self._filters(str(request["do"]), given)
+        node = self._node or self._connect(filters)
         if request["do"] == "send":
-            self._bytes = len(given["envelope"].encode())
-            if given["wait"] or CHANNELS[given["envelope"].ch].handler:
+            envelope = given["envelope"]
+            self._bytes = len(envelope.encode())
+            if nodes := node.members.contested(envelope.to):  # a daemon remembers whose it was
+                raise HiveError(f"{envelope.to} is listed by {nodes}: say which, or start a daemon")
+            if given["wait"] or CHANNELS[envelope.ch].handler:
                 # so that the daemon can tell its agent what an answer is about
                 self._tell_daemon({**request, "do": "sent"})
-        node = self._node or self._connect(filters)
         answer = node.requests.handle(request, self)
         if answer is None:
             published = self._turn(lambda: len(self._lines) > 1, self._ends)

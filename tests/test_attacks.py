@@ -332,6 +332,9 @@ def test_no_agent_can_be_spoken_for_by_who_lists_its_name(scene: Scene) -> None:
     scene.send("main", "status", urgency="later")
     scene.fence()
     assert not greedy.everything()
+    gamma = scene.hive.nodes.get("gamma") or scene.node("gamma")
+    refused = scene.hive.cli(gamma.name, "send", "--to", "main", "--text", "x", code=1).stderr
+    assert "listed by" in refused and "alpha" in refused and "mallory" in refused
     genuine = envelope("mine", "alpha", "status", urgency="later")
     assert scene.forge("alpha/status/mallory", genuine) == 0
     scene.alpha.logged("received", id=json.loads(genuine)["id"])
