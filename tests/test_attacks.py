@@ -377,6 +377,16 @@ def test_what_was_overheard_cannot_be_said_again(scene: Scene) -> None:
     assert dropped(scene.alpha, fresh) == "its topic names another sender"
 
 
+def test_nobody_uses_up_the_id_of_anothers_message(scene: Scene) -> None:
+    for to in ("alpha", "all"):
+        chosen = module.new_id()
+        taken = envelope("mallory", to, "status", urgency="later", id=chosen)
+        assert scene.forge(f"{to}/status/mallory", taken) == 0
+        scene.alpha.logged("received", id=chosen)
+        assert scene.send("alpha", "command", wait=True, action="count", id=chosen)["answer"]
+    (scene.alpha.home / "runs").unlink()
+
+
 # ---- To take what is another's -----------------------------------------------------------
 
 
