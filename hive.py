@@ -4180,6 +4180,10 @@ def make_config(
     for i, one in enumerate(config.oc_instances):  # their names are addresses
         if one.name in (other.name for other in config.oc_instances[:i]):
             raise ConfigError(f"oc_instances[{i}].name: {quoted(one.name)} is taken already")
+    user, node = config.mqtt.username, config.node.id
+    if config.checked and user not in (None, node):
+        why = f"not this node's name, {node}, by which a broker that checks senders knows it"
+        raise ConfigError(f"mqtt.username: {quoted(user)} is {why}")
     return config.replace(warnings=tuple(exposed_secrets(config)))
 
 
@@ -6247,7 +6251,8 @@ class Members:
         if own and content and name in self._members:
             self._members[name].is_node = True
         if kind == "roster":
-            self._agents.take(name, content.get("agents"), self._keeper)
+            keeper = self._keeper if name != self._me else lambda agent: self._me
+            self._agents.take(name, content.get("agents"), keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
 
@@ -6345,9 +6350,11 @@ class Members:
         member = self._members.get(node or "")
         if node in (None, agent, self._me):
             return node
-        gone = member and member.status in (MemberStatus.LEFT, MemberStatus.FAILED)
-        silent = not member and self._loop.clock() - self._started > CLAIM_TIME
-        return None if gone or silent else node
+        if not member:  # as remembered: it has its time to speak up
+            return node if self._loop.clock() - self._started < CLAIM_TIME else None
+        alive = member.status is MemberStatus.ALIVE
+        unknown = member.status is MemberStatus.UNKNOWN and "state" not in member.documents
+        return node if alive or unknown else None
 
     # -- who is alive --
 
