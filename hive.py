@@ -4180,6 +4180,10 @@ def make_config(
     for i, one in enumerate(config.oc_instances):  # their names are addresses
         if one.name in (other.name for other in config.oc_instances[:i]):
             raise ConfigError(f"oc_instances[{i}].name: {quoted(one.name)} is taken already")
+    user, node = config.mqtt.username, config.node.id
+    if config.checked and user not in (None, node):
+        why = f"not this node's name, {node}, by which a broker that checks senders knows it"
+        raise ConfigError(f"mqtt.username: {quoted(user)} is {why}")
     return config.replace(warnings=tuple(exposed_secrets(config)))
 
 
@@ -6158,6 +6162,10 @@ class AgentNames:
             self._nodes = kept
             self._journal.put("agents", kept)
 
+    def claimants(self, agent: str) -> list[str]:
+        """Who else lists it, or has."""
+        return sorted(node for node, refused in self._refused if refused == agent)
+
     def _refuse(self, node: str, agent: str, owner: str | None) -> None:
         """Say it once."""
         if (node, agent) not in self._refused and len(self._refused) < MAX_MEMBERS:
@@ -6243,7 +6251,8 @@ class Members:
         if own and content and name in self._members:
             self._members[name].is_node = True
         if kind == "roster":
-            self._agents.take(name, content.get("agents"), self._keeper)
+            keeper = self._keeper if name != self._me else lambda agent: self._me
+            self._agents.take(name, content.get("agents"), keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
 
@@ -6330,15 +6339,22 @@ class Members:
         is_node = name == self._me or (member is not None and member.is_node)
         return name if is_node else self._agents.node_of(name)
 
+    def contested(self, agent: str) -> str:
+        """Between which nodes it is; nothing if only one lists it."""
+        others, owner = self._agents.claimants(agent), self.node_of(agent)
+        return " and ".join([owner, *others]) if others and owner not in (None, agent) else ""
+
     def _keeper(self, agent: str) -> str | None:
         """Which node keeps a name, though another one lists it: one that is not gone."""
         node = self.node_of(agent)
         member = self._members.get(node or "")
         if node in (None, agent, self._me):
             return node
-        gone = member and member.status in (MemberStatus.LEFT, MemberStatus.FAILED)
-        silent = not member and self._loop.clock() - self._started > CLAIM_TIME
-        return None if gone or silent else node
+        if not member:  # as remembered: it has its time to speak up
+            return node if self._loop.clock() - self._started < CLAIM_TIME else None
+        alive = member.status is MemberStatus.ALIVE
+        unknown = member.status is MemberStatus.UNKNOWN and "state" not in member.documents
+        return node if alive or unknown else None
 
     # -- who is alive --
 
@@ -10628,12 +10644,15 @@ class InProcessNode:
                 except UsageError as error:
                     return {"error": str(error)}
         filters = self._filters(str(request["do"]), given)
+        node = self._node or self._connect(filters)
         if request["do"] == "send":
-            self._bytes = len(given["envelope"].encode())
-            if given["wait"] or CHANNELS[given["envelope"].ch].handler:
+            envelope = given["envelope"]
+            self._bytes = len(envelope.encode())
+            if nodes := node.members.contested(envelope.to):  # a daemon remembers whose it was
+                raise HiveError(f"{envelope.to} is listed by {nodes}: say which, or start a daemon")
+            if given["wait"] or CHANNELS[envelope.ch].handler:
                 # so that the daemon can tell its agent what an answer is about
                 self._tell_daemon({**request, "do": "sent"})
-        node = self._node or self._connect(filters)
         answer = node.requests.handle(request, self)
         if answer is None:
             published = self._turn(lambda: len(self._lines) > 1, self._ends)

@@ -140,6 +140,11 @@ def test_a_file_that_is_no_toml_is_an_error(content: str | bytes, line: str) -> 
         ("mqtt = 1", "mqtt = 1: expected a table, as in [mqtt]"),
         ("[mqtt]\nport = 70000", "mqtt.port: 70000 is not a port number from 1 to 65535"),
         ("[mqtt]\nhost = 5", "mqtt.host: 5 is not a string"),
+        (
+            "[node]\nid = 'a'\n[mqtt]\nusername = 'b'\nsenders = 'checked'",
+            "mqtt.username: 'b' is not this node's name, a, by which a broker that checks senders"
+            " knows it",
+        ),
         ("[mqtt]\ntls = 'yes'", "mqtt.tls: 'yes' is not true or false"),
         ("[mqtt]\nprotocol = '4'", 'mqtt.protocol: \'4\' is not "5" or "3.1.1"'),
         (
