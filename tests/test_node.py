@@ -902,3 +902,38 @@ def test_a_document_that_is_refused_is_a_few_lines_in_the_log(rig: Rig) -> None:
     for _ in range(1000):
         rig.node.node.published(hive.OutgoingMessage(topic, b"{}", retain=True), 0x87, "Not")
     assert 0 < len(rig.events("document not published", level="warning")) < 50
+
+
+# Too much
+
+
+def test_a_flood_leaves_room_for_what_the_node_itself_has_to_say(
+    rig_of: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_OUTBOX", 100)
+    rig = rig_of(level="warning")
+    rig.wire.silent = True
+    for number in range(200):
+        rig.say("command", "nosuch", sender="flood")
+        rig.say("command", "nosuch", sender=f"peer{number % 2}")
+    rig.turn()
+    to = [alert.to for alert in rig.sent("alert")]
+    assert [to.count(name) for name in ("flood", "peer0", "peer1")] == [20, 20, 20]
+    for number in range(40):
+        own = hive.Envelope.new("beta", "alpha", "command", "own", id=f"own-{number}")
+        assert rig.node.node._send_for_command(own) == ""
+    late = hive.Envelope.new("beta", "alpha", "command", "one too many")
+    assert rig.node.node._send_for_command(late) == "100 messages wait for the broker already"
+    rig.wire.silent = False
+    rig.turn()
+    assert rig.works()
+
+
+def test_of_many_results_the_latest_is_published(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(count="cat > /dev/null; echo x >> ../runs; wc -l < ../runs")
+    rig.disconnect()
+    asked = [rig.say("command", "count") for _ in range(10)]
+    rig.until("all have run", lambda: len(rig.events("handler ended")) == 10)
+    rig.connect()
+    assert [result["result"] for result in rig.kept("beta", "count")] == [10]
+    assert all(rig.answers_to(one) for one in asked)
