@@ -67,9 +67,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     """A user whose session has no place of its own for sockets."""
     machine = Machine(tmp_path / "home")
     machine.environment.pop("XDG_RUNTIME_DIR")
-    machine.program[-1] = machine.program[-1].replace(
-        "import hive;", "import hive; hive.MAINTENANCE_INTERVAL = 0.5;"
+    change = (
+        "import hive, pathlib; hive.MAINTENANCE_INTERVAL = 0.5;"
+        f" hive.SHORT_PLACE = pathlib.Path({str(machine.runtime)!r});"  # what is in it goes with it
     )
+    machine.program[-1] = machine.program[-1].replace("import hive;", change)
     try:
         yield machine
     finally:
