@@ -11495,6 +11495,9 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
         return
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
+    if context.config.allow and context.config.mqtt.named and not context.config.checked:
+        what = "allow is about names that anybody may use: this broker does not check senders"
+        yield Finding(Level.WARN, what, "see [mqtt] senders")
     for action in context.config.handlers.keys() - found.handlers.keys():
         near = did_you_mean(action, found.handlers)
         yield Finding(Level.WARN, f"[handlers.{action}] is about none that is there", near)
