@@ -2016,7 +2016,7 @@ def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, An
             "text": task.envelope.text[:SHOWN_TEXT],
         }
         for task in journal.tasks()[:MAX_ROWS]
-        if task.envelope and not task.accepted
+        if not task.accepted
     ]
     outbox = [
         {
