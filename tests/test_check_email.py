@@ -9,9 +9,9 @@ import json
 import os
 import random
 import re
+import resource
 import socket
 import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -223,33 +223,38 @@ def test_several_accounts_are_looked_at_side_by_side(server: Dovecot, mail: Mail
 
 def test_more_than_a_run_can_look_at_is_left_to_the_next_one(server: Dovecot, mail: Mail) -> None:
     mail.scheduled()
-    server.deliver(mail.user, *(letter(str(number)) for number in range(email.MAX_NEW + 30)))
+    server.drop(mail.user, *(letter(str(number)) for number in range(email.MAX_NEW + 30)))
     assert [mail.scheduled()["told"] for _ in range(3)] == [email.MAX_NEW, 30, 0]
 
 
-def test_a_mailbox_of_a_hundred_thousand_is_quick(tmp_path: Path) -> None:
-    need_dovecot()
-    one = "From ada@example.org Wed Nov 25 10:00:00 2026\nSubject: {}\nMessage-ID: <{}@x>\n\nx\n\n"
-    server = Dovecot(location="mbox:/nonexistent")
-    server.close()
-    server = Dovecot(location="mbox:~/folders:INBOX=~/inbox")
-    try:
-        home = server.home / "mail" / "big"
-        home.mkdir(parents=True)
-        (home / "inbox").write_text("".join(one.format(n, n) for n in range(100_000)))
-        subprocess.run(["chown", "-R", f"{server.user.pw_uid}", server.home / "mail"], check=True)
-        mail = Mail(tmp_path, server.ca, server.tls_port, "big")
-        box = server.session("big")
-        assert box.select(readonly=True)[1] == [b"100000"]
-        box.logout()
-        assert mail.told() == []
-        began = time.monotonic()
-        assert mail.told() == []
-        assert time.monotonic() - began < 1.5  # 0.2 s, of which Python's start is half
-        server.deliver("big", letter("the one"))
-        assert mail.told() == ["the one"]
-    finally:
-        server.close()
+def test_a_mailbox_of_a_hundred_thousand_is_quick(server: Dovecot, mail: Mail) -> None:
+    home = server.home / "mail" / mail.user
+    for folder in ("cur", "new", "tmp"):
+        (home / folder).mkdir(parents=True)
+    for number in range(100_000):  # links, of which a file may have 65,000
+        if number % 50_000 == 0:
+            first = home / "cur" / f"{number}.x:2,S"
+            first.write_text("Subject: old\n\nx\n")
+            server.own(first)
+        else:
+            os.link(first, home / "cur" / f"{number}.x:2,S")
+    server.own(home.parent)
+    server.own(home)
+    box = server.session(mail.user)
+    assert box.select(readonly=True)[1] == [b"100000"]
+    box.logout()
+    assert mail.told() == []
+    before = cpu_of_children()
+    assert mail.told() == []
+    assert cpu_of_children() - before < 1  # 0.15 s, most of it Python's start
+    server.deliver(mail.user, letter("the one"))
+    assert mail.told() == ["the one"]
+
+
+def cpu_of_children() -> float:
+    """Seconds; those of the wall clock depend on what else runs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_a_run_without_news_takes_three_round_trips(
@@ -277,10 +282,8 @@ def test_a_run_without_news_takes_three_round_trips(
     run = kit.Run(email.SENTINEL, source, idle=False)
     found = email.look_at(kit.Look(run, source["account"][0], None, 0))
     turns.clear()
-    began = time.monotonic()
     email.look_at(kit.Look(run, source["account"][0], found.memory, 0))
-    assert time.monotonic() - began < 1
-    assert turns == ["", "LOGIN", "", "ID", "STATUS", "STATUS", "", "LOGOUT"]  # "": it waits
+    assert turns == ["LOGIN", "", "ID", "STATUS", "STATUS", "", "LOGOUT"]  # "": it waits
 
 
 # Rules and what is told
@@ -461,7 +464,7 @@ def test_whatever_a_message_is_the_server_gives_it_and_nothing_is_lost(
     mail.scheduled()
     sent = [*SAMPLES, *(mutated(number) for number in range(200))]
     sent = [f"Message-ID: <{n}@x>\r\n".encode() + one for n, one in enumerate(sent) if one]
-    server.deliver(mail.user, *sent)
+    server.drop(mail.user, *sent)
     said = mail.scheduled()
     assert (said["exit"], said["told"]) == (0, len(sent)), said["stderr"]
 
@@ -614,10 +617,10 @@ def test_cut_off_at_any_byte_nothing_is_lost_or_told_twice(server: Dovecot, mail
     mail.configure(port=cutter.port)
     mail.scheduled()
     told: list[str] = []
-    sent = [f"letter {number}" for number in range(12)]
+    sent = [f"letter {number}" for number in range(9)]
     for number, subject in enumerate(sent):
         server.deliver(mail.user, letter(subject))
-        cutter.limit = 300 + 350 * number
+        cutter.limit = 300 + 500 * number
         said = mail.scheduled()
         told += [one["subject"] for one in said["items"]]
         assert said["stderr"].count("\n") == said["exit"]
@@ -771,7 +774,7 @@ THROTTLED = "Request is throttled. Suggested Backoff Time: 300000 milliseconds"
         ({"greeting": "* BYE too busy, hang up\r\n"}, "too busy"),
         ({"greeting": "HTTP/1.1 400 Bad Request\r\n"}, ""),
         ({"greeting": "\0\xff\r\n" * 50}, ""),
-        ({"greeting": "* OK " + "x" * 2_000_000}, "a line of more than 1000000 bytes"),
+        ({"greeting": "* OK " + "x" * 3_000_000}, "a line of more than 2000000 bytes"),
         ({"LOGIN": "* BYE hang up\r\n"}, "hang up"),
         ({"LOGIN": "{tag} NO [ALERT] Application-specific password required\r\n"}, "app password"),
         ({"LOGIN": "{tag} NO [UNAVAILABLE] Server error\r\n"}, "it has no time for us"),
@@ -802,12 +805,10 @@ def test_a_server_that_keeps_silent_does_not_hold_us(
     double_of: Callable[..., tuple[Double, Mail]],
 ) -> None:
     silent = [double_of(**{what: "silence"})[1] for what in ("greeting", "LOGIN", "STATUS")]
-    began = time.monotonic()
-    children = [mail.start(HIVE_TIMEOUT="8") for mail in silent]
+    children = [mail.start(HIVE_TIMEOUT="6") for mail in silent]
     for mail, child in zip(silent, children, strict=True):
         said = mail.end_of(child)
-        assert said["exit"] == 1 and "took longer than 6 s" in said["stderr"]
-    assert time.monotonic() - began < 8
+        assert said["exit"] == 1 and "took longer than 4 s" in said["stderr"]
 
 
 def test_one_that_wants_to_be_left_alone_is(
