@@ -248,7 +248,7 @@ def test_a_look_that_hangs_or_breaks_is_a_failure_in_one_line(watcher: Watcher, 
     assert said["exit"] == 1 and said["stderr"].count("\n") == 1
     expected = {
         "hang": "took longer than 1 s",
-        "bug": "a fault of watch-file: watch-file:17: KeyError: 'oops'",
+        "bug": "a fault of watch-file: watch-file:18: KeyError: 'oops'",
     }
     assert expected[how] in said["stderr"]
 
