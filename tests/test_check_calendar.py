@@ -700,7 +700,6 @@ def test_ten_thousand_events_are_quick(watch: Watch) -> None:
 
 def test_noise_in_a_calendar_costs_no_more_than_the_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "MAX_EVENT", 0.05)
-    monkeypatch.setattr(check, "MAX_RULES", 0.5)
     chance = random.Random(3)
     begins = int(datetime(2026, 11, 25, 6, tzinfo=UTC).timestamp())
     window = check.Window(begins, begins + 3 * 86400)
