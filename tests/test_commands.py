@@ -1109,8 +1109,8 @@ def test_where_there_are_no_handlers_that_is_said(hive: Hive) -> None:
     alpha.handler("ping", "#!/bin/sh\necho pong\n")
     lines = hive.cli("alpha", "handler", "list").stdout.splitlines()
     assert [line.split() for line in lines] == [
-        ["ACTION", "TIMEOUT", "WORKERS", "FILE"],
-        ["ping", "30s", "1", str(alpha.handlers.resolve() / "ping")],
+        ["ACTION", "TIMEOUT", "WORKERS", "ALLOW", "FILE"],
+        ["ping", "30s", "1", "all", str(alpha.handlers.resolve() / "ping")],
     ]
 
 
