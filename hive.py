@@ -3221,7 +3221,7 @@ class Work(Worker):
         self._run_handlers()
 
     def _last_run(self, action: str) -> str:
-        """The id of the last scheduled run of an action whose outcome was taken over."""
+        """The id of the last scheduled run of an action whose word on news was taken over."""
         return str(self._journal.get(f"scheduled {action}").get("id", ""))
 
     def _scheduled_run_ended(
@@ -3234,14 +3234,15 @@ class Work(Worker):
         """Write down how it ended; wake the agent if that is news.  One commit has it all.
 
         What cannot be taken over now is not written down, so that the handler is not told that
-        it was, and tells it again.
+        it was, and tells it again.  Nor is one that could not say whether there is news.
         """
         if result.cancelled or self._node.stopping or self._journal.full:
             one.running = False
             return
         words = one.end(result.ok, said.get("news"), content_hash(result.stdout))
         self._journal.put(one.key, one.kept())
-        self._journal.put(f"scheduled {envelope.action}", {"id": envelope.id})
+        if isinstance(said.get("news"), bool):
+            self._journal.put(f"scheduled {envelope.action}", {"id": envelope.id})
         self._changed()
         if words:
             own, news = said.get("text"), said.get("news") is True
@@ -5000,7 +5001,7 @@ def handler_spec(
 ) -> ProcessSpec:
     """How a handler is run for a message: its environment, its stdin, its deadline.
 
-    A scheduled run is told the id of the last one whose outcome was taken over.
+    A scheduled run is told the id of the last one that said what is news, and was taken over.
     """
     own = config.handlers.get(file.name, HandlerConfig()).env
     inherited = inherited_environment(os.environ, {*config.handler_env, *own})
