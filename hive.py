@@ -2383,10 +2383,10 @@ class SenderLimits:
 
     def refuse(self, name: str, now: float) -> bool:
         """Count one; is it the first for a while, of which its sender should hear?"""
-        count, last = self._refused.get(name, (0, 0.0))
-        first = not count or now - last > REFUSED_MEMORY
+        times, last = self._refused.get(name, (0, 0.0))
+        first = not times or now - last > REFUSED_MEMORY
         if len(self._refused) < MAX_REFUSED or name in self._refused:
-            self._refused[name] = (1 if first else count + 1, now)
+            self._refused[name] = (1 if first else times + 1, now)
         return first and name in self._refused
 
     def trouble(self, now: float) -> list[str]:
@@ -2394,8 +2394,8 @@ class SenderLimits:
         for name in [name for name, (_, at) in self._refused.items() if now - at > REFUSED_MEMORY]:
             del self._refused[name]
         return [
-            f"{name} sends more than {self._rate:g} messages a second: {count} refused"
-            for name, (count, _) in self._refused.items()
+            f"{name} sends more than {self._rate:g} messages a second: {times} refused"
+            for name, (times, _) in self._refused.items()
         ]
 
 

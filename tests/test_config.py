@@ -537,6 +537,8 @@ handler_dir = "HERE/hive-daemon.d"
 handler_timeout = 30.0
 handler_workers = 4
 agent_patience = 3600.0
+sender_rate = 100
+sender_burst = 20000
 state_dir = "HOME/.local/state/hive/box"
 [mqtt]
 keepalive = 30
@@ -654,6 +656,7 @@ def test_a_schedule_is_held_to_its_kinds(key: str, bad: str) -> None:
         ("oc_instances.agent_timeout", "0 -1"),
         ("mqtt.username", '1 "\\u0000"'),
         ("node.agent_patience", "0 31622401"),
+        ("node.sender_rate", "0 1000001 1.5"),
     ],
 )
 def test_more_values_are_held_to_their_kinds(key: str, bad: str) -> None:
