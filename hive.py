@@ -2021,7 +2021,7 @@ def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, An
             "text": task.envelope.text[:SHOWN_TEXT],
         }
         for task in journal.tasks()[:MAX_ROWS]
-        if task.envelope and not task.accepted
+        if not task.accepted
     ]
     outbox = [
         {
@@ -3231,7 +3231,7 @@ class Work(Worker):
         self._run_handlers()
 
     def _last_run(self, action: str) -> str:
-        """The id of the last scheduled run of an action whose outcome was taken over."""
+        """The id of the last scheduled run of an action whose word on news was taken over."""
         return str(self._journal.get(f"scheduled {action}").get("id", ""))
 
     def _scheduled_run_ended(
@@ -3244,14 +3244,15 @@ class Work(Worker):
         """Write down how it ended; wake the agent if that is news.  One commit has it all.
 
         What cannot be taken over now is not written down, so that the handler is not told that
-        it was, and tells it again.
+        it was, and tells it again.  Nor is one that could not say whether there is news.
         """
         if result.cancelled or self._node.stopping or self._journal.full:
             one.running = False
             return
         words = one.end(result.ok, said.get("news"), content_hash(result.stdout))
         self._journal.put(one.key, one.kept())
-        self._journal.put(f"scheduled {envelope.action}", {"id": envelope.id})
+        if isinstance(said.get("news"), bool):
+            self._journal.put(f"scheduled {envelope.action}", {"id": envelope.id})
         self._changed()
         if words:
             own, news = said.get("text"), said.get("news") is True
@@ -3758,7 +3759,7 @@ class MqttConfig(ConfigTable):
         30, integer(5, 65535, "whole seconds"), "seconds until a silent connection is checked"
     )
     protocol: str = setting(
-        "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused"
+        "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused or not answered"
     )
     tls: bool = setting(False, boolean, "encrypt, and check the broker's certificate and name")
     ca_file: Path | None = setting(
@@ -5010,7 +5011,7 @@ def handler_spec(
 ) -> ProcessSpec:
     """How a handler is run for a message: its environment, its stdin, its deadline.
 
-    A scheduled run is told the id of the last one whose outcome was taken over.
+    A scheduled run is told the id of the last one that said what is news, and was taken over.
     """
     own = config.handlers.get(file.name, HandlerConfig()).env
     inherited = inherited_environment(os.environ, {*config.handler_env, *own})
@@ -11505,6 +11506,9 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
         return
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
+    if context.config.allow and context.config.mqtt.named and not context.config.checked:
+        what = "allow is about names that anybody may use: this broker does not check senders"
+        yield Finding(Level.WARN, what, "see [mqtt] senders")
     for action in context.config.handlers.keys() - found.handlers.keys():
         near = did_you_mean(action, found.handlers)
         yield Finding(Level.WARN, f"[handlers.{action}] is about none that is there", near)
@@ -11653,7 +11657,7 @@ def check_publishing(context: DoctorContext) -> Iterator[Finding]:
         todo = acl_for(context.config) if "ACL" in todo or not todo else todo
         yield Finding(Level.FAIL, f"to {and_more(refused)}: {why}", todo)
     else:
-        always = ", as MQTT 3.1.1 always says" if context.config.mqtt.protocol != "5" else ""
+        always = "" if context.broker.client.v5 else ", as MQTT 3.1.1 always says"
         yield Finding(Level.OK, f"messages to ourselves are taken{always}")
 
 

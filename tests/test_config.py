@@ -826,6 +826,30 @@ def read(parse: Callable[[str], object], text: str) -> str:
         return "not TOML"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "\n", "# a\n", "#\0", "# \x7f", "name = 1", "[node", "node]", "[node]]", "[[node]"),
+        *(
+            "[a]\n[a]",
+            "[[a]]\n[a]",
+            "[a]\n[[a]]",
+            "[[a]]\nx = 1\n[[a]]\nx = 2",
+            "[a]\n\n[b]\nx = 1",
+        ),
+        *("[a]\r\nx = 1\r\n", "[é]", "[a]\né = 1", "[a]\nx = 1\nx = 1", "[a] # b\nx = 1#c"),
+        *(f"[a]\nx = {value}" for value in ("01", "0", "-1", "1.50", "1.", "1e5", "1_0", "0x1")),
+        *(f"[a]\nx = {value}" for value in ("true", "True", "false#", "truex", "1979-05-27", "''")),
+        *(
+            f'[a]\nx = "{value}"'
+            for value in ("", "é", "a # b", "\\\\", '"', "\t", "\x7f", "\u2028")
+        ),
+    ],
+)
+def test_a_line_that_is_nearly_simple_is_read_as_tomllib_reads_it(text: str) -> None:
+    assert read(hive.parse_toml, text) == read(tomllib.loads, text)
+
+
 @settings(deadline=None, max_examples=300)
 @given(st.lists(lines, max_size=6).map("\n".join))
 def test_what_is_read_without_tomllib_is_what_tomllib_reads(text: str) -> None:
