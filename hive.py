@@ -386,6 +386,7 @@ CHANNELS = {
         Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
     )
 }
+PRIVATE = "~"  # how the last level of a topic begins that is no sender's name
 RESERVED = (EVERYONE, "meta", "state", "roster", *CHANNELS)  # levels of topics; no node's name
 
 
@@ -671,8 +672,12 @@ class Topics(Value):
         return [topic for name in names for topic in self.from_anybody(name)]
 
     def private(self, name: str, token: str) -> str:
-        """A topic of a node's own, for itself, that no daemon subscribes to."""
-        return f"{self.prefix}/{name}/response/{name}/{token}"
+        """A topic of a node's own, for itself; where a daemon hears it, it is not meant.
+
+        Each kind of hive has rules of its broker, which allow one of the two.
+        """
+        below = f"{name}/" if self.sender else PRIVATE
+        return f"{self.prefix}/{name}/response/{below}{token}"
 
     def meta_of(self, topic: str) -> tuple[str, str] | None:
         """The (name, document) of a meta topic, None for any other."""
@@ -2538,6 +2543,9 @@ class Node:
             if meta == (self.name, "state") and not message.retained:
                 self.all_heard()  # our own, which we publish last
             return
+        place = self.topics.place(message.topic)
+        if place and place[2].startswith(PRIVATE):
+            return message.ack()  # what a command says to itself
         self.counts["received"] += 1
         try:
             envelope = Envelope.parse(message.payload)
@@ -2545,16 +2553,18 @@ class Node:
             self.counts["invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
             return self.commit_soon(message.ack)
-        what, row = self._receive(envelope, message)
+        what, row = self._receive(envelope, message, place)
         if what is SIGN_OF_LIFE:
             message.ack()  # there is nothing to commit, and no turn is cheaper than none
         else:
             self.commit_soon(message.ack)
         self._perform(what, envelope, row, self._time_left(envelope, message))
 
-    def _receive(self, envelope: Envelope, message: IncomingMessage) -> tuple[Decision, int]:
+    def _receive(
+        self, envelope: Envelope, message: IncomingMessage, place: tuple[str, str, str] | None
+    ) -> tuple[Decision, int]:
         """Decide what to do with it; its row in the journal, if it has one now."""
-        place, here = self.topics.place(message.topic), self.context()
+        here = self.context()
         checked = bool(self.topics.sender) and not message.earlier
         reason = misplaced(envelope, place, here, checked, message.retained)
         reason = reason or untimely(envelope, time.time())
