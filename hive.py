@@ -10470,6 +10470,56 @@ def mosquitto_acl(setup: MosquittoSetup) -> str:
 
 
 # @WORD@ is filled in; a line after "@tls " or "@plain " is there with TLS, or without it.
+MOSQUITTO_CONF = """\
+listener @LISTENER@
+@tls certfile @FOLDER@/server.pem
+@tls keyfile @FOLDER@/server.key
+@tls tls_version tlsv1.2
+@plain # No TLS: whoever is on the way reads passwords and messages.
+@plain # For a VPN or loopback, not a LAN.
+
+# Nobody without a password, and each node only what is its own.
+allow_anonymous false
+password_file @FOLDER@/passwords
+acl_file @FOLDER@/acl
+
+# What was acknowledged is on disk a moment later, not in half an hour.
+persistence true
+persistence_location @DATA@/
+autosave_interval 1
+autosave_on_changes true
+
+# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
+max_queued_messages 0
+persistent_client_expiration @EXPIRY@d
+max_packet_size @MAX_PACKET@
+"""
+AUTHORITY_REQUEST = """\
+[req]
+distinguished_name = name
+x509_extensions = authority
+prompt = no
+[name]
+CN = hive @PREFIX@
+[authority]
+basicConstraints = critical,CA:TRUE
+keyUsage = critical,keyCertSign,cRLSign
+subjectKeyIdentifier = hash
+"""
+SERVER_REQUEST = """\
+[req]
+distinguished_name = name
+prompt = no
+[name]
+CN = @CN@
+[server]
+basicConstraints = critical,CA:FALSE
+keyUsage = critical,digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
+subjectAltName = @SUBJECT_NAMES@
+"""
 SCRIPT_HEAD = """\
 #!/bin/sh
 # Sets up Mosquitto for the hive whose topics begin with @PREFIX@/, and for its nodes
@@ -10534,35 +10584,13 @@ if [ -e "$etc/mosquitto.conf" ] && ! grep -q mosquitto-conf "$etc/mosquitto.conf
 fi
 """
 
-SCRIPT_FILES = """
+SCRIPT_FILES = f"""
 # == The configuration
 
 put "$etc/mosquitto.conf" 644 <<END
 # Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
 
-listener @LISTENER@
-@tls certfile $etc/hive/server.pem
-@tls keyfile $etc/hive/server.key
-@tls tls_version tlsv1.2
-@plain # No TLS: whoever is on the way reads passwords and messages.
-@plain # For a VPN or loopback, not a LAN.
-
-# Nobody without a password, and each node only what is its own.
-allow_anonymous false
-password_file $etc/hive/passwords
-acl_file $etc/hive/acl
-
-# What was acknowledged is on disk a moment later, not in half an hour.
-persistence true
-persistence_location $data/
-autosave_interval 1
-autosave_on_changes true
-
-# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
-max_queued_messages 0
-persistent_client_expiration @EXPIRY@d
-max_packet_size @MAX_PACKET@
-END
+{MOSQUITTO_CONF}END
 
 # == Who may do what
 
@@ -10587,25 +10615,15 @@ for node in "$@"; do password "$node"; done
 give "$etc/hive/passwords" "$etc/hive/acl" "$data"
 """
 
-SCRIPT_TLS = """
+SCRIPT_TLS = f"""
 # == Certificates: an authority of this hive's own, and the server's, which it signs
 
 cd "$etc/hive"
-key() { openssl ecparam -name prime256v1 -genkey -noout; }
+key() {{ openssl ecparam -name prime256v1 -genkey -noout; }}
 if [ ! -e ca.pem ]; then
   key | put ca.key 600
   cat >new <<'END'
-[req]
-distinguished_name = name
-x509_extensions = authority
-prompt = no
-[name]
-CN = hive @PREFIX@
-[authority]
-basicConstraints = critical,CA:TRUE
-keyUsage = critical,keyCertSign,cRLSign
-subjectKeyIdentifier = hash
-END
+{AUTHORITY_REQUEST}END
   openssl req -x509 -new -sha256 -days @DAYS@ -config new -key ca.key | put ca.pem 644
   rm -f server.pem
 fi
@@ -10613,19 +10631,7 @@ names='@NAMES@'
 if [ ! -e server.pem ] || [ "$names" != "$(cat server.names)" ]; then
   key | put server.key 600
   cat >new <<END
-[req]
-distinguished_name = name
-prompt = no
-[name]
-CN = @CN@
-[server]
-basicConstraints = critical,CA:FALSE
-keyUsage = critical,digitalSignature
-extendedKeyUsage = serverAuth
-subjectKeyIdentifier = hash
-authorityKeyIdentifier = keyid
-subjectAltName = $names
-END
+{SERVER_REQUEST}END
   openssl req -new -sha256 -config new -key server.key |
     openssl x509 -req -sha256 -days @DAYS@ -extfile new -extensions server -CA ca.pem \\
       -CAkey ca.key -set_serial "0x$(openssl rand -hex 16)" | put server.pem 644
@@ -10674,7 +10680,6 @@ echo "When a node has its password: ${sudo}rm $etc/hive/NODE.password"
 def mosquitto_script(setup: MosquittoSetup) -> str:
     """The whole script: several files in one stream, which can be read, kept and run."""
     host, port, numeric = setup.host, setup.port, is_address(setup.host)
-    certified = (f"IP:{host}" if numeric else f"DNS:{host}", "DNS:localhost", "IP:127.0.0.1")
     words = {
         "PREFIX": setup.topics.prefix,
         "NODES": " ".join(setup.nodes),
@@ -10682,19 +10687,32 @@ def mosquitto_script(setup: MosquittoSetup) -> str:
         "PORT": str(port),
         "ADDRESS": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         "LISTENER": f"{port} {host}" if numeric else str(port),  # else at every address
-        "EXPIRY": str(SESSION_EXPIRY // 86400),
-        "MAX_PACKET": str(MAX_PACKET),
+        "FOLDER": "$etc/hive",
+        "DATA": "$data",
         "ACL": mosquitto_acl(setup),
         "SCRIPT": "setup.sh",
         "OPENSSL": " openssl" if setup.tls else "",
         "DAYS": str(SURE_DAYS),
         "CN": host[:64],  # X.509's limit; the names that count are in subjectAltName
-        "NAMES": ",".join(dict.fromkeys(certified)),
+        "NAMES": subject_names([host]),
+        "SUBJECT_NAMES": "$names",
     }
     tls = SCRIPT_TLS if setup.tls else ""
     text = "".join((SCRIPT_HEAD, SCRIPT_FILES, SCRIPT_PASSWORDS, tls, SCRIPT_TAIL))
-    absent, present = ("@plain ", "@tls ") if setup.tls else ("@tls ", "@plain ")
+    return fill_in(text, words, setup.tls)
+
+
+def subject_names(hosts: Iterable[str]) -> str:
+    """Whom a certificate is for, as subjectAltName has it: these, and who asks on the machine."""
+    named = [f"IP:{host}" if is_address(host) else f"DNS:{host}" for host in hosts]
+    return ",".join(dict.fromkeys((*named, "DNS:localhost", "IP:127.0.0.1")))
+
+
+def fill_in(text: str, words: Mapping[str, str], tls: bool) -> str:
+    """Put the words into one of the texts above, and leave out what is not for TLS, or only."""
+    absent, present = ("@plain ", "@tls ") if tls else ("@tls ", "@plain ")
     text = re.sub(rf"(?m)^{absent}.*\n|^{present}", "", text)
+    words = {"EXPIRY": str(SESSION_EXPIRY // 86400), "MAX_PACKET": str(MAX_PACKET), **words}
     return re.sub(r"@([A-Z_]+)@", lambda found: words[found[1]], text)
 
 
