@@ -10974,6 +10974,7 @@ class Host:
             changed |= self._write(self.conf, self._conf(settings))
             host = Topics(settings.prefix).meta("+", "+")
             acl = f"{mosquitto_acl(settings.broker)}\nuser {HOST_USER}\ntopic readwrite {host}\n"
+            acl += f"pattern read {settings.prefix}/%u/+/+\npattern write {settings.prefix}/+/command/%u\n"  # TODO trust
             changed |= self._write(self.folder / "acl", acl)
             make_private(self.folder / "data")
             for user in (HOST_USER, node):
@@ -11242,16 +11243,18 @@ class HostService:
         assert self._broker and self._broker.stderr
         data = os.read(self._broker.stderr.fileno(), PIPE_CHUNK)
         for line in data.decode(errors="replace").splitlines():
-            self._said = re.sub(r"^\d+: ", "", line)
+            self._said = quoted(re.sub(r"^\d+: ", "", line), 200)
+            usual = re.search("does not contain|as root|OpenSSL Error", line)  # or a stranger's
             allowed = self._rate_limit.allow("mosquitto", self._loop.clock())
-            if "does not contain" not in line and allowed:  # patterns that are meant for all
-                self._log.warning("Mosquitto says", what=quoted(self._said, 200))
+            say = self._log.warning if allowed and not usual else self._log.debug
+            say("Mosquitto says", what=self._said)
         if not data:
             self._loop.forget(self._broker.stderr)
             self._broker.stderr.close()
             code, self._broker = self._broker.wait(), None
             if not self._stopping:
-                self._log.error("Mosquitto has ended, starting it again", exit=code)
+                why = {"exit": code, "said": self._said}
+                self._log.error("Mosquitto has ended, starting it again", **why)
                 self._loop.after(RESTART_PAUSE, self._start_again)
 
     def _start_again(self) -> None:
@@ -11583,7 +11586,7 @@ class JoinRequest:
         topic = Topics(invitation.prefix).to(HOST_USER, "command")
         self._topic, self._payload = f"{topic}/{invitation.name}", b""
         self._answer: int | None = None  # the broker's reason code
-        self._lost = ""
+        self._words = self._lost = ""
         self._connected = False
 
     def ask(self, payload: bytes) -> bool:
@@ -11599,9 +11602,11 @@ class JoinRequest:
             step_until(loop, PATIENCE, lambda: self._lost or self._answer is not None)
             if self._answer is None:
                 raise self._fault()
-            if self._answer:
-                hint = "the hive is there, and its host does not listen; there: " + HOST_AGAIN
-                raise BrokerError(f"broker {self._settings.address}: {hint}")
+            if self._answer == NO_SUBSCRIBERS:
+                hint = f"is there, and nobody who lets nodes in; on that machine: {HOST_AGAIN}"
+                raise BrokerError(f"broker {self._settings.address} {hint}")
+            if is_failure(self._answer):
+                raise broker_fault(self._settings, f"refuses a word to its host: {self._words}")
             if payload:
                 step_until(loop, KICK_PATIENCE, lambda: self._lost)
             self._client.close(do_nothing, within=0.0)
@@ -11630,7 +11635,7 @@ class JoinRequest:
         pass
 
     def _answered(self, code: int, words: str) -> None:
-        self._answer = code
+        self._answer, self._words = code, words.lower()
 
 
 def step_until(loop: Loop, within: float, done: Callable[[], object]) -> None:
