@@ -51,8 +51,8 @@ tokens; only what needs judgment wakes an agent.
 #           Hosting     one that this user runs for a hive, and who may come in
 #                       <- Process, Database, MqttClient, Setup, Mosquitto
 #           Join        one line makes a machine a node of a hive
-#                       <- Journal, Requests, MqttClient, BrokerHost, Client, Setup, Mosquitto,
-#                       Hosting
+#                       <- Journal, Requests, Packets, MqttClient, BrokerHost, Client, Setup,
+#                       Mosquitto, Hosting
 #           Commands    one function for each subcommand, its options beside it <- *
 #           Main        arguments in, exit code out <- Members, Commands
 
@@ -11190,6 +11190,7 @@ class HostService:
         self._requests = Topics(self._settings.prefix).to(HOST_USER, "command") + "/"
         self._broker: subprocess.Popen[bytes] | None = None
         self._conf, self._said, self._stopping = "", "", False
+        self._renewed = self._offset = 0.0  # when that was last seen to; the wall clock's offset
         self._client = MqttClient(
             loop, host.login(HOST_USER), subscriptions=[(f"{self._requests}+", 0)]
         )
@@ -11267,13 +11268,21 @@ class HostService:
             self._broker.terminate()
         else:
             self._host.reload()
+        self._look_after(time.time())
 
     def _tick(self) -> None:
         self._loop.after(HOST_TICK, self._tick)
+        self._look_after(time.time())
+
+    def _look_after(self, now: float) -> None:
+        """End what was good for a time; see to the certificate once an hour, or in a new time."""
+        offset = now - self._loop.clock()  # other than before, where somebody set the clock
         try:
-            if late := self._host.end_invitations(time.time()):
+            if late := self._host.end_invitations(now):
                 self._log.info("not joined in time", nodes=", ".join(late))
-            self._host.renew(time.time())
+            if now > self._renewed + 3600.0 or abs(offset - self._offset) > 60.0:
+                self._renewed, self._offset = now, offset
+                self._host.renew(now)
         except (HiveError, OSError) as error:
             self._log.error("cannot look after the hive", why=reason_of(error))
 
@@ -11297,8 +11306,11 @@ class HostService:
         if not hashed:
             return  # only to see whether anybody is here
         joined = self._host.accept(name, hashed, time.time())
-        if joined or self._rate_limit.allow("request", self._loop.clock()):
-            self._log.info("joined" if joined else "not invited", node=name)
+        if joined:
+            self._log.info("joined", node=name)
+        elif self._rate_limit.allow("request", self._loop.clock()):
+            self._log.warning("not invited", node=name)
+            self._look_after(time.time())  # it may have come too late
 
 
 def end_process(pid: int, lock: Path) -> None:
@@ -11581,18 +11593,18 @@ def first_reachable(hosts: Sequence[str], port: int) -> str:
 class JoinRequest:
     """One connection with an invitation's password, and one word to the host on it."""
 
-    def __init__(self, invitation: Invitation, settings: MqttConfig) -> None:
-        self._name, self._settings = invitation.name, settings
-        topic = Topics(invitation.prefix).to(HOST_USER, "command")
-        self._topic, self._payload = f"{topic}/{invitation.name}", b""
+    def __init__(self, settings: MqttConfig, prefix: str) -> None:
+        self._settings = settings
+        topic = Topics(prefix).to(HOST_USER, "command")
+        self._topic, self._payload = f"{topic}/{settings.username}", b""
         self._answer: int | None = None  # the broker's reason code
         self._words = self._lost = ""
         self._connected = False
 
-    def ask(self, payload: bytes) -> bool:
-        """Say it; did that end the session, as a new password does?  Raises BrokerError.
+    def ask(self, payload: bytes) -> None:
+        """Say it, and wait until that ends the session, as a new password does.
 
-        An empty one only asks whether we would be heard.
+        An empty one only asks whether we would be heard.  Raises BrokerError.
         """
         loop, self._payload = Loop(Log("error")), payload
         self._answer, self._lost, self._connected = None, "", False
@@ -11610,7 +11622,6 @@ class JoinRequest:
             if payload:
                 step_until(loop, KICK_PATIENCE, lambda: self._lost)
             self._client.close(do_nothing, within=0.0)
-        return bool(self._lost)
 
     def _fault(self) -> BrokerError:
         if "not authorized" in self._lost and not self._connected:
@@ -12804,23 +12815,36 @@ def command_join(args: argparse.Namespace) -> int:
     refuse_to_join(file, args.force)
     invitation = Invitation.parse(invitation_line(args.line))
     host = first_reachable(invitation.hosts, invitation.port)
-    password = new_password()
+    pending = file.with_name(f"{file.name}.joining")
+    with invited_settings(invitation, host) as mqtt:
+        password = new_secret_at(mqtt, invitation.prefix, pending)
     files = joined_files(invitation, host, file, password)
-    with join_request(invitation, host) as request:
-        request.ask(b"")
-        if file.exists():
-            aside = file.with_name(f"{file.name}.before-join")
-            files = {aside: file.read_text(), **files}
-        write_privately(files, force=True)
-        hashed = password_hash(password, os.urandom(12))
-        if not request.ask(hashed.encode()):
-            wait = "the host has not confirmed it yet; does doctor say that the broker lets us in?"
-            raise BrokerError(f"{wait}  If not, ask for another invitation: join --force")
-    kept = f"; what was there is in {file.name}.before-join" if len(files) > 3 else ""
+    replaced = file.exists()
+    if replaced:
+        files = {file.with_name(f"{file.name}.before-join"): file.read_text(), **files}
+    write_privately(files, force=True)
+    pending.unlink()
+    kept = f"; what was there is in {file.name}.before-join" if replaced else ""
     print(f"wrote {file}: node {invitation.name}, broker {host}:{invitation.port}{kept}")
     code = show_tests(file)
     print(next_commands(file, "daemon"), end="")
     return code
+
+
+def new_secret_at(invited: MqttConfig, prefix: str, pending: Path) -> str:
+    """Have the host take a password of ours; it is in a file before, lest a crash lose it."""
+    with contextlib.suppress(FileNotFoundError):
+        password = pending.read_text().strip()
+        if lets_in(invited.replace(password=password)):
+            return password  # we had joined, and were interrupted
+    request = JoinRequest(invited, prefix)
+    request.ask(b"")
+    password = new_password()
+    write_privately({pending: f"{password}\n"}, force=True)
+    request.ask(password_hash(password, os.urandom(12)).encode())
+    if not lets_in(invited.replace(password=password)):
+        raise BrokerError(f"{invited.address} does not take the invitation: {NO_GOOD}")
+    return password
 
 
 def refuse_to_join(file: Path, force: bool) -> None:
@@ -12841,14 +12865,14 @@ def refuse_to_join(file: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def join_request(invitation: Invitation, host: str) -> Iterator[JoinRequest]:
-    """The authority's certificate must be in a file, for as long as that takes."""
+def invited_settings(invitation: Invitation, host: str) -> Iterator[MqttConfig]:
+    """How to connect with an invitation; the authority's certificate is in a file meanwhile."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="hive-join-") as folder:
         ca_file = Path(folder, "ca.pem")
         ca_file.write_text(invitation.authority())
-        yield JoinRequest(invitation, invitation.settings(host, ca_file))
+        yield invitation.settings(host, ca_file)
 
 
 def invitation_line(said: str) -> str:
