@@ -357,7 +357,6 @@ MAX_NESTING = 32  # levels of a field that we don't know
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
 EVERYONE = "all"
-RESERVED = (EVERYONE, "meta")
 URGENCIES = ("now", "later")
 
 
@@ -392,10 +391,11 @@ CHANNELS = {
         Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
     )
 }
+RESERVED = (EVERYONE, "meta", "state", "roster", *CHANNELS)  # levels of topics; no node's name
 
 
 def node_name(value: object) -> str:
-    """a name: 1 to 63 of A-Za-z0-9._- , not 'all' or 'meta'"""
+    """a name: 1 to 63 of A-Za-z0-9._- , not 'all', 'meta', 'state', 'roster' or a channel's"""
     if not isinstance(value, str) or not NAME.fullmatch(value) or value in RESERVED:
         raise ValueError
     return value
@@ -616,15 +616,35 @@ def topic_prefix(value: object) -> str:
 
 
 class Topics(Value):
-    """The topics of one hive (protocol, "Topics")."""
+    """The topics of one hive (protocol, "Topics"), and who publishes there.
+
+    In a checked hive the last level of an envelope's topic is the node that sent it, and the
+    broker sees to that.
+    """
 
     prefix: str
+    sender: str = ""  # this node, in a checked hive; nobody in an open one
 
     def of(self, envelope: Envelope) -> str:
-        return f"{self.prefix}/{envelope.to}/{envelope.ch}"
+        return self.to(envelope.to, envelope.ch)
 
     def to(self, recipient: str, ch: str = "+") -> str:
-        return f"{self.prefix}/{recipient}/{ch}"
+        """Where this node publishes what is for another, or for all."""
+        topic = f"{self.prefix}/{recipient}/{ch}"
+        return f"{topic}/{self.sender}" if self.sender else topic
+
+    def from_anybody(self, recipient: str, ch: str = "+") -> list[str]:
+        """What is for a name, in an open hive and in a checked one."""
+        topic = f"{self.prefix}/{recipient}/{ch}"
+        return [topic, f"{topic}/+"]
+
+    def place(self, topic: str) -> tuple[str, str, str] | None:
+        """The (recipient, channel, sender) of an envelope's topic; an open one names no sender."""
+        home = f"{self.prefix}/"
+        levels = topic.removeprefix(home).split("/")
+        if not topic.startswith(home) or not 2 <= len(levels) <= 3 or levels[0] == "meta":
+            return None
+        return levels[0], levels[1], levels[2] if len(levels) == 3 else ""
 
     def meta(self, name: str, document: str) -> str:
         """Where a state (`state`), a roster (`roster`) or an action's latest result is kept."""
@@ -632,11 +652,12 @@ class Topics(Value):
 
     def for_node(self, names: Iterable[str]) -> list[str]:
         """What a node subscribes to: what is for it, its agents and everyone."""
-        return [self.to(name) for name in dict.fromkeys([*names, EVERYONE])]
+        names = dict.fromkeys([*names, EVERYONE])
+        return [topic for name in names for topic in self.from_anybody(name)]
 
     def private(self, name: str, token: str) -> str:
-        """A topic below a node's own name that no daemon subscribes to."""
-        return f"{self.prefix}/{name}/response/{token}"
+        """A topic of a node's own, for itself, that no daemon subscribes to."""
+        return f"{self.prefix}/{name}/response/{name}/{token}"
 
     def meta_of(self, topic: str) -> tuple[str, str] | None:
         """The (name, document) of a meta topic, None for any other."""
@@ -674,6 +695,7 @@ AWAITED = "somebody waits for it"
 NO_AGENT = "there is no agent to tell"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
+OTHER_KIND = "its topic does not say who sent it"
 
 
 class RoutingContext(Value):
@@ -684,6 +706,7 @@ class RoutingContext(Value):
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
     why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
+    speaks_for: Callable[[str, str], bool] = lambda node, name: False  # is it that node's agent?
 
     def addressed(self, to: str) -> tuple[str, ...]:
         """The agents that a message to this name is for."""
@@ -692,10 +715,26 @@ class RoutingContext(Value):
         return (to,) if to in self.agents else tuple(self.agents[:1])
 
 
-def misplaced(envelope: Envelope, topic: str, topics: Topics, retained: bool) -> str | None:
-    """Why an envelope must not be acted upon, whatever it says."""
-    if topic != topics.of(envelope):
+def misplaced(
+    envelope: Envelope,
+    place: tuple[str, str, str] | None,
+    here: RoutingContext,
+    checked: bool = False,
+    retained: bool = False,
+) -> str | None:
+    """Why an envelope must not be acted upon, whatever it says; `place` is its topic's.
+
+    `checked`: a topic that names no sender could be anybody's.
+    """
+    to, ch, sender = place or ("", "", "")
+    own_agents = here.agents if to == here.node else ()
+    if ch != envelope.ch or not (to == envelope.to or envelope.to in own_agents):
         return "its topic disagrees with to and ch"
+    if sender and sender != envelope.sender:  # then it is an agent of that node; those don't beat
+        if ch == "heartbeat" or not here.speaks_for(sender, envelope.sender):
+            return "its topic names another sender"
+    elif checked and not sender:
+        return OTHER_KIND
     if retained:
         return "it was retained, and would be acted upon again at each start"
     return None
@@ -2160,11 +2199,12 @@ class Node:
         self.name, self.topics = config.node.id, config.topics
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
+        self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
-        self.members = Members(config, loop, log, self.send, self.publish, self._probe)
+        self.members = Members(config, loop, log, journal, self.send, self._probe)
         self._rate_limit = RateLimit()
         self.requests = Requests(
             self.name,
@@ -2181,7 +2221,7 @@ class Node:
     def attach(self, client: Transport) -> None:
         """From now on messages go out by this client."""
         self._client = client
-        client.use_outbox(self.journal, self.published)
+        client.use_outbox(self.journal, self.published, self._address)
 
     def start(self) -> None:
         """Look after the journal from now on."""
@@ -2195,6 +2235,8 @@ class Node:
 
     def all_heard(self) -> None:
         """How all others are has been heard by now."""
+        if not self.heard_all:
+            self.commit_soon()  # what had to wait for its address
         self.heard_all, self._seen_broker = True, self.loop.clock()
 
     def on_disconnected(self, mqtt: MqttConfig, reason: str) -> None:
@@ -2286,12 +2328,16 @@ class Node:
 
     def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
         """Decide what to do with it; its row in the journal, if it has one now."""
-        reason = misplaced(envelope, delivery.topic, self.topics, delivery.retained)
+        place, here = self.topics.place(delivery.topic), self.context()
+        checked = bool(self.topics.sender) and not delivery.earlier
+        reason = misplaced(envelope, place, here, checked, delivery.retained)
+        if reason == OTHER_KIND or (place and place[2] and not self.topics.sender):
+            self._note_other_kind(envelope)
         if not reason and delivery.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
-        what = Decision(Do.DROP, reason) if reason else decide(envelope, self.context())
+        what = Decision(Do.DROP, reason) if reason else decide(envelope, here)
         row = 0
         if what.do not in (Do.HEAR, Do.DROP):
             note, content = "" if what.do is Do.WAKE else what.reason, delivery.payload.decode()
@@ -2302,10 +2348,18 @@ class Node:
             self._take_note(envelope)
         return what, row
 
+    def _note_other_kind(self, envelope: Envelope) -> None:
+        """Say once that there is a node that takes this hive for one of the other kind."""
+        if not self._other_kind:
+            here, there = self.config.mqtt.senders, "open" if self.config.checked else "checked"
+            note = f'[mqtt] senders is "{there}" there, and "{here}" here: make it the same'
+            self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
+        self._other_kind = True
+
     def _take_note(self, envelope: Envelope) -> None:
         """What a new message means to those who wait, whatever is done with it."""
         if envelope.ch == "alert" and envelope.to == EVERYONE:
-            self.members.mark_announced(envelope.exchange)
+            self.members.mark_announced(envelope.exchange, envelope.sender)
         if CHANNELS[envelope.ch].wake is Wake.UNLESS_AWAITED and envelope.corr:
             self.journal.resolve_request(envelope.corr)
             self.commit_soon(lambda: self.requests.heard(envelope))
@@ -2317,7 +2371,13 @@ class Node:
             handlers=self.worker.handlers,
             expects=self.requests.waits,
             why_not=self.worker.why_not,
+            speaks_for=self._speaks_for,
         )
+
+    def _speaks_for(self, node: str, agent: str) -> bool:
+        """Is it an agent of that node?"""
+        own = agent in self.worker.agents
+        return (self.name if own else self.members.node_of(agent)) == node
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
@@ -2325,7 +2385,8 @@ class Node:
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
-                say = self.log.debug if what == SEEN_BEFORE else self._log_limited
+                quiet = what == SEEN_BEFORE or what.reason == OTHER_KIND  # said otherwise
+                say = self.log.debug if quiet else self._log_limited
                 say("dropped", **facts, why=what.reason)
             case Do.HEAR:
                 self.log.debug("received", **facts)
@@ -2386,6 +2447,20 @@ class Node:
         fault = self._post(envelope)
         if fault:
             self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
+
+    def _address(self, topic: str) -> str | None:
+        """Where to publish what waits in the outbox for a topic; None while that is not known.
+
+        Which topics a hive has, and on which node an agent lives, may change meanwhile.
+        """
+        to, ch, _ = self.topics.place(topic) or ("", "", "")
+        node: str | None = to
+        if not to:
+            return topic
+        if self.topics.sender and to != EVERYONE:
+            node = self.name if to in self.worker.agents else self.members.node_of(to)
+            node = node or (to if self.heard_all else None)
+        return node and self.topics.to(node, ch)
 
     def refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if its message may cause an answer at all."""
@@ -3330,6 +3405,9 @@ class MqttConfig(ConfigTable):
         None, file_path, "this node's certificate, where the broker asks for one", "node.pem"
     )
     key_file: Path | None = setting(None, file_path, "and its private key", "node.key")
+    senders: str = setting(
+        "open", choice("open", "checked"), "checked: the broker lets no node speak for another"
+    )
 
     def check(self, where: str) -> None:
         if bool(self.cert_file) != bool(self.key_file):
@@ -3528,7 +3606,17 @@ class Config(Value):
 
     @property
     def topics(self) -> Topics:
-        return Topics(self.node.topic_prefix)
+        return Topics(self.node.topic_prefix, self.node.id if self.checked else "")
+
+    @property
+    def checked(self) -> bool:
+        """Does the broker see to it that nobody speaks in another's name?"""
+        return self.mqtt.senders == "checked"
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Whose mail the broker has for us: in a checked hive an agent's goes to its node."""
+        return [self.node.id] if self.checked else [self.node.id, *self.agents]
 
     @property
     def agents(self) -> Mapping[str, InstanceConfig]:
@@ -5444,6 +5532,8 @@ def is_locked(file: Path) -> bool:
 # whatever is to be said goes through what it is given for that.
 
 MAX_MEMBERS = 5000  # nodes and agents
+MAX_AGENTS = 100  # of one node
+CLAIM_TIME = 60.0  # seconds in which a node may speak up that still owns agents, as we remember
 MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
 MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
@@ -5502,6 +5592,44 @@ class Member:
         self.failed: float | None = None  # when
         self.announced = False  # did somebody tell the hive that it is lost?
         self.documents: dict[str, bytes] = {}  # its state and roster
+        self.is_node = False  # has it spoken for itself, as agents do not?
+
+
+class AgentNames:
+    """Which node each agent belongs to: who had it first keeps it, until that node is gone.
+
+    It is remembered across restarts, or whoever lists another's agent would win at one of them.
+    """
+
+    def __init__(self, me: str, journal: Journal, log: Log) -> None:
+        self._me, self._journal, self._log = me, journal, log
+        known = journal.get("agents").items()
+        self._nodes = {agent: node for agent, node in known if isinstance(node, str)}
+        self._refused: set[tuple[str, str]] = set()  # what has been logged
+
+    def node_of(self, agent: str) -> str | None:
+        return self._nodes.get(agent)
+
+    def take(self, node: str, listed: object, holds: Callable[[str], bool]) -> None:
+        """A roster names its agents; `holds` tells whether another node keeps its own."""
+        names = listed[:MAX_AGENTS] if isinstance(listed, list) else []
+        agents = {one for one in names if isinstance(one, str) and NAME.fullmatch(one)}
+        kept = {one: of for one, of in self._nodes.items() if of != node or one in agents}
+        for agent in sorted(agents):
+            owner = kept.get(agent, node)
+            if owner != node and (owner == self._me or holds(owner)):
+                self._refuse(node, agent, owner)
+            elif len(kept) < MAX_MEMBERS:
+                kept[agent] = node
+        if kept != self._nodes:
+            self._nodes = kept
+            self._journal.put("agents", kept)
+
+    def _refuse(self, node: str, agent: str, owner: str) -> None:
+        """Say it once."""
+        if (node, agent) not in self._refused and len(self._refused) < MAX_MEMBERS:
+            self._refused.add((node, agent))
+            self._log.warning("agent is another's", agent=agent, of=owner, claimed_by=node)
 
 
 class Members:
@@ -5512,18 +5640,19 @@ class Members:
         config: Config,
         loop: Loop,
         log: Log,
+        journal: Journal,
         send: Callable[[Envelope], None],
-        publish: Callable[[OutgoingMessage], None],
         probe: Callable[[Callable[[bool], None]], None],
     ) -> None:
         """`probe` calls back with whether the broker takes new connections."""
         self.presence: Presence | None = None  # what this node shows of itself, if it does
-        self._me, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
         self._loop, self._log = loop, log
-        self._send, self._publish, self._probe = send, publish, probe
+        self._send, self._probe = send, probe
+        self._agents = AgentNames(config.node.id, journal, log)
         self._members: dict[str, Member] = {}  # in the order in which they last said something
         self._size = 0  # bytes of all documents
-        self._checked = loop.clock()
+        self._checked = self._started = loop.clock()
         self._last_failure = self._probed = float("-inf")
         self._proving: list[Callable[[], None]] = []  # losses that wait for that
         self._silent = False
@@ -5566,14 +5695,22 @@ class Members:
             content.pop("known_peers", None)
         if content != said:
             payload = encode_json(content)
+        own = kind == "roster" or content.get("daemon_node", name) == name  # no agent's
+        if not own and self._checked_hive:
+            return  # from before: nobody can write it any more
         self._keep(name, kind, payload if content else b"")
-        if kind == "state" and name != self._me and content.get("daemon_node", name) == name:
+        if own and content and name in self._members:
+            self._members[name].is_node = True
+        if kind == "roster":
+            self._agents.take(name, content.get("agents"), self._holds)
+        elif own and name != self._me:
             self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
 
     def _forget(self, name: str) -> None:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
         member = self._members.pop(name, None)
         if member:
+            self._agents.take(name, [], self._holds)
             self._size -= len(member.documents.pop("state", b""))
             self._log.info("peer is forgotten", peer=name)
         if member and member.documents:
@@ -5591,9 +5728,8 @@ class Members:
         elif status == "offline" and state.get("reason") == "connection lost":
             if self.mark_failed(name, now):
                 self._lost(name, now, "its connection died")
-        elif status == "offline" and state.get("reason") == "lost":
-            if self.mark_failed(name, now):
-                self._log.warning("peer is lost", peer=name, why="another node says so")
+        elif state.get("reason") == "lost":
+            pass  # an older hive's judgement, written over what the node itself said
         elif status == "offline" and self.mark_left(name):
             self._log.info("peer has stopped", peer=name)
 
@@ -5602,6 +5738,8 @@ class Members:
         if not payload and name not in self._members:
             return
         member = self._member(name)
+        if name not in self._members:
+            return
         self._size += len(payload) - len(member.documents.pop(kind, b""))
         if payload:
             member.documents[kind] = payload
@@ -5627,18 +5765,49 @@ class Members:
             seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
             if kind == "state" and document and member.seen > seen:
                 document["last_seen"] = member.seen
+            if member.status is MemberStatus.FAILED and status_of(document) in ALIVE:
+                document |= {"status": "offline", "reason": "lost"}  # our judgement, not its word
             if document:
                 found[name] = document
-        return found
+        return self._with_agents(found) if kind == "state" else found
+
+    def _with_agents(self, states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """In a checked hive agents have no state of their own: their nodes' tell of them."""
+        agents = {}
+        for name, state in states.items():
+            health = state.get("oc")
+            for agent, said in health.items() if isinstance(health, dict) else ():
+                if agent not in states and self.node_of(agent) == name and isinstance(said, dict):
+                    agents[agent] = agent_state(state, agent, said)
+        return states | agents
+
+    # -- whose agents there are --
+
+    def node_of(self, name: str) -> str | None:
+        """Where mail for a name goes: a node's own, or that of the node whose agent it is."""
+        member = self._members.get(name)
+        is_node = name == self._me or (member is not None and member.is_node)
+        return name if is_node else self._agents.node_of(name)
+
+    def _holds(self, node: str) -> bool:
+        """Does a node keep its agents' names, though another one lists them too?"""
+        member = self._members.get(node)
+        gone = member and member.status in (MemberStatus.LEFT, MemberStatus.FAILED)
+        return not gone if member else self._loop.clock() - self._started < CLAIM_TIME
 
     # -- who is alive --
 
     def _member(self, name: str) -> Member:
-        """The record of a name that has just said something; the longest silent one may go."""
+        """The record of a name that has just said something.
+
+        The longest silent one may go for it, but none that is alive: then nothing is kept of this.
+        """
         member = self._members.pop(name) if name in self._members else Member()
         self._members[name] = member
         if len(self._members) > MAX_MEMBERS:
-            gone = self._members.pop(next(iter(self._members)))
+            known = self._members.items()
+            dead = (one for one, each in known if each.status is not MemberStatus.ALIVE)
+            gone = self._members.pop(next(dead, name))
             self._size -= sum(map(len, gone.documents.values()))
         return member
 
@@ -5655,6 +5824,7 @@ class Members:
         member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
         member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
         member.boot, member.announced, member.failed = boot or old_boot, False, None
+        member.is_node = True
         if before is MemberStatus.FAILED:
             return MemberEvent.BACK if announced else MemberEvent.NEW
         if before is not MemberStatus.ALIVE:
@@ -5703,10 +5873,15 @@ class Members:
             if member.status is MemberStatus.FAILED and not member.announced:
                 member.status, member.failed = MemberStatus.ALIVE, None
 
-    def mark_announced(self, corr: str) -> None:
-        """Somebody has told the hive of the loss with this correlation id."""
+    def mark_announced(self, corr: str, by: str) -> None:
+        """Somebody has told the hive of the loss with this correlation id.
+
+        It counts if that one lives and stands before us in the line, or is us; no other can keep
+        us silent.
+        """
+        before = by < self._me and by in self.alive()
         for name, member in self._members.items():
-            if loss_of(name) == corr:
+            if loss_of(name) == corr and name != by and (before or by == self._me):
                 member.announced = True
 
     def alive(self) -> list[str]:
@@ -5773,10 +5948,6 @@ class Members:
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(member.seen))
         text = f"{name} is lost: {why}; last seen {when if member.seen else '-'}"
         self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
-        state = {"node_id": name, "daemon_node": name, "status": "offline", "reason": "lost"}
-        document = {**state, "last_seen": member.seen, "reported_by": self._me}
-        topic = self._topics.meta(name, "state")
-        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
 
 
 class OwnStatus(Value):
@@ -5809,6 +5980,16 @@ def load_1m() -> float | None:
 def with_reason(state: dict[str, Any], reason: str) -> dict[str, Any]:
     """Say in a state document why it is so, if there is anything to say."""
     return {**state, "reason": reason} if reason else state
+
+
+def agent_state(node: Mapping[str, Any], name: str, agent: Mapping[str, Any]) -> dict[str, Any]:
+    """What a node's state tells of one of its agents, as that one's own state."""
+    state = {**node, "node_id": name, "oc": {name: agent}}
+    reason = state.pop("reason", "")
+    if status_of(node) in ALIVE:
+        state["status"] = "degraded" if agent.get("status") == Health.DOWN.value else "online"
+        reason = agent.get("reason", "")
+    return with_reason(state, reason)
 
 
 class Presence:
@@ -5906,14 +6087,10 @@ class Presence:
             "host": socket.gethostname(),
             "counters": self._counts,
         }
-        states = [with_reason(document, reason or own.trouble)]
-        for name, agent in own.agents.items():
-            if name != self._node:
-                down = status == "online" and agent["status"] == Health.DOWN.value
-                about = {**document, "node_id": name, "oc": {name: agent}}
-                about["status"] = "degraded" if down else status
-                states.append(with_reason(about, reason or agent["reason"]))
-        return states
+        state = with_reason(document, reason or own.trouble)
+        others = {} if self._topics.sender else own.agents  # nobody may write it: it's in ours
+        about = (agent_state(state, name, one) for name, one in others.items())
+        return [state, *(one for one in about if one["node_id"] != self._node)]
 
     def _publish_states(self, states: Iterable[Mapping[str, Any]]) -> None:
         for state in states:
@@ -8019,6 +8196,7 @@ class IncomingMessage(Value):
     retained: bool
     expires_in: int | None  # seconds, where MQTT 5 told us
     ack: Callable[[], None]
+    earlier: bool = False  # it waited in a session that this node had under another client id
 
 
 class ClientListener(Protocol):
@@ -8043,7 +8221,10 @@ class Transport(Protocol):
     def set_broker(self, settings: MqttConfig) -> None: ...
     def open(self, listener: ClientListener) -> None: ...
     def use_outbox(
-        self, outbox: Journal, published: Callable[[OutgoingMessage, int, str], None]
+        self,
+        outbox: Journal,
+        published: Callable[[OutgoingMessage, int, str], None],
+        address: Callable[[str], str | None],
     ) -> None: ...
     def publish(self, message: OutgoingMessage) -> None: ...
     def send_queued(self) -> None: ...
@@ -8469,6 +8650,7 @@ class MqttClient:
         self._listener: ClientListener | None = None
         self._outbox: Journal | None = None
         self._published: Callable[[OutgoingMessage, int, str], None] = ignore_published
+        self._address: Callable[[str], str | None] = str
         self._connection: MqttConnection | None = None
         self._protocol = settings.protocol
         self._inflight: dict[int, OutgoingMessage] = {}  # by packet id: not acknowledged yet
@@ -8495,14 +8677,18 @@ class MqttClient:
         self.settings = settings
 
     def use_outbox(
-        self, outbox: Journal, published: Callable[[OutgoingMessage, int, str], None]
+        self,
+        outbox: Journal,
+        published: Callable[[OutgoingMessage, int, str], None],
+        address: Callable[[str], str | None] = lambda topic: topic,
     ) -> None:
         """Send what waits there, when asked to.
 
+        `address` makes of its topic the one to publish to; nothing is sent while that is None.
         `published` is told what became of each message that was sent at QoS 1: the broker's
         reason, 0 for success, or -1 where it never got it.  It has no `id` the second time.
         """
-        self._outbox, self._published = outbox, published
+        self._outbox, self._published, self._address = outbox, published, address
         self._again = outbox.requeue(time.time() - RESEND_WITHIN)
 
     def open(self, listener: ClientListener) -> None:
@@ -8542,8 +8728,11 @@ class MqttClient:
                 room = min(room, 1 - len(self._inflight))
             if room > 0 and self._outbox.outbox_size > under_way:
                 for message in self._outbox.next_outgoing(self._last, room):
+                    topic = self._address(message.topic)
+                    if topic is None:
+                        break
                     self._last = message.n
-                    self._send(message)
+                    self._send(message if topic == message.topic else message.replace(topic=topic))
         self._finish_if_idle()
 
     def _room(self) -> int:
@@ -8841,8 +9030,10 @@ def embedded_broker(config: Config) -> MqttConfig | None:
 
 def embedded_as(config: Config, place: Path) -> MqttConfig:
     """How to connect to this user's broker: it asks for nothing."""
-    protocol, keepalive = config.mqtt.protocol, config.mqtt.keepalive
-    return MqttConfig(host=str(place), protocol=protocol, keepalive=keepalive)
+    said = config.mqtt
+    return MqttConfig(
+        host=str(place), protocol=said.protocol, keepalive=said.keepalive, senders=said.senders
+    )
 
 
 def with_broker(config: Config) -> Config:
@@ -9400,14 +9591,17 @@ class InProcessNode:
     def _filters(self, do: str, given: Mapping[str, Any]) -> list[str]:
         """What must be heard to answer a request; raises HiveError where only a daemon can."""
         topics, node = self._config.topics, self._config.node.id
+        rosters = []  # they tell where an agent's mail goes
+        if topics.sender and do == "send" and given["envelope"].to != EVERYONE:
+            rosters = [topics.meta("+", "roster")]
         match do:
             case "send" if given["wait"]:
                 to = given["envelope"].to
-                whose = "+" if to == EVERYONE else to
-                own = [topics.to(node, ch) for ch in ("response", "alert")]
-                return [*own, topics.meta(whose, "state")]
+                whose = "+" if to == EVERYONE or rosters else to
+                own = [topics.from_anybody(node, ch) for ch in ("response", "alert")]
+                return [*own[0], *own[1], *rosters, topics.meta(whose, "state")]
             case "send":
-                return []
+                return rosters
             case "states":
                 return [topics.meta("+", "state")]
             case "roster":
@@ -9998,8 +10192,8 @@ class PeerClocks:
     def hear(self, message: IncomingMessage) -> None:
         """Take a state or a heartbeat, whatever it holds; anything else tells no time."""
         state = self._topics.meta_of(message.topic)
-        heartbeats = self._topics.to(EVERYONE, "heartbeat")
-        if not (state or message.topic == heartbeats) or len(message.payload) > MAX_STATE:
+        beat = (self._topics.place(message.topic) or ())[:2] == (EVERYONE, "heartbeat")
+        if not (state or beat) or len(message.payload) > MAX_STATE:
             return
         said = read_json_object(message.payload) or {}
         peer = state[0] if state else said.get("from")
@@ -10034,7 +10228,7 @@ class BrokerCheck:
         self._config = config
         self._mqtt, self._left, self._lost = config.mqtt, left, ""
         topics, node, token = config.topics, config.node.id, new_id()
-        names = [node, *config.agents]
+        names = config.addresses
         private = dict.fromkeys((topics.private(one, token) for one in names), b"doctor")
         unread = dict.fromkeys((topics.meta(one, f"doctor-{token}") for one in names), b"{}")
         beat = Envelope.new(node, node, "heartbeat", "{}", urgency="later", id=token)
@@ -10463,11 +10657,11 @@ SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones w
 class MosquittoSetup(Value):
     """What a Mosquitto is set up for."""
 
-    topics: Topics
+    prefix: str
     host: str  # where the nodes find it
     port: int
     tls: bool
-    nodes: Mapping[str, Sequence[str]]  # a node's name, and its agents'
+    nodes: Sequence[str]
 
 
 def is_address(host: str) -> bool:
@@ -10488,16 +10682,8 @@ def host_address(value: object) -> str:
     return value
 
 
-def node_and_agents(value: object) -> tuple[str, tuple[str, ...]]:
-    """a node's name, or NODE:AGENT,AGENT"""
-    node, colon, agents = str(value).partition(":")
-    return node_name(node), tuple(node_name(agent) for agent in agents.split(",")) if colon else ()
-
-
-def mosquitto_setup(
-    config: Config, said: Sequence[tuple[str, Sequence[str]]], tls: bool, here: str
-) -> MosquittoSetup:
-    """Work out whom Mosquitto serves and where it listens, or raise UsageError.
+def mosquitto_setup(config: Config, nodes: Sequence[str], tls: bool, here: str) -> MosquittoSetup:
+    """Work out where Mosquitto listens, or raise UsageError; it serves this node if no other.
 
     `here` is this machine's name, for where nobody said how the nodes find it.
     """
@@ -10512,48 +10698,30 @@ def mosquitto_setup(
             " say --tls, or the address of this machine in your VPN: --host 100.64.0.7"
         )
     port = config.mqtt.port or (TLS_PORT if tls else MQTT_PORT)
-    return MosquittoSetup(config.topics, host, port, tls, nodes_with_agents(config, said))
+    return MosquittoSetup(
+        config.node.topic_prefix, host, port, tls, [*dict.fromkeys(nodes or [config.node.id])]
+    )
 
 
-def nodes_with_agents(
-    config: Config, said: Sequence[tuple[str, Sequence[str]]]
-) -> dict[str, tuple[str, ...]]:
-    """Who may come in: those that were named, else this node; of its agents the config knows."""
-    own = {config.node.id: tuple(config.agents)}
-    nodes = {} if said else own
-    for node, agents in said:
-        nodes[node] = (*nodes.get(node, ()), *(agents or own.get(node, ())))
-    for node, agents in nodes.items():
-        for agent in agents:
-            if agent in nodes and agent != node:
-                raise UsageError(f"{node}:{agent}: {agent} is a node, whose messages are its own")
-    return nodes
-
-
-def mosquitto_acl(setup: MosquittoSetup) -> str:
-    """The ACL file: general rules for whoever has a password, and one for each agent."""
-    topics, me = setup.topics, "%u"
-    state = topics.meta("+", "state")
-    general = (
-        ("read", topics.to(me), "what is addressed to it"),
-        ("readwrite", topics.private(me, "+"), "its own short-lived commands"),
-        ("read", topics.to(EVERYONE), "what is addressed to all"),
-        ("write", topics.to("+"), "to anybody"),
-        ("read", topics.meta("+", "+"), "how the others are, what they can do, what came of it"),
-        ("write", topics.meta(me, "+"), "the same of itself"),
-        ("write", state, "that a peer is lost; that its agents are well"),
+def mosquitto_acl(prefix: str) -> str:
+    """The ACL file: what any node may, in a hive that checks senders."""
+    me, others = Topics(prefix, "%u"), Topics(prefix, "+")
+    rules = (
+        ("what is addressed to it", "read", [others.to("%u")]),
+        ("what is addressed to all", "read", [others.to(EVERYONE)]),
+        ("how the others are, what they can do, what came of it", "read", [me.meta("+", "+")]),
+        ("to anybody, in its own name", "write", [me.to("+", ch) for ch in CHANNELS]),
+        ("how it is, what it can do, what came of it", "write", [me.meta("%u", "+")]),
+        ("its own short-lived commands", "readwrite", [me.private("%u", "+")]),
     )
     lines = [
-        "# A user is a node, and %u stands for its name.  A further node needs no line here, only",
-        "# a password; a further agent needs one at the end, below its node.  Mosquitto warns of",
-        "# patterns without %u: these are meant for every node.",
+        "# A user is a node, and %u stands for its name.  A further node or agent needs no line",
+        "# here.  Mosquitto warns of patterns without %u: these are meant for every node.",
     ]
-    for access, topic, why in general:
-        lines += [f"# {why}", f"pattern {access} {topic}"]
-    for node, agents in setup.nodes.items():
-        others = [agent for agent in dict.fromkeys(agents) if agent != node]
-        if others:
-            lines += ["", f"user {node}", *(f"topic read {topics.to(one)}" for one in others)]
+    for why, access, topics in rules:
+        lines += [f"# {why}", *(f"pattern {access} {topic}" for topic in topics)]
+    lines += ["# what waits since the hive was an open one: without # until each node was there"]
+    lines += [f"# pattern read {Topics(prefix).to(name)}" for name in ("%u", EVERYONE)]
     return "\n".join(lines) + "\n"
 
 
@@ -10657,7 +10825,7 @@ fi
 set -- @NODES@ "$@"
 for node in "$@"; do
   case $node in
-    "" | all | meta | [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*) fail "$node: not a node's name" ;;
+    "" | @RESERVED@ | [!A-Za-z0-9]* | *[!A-Za-z0-9._-]*) fail "$node: not a node's name" ;;
   esac
 done
 if [ ! -d "$etc" ]; then mkdir -p "$etc" && chmod 755 "$etc"; fi
@@ -10756,6 +10924,7 @@ host = "@HOST@"
 port = @PORT@
 username = "$node"
 password_file = "mqtt-password"
+senders = "checked"
 @tls tls = true
 @tls ca_file = "mqtt-ca.pem"
 END
@@ -10769,8 +10938,9 @@ def mosquitto_script(setup: MosquittoSetup) -> str:
     """The whole script: several files in one stream, which can be read, kept and run."""
     host, port, numeric = setup.host, setup.port, is_address(setup.host)
     words = {
-        "PREFIX": setup.topics.prefix,
+        "PREFIX": setup.prefix,
         "NODES": " ".join(setup.nodes),
+        "RESERVED": " | ".join(RESERVED),
         "HOST": host,
         "PORT": str(port),
         "ADDRESS": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
@@ -10778,7 +10948,7 @@ def mosquitto_script(setup: MosquittoSetup) -> str:
         "FOLDER": "$etc/hive",
         "KEY": "server.key",
         "DATA": "$data",
-        "ACL": mosquitto_acl(setup),
+        "ACL": mosquitto_acl(setup.prefix),
         "SCRIPT": "setup.sh",
         "OPENSSL": " openssl" if setup.tls else "",
         "DAYS": str(SURE_DAYS),
@@ -10905,10 +11075,6 @@ class HostSettings(Value):
         """How this machine's own node finds it."""
         return LOCALHOST if self.everywhere else self.listen
 
-    @property
-    def broker(self) -> MosquittoSetup:
-        return MosquittoSetup(Topics(self.prefix), self.own, self.port, True, {})
-
 
 class Host:
     """The folder of a hive that this machine carries."""
@@ -10973,8 +11139,7 @@ class Host:
             changed = self._certify(settings, now)
             changed |= self._write(self.conf, self._conf(settings))
             host = Topics(settings.prefix).meta("+", "+")
-            acl = f"{mosquitto_acl(settings.broker)}\nuser {HOST_USER}\ntopic readwrite {host}\n"
-            acl += f"pattern read {settings.prefix}/%u/+/+\npattern write {settings.prefix}/+/command/%u\n"  # TODO trust
+            acl = f"{mosquitto_acl(settings.prefix)}\nuser {HOST_USER}\ntopic readwrite {host}\n"
             changed |= self._write(self.folder / "acl", acl)
             make_private(self.folder / "data")
             for user in (HOST_USER, node):
@@ -11172,6 +11337,7 @@ class Host:
             password_file=file,
             tls=True,
             ca_file=self.authority,
+            senders="checked",
         )
 
 
@@ -11552,6 +11718,7 @@ class Invitation(Value):
             password=self.password,
             tls=True,
             ca_file=ca_file,
+            senders="checked",
         )
 
     def authority(self) -> str:
@@ -11676,7 +11843,7 @@ def joined_files(invitation: Invitation, host: str, file: Path, password: str) -
 def broker_keys(host: str, port: int, user: str) -> dict[str, Any]:
     """What hive.toml says of a hive that was made by `host`."""
     said = {"host": host, "port": port, "username": user, "tls": True, "senders": "checked"}
-    return {f"mqtt.{key}": value for key, value in said.items() if key in MqttConfig.FIELDS}
+    return {f"mqtt.{key}": value for key, value in said.items()}
 
 
 # ---- Commands: one function for each subcommand ------------------------------------------
@@ -11892,7 +12059,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
 def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttClient:
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
     node, topics = config.node.id, config.topics
-    subscriptions = [(topic, 1) for topic in topics.for_node([node, *config.agents])]
+    subscriptions = [(topic, 1) for topic in topics.for_node(config.addresses)]
     for document in ("state", "roster"):  # QoS 0: not kept while we are away
         subscriptions.append((topics.meta("+", document), 0))
     return MqttClient(loop, config.mqtt, session_id(config), subscriptions, will)
@@ -12529,13 +12696,13 @@ def command_doctor(args: argparse.Namespace) -> int:
     option(
         "nodes",
         nargs="*",
-        type=node_and_agents,
-        metavar="NODE[:AGENT,...]",
-        help="and who may come in there; without any: this node, with its agents",
+        type=node_name,
+        metavar="NODE",
+        help="and who may come in there; without any: this node",
     ),
     examples="""hive.py broker
 hive.py broker --listen 127.0.0.1:1883 --anonymous
-hive.py broker --mosquitto-conf --tls --host alpha.lan alpha beta:main > setup.sh
+hive.py broker --mosquitto-conf --tls --host alpha.lan alpha beta > setup.sh
 hive.py broker --mosquitto-conf --host 100.64.0.7 alpha beta > setup.sh""",
 )
 def command_broker(args: argparse.Namespace) -> int:

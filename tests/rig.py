@@ -43,9 +43,12 @@ class Wire:
         pass
 
     def use_outbox(
-        self, outbox: hive.Journal, published: Callable[[hive.OutgoingMessage, int, str], None]
+        self,
+        outbox: hive.Journal,
+        published: Callable[[hive.OutgoingMessage, int, str], None],
+        address: Callable[[str], str | None],
     ) -> None:
-        self.outbox, self.told, self.last = outbox, published, 0
+        self.outbox, self.told, self.address, self.last = outbox, published, address, 0
 
     def open(self, listener: hive.ClientListener) -> None:
         pass
@@ -58,8 +61,11 @@ class Wire:
         for message in (
             self.outbox.next_outgoing(self.last, 1000) if self.outbox and self.up else ()
         ):
+            topic = self.address(message.topic)
+            if topic is None:
+                break
             self.last = message.n
-            self.send(message)
+            self.send(message.replace(topic=topic))
 
     def send(self, message: hive.OutgoingMessage) -> None:
         self.published.append(message)

@@ -150,7 +150,8 @@ def test_a_file_that_is_no_toml_is_an_error(content: str | bytes, line: str) -> 
         ),
         (
             "[node]\nid = 'a/b'",
-            "node.id: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , not 'all' or 'meta'",
+            "node.id: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , not 'all',"
+            " 'meta', 'state', 'roster' or a channel's",
         ),
         ("[[oc_instances]]", 'oc_instances[0].name: missing; as in name = "main"'),
         (
@@ -534,6 +535,7 @@ state_dir = "HOME/.local/state/hive/box"
 keepalive = 30
 protocol = "5"
 tls = false
+senders = "open"
 [broker]
 anonymous = false
 queue_messages = 10000

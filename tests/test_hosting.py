@@ -457,5 +457,3 @@ def test_systemd_and_launchd_take_what_is_written(tmp_path: Path) -> None:
         env={"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)},
     )
     assert "hive-host" not in done.stderr, done.stderr
-
-

@@ -127,7 +127,7 @@ def test_a_clean_goodbye_is_no_loss(rig: Rig) -> None:
     assert rig.kept("beta", "state")[-1]["known_peers"] == []
 
 
-@pytest.mark.parametrize("how", ["silence", "will", "word of another"])
+@pytest.mark.parametrize("how", ["silence", "will"])
 def test_a_peer_that_comes_back_is_told_once(rig: Rig, how: str) -> None:
     rig.beat("gamma")
     rig.turn()
@@ -136,9 +136,6 @@ def test_a_peer_that_comes_back_is_told_once(rig: Rig, how: str) -> None:
             rig.advance(25)
         case "will":
             rig.hear_state("gamma", status="offline", reason="connection lost")
-        case _:
-            rig.say("alert", to="all", text="gamma is lost", corr=hive.loss_of("gamma"))
-            rig.hear_state("gamma", status="offline", reason="lost")
     rig.advance(3)
     assert lost(rig) == ["gamma"]
     rig.beat("gamma", boot="second")

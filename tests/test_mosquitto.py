@@ -41,7 +41,7 @@ import hive as module
 PREFIX = "lab/hive"
 NOT_AUTHORIZED = 0x87  # MQTT 5, 2.4
 LOOPBACK = ("--host", "127.0.0.1")
-NODES = ("alpha:main", "beta")
+NODES = ("alpha", "beta")
 
 
 def script(*arguments: str, code: int = 0, config: str = "") -> str:
@@ -220,7 +220,7 @@ class Peer:
 
     def everything(self) -> list[tuple[str, bytes]]:
         """What it has heard until a message to itself comes round."""
-        fence = f"{PREFIX}/{self.name}/response/{len(self.heard)}"
+        fence = f"{PREFIX}/{self.name}/response/{self.name}/{len(self.heard)}"
         self.subscribe(fence)
         assert self.publish(fence) == 0
         self._until(lambda: any(topic == fence for topic, _ in self.heard))
@@ -283,13 +283,9 @@ def test_it_listens_where_the_nodes_will_look(
             "--host '$(id)': neither a host's name nor an address",
         ),
         (
-            ("alpha:main,beta", "beta"),
-            "alpha:beta: beta is a node, whose messages are its own",
-        ),
-        (
-            ("alpha:",),
-            "argument NODE[:AGENT,...]: 'alpha:' is not a node's name, or NODE:AGENT,AGENT;"
-            " see: hive.py broker --help",
+            ("alpha:main",),
+            "argument NODE: 'alpha:main' is not a name: 1 to 63 of A-Za-z0-9._- , not 'all',"
+            " 'meta', 'state', 'roster' or a channel's; see: hive.py broker --help",
         ),
     ],
 )
@@ -297,15 +293,11 @@ def test_what_would_not_be_safe_is_refused(arguments: tuple[str, ...], error: st
     assert script(*arguments, code=2) == f"hive: {error}\n"
 
 
-def test_without_names_it_serves_this_node_and_its_agents() -> None:
-    agents = '[[oc_instances]]\nname = "main"\n[[oc_instances]]\nname = "alpha"\n'
-    config = '[node]\nid = "alpha"\ntopic_prefix = "a/b"\n' + agents
+def test_without_names_it_serves_this_node() -> None:
+    config = '[node]\nid = "alpha"\ntopic_prefix = "a/b"\n'
     text = script(config=config)
-    assert "\nuser alpha\ntopic read a/b/main/+\nEND\n" in text
-    assert text == script("alpha", config=config)
-    more = script("alpha:main", "alpha:zed", "alpha:zed", config=config)
-    assert "\nuser alpha\ntopic read a/b/main/+\ntopic read a/b/zed/+\nEND\n" in more
-    assert "\nuser " not in script("beta", config=config)
+    assert '\nset -- alpha "$@"\n' in text
+    assert text == script("alpha", "alpha", config=config)
 
 
 def test_a_largest_message_goes_through() -> None:
@@ -462,7 +454,7 @@ def test_a_hive_lives_under_it(
     assert not broker.denied()
 
 
-def test_who_died_while_the_broker_was_away_is_written_down_by_its_peer(
+def test_who_died_while_the_broker_was_away_is_lost_to_its_peer_and_written_down_by_nobody(
     hive_of: Callable[..., Hive], broker: SetUp
 ) -> None:
     hive = hive_at(hive_of, broker)
@@ -476,11 +468,12 @@ def test_who_died_while_the_broker_was_away_is_written_down_by_its_peer(
     broker.start()
     alpha.logged("peer is lost", peer="beta")
 
-    def written() -> bool:
-        rows = json.loads(hive.cli("alpha", "status", "--json").stdout)
-        return [row["status"] for row in rows if row["name"] == "beta"] == ["offline"]
+    def statuses(*how: str) -> list[str]:
+        rows = json.loads(hive.cli("alpha", "status", "--json", *how).stdout)
+        return [row["status"] for row in rows if row["name"] == "beta"]
 
-    eventually("beta's retained state is corrected", written)
+    assert statuses() == ["offline"]  # to alpha
+    assert statuses("--direct") == ["stale"]  # by beta's own last word
     assert not broker.denied()
 
 
@@ -506,22 +499,28 @@ def test_a_node_is_no_admin_and_writes_no_others_documents(
         f"{PREFIX}/meta/beta/roster",
         f"{PREFIX}/meta/beta/ping",
         f"{PREFIX}/meta/beta/state/more",
-        f"{PREFIX}/beta/response/private",
+        f"{PREFIX}/meta/beta/state",
+        f"{PREFIX}/meta/main/state",
+        f"{PREFIX}/meta/beta/alpha",
+        f"{PREFIX}/beta/response/alpha/private",
+        f"{PREFIX}/beta/command/beta",
+        f"{PREFIX}/beta/command",
+        f"{PREFIX}/all/heartbeat",
+        f"{PREFIX}/beta/gossip/alpha",
         PREFIX,
         f"{PREFIX}/beta",
-        "other/beta/command",
-        "lab/beta/command",
+        "other/beta/command/alpha",
+        "lab/beta/command/alpha",
     ]
     # One connection for each: Mosquitto ends it after a refusal.
     said = {topic: peer("alpha").publish(topic) for topic in forbidden}
     assert said == dict.fromkeys(forbidden, NOT_AUTHORIZED)
     needed = [
-        f"{PREFIX}/beta/command",
-        f"{PREFIX}/all/alert",
+        f"{PREFIX}/beta/command/alpha",
+        f"{PREFIX}/all/alert/alpha",
+        f"{PREFIX}/meta/alpha/state",
         f"{PREFIX}/meta/alpha/roster",
         f"{PREFIX}/meta/alpha/ping",
-        f"{PREFIX}/meta/main/state",
-        f"{PREFIX}/meta/beta/state",
     ]
     assert not [topic for topic in needed if beside.publish(topic) >= 0x80]
     assert not alpha.everything() and not beta.everything()
@@ -538,18 +537,18 @@ def test_a_node_cannot_read_what_is_addressed_to_another(
         f"{PREFIX}/alpha/+",
         f"{PREFIX}/alpha/command",
         f"{PREFIX}/alpha/response/+",
-        f"{PREFIX}/main/+",
-        f"$share/group/{PREFIX}/alpha/+",
-        f"$share/group/{PREFIX}/main/+",
+        f"{PREFIX}/alpha/+/+",
+        f"{PREFIX}/alpha/response/alpha/+",
+        f"$share/group/{PREFIX}/alpha/+/+",
     )
     alpha, beta = peer("alpha"), peer("beta")
     beta.subscribe(*greedy)
-    alpha.subscribe(f"{PREFIX}/alpha/+", f"{PREFIX}/main/+")
-    mine = [f"{PREFIX}/alpha/command", f"{PREFIX}/main/response"]
-    hidden = [*mine, f"{PREFIX}/alpha/response/private"]
+    alpha.subscribe(f"{PREFIX}/alpha/+/+")
+    mine = [f"{PREFIX}/alpha/command/alpha", f"{PREFIX}/alpha/alert/alpha"]
+    hidden = [*mine, f"{PREFIX}/alpha/response/alpha/private"]
     for topic in hidden:
         assert alpha.publish(topic, "for alpha only", retain=True) < 0x80
-    assert alpha.publish(f"{PREFIX}/all/command", "for all") == 0
+    assert alpha.publish(f"{PREFIX}/all/command/alpha", "for all") == 0
     assert {payload for _, payload in beta.everything()} == {b"for all"}
     beta.subscribe(*greedy)  # the retained ones come now, if they do
     assert {payload for _, payload in beta.everything()} == {b"for all"}
@@ -560,10 +559,10 @@ def test_who_takes_over_anothers_session_does_not_get_what_waits_in_it(
     broker: SetUp, peer: Callable[..., Peer]
 ) -> None:
     alpha = peer("alpha", client_id="session", expiry=600)
-    alpha.subscribe(f"{PREFIX}/alpha/+")
+    alpha.subscribe(f"{PREFIX}/alpha/+/+")
     alpha.end()
     beta = peer("beta")
-    assert beta.publish(f"{PREFIX}/alpha/command", "for alpha only") == 0
+    assert beta.publish(f"{PREFIX}/alpha/command/beta", "for alpha only") == 0
     thief = peer("beta", client_id="session", expiry=600)
     assert not thief.everything()
 
@@ -575,13 +574,13 @@ def test_what_was_acknowledged_survives_kill_9_of_mosquitto(
     broker: SetUp, peer: Callable[..., Peer]
 ) -> None:
     beta = peer("beta", client_id="away", expiry=600)
-    beta.subscribe(f"{PREFIX}/beta/+")
+    beta.subscribe(f"{PREFIX}/beta/+/+")
     beta.end()
     alpha = peer("alpha")
     sent = [f"message {number}" for number in range(1200)]  # Mosquitto's default keeps 1000
-    codes = {alpha.publish(f"{PREFIX}/beta/command", text) for text in sent}
+    codes = {alpha.publish(f"{PREFIX}/beta/command/alpha", text) for text in sent}
     assert codes == {0}
-    alpha.publish(f"{PREFIX}/alpha/response/next-turn")  # Mosquitto writes at the end of a turn
+    alpha.publish(f"{PREFIX}/alpha/response/alpha/next-turn")  # it writes at the end of a turn
     broker.stop(signal.SIGKILL)
     broker.start()
     back = peer("beta", client_id="away", expiry=600)
@@ -637,28 +636,32 @@ max_queued_messages 0
 persistent_client_expiration 7d
 max_packet_size 1708032"""
 ACL = """\
-pattern read lab/%u/+
-pattern readwrite lab/%u/response/+
-pattern read lab/all/+
-pattern write lab/+/+
+pattern read lab/%u/+/+
+pattern read lab/all/+/+
 pattern read lab/meta/+/+
+pattern write lab/+/command/%u
+pattern write lab/+/response/%u
+pattern write lab/+/sync/%u
+pattern write lab/+/heartbeat/%u
+pattern write lab/+/status/%u
+pattern write lab/+/alert/%u
 pattern write lab/meta/%u/+
-pattern write lab/meta/+/state
-user alpha
-topic read lab/main/+"""
+pattern readwrite lab/%u/response/%u/+"""
 TOML = {
     "plain": """\
 [mqtt]
 host = "fd7a::7"
 port = 1883
 username = "$node"
-password_file = "mqtt-password\"""",
+password_file = "mqtt-password"
+senders = "checked\"""",
     "tls": """\
 [mqtt]
 host = "broker.lan"
 port = 8883
 username = "$node"
 password_file = "mqtt-password"
+senders = "checked"
 tls = true
 ca_file = "mqtt-ca.pem\"""",
 }
@@ -696,11 +699,3 @@ def test_a_certificate_is_for_the_name_that_the_nodes_use_and_for_this_machine()
         assert f"\nnames='{names}'\n" in script("--tls", "--host", host)
     long = ".".join(["x" * 30] * 3)
     assert f"\nCN = {long[:64]}\n" in script("--tls", "--host", long)
-
-
-@pytest.mark.parametrize(
-    ("said", "node", "agents"),
-    [("beta", "beta", ()), ("beta:main", "beta", ("main",)), ("b:x,y", "b", ("x", "y"))],
-)
-def test_a_node_may_be_named_with_its_agents(said: str, node: str, agents: object) -> None:
-    assert module.node_and_agents(said) == (node, agents)

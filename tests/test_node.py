@@ -476,7 +476,9 @@ HOUR = 3600
         ({"retained": True}, "it was retained, and would be acted upon again at each start"),
         ({"topic": "hive/beta/heartbeat"}, "its topic disagrees with to and ch"),
         ({"topic": "hive/all/command"}, "its topic disagrees with to and ch"),
-        ({"topic": "hive/beta/command/x"}, "its topic disagrees with to and ch"),
+        ({"topic": "hive/beta/heartbeat/x"}, "its topic disagrees with to and ch"),
+        ({"topic": "hive/beta/CH/x"}, "its topic names another sender"),
+        ({"topic": "hive/beta/CH/alpha/x"}, "its topic disagrees with to and ch"),
         ({"topic": "other/beta/command"}, "its topic disagrees with to and ch"),
         ({"to": "gamma", "topic": "hive/beta/command"}, "its topic disagrees with to and ch"),
         ({"to": "gamma"}, "it is for another node"),
@@ -495,7 +497,7 @@ def test_a_message_in_the_wrong_place_or_time_is_dropped(
     given = {"text": "hello", "action": "ping", **how}
     topic, retained = given.pop("topic", None), given.pop("retained", False)
     envelope = hive.Envelope.new("alpha", given.pop("to", "beta"), ch, **given)
-    topic = topic or f"hive/{envelope.to}/{ch}"
+    topic = (topic or f"hive/{envelope.to}/{ch}").replace("CH", ch)
     rig.hand_in(topic, envelope.encode(), retained)
     rig.turn()
     assert rig.started() == []

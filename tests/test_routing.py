@@ -129,9 +129,13 @@ def test_no_word_on_the_bus_means_anything_to_a_node(ch: str, sender: str, text:
         ("hive/beta/sync", False, False),
         ("hive/all/command", False, False),
         ("other/beta/command", False, False),
+        ("hive/beta/command/alpha", False, True),
         ("hive/beta/command/more", False, False),
+        ("hive/beta/command/alpha/more", False, False),
         ("", False, False),
     ],
 )
 def test_an_envelope_is_acted_upon_in_its_place_only(topic: str, retained: bool, fit: bool) -> None:
-    assert (misplaced(envelope("command"), topic, Topics("hive"), retained) is None) is fit
+    place = Topics("hive").place(topic)
+    objection = misplaced(envelope("command"), place, context(), retained=retained)
+    assert (objection is None) is fit
