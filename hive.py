@@ -10027,6 +10027,8 @@ def configured(file: Path, said: Mapping[str, Any]) -> str:
     if agents := choose_agents(ask, find_agents(home_folder()), None):
         document["oc_instances"] = agents
     for dotted, value in keys.items():
+        if value == setting_of(dotted).default:
+            continue
         table, _, key = dotted.partition(".")
         document.setdefault(table, {})[key] = value
     return example_config(document)
@@ -10043,6 +10045,9 @@ def changed_toml(file: Path, said: Mapping[str, Any]) -> str:
     wanted = tomllib.loads(before)
     for dotted, value in said.items():
         table, _, key = dotted.partition(".")
+        default = setting_of(dotted).default
+        if str(wanted.get(table, {}).get(key, default)) == str(value):
+            continue
         text = with_key(text, table, key, value)
         wanted.setdefault(table, {})[key] = value
         if value is None:
@@ -11171,7 +11176,7 @@ class Host:
             self._write(key_file, openssl(*NEW_KEY))
             days = ("-days", str(AUTHORITY_DAYS), "-config", str(request), "-key", str(key_file))
             self._write(self.authority, openssl("req", "-x509", "-new", "-sha256", *days))
-        elif self._ends(self.authority, now) < now:
+        elif self._ends(self.authority, now) <= now:
             raise HiveError(
                 f"{self.authority} does not hold now: is this machine's clock right?  If it is,"
                 f" remove that file, say this again, and invite every node anew"
@@ -11352,13 +11357,12 @@ class HostService:
         except BlockingIOError:
             raise BrokerError(f"the hive in {host.folder} is hosted already") from None
         self._lock.write(str(os.getpid()))
-        self._settings, self._rate_limit = host.needed_settings(), RateLimit()
-        self._requests = Topics(self._settings.prefix).to(HOST_USER, "command") + "/"
+        self._topics, self._rate_limit = Topics(host.needed_settings().prefix, "+"), RateLimit()
         self._broker: subprocess.Popen[bytes] | None = None
         self._conf, self._said, self._stopping = "", "", False
         self._renewed = self._offset = 0.0  # when that was last seen to; the wall clock's offset
         self._client = MqttClient(
-            loop, host.login(HOST_USER), subscriptions=[(f"{self._requests}+", 0)]
+            loop, host.login(HOST_USER), subscriptions=[(self._topics.to(HOST_USER, "command"), 0)]
         )
 
     def start(self) -> None:
@@ -11403,7 +11407,7 @@ class HostService:
             )
         assert self._broker.stderr
         self._loop.watch(self._broker.stderr, selectors.EVENT_READ, self._hear_broker)
-        self._log.info("Mosquitto started", pid=self._broker.pid, port=self._settings.port)
+        self._log.info("Mosquitto started", pid=self._broker.pid)
 
     def _hear_broker(self, events: int) -> None:
         """A line of its log, or its end."""
@@ -11430,6 +11434,7 @@ class HostService:
 
     def _reread(self) -> None:
         """The files were changed: some of it Mosquitto reads only at its start."""
+        self._client.set_broker(self._host.login(HOST_USER))
         if self._broker and self._host.conf.read_text() != self._conf:
             self._broker.terminate()
         else:
@@ -11465,10 +11470,8 @@ class HostService:
 
     def deliver(self, delivery: IncomingMessage) -> None:
         """Who was invited says which password it will have; the topic says who that is."""
-        name, hashed = (
-            delivery.topic.removeprefix(self._requests),
-            delivery.payload[:KIB].decode(errors="replace"),
-        )
+        _, _, name = self._topics.place(delivery.topic) or ("", "", "")
+        hashed = delivery.payload[:KIB].decode(errors="replace")
         if not hashed:
             return  # only to see whether anybody is here
         joined = self._host.accept(name, hashed, time.time())
@@ -11762,8 +11765,8 @@ class JoinRequest:
 
     def __init__(self, settings: MqttConfig, prefix: str) -> None:
         self._settings = settings
-        topic = Topics(prefix).to(HOST_USER, "command")
-        self._topic, self._payload = f"{topic}/{settings.username}", b""
+        self._topic = Topics(prefix, settings.username or "").to(HOST_USER, "command")
+        self._payload = b""
         self._answer: int | None = None  # the broker's reason code
         self._words = self._lost = ""
         self._connected = False
@@ -12058,7 +12061,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
 
 def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttClient:
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
-    node, topics = config.node.id, config.topics
+    topics = config.topics
     subscriptions = [(topic, 1) for topic in topics.for_node(config.addresses)]
     for document in ("state", "roster"):  # QoS 0: not kept while we are away
         subscriptions.append((topics.meta("+", document), 0))
@@ -12789,6 +12792,8 @@ def host_settings(
     names = tuple(args.name or (before.names if before and not args.listen else ()))
     number = port or (before.port if before else TLS_PORT)
     found = HostSettings(listen, number, names, config.topics.prefix)
+    if before and before.prefix != found.prefix:
+        raise UsageError(f"host: this node carries a hive whose prefix is {before.prefix} already")
     if found.everywhere and not names:
         if is_address(listen):
             raise UsageError(f"--listen {listen}: how do peers reach it?  say --name too")
@@ -12838,9 +12843,13 @@ def start_service(host: Host, file: Path, config: Config, changed: bool) -> None
         how = start_supervised(host, host_command(file, config))
     mqtt = host.login(config.node.id)
     until = time.monotonic() + START_PATIENCE
-    while not lets_in(mqtt):
-        if time.monotonic() > until:
-            raise BrokerError(f"Mosquitto does not answer at {place}; see {host.folder}/host.log")
+    while True:
+        try:
+            JoinRequest(mqtt, config.topics.prefix).ask(b"")
+            break
+        except BrokerError as error:
+            if time.monotonic() > until:
+                raise BrokerError(f"{error}; see also {host.folder}/host.log") from None
         time.sleep(0.05)
     print(f"Mosquitto listens at {place}: {how}")
 
@@ -12871,7 +12880,7 @@ def move_over(host: Host, file: Path, config: Config, settings: HostSettings) ->
         "mqtt.password": None,
         "mqtt.ca_file": host.authority,
     }
-    text = configured(file, {k: v for k, v in said.items() if v or file.exists()})
+    text = configured(file, said)
     if file.exists() and file.read_text() == text:
         return
     empty_embedded(config, file)

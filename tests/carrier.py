@@ -1,4 +1,4 @@
-"""A machine that carries a hive: `hive-cli host` in a home of its own, on an address of loopback."""
+"""A machine that carries a hive: `hive-cli host` in a home of its own, on loopback."""
 
 from __future__ import annotations
 
@@ -61,12 +61,13 @@ class Machine:
         (line,) = [one for one in done.stderr.splitlines() if not one.startswith("hive: warning")]
         return line
 
-    def daemon(self) -> None:
+    def daemon(self, *arguments: str) -> None:
         """Run the node until the test's end."""
         log = self.home / "daemon.log"
         with log.open("ab") as out:
-            self.daemons.append(self.start("daemon", stdout=out, stderr=out))
-        eventually(f"{self.name} is up", lambda: "event=connected" in log.read_text())
+            seen = out.tell()
+            self.daemons.append(self.start("daemon", *arguments, stdout=out, stderr=out))
+        eventually(f"{self.name} is up", lambda: "event=connected" in log.read_text()[seen:])
 
     def log(self) -> str:
         return (self.home / "daemon.log").read_text()
@@ -75,11 +76,15 @@ class Machine:
         rows = json.loads(self.run("status", "--json").stdout)
         return {row["name"]: row["status"] for row in rows}
 
-    def close(self) -> None:
+    def stop_daemons(self) -> None:
         for one in self.daemons:
             one.terminate()
         for one in self.daemons:
             one.wait(PATIENCE)
+        self.daemons.clear()
+
+    def close(self) -> None:
+        self.stop_daemons()
 
 
 class Carrier(Machine):
