@@ -3114,6 +3114,24 @@ class Daemon:
         self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
         self.node.on_connected(self._mqtt)
         self._presence.begin()
+        self._empty_former_session()
+
+    def _empty_former_session(self) -> None:
+        """Its password, or the kind of the hive, gives a node's session another client id."""
+        journal, topics, ours = self.node.journal, self.config.topics, session_id(self.config)
+        before = journal.get("session").get("id", plain_session_id(self.config))
+
+        def emptied() -> None:
+            journal.put("session", {"id": ours})
+            self.node.commit_soon()
+
+        def commit(then: Callable[[], None]) -> None:
+            if not self.node.stopping:  # else what has come is not in the journal
+                self.node.commit_soon(then)
+
+        if before != ours:
+            marker = topics.private(self.node.name, new_id())
+            self._client.take_over(str(before), marker, commit, emptied)
 
     def on_disconnected(self, reason: str) -> None:
         self.node.on_disconnected(self._mqtt, reason)
@@ -8173,6 +8191,7 @@ RESEND_WITHIN = 86400.0  # seconds after a crash of ours in which receivers sure
 SESSION_EXPIRY = 7 * 86400  # seconds that the broker keeps what came while we were away
 RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
 SEND_WINDOW = 20  # messages we send before the broker acknowledges one
+MAX_COLLISIONS = 2  # of our connection with one to the session that we had before
 MAX_HANG_UPS = 5  # of the broker at one message, until it is given up
 READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
@@ -8230,6 +8249,13 @@ class Transport(Protocol):
     def send_queued(self) -> None: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
+    def take_over(
+        self,
+        client_id: str,
+        end_marker: str,
+        commit: Callable[[Callable[[], None]], None],
+        done: Callable[[], None],
+    ) -> None: ...
 
 
 STAND_INS: Mapping[str, Mapping[str, Any]] = {  # what paho names of modules that it rarely needs
@@ -8662,6 +8688,8 @@ class MqttClient:
         self._failures, self._down_since = 0, 0.0
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
+        self.former: FormerSession | None = None  # that is being emptied
+        self._collisions = 0  # how often our connection ended meanwhile
 
     @property
     def up(self) -> bool:
@@ -8788,6 +8816,8 @@ class MqttClient:
         self._listener = self._outbox = None
         if self._retry:
             self._retry.cancel()
+        if self.former:
+            self.former.close()
         if self._connection:
             self._connection.disconnect()
         done()
@@ -8795,6 +8825,23 @@ class MqttClient:
     def probe(self, done: Callable[[bool], None]) -> None:
         """Does the broker take a new connection?"""
         ConnectionProbe(self.loop, self.settings.replace(protocol=self._protocol), done)
+
+    def take_over(
+        self,
+        client_id: str,
+        end_marker: str,
+        commit: Callable[[Callable[[], None]], None],
+        done: Callable[[], None],
+    ) -> None:
+        """Take what waits in the session that we had under another client id, and end that.
+
+        It is delivered as `earlier`.  `end_marker` is a topic that nobody else uses; `commit`
+        makes what was delivered safe with us, and calls back.
+        """
+        if self._collisions >= MAX_COLLISIONS:
+            done()
+        elif self.former is None:
+            self.former = FormerSession(self, client_id, end_marker, commit, done)
 
     # What a connection reports:
 
@@ -8822,6 +8869,10 @@ class MqttClient:
         if connection is not self._connection:
             return
         self._connection = None
+        if self.former:  # was that it?  A broker may take all connections of a user for one
+            self._collisions += 1
+            self.former.close()
+            self.former = None
         if reason == HANG_UP:
             self._suspect()
         self._inflight.clear()
@@ -8862,6 +8913,85 @@ class MqttClient:
         self._retry = self.loop.after(delay, self._try_again)
         if self._listener:
             self._listener.on_disconnected(reason)
+
+
+def session_id(config: Config) -> str:
+    """The client id of a node, by which the broker knows its session.
+
+    Whoever connects with another's throws it out, and loses what waits for it.  So it ends in what
+    only who has the node's password, or its private key, can know.
+    """
+    import hmac
+
+    secret = (config.mqtt.password or "").encode()
+    if config.mqtt.key_file and not secret:
+        with contextlib.suppress(OSError):  # tls_context() says why not
+            secret = config.mqtt.key_file.read_bytes()
+    plain, tag = plain_session_id(config), config.mqtt.senders if config.checked else ""
+    if secret:  # with the kind of hive in it, whose topics the session's subscriptions are
+        tag = hmac.digest(secret, f"{config.mqtt.senders} {plain}".encode(), "sha256").hex()[:32]
+    return f"{plain}:{tag}" if tag else plain
+
+
+def plain_session_id(config: Config) -> str:
+    """What it was before it ended in anything.
+
+    A colon is in no name and in no level, so no two hives of a broker have one client id.
+    """
+    return f"{config.topics.prefix}/{config.node.id}".replace("/", ":")
+
+
+class FormerSession:
+    """Takes what waits in the session that a client had under another id, and ends that."""
+
+    def __init__(
+        self,
+        owner: MqttClient,
+        client_id: str,
+        end_marker: str,
+        commit: Callable[[Callable[[], None]], None],
+        done: Callable[[], None],
+    ) -> None:
+        self._owner, self._id, self._marker = owner, client_id, end_marker
+        self._commit, self.done = commit, done
+        self._client = self._connect([(end_marker, 1)])
+
+    def _connect(self, subscriptions: Sequence[tuple[str, int]]) -> MqttClient:
+        client = MqttClient(self._owner.loop, self._owner.settings, self._id, subscriptions)
+        client.persistent = bool(subscriptions)  # without it is a clean start, which ends it
+        client.open(self)
+        return client
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def on_connected(self) -> None:
+        if self._client.persistent:  # what waits comes before what is published now
+            self._client.publish(OutgoingMessage(self._marker, b"end"))
+        else:
+            self._owner.former = None
+            self.close()
+            self.done()
+
+    def deliver(self, message: IncomingMessage) -> None:
+        if message.topic == self._marker:
+            message.ack()
+            self._commit(self._end)
+        else:
+            self._owner.received(message.replace(earlier=True))
+
+    def _end(self) -> None:
+        """All is safe with us."""
+        if self._owner.former is self:
+            self.close()
+            self._client = self._connect([])
+
+    def on_disconnected(self, reason: str) -> None:
+        self._owner.former = None  # with the next connection it is tried again
+        self.close()
+
+    def close(self) -> None:
+        self._client.close(do_nothing, within=0.0)
 
 
 class ConnectionProbe:
@@ -9743,10 +9873,15 @@ class ReplyCollector:
 class NodeRemoval:
     """Takes what a node left behind from the broker: its documents, and its agents' states."""
 
-    def __init__(self, config: Config, name: str, expelled: bool = False) -> None:
-        """One that was `expelled` need not have gone, nor have left anything."""
+    def __init__(
+        self, config: Config, name: str, as_host: bool = False, expelled: bool = False
+    ) -> None:
+        """`as_host`: the broker lets us, though senders are checked.
+
+        One that was `expelled` need not have gone, nor have left anything.
+        """
         self._config, self._mqtt, self._name = config, config.mqtt, name
-        self._expelled = expelled
+        self._as_host, self._expelled = as_host, expelled
         self._states: dict[str, dict[str, Any]] = {}
         self._kept: set[str] = set()  # topics
         self._complete = False
@@ -9757,6 +9892,9 @@ class NodeRemoval:
         load_paho()
         self._mqtt = with_broker(self._config).mqtt
         topics = self._config.topics
+        if topics.sender and self._name != self._config.node.id and not self._as_host:
+            why = f"nobody but {self._name} writes its documents, as senders are checked"
+            raise HiveError(f"{why}; say this on the machine that carries the hive")
         query = RetainedQuery(
             *(self._loop, self._mqtt, [topics.meta("+", "state"), topics.meta(self._name, "+")]),
             topics.private(self._config.node.id, new_id()),
@@ -12069,12 +12207,6 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     return MqttClient(loop, config.mqtt, session_id(config), subscriptions, will)
 
 
-def session_id(config: Config) -> str:
-    """The client id of a node's session."""
-    # A colon is in no name and in no level, so no two hives of a broker have one client id.
-    return f"{config.topics.prefix}/{config.node.id}".replace("/", ":")
-
-
 @subcommand(
     option(
         "--to",
@@ -12435,7 +12567,8 @@ def command_status(args: argparse.Namespace) -> int:
         print(json.dumps([vars(row) for row in rows], indent=2))
     elif rows:
         table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
-        print(f"{status_summary(rows)}\n\n{table}", end="")
+        senders = "checked" if config.checked else "not checked"
+        print(f"{status_summary(rows)}; senders: {senders}\n\n{table}", end="")
     return say_of_members(config, args, said, bool(rows))
 
 
@@ -12474,7 +12607,12 @@ def command_roster(args: argparse.Namespace) -> int:
 )
 def command_forget(args: argparse.Namespace) -> int:
     """Remove a node that will not come back from every view, with all that it left behind."""
-    removed = NodeRemoval(config_of(args), args.name).remove()
+    config = config_of(args)
+    host = Host(config.state_dir)
+    carried = config.checked and host.settings() is not None
+    if carried:
+        config = as_host(config, host.login(HOST_USER))
+    removed = NodeRemoval(config, args.name, as_host=carried).remove()
     print(f"forgotten: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     return Exit.DONE
 
@@ -13074,7 +13212,7 @@ def command_expel(args: argparse.Namespace) -> int:
     if not host.reload():
         out = f"{args.name} has no password any more" if was_member else "nothing is changed"
         raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")
-    removed = NodeRemoval(as_host(config, mqtt), args.name, expelled=True).remove()
+    removed = NodeRemoval(as_host(config, mqtt), args.name, True, expelled=True).remove()
     if not was_member and not removed:
         there = ", ".join(name for name in host.members() if name != HOST_USER)
         raise HiveError(f"{args.name} is not in this hive; there are: {there}")

@@ -84,6 +84,16 @@ class Wire:
         self.closed = True
         done()
 
+    def take_over(
+        self,
+        client_id: str,
+        end_marker: str,
+        commit: Callable[[Callable[[], None]], None],
+        done: Callable[[], None],
+    ) -> None:
+        self.taken_over = client_id
+        done()
+
     def probe(self, done: Callable[[bool], None]) -> None:
         self.probes.append(done)
         if self.takes_connections is not None:

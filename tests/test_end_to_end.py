@@ -185,7 +185,7 @@ def test_status_and_roster_show_both_nodes_and_their_agents(hive: Hive, fast_age
     }
     assert documents["beta"]["handlers"] == ["ping"] and documents["alpha"]["agents"] == ["main"]
     table = hive.cli("alpha", "status").stdout
-    assert table.splitlines()[:2] == ["2 nodes: 2 online", ""]
+    assert table.splitlines()[:2] == ["2 nodes: 2 online; senders: not checked", ""]
     assert table.splitlines()[2].split() == [
         "NAME",
         "STATUS",
