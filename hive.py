@@ -12611,7 +12611,7 @@ def command_forget(args: argparse.Namespace) -> int:
     host = Host(config.state_dir)
     carried = config.checked and host.settings() is not None
     if carried:
-        config = as_host(config, host.login(HOST_USER))
+        config = host_config(config, host.login(HOST_USER))
     removed = NodeRemoval(config, args.name, as_host=carried).remove()
     print(f"forgotten: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     return Exit.DONE
@@ -13212,7 +13212,7 @@ def command_expel(args: argparse.Namespace) -> int:
     if not host.reload():
         out = f"{args.name} has no password any more" if was_member else "nothing is changed"
         raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")
-    removed = NodeRemoval(as_host(config, mqtt), args.name, True, expelled=True).remove()
+    removed = NodeRemoval(host_config(config, mqtt), args.name, True, expelled=True).remove()
     if not was_member and not removed:
         there = ", ".join(name for name in host.members() if name != HOST_USER)
         raise HiveError(f"{args.name} is not in this hive; there are: {there}")
@@ -13225,7 +13225,7 @@ def command_expel(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-def as_host(config: Config, mqtt: MqttConfig) -> Config:
+def host_config(config: Config, mqtt: MqttConfig) -> Config:
     """What commands are to the broker that may remove what others left."""
     return config.replace(mqtt=mqtt, node=config.node.replace(id=HOST_USER))
 
