@@ -11878,9 +11878,10 @@ def make_invitation(host: Host, name: str, now: float) -> Invitation:
     settings = host.needed_settings()
     ca = base64.b64encode(ssl.PEM_cert_to_DER_cert(host.authority.read_text())).decode()
     hosts = (*settings.names, *([] if settings.everywhere else [settings.listen]))
-    password = host.invite(name, now)
-    if not host.reload():
+    if host.broker_pid() is None:
         raise BrokerError(f"the broker of this hive does not run; start it: {HOST_AGAIN}")
+    password = host.invite(name, now)
+    host.reload()
     hosts, until = tuple(dict.fromkeys(hosts)), int(now + INVITATION)
     return Invitation(hosts, settings.port, name, password, ca, settings.prefix, until)
 
@@ -11934,6 +11935,12 @@ class JoinRequest:
     def _fault(self) -> BrokerError:
         if "not authorized" in self._lost and not self._connected:
             return BrokerError(f"{self._settings.address} refuses the invitation: {NO_GOOD}")
+        if "certificate" in self._lost:
+            why = re.search(r"verify failed: ([^(]*)", self._lost)
+            what = f"{self._settings.address} is not believed: {why[1].strip() if why else ''}"
+            clock = "yet valid" in what or "expired" in what
+            hint = "is a clock wrong, here or there?" if clock else "is it another machine?"
+            return BrokerError(f"{what}; {hint}")
         return broker_fault(self._settings, self._lost or f"no answer in {PATIENCE:.0f} s")
 
     # What the client reports:
@@ -13137,7 +13144,7 @@ def command_join(args: argparse.Namespace) -> int:
     if replaced:
         files = {file.with_name(f"{file.name}.before-join"): file.read_text(), **files}
     write_privately(files, force=True)
-    pending.unlink()
+    pending.unlink(missing_ok=True)
     kept = f"; what was there is in {file.name}.before-join" if replaced else ""
     print(f"wrote {file}: node {invitation.name}, broker {host}:{invitation.port}{kept}")
     code = show_tests(file)
@@ -13196,7 +13203,9 @@ def invitation_line(said: str) -> str:
     if sys.stdin.isatty():
         import getpass
 
-        return getpass.getpass("The line that hive-cli invite printed (not shown): ")
+        with contextlib.suppress(EOFError):
+            return getpass.getpass("The line that hive-cli invite printed (not shown): ")
+        return ""
     return read_stdin(MAX_INVITATION).decode(errors="replace")
 
 

@@ -9,6 +9,8 @@ import pty
 import re
 import select
 import signal
+import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from typing import Any
 
 import pytest
 from carrier import HERE, Carrier, Machine
-from conftest import PATIENCE, ROOT, eventually, free_port, need_mosquitto
+from conftest import PATIENCE, ROOT, eventually, find_program, free_port, need_mosquitto
 
 import hive
 
@@ -210,15 +212,48 @@ def test_another_machine_at_that_address_is_not_believed(
 ) -> None:
     other = hive.Host(tmp_path / "other")
     other.prepare(hive.HostSettings(HERE, 8883, (), "hive"), "alpha", time.time())
-    der = __import__("ssl").PEM_cert_to_DER_cert(other.authority.read_text())
+    der = ssl.PEM_cert_to_DER_cert(other.authority.read_text())
     line = changed(alpha.invite(machine.name), ca=base64.b64encode(der).decode())
     said = machine.error("join", "-", stdin=line, code=3)
-    assert "certificate verify failed" in said and said.count("\n") == 0
+    at = f"{HERE}:{alpha.port}"
+    assert said.startswith(f"hive: {at} is not believed: ") and said.endswith("another machine?")
     assert not machine.config.parent.exists()
     nameless = changed(alpha.invite(machine.name), hosts=["127.0.0.3"])
     if sys.platform == "linux":  # the same broker, which has no certificate for that address
         said = machine.error("join", "-", stdin=nameless, code=3)
         assert "127.0.0.3" in said
+
+
+def test_a_clock_that_is_wrong_is_thought_of(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A certificate that has ended is what a clock that is ahead sees."""
+    own = Carrier(tmp_path / "alpha")
+    monkeypatch.setattr(hive, "SERVER_DAYS", 0)
+    own.state.mkdir(parents=True, mode=0o700)
+    settings = hive.HostSettings(HERE, own.port, (), "hive")
+    own.host.prepare(settings, "alpha", time.time())
+    der = ssl.PEM_cert_to_DER_cert(own.host.authority.read_text())
+    line = hive.Invitation(
+        (HERE,), own.port, machine.name, "0" * 32, base64.b64encode(der).decode(), "hive", 1
+    ).line()
+    mosquitto = find_program("mosquitto")
+    assert mosquitto
+    with subprocess.Popen([mosquitto, "-c", own.host.conf], stderr=subprocess.DEVNULL) as broker:
+        try:
+            eventually("it listens", lambda: answers_at(own.port))
+            said = machine.error("join", "-", stdin=line, code=3)
+        finally:
+            broker.terminate()
+    assert said == (
+        f"hive: {HERE}:{own.port} is not believed: certificate has expired; is a clock wrong,"
+        " here or there?"
+    )
+
+
+def answers_at(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HERE, port)) == 0
 
 
 def test_the_first_address_that_answers_is_taken(alpha: Carrier, machine: Machine) -> None:
