@@ -5619,8 +5619,8 @@ class AgentNames:
     It is remembered across restarts, or whoever lists another's agent would win at one of them.
     """
 
-    def __init__(self, me: str, journal: Journal, log: Log) -> None:
-        self._me, self._journal, self._log = me, journal, log
+    def __init__(self, journal: Journal, log: Log) -> None:
+        self._journal, self._log = journal, log
         known = journal.get("agents").items()
         self._nodes = {agent: node for agent, node in known if isinstance(node, str)}
         self._refused: set[tuple[str, str]] = set()  # what has been logged
@@ -5628,14 +5628,14 @@ class AgentNames:
     def node_of(self, agent: str) -> str | None:
         return self._nodes.get(agent)
 
-    def take(self, node: str, listed: object, holds: Callable[[str], bool]) -> None:
-        """A roster names its agents; `holds` tells whether another node keeps its own."""
+    def take(self, node: str, listed: object, keeper: Callable[[str], str | None]) -> None:
+        """A roster names its agents; `keeper` tells who does not give a name away."""
         names = listed[:MAX_AGENTS] if isinstance(listed, list) else []
         agents = {one for one in names if isinstance(one, str) and NAME.fullmatch(one)}
         kept = {one: of for one, of in self._nodes.items() if of != node or one in agents}
         for agent in sorted(agents):
-            owner = kept.get(agent, node)
-            if owner != node and (owner == self._me or holds(owner)):
+            owner = keeper(agent)
+            if owner not in (None, node):
                 self._refuse(node, agent, owner)
             elif len(kept) < MAX_MEMBERS:
                 kept[agent] = node
@@ -5643,7 +5643,7 @@ class AgentNames:
             self._nodes = kept
             self._journal.put("agents", kept)
 
-    def _refuse(self, node: str, agent: str, owner: str) -> None:
+    def _refuse(self, node: str, agent: str, owner: str | None) -> None:
         """Say it once."""
         if (node, agent) not in self._refused and len(self._refused) < MAX_MEMBERS:
             self._refused.add((node, agent))
@@ -5667,7 +5667,7 @@ class Members:
         self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
         self._loop, self._log = loop, log
         self._send, self._probe = send, probe
-        self._agents = AgentNames(config.node.id, journal, log)
+        self._agents = AgentNames(journal, log)
         self._members: dict[str, Member] = {}  # in the order in which they last said something
         self._size = 0  # bytes of all documents
         self._checked = self._started = loop.clock()
@@ -5720,7 +5720,7 @@ class Members:
         if own and content and name in self._members:
             self._members[name].is_node = True
         if kind == "roster":
-            self._agents.take(name, content.get("agents"), self._holds)
+            self._agents.take(name, content.get("agents"), self._keeper)
         elif own and name != self._me:
             self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
 
@@ -5728,7 +5728,7 @@ class Members:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
         member = self._members.pop(name, None)
         if member:
-            self._agents.take(name, [], self._holds)
+            self._agents.take(name, [], self._keeper)
             self._size -= len(member.documents.pop("state", b""))
             self._log.info("peer is forgotten", peer=name)
         if member and member.documents:
@@ -5807,11 +5807,15 @@ class Members:
         is_node = name == self._me or (member is not None and member.is_node)
         return name if is_node else self._agents.node_of(name)
 
-    def _holds(self, node: str) -> bool:
-        """Does a node keep its agents' names, though another one lists them too?"""
-        member = self._members.get(node)
+    def _keeper(self, agent: str) -> str | None:
+        """Which node keeps a name, though another one lists it: one that is not gone."""
+        node = self.node_of(agent)
+        member = self._members.get(node or "")
+        if node in (None, agent, self._me):
+            return node
         gone = member and member.status in (MemberStatus.LEFT, MemberStatus.FAILED)
-        return not gone if member else self._loop.clock() - self._started < CLAIM_TIME
+        silent = not member and self._loop.clock() - self._started > CLAIM_TIME
+        return None if gone or silent else node
 
     # -- who is alive --
 

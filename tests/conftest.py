@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -101,9 +102,16 @@ class Broker:
         eventually("the broker listens", lambda: answers(self.port))
 
     def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it; Mosquitto forgets a SIGTERM that comes just after it began to listen."""
         if self._process:
-            self._process.send_signal(number)
-            self._process.wait()
+            for _ in range(20):
+                self._process.send_signal(number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(5)
+                    break
+            else:
+                self._process.kill()
+                raise AssertionError("the broker does not end")
             self._process = None
 
 

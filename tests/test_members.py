@@ -374,6 +374,78 @@ def test_whoever_is_forgotten_takes_its_documents_along(
     assert [*hall.members.documents("roster")] == ["d", "e"]
 
 
+# Whose agents there are
+
+
+def test_a_roster_speaks_for_its_own_agents_only(hall: Hall) -> None:
+    hall.beat("attic")
+    hall.beat("mallory")
+    hall.hear("attic", "roster", {"agents": ["main", "attic", ["x"], "a b", "x" * 64]})
+    greedy = {"agents": ["main", "attic", "beta", "mine"]}
+    for _ in range(2):
+        hall.hear("mallory", "roster", greedy)
+    assert hall.members.node_of("main") == "attic"
+    assert hall.members.node_of("mine") == "mallory"
+    assert [hall.members.node_of(name) for name in ("attic", "beta", "nobody")] == [
+        "attic",
+        "beta",
+        None,
+    ]
+    refused = [(line["agent"], line["of"]) for line in hall.events("warning")]
+    assert refused == [("attic", "attic"), ("beta", "beta"), ("main", "attic")]  # each once
+    hall.hear("attic", "roster", {"agents": []})  # it has moved
+    hall.hear("mallory", "roster", greedy)
+    assert hall.members.node_of("main") == "mallory"
+
+
+@pytest.mark.parametrize("how", ["stopped", "connection lost", "forgotten"])
+def test_the_agents_of_a_node_that_is_gone_may_be_anothers(hall: Hall, how: str) -> None:
+    hall.beat("attic")
+    hall.hear("attic", "roster", {"agents": ["main"]})
+    gone = b"" if how == "forgotten" else {"status": "offline", "reason": how}
+    hall.hear("attic", "state", gone)
+    hall.hear("cellar", "roster", {"agents": ["main"]})
+    assert hall.members.node_of("main") == "cellar"
+
+
+def test_whose_an_agent_is_outlives_a_restart(hall: Hall) -> None:
+    hall.hear("zattic", "roster", {"agents": ["main"]})
+    hall.restart()
+    hall.hear("mallory", "roster", {"agents": ["main"]}, retained=True)  # which comes first
+    hall.hear("zattic", "roster", {"agents": ["main"]}, retained=True)
+    assert hall.members.node_of("main") == "zattic"
+    hall.restart()
+    hall.advance(61)  # zattic had its time
+    hall.hear("mallory", "roster", {"agents": ["main"]})
+    assert hall.members.node_of("main") == "mallory"
+
+
+def test_one_node_has_only_so_many_agents(hall: Hall) -> None:
+    hall.hear("attic", "roster", {"agents": [f"a{number}" for number in range(101)]})
+    assert hall.members.node_of("a99") == "attic" and hall.members.node_of("a100") is None
+
+
+def test_in_a_checked_hive_a_nodes_state_tells_of_its_agents() -> None:
+    hall = Hall(senders="checked")
+    health = {"main": {"status": "down", "reason": "no gateway"}, "second": {"status": "ok"}}
+    oc = {**health, "mine": {"status": "ok"}, "attic": {"status": "ok"}, "other": 5}
+    hall.hear("attic", "roster", {"agents": ["main", "second", "attic", "other"]})
+    hall.hear("attic", "state", {"status": "degraded", "reason": "main", "oc": oc, "uptime_s": 5})
+    hall.hear("main", "state", {"status": "online", "daemon_node": "attic"})  # from before
+    states = hall.members.documents("state")
+    assert {*states} == {"attic", "main", "second"}
+    assert states["main"] == {
+        **{"status": "degraded", "reason": "no gateway", "uptime_s": 5},
+        **{"node_id": "main", "oc": {"main": health["main"]}},
+    }
+    assert states["second"]["status"] == "online" and "reason" not in states["second"]
+    hall.hear("attic", "state", {"status": "offline", "reason": "stopped", "oc": oc})
+    gone = hall.members.documents("state")["second"]
+    assert (gone["status"], gone["reason"]) == ("offline", "stopped")
+    hall.journal.close()
+    hall.loop.close()
+
+
 # What is said of them
 
 

@@ -139,3 +139,42 @@ def test_an_envelope_is_acted_upon_in_its_place_only(topic: str, retained: bool,
     place = Topics("hive").place(topic)
     objection = misplaced(envelope("command"), place, context(), retained=retained)
     assert (objection is None) is fit
+
+
+OWNERS = {"attic": "alpha", "cellar": "gamma"}
+
+
+@pytest.mark.parametrize(
+    ("topic", "sender", "to", "fit"),
+    [
+        ("hive/beta/command/alpha", "alpha", "beta", True),
+        ("hive/beta/command/alpha", "attic", "beta", True),  # alpha's agent
+        ("hive/beta/command/alpha", "cellar", "beta", False),
+        ("hive/beta/command/alpha", "gamma", "beta", False),
+        ("hive/beta/command/alpha", "alpha", "main", True),  # beta's agent, by beta's topic
+        ("hive/beta/command/alpha", "alpha", "attic", False),
+        ("hive/all/command/alpha", "alpha", "all", True),
+        ("hive/all/command/alpha", "alpha", "beta", False),
+        ("hive/all/command/alpha", "alpha", "main", False),
+        ("hive/main/command/alpha", "alpha", "main", True),
+        ("hive/beta/command", "alpha", "beta", False),  # it names no sender
+        ("hive/beta/command/", "alpha", "beta", False),
+    ],
+)
+def test_where_senders_are_checked_the_topic_says_who_it_is(
+    topic: str, sender: str, to: str, fit: bool
+) -> None:
+    here = context().replace(speaks_for=lambda node, name: OWNERS.get(name) == node)
+    said = Envelope.new(sender, to, "command", "hello")
+    place = Topics("hive", "beta").place(topic)
+    assert (misplaced(said, place, here, checked=True) is None) is fit
+    if topic.count("/") == 3 and not topic.endswith("/"):
+        assert (misplaced(said, place, here) is None) is fit  # and where they are not, too
+
+
+def test_nobody_is_alive_by_the_heartbeat_of_an_agent() -> None:
+    here = context().replace(speaks_for=lambda node, name: True)
+    place = Topics("hive", "beta").place("hive/all/heartbeat/alpha")
+    for sender, fit in (("alpha", True), ("attic", False)):
+        beat = Envelope.new(sender, "all", "heartbeat", "{}")
+        assert (misplaced(beat, place, here, checked=True) is None) is fit
