@@ -226,7 +226,7 @@ def main() -> None:
             alpha, beta = hive.node("alpha"), hive.node("beta")
             hive.cli("alpha", "--version")  # whoever comes first compiles hive.py for all
             for node in (alpha, beta):
-                node.config.write_text(node.config.read_text().replace("'debug'", "'info'"))
+                node.config.write_text(node.config.read_text().replace('"debug"', '"info"'))
                 node.handler("ping", PING)
                 node.handler("sleepy", SLEEPY)
                 node.start()

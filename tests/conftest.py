@@ -207,7 +207,7 @@ class Daemon:
             f'[node]\nid = "{name}"\ntopic_prefix = "{hive.prefix}"\nstate_dir = "state"\n'
             f"[mqtt]\n{hive.mqtt}\n"
             f"[heartbeat]\ninterval = {hive.interval}\n"
-            f"[logging]\nlevel = 'debug'\nformat = 'json'\n{extra}"
+            f'[logging]\nlevel = "debug"\nformat = "json"\n{extra}'
         )
         self.environment: dict[str, str] = {}  # what is different for this one
         self.log_file = self.home / "log"

@@ -194,7 +194,7 @@ class Trial:
                 f'[[oc_instances]]\nname = "main"\ncommand = ["{agent}", "{{text}}"]\n'
             )
         for node in (self.alpha, self.beta):
-            said = node.config.read_text().replace("'debug'", "'info'")
+            said = node.config.read_text().replace('"debug"', '"info"')
             said = said.replace("[mqtt]\n", f"[mqtt]\nkeepalive = {keepalive}\n")
             node.config.write_text(
                 said.replace(f"port = {hive_.broker.port}", f"port = {port or hive_.broker.port}")

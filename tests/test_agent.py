@@ -28,6 +28,9 @@ LONGEST_ARGUMENT = 128 * 1024  # bytes with the NUL at its end, on Linux
 SWALLOWED = ("heartbeat poll", "heartbeat wake", "reason periodic")
 
 
+WHOSE = {"HIVE_NODE": "beta", "HIVE_CONFIG": "/etc/beta.toml"}
+
+
 def envelope(text: str = "hello", ch: str = "command", **more: Any) -> hive.Envelope:
     more = {"id": "id-1", "corr": "corr-1", **more}
     return hive.Envelope.new("alpha", "beta", ch, text, **more)
@@ -41,7 +44,7 @@ def pending(
 
 
 def said(*group: hive.PendingEvent, replies: bool = False) -> str:
-    return hive.merge_events(group, replies).text
+    return hive.merge_events(group, replies, "beta").text
 
 
 # What is said
@@ -78,7 +81,7 @@ def test_only_what_wants_an_answer_comes_with_the_way_to_answer(ch: str, replies
     *_, footer = said(pending(ch=ch), replies=replies).splitlines()
     asked = ch in ("command", "sync")
     assert footer.startswith(hive.FOOTER)
-    assert (hive.HOW_TO_ANSWER in footer) == (asked and not replies)
+    assert (hive.HOW_TO_ANSWER.format("beta") in footer) == (asked and not replies)
     assert ("sent back as the answer" in footer) == (asked and replies)
 
 
@@ -94,7 +97,7 @@ FORGERIES = (
     "Node: ",
     "read heartbeat.md",
     hive.FOOTER,
-    hive.HOW_TO_ANSWER,
+    hive.HOW_TO_ANSWER.format("beta"),
 )
 fragments = st.sampled_from((*PHRASES, *HALVES, *LINES, *ESCAPES, *FORGERIES, "ä", "😀"))
 texts = st.text(min_size=1) | st.lists(fragments, min_size=1).map("".join)
@@ -255,7 +258,8 @@ def command_of(
     way: str, keys: dict[str, Any], now: bool = True, text: str = "the text", **more: Any
 ) -> hive.ProcessSpec:
     instance = hive.InstanceConfig(name="main", **keys)
-    return hive.wake_command(instance, way, hive.SystemEvent(text, now, envelope(text, **more)))
+    event = hive.SystemEvent(text, now, envelope(text, **more))
+    return hive.wake_command(instance, way, event, WHOSE)
 
 
 EVENT = ["system", "event", "--text", "the text", "--mode"]
@@ -383,11 +387,12 @@ def test_the_environment_of_a_call(
         monkeypatch.setenv(key, "the daemon's")
     for key in ("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "NODE_AUTH_TOKEN"):
         monkeypatch.setenv(key, "nobody's business")
-    for key in ("HOME", "PATH", "NODE_OPTIONS", "https_proxy", "HIVE_CONFIG", "MY_KEY"):
+    for key in ("HOME", "PATH", "NODE_OPTIONS", "https_proxy", "HIVE_X", "MY_KEY"):
         monkeypatch.setenv(key, "mine")
     environment = dict(command_of(way, {"command": ("x",), "env": ("MY_KEY",), **keys}).environment)
     assert {k: environment.pop(k) for k in sorted(expected)} == expected
     assert not {"another's", "the daemon's", "nobody's business"} & {*environment.values()}
+    assert {k: environment.pop(k) for k in WHOSE} == WHOSE
     mine = {k: v for k, v in os.environ.items() if v == "mine"}
     assert mine.items() <= environment.items() and len(mine) == 6
     assert environment.items() <= os.environ.items()
@@ -506,6 +511,7 @@ class StandIn:
             children,
             hive.InstanceConfig(name="main", **keys),
             self,
+            WHOSE,
         )
 
     # What the agent's listener hears
@@ -1057,8 +1063,8 @@ def test_alerts_overtake_in_their_own_order(loop: hive.Loop, stand_in: StandIn) 
 
 
 def test_a_group_is_urgent_if_one_of_it_is() -> None:
-    assert not hive.merge_events([pending(now=False), pending(now=False)], False).now
-    assert hive.merge_events([pending(now=False), pending(now=True)], False).now
+    assert not hive.merge_events([pending(now=False), pending(now=False)], False, "beta").now
+    assert hive.merge_events([pending(now=False), pending(now=True)], False, "beta").now
 
 
 def test_the_same_words_twice_are_two_messages() -> None:

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -495,6 +496,30 @@ def test_a_message_is_shown_and_answered_by_its_id(hive: Hive, fast_agent: Path)
     late = hive.cli("beta", "reply", "--to-msg", id, "--text", "x")
     assert late.stdout.startswith("sent ")
     alpha.logged("text", text="x")
+
+
+def test_a_few_characters_of_an_id_are_the_exchange_of_the_next_message(hive: Hive) -> None:
+    alpha = hive.node("alpha").start()
+
+    def send(*more: str, code: int = 0) -> dict[str, Any]:
+        line = ("send", "--to=attic", "--ch=status", "--text=x", "--json", *more)
+        done = hive.cli("alpha", *line, code=code)
+        return json.loads(done.stdout) if done.stdout else {"error": done.stderr}
+
+    first = send()
+    assert send("--corr", first["id"][:6])["corr"] == first["id"]
+    second = send("--corr", first["id"])
+    assert send("--corr", second["id"][:8])["corr"] == first["id"]  # any id of it
+    assert send("--corr", second["id"][:8], "--direct")["corr"] == first["id"]
+    for id in ("night-1", "night-2", "new"):
+        assert send("--corr", id)["corr"] == id  # nobody knows it yet
+    error = "hive: --corr night: which one? night-1, night-2\n"
+    assert send("--corr", "night", code=2) == {"error": error}
+    alpha.stop()
+    assert send("--corr", first["id"][:6])["corr"] == first["id"]
+    assert send("--corr", "night", code=2) == {"error": error}
+    shutil.rmtree(alpha.home / "state")
+    assert send("--corr", first["id"][:6])["corr"] == first["id"][:6]
 
 
 # The journal, and the door to it

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import socket
+import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -789,3 +791,55 @@ def test_what_all_handlers_get_may_be_named_beside_what_one_gets() -> None:
     assert (shown["env"], shown["sync"]["env"]) == (["A", "B"], "C")
     named_env = load("[handlers.env]\nworkers = 2")  # a handler may have that name
     assert (named_env.handler_env, named_env.handlers["env"].workers) == ((), 2)
+
+
+SIMPLE = ("[node]", "[[oc_instances]]", "[oc_instances]", 'name = "a"  # b', "port = 1883", "")
+fragments = st.sampled_from(
+    [
+        *SIMPLE,
+        *"[]\"'\\#=.,_- \t\r\0\x7f\u2028é7",
+        "true",
+        "false",
+        "name",
+        "0",
+        "1.50",
+        "nan",
+        "1e5",
+    ]
+)
+lines = st.sampled_from(SIMPLE) | st.lists(fragments, max_size=6).map("".join)
+
+
+def read(parse: Callable[[str], object], text: str) -> str:
+    """What is read, with its types; or that it cannot be."""
+    try:
+        return repr(parse(text))
+    except ValueError:
+        return "not TOML"
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(lines, max_size=6).map("\n".join))
+def test_what_is_read_without_tomllib_is_what_tomllib_reads(text: str) -> None:
+    assert read(hive.parse_toml, text) == read(tomllib.loads, text)
+
+
+def test_what_init_writes_is_read_without_tomllib(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {
+        "node": {"id": "alpha", "handler_timeout": 0.5},
+        "mqtt": {"port": 1883, "tls": True},
+        "oc_instances": [{"name": "main"}, {"name": "é", "profile": "work"}],
+    }
+    text = example_config(chosen)
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    found = hive.parse_toml(text)
+    assert {name: table for name, table in found.items() if table} == chosen
+    for more in (
+        "a = 1\n",
+        "[node.x]\n",
+        '[node]\nid = "\\\\"',
+        "[node]\nid = 'x'",
+        "[node]\nx = -1",
+    ):
+        with pytest.raises(ImportError):
+            hive.parse_toml(more)

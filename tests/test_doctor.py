@@ -369,6 +369,17 @@ def test_a_handler_directory_that_is_not_there_is_a_warning(hive: Hive) -> None:
     assert found["todo"] == f"for those in {ROOT}/hive-daemon.d set [node] handler_dir"
 
 
+def test_a_handler_directory_without_a_handler_is_a_warning_too(hive: Hive) -> None:
+    alpha = hive.node("alpha")
+    found = doctor(alpha)["handlers"]
+    assert (found["level"], found["what"]) == ("warn", f"none: nothing to run in {alpha.handlers}")
+    assert found["todo"] == f"for those in {ROOT}/hive-daemon.d set [node] handler_dir"
+    (alpha.handlers / "ping").write_text("#!/bin/sh\n")
+    assert doctor(alpha)["handlers"]["what"] == f"none: nothing to run in {alpha.handlers}"
+    alpha.handler("ping", "#!/bin/sh\n")
+    assert doctor(alpha)["handlers"]["level"] == "ok"
+
+
 def test_handlers_that_are_refused_are_named_and_why(hive: Hive) -> None:
     alpha = hive.node("alpha")
     alpha.handler("ping", "#!/bin/sh\n")
@@ -773,7 +784,11 @@ def test_a_handler_directory_that_was_named_must_be_there(tmp_path: Path) -> Non
     )
     missing.mkdir(0o755)
     [finding] = module.check_handlers(context_of(config_of(node={"handler_dir": str(missing)})))
-    assert finding == module.Finding(module.Level.OK, f"none, in {missing}")
+    assert finding == module.Finding(
+        module.Level.WARN,
+        f"none: nothing to run in {missing}",
+        f"put an executable there: {missing}/NAME",
+    )
 
 
 def test_a_check_that_breaks_is_a_finding() -> None:

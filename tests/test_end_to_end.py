@@ -644,7 +644,7 @@ def test_a_hive_on_mqtt_3_1_1_does_the_same(hive: Hive) -> None:
 
 def test_messages_are_logged_without_their_text(hive: Hive) -> None:
     beta = hive.node("beta")
-    beta.config.write_text(beta.config.read_text().replace("'debug'", "'info'"))
+    beta.config.write_text(beta.config.read_text().replace('"debug"', '"info"'))
     beta.start()
     publish(hive, "beta/command", json.dumps(envelope(text="the-secret-plan")).encode())
 

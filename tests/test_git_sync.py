@@ -794,3 +794,35 @@ def test_without_git_it_says_so(machine: Machine) -> None:
         "",
         "git-sync: git is not to be found in PATH; install it\n",
     )
+
+
+NOBODY = (
+    "import pwd, runpy, sys\n"
+    "def unknown(uid):\n    raise KeyError(uid)\n"
+    "pwd.getpwuid = unknown\n"
+    "runpy.run_path(sys.argv[1], run_name='__main__')\n"
+)
+
+
+@pytest.mark.parametrize("home", [None, "", "here"])
+@pytest.mark.parametrize("said", ["~/.config/hive/git-sync.toml", "~/project"])
+def test_without_a_home_it_asks_for_one(machine: Machine, home: str | None, said: str) -> None:
+    """A folder called `~` is neither read nor made, and no path begins at the root."""
+    machine.configure(workspaces("project"))
+    (machine.home / "~").mkdir()
+    environment = machine.environment | ({} if home is None else {"HOME": home})
+    if home is None:
+        del environment["HOME"]
+    if said == "~/project":
+        environment["HIVE_GIT_SYNC_CONFIG"] = str(machine.config)
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODY, machine.handler],
+        input=json.dumps({"text": "all"}),
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=machine.home,
+    )
+    why = f"'{said}': your home is not known; set HOME, or name the whole path"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.replace('"', "'") == f"git-sync: {why}\n"

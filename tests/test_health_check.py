@@ -858,3 +858,27 @@ def test_a_signal_leaves_nothing_behind(hanging: Hanging, tmp_path: Path, number
         assert handler.communicate(timeout=20) == (b"", b"")
     assert handler.returncode == 128 + number
     assert hanging.hear() == b""
+
+
+@pytest.mark.parametrize("home", [None, "", "here"])
+def test_without_a_home_a_folder_called_tilde_is_not_believed(
+    tmp_path: Path, home: str | None
+) -> None:
+    nobody = (
+        "import pwd, runpy, sys\n"
+        "def unknown(uid):\n    raise KeyError(uid)\n"
+        "pwd.getpwuid = unknown\n"
+        "runpy.run_path(sys.argv[1], run_name='__main__')\n"
+    )
+    for folder in ("~", "here"):
+        file = tmp_path / folder / ".config/hive/health-check.toml"
+        file.parent.mkdir(parents=True)
+        file.write_text("this is not TOML")
+    environment = {"PATH": os.environ["PATH"]} | ({} if home is None else {"HOME": home})
+    line = [sys.executable, "-c", nobody, str(HANDLER)]
+    how: dict[str, Any] = {"input": "{}", "capture_output": True, "text": True, "cwd": tmp_path}
+    done = subprocess.run(line, **how, env=environment)
+    assert json.loads(done.stdout)["status"]
+    environment["HIVE_HEALTH_CHECK_CONFIG"] = "~/mine.toml"
+    done = subprocess.run(line, **how, env=environment)
+    assert done.returncode == 1 and "/nonexistent/mine.toml: no such file" in done.stderr

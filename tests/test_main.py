@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, ROOT, eventually
+
+import hive
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
 
@@ -229,3 +232,34 @@ def test_a_warning_of_the_configuration_is_told_once(alone: Alone) -> None:
     eventually("it listens", (alone.elsewhere / "s").exists)
     code, said = end(broker)
     assert code == 0 and said.count("others may read it") == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ("send --to x", "send"),
+        ("--config x status", "status"),
+        ("--config=x --host y status --all", "status"),
+        ("--node send log", "log"),  # a node may have that name
+        ("--config send", ""),
+        ("--config", ""),
+        ("", ""),
+        ("--help send", ""),  # all of them are shown
+        ("--version", ""),
+        ("sned --to x", ""),
+        ("--confg x send", ""),
+    ],
+)
+def test_the_command_is_found_behind_the_options_that_all_have(said: str, named: str) -> None:
+    assert hive.command_among(said.split()) == named
+
+
+def test_a_command_finds_all_that_it_is_given_in_a_parser_for_it_alone() -> None:
+    words = ["--node", "status", "--port=7", "send", "--to", "x", "--text", "y", "--host", "z"]
+    alone = hive.make_parser(hive.command_among(words)).parse_args(words)
+    assert vars(alone) == vars(hive.make_parser().parse_args(words))
+    assert (alone.run, vars(alone)["node.id"]) == (hive.command_send, "status")
+
+
+def test_garbage_is_collected_once_the_file_is_read() -> None:
+    assert gc.isenabled()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rig import Rig
 
-from hive import FIRST_RUN, ScheduleConfig, ScheduledRun, next_at
+from hive import FIRST_RUN, ConfigError, ScheduleConfig, ScheduledRun, next_at
 
 NOON = 1_800_000_000.0
 
@@ -173,3 +174,70 @@ def test_a_schedule_is_told_by_what_it_does_and_when() -> None:
     assert every(300).when == "every 300s"
     daily = ScheduledRun(ScheduleConfig(action="check", at="07:30", text="look"))
     assert (daily.when, daily.key) == ("07:30", "schedule check 07:30 look")
+
+
+# What was missed while the machine slept, or the daemon was away
+
+
+def at_night(**more: object) -> ScheduledRun:
+    said = {"action": "backup", "at": "02:30", **more}
+    scheduled = ScheduledRun(ScheduleConfig.read(said, "schedule[0]"))
+    scheduled.last = local("2026-11-21 02:30")
+    scheduled.plan(local("2026-11-21 02:31"), chance=0)
+    assert scheduled.next == local("2026-11-22 02:30")
+    return scheduled
+
+
+@pytest.mark.parametrize(
+    ("catch_up", "at", "runs"),
+    [
+        (True, "13:00", True),
+        (False, "13:00", False),
+        (False, "02:31", True),  # to look takes up to a minute
+        (False, "02:32", False),
+        ("2h", "04:29", True),
+        ("2h", "04:31", False),
+        (7200, "04:31", False),
+    ],
+)
+def test_what_was_missed_is_made_up_for_as_long_as_catch_up_says(
+    catch_up: object, at: str, runs: bool
+) -> None:
+    now = local(f"2026-11-22 {at}")
+    slept = at_night(catch_up=catch_up)
+    assert slept.due(now) and slept.missed(now) is not runs
+    if slept.missed(now):
+        slept.plan(now, chance=0)
+        assert slept.next == local("2026-11-23 02:30")
+    started = at_night(catch_up=catch_up)  # the daemon was away, too
+    started.plan(now, chance=0)
+    assert started.due(now) is runs
+    assert started.next == (now if runs else local("2026-11-23 02:30"))
+
+
+def test_what_runs_every_so_often_keeps_its_times_when_some_were_missed() -> None:
+    hourly = every(3600, catch_up=False)
+    hourly.last = NOON
+    hourly.plan(NOON + 60, chance=0)
+    slept = NOON + 5 * 3600 + 600
+    assert hourly.due(slept) and hourly.missed(slept)
+    hourly.plan(slept, chance=0)
+    assert hourly.next == NOON + 6 * 3600
+
+
+@pytest.mark.parametrize("said", ["never", 0, -1, "", [], None, "0s"])
+def test_catch_up_is_true_false_or_a_time(said: object) -> None:
+    with pytest.raises(ConfigError, match=r"schedule\[0\]\.catch_up: .* is not true, false, or"):
+        every(60, catch_up=said)
+
+
+def test_a_daemon_says_that_it_makes_no_run_up(rig_of: Callable[..., Rig]) -> None:
+    late = ScheduleConfig(action="check", every=1.0, catch_up=False)
+    rig = rig_of(schedule=[late], check="echo x")
+    rig.until("it has run", lambda: rig.events("handler ended"), tick=1.0)
+    before = len(rig.events("handler started"))
+    (one,) = rig.node.work._schedule
+    one.next -= 3600
+    rig.until("it looks", lambda: rig.events("missed", action="check", when="every 1s"), tick=0.1)
+    assert len(rig.events("handler started")) == before
+    rig.until("it goes on", lambda: len(rig.events("handler started")) > before, tick=1.0)

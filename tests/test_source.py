@@ -233,7 +233,7 @@ def test_without_docstrings_it_says_the_same(
 BANNED = {
     *("ast", "bz2", "dataclasses", "difflib", "hashlib", "heapq", "inspect", "logging", "lzma"),
     *("paho", "platform", "random", "shutil", "sqlite3", "ssl", "subprocess", "threading"),
-    *("traceback", "uuid"),
+    *("tomllib", "traceback", "typing", "uuid"),
 }
 
 
