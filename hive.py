@@ -5655,7 +5655,7 @@ class FileLock:
 
     def fileno(self) -> int:
         """For a child that shall hold it too."""
-        return self._file.fileno()
+        return self._stream.fileno()
 
     def close(self) -> None:
         self._stream.close()
@@ -13209,7 +13209,9 @@ def command_host(args: argparse.Namespace) -> int:
         start_again()
     port = vars(args).pop("mqtt.port", None)
     file = config_place(args)
-    config = config_of(args) if file.exists() else make_config({}, None, overrides_of(args))
+    new = named_config(args) and not file.exists()
+    config = make_config({}, None, overrides_of(args)) if new else config_of(args)
+    file = Path(config.file or file)
     host = Host(config.state_dir)
     settings = host_settings(host.settings(), config, args, port)
     if config.mqtt.named and config.mqtt.ca_file != host.authority:
@@ -13540,10 +13542,14 @@ def host_config(config: Config, mqtt: MqttConfig) -> Config:
     return config.replace(mqtt=mqtt, node=config.node.replace(id=HOST_USER))
 
 
+def named_config(args: argparse.Namespace) -> str | None:
+    """What somebody said that it is."""
+    return getattr(args, "config", None) or os.environ.get("HIVE_CONFIG")
+
+
 def config_place(args: argparse.Namespace) -> Path:
     """The hive.toml that is meant, whether it is there or not."""
-    named = getattr(args, "config", None) or os.environ.get("HIVE_CONFIG")
-    place = named or find_config(None) or USER_CONFIG
+    place = named_config(args) or find_config(None) or USER_CONFIG
     return Path(os.path.abspath(expand_home(str(place))))
 
 

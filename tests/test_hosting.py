@@ -141,7 +141,7 @@ def test_messages_that_waited_at_the_embedded_broker_come_along(
     said = alpha.carry()
     assert ("fetched 1 messages" in said) is not running
     assert ("restart it" in said) is running
-    assert alpha.run("log").stdout.count("kept") == 1
+    assert alpha.run("log", "--node", "alpha").stdout.count("kept") == 1
 
 
 # ---- Certificates ------------------------------------------------------------------------
