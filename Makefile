@@ -24,9 +24,11 @@ python := $(VENV)/bin/python
 
 OPENCLAW := .cache/openclaw
 RUNTIME := 'paho-mqtt>=2,<3'
-TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1
+TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1 \
+           radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2
 
-SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py
+SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py \
+           contrib/handlers/sentinel.py contrib/handlers/check-calendar contrib/handlers/check-url
 SOURCES := hive.py tests $(SCRIPTS)
 
 check: lint types test fuzz-check  ## what every change passes
@@ -37,7 +39,7 @@ lint: $(VENV)/ready
 
 types: $(VENV)/ready
 	$(VENV)/bin/mypy --strict hive.py tests
-	$(foreach script,$(SCRIPTS),$(VENV)/bin/mypy --strict $(script) &&) true
+	$(foreach script,$(SCRIPTS),MYPYPATH=contrib/handlers $(VENV)/bin/mypy --strict $(script) &&) true
 
 test: $(VENV)/ready mosquitto checkers
 	$(python) -m pytest -q -rs -n 4 --dist loadfile --timeout 120 tests

@@ -351,6 +351,7 @@ MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixf
 MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
 MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
 MAX_NESTING = 32  # levels of a field that we don't know
+CUT_SHORT = " [cut by hive: more than the broker takes]"
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
@@ -594,6 +595,24 @@ def new_id() -> str:
 def encode_json(document: object) -> bytes:
     """One line of compact JSON in UTF-8."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def shortened(document: Mapping[str, Any], room: int, *keys: str) -> dict[str, Any] | None:
+    """The JSON object in `room` bytes: these values are cut, as far as must be, and marked.
+
+    None where that is not enough.
+    """
+    import bisect
+
+    short = dict(document)
+    for key in keys:
+        if len(encode_json(short)) > room:
+            said = short[key] if isinstance(short[key], str) else encode_json(short[key]).decode()
+            left = room - len(encode_json({**short, key: CUT_SHORT}))
+            sizes = range(len(said) + 1)
+            kept = bisect.bisect(sizes, left + 2, key=lambda n: len(encode_json(said[:n]))) - 1
+            short[key] = said[: max(kept, 0)] + CUT_SHORT
+    return short if len(encode_json(short)) <= room else None
 
 
 def read_json_object(payload: bytes | str) -> dict[str, Any] | None:
@@ -2067,11 +2086,12 @@ class Requests:
 
     # -- what the node reports --
 
-    def published(self, id: str, code: int, words: str) -> None:
-        """The broker has a message, or refused it; whoever sent it may still be there."""
+    def published(self, id: str, code: int, words: str) -> bool:
+        """The broker has a message, or refused it; is whoever sent it still there?"""
         requester = self._senders.pop(id, None)
         if requester:
             requester.send({"published": code, "words": words})
+        return requester is not None
 
     def heard(self, answer: Envelope) -> None:
         """An answer has come, and is in the journal."""
@@ -2283,6 +2303,10 @@ class Node:
         """Send what need not be in the journal."""
         self._client.publish(message)
 
+    def room(self, topic: str) -> int:
+        """Bytes of a payload that the broker takes there, as far as is known."""
+        return self._client.room(topic)
+
     def _probe(self, done: Callable[[bool], None]) -> None:
         self._client.probe(done)
 
@@ -2351,6 +2375,7 @@ class Node:
             reason = "its time to live is over"
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
+            here = self.context()
         what = Decision(Do.DROP, reason) if reason else decide(envelope, here)
         row = 0
         if what.do not in (Do.HEAR, Do.DROP):
@@ -2448,12 +2473,12 @@ class Node:
             return max(1.0, delivery.expires_in)
         return max(1.0, envelope.ts + envelope.ttl - time.time())
 
-    def tell_own_agents(self, envelope: Envelope, note: str) -> None:
-        """Something that this node itself has to say."""
+    def tell_own_agents(self, envelope: Envelope, note: str, now: bool = True) -> None:
+        """Something that this node itself has to say; at once, or with their next heartbeat."""
         row = self.journal.record(Event.RECEIVED, envelope, time.time(), note)
         agents = self.context().addressed(self.name)
         if row and agents:
-            self._perform(Decision(Do.WAKE, note, agents, now=True), envelope, row, None)
+            self._perform(Decision(Do.WAKE, note, agents, now), envelope, row, None)
         self.commit_soon()
 
     # -- what goes out --
@@ -2524,18 +2549,52 @@ class Node:
     def published(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
         self.commit_soon()
-        if message.id is None:
-            return
         failed = is_failure(code)
+        if message.id is None:
+            if failed:
+                self._document_refused(message, code, words)
+            return
+        told = self.requests.published(message.id, code, words)
         if failed or code == NO_SUBSCRIBERS:
             envelope = Envelope.parse(message.payload)  # as it was encoded here
-            if failed:
-                facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
-                self.log.error("not published", **facts, to=envelope.to, why=words)
             what = f"not published: {words.lower()}" if failed else "nobody listens there"
             self.journal.record_result(envelope, time.time(), what)
             self.journal.resolve_request(envelope.exchange)  # nobody will answer
-        self.requests.published(message.id, code, words)
+            if failed:
+                facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
+                self.log.error("not published", **facts, to=envelope.to, why=words)
+                self._envelope_refused(envelope, code, words.lower(), told)
+
+    def _envelope_refused(self, envelope: Envelope, code: int, why: str, told: bool) -> None:
+        """Whoever waits for it gets an alert, with as much of it as the broker takes."""
+        if CHANNELS[envelope.ch].handler:
+            if not told:
+                text = f"not published to {envelope.to}: {why}"
+                alert = Envelope.new(self.name, self.name, "alert", text, corr=envelope.exchange)
+                self.tell_own_agents(alert, "it waited for the broker")
+            return
+        document = {**envelope.document(), "id": new_id(), "ts": int(time.time())}
+        if envelope.ch == "response":
+            document["ch"] = "alert"
+            begins = f"; it begins: {envelope.text}" if code == PACKET_TOO_LARGE else ""
+            document["text"] = f"{self.name}: the answer was not published: {why}{begins}"
+        elif code != PACKET_TOO_LARGE:
+            return
+        short = shortened(document, self._client.room(self.topics.to(envelope.to, "alert")), "text")
+        if short:
+            self.send(Envelope.check(short))
+
+    def _document_refused(self, message: OutgoingMessage, code: int, why: str) -> None:
+        """What is kept for all: a result is cut; what else there is comes again by itself."""
+        _, document = self.topics.meta_of(message.topic) or ("", "")
+        result = (read_json_object(message.payload) or {}) | {"truncated": True}
+        room, short = self._client.room(message.topic), None
+        if code == PACKET_TOO_LARGE and message.n and "result" in result:
+            short = shortened(result, room, "result", "error")
+        if short:
+            self.journal.enqueue(message.topic, encode_json(short), retain=True)
+        if document:
+            self._log_limited("document not published", topic=message.topic, why=why)
 
     # -- what nobody answered --
 
@@ -2582,6 +2641,9 @@ class ScheduledRun:
         self.next = 0.0  # Unix seconds
         self.last = 0.0  # 0: never
         self.ok: bool | None = None  # how it ended; None: not known
+        self.failures = 0  # in a row, up to now
+        self.alarmed = False  # was the agent told that it fails, and nothing since?
+        self.output = ""  # what it printed, as a digest
         self.running = False
 
     @property
@@ -2623,17 +2685,53 @@ class ScheduledRun:
     def begin(self, now: float) -> None:
         self.running, self.last = True, now
 
-    def end(self, ok: bool) -> str | None:
-        """Take note of how it ended; what the agent should be told, if anything."""
-        before, self.ok, self.running = self.ok, ok, False
-        words = "is failing" if not ok else "is well again" if before is False else "is well"
+    def end(self, ok: bool, news: object = None, output: str = "") -> str | None:
+        """Take note of how it ended; what the agent should be told, if anything.
+
+        `news` is the handler's own word, true or false, where it has one.
+        """
+        self.ok, self.running = ok, False
+        self.failures = 0 if ok else self.failures + 1
+        differs, self.output = output != self.output, output
+        silent, before = not isinstance(news, bool), self.alarmed
+        change = news is True or (before if ok else silent and self.failing and not before)
         tell = {
             "always": True,
             "never": False,
-            "failure": not ok,
-            "change": ok is False if before is None else ok != before,
+            "failure": self.failing,
+            "change": change,
+            "output": change or differs,
+        }[self.config.notify]
+        words = "has news" if news is True else "is failing"
+        if ok and news is not True:
+            words = "is well again" if before else "has news" if differs else "is well"
+        if tell:
+            self.alarmed = silent and not ok
+        return words if tell else None
+
+    @property
+    def failing(self) -> bool:
+        """Has it failed as often in a row as counts?"""
+        return self.failures >= self.config.failures
+
+    def restore(self, kept: Mapping[str, Any], now: float) -> None:
+        """Go on from what an earlier process kept."""
+        last, ok, failures = kept.get("last"), kept.get("ok"), kept.get("failures")
+        self.last = last if isinstance(last, float) and last < now else 0.0
+        self.ok = ok if isinstance(ok, bool) else None
+        self.failures = failures if isinstance(failures, int) else int(ok is False)
+        self.alarmed = kept.get("alarmed", ok is False) is True
+        self.output = str(kept.get("output", ""))
+
+    def kept(self) -> dict[str, object]:
+        """What outlives a restart."""
+        return {
+            "last": self.last,
+            "ok": self.ok,
+            "failures": self.failures,
+            "alarmed": self.alarmed,
+            "output": self.output,
         }
-        return words if tell[self.config.notify] else None
 
     def document(self) -> dict[str, object]:
         """What the roster says of it."""
@@ -2791,7 +2889,7 @@ class Work(Worker):
         trouble += [
             f"schedule {one.config.action} {one.when} is failing"
             for one in self._schedule
-            if one.ok is False
+            if one.failing
         ]
         return "; ".join(trouble)
 
@@ -2867,7 +2965,9 @@ class Work(Worker):
         self._log.info("handler started", action=run.action, id=run.envelope.id)
         if run.task:
             self._journal.start_tasks([run.task])
-        self._children.start(handler_spec(self._config, file, run.envelope, agent), done)
+        last_run = self._last_run(run.action) if run.scheduled else None
+        spec = handler_spec(self._config, file, run.envelope, agent, last_run)
+        self._children.start(spec, done)
 
     def _ran(self, run: HandlerRun, result: ProcessResult) -> None:
         self._queue.done(run.action)
@@ -2890,9 +2990,11 @@ class Work(Worker):
         say("handler ended", **facts, exit=result.exit, ms=took, why=error or None)
         words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
         self._journal.record_result(envelope, time.time(), words)
-        self._node.keep_result(envelope, document)
+        said = document["result"] if isinstance(document["result"], dict) else {}
+        hidden = {"result": {"private": True}} if said.get("private") is True else {}
+        self._node.keep_result(envelope, document | hidden)
         if run.scheduled:
-            self._scheduled_run_ended(run.scheduled, envelope, result)
+            self._scheduled_run_ended(run.scheduled, envelope, result, said)
         else:
             self._node.send(answer_to(envelope, self._node.name, result))
         if run.task:
@@ -2929,10 +3031,7 @@ class Work(Worker):
 
         now = time.time()
         for one in self._schedule:
-            known = self._journal.get(one.key)
-            last, ok = known.get("last"), known.get("ok")
-            one.last = last if isinstance(last, float) and last < now else 0.0
-            one.ok = ok if isinstance(ok, bool) else None
+            one.restore(self._journal.get(one.key), now)
             one.plan(now, random.random())
         if self._schedule:
             self._run_due()
@@ -2965,20 +3064,39 @@ class Work(Worker):
         one.plan(now, random.random())
         self._run_handlers()
 
+    def _last_run(self, action: str) -> str:
+        """The id of the last scheduled run of an action whose outcome was taken over."""
+        return str(self._journal.get(f"scheduled {action}").get("id", ""))
+
     def _scheduled_run_ended(
-        self, one: ScheduledRun, envelope: Envelope, result: ProcessResult
+        self,
+        one: ScheduledRun,
+        envelope: Envelope,
+        result: ProcessResult,
+        said: Mapping[str, object],
     ) -> None:
-        """Write down how it ended; wake the agent if that is news."""
-        if result.cancelled:
+        """Write down how it ended; wake the agent if that is news.  One commit has it all.
+
+        What cannot be taken over now is not written down, so that the handler is not told that
+        it was, and tells it again.
+        """
+        if result.cancelled or self._node.stopping or self._journal.full:
+            one.running = False
             return
-        words = one.end(result.ok)
-        self._journal.put(one.key, {"last": one.last, "ok": one.ok})
+        words = one.end(result.ok, said.get("news"), content_hash(result.stdout))
+        self._journal.put(one.key, one.kept())
+        self._journal.put(f"scheduled {envelope.action}", {"id": envelope.id})
         self._changed()
-        if words and not self._node.stopping:
-            said = printed(result) if result.ok else failure(result)
-            text = cut(f"{one.config.action} {words}: {said}", MAX_ERROR)
-            ch = "status" if result.ok else "alert"
-            self._node.tell_own_agents(envelope.reply(self._node.name, text, ch=ch), "scheduled")
+        if words:
+            own, news = said.get("text"), said.get("news") is True
+            text = own if isinstance(own, str) else printed(result)
+            if not (result.ok or news) or not text:
+                text = failure(result) if not result.ok else "it prints nothing"
+            ch = "status" if result.ok or news else "alert"
+            answer = cut(f"{one.config.action} {words}: {text}", MAX_ERROR)
+            now = not news or said.get("urgency") != "later"
+            told = envelope.reply(self._node.name, answer, ch=ch)
+            self._node.tell_own_agents(told, "scheduled", now)
 
     # -- agents --
 
@@ -3072,6 +3190,7 @@ class Daemon:
             loop,
             instance,
             node.publish,
+            node.room,
             self.work.status,
             node.members.alive,
             node.counts,
@@ -3615,10 +3734,8 @@ class HandlersConfig(ConfigTable):
     env: tuple[str, ...] = setting((), variable_names, "what they get besides", ["AWS_PROFILE"])
 
 
-ON_TIME = (
-    90.0  # seconds that a run may be late and be no late one: clocks are looked at each minute
-)
-NOTIFY = ("change", "failure", "always", "never")
+ON_TIME = 90.0  # seconds that a run may be late: clocks are looked at each minute
+NOTIFY = ("change", "output", "failure", "always", "never")
 
 
 class ScheduleConfig(ConfigTable):
@@ -3635,6 +3752,7 @@ class ScheduleConfig(ConfigTable):
     catch_up: float | bool = setting(
         True, lateness, "what was missed runs later: true, false, or so long", "2h"
     )
+    failures: int = setting(1, count, "how often in a row it must fail until that counts")
 
     @property
     def patience(self) -> float:
@@ -4493,10 +4611,10 @@ def scan_handlers(directory: Path) -> HandlerSet:
         if entry.startswith((".", "README")):
             continue
         objection = objection_to(directory / entry)
-        if objection:
-            refused[entry] = objection
-        else:
+        if objection is None:
             handlers[entry] = directory / entry
+        elif not (entry.endswith(".py") and objection.startswith("not executable")):
+            refused[entry] = objection  # the other is a module that handlers import
     return HandlerSet(handlers, refused)
 
 
@@ -4595,6 +4713,7 @@ INHERITED = (
 CONTRACT = {  # by a handler, not inherited: what has a meaning for it
     *("HIVE_NODE", "HIVE_FROM", "HIVE_TO", "HIVE_ID", "HIVE_CORR", "HIVE_ACTION", "HIVE_CH"),
     *("HIVE_PREFIX", "HIVE_AGENT", "HIVE_PROFILE", "HIVE_OPENCLAW_CMD"),
+    *("HIVE_STATE_DIR", "HIVE_TIMEOUT", "HIVE_LAST_RUN"),
 }
 
 
@@ -4647,9 +4766,16 @@ def handler_deadline(config: Config, action: str) -> float:
 
 
 def handler_spec(
-    config: Config, file: Path, envelope: Envelope, agent: InstanceConfig | None
+    config: Config,
+    file: Path,
+    envelope: Envelope,
+    agent: InstanceConfig | None,
+    last_run: str | None = None,
 ) -> ProcessSpec:
-    """How a handler is run for a message: its environment, its stdin, its deadline."""
+    """How a handler is run for a message: its environment, its stdin, its deadline.
+
+    A scheduled run is told the id of the last one whose outcome was taken over.
+    """
     own = config.handlers.get(file.name, HandlerConfig()).env
     inherited = inherited_environment(os.environ, {*config.handler_env, *own})
     inherited |= whose_child(config)
@@ -4657,6 +4783,11 @@ def handler_spec(
         envelope, config.node.id, config.node.topic_prefix, agent, inherited
     )
     deadline = handler_deadline(config, file.name)
+    environment["HIVE_TIMEOUT"] = f"{deadline:g}"
+    with contextlib.suppress(ConfigError):  # there is none where nobody knows a home
+        environment["HIVE_STATE_DIR"] = str(config.state_dir.absolute())
+    if last_run is not None:
+        environment["HIVE_LAST_RUN"] = last_run
     return ProcessSpec([str(file)], environment, deadline, envelope.encode() + b"\n", file.parent)
 
 
@@ -4688,6 +4819,13 @@ def result_value(result: ProcessResult) -> object:
     except (ValueError, RecursionError):
         return said
     return value if portable(value) else said
+
+
+def content_hash(content: bytes) -> str:
+    """What is compared in place of the content; nothing for nothing."""
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest() if content.strip() else ""
 
 
 def failure(result: ProcessResult) -> str:
@@ -5708,6 +5846,7 @@ MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with th
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
 PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
+SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
 
 def loss_of(name: str) -> str:
@@ -6168,13 +6307,14 @@ class Presence:
         loop: Loop,
         instance: str,
         publish: Callable[[OutgoingMessage], None],
+        room: Callable[[str], int],
         status: Callable[[], OwnStatus],
         known: Callable[[], list[str]],
         counts: Mapping[str, int],
     ) -> None:
-        """`known` are the peers that are alive; `counts` go into the state."""
+        """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
-        self._loop, self._instance, self._publish = loop, instance, publish
+        self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
         self._build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
@@ -6261,8 +6401,16 @@ class Presence:
 
     def _publish_states(self, states: Iterable[Mapping[str, Any]]) -> None:
         for state in states:
-            topic = self._topics.meta(state["node_id"], "state")
-            self._publish(OutgoingMessage(topic, encode_json(state), retain=True))
+            self._publish_document(state["node_id"], "state", state)
+
+    def _publish_document(self, name: str, kind: str, document: Mapping[str, Any]) -> None:
+        """Publish it, without what can be spared where all of it is too large."""
+        topic = self._topics.meta(name, kind)
+        room, spared = min(self._room(topic), MAX_STATE), {**document}
+        for key in SPARED:
+            if len(encode_json(spared)) > room and spared.pop(key, None) is not None:
+                spared["truncated"] = True
+        self._publish(OutgoingMessage(topic, encode_json(spared), retain=True))
 
     def publish_roster(self) -> None:
         import platform
@@ -6280,8 +6428,7 @@ class Presence:
             "handlers": own.handlers,
             "schedule": own.schedule,
         }
-        topic = self._topics.meta(self._node, "roster")
-        self._publish(OutgoingMessage(topic, encode_json(document), retain=True))
+        self._publish_document(self._node, "roster", document)
 
 
 class NameConflictCheck:
@@ -8358,6 +8505,10 @@ RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
 SEND_WINDOW = 20  # messages we send before the broker acknowledges one
 MAX_COLLISIONS = 2  # of our connection with one to the session that we had before
 MAX_HANG_UPS = 5  # of the broker at one message, until it is given up
+LARGE_HANG_UPS = 2  # in MQTT 3.1.1, at one that is larger than any that it has taken
+SURELY_TAKEN = KIB  # bytes of a packet that any broker takes
+LIMIT_MEMORY = 3600.0  # seconds that a limit is believed which the broker has not told
+PUBLISH_OVERHEAD = 20  # bytes of a packet besides topic and payload (MQTT 5, 3.3), at most
 READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
 CLIENT_ID_PREFIX = "hive-"
@@ -8370,6 +8521,7 @@ WAYS_TO_PAHO = (
 HANG_UP = "the broker closed the connection"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
 NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
+PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
 
 class IncomingMessage(Value):
@@ -8412,6 +8564,7 @@ class Transport(Protocol):
     ) -> None: ...
     def publish(self, message: OutgoingMessage) -> None: ...
     def send_queued(self) -> None: ...
+    def room(self, topic: str) -> int: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
     def take_over(
@@ -8819,6 +8972,50 @@ def ignore_published(message: OutgoingMessage, code: int, words: str) -> None:
     """For who asks each message by itself."""
 
 
+class PacketLimit:
+    """How large a packet the broker takes: what it told us, and what we have learned.
+
+    In MQTT 3.1.1 it tells nothing, and closes the connection at what is too large.
+    """
+
+    def __init__(self) -> None:
+        self.told = sys.maxsize  # bytes
+        self.taken = 0  # bytes of the largest that it has acknowledged
+        self._refused, self._refused_at = sys.maxsize, 0.0  # the smallest that it hung up at
+
+    @staticmethod
+    def size(topic: str, payload: bytes = b"") -> int:
+        return len(topic) + len(payload) + PUBLISH_OVERHEAD
+
+    def connected(self, told: int, now: float) -> None:
+        self.told = told
+        if now - self._refused_at > LIMIT_MEMORY:  # its configuration may be another one by now
+            self._refused = sys.maxsize
+
+    def refused(self, size: int, now: float) -> str:
+        """It hung up at a packet of so many bytes, time and again; why, in words."""
+        self._refused, self._refused_at = min(self._refused, size), now
+        return self.objection(size)
+
+    def suspicious(self, size: int) -> bool:
+        """May it be the size at which the broker hung up?"""
+        return size > max(self.taken, SURELY_TAKEN)
+
+    def objection(self, size: int) -> str:
+        """Why a packet of so many bytes need not be tried; nothing if it may be."""
+        if size > self.told:
+            return f"larger than the broker takes ({size} of {self.told} bytes)"
+        if size >= self._refused:
+            taken = f"the largest that it took: {self.taken}" if self.taken else "none was taken"
+            return f"larger than the broker seems to take ({size} bytes; {taken})"
+        return ""
+
+    def room(self, topic: str) -> int:
+        """Bytes of a payload that it takes for certain, as far as is known."""
+        learned = self.told if self._refused == sys.maxsize else max(self.taken, SURELY_TAKEN)
+        return min(self.told, learned) - self.size(topic)
+
+
 class MqttClient:
     """The way to the broker: comes back by itself, and sends what is next in the outbox."""
 
@@ -8849,7 +9046,8 @@ class MqttClient:
         self._last = 0  # the number of the last message that was taken from the outbox
         self._again = 0  # up to this number they were acknowledged once, but perhaps not saved
         self._suspects = 0  # up to this number one by one: the broker hung up at one of them
-        self._hang_ups = (0, 0)  # at which message, and how often
+        self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
+        self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
@@ -8867,7 +9065,13 @@ class MqttClient:
 
     def set_broker(self, settings: MqttConfig) -> None:
         """From the next connection on, this is the broker."""
+        if settings.endpoint != self.settings.endpoint:
+            self._limit = PacketLimit()
         self.settings = settings
+
+    def room(self, topic: str) -> int:
+        """Bytes of a payload that the broker takes on a topic, as far as is known."""
+        return self._limit.room(topic)
 
     def use_outbox(
         self,
@@ -8941,9 +9145,8 @@ class MqttClient:
             left = int(message.until - time.time() + 0.999)
         if left is not None and left <= 0:
             self._resolve(message, -1, "its time to live was over")
-        elif len(message.payload) + len(message.topic) + 100 > connection.max_packet:
-            words = f"larger than the broker takes ({connection.max_packet} bytes)"
-            self._resolve(message, -1, words)
+        elif words := self._limit.objection(PacketLimit.size(message.topic, message.payload)):
+            self._resolve(message, PACKET_TOO_LARGE, words)
         else:
             packet_id = connection.publish(message, left)
             if message.qos:
@@ -8951,6 +9154,7 @@ class MqttClient:
 
     def _resolve(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
+        self._hang_ups.pop(message.n or message.topic, None)
         if self._outbox and message.n:
             self._outbox.dequeue(message, acknowledged=code == 0)
             if message.n <= self._again:
@@ -9012,6 +9216,8 @@ class MqttClient:
 
     def connected(self) -> None:
         self._failures = 0
+        if self._connection:
+            self._limit.connected(self._connection.max_packet, self.loop.clock())
         if self._listener:
             self._listener.on_connected()
 
@@ -9025,6 +9231,8 @@ class MqttClient:
         known = connection is self._connection
         message = self._inflight.pop(packet_id, None) if known else None
         if message:
+            size = PacketLimit.size(message.topic, message.payload)
+            self._limit.taken = max(self._limit.taken, size)
             self._resolve(message, code, words)
             while self._held and self._room() > 0:
                 self._send(self._held.pop(next(iter(self._held))))
@@ -9038,8 +9246,8 @@ class MqttClient:
             self._collisions += 1
             self.former.close()
             self.former = None
-        if reason == HANG_UP:
-            self._suspect()
+        if reason == HANG_UP or code == PACKET_TOO_LARGE:
+            self._suspect(connection, code)
         self._inflight.clear()
         self._held.clear()
         if self._outbox:
@@ -9053,18 +9261,26 @@ class MqttClient:
             return self._connect()
         self._retry_later(reason)
 
-    def _suspect(self) -> None:
-        """A broker may hang up at a message, for ever: Mosquitto 2.0.11 does at some refusals.
+    def _suspect(self, connection: MqttConnection, code: int) -> None:
+        """A broker may hang up at a message, for ever: one that is too large, or may not be sent.
 
-        After the first time they are sent one by one, to find it.
+        After the first time they are sent one by one, to find it (Mosquitto 2.0.11 does so).
         """
-        sent = [message for message in self._inflight.values() if message.n]
-        if not sent:
+        under_way = {message.n or message.topic: message for message in self._inflight.values()}
+        if not under_way:
             return
-        self._suspects = max(self._suspects, sent[-1].n)
-        n, times = self._hang_ups
-        self._hang_ups = (sent[0].n, times + 1 if sent[0].n == n else 1)
-        if self._hang_ups[1] >= MAX_HANG_UPS:
+        for key in under_way:
+            self._hang_ups[key] = self._hang_ups.get(key, 0) + 1
+        sent = [message for message in under_way.values() if message.n]
+        if sent:
+            self._suspects = max(self._suspects, sent[-1].n)
+        sizes = {key: PacketLimit.size(one.topic, one.payload) for key, one in under_way.items()}
+        key, size = max(sizes.items(), key=lambda item: item[1])
+        often = self._hang_ups[key] >= (MAX_HANG_UPS if connection.v5 else LARGE_HANG_UPS)
+        if self._limit.suspicious(size) and (often or code == PACKET_TOO_LARGE):
+            words = self._limit.refused(size, self.loop.clock())
+            self._resolve(under_way[key], PACKET_TOO_LARGE, words)
+        elif sent and self._hang_ups[sent[0].n] >= MAX_HANG_UPS:
             self._resolve(sent[0], -1, f"{HANG_UP} at it {MAX_HANG_UPS} times")
 
     def _retry_later(self, reason: str) -> None:
@@ -9088,13 +9304,13 @@ def session_id(config: Config) -> str:
     """
     import hmac
 
-    secret = (config.mqtt.password or "").encode()
-    if config.mqtt.key_file and not secret:
+    key = (config.mqtt.password or "").encode()
+    if config.mqtt.key_file and not key:
         with contextlib.suppress(OSError):  # tls_context() says why not
-            secret = config.mqtt.key_file.read_bytes()
+            key = config.mqtt.key_file.read_bytes()
     plain, tag = plain_session_id(config), config.mqtt.senders if config.checked else ""
-    if secret:  # with the kind of hive in it, whose topics the session's subscriptions are
-        tag = hmac.digest(secret, f"{config.mqtt.senders} {plain}".encode(), "sha256").hex()[:32]
+    if key:  # with the kind of hive in it, whose topics the session's subscriptions are
+        tag = hmac.digest(key, f"{config.mqtt.senders} {plain}".encode(), "sha256").hex()[:32]
     return f"{plain}:{tag}" if tag else plain
 
 
@@ -9156,7 +9372,7 @@ class FormerSession:
         self.close()
 
     def close(self) -> None:
-        self._client.close(do_nothing, within=0.0)
+        self._client.close(lambda: None, within=0.0)
 
 
 class ConnectionProbe:
@@ -9917,6 +10133,7 @@ class InProcessNode:
         self._patience, self._daemon = patience, daemon
         self._ends = time.monotonic() + patience
         self._lines: deque[dict[str, Any]] = deque()
+        self._bytes = 0  # of what is to be sent
         self._node: Node | None = None
         self._client: MqttClient | None = None
 
@@ -9932,6 +10149,7 @@ class InProcessNode:
         filters = self._filters(str(request["do"]), given)
         if request["do"] == "send":
             self._topic = self._config.topics.of(given["envelope"])
+            self._bytes = len(given["envelope"].encode())
             if given["wait"] or CHANNELS[given["envelope"].ch].handler:
                 # so that the daemon can tell its agent what an answer is about
                 self._tell_daemon({**request, "do": "sent"})
@@ -10031,6 +10249,8 @@ class InProcessNode:
             self._node.all_heard()
 
     def on_disconnected(self, reason: str) -> None:
+        if reason == HANG_UP and self._bytes > SURELY_TAKEN and self._node and self._node.connected:
+            reason += f" at a message of {self._bytes} bytes: it may be too large for it"
         raise broker_fault(self._mqtt, reason)
 
     def deliver(self, delivery: IncomingMessage) -> None:

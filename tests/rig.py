@@ -38,6 +38,7 @@ class Wire:
         self.probes: list[Callable[[bool], None]] = []
         self.takes_connections: bool | None = True  # None: it does not answer
         self.up = self.closed = self.silent = False
+        self.limit = 1_000_000  # bytes of a topic and its payload
 
     def set_broker(self, settings: hive.MqttConfig) -> None:
         pass
@@ -66,6 +67,9 @@ class Wire:
                 break
             self.last = message.n
             self.send(message.replace(topic=topic))
+
+    def room(self, topic: str) -> int:
+        return self.limit - len(topic)
 
     def send(self, message: hive.OutgoingMessage) -> None:
         self.published.append(message)

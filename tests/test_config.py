@@ -570,6 +570,8 @@ every = 60.0
 jitter = 0.0
 text = "scheduled"
 notify = "change"
+catch_up = true
+failures = 1
 """
 
 

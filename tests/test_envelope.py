@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paho.mqtt.client import topic_matches_sub
 
+import hive
 from hive import CHANNELS, Envelope, EnvelopeError, Topics, Wake, main, topic_prefix
 
 MAX_TEXT = 256 * 1024
@@ -465,3 +466,28 @@ def test_a_prefix_has_levels(prefix: str) -> None:
 def test_a_prefix_that_would_not_do_is_refused(prefix: object) -> None:
     with pytest.raises(ValueError):
         topic_prefix(prefix)
+
+
+@given(
+    text=st.text(max_size=300),
+    other=st.one_of(st.text(max_size=100), st.lists(st.integers())),
+    room=st.integers(0, 1000),
+)
+def test_what_is_shortened_has_its_room_and_as_much_of_it_as_there_is(
+    text: str, other: object, room: int
+) -> None:
+    document = {"id": "a", "text": text, "other": other}
+    cut = hive.shortened(document, room, "text", "other")
+    size = len(hive.encode_json(document))
+    if size <= room:
+        assert cut == document
+    elif cut:
+        assert len(hive.encode_json(cut)) <= room
+        kept = cut["text"].removesuffix(hive.CUT_SHORT)
+        assert cut["text"] != kept and text.startswith(kept) and cut["id"] == "a"
+        if cut["other"] == other and kept != text:
+            more = {**cut, "text": text[: len(kept) + 1] + hive.CUT_SHORT}
+            assert len(hive.encode_json(more)) > room, "one character more would not fit"
+    else:
+        least = {"id": "a", "text": hive.CUT_SHORT, "other": hive.CUT_SHORT}
+        assert len(hive.encode_json(least)) > room

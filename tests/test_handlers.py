@@ -105,6 +105,13 @@ def test_a_file_that_is_not_executable_is_refused_with_advice(folder: Path) -> N
     assert hive.scan_handlers(folder).refused == {"ping": f"not executable; try: chmod +x {file}"}
 
 
+def test_a_module_that_handlers_import_is_no_handler_and_no_mistake(folder: Path) -> None:
+    put(folder / "sentinel.py", 0o644)
+    assert hive.scan_handlers(folder) == hive.HandlerSet()
+    put(folder / "sentinel.py", 0o755)
+    assert [*hive.scan_handlers(folder).handlers] == ["sentinel.py"]
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -325,6 +332,19 @@ def test_a_handler_gets_what_the_configuration_names(monkeypatch: pytest.MonkeyP
     environment = inherited(monkeypatch, given, handler_env=("AWS_PROFILE", "NONE"), handlers=own)
     assert (environment.get("AWS_PROFILE"), environment.get("GIT_KEY")) == ("a", "b")
     assert not {"OTHER_KEY", "NONE"} & environment.keys()
+
+
+def test_a_handler_is_told_where_to_keep_things_and_how_long_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = {"HOME": "/home/me", "HIVE_LAST_RUN": "forged", "HIVE_TIMEOUT": "1"}
+    environment = inherited(monkeypatch, given)
+    assert environment["HIVE_STATE_DIR"] == "/home/me/.local/state/hive/beta"
+    assert environment["HIVE_TIMEOUT"] == "30"
+    assert "HIVE_LAST_RUN" not in environment
+    config = hive.Config(hive.NodeConfig(id="beta"))
+    scheduled = hive.handler_spec(config, Path("/x/git-sync"), ASKED, None, "id-0")
+    assert scheduled.environment["HIVE_LAST_RUN"] == "id-0"
 
 
 # What is made of an result

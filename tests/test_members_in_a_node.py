@@ -538,3 +538,13 @@ def test_the_roster_is_told_again_when_the_handlers_change(rig: Rig) -> None:
     (rig.handler_dir / "deploy").unlink()
     rig.advance(20)
     assert handlers() == [["ping"], ["deploy", "ping"], ["ping"]]
+
+
+def test_the_state_of_a_node_that_knows_thousands_is_not_too_large_to_be_kept(rig: Rig) -> None:
+    for number in range(2000):
+        rig.beat(f"a-peer-with-quite-a-long-name-{number}")
+    rig.advance(10)
+    payload = [p.payload for p in rig.wire.published if p.topic == "hive/meta/beta/state"][-1]
+    assert len(payload) <= hive.MAX_STATE
+    state = rig.kept("beta", "state")[-1]
+    assert state["status"] == "online" and state["truncated"] and "known_peers" not in state

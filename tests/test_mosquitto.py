@@ -462,16 +462,18 @@ def test_who_died_while_the_broker_was_away_is_lost_to_its_peer_and_written_down
     for node in (alpha, beta):
         broker.let_in(node)
         node.start()
-    alpha.logged("peer is up", peer="beta")
-    broker.stop(signal.SIGKILL)
-    beta.stop(signal.SIGKILL)
-    broker.start()
-    alpha.logged("peer is lost", peer="beta")
 
     def statuses(*how: str) -> list[str]:
         rows = json.loads(hive.cli("alpha", "status", "--json", *how).stdout)
         return [row["status"] for row in rows if row["name"] == "beta"]
 
+    eventually("alpha sees beta", lambda: statuses() == statuses("--direct") == ["online"])
+    saved = broker.place / "data" / "mosquitto.db"
+    eventually("it is saved", lambda: b"meta/beta/state" in saved.read_bytes())
+    broker.stop(signal.SIGKILL)
+    beta.stop(signal.SIGKILL)
+    broker.start()
+    alpha.logged("peer is lost", peer="beta")
     assert statuses() == ["offline"]  # to alpha
     assert statuses("--direct") == ["stale"]  # by beta's own last word
     assert not broker.denied()

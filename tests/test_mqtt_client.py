@@ -399,7 +399,8 @@ def test_what_the_broker_forbids_or_cannot_take_is_an_error_for_the_publisher(
     turn(loop, lambda: len(listener.published) == 3)
     said = {text: (code, words) for text, code, words in listener.published}
     assert said["forbidden"][0] == 0x87 and said["unheard"][0] == hive.NO_SUBSCRIBERS
-    assert said["x" * 3000] == (-1, "larger than the broker takes (2000 bytes)")
+    words = "larger than the broker takes (3029 of 2000 bytes)"
+    assert said["x" * 3000] == (hive.PACKET_TOO_LARGE, words)
     closed(loop, client)
 
 
@@ -460,9 +461,10 @@ class Wire:
     """A connection in memory, whose broker says what the test says."""
 
     made: ClassVar[list[Wire]] = []
+    v5 = True
 
     def __init__(self, owner: MqttClient, protocol: str) -> None:
-        self.owner, self.v5, self.up, self.hung_up = owner, True, False, False
+        self.owner, self.up, self.hung_up = owner, False, False
         self.window, self.max_packet, self.heard = hive.SEND_WINDOW, 10**6, time.time()
         self.sent: list[tuple[OutgoingMessage, int | None]] = []
         self.ids: deque[int] = deque()
@@ -480,9 +482,9 @@ class Wire:
         for _ in range(number):
             self.owner.acknowledged(cast(MqttConnection, self), self.ids.popleft(), code, words)
 
-    def end(self, reason: str = hive.HANG_UP) -> None:
+    def end(self, reason: str = hive.HANG_UP, code: int = 0) -> None:
         self.up = False
-        self.owner.disconnected(cast(MqttConnection, self), reason, 0)
+        self.owner.disconnected(cast(MqttConnection, self), reason, code)
 
     def disconnect(self) -> None:
         self.end("closed")
@@ -533,9 +535,9 @@ class Rig:
         self.enqueue(*texts)
         self.commit()
 
-    def lose(self, reason: str = hive.HANG_UP) -> None:
+    def lose(self, reason: str = hive.HANG_UP, code: int = 0) -> None:
         """The connection ends, and there is another."""
-        self.wire.end(reason)
+        self.wire.end(reason, code)
         self.now += 60
         self.loop.step()
         self.connect()
@@ -752,10 +754,78 @@ def test_a_message_at_which_the_broker_hangs_up_is_found_though_all_are_under_wa
         else:
             rig.wire.take(1, 0x10)
             rig.commit()
-    assert hang_ups == 1 + hive.MAX_HANG_UPS
+    assert hang_ups == hive.MAX_HANG_UPS
     refused = [words for _, code, words in rig.published if code < 0]
     assert refused == ["the broker closed the connection at it 5 times"]
     assert rig.journal.outbox_size == 0
+
+
+# How large a packet the broker takes
+
+
+def hang_up_at(rig: Rig, size: int, code: int = 0) -> int:
+    """A broker that says nothing, and hangs up at more than `size` bytes; how often it did."""
+    hang_ups = 0
+    while rig.journal.outbox_size:
+        assert hang_ups < 50
+        while rig.wire.ids and len(rig.wire.texts[-len(rig.wire.ids)]) <= size:
+            rig.wire.take()
+        if rig.wire.ids:
+            hang_ups += 1
+            rig.lose(code=code)
+        rig.commit()
+    return hang_ups
+
+
+@pytest.mark.parametrize(("v5", "expected"), [(False, 2), (True, hive.MAX_HANG_UPS)])
+def test_what_is_too_large_for_a_broker_that_does_not_say_so_is_found(
+    rig: Rig, v5: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Wire, "v5", v5)
+    sizes = [2000, 10, 5000, 1500, 10]
+    rig.send(*("x" * size for size in sizes))
+    assert hang_up_at(rig, 3000) == expected
+    assert [code for _, code, _ in rig.published if code] == [hive.PACKET_TOO_LARGE]
+    words = "larger than the broker seems to take (5037 bytes; the largest that it took: 2037)"
+    assert words in [words for _, _, words in rig.published]
+    assert rig.client.room("t" * 17) == 2000
+
+    rig.send("y" * 6000)
+    assert rig.published[-1][1] == hive.PACKET_TOO_LARGE, "it is not tried again"
+    rig.send("y" * 2500, "y" * 3500)
+    assert hang_up_at(rig, 3000) == expected
+    assert rig.client.room("t" * 17) == 2500
+
+
+def test_a_broker_that_says_what_was_too_large_is_believed_at_once(rig: Rig) -> None:
+    rig.send("x" * 10, "x" * 5000, "x" * 2000)
+    assert hang_up_at(rig, 3000, code=hive.PACKET_TOO_LARGE) == 1
+    assert [code for _, code, _ in rig.published if code] == [hive.PACKET_TOO_LARGE]
+
+
+@pytest.mark.parametrize("how", ["a while", "another broker"])
+def test_a_learned_limit_is_forgotten_after_a_while_and_at_another_broker(
+    rig: Rig, how: str
+) -> None:
+    rig.send("x" * 10, "x" * 5000)
+    hang_up_at(rig, 3000)
+    assert rig.client.room("t") < 5000
+    if how == "a while":
+        rig.now += hive.LIMIT_MEMORY
+    else:
+        rig.client.set_broker(MqttConfig(port=1))
+    rig.lose()
+    rig.send("x" * 5000)
+    assert hang_up_at(rig, 9000) == 0
+    assert "x" * 5000 in rig.wire.texts
+
+
+def test_a_small_message_is_not_given_up_because_the_broker_dies_often(rig: Rig) -> None:
+    rig.send("x" * 900)
+    for _ in range(hive.MAX_HANG_UPS - 1):
+        rig.lose()
+    rig.wire.take()
+    assert [code for _, code, _ in rig.published] == [0]
 
 
 # Coming back

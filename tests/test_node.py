@@ -826,3 +826,52 @@ def test_the_log_says_how_it_ended_and_why_nothing_was_done(rig_of: Callable[...
     assert ended == {"ping": "info", "fail": "warning"}
     notes = {row["action"]: row.get("note") for row in rig.events("received", level="info")}
     assert notes == {"ping": None, "fail": None, "other": NOBODY}
+
+
+# What the broker does not take
+
+
+def refused(rig: Rig, message: hive.OutgoingMessage) -> None:
+    rig.wire.acknowledge(message, hive.PACKET_TOO_LARGE, "larger than the broker takes")
+    rig.wire.silent = False
+    rig.turn()
+
+
+def test_an_alert_that_is_too_large_is_cut_until_it_cannot_be_any_more(rig: Rig) -> None:
+    rig.wire.silent = True
+    rig.node.node.send(hive.Envelope.new("beta", "all", "alert", "x" * 5000, corr="a"))
+    rig.turn()
+    rig.wire.limit = 1000
+    refused(rig, rig.wire.unacknowledged[-1])
+    cut = rig.sent("alert")[-1]
+    assert cut.text.startswith("xxx") and cut.text.endswith(hive.CUT_SHORT)
+    assert (cut.to, cut.corr) == ("all", "a") and len(cut.encode()) <= 1000
+    rig.wire.silent, rig.wire.limit = True, 50
+    rig.node.node.send(hive.Envelope.new("beta", "all", "alert", "x" * 5000))
+    rig.turn()
+    before = len(rig.sent("alert"))
+    refused(rig, rig.wire.unacknowledged[-1])
+    assert len(rig.sent("alert")) == before
+    assert len(rig.events("not published")) == 2
+
+
+def test_an_answer_that_the_broker_refuses_is_no_silence(rig: Rig) -> None:
+    rig.wire.silent = True
+    asked = rig.say("command", "ping")
+    answer = rig.answer_to(asked)
+    (message,) = [one for one in rig.wire.unacknowledged if one.id == answer.id]
+    rig.wire.acknowledge(message, -1, "The broker closed the connection at it 5 times")
+    rig.turn()
+    (alert,) = rig.sent("alert")
+    why = "beta: the answer was not published: the broker closed the connection at it 5 times"
+    assert (alert.text, alert.reply_to, alert.to) == (why, asked.id, "alpha")
+    rig.wire.acknowledge(rig.wire.unacknowledged[-1], 0x87, "Not authorized")
+    rig.turn()
+    assert len(rig.sent("alert")) == 1, "an alert about an alert would go on for ever"
+
+
+def test_a_document_that_is_refused_is_a_few_lines_in_the_log(rig: Rig) -> None:
+    topic = "hive/meta/beta/state"
+    for _ in range(1000):
+        rig.node.node.published(hive.OutgoingMessage(topic, b"{}", retain=True), 0x87, "Not")
+    assert 0 < len(rig.events("document not published", level="warning")) < 50

@@ -241,3 +241,71 @@ def test_a_daemon_says_that_it_makes_no_run_up(rig_of: Callable[..., Rig]) -> No
     rig.until("it looks", lambda: rig.events("missed", action="check", when="every 1s"), tick=0.1)
     assert len(rig.events("handler started")) == before
     rig.until("it goes on", lambda: len(rig.events("handler started")) > before, tick=1.0)
+
+
+# What is news
+
+
+@pytest.mark.parametrize(
+    ("news", "told"),
+    [
+        ([(True, True)], ["has news"]),
+        ([(True, False), (True, False)], [None, None]),
+        ([(False, False), (False, False)], [None, None]),  # it fails, and says that it is no news
+        ([(False, False), (False, True), (False, False)], [None, "has news", None]),
+        ([(True, True), (True, True)], ["has news", "has news"]),
+        ([(False, None), (False, None), (True, False)], ["is failing", None, "is well again"]),
+        ([(False, None), (True, True), (True, False)], ["is failing", "has news", None]),
+        ([(False, "yes"), (True, 1)], ["is failing", "is well again"]),  # no word, so the exit
+    ],
+)
+def test_what_is_news_is_the_handlers_to_say(
+    news: list[tuple[bool, object]], told: list[str | None]
+) -> None:
+    scheduled = every(60)
+    assert [scheduled.end(ok, said) for ok, said in news] == told
+
+
+@pytest.mark.parametrize("notify", ["never", "failure", "always"])
+def test_who_wants_no_news_gets_none(notify: str) -> None:
+    scheduled = every(60, notify=notify)
+    assert (scheduled.end(True, True) is not None) == (notify == "always")
+
+
+def test_a_failure_counts_when_it_lasts() -> None:
+    scheduled = every(60, failures=3)
+    outcomes = (False, False, True, False, False, False, False, True, True)
+    told = [scheduled.end(ok) for ok in outcomes]
+    assert told == [None] * 5 + ["is failing", None, "is well again", None]
+
+
+def test_a_failure_that_was_told_is_known_after_a_restart() -> None:
+    before, after = every(60, failures=2), every(60, failures=2)
+    assert [before.end(False), before.end(False)] == [None, "is failing"]
+    after.restore(before.kept(), NOON)
+    assert after.failing and [after.end(False), after.end(True)] == [None, "is well again"]
+
+
+@pytest.mark.parametrize("kept", [{}, {"ok": 1, "last": "x", "failures": None, "alarmed": 3}])
+def test_what_makes_no_sense_is_not_taken_over(kept: dict[str, object]) -> None:
+    scheduled = every(60)
+    scheduled.restore(kept, NOON)
+    assert (scheduled.ok, scheduled.last, scheduled.failing) == (None, 0.0, False)
+
+
+def test_what_an_older_hive_kept_is_understood() -> None:
+    scheduled = every(60)
+    scheduled.restore({"last": NOON - 5, "ok": False}, NOON)
+    assert [scheduled.end(False), scheduled.end(True)] == [None, "is well again"]
+
+
+def test_a_handler_that_knows_nothing_of_before_is_told_when_its_output_changes() -> None:
+    scheduled = every(60, notify="output")
+    outputs = ("", "a", "a", "b", "", "")
+    told = [scheduled.end(True, output=output) for output in outputs]
+    assert told == [None, "has news", None, "has news", "has news", None]
+    assert [scheduled.end(False), scheduled.end(False), scheduled.end(True)] == [
+        "is failing",
+        None,
+        "is well again",
+    ]

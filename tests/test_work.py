@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import calls_of, free_port
-from rig import Rig
+from rig import HANGS, Rig
 
 import hive
 
@@ -149,6 +149,80 @@ def test_a_schedule_does_not_run_twice_at_once(rig_of: Make) -> None:
     began = rig.clock.now
     rig.until("it is due again", lambda: rig.clock.now > began + 3, tick=0.05)
     assert rig.started() == ["check"]
+
+
+SENTINEL = """
+echo "$HIVE_LAST_RUN" >>../last; echo "$HIVE_ID" >>../ids
+cat ../say; exit $(cat ../exit)
+"""
+
+
+def sentinel(rig_of: Make, home: Path, agent: hive.InstanceConfig, say: object) -> Rig:
+    speaks(home, say)
+    return rig_of([agent], schedule=every_second(failures=2), check=SENTINEL)
+
+
+def speaks(home: Path, say: object, exit: int = 0) -> None:
+    (home / "exit").write_text(str(exit))
+    (home / "say.new").write_text(json.dumps(say))
+    (home / "say.new").rename(home / "say")
+
+
+def test_a_sentinel_wakes_the_agent_when_it_says_that_there_is_news(
+    rig_of: Make, tmp_path: Path, main_agent: hive.InstanceConfig, fast_agent: Path
+) -> None:
+    rig = sentinel(rig_of, tmp_path, main_agent, {"news": False, "text": "nothing"})
+    rig.until("it has run twice", lambda: len(rig.events("handler ended")) >= 2)
+    speaks(tmp_path, {"news": True, "text": "two letters", "private": True}, exit=1)
+    rig.until("the agent is told", lambda: told(fast_agent))
+    speaks(tmp_path, {"news": False, "text": "nothing"})
+    rig.until("it is well", lambda: rig.events("handler ended")[-1]["status"] == "ok")
+    said = told(fast_agent)
+    assert all("[hive] status from beta to beta" in one for one in said)
+    assert all('"check has news: two letters"' in one for one in said)
+    shown = [one["result"] for one in rig.kept("beta", "check")]
+    assert {"private": True} in shown and "two letters" not in json.dumps(shown)
+
+
+def test_what_can_wait_is_told_with_the_agents_next_heartbeat(
+    rig_of: Make, tmp_path: Path, main_agent: hive.InstanceConfig, fast_agent: Path
+) -> None:
+    rig = sentinel(
+        rig_of, tmp_path, main_agent, {"news": True, "text": "a letter", "urgency": "later"}
+    )
+    rig.until("the agent is told", lambda: told(fast_agent))
+    assert "next-heartbeat" in calls_of(fast_agent)[0]["argv"]
+
+
+def test_a_scheduled_run_knows_which_one_was_the_last_to_be_taken_over(
+    rig_of: Make, tmp_path: Path, main_agent: hive.InstanceConfig
+) -> None:
+    rig = sentinel(rig_of, tmp_path, main_agent, {"news": False})
+    rig.until("it has run twice", lambda: len(rig.events("handler ended")) >= 2)
+    rig.end()
+    runs = len(rig.events("handler ended"))
+    rig = sentinel(rig_of, tmp_path, main_agent, {"news": False})
+    rig.until("it has run again", lambda: rig.events("handler ended"))
+    lasts, ids = ((tmp_path / name).read_text().splitlines() for name in ("last", "ids"))
+    assert lasts[0] == "" and len(ids) >= runs + 1
+    assert lasts[1 : runs + 1] == ids[:runs]
+
+
+def test_an_outcome_that_comes_while_the_node_stops_is_left_to_the_next_run(
+    rig_of: Make, tmp_path: Path, main_agent: hive.InstanceConfig, fast_agent: Path
+) -> None:
+    lines = f"{HANGS} >/dev/null; {SENTINEL}"
+    speaks(tmp_path, {"news": True, "text": "at the last moment"})
+    rig = rig_of([main_agent], schedule=every_second(), check=lines)
+    rig.until("it runs", rig.started)
+    rig.node.stop()
+    (tmp_path / "gate").touch()
+    rig.until("it has ended", lambda: rig.events("handler ended", status="ok"))
+    rig.end()
+    assert told(fast_agent) == []
+    rig = rig_of([main_agent], schedule=every_second(), check=lines)
+    rig.until("the agent is told", lambda: told(fast_agent))
+    assert (tmp_path / "last").read_text().splitlines()[:2] == ["", ""]
 
 
 # Agents
