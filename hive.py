@@ -11848,7 +11848,7 @@ class Host:
         begins, ends = (
             ssl.cert_time_to_seconds(line.partition("=")[2]) for line in said.splitlines()
         )
-        return float(ends) if begins <= now else 0.0
+        return float(ends) if begins <= now + LOCK_PATIENCE else 0.0  # may be newer than now
 
     def renew(self, now: float) -> None:
         """Renew the server's certificate if it is about to end."""
@@ -12188,6 +12188,7 @@ LAUNCHD_AGENT = """\
 </dict>
 </plist>
 """
+MAX_HOST_LOG = KIB * KIB  # bytes of the log beside it, at a start
 SUPERVISOR_TIMEOUT = 30.0  # seconds for each word to it
 
 
@@ -12249,7 +12250,9 @@ def start_detached(command: Sequence[str], log: Path) -> None:
     """Start what outlives this command and its terminal."""
     import subprocess
 
-    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as out:
+        if os.fstat(out.fileno()).st_size > MAX_HOST_LOG:
+            out.truncate(0)
         subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -308,7 +308,8 @@ def test_two_at_once_set_up_one(alpha: Carrier) -> None:
     both = [alpha.start(*alpha.where, stdout=-1, stderr=-1) for _ in range(2)]
     said = [one.communicate(timeout=2 * PATIENCE) for one in both]
     assert [one.returncode for one in both] == [0, 0], said
-    assert alpha.host.service_pid() and "hosting the hive" in alpha.events()
+    assert alpha.host.service_pid()
+    eventually("it lets nodes in", lambda: "hosting the hive" in alpha.events())
     assert "ok    broker" in alpha.run("host").stdout
 
 
