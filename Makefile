@@ -14,9 +14,9 @@
 #               PREFIX=/usr/local, as root: for the whole machine.  DESTDIR=... for packages.
 #
 # Needs Python 3.11 or newer with venv, and git.  Everything else goes into .venv/, except
-# Mosquitto and the checkers of the units, which come from the system's package manager where
-# that is allowed (root, or Homebrew); without them the tests that need them are skipped, and
-# fail where CI is set.
+# Mosquitto, Dovecot and the checkers of the units, which come from the system's package manager
+# where that is allowed (root, or Homebrew); without them the tests that need them are skipped,
+# and fail where CI is set.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -28,7 +28,8 @@ TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6
            radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2
 
 SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py \
-           contrib/handlers/sentinel.py contrib/handlers/check-calendar contrib/handlers/check-url
+           contrib/handlers/sentinel.py contrib/handlers/check-email contrib/handlers/check-calendar \
+           contrib/handlers/check-url
 SOURCES := hive.py tests $(SCRIPTS)
 
 check: lint types test fuzz-check  ## what every change passes
@@ -41,13 +42,13 @@ types: $(VENV)/ready
 	$(VENV)/bin/mypy --strict hive.py tests
 	$(foreach script,$(SCRIPTS),MYPYPATH=contrib/handlers $(VENV)/bin/mypy --strict $(script) &&) true
 
-test: $(VENV)/ready mosquitto checkers
+test: $(VENV)/ready mosquitto dovecot checkers
 	$(python) -m pytest -q -rs -n 4 --dist loadfile --timeout 120 tests
 
 demo: $(VENV)/ready
 	@$(python) contrib/demo.py $(if $(KEEP),--keep)
 
-test-openclaw: $(VENV)/ready mosquitto $(OPENCLAW)/ready
+test-openclaw: $(VENV)/ready mosquitto dovecot $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin \
 	  $(python) -m pytest -q --timeout 300 tests/real_openclaw.py
 
@@ -122,6 +123,16 @@ mosquitto:
 	  echo "installing Mosquitto with Homebrew"; brew install --quiet mosquitto >/dev/null || true; \
 	else echo "Mosquitto is missing: tests that need a broker will be skipped (apt-get install mosquitto)"; fi
 
+# A mail server for check-email, which each test starts for itself.
+dovecot:
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"; \
+	if command -v dovecot >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo "installing Dovecot with apt-get"; \
+	  { apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends dovecot-imapd; } >/dev/null || true; \
+	else echo "Dovecot is missing: tests of check-email will be skipped (apt-get install dovecot-imapd)"; fi
+
 # systemd-analyze and plistutil for tests/test_units.py, openssl for test_mqtt_client.py, pgrep.
 checkers:
 	@missing=; \
@@ -140,4 +151,4 @@ clean:  ## remove what make has made
 	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
-  bench-broker bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto checkers clean
+  bench-broker bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean

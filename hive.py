@@ -201,7 +201,7 @@ class Field:
     def __init__(
         self,
         default: Any = ...,  # `...`: it must be given
-        kind: Any = None,  # checks a value from outside, or raises ValueError
+        check: Any = None,  # takes a value from outside, or raises ValueError
         *,
         key: str = "",  # its spelling outside, if another
         help: str = "",
@@ -209,7 +209,7 @@ class Field:
         shown: bool = True,
     ) -> None:
         self.name = ""
-        self.default, self.kind, self.key = default, kind, key
+        self.default, self.check, self.key = default, check, key
         self.help, self.example, self.shown = help, example, shown
 
 
@@ -262,8 +262,8 @@ class Value:
         return type(self)(**{**vars(self), **new})
 
 
-# A kind checks a value, and raises ValueError; its docstring says what it takes.  Envelopes,
-# hive.toml, requests and the command line share them.
+# A check returns what it was given, as it is used, or raises ValueError; its docstring says what
+# it takes.  Envelopes, hive.toml, requests and the command line share them.
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -300,28 +300,28 @@ def seconds(value: object) -> float:
 
 
 def integer(low: int, high: int, words: str = "a whole number") -> Callable[[object], int]:
-    """Make the kind that takes a whole number in a range."""
+    """Make the check that takes a whole number in a range."""
 
-    def kind(value: object) -> int:
+    def check(value: object) -> int:
         given = finite_number(value)
         if not (low <= given <= high and given == int(given)):
             raise ValueError
         return int(given)
 
-    kind.__doc__ = f"{words} from {low} to {high}"
-    return kind
+    check.__doc__ = f"{words} from {low} to {high}"
+    return check
 
 
 def choice(*allowed: str) -> Callable[[object], str]:
-    """Make the kind that takes one of a few words."""
+    """Make the check that takes one of a few words."""
 
-    def kind(value: object) -> str:
+    def check(value: object) -> str:
         if not isinstance(value, str) or value not in allowed:
             raise ValueError
         return value
 
-    kind.__doc__ = " or ".join(f'"{word}"' for word in allowed)
-    return kind
+    check.__doc__ = " or ".join(f'"{word}"' for word in allowed)
+    return check
 
 
 def bounded_number(value: object, low: float, high: float) -> float | None:
@@ -351,6 +351,7 @@ MAX_PAYLOAD = 6 * MAX_TEXT + 64 * KIB  # a text of control characters grows sixf
 MAX_TS = 253_402_300_799  # the last second of the year 9999; milliseconds lie beyond it
 MAX_TTL = 0xFFFF_FFFF  # MQTT 5, 3.3.2.3.3: the expiry interval has four bytes
 MAX_NESTING = 32  # levels of a field that we don't know
+MAX_AGE, MAX_AHEAD = 8 * 86400, 86400  # seconds; of another time is a replay, or a wrong clock
 CUT_SHORT = " [cut by hive: more than the broker takes]"
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -446,9 +447,9 @@ def wire_version(value: object) -> int:
     return value
 
 
-def wire(kind: Callable[[Any], Any], key: str = "", default: Any = ...) -> Any:
-    """One field of the envelope: the kind of value it takes, and its spelling on the wire."""
-    return Field(default, kind, key=key)
+def wire(check: Callable[[Any], Any], key: str = "", default: Any = ...) -> Any:
+    """One field of the envelope: the check of its value, and its spelling on the wire."""
+    return Field(default, check, key=key)
 
 
 class Envelope(Value):
@@ -553,7 +554,9 @@ class Envelope(Value):
 
 # (attribute, key on the wire, required, check) for each field that the protocol knows
 WIRE_FIELDS = tuple(
-    (f.name, f.key or f.name, f.default is ..., f.kind) for f in Envelope.FIELDS.values() if f.kind
+    (f.name, f.key or f.name, f.default is ..., f.check)
+    for f in Envelope.FIELDS.values()
+    if f.check
 )
 
 
@@ -722,6 +725,8 @@ class RoutingContext(Value):
     agents: Sequence[str] = ()  # the first one speaks for the node
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
+    began: Callable[[str | None], bool] = lambda corr: False  # did this node begin the exchange?
+    allow: Mapping[str, Container[str]] = {}  # who alone may do what, by the rule that says so
     why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
     speaks_for: Callable[[str, str], bool] = lambda node, name: False  # is it that node's agent?
 
@@ -730,6 +735,11 @@ class RoutingContext(Value):
         if to == EVERYONE:
             return tuple(self.agents)
         return (to,) if to in self.agents else tuple(self.agents[:1])
+
+    def denies(self, rule: str, sender: str) -> str:
+        """How a rule keeps a sender from what it is about; nothing where it does not."""
+        denied = rule in self.allow and sender != self.node and sender not in self.allow[rule]
+        return f"{rule} does not name {sender}" if denied else ""
 
 
 def misplaced(
@@ -757,6 +767,15 @@ def misplaced(
     return None
 
 
+def untimely(envelope: Envelope, now: float) -> str | None:
+    """Why an envelope of its time must not be acted upon, by the wall clock."""
+    if envelope.ts < now - MAX_AGE:
+        return "it is more than 8 days old: a replay, or a clock that is wrong"
+    if envelope.ts > now + MAX_AHEAD:
+        return "it is more than a day ahead: a clock is wrong"
+    return None
+
+
 def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     """What a node does with an envelope that is in its place, fresh and new."""
     channel = CHANNELS[envelope.ch]
@@ -764,8 +783,11 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
         return SIGN_OF_LIFE
-    if channel.handler and envelope.action and envelope.action in here.handlers:
-        return Decision(Do.RUN)
+    if channel.handler and envelope.action:
+        if why := here.denies(handler_rule(envelope.action), envelope.sender):
+            return Decision(Do.REFUSE, why)
+        if envelope.action in here.handlers:
+            return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
         return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
@@ -777,6 +799,11 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if asked and (why := here.why_not(envelope.action or "")):
         missing += f" ({quoted(why, 300)[1:-1]})"
     agents = here.addressed(envelope.to)
+    denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
+    if any(denied.values()) and (channel.handler or not here.began(envelope.corr)):
+        agents = tuple(one for one in agents if not denied[one])
+        if not agents:
+            return Decision(Do.REFUSE, next(iter(denied.values())))
     if agents:
         return Decision(Do.WAKE, missing, agents, envelope.urgent or channel.mode_now)
     if asked:
@@ -1187,22 +1214,31 @@ def unix_listener(file: Path) -> socket.socket:
 MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
 MAX_OUTBOX = 10_000  # messages that wait for the broker
 MAX_OUTBOX_SIZE = 64 * KIB * KIB  # bytes of them; a broker may be away for weeks
+ANSWER_SHARE = 0.8  # of it for answers to peers: the rest is for what this node itself has to say
+ONE_SHARE = 0.2  # of it for those on one topic
 UNSAVED_SECONDS = 2.0  # in which a crash of the broker may lose what it has acknowledged
 MAX_ROWS = 100  # that are read at once
 MIN_ID_PREFIX = 4  # characters that may stand for an id
 SHOWN_TEXT = 200  # characters of a text that is shown beside what is not finished
 MAX_MEANINGS = 5  # of such a beginning that are listed
 PRUNE_STEP = 500  # rows that are forgotten at once
+SIZE_OF_ID = KIB  # bytes of max_mb for each id that is remembered longer: an eighth of it in all
 PRUNE_TEXTS = 50  # texts that are
 PRUNE_AFTER = 1000  # rows written, or ...
 PRUNE_SIZE = KIB * KIB  # ... characters of them, until the next look
 
-JOURNAL_TABLES = (
-    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
+JOURNAL_LOG = (
     # event: in, out, did; content: the envelope, NULL where its text is kept no longer
     "CREATE TABLE IF NOT EXISTS log (n INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, event TEXT,"
     " id TEXT, ch TEXT, sender TEXT, recipient TEXT, action TEXT, exchange TEXT, note TEXT,"
-    " content TEXT, UNIQUE (id, event))",
+    " content TEXT, UNIQUE (id, sender, event))"
+)
+JOURNAL_TABLES = (
+    "CREATE TABLE IF NOT EXISTS settings (key TEXT PRIMARY KEY, value TEXT)",
+    JOURNAL_LOG,
+    # whose ids came in rows that are forgotten already
+    "CREATE TABLE IF NOT EXISTS seen (id TEXT, sender TEXT, time REAL, PRIMARY KEY (id, sender))"
+    " WITHOUT ROWID",
     "CREATE INDEX IF NOT EXISTS exchanges ON log (exchange)",
     # agent: who is to be told; '' is a handler's run.  began: perhaps done, if we crashed
     "CREATE TABLE IF NOT EXISTS tasks (n INTEGER PRIMARY KEY AUTOINCREMENT, message INTEGER,"
@@ -1225,14 +1261,25 @@ JOURNAL_TABLES = (
 
 
 def upgrade_journal(database: sqlite3.Connection) -> None:
-    """Take over a file from before `acknowledged_at`, when two tables had other names."""
-    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    """Take over a file from before `acknowledged_at`, when two tables had other names.
+
+    Later ids were taken to be unique among all senders.
+    """
+    schema = "SELECT name, ifnull(sql, '') FROM sqlite_master"
+    tables: dict[str, str] = dict(database.execute(schema).fetchall())
     for old, new in (("notes", "settings"), ("questions", "pending_requests")):
         if old in tables and new not in tables:
             database.execute(f"ALTER TABLE {old} RENAME TO {new}")
     columns = [column[1] for column in database.execute("PRAGMA table_info(outbox)")]
     if columns and "acknowledged_at" not in columns:
         database.execute("ALTER TABLE outbox ADD COLUMN acknowledged_at REAL")
+    if "UNIQUE (id, event)" in tables.get("log", ""):
+        database.execute("ALTER TABLE log RENAME TO log_before")
+        database.execute(JOURNAL_LOG)
+        database.execute(f"INSERT INTO log ({ROW}) SELECT {ROW} FROM log_before ORDER BY n")
+        database.execute("DELETE FROM sqlite_sequence WHERE name = 'log'")  # no number comes twice
+        database.execute("UPDATE sqlite_sequence SET name = 'log' WHERE name = 'log_before'")
+        database.execute("DROP TABLE log_before")
 
 
 class Event(Enum):
@@ -1298,10 +1345,14 @@ class Journal:
         """
         risk = "what a crash interrupts is lost, or done twice"
         file = directory / "journal.sqlite3" if directory else None
-        self._database = Database(file, JOURNAL_TABLES, log, risk, upgrade_journal)
         self._keep, self._max_size = keep, max_size
+        self._room = min(DATABASE_WAL, max_size // 3)  # for what is not in the file yet
+        self._database = Database(
+            *(file, JOURNAL_TABLES, log, risk, upgrade_journal), wal=self._room
+        )
         self._rows = self._size = 0  # written since the last look
         self._newest = int(self._database.read("SELECT ifnull(max(n), 0) FROM log")[0][0])
+        self._count_ids(0.0)
         self.full = False  # of what is not finished: no room is left to accept more
         self.saved_before = self._forgotten = (
             0.0  # the broker has saved what it acknowledged before
@@ -1314,6 +1365,7 @@ class Journal:
 
     def commit(self) -> None:
         """Make it last, before anybody is told that it is safe with us."""
+        self._database.commit()
         if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
             self.prune(time.time())
         if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
@@ -1370,10 +1422,11 @@ class Journal:
         content: str | None,
     ) -> int | None:
         row = self._database.insert(
-            f"INSERT OR IGNORE INTO log ({ROW}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+            " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)",
             (
                 *(now, event.value, id, about.ch, about.sender, about.to, about.action),
-                *(about.exchange, note, content),
+                *(about.exchange, note, content, id, about.sender),
             ),
         )
         if row:
@@ -1410,17 +1463,29 @@ class Journal:
             raise UsageError(f"{said}: which one? {', '.join(meanings)}")
         return str(found[0]) if found else said
 
-    def message(self, id: str) -> dict[str, Any] | None:
+    def message(self, id: str, event: Event | None = None) -> dict[str, Any] | None:
         """The message with this id; what came in before what went out."""
-        question = f"SELECT {ROW} FROM log WHERE id = ? ORDER BY event LIMIT 1"
+        which = f"id = ? AND event = '{event.value}'" if event else "id = ?"
+        question = f"SELECT {ROW} FROM log WHERE {which} ORDER BY event, n LIMIT 1"
         return next(iter(self._entries(question, (id,))), None)
+
+    def senders(self, id: str) -> list[str]:
+        """Whose messages have this id: that of another is no secret."""
+        rows = self._database.read("SELECT DISTINCT sender FROM log WHERE id = ?", (id,))
+        return sorted(sender for (sender,) in rows)
+
+    def began(self, exchange: str | None) -> bool:
+        """Is it one that this node began?"""
+        question = "SELECT 1 FROM log WHERE id = ? AND event = ?"
+        return bool(self._database.read(question, (exchange, Event.SENT.value)))
 
     def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
         """The next MAX_ROWS of the exchange that a message belongs to."""
-        message = self.message(id)
-        values = (message["exchange"] if message else id, after, MAX_ROWS)
-        question = f"SELECT {ROW} FROM log WHERE exchange = ? AND n > ? ORDER BY n LIMIT ?"
-        return self._entries(question, values)
+        known = "SELECT DISTINCT exchange FROM log WHERE id = ? LIMIT ?"
+        found = [row[0] for row in self._database.read(known, (id, MAX_MEANINGS))] or [id]
+        which = f"exchange IN ({', '.join('?' * len(found))}) AND n > ?"
+        question = f"SELECT {ROW} FROM log WHERE {which} ORDER BY n LIMIT ?"
+        return self._entries(question, (*found, after, MAX_ROWS))
 
     @property
     def newest(self) -> int:
@@ -1496,18 +1561,39 @@ class Journal:
 
     def _count_outbox(self) -> None:
         content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
-        messages, size = self._database.read(
-            f"SELECT count(*), ifnull(sum({content}), 0)"
-            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
-        )[0]
-        self.outbox_size, self._outbox_bytes = int(messages), int(size)
+        groups = self._database.read(
+            f"SELECT topic, count(*), ifnull(sum({content}), 0) FROM outbox"
+            " LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL GROUP BY topic"
+        )
+        self._outbox = {topic: (int(number), int(size)) for topic, number, size in groups}
+        self.outbox_size = sum(number for number, _ in self._outbox.values())
+        self._outbox_bytes = sum(size for _, size in self._outbox.values())
+        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not taken yet
         rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
         self._acknowledged = int(rows[0][0])
+
+    def _count_out(self, topic: str, number: int, size: int) -> None:
+        """So many more messages wait on a topic, or fewer."""
+        before = self._outbox.get(topic, (0, 0))
+        self._outbox[topic] = after = before[0] + number, before[1] + size
+        if not after[0]:
+            del self._outbox[topic]
+        self.outbox_size += number
+        self._outbox_bytes += size
 
     @property
     def outbox_full(self) -> bool:
         """Nothing more may be sent.  What peers gave us to do does not count."""
-        return self.outbox_size >= MAX_OUTBOX or self._outbox_bytes >= MAX_OUTBOX_SIZE
+        return self._fills((self.outbox_size, self._outbox_bytes), 1)
+
+    def takes_answer(self, topic: str) -> bool:
+        """May an answer still be sent there?  One who asks too much takes no room from others."""
+        here, all = self._outbox.get(topic, (0, 0)), (self.outbox_size, self._outbox_bytes)
+        return not (self._fills(here, ONE_SHARE) or self._fills(all, ANSWER_SHARE))
+
+    def _fills(self, load: tuple[int, int], share: float) -> bool:
+        size = min(MAX_OUTBOX_SIZE, self._max_size // 2)
+        return load[0] >= share * MAX_OUTBOX or load[1] >= share * size
 
     def enqueue(
         self,
@@ -1526,9 +1612,21 @@ class Journal:
             "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
             (message, topic, own, retain, until),
         )
-        self.outbox_size += 1
-        self._outbox_bytes += len(payload)
+        self._count_out(topic, 1, len(payload))
         self._size += len(own or b"")
+
+    def keep_latest(self, topic: str, payload: bytes) -> None:
+        """Put what is to be retained into the outbox, or in the place of what waits there."""
+        before = self._latest.get(topic)
+        if before:
+            self._database.write("UPDATE outbox SET payload = ? WHERE n = ?", (payload, before.n))
+            self._count_out(topic, 0, len(payload) - len(before.payload))
+            self._size += len(payload)
+            self._latest[topic] = before.replace(payload=payload)
+            return
+        self.enqueue(topic, payload, retain=True)
+        n = int(self._database.read("SELECT max(n) FROM outbox")[0][0])
+        self._latest[topic] = OutgoingMessage(topic, payload, n=n)
 
     def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
         """The next that wait for the broker, in order."""
@@ -1538,6 +1636,7 @@ class Journal:
             " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
             (after, limit),
         )
+        self._latest.clear()  # these are under way
         return [
             OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
             for n, id, topic, payload, retain, until in rows
@@ -1555,8 +1654,7 @@ class Journal:
             )
         else:
             self._database.write("DELETE FROM outbox WHERE n = ?", (message.n,))
-        self.outbox_size -= 1
-        self._outbox_bytes -= len(message.payload)
+        self._count_out(message.topic, -1, -len(message.payload))
 
     def forget_acknowledged(self, before: float) -> None:
         """What the broker acknowledged before then it has saved."""
@@ -1630,31 +1728,71 @@ class Journal:
         return int((pages - free) * size)
 
     def prune(self, now: float) -> bool:
-        """Forget a few rows that are too old, or too much; was there anything to forget?"""
-        self._rows = self._size = 0
+        """Forget a few rows that are too old, or too much; was there anything to forget?
+
+        As many as were written since, so that it keeps its size however fast they come.
+        """
+        step, self._rows, self._size = self._rows * 5 // 4, 0, 0
         oldest = self._database.read("SELECT time FROM log ORDER BY n LIMIT 1")
         forgotten, too_old = 0, now - self._keep
         if oldest and oldest[0][0] < too_old:
             forgotten += self._forget_rows("time < ?", too_old)
-        too_large = self.size > self._max_size
-        if too_large:
-            texts = f"SELECT n FROM log WHERE content IS NOT NULL AND {FINISHED} ORDER BY n LIMIT ?"
-            forget = f"UPDATE log SET content = NULL WHERE n IN ({texts})"
-            forgotten += self._database.write(forget, (PRUNE_TEXTS,))
-            if self.size > self._max_size:
+        most = self._max_size - self._room
+        too_large = self.size > most
+        for _ in range(0, step + 1, PRUNE_STEP) if too_large else ():
+            if self.size > most:
+                forgotten += self._forget_texts(self.size - most)
+            if self.size > most:
                 forgotten += self._forget_rows("content IS NULL")
-        self.full = too_large and not forgotten
+            self._database.commit()  # or the write-ahead log would have to hold all of it
+        self.full = too_large and (not forgotten or self.size > most + self._room // 2)
         if forgotten:
             self._database.write(
                 "DELETE FROM pending_requests WHERE message NOT IN (SELECT n FROM log)"
             )
+            self._forget_ids(now)
         return bool(forgotten)
+
+    def _forget_texts(self, much: int) -> int:
+        """The oldest ones that nothing unfinished belongs to: PRUNE_TEXTS, or so many bytes."""
+        kept = f"content IS NOT NULL AND {FINISHED}"
+        question = f"SELECT n, length(content) FROM log WHERE {kept} ORDER BY n LIMIT ?"
+        rows, last = deque(self._database.read(question, (max(PRUNE_TEXTS, PRUNE_STEP),))), 0
+        few = len(rows) - PRUNE_TEXTS
+        while rows and (much > 0 or len(rows) > few):
+            last, size = rows.popleft()
+            much -= size
+        forget = f"UPDATE log SET content = NULL WHERE n <= ? AND {kept}"
+        return self._database.write(forget, (last,))
 
     def _forget_rows(self, which: str, *values: object) -> int:
         """The oldest ones that nothing unfinished belongs to."""
         unasked = "n NOT IN (SELECT message FROM pending_requests WHERE due IS NOT NULL)"
         rows = f"SELECT n FROM log WHERE {which} AND {FINISHED} AND {unasked} ORDER BY n LIMIT ?"
+        remember = (
+            "INSERT OR IGNORE INTO seen (id, sender, time) SELECT id, sender, time FROM log"
+            f" WHERE event = '{Event.RECEIVED.value}' AND n IN ({rows})"
+        )
+        self._ids += self._database.write(remember, (*values, PRUNE_STEP))
         return self._database.write(f"DELETE FROM log WHERE n IN ({rows})", (*values, PRUNE_STEP))
+
+    def _forget_ids(self, now: float) -> None:
+        """Those that nobody can use any more, once an hour; the oldest where they are too many."""
+        most, too_old = self._max_size // SIZE_OF_ID, now - MAX_AGE - MAX_AHEAD
+        if self._ids > most:
+            nth = "SELECT time FROM seen ORDER BY time LIMIT 1 OFFSET ?"
+            for (time_,) in self._database.read(nth, (self._ids - most * 3 // 4 - 1,)):
+                too_old = max(too_old, time_)
+        elif now < self._ids_swept + 3600:
+            return
+        self._database.write("DELETE FROM seen WHERE time <= ?", (too_old,))
+        self._count_ids(now)
+
+    def _count_ids(self, now: float) -> None:
+        self._ids, self._ids_swept = (
+            int(self._database.read("SELECT count(*) FROM seen")[0][0]),
+            now,
+        )
 
 
 FINISHED = (  # nothing is still to be done with these rows
@@ -1869,7 +2007,7 @@ class ControlClient:
 # their own process.  Reads the journal and the members; what is to be sent it hands to the node.
 
 
-def pending_document(journal: Journal) -> dict[str, Any]:
+def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
     """All that is not finished."""
     tasks = [
         {
@@ -2086,11 +2224,11 @@ class Requests:
 
     # -- what the node reports --
 
-    def published(self, id: str, code: int, words: str) -> bool:
+    def published(self, message: OutgoingMessage, code: int, words: str) -> bool:
         """The broker has a message, or refused it; is whoever sent it still there?"""
-        requester = self._senders.pop(id, None)
+        requester = self._senders.pop(message.id or "", None)
         if requester:
-            requester.send({"published": code, "words": words})
+            requester.send({"published": code, "words": words, "topic": message.topic})
         return requester is not None
 
     def heard(self, answer: Envelope) -> None:
@@ -2116,8 +2254,11 @@ class Requests:
 
 
 def message_row(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    found = journal.message(journal.find_id(given["id"]))
-    return found or {"error": f"{given['id']}: {NOT_KNOWN}"}
+    id = journal.find_id(given["id"])
+    if len(senders := journal.senders(id)) > 1:
+        which = "show it with --json, and give the envelope that is meant instead of its id"
+        return {"error": f"{id}: {' and '.join(senders)} each sent a message of this id; {which}"}
+    return journal.message(id) or {"error": f"{given['id']}: {NOT_KNOWN}"}
 
 
 def exchange_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -2136,10 +2277,6 @@ def whole_filters(journal: Journal, filters: Mapping[str, Any]) -> dict[str, Any
 def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
     filters = whole_filters(journal, given["filters"])
     return {"rows": journal.rows(filters, given["after"], given["last"])}
-
-
-def pending_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
-    return pending_document(journal)
 
 
 NO_SUCH_REQUEST = "no such request"
@@ -2181,7 +2318,9 @@ REQUESTS = {
         {"id": ID_FIELD, "after": AFTER_FIELD},
         looks_back=True,
     ),
-    "pending": Request(pending_page, "what is not answered, done or delivered", looks_back=True),
+    "pending": Request(
+        pending_document, "what is not answered, done or delivered", looks_back=True
+    ),
 }
 
 
@@ -2232,12 +2371,15 @@ class Node:
         self.name, self.topics = config.node.id, config.topics
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
+        self._allow = config.allow
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
         self.worker = Worker()
-        self.members = Members(config, loop, log, journal, self.send, self._probe)
+        self.members = Members(
+            config, loop, log, journal, self.send, self._probe, self._fetch_documents
+        )
         self._rate_limit = RateLimit()
         self.requests = Requests(
             self.name,
@@ -2310,6 +2452,11 @@ class Node:
     def _probe(self, done: Callable[[bool], None]) -> None:
         self._client.probe(done)
 
+    def _fetch_documents(self, names: Iterable[str]) -> None:
+        """Ask the broker for what these nodes left there, each by its exact topic."""
+        topics = [self.topics.meta(name, one) for name in names for one in ("state", "roster")]
+        self._client.fetch(topics, self.topics.private(self.name, new_id()), self.deliver)
+
     # -- the end of a turn --
 
     def commit_soon(self, then: Callable[[], None] | None = None) -> None:
@@ -2333,45 +2480,48 @@ class Node:
     def _maintain_journal(self) -> None:
         """Now and then, in small steps."""
         self.journal.return_to_disk()
+        self._rate_limit.report(self.log, self.loop.clock())
+        self.log.count_repeats()
         more = self.journal.prune(time.time())
         self.commit_soon()
         self.loop.after(0.1 if more else MAINTENANCE_INTERVAL, self._maintain_journal)
 
     # -- what comes in --
 
-    def deliver(self, delivery: IncomingMessage) -> None:
+    def deliver(self, message: IncomingMessage) -> None:
         if self.stopping:
             return  # not acknowledged: it comes again when this node does
-        meta = self.topics.meta_of(delivery.topic)
+        meta = self.topics.meta_of(message.topic)
         if meta:
             name, document = meta
             if document in ("state", "roster"):
-                self.members.hear_document(name, document, delivery)
-            if meta == (self.name, "state") and not delivery.retained:
+                self.members.hear_document(name, document, message)
+            if meta == (self.name, "state") and not message.retained:
                 self.all_heard()  # our own, which we publish last
             return
         self.counts["received"] += 1
         try:
-            envelope = Envelope.parse(delivery.payload)
+            envelope = Envelope.parse(message.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
-            self._log_limited("not an envelope", topic=delivery.topic, why=error)
-            return self.commit_soon(delivery.ack)
-        what, row = self._receive(envelope, delivery)
+            self._log_limited("not an envelope", topic=message.topic, why=error)
+            return self.commit_soon(message.ack)
+        what, row = self._receive(envelope, message)
         if what is SIGN_OF_LIFE:
-            delivery.ack()  # there is nothing to commit, and no turn is cheaper than none
+            message.ack()  # there is nothing to commit, and no turn is cheaper than none
         else:
-            self.commit_soon(delivery.ack)
-        self._perform(what, envelope, row, self._time_left(envelope, delivery))
+            self.commit_soon(message.ack)
+        self._perform(what, envelope, row, self._time_left(envelope, message))
 
-    def _receive(self, envelope: Envelope, delivery: IncomingMessage) -> tuple[Decision, int]:
+    def _receive(self, envelope: Envelope, message: IncomingMessage) -> tuple[Decision, int]:
         """Decide what to do with it; its row in the journal, if it has one now."""
-        place, here = self.topics.place(delivery.topic), self.context()
-        checked = bool(self.topics.sender) and not delivery.earlier
-        reason = misplaced(envelope, place, here, checked, delivery.retained)
+        place, here = self.topics.place(message.topic), self.context()
+        checked = bool(self.topics.sender) and not message.earlier
+        reason = misplaced(envelope, place, here, checked, message.retained)
+        reason = reason or untimely(envelope, time.time())
         if reason == OTHER_KIND or (place and place[2] and not self.topics.sender):
             self._note_other_kind(envelope)
-        if not reason and delivery.expires_in is None and envelope.stale(time.time()):
+        if not reason and message.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
@@ -2379,7 +2529,7 @@ class Node:
         what = Decision(Do.DROP, reason) if reason else decide(envelope, here)
         row = 0
         if what.do not in (Do.HEAR, Do.DROP):
-            note, content = "" if what.do is Do.WAKE else what.reason, delivery.payload.decode()
+            note, content = "" if what.do is Do.WAKE else what.reason, message.payload.decode()
             row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
             what = what if row else SEEN_BEFORE
         self._log_message(envelope, what)
@@ -2409,6 +2559,8 @@ class Node:
             agents=self.worker.agents,
             handlers=self.worker.handlers,
             expects=self.requests.waits,
+            began=self.journal.began,
+            allow=self._allow,
             why_not=self.worker.why_not,
             speaks_for=self._speaks_for,
         )
@@ -2465,12 +2617,12 @@ class Node:
 
                 assert_never(what.do)
 
-    def _time_left(self, envelope: Envelope, delivery: IncomingMessage) -> float | None:
+    def _time_left(self, envelope: Envelope, message: IncomingMessage) -> float | None:
         """Seconds until a message is stale; the broker's word counts more than the peer's clock."""
         if not envelope.ttl:
             return None
-        if delivery.expires_in is not None:
-            return max(1.0, delivery.expires_in)
+        if message.expires_in is not None:
+            return max(1.0, message.expires_in)
         return max(1.0, envelope.ts + envelope.ttl - time.time())
 
     def tell_own_agents(self, envelope: Envelope, note: str, now: bool = True) -> None:
@@ -2485,7 +2637,11 @@ class Node:
 
     def send(self, envelope: Envelope) -> None:
         """Publish an envelope, now or when the broker is back."""
-        fault = self._post(envelope)
+        answer = envelope.reply_to is not None
+        if answer and not self.journal.takes_answer(self.topics.of(envelope)):
+            fault = f"too much waits for {envelope.to} already"
+        else:
+            fault = self._post(envelope)
         if fault:
             self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
 
@@ -2512,11 +2668,11 @@ class Node:
 
     def keep_result(self, envelope: Envelope, result: Mapping[str, object]) -> None:
         """Publish what a handler gave, for whoever comes later."""
-        if self.journal.outbox_full:
-            self.log.error("result not published", id=envelope.id, why="too much waits already")
+        topic = self.topics.meta(self.name, str(result["action"]))
+        if self.journal.takes_answer(topic):
+            self.journal.keep_latest(topic, encode_json(result))
         else:
-            topic = self.topics.meta(self.name, str(result["action"]))
-            self.journal.enqueue(topic, encode_json(result), retain=True)
+            self.log.error("result not published", id=envelope.id, why="too much waits already")
 
     def _send_for_command(self, envelope: Envelope) -> str:
         """Send for somebody at the command line, who may expect an answer; why not, if so."""
@@ -2554,7 +2710,7 @@ class Node:
             if failed:
                 self._document_refused(message, code, words)
             return
-        told = self.requests.published(message.id, code, words)
+        told = self.requests.published(message, code, words)
         if failed or code == NO_SUBSCRIBERS:
             envelope = Envelope.parse(message.payload)  # as it was encoded here
             what = f"not published: {words.lower()}" if failed else "nobody listens there"
@@ -2592,7 +2748,7 @@ class Node:
         if code == PACKET_TOO_LARGE and message.n and "result" in result:
             short = shortened(result, room, "result", "error")
         if short:
-            self.journal.enqueue(message.topic, encode_json(short), retain=True)
+            self.journal.keep_latest(message.topic, encode_json(short))
         if document:
             self._log_limited("document not published", topic=message.topic, why=why)
 
@@ -2841,6 +2997,10 @@ class Work(Worker):
             self._log.warning("no handlers", dir=folder, why=why_no_handlers(folder))
         for agent in self._agents.values():
             agent.probe()
+        for action, one in self._config.handlers.items():
+            if not one.publish:  # what was before it said so
+                topic = self._config.topics.meta(self._node.name, action)
+                self._journal.enqueue(topic, b"", retain=True)
         self.take_up()
         self._start_schedule()
 
@@ -2992,7 +3152,8 @@ class Work(Worker):
         self._journal.record_result(envelope, time.time(), words)
         said = document["result"] if isinstance(document["result"], dict) else {}
         hidden = {"result": {"private": True}} if said.get("private") is True else {}
-        self._node.keep_result(envelope, document | hidden)
+        if self._handler_config(run.action).publish:
+            self._node.keep_result(envelope, document | hidden)
         if run.scheduled:
             self._scheduled_run_ended(run.scheduled, envelope, result, said)
         else:
@@ -3109,7 +3270,7 @@ class Work(Worker):
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        entry = self._journal.message(envelope.exchange) if envelope.corr else None
+        entry = self._journal.message(envelope.exchange, Event.SENT) if envelope.corr else None
         asked = entry["envelope"] if entry else None
         question = asked["text"][:MAX_QUESTION] if asked else ""
         latest = self._loop.clock() + self._config.node.agent_patience
@@ -3297,11 +3458,12 @@ class Daemon:
         self.node.on_disconnected(self._mqtt, reason)
         self._service.notify(f"STATUS=no broker at {self._mqtt.address}, trying again")
         say = self.log.debug if self._outage else self.log.error
-        say("no broker, trying again", broker=self._mqtt.address, why=reason)
+        hint = hint_for(self._mqtt, reason) or None
+        say("no broker, trying again", broker=self._mqtt.address, why=reason, hint=hint)
         self._outage = True
 
-    def deliver(self, delivery: IncomingMessage) -> None:
-        self.node.deliver(delivery)
+    def deliver(self, message: IncomingMessage) -> None:
+        self.node.deliver(message)
 
     # -- the end --
 
@@ -3339,8 +3501,8 @@ class Daemon:
 
 # ---- Config: every key once --------------------------------------------------------------
 #
-# A key is a field with a kind and a line of help; parser, checks, the printed configuration,
-# the example file and the command line's overrides read it from there.  The kinds raise
+# A key is a field with a check and a line of help; parser, checks, the printed configuration,
+# the example file and the command line's overrides read it from there.  The checks raise
 # ValueError.  Reads one file, once.
 
 
@@ -3450,6 +3612,19 @@ def variable_names(value: object) -> tuple[str, ...]:
     return names
 
 
+def node_names(value: object) -> tuple[str, ...]:
+    """a name, or a list of names"""
+    return tuple(node_name(name) for name in (value if isinstance(value, list) else [value]))
+
+
+def handler_rule(action: str) -> str:
+    return f"[handlers.{action}] allow"
+
+
+def agent_rule(name: str) -> str:
+    return f"allow of [[oc_instances]] {name}"
+
+
 def own_file() -> Path:
     """Where this program lies: hive.py, or the one file that `make dist` puts it into."""
     file = Path(__file__).resolve()
@@ -3465,12 +3640,12 @@ def short_host_name() -> str:
         return "node"
 
 
-def setting(default: Any, kind: Callable[[Any], Any], help: str, example: Any = None) -> Any:
-    """One key of hive.toml: its default, the kind of value it takes, its line of help.
+def setting(default: Any, check: Callable[[Any], Any], help: str, example: Any = None) -> Any:
+    """One key of hive.toml: its default, the check of its value, its line of help.
 
     `example` is what the example file shows where there is no default.
     """
-    return Field(default, kind, help=help, example=example, shown=kind is not secret)
+    return Field(default, check, help=help, example=example, shown=check is not secret)
 
 
 ONCE, REPEATED, NAMED = "[{}]", "[[{}]]", "[{}.NAME]"  # how a table is headed
@@ -3495,12 +3670,12 @@ class ConfigTable(Value):
         for key, value in said.items():
             if key not in cls.FIELDS:
                 raise ConfigError(unknown_key(key, value, cls.FIELDS, where))
-            kind = cls.FIELDS[key].kind
+            check = cls.FIELDS[key].check
             try:
-                values[key] = kind(value)
+                values[key] = check(value)
             except (TypeError, ValueError):
-                what = "the value" if kind is secret else quoted(value)
-                raise ConfigError(f"{where}.{key}: {what} is not {docstring(kind)}") from None
+                what = "the value" if check is secret else quoted(value)
+                raise ConfigError(f"{where}.{key}: {what} is not {docstring(check)}") from None
             if isinstance(values[key], Path) and base:
                 values[key] = base / values[key]
         if cls.REQUIRED and not values.get(cls.REQUIRED):
@@ -3704,6 +3879,9 @@ class InstanceConfig(ConfigTable):
     env: tuple[str, ...] = setting(
         (), variable_names, "what its command gets of the daemon's environment besides", ["MY_KEY"]
     )
+    allow: tuple[str, ...] | None = setting(
+        None, node_names, "who may wake it, besides this node; else everyone", ["alpha"]
+    )
 
     def check(self, where: str) -> None:
         if self.command and self.via != "cli":
@@ -3726,6 +3904,10 @@ class HandlerConfig(ConfigTable):
     env: tuple[str, ...] = setting(
         (), variable_names, "what it gets of the daemon's environment besides", ["AWS_PROFILE"]
     )
+    allow: tuple[str, ...] | None = setting(
+        None, node_names, "who may run it, besides this node; else everyone", ["alpha"]
+    )
+    publish: bool = setting(True, boolean, "keep its latest result at the broker, for everyone")
 
 
 class HandlersConfig(ConfigTable):
@@ -3813,8 +3995,22 @@ class Config(Value):
         return [self.node.id] if self.checked else [self.node.id, *self.agents]
 
     @property
+    def subscriptions(self) -> Sequence[tuple[str, int]]:
+        """What a daemon subscribes to, and its QoS: how the others are is not kept meanwhile."""
+        topics = self.topics
+        documents = [(topics.meta("+", document), 0) for document in ("state", "roster")]
+        return [*((topic, 1) for topic in topics.for_node(self.addresses)), *documents]
+
+    @property
     def agents(self) -> Mapping[str, InstanceConfig]:
         return {instance.name: instance for instance in self.oc_instances}
+
+    @property
+    def allow(self) -> Mapping[str, Sequence[str]]:
+        """Who alone may run a handler or wake an agent, by the rule that says so."""
+        rules = {handler_rule(action): one.allow for action, one in self.handlers.items()}
+        rules |= {agent_rule(one.name): one.allow for one in self.oc_instances}
+        return {rule: names for rule, names in rules.items() if names is not None}
 
     @property
     def handler_dir(self) -> Path:
@@ -4043,7 +4239,7 @@ def secret_files(config: Config) -> list[Path]:
         getattr(table, f"{key}_file", None) or config.source
         for table in (config.mqtt, config.broker, *config.oc_instances)
         for key, declared in table.FIELDS.items()
-        if declared.kind is secret and getattr(table, key)
+        if declared.check is secret and getattr(table, key)
     ]
     return [file for file in (*dict.fromkeys(held), config.mqtt.key_file) if file]
 
@@ -4111,7 +4307,7 @@ def effective_config(config: Config) -> str:
             value = getattr(table, f.name)
             origin = config.origin.get(dotted, "default") if title else str(config.source)
             value = derived.get(dotted) if value is None else value
-            if f.kind is secret and value is not None:
+            if f.check is secret and value is not None:
                 value = "***"
             said = f"# {f.name} is not set" if value is None else f"{f.name} = {toml_value(value)}"
             lines.append(said.ljust(40) + (f" # {origin}" if value is not None else ""))
@@ -4124,10 +4320,12 @@ def effective_config(config: Config) -> str:
 # no message can forge a line or move a cursor.
 
 LEVELS = ("debug", "info", "warning", "error")
+SAME_AGAIN = "the same again"  # so often that only the number is written
 PLAIN = r"[A-Za-z0-9._:/@+,-]+"
 MAX_LOGGED = 500  # characters of one value
-RATE_LIMIT_BURST = 10  # lines of one kind within RATE_LIMIT_INTERVAL
+RATE_LIMIT_BURST = 10  # lines about one kind of fault of peers within RATE_LIMIT_INTERVAL
 RATE_LIMIT_INTERVAL = 60.0  # seconds
+MAX_REPEATS = 300  # lines of one event within it; the journal has what they tell
 MAX_LINES_WAITING = 2000  # of the log, for a reader that has stopped reading
 LAST_LINES = 0.5  # seconds that such a reader has for them when the process ends
 
@@ -4136,8 +4334,14 @@ class Log:
     """The node's story, on a stream."""
 
     def __init__(
-        self, level: str = "info", format: str = "text", stream: IO[str] | None = None
+        self,
+        level: str = "info",
+        format: str = "text",
+        stream: IO[str] | None = None,
+        repeats: int = 0,
     ) -> None:
+        """`repeats`: lines of one event in a minute, those at debug aside; 0 is any number."""
+        self._limit = RateLimit(repeats) if repeats else None
         self._least = LEVELS.index(level)
         self._json = format == "json"
         self._stream: LogStream = stream or sys.stderr
@@ -4157,9 +4361,18 @@ class Log:
     def _write(self, level: str, event: str, facts: Mapping[str, object]) -> None:
         if LEVELS.index(level) < self._least:
             return
+        if self._limit and level != "debug" and event != SAME_AGAIN:
+            self.count_repeats()
+            if not self._limit.allow(event, time.monotonic()):
+                return
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
             self._stream.write(self._line(level, event, facts))
             self._stream.flush()
+
+    def count_repeats(self) -> None:
+        """Say how often the same was not written again, in the minutes that are over."""
+        if self._limit:
+            self._limit.report(self, time.monotonic())
 
     @contextlib.contextmanager
     def never_wait(self) -> Iterator[None]:
@@ -4264,17 +4477,31 @@ class LogWriter:
 
 
 class RateLimit:
-    """Which faults of peers still deserve a line in the log: a few of each kind a minute."""
+    """What still deserves a line in the log: a few of each kind a minute; the rest is counted."""
 
-    def __init__(self) -> None:
-        self._since = 0.0
+    def __init__(self, burst: int = RATE_LIMIT_BURST) -> None:
+        self._burst, self._since = burst, 0.0
         self._counts: dict[str, int] = {}
+        self._withheld: dict[str, int] = {}  # in the minutes that are over
 
     def allow(self, kind: str, now: float) -> bool:
-        if now - self._since > RATE_LIMIT_INTERVAL:
-            self._since, self._counts = now, {}
+        self._turn(now)
         self._counts[kind] = self._counts.get(kind, 0) + 1
-        return self._counts[kind] <= RATE_LIMIT_BURST
+        return self._counts[kind] <= self._burst
+
+    def report(self, log: Log, now: float) -> None:
+        """Say what was not allowed, once its minute is over."""
+        self._turn(now)
+        while self._withheld:
+            kind, times = self._withheld.popitem()
+            log.warning(SAME_AGAIN, what=kind, times=times)
+
+    def _turn(self, now: float) -> None:
+        if now - self._since > RATE_LIMIT_INTERVAL:
+            for kind, times in self._counts.items():
+                if times > self._burst:
+                    self._withheld[kind] = self._withheld.get(kind, 0) + times - self._burst
+            self._since, self._counts = now, {}
 
 
 # ---- Process: one child ------------------------------------------------------------------
@@ -5555,7 +5782,7 @@ class Agent:
 # on in memory, and returns when the disk does.  Knows no table.
 
 DATABASE_CACHE = 1024  # KiB of memory
-DATABASE_WAL = 8 * KIB * KIB  # bytes that its write-ahead log keeps on disk when it is idle
+DATABASE_WAL = 8 * KIB * KIB  # bytes of its write-ahead log
 
 
 def make_private(folder: Path) -> None:
@@ -5575,16 +5802,18 @@ class Database:
         log: Log,
         risk: str,
         upgrade: Callable[[sqlite3.Connection], None] | None = None,
+        wal: int = DATABASE_WAL,
     ) -> None:
         """`tables` are statements that make them; `risk` is what it means to have no disk.
 
         `upgrade` is called before: it brings the tables of an older file to what they are now.
+        `wal`: bytes of its write-ahead log, about; it goes into the file at a quarter of that.
         """
         import sqlite3
 
         self.on_disk = file is not None
         self._sqlite, self._file, self._tables = sqlite3, file or Path(), tables
-        self._has_file, self._upgrade = file is not None, upgrade
+        self._has_file, self._upgrade, self._wal = file is not None, upgrade, wal
         self._log, self._risk = log, risk
         self._uncommitted: list[tuple[str, tuple[object, ...]]] = []  # what commit() makes last
         try:
@@ -5626,7 +5855,8 @@ class Database:
                 "journal_mode=WAL",
                 "synchronous=NORMAL",  # outlives any crash but that of the whole machine
                 f"cache_size=-{DATABASE_CACHE}",
-                f"journal_size_limit={DATABASE_WAL}",
+                f"journal_size_limit={self._wal}",
+                f"wal_autocheckpoint={max(1, self._wal // (16 * KIB))}",  # pages of 4 KiB
             ):
                 database.execute(f"PRAGMA {pragma}")
             self._make_tables(database)
@@ -5834,6 +6064,7 @@ def is_locked(*files: Path) -> bool:
 
 MAX_MEMBERS = 5000  # nodes and agents
 MAX_AGENTS = 100  # of one node
+MAX_FETCH = 100  # nodes whose documents are asked for at once
 CLAIM_TIME = 60.0  # seconds in which a node may speak up that still owns agents, as we remember
 MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
@@ -5843,6 +6074,8 @@ MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
 DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
 MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with the broker
+MAX_LOSSES = 30  # that are announced one by one in a minute; of more there is one alert for all
+MANY_LOST = "lost::many"  # its corr; no name is like that
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
 PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
@@ -5895,6 +6128,13 @@ class Member:
         self.announced = False  # did somebody tell the hive that it is lost?
         self.documents: dict[str, bytes] = {}  # its state and roster
         self.is_node = False  # has it spoken for itself, as agents do not?
+        self.looks = 0  # of ours, at which it was alive and a document was missing
+        self.beats = 0  # heartbeats that were heard
+
+    @property
+    def proven(self) -> bool:
+        """Has it shown more than one heartbeat, which anybody can invent?"""
+        return self.beats > 1 or bool(self.documents)
 
 
 class AgentNames:
@@ -5945,12 +6185,16 @@ class Members:
         journal: Journal,
         send: Callable[[Envelope], None],
         probe: Callable[[Callable[[bool], None]], None],
+        fetch: Callable[[Sequence[str]], None],
     ) -> None:
-        """`probe` calls back with whether the broker takes new connections."""
+        """`probe` calls back with whether the broker takes new connections.
+
+        `fetch` asks the broker for the documents of these, which come as all others do.
+        """
         self.presence: Presence | None = None  # what this node shows of itself, if it does
         self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
         self._loop, self._log = loop, log
-        self._send, self._probe = send, probe
+        self._send, self._probe, self._fetch = send, probe, fetch
         self._agents = AgentNames(journal, log)
         self._members: dict[str, Member] = {}  # in the order in which they last said something
         self._size = 0  # bytes of all documents
@@ -5958,6 +6202,9 @@ class Members:
         self._last_failure = self._probed = float("-inf")
         self._proving: list[Callable[[], None]] = []  # losses that wait for that
         self._silent = False
+        self._limit = RateLimit(MAX_LOSSES)
+        self._summary: Timer | None = None  # when those are announced that were too many
+        self._summed = float("-inf")  # when that was last done
 
     def stop(self) -> None:
         """Announce nothing any more."""
@@ -5979,17 +6226,18 @@ class Members:
         )
         if news:
             self._log.info(news.value, peer=envelope.sender)
-        if news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0:
+        first = news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0
+        if first and self._limit.allow("back", self._loop.clock()):
             text = f"{envelope.sender} is back"
             self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
 
-    def hear_document(self, name: str, kind: str, delivery: IncomingMessage) -> None:
+    def hear_document(self, name: str, kind: str, message: IncomingMessage) -> None:
         """A state or a roster."""
         if not NAME.fullmatch(name):
             return
-        if kind == "state" and not delivery.payload:
+        if kind == "state" and not message.payload:
             return self._forget(name)
-        payload = delivery.payload if len(delivery.payload) <= MAX_STATE else b""
+        payload = message.payload if len(message.payload) <= MAX_STATE else b""
         said = read_json_object(payload) or {}
         sent = replace_surrogates(said)
         content = {key: value for key, value in sent.items() if portable({key: value})}
@@ -6006,7 +6254,7 @@ class Members:
         if kind == "roster":
             self._agents.take(name, content.get("agents"), self._keeper)
         elif own and name != self._me:
-            self._hear_state(name, content, delivery.retained)  # an agent's node speaks for it
+            self._hear_state(name, content, message.retained)  # an agent's node speaks for it
 
     def _forget(self, name: str) -> None:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
@@ -6129,6 +6377,7 @@ class Members:
         low, high = PEER_INTERVAL
         member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
         member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
+        member.beats += 1
         member.boot, member.announced, member.failed = boot or old_boot, False, None
         member.is_node = True
         if before is MemberStatus.FAILED:
@@ -6187,7 +6436,9 @@ class Members:
         """
         before = by < self._me and by in self.alive()
         for name, member in self._members.items():
-            if loss_of(name) == corr and name != by and (before or by == self._me):
+            many = corr == MANY_LOST and member.status is MemberStatus.FAILED
+            told = (many or loss_of(name) == corr) and name != by
+            if told and (before or by == self._me):
                 member.announced = True
 
     def alive(self) -> list[str]:
@@ -6207,9 +6458,24 @@ class Members:
         if now - self._checked > 2 * self._own.interval:
             self.grant_grace(now)  # we were asleep ourselves: do not blame the others
         self._checked = now
-        for name in self.failed_since(now):
+        names = self.failed_since(now)
+        if len(names) > MAX_LOSSES:  # a crowd that was heard once and never again is no news
+            names = [name for name in names if self._members[name].proven]
+        for name in names[: 10 * MAX_LOSSES]:  # the others are told of with these
             silence = now - self._members[name].heard
             self._lost(name, now, f"no heartbeat for {silence:.0f} s")
+        self._miss_documents()
+
+    def _miss_documents(self) -> None:
+        """Ask once for what those who live left where no wildcard finds it: RabbitMQ is so."""
+        missed = list[str]()
+        for name, member in self._members.items():
+            if member.status is MemberStatus.ALIVE and len(member.documents) < 2:
+                member.looks += 1
+                if member.looks == 2 and len(missed) < MAX_FETCH:
+                    missed.append(name)
+        if missed:
+            self._fetch(missed)
 
     def _lost(self, name: str, now: float, why: str) -> None:
         self._log.warning("peer is lost", peer=name, why=why)
@@ -6251,9 +6517,29 @@ class Members:
             self._probe(proved)
 
     def _announce(self, name: str, member: Member, why: str) -> None:
+        if not self._limit.allow("lost", self._loop.clock()):
+            now = self._loop.clock()
+            wait = max(DOUBT, self._summed + RATE_LIMIT_INTERVAL - now)
+            self._summary = self._summary or self._loop.after(wait, self._announce_others)
+            return
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(member.seen))
         text = f"{name} is lost: {why}; last seen {when if member.seen else '-'}"
         self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=loss_of(name)))
+
+    def _announce_others(self) -> None:
+        """One alert for all that were too many; the next one a minute later at the earliest."""
+        lost = [
+            name
+            for name, one in self._members.items()
+            if one.status is MemberStatus.FAILED and one.proven and not one.announced
+        ]
+        self._summary = None
+        if not lost or self._silent:
+            return
+        self._summed = self._loop.clock()
+        some = ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else "")
+        text = f"{len(lost)} more are lost: {some}; all of them: hive-cli status"
+        self._send(Envelope.new(self._me, EVERYONE, "alert", text, corr=MANY_LOST))
 
 
 class OwnStatus(Value):
@@ -6467,14 +6753,14 @@ class NameConflictCheck:
             prepare,
         )
 
-    def _found(self, delivery: IncomingMessage) -> None:
-        if len(delivery.payload) > MAX_STATE:
+    def _found(self, message: IncomingMessage) -> None:
+        if len(message.payload) > MAX_STATE:
             return
-        document = read_json_object(delivery.payload) or {}
-        if delivery.topic == self._state_topic:
+        document = read_json_object(message.payload) or {}
+        if message.topic == self._state_topic:
             ours = status_of(document) not in ALIVE or document.get("instance") in self._ours
             self._holder = None if ours else document
-        elif document.get("from") == self._config.node.id and not delivery.retained:
+        elif document.get("from") == self._config.node.id and not message.retained:
             self._taken()
 
     def _complete(self) -> None:
@@ -6636,9 +6922,6 @@ class Reader:
             raise MalformedPacket("it ends too early")
         return self._data[at] << 8 | self._data[at + 1]
 
-    def four_byte_integer(self) -> int:
-        return int.from_bytes(self.take(4), "big")
-
     def variable_byte_integer(self) -> int:
         """A number of one to four bytes, no more than it needs (MQTT 5, 1.5.5)."""
         value = 0
@@ -6663,9 +6946,6 @@ class Reader:
             raise MalformedPacket("a string holds NUL")
         return value
 
-    def string_pair(self) -> tuple[str, str]:
-        return self.utf8_string(), self.utf8_string()
-
     def packet_id(self) -> int:
         packet_id = self.two_byte_integer()
         if not packet_id:
@@ -6679,7 +6959,8 @@ class Reader:
             return {}
         if size > MAX_PROPERTIES:
             raise MalformedPacket(f"properties of {size} bytes", ReasonCode.PACKET_TOO_LARGE)
-        reader, found = Reader(self.take(size)), dict[str, Any]()
+        reader = Reader(self.take(size))
+        found: dict[str, Any] = {}
         while reader.left:
             known = PROPERTIES.get(reader.variable_byte_integer())
             if not known or packet not in known.packets:
@@ -6716,10 +6997,6 @@ def encode_two_bytes(value: int) -> bytes:
     return value.to_bytes(2, "big")
 
 
-def encode_four_bytes(value: int) -> bytes:
-    return value.to_bytes(4, "big")
-
-
 def encode_binary(value: bytes) -> bytes:
     return encode_two_bytes(len(value)) + value
 
@@ -6732,19 +7009,18 @@ def encode_byte(value: int) -> bytes:
     return bytes((value,))
 
 
-def encode_string_pair(value: tuple[str, str]) -> bytes:
-    return encode_string(value[0]) + encode_string(value[1])
-
-
 WIRE: Mapping[str, tuple[Callable[[Reader], Any], Callable[[Any], bytes]]] = {
     "byte": (Reader.byte, encode_byte),
     "flag": (Reader.flag, encode_byte),
     "two": (Reader.two_byte_integer, encode_two_bytes),
-    "four": (Reader.four_byte_integer, encode_four_bytes),
+    "four": (lambda it: int.from_bytes(it.take(4), "big"), lambda value: value.to_bytes(4, "big")),
     "variable": (Reader.variable_byte_integer, encode_variable_byte_integer),
     "string": (Reader.utf8_string, encode_string),
     "binary": (Reader.binary, encode_binary),
-    "pair": (Reader.string_pair, encode_string_pair),
+    "pair": (
+        lambda it: (it.utf8_string(), it.utf8_string()),
+        lambda pair: encode_string(pair[0]) + encode_string(pair[1]),
+    ),
 }
 
 
@@ -7499,20 +7775,15 @@ class SessionStore:
             largest = max(largest, n)
             if message not in messages:
                 continue
-            said = (
-                messages[message],
-                qos,
-                bool(retain),
-                tuple(map(int, ids.split(",") if ids else ())),
-            )
+            subscription_ids = tuple(map(int, ids.split(",") if ids else ()))
+            about = messages[message], qos, bool(retain), subscription_ids
+            queued = QueuedMessage(*about, n, packet_id, bool(pubrec))
             if number == 0:
-                retained.append(messages[message])
+                retained.append(queued.message)
             elif number in sessions and packet_id:
-                sessions[number].inflight[packet_id] = QueuedMessage(
-                    *said, n, packet_id, bool(pubrec)
-                )
+                sessions[number].inflight[packet_id] = queued
             elif number in sessions:
-                sessions[number].queue.append(QueuedMessage(*said, n))
+                sessions[number].queue.append(queued)
         self._numbers = itertools.count(largest + 1)
         return [*messages.values()], [*sessions.values()], retained
 
@@ -8131,6 +8402,7 @@ class Broker:
         if next(self._ticks) % (DISK_AGAIN / BROKER_TICK) == 0:
             for topic in [one for one, kept in self.retained.items() if kept.expired(now)]:
                 self._unretain(topic)
+            self._rate_limit.report(self._log, self.loop.clock())
             self.store.database.return_to_disk()
         self.store.commit()
 
@@ -8480,11 +8752,8 @@ def max_client_connections() -> int:
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        MAX_CLIENT_CONNECTIONS
-        if soft < 0
-        else min(MAX_CLIENT_CONNECTIONS, max(soft // 2, soft - 200))
-    )
+    room = max(soft // 2, soft - 200) if soft >= 0 else MAX_CLIENT_CONNECTIONS
+    return min(MAX_CLIENT_CONNECTIONS, room)
 
 
 # ---- MqttClient: the way to the broker ---------------------------------------------------
@@ -8497,6 +8766,7 @@ def max_client_connections() -> int:
 DIAL_TIMEOUT = 5.0  # seconds for each address of the broker
 PROBE_TIMEOUT = 5.0  # seconds in which a broker that works takes one more connection
 DIAL_DEADLINE = 30.0  # seconds until CONNACK, all in all; DNS has no limit of its own
+SILENCE = (2.5, 0.5)  # seconds without CONNACK until a question of another kind, and then 3.1.1
 RETRY = (0.5, 2.0, 30.0)  # seconds: the first wait, the longest of a minute, the longest
 RETRY_PART = 1 / 30  # of an outage: how the longest wait grows with it
 RESEND_WITHIN = 86400.0  # seconds after a crash of ours in which receivers surely know an id
@@ -8511,6 +8781,7 @@ LIMIT_MEMORY = 3600.0  # seconds that a limit is believed which the broker has n
 PUBLISH_OVERHEAD = 20  # bytes of a packet besides topic and payload (MQTT 5, 3.3), at most
 READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
+FIRST_SIZE = 64  # bytes that tell what kind of server it is
 CLIENT_ID_PREFIX = "hive-"
 WAYS_TO_PAHO = (
     "either python3 -m pip install 'paho-mqtt>=2' in a virtual environment (in a checkout: make"
@@ -8519,7 +8790,17 @@ WAYS_TO_PAHO = (
 )
 
 HANG_UP = "the broker closed the connection"
+NO_WELCOME = f"{HANG_UP} at once"
+NO_CONNACK = "no answer (CONNACK) in time"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
+CONNACK = b"\x20"  # its first byte
+PAHO_LACKS = {1: "unsupported protocol version", 0x99: "payload format invalid"}  # in a CONNACK
+FIRST_WORDS = {
+    **{b"HTTP/": "HTTP", b"<!": "HTTP", b"<h": "HTTP"},  # without a header it is HTTP/0.9
+    **{b"SSH-": "SSH", b"AMQP": "AMQP", b"\x15\x03": "TLS"},
+}
+SSL_MARKS = re.compile(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
+KEEP_ALIVE_TIMEOUT = 0x8D
 NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
@@ -8567,6 +8848,9 @@ class Transport(Protocol):
     def room(self, topic: str) -> int: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
+    def fetch(
+        self, topics: Sequence[str], end_marker: str, found: Callable[[IncomingMessage], None]
+    ) -> None: ...
     def take_over(
         self,
         client_id: str,
@@ -8667,11 +8951,38 @@ def tls_context(settings: MqttConfig) -> Any:
     return context
 
 
+def dial_fault(error: Exception, tls: bool) -> str:
+    """Why there is no connection; what went wrong in TLS says so."""
+    reason = reason_of(error)
+    words = SSL_MARKS.sub("", reason)
+    begun = tls and isinstance(error, ConnectionError) and error.errno != errno.ECONNREFUSED
+    return f"TLS: {words}" if begun or words != reason else words
+
+
+def first_fault(first: bytes) -> tuple[str, int]:
+    """What a server's first bytes say, unless that is a welcome, and the reason code in them."""
+    if not first:
+        return "", 0
+    if first[:1] != CONNACK:
+        kinds = (kind for start, kind in FIRST_WORDS.items() if first.startswith(start))
+        line = quoted(first.splitlines()[0].decode(errors="replace"))
+        return f"no MQTT broker: it answers as {next(kinds, line)}", 0
+    at = 4 if first[1:2] >= b"\x80" else 3  # the length before it has one byte, or two
+    code = int.from_bytes(first[at : at + 1])
+    if code not in PAHO_LACKS:
+        return "", 0
+    return f"refused: {PAHO_LACKS[code]}", UNSUPPORTED_PROTOCOL if code == 1 else code
+
+
 class ReadAhead:
-    """Many packets for one read(2); paho asks for each byte of a header by itself."""
+    """Many packets for one read(2); paho asks for each byte of a header by itself.
+
+    Keeps what paho does not tell of: how a server began, and why TLS ended.
+    """
 
     def __init__(self, recv: Callable[[int], bytes]) -> None:
         self._recv, self._data, self._at = recv, b"", 0
+        self.first, self.fault = b"", ""
 
     def __bool__(self) -> bool:
         """Is there something that the selector does not know of?"""
@@ -8682,7 +8993,13 @@ class ReadAhead:
         if not self:
             if size >= READ_SIZE:
                 return self._recv(size)
-            self._data, self._at = self._recv(READ_SIZE), 0
+            try:
+                self._data, self._at = self._recv(READ_SIZE), 0
+            except OSError as error:
+                fault = dial_fault(error, tls=False)
+                self.fault = fault if fault.startswith("TLS") else ""
+                raise
+            self.first = self.first or self._data[:FIRST_SIZE]
         part = self._data[self._at : self._at + size]
         self._at += len(part)
         return part
@@ -8713,9 +9030,7 @@ class MqttConnection:
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
         self._client = self._make_client()
         self._ahead = read_ahead(self._client)
-        self._timer = self._loop.after(
-            DIAL_DEADLINE, lambda: self.end("no answer (CONNACK) in time")
-        )
+        self._timer = self._loop.after(DIAL_DEADLINE, lambda: self.end(NO_CONNACK))
         import threading
 
         threading.Thread(target=self._dial, name="dial", daemon=True).start()
@@ -8783,7 +9098,7 @@ class MqttConnection:
         try:
             self._client.reconnect()
         except (OSError, ValueError) as error:
-            fault = reason_of(error)
+            fault = dial_fault(error, self._owner.settings.tls)
         self._loop.post(lambda: self._dialled(fault))
 
     def _dialled(self, fault: str) -> None:
@@ -8800,6 +9115,22 @@ class MqttConnection:
             self._client.on_socket_unregister_write = lambda *_: self._watch(write=False)
             self._client.on_socket_close = lambda client, userdata, sock: self._loop.forget(sock)
             self._watch(write=True)
+            if self.v5:
+                self._loop.after(SILENCE[0], self._ask_otherwise)
+
+    def _ask_otherwise(self) -> None:
+        """Some brokers answer nothing to MQTT 5, and a web server waits for the end of a line."""
+        sock = self._client.socket()
+        if self.welcome or self.ended or sock is None:
+            return
+        with contextlib.suppress(OSError):
+            sock.send(b"\r\n\r\n")
+        self._loop.after(SILENCE[1], self._give_up)
+
+    def _give_up(self) -> None:
+        if not self.welcome:
+            self.hung_up = True
+            self.end(NO_CONNACK)
 
     def _watch(self, write: bool) -> None:
         sock = self._client.socket()
@@ -8815,7 +9146,8 @@ class MqttConnection:
                 self.heard = time.time()
                 self._read()
         except self._owner.protocol_errors as error:
-            self.end(f"the broker sent what is no MQTT: {quoted(str(error))}")
+            if not self._first_fault[0]:
+                self.end(f"the broker sent what is no MQTT: {quoted(str(error))}")
         self._check()
 
     def _read(self) -> None:
@@ -8850,26 +9182,39 @@ class MqttConnection:
 
     def _check(self) -> None:
         """Has the broker refused something, or paho closed its socket, silently as it does?"""
+        first, code = self._first_fault
         if self._refusal:
             self.end(*self._refusal)
+        elif first:
+            self.end(first, code)
         elif self._client.socket() is None:
-            self.hung_up = not self.welcome
-            self.end(HANG_UP)
+            fault = "" if self.welcome or self._ahead is None else self._ahead.fault
+            self.hung_up = not (self.welcome or fault)
+            self.end(fault or (HANG_UP if self.welcome else NO_WELCOME))
+
+    @property
+    def _first_fault(self) -> tuple[str, int]:
+        """What it is that answers, where it did not let us in."""
+        first = b"" if self.welcome or self._ahead is None else self._ahead.first
+        return first_fault(first)
 
     # What paho calls.  An exception here would make it handle the same packet again for ever,
     # so these only take note.
 
     def _on_disconnect(
-        self, client: object, userdata: object, flags: Any, code: Any, properties: object
+        self, client: object, userdata: object, flags: Any, code: Any, properties: Any
     ) -> None:
         if flags.is_disconnect_packet_from_server:
-            self._refusal = f"the broker ended the connection: {code}".lower(), code.value
+            words = f"the broker ended the connection: {code}".lower()
+            self._refusal = words + said_besides(properties), code.value
+        elif code.value == KEEP_ALIVE_TIMEOUT:
+            self._refusal = "no answer (PINGRESP) in time", 0
 
     def _on_connect(
         self, client: object, userdata: object, flags: object, code: Any, properties: Any
     ) -> None:
         if code.is_failure:
-            self._refusal = f"refused: {code}".lower(), code.value
+            self._refusal = f"refused: {code}".lower() + said_besides(properties), code.value
             return
         self.welcome = True
         self.window = min(SEND_WINDOW, getattr(properties, "ReceiveMaximum", SEND_WINDOW))
@@ -8879,6 +9224,8 @@ class MqttConnection:
     def _on_subscribe(
         self, client: object, userdata: object, mid: int, codes: Any, properties: object
     ) -> None:
+        if self.up:
+            return  # those came later
         for (topic, _), code in zip(self._owner.subscriptions, codes, strict=False):
             if code.is_failure:
                 self._refusal = f"subscribing to {topic} refused: {code}".lower(), code.value
@@ -8896,9 +9243,12 @@ class MqttConnection:
         self._timer.cancel()
         self._tick()
         if self._owner.subscriptions:
-            self._client.subscribe([*self._owner.subscriptions])
+            self.subscribe(self._owner.subscriptions)
         else:
             self._ready_for_use()
+
+    def subscribe(self, subscriptions: Sequence[tuple[str, int]]) -> None:
+        self._client.subscribe([*subscriptions])
 
     def _ready_for_use(self) -> None:
         if not self.ended:
@@ -8941,6 +9291,12 @@ class MqttConnection:
             with contextlib.suppress(OSError):
                 sock.close()
         self._owner.disconnected(self, reason, code)
+
+
+def said_besides(properties: Any) -> str:
+    """What a broker says to its refusal in words, and which server it names instead."""
+    said = [getattr(properties, name, "") for name in ("ReasonString", "ServerReference")]
+    return "".join(f" ({quoted(one)[1:-1]})" for one in said if one)
 
 
 def acknowledge_at_once(sock: Any) -> None:
@@ -9105,6 +9461,16 @@ class MqttClient:
             except ConfigError as error:  # a certificate that was there at the start
                 self._retry_later(str(error))
 
+    @property
+    def v5(self) -> bool:
+        """Does the connection speak MQTT 5?"""
+        return self._connection is not None and self._connection.v5
+
+    def subscribe(self, subscriptions: Sequence[tuple[str, int]]) -> None:
+        """To more, until the connection ends; nobody is told what the broker says to it."""
+        if self._connection and self._connection.up:
+            self._connection.subscribe(subscriptions)
+
     def publish(self, message: OutgoingMessage) -> None:
         """Past the outbox: now, or not at all.  Of one topic the last has to wait for the window.
 
@@ -9129,7 +9495,7 @@ class MqttClient:
                     if topic is None:
                         break
                     self._last = message.n
-                    self._send(message if topic == message.topic else message.replace(topic=topic))
+                    self._send(message, topic)
         self._finish_if_idle()
 
     def _room(self) -> int:
@@ -9137,7 +9503,8 @@ class MqttClient:
         connection = self._connection
         return connection.window - len(self._inflight) if connection and connection.up else 0
 
-    def _send(self, message: OutgoingMessage) -> None:
+    def _send(self, message: OutgoingMessage, topic: str = "") -> None:
+        """Send it, or say why not; `topic` is where, if not where it says."""
         connection, left = self._connection, None
         if connection is None:
             return
@@ -9148,7 +9515,8 @@ class MqttClient:
         elif words := self._limit.objection(PacketLimit.size(message.topic, message.payload)):
             self._resolve(message, PACKET_TOO_LARGE, words)
         else:
-            packet_id = connection.publish(message, left)
+            placed = message.replace(topic=topic) if topic not in ("", message.topic) else message
+            packet_id = connection.publish(placed, left)
             if message.qos:
                 self._inflight[packet_id] = message
 
@@ -9194,6 +9562,17 @@ class MqttClient:
     def probe(self, done: Callable[[bool], None]) -> None:
         """Does the broker take a new connection?"""
         ConnectionProbe(self.loop, self.settings.replace(protocol=self._protocol), done)
+
+    def fetch(
+        self, topics: Sequence[str], end_marker: str, found: Callable[[IncomingMessage], None]
+    ) -> None:
+        """What is retained there, once; nothing where the broker is away."""
+
+        def end(reason: str = "") -> None:
+            self.loop.post(lambda: query.client.close(lambda: None, within=0.0))
+
+        settings = self.settings.replace(protocol=self._protocol)
+        query = RetainedQuery(self.loop, settings, topics, end_marker, found, end, end)
 
     def take_over(
         self,
@@ -9408,6 +9787,7 @@ class RetainedQuery:
 
     Retained messages come before a marker that we publish to ourselves, if all of it is QoS 0.
     Where nothing came before the marker a short silence decides: some brokers send them later.
+    So it does over MQTT 3.1.1: aedes sends the marker between them.
     """
 
     QUIET = 0.1  # seconds
@@ -9453,7 +9833,7 @@ class RetainedQuery:
         if message.topic != self._end_marker:
             self._any = True
             self._found(message)
-        elif self._any:
+        elif self._any and self.client.v5:
             self._finish()
         else:
             self._loop.after(self.QUIET, self._finish)
@@ -9476,21 +9856,124 @@ NO_BROKER = (
     "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
     f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
 )
-HINTS = (  # what is in the reason, what to try
-    (r"connection refused|no such file", "is a broker running there? mosquitto is one"),
-    (r"name or service|nodename|name resolution|not known", "is [mqtt] host spelled right?"),
+HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
+HINTS = (  # what is in "transport, protocol, login: reason"; what to try.  The first one counts.
     (
-        r"bad user name|not authorized|banned",
+        "^unix .*no answer",
+        HUNG,
+    ),
+    ("connection refused|no such file", "is a broker running there? mosquitto is one"),
+    ("temporary failure in name", "no name server answers: is this machine's network up?"),
+    ("name or service|nodename|not known|address associated|idna", "is [mqtt] host spelled right?"),
+    ("no route|unreachable|host is down", "is [mqtt] host right, and this machine's network up?"),
+    (
+        "permission denied|not permitted",
+        "may this user connect to it? see owner and mode, or the firewall",
+    ),
+    # TLS
+    ("failed: .*mismatch", "[mqtt] host must be a name that is in the broker's certificate"),
+    (
+        "failed: certificate has expired",
+        "renew the broker's certificate, if this machine's clock is right",
+    ),
+    (
+        "failed: .*not yet valid",
+        "set this machine's clock, or let the broker's certificate begin earlier",
+    ),
+    (
+        "failed: .*(self.signed|unable to get)",
+        "[mqtt] ca_file must hold the authority of the broker's certificate",
+    ),
+    ("verify failed", "the broker needs a better certificate"),
+    (
+        "^tls .*certified.*(: TLS: .*alert| at once)",
+        "does the broker know the authority of [mqtt] cert_file, and has that not expired?",
+    ),
+    (
+        "alert (certificate req|handshake)|^tls .* at once",
+        "does the broker want a client certificate? set [mqtt] cert_file and key_file",
+    ),
+    (
+        "TLS: .*(protocol version|unsupported protocol|no protocols)",
+        "let the broker take TLS 1.2 or newer",
+    ),
+    (
+        "TLS: .*(reset|eof|pipe)",
+        "does that port speak plain MQTT? then [mqtt] tls = false; over TLS it is mostly 8883",
+    ),
+    (
+        "TLS: |handshake operation",
+        "nothing there speaks TLS: is [mqtt] port right? for plain MQTT tls = false",
+    ),
+    ("answers as TLS", "the port wants TLS: set [mqtt] tls = true"),
+    ("no MQTT", "is [mqtt] port right? MQTT is mostly at 1883, over TLS at 8883"),
+    # what the broker says: MQTT 5, 3.2.2.2 (CONNACK) and 3.14.2.1 (DISCONNECT)
+    (
+        "anonymous: refused: (bad user|not auth)",
+        "does the broker want [mqtt] username and password? else see its ACL",
+    ),
+    (
+        "named: refused: (bad user name|not authorized)",
         "check [mqtt] username and password, and the broker's ACL",
     ),
     (
-        r"certificate|ssl|tls",
-        "check [mqtt] tls, ca_file, port, and that host is the certificate's name",
+        "not authorized",
+        "the broker's ACL does not allow it; hive-cli doctor says what this node needs",
     ),
-    (r"timed out|no answer|unreachable", "are host and port right, and no firewall in between?"),
-    (r"closed", "does the port want TLS ([mqtt] tls = true), or is it no MQTT broker?"),
+    ("banned", "the broker has banned this user, client id or address: ask whoever runs it"),
+    (
+        "authentication method",
+        "the broker wants a login of another kind than hive knows, a user name and password",
+    ),
+    (
+        "identifier not valid",
+        "the broker takes no client id like ours, which is made of topic_prefix and node id",
+    ),
+    ("protocol version", 'set [mqtt] protocol to what the broker speaks, "3.1.1" or "5"'),
+    (
+        "(server|broker) (unavailable|busy|shutting)",
+        "it starts, stops, or has too much to do; hive tries again by itself",
+    ),
+    (
+        "rate (exceeded|too high)|quota|maximum exc",
+        "the broker's limit for this user, or for all, is reached: wait, or raise it there",
+    ),
+    ("too large", "raise the broker's limit (Mosquitto: max_packet_size)"),
+    ("retain not", "hive needs retained messages: allow them (Mosquitto: retain_available true)"),
+    ("qos not", "hive needs QoS 1: allow it (Mosquitto: max_qos 1)"),
+    ("wildcard subscription", "hive needs wildcard subscriptions: allow them at the broker"),
+    (
+        "topic (name|filter) inv",
+        "the broker does not like the topic: choose another [node] topic_prefix",
+    ),
+    (
+        "another server|server moved",
+        "set [mqtt] host to the server that is meant; whoever runs the broker knows it",
+    ),
+    ("taken over", "another client has this node's id: does a second daemon run under its name?"),
+    (
+        "keep alive|PINGRESP",
+        "the network, the broker or this machine was away; hive tries again by itself",
+    ),
+    ("administrative|connect time", "whoever runs the broker ended it; hive tries again by itself"),
+    (
+        "malformed|protocol error|payload format|(unspecified|specific) error",
+        "see the broker's log",
+    ),
+    # what it does not say
+    ("timed out|no answer", "are host and port right, and no firewall in between?"),
+    (
+        r"^plain 3\.1\.1 .* at once",
+        "does the port want TLS ([mqtt] tls = true)? or does the broker forbid QoS 1 or"
+        ' retained messages? over protocol = "5" it would say so',
+    ),
+    (
+        "at once",
+        "does the port want TLS ([mqtt] tls = true), is the broker full (see its log), or is it no"
+        " MQTT broker?",
+    ),
+    ("closed", "did it stop, or not like what was sent? see its log; hive tries again by itself"),
 )
-HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
 
 
 def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
@@ -9562,10 +10045,17 @@ def with_broker(config: Config) -> Config:
 
 def broker_fault(mqtt: MqttConfig, reason: str) -> BrokerError:
     """Which broker, why not, what to try."""
-    hints = [hint for pattern, hint in HINTS if re.search(pattern, reason, re.IGNORECASE)]
-    if mqtt.unix and "no answer" in reason:
-        hints = [HUNG]
-    return BrokerError("; ".join([f"broker {mqtt.address}: {reason}", *hints[:1]]))
+    hint = hint_for(mqtt, reason)
+    return BrokerError("; ".join(filter(None, [f"broker {mqtt.address}: {reason}", hint])))
+
+
+def hint_for(mqtt: MqttConfig, reason: str) -> str:
+    """What to try, where one can say: by the reason, and how the connection was to be."""
+    way = "unix" if mqtt.unix else "tls" if mqtt.tls else "plain"
+    login = "anonymous" if mqtt.username is None else "named"
+    certified = " certified" if mqtt.cert_file else ""
+    said = f"{way} {mqtt.protocol}{certified} {login}: {reason}"
+    return next((hint for pattern, hint in HINTS if re.search(pattern, said, re.IGNORECASE)), "")
 
 
 class BrokerHost:
@@ -10008,7 +10498,7 @@ def running_daemons() -> list[RunningDaemon]:
                 AttributeError, LookupError, RecursionError, TypeError, ValueError
             ):
                 node, file, keys = json.loads(said)
-                keys = {one: setting_of(one).kind(value) for one, value in keys.items()}
+                keys = {one: setting_of(one).check(value) for one, value in keys.items()}
                 found.append(RunningDaemon(node_name(node), file and plain_string(file), keys))
     return found
 
@@ -10148,7 +10638,6 @@ class InProcessNode:
                     return {"error": str(error)}
         filters = self._filters(str(request["do"]), given)
         if request["do"] == "send":
-            self._topic = self._config.topics.of(given["envelope"])
             self._bytes = len(given["envelope"].encode())
             if given["wait"] or CHANNELS[given["envelope"].ch].handler:
                 # so that the daemon can tell its agent what an answer is about
@@ -10172,7 +10661,7 @@ class InProcessNode:
         code = document.get("published", 0)
         if is_failure(code):
             why = str(document["words"]).lower()
-            raise broker_fault(self._mqtt, f"refused to publish to {self._topic}: {why}")
+            raise broker_fault(self._mqtt, f"refused to publish to {document['topic']}: {why}")
         self._lines.append(dict(document))
         if "answer" in document:
             self._tell_daemon({"do": "read", "envelope": document["answer"]})
@@ -10193,9 +10682,7 @@ class InProcessNode:
     def _filters(self, do: str, given: Mapping[str, Any]) -> list[str]:
         """What must be heard to answer a request; raises HiveError where only a daemon can."""
         topics, node = self._config.topics, self._config.node.id
-        rosters = []  # they tell where an agent's mail goes
-        if topics.sender and do == "send" and given["envelope"].to != EVERYONE:
-            rosters = [topics.meta("+", "roster")]
+        rosters = [topics.meta("+", "roster")] if topics.sender else []  # whose each agent is
         match do:
             case "send" if given["wait"]:
                 to = given["envelope"].to
@@ -10203,9 +10690,9 @@ class InProcessNode:
                 own = [topics.from_anybody(node, ch) for ch in ("response", "alert")]
                 return [*own[0], *own[1], *rosters, topics.meta(whose, "state")]
             case "send":
-                return rosters
+                return rosters if given["envelope"].to != EVERYONE else []
             case "states":
-                return [topics.meta("+", "state")]
+                return [*rosters, topics.meta("+", "state")]
             case "roster":
                 return [topics.meta("+", "roster")]
         raise HiveError(f"no daemon of {node} runs on this machine: nothing to {do}")
@@ -10253,9 +10740,9 @@ class InProcessNode:
             reason += f" at a message of {self._bytes} bytes: it may be too large for it"
         raise broker_fault(self._mqtt, reason)
 
-    def deliver(self, delivery: IncomingMessage) -> None:
+    def deliver(self, message: IncomingMessage) -> None:
         if self._node:
-            self._node.deliver(delivery)
+            self._node.deliver(message)
 
     def _late(self, what: str) -> BrokerError:
         return broker_fault(self._mqtt, f"{what} in {self._patience:.2g} s")
@@ -10369,8 +10856,10 @@ class NodeRemoval:
         if topics.sender and self._name != self._config.node.id and not self._as_host:
             why = f"nobody but {self._name} writes its documents, as senders are checked"
             raise HiveError(f"{why}; say this on the machine that carries the hive")
+        # Each by its name too, for brokers where no wildcard finds it.
+        theirs = [topics.meta(self._name, document) for document in ("+", "state", "roster")]
         query = RetainedQuery(
-            *(self._loop, self._mqtt, [topics.meta("+", "state"), topics.meta(self._name, "+")]),
+            *(self._loop, self._mqtt, [topics.meta("+", "state"), *theirs]),
             topics.private(self._config.node.id, new_id()),
             *(self._hear, self._all_heard, self._failed),
         )
@@ -10500,9 +10989,9 @@ class Prompt:
         self.asking = asking
 
     def ask(
-        self, question: str, kind: Callable[[Any], Answer], default: Answer, instead: str = ""
+        self, question: str, check: Callable[[Any], Answer], default: Answer, instead: str = ""
     ) -> Answer:
-        """The answer, once it is of that kind; no answer is the default, shown as `instead`."""
+        """The answer, once it passes; no answer is the default, shown as `instead`."""
         while self.asking:
             print(f"{question} [{instead or default}]: ", end="", file=sys.stderr, flush=True)
             line = sys.stdin.buffer.readline(MAX_ANSWER)
@@ -10512,9 +11001,9 @@ class Prompt:
             if not said:
                 break
             try:
-                return kind(said)
+                return check(said)
             except ValueError:
-                print(f"  {quoted(said)} is not {docstring(kind)}", file=sys.stderr)
+                print(f"  {quoted(said)} is not {docstring(check)}", file=sys.stderr)
         return default
 
     def agree(self, question: str, default: bool) -> bool:
@@ -10764,8 +11253,17 @@ def write_beside(file: Path, content: str, force: bool, undo: contextlib.ExitSta
 DOCTOR_DEADLINE = 14.0  # seconds, all in all
 BROKER_DEADLINE = 4.0  # seconds for one connection, and what is asked on it
 PROBE_PATIENCE = 1.5  # seconds until a message to ourselves must be back
+DOCUMENT_LIFE = 60.0  # seconds that what we leave with the broker lives, if we do not
 CLOCK_PATIENCE = 6.0  # seconds to wait for the nodes that are said to be alive
 CLOCK_TOLERANCE = 5.0  # seconds; a ttl shorter than that is rare
+CHECKED_ACL = "the broker's ACL must be that which hive.py broker --mosquitto-conf prints"
+LAST_WORD = (
+    "let the broker allow QoS 1 and retained messages (Mosquitto: max_qos, retain_available)"
+)
+NO_WILDCARD = (
+    "RabbitMQ is so; a daemon asks for each node that it hears, so status and roster are complete a"
+    " heartbeat later, where one runs"
+)
 NEEDED_ROOM = 64 * KIB  # bytes that must fit on the disk, for what one busy moment writes
 CLOCK_ADVICE = "let NTP set it (Linux: timedatectl set-ntp true)"
 
@@ -10832,9 +11330,10 @@ class PeerClocks:
 class BrokerCheck:
     """One connection to the broker, and what it shows, stage after stage.
 
-    It subscribes to what this node reads, and publishes where it writes.  The probes go to topics
-    below the node's own that nobody subscribes to, but one: a heartbeat to ourselves, as a daemon
-    sends it that looks for another of its name.
+    It does what a daemon does: has a will, subscribes to what this node reads, publishes where it
+    writes, retained where that is.  The probes go to topics below the node's own that nobody
+    subscribes to, but one: a heartbeat to ourselves, as a daemon sends it that looks for another of
+    its name.  What is retained is removed in the end, and by the will if it does not come to that.
     """
 
     def __init__(self, config: Config, left: Callable[[float], float]) -> None:
@@ -10847,14 +11346,17 @@ class BrokerCheck:
         topics, node, token = config.topics, config.node.id, new_id()
         names = config.addresses
         private = dict.fromkeys((topics.private(one, token) for one in names), b"doctor")
-        unread = dict.fromkeys((topics.meta(one, f"doctor-{token}") for one in names), b"{}")
+        second = topics.meta(node, f"doctor-{token}-2")
+        self.documents = [*(topics.meta(one, f"doctor-{token}") for one in names), second]
+        self.last_word = OutgoingMessage(self.documents[0], b"", retain=True)
+        self._unfound = set[str]()  # of the documents
         beat = Envelope.new(node, node, "heartbeat", "{}", urgency="later", id=token)
         self._beat = OutgoingMessage(topics.of(beat), beat.encode(), qos=0)  # so it isn't queued
         self.missing = private | {self._beat.topic: self._beat.payload}  # what is to come back
-        self._unanswered = deque((private | unread).items())
+        self._unanswered = deque((private | dict.fromkeys(self.documents, b"{}")).items())
         self._loop = Loop(Log("error"))
-        read = [*topics.for_node(names), topics.meta("+", "state"), *private]
-        self.client = MqttClient(self._loop, self._mqtt, subscriptions=[(one, 0) for one in read])
+        read = [*config.subscriptions, *((one, 0) for one in private)]
+        self.client = MqttClient(self._loop, self._mqtt, "", read, self.last_word)
         self.client.open(self)
 
     def wait(self, known: Callable[[], object], within: float) -> bool:
@@ -10876,6 +11378,30 @@ class BrokerCheck:
         self.expect(lambda: not self._unanswered)
         self.wait(lambda: self.refused or not self.missing, PROBE_PATIENCE)
 
+    def takes_no_will(self) -> bool:
+        """Were we refused, and are let in when we leave no last word?"""
+        well = list[bool]()
+        if not self._lost.startswith(("refused", HANG_UP)):
+            return False
+        ConnectionProbe(self._loop, self._mqtt, well.append)
+        while not well:
+            self._loop.step()
+        return well[0]
+
+    def finds(self, filters: Iterable[str]) -> bool:
+        """Do these bring all of our documents, now that they are kept?"""
+        self._unfound = {*self.documents[:1], *self.documents[-1:]}
+        self.client.subscribe([(one, 0) for one in filters])
+        return self.wait(lambda: not self._unfound, PROBE_PATIENCE)
+
+    def takes(self, topic: str) -> bool:
+        """May we publish there?  Mosquitto 2.0.11 may hang up instead of saying no."""
+        codes = list[int]()
+        done = lambda code, words: codes.append(code)  # noqa: E731
+        self.client.publish(OutgoingMessage(topic, b"doctor", done=done))
+        self.wait(lambda: codes, PROBE_PATIENCE)
+        return bool(codes) and not is_failure(codes[0])
+
     def compare_clocks(self) -> None:
         """Wait for the nodes that are said to be alive; some brokers are late in saying so."""
         self.wait(lambda: self.clocks.awaited, RetainedQuery.QUIET)
@@ -10884,7 +11410,9 @@ class BrokerCheck:
 
     def close(self) -> None:
         gone = list[bool]()
-        self.client.close(lambda: gone.append(True), within=0.0)
+        for topic in self.documents:
+            self.client.publish(OutgoingMessage(topic, b"", retain=True))
+        self.client.close(lambda: gone.append(True), within=GOODBYE if self.client.up else 0.0)
         while not gone:
             self._loop.step()
         self._loop.close()
@@ -10909,30 +11437,35 @@ class BrokerCheck:
         else:
             self._lost = reason
 
-    def deliver(self, delivery: IncomingMessage) -> None:
-        if self.missing.get(delivery.topic) == delivery.payload:
-            del self.missing[delivery.topic]
+    def deliver(self, message: IncomingMessage) -> None:
+        message.ack()
+        if self.missing.get(message.topic) == message.payload:
+            del self.missing[message.topic]
+        elif message.topic in self.documents:
+            self._unfound -= {message.topic} if message.retained else set()
         else:
-            self.clocks.hear(delivery)
-            self._hear_state(delivery)
+            self.clocks.hear(message)
+            self._hear_state(message)
 
-    def _hear_state(self, delivery: IncomingMessage) -> None:
-        name, document = self._config.topics.meta_of(delivery.topic) or ("", "")
+    def _hear_state(self, message: IncomingMessage) -> None:
+        name, document = self._config.topics.meta_of(message.topic) or ("", "")
         if document != "state" or not NAME.fullmatch(name) or name == self._config.node.id:
             return
-        small = len(delivery.payload) <= MAX_STATE and len(self.others) < MAX_MEMBERS
-        said = read_json_object(delivery.payload) if small else None
+        small = len(message.payload) <= MAX_STATE and len(self.others) < MAX_MEMBERS
+        said = read_json_object(message.payload) if small else None
         if said:
             said.pop("oc", None)  # which would be all of its agents
             self.others[name] = status_row(name, said, self._config.heartbeat, time.time())
-        elif not delivery.payload:
+        elif not message.payload:
             self.others.pop(name, None)
 
     def _probe(self) -> None:
         """One after the other: Mosquitto 2.0.11 may hang up where it refuses."""
         if self._unanswered:
             topic, payload = self._unanswered[0]
-            self.client.publish(OutgoingMessage(topic, payload, done=self._answered))
+            retain, until = topic in self.documents, time.time() + DOCUMENT_LIFE
+            message = OutgoingMessage(topic, payload, 1, retain, until if retain else None)
+            self.client.publish(message.replace(done=self._answered))
 
     def _answered(self, code: int, words: str) -> None:
         topic, _ = self._unanswered.popleft()
@@ -11034,14 +11567,26 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
         return
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
+    for action in context.config.handlers.keys() - found.handlers.keys():
+        near = did_you_mean(action, found.handlers)
+        yield Finding(Level.WARN, f"[handlers.{action}] is about none that is there", near)
     if found.handlers:
-        yield Finding(Level.OK, f"{', '.join(found.handlers)}, in {folder}")
+        names = [
+            action + admitted(context.config, handler_rule(action)) for action in found.handlers
+        ]
+        yield Finding(Level.OK, f"{', '.join(names)}, in {folder}")
         return
     what = f"nothing to run in {folder}" if folder.is_dir() else f"no directory {folder}"
     named = context.config.node.handler_dir is not None
     other = "" if named else why_no_handlers(folder).partition("; ")[2]
     todo = f"put an executable there: {folder}/NAME" if folder.is_dir() else f"mkdir {folder}"
     yield Finding(Level.WARN, f"none: {what}", other or todo)
+
+
+def admitted(config: Config, rule: str) -> str:
+    """Whom a rule lets in, as a note in brackets; nothing where that is everyone."""
+    names = config.allow.get(rule)
+    return "" if names is None else f" (from {', '.join([*names, config.node.id])} alone)"
 
 
 def check_daemon(context: DoctorContext) -> Iterator[Finding]:
@@ -11074,10 +11619,11 @@ def check_agents(context: DoctorContext) -> Iterator[Finding]:
     ports = {one.name: gateway_port(one, home) for one in agents}
     silent = probe_ports({number for number in ports.values() if number})
     for one in agents:
-        yield agent_finding(one, home, ports[one.name], silent)
+        found = agent_finding(one, home, ports[one.name], silent)
+        yield found.replace(what=found.what + admitted(context.config, agent_rule(one.name)))
     if not agents:
-        found = ", ".join(find_agents(home))
-        hint = f"; found here: {found}" if found else ""
+        others = ", ".join(find_agents(home))
+        hint = f"; found here: {others}" if others else ""
         yield Finding(Level.OK, f"none configured, so messages wake nobody{hint}")
 
 
@@ -11136,7 +11682,16 @@ def check_broker(context: DoctorContext) -> Iterator[Finding]:
     context.config, begun = context.config.replace(mqtt=found), time.monotonic()
     broker = context.broker = BrokerCheck(context.config, context.left)
     context.ending.callback(broker.close)
-    broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
+    try:
+        broker.expect(lambda: broker.client.welcome or broker.not_subscribed)
+    except BrokerError as error:
+        if not broker.takes_no_will():
+            raise
+        what, _, todo = str(error).removeprefix("broker ").partition("; ")
+        said = f"{what}: it lets us in, but takes no last word (will) to {broker.last_word.topic}"
+        todo = acl_for(context.config) if "not authorized" in what else todo
+        yield Finding(Level.FAIL, said, LAST_WORD if HANG_UP in what else todo)
+        return
     how = f"as {found.username}" if found.username else "without a name"
     took = 1000 * (time.monotonic() - begun)
     yield Finding(Level.OK, f"{found.address} lets us in {how}, in {took:.0f} ms")
@@ -11155,8 +11710,10 @@ def check_publishing(context: DoctorContext) -> Iterator[Finding]:
     context.broker.publish()
     refused = context.broker.refused
     if refused:
-        why = f"to {and_more(refused)}: {next(iter(refused.values()))}"
-        yield Finding(Level.FAIL, why, acl_for(context.config))
+        why = next(iter(refused.values()))
+        todo = "" if HANG_UP in why else hint_for(context.config.mqtt, f"refused to publish: {why}")
+        todo = acl_for(context.config) if "ACL" in todo or not todo else todo
+        yield Finding(Level.FAIL, f"to {and_more(refused)}: {why}", todo)
     else:
         always = ", as MQTT 3.1.1 always says" if context.config.mqtt.protocol != "5" else ""
         yield Finding(Level.OK, f"messages to ourselves are taken{always}")
@@ -11171,6 +11728,38 @@ def check_receiving(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.OK, "they come back")
 
 
+def check_retained(context: DoctorContext) -> Iterator[Finding]:
+    broker, config = context.broker, context.config
+    if broker.finds([config.topics.meta(config.node.id, "+")]):
+        yield Finding(Level.OK, "what nodes leave with the broker is found through a wildcard")
+    elif broker.finds(broker.documents):
+        what = "what nodes leave with the broker is found by its exact topic, by no wildcard"
+        yield Finding(Level.WARN, what, NO_WILDCARD)
+    else:
+        what = f"what is left at {broker.documents[0]} is not given back: no right to read?"
+        yield Finding(Level.FAIL, what, acl_for(config))
+
+
+def check_senders(context: DoctorContext) -> Iterator[Finding]:
+    broker, config = context.broker, context.config
+    nobody = f"nobody-{new_id()[:8]}"
+    ours, forged = (
+        Topics(config.topics.prefix, who).to(nobody, "status") for who in (config.node.id, nobody)
+    )
+    if not broker.client.v5:
+        yield Finding(Level.SKIPPED, "not tried: over MQTT 3.1.1 no broker says what it refuses")
+    elif not broker.takes(ours):
+        yield Finding(Level.SKIPPED, f"not tried: the broker does not take {ours}")
+    elif broker.takes(forged):
+        what = "not checked: whoever may publish at this broker can do so in any node's name"
+        yield Finding(Level.FAIL, what, CHECKED_ACL) if config.checked else Finding(Level.OK, what)
+    elif config.checked:
+        yield Finding(Level.OK, "checked: the broker lets no node speak in another's name")
+    else:
+        todo = '[mqtt] senders = "checked", at every node, makes use of it'
+        yield Finding(Level.OK, "the broker lets no node speak in another's name", todo)
+
+
 def and_more(names: Collection[str], limit: int = 1) -> str:
     """The first few of many."""
     more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
@@ -11179,6 +11768,8 @@ def and_more(names: Collection[str], limit: int = 1) -> str:
 
 def acl_for(config: Config) -> str:
     """What the broker must allow."""
+    if config.checked:
+        return CHECKED_ACL
     user, prefix = config.mqtt.username or "anonymous clients", config.topics.prefix
     names = ", ".join(f"{prefix}/{one}/#" for one in [config.node.id, *config.agents])
     return (
@@ -11239,8 +11830,10 @@ CHECKS = (
     Check("subscribe", check_subscribing, ("broker",)),
     Check("publish", check_publishing, ("subscribe",)),
     Check("receive", check_receiving, ("publish",)),
+    Check("retained", check_retained, ("publish",)),
     Check("clock", check_clock, ("receive",)),
     Check("nodes", check_nodes, ("receive",)),
+    Check("senders", check_senders, ("publish",)),  # last: the broker may hang up at it
 )
 
 
@@ -12300,9 +12893,9 @@ def der_certificate(value: object) -> str:
     return value
 
 
-def stated(kind: Callable[[Any], Any], shown: bool = True) -> Any:
-    """One field of an invitation: the kind of value it takes."""
-    return Field(kind=kind, shown=shown)
+def stated(check: Callable[[Any], Any], shown: bool = True) -> Any:
+    """One field of an invitation: what takes its value."""
+    return Field(check=check, shown=shown)
 
 
 class Invitation(Value):
@@ -12343,7 +12936,7 @@ class Invitation(Value):
             document = read_json_object(base64.urlsafe_b64decode(code + "=" * (-len(code) % 4)))
             found = {**(document or {})}
             checked = found.pop("sum", None) == cls._sum(encode_json(found))
-            one = cls(**{name: f.kind(found[name]) for name, f in cls.FIELDS.items()})
+            one = cls(**{name: f.check(found[name]) for name, f in cls.FIELDS.items()})
         except (ValueError, KeyError, TypeError):
             checked = False
         if not checked:
@@ -12511,30 +13104,30 @@ class Command(Value):
 COMMANDS: dict[str, Command] = {}
 
 
-def as_type(kind: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a kind of Config or a field's check serve as argparse's type=."""
+def as_type(check: Callable[[Any], Any]) -> Callable[[str], Any]:
+    """Make a check serve as argparse's type=."""
 
     def convert(said: str) -> Any:
         try:
-            return kind(said)
+            return check(said)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(kind)}") from None
+            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
     return convert
 
 
 def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """One option, as argparse's add_argument takes it, but for `type`, which is a kind."""
+    """One option, as argparse's add_argument takes it, but for `type`, which is a check."""
     return flags, how | ({"type": as_type(how["type"])} if "type" in how else {})
 
 
 def key_option(
     dotted: str, flag: str = "", more: str = "", **how: Any
 ) -> tuple[tuple[str, ...], Mapping[str, Any]]:
-    """An option that sets a key of hive.toml ("mqtt.port"): kind and help are the key's own."""
+    """An option that sets a key of hive.toml ("mqtt.port"): check and help are the key's own."""
     declared = setting_of(dotted)
     if "action" not in how:
-        how = {"type": declared.kind, "metavar": declared.name.upper()} | how
+        how = {"type": declared.check, "metavar": declared.name.upper()} | how
     flag = flag or f"--{declared.name.replace('_', '-')}"
     return option(flag, dest=dotted, help=declared.help + more, **how)
 
@@ -12665,7 +13258,7 @@ def command_daemon(args: argparse.Namespace) -> int:
     """Run this node, in the foreground, until SIGTERM or Ctrl-C."""
     start_again()
     config = config_of(args, load_config)
-    log = Log(config.logging.level, config.logging.format)
+    log = Log(config.logging.level, config.logging.format, repeats=MAX_REPEATS)
     with log.never_wait():
         run_daemon(config, log)
         log.info("stopped")
@@ -12715,11 +13308,7 @@ def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.Ex
 
 def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttClient:
     """How a node gets to its broker: a session of its own, and every topic that concerns it."""
-    topics = config.topics
-    subscriptions = [(topic, 1) for topic in topics.for_node(config.addresses)]
-    for document in ("state", "roster"):  # QoS 0: not kept while we are away
-        subscriptions.append((topics.meta("+", document), 0))
-    return MqttClient(loop, config.mqtt, session_id(config), subscriptions, will)
+    return MqttClient(loop, config.mqtt, session_id(config), config.subscriptions, will)
 
 
 @subcommand(
@@ -12828,12 +13417,12 @@ def say_sent(
     config: Config, envelope: Envelope, args: argparse.Namespace, control: Control, connected: bool
 ) -> int:
     """It is in the journal: what else is known of it?"""
-    code = None
-    why = "no broker at the moment"
+    said: Mapping[str, Any] = {}
+    code, why = None, "no broker at the moment"
     if connected:
-        code = reason_code_of(config, control.receive(PUBLISHED_TIMEOUT))
-        why = "the broker has not taken it yet"
-    topic = config.topics.of(envelope)
+        said = control.receive(PUBLISHED_TIMEOUT) or said
+        code, why = reason_code_of(config, said), "the broker has not taken it yet"
+    topic = said.get("topic") or config.topics.of(envelope)  # an agent's is its node's
     if args.as_json:
         print(json_text(envelope.encode().decode()))
     elif code is None:
@@ -12873,7 +13462,8 @@ def print_replies(
         while replies.outstanding and (left := ends - time.monotonic()) > 0:
             said = control.receive(left) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
-                topic, why = config.topics.of(envelope), explain_no_reply(control, replies)
+                why = explain_no_reply(control, replies)
+                topic = said.get("topic") or config.topics.of(envelope)
                 raise NoReplyError(f"nobody listens on {topic}{why}")
             answer = Envelope.check(said["answer"]) if "answer" in said else None
             if answer and replies.take(answer):
@@ -12938,9 +13528,12 @@ def command_reply(args: argparse.Namespace) -> int:
 
 def find_original(config: Config, said: str) -> Envelope:
     """The envelope to answer: known to the daemon by its id, or read from somewhere."""
-    if ID.fullmatch(said) and not os.path.exists(said):
-        return known_envelope(config, said)
-    return Envelope.parse(read_original(said))
+    if not ID.fullmatch(said) or os.path.exists(said):
+        return Envelope.parse(read_original(said))
+    document = look_up(config, {"do": "message", "id": said}).get("envelope")
+    if not isinstance(document, dict):
+        raise HiveError(f"{said}: its text is kept no longer; see [journal] in hive.toml")
+    return Envelope.check(document)
 
 
 def known_exchange(config: Config, id: str) -> str:
@@ -12952,14 +13545,6 @@ def known_exchange(config: Config, id: str) -> str:
     if "error" in answer:
         raise UsageError(f"--corr {answer['error']}")
     return str(answer["rows"][0]["exchange"]) if answer["rows"] else id
-
-
-def known_envelope(config: Config, id: str) -> Envelope:
-    """An envelope that this node has received or sent, whole; or HiveError."""
-    answer = look_up(config, {"do": "message", "id": id})
-    if not isinstance(answer.get("envelope"), dict):
-        raise HiveError(f"{id}: its text is kept no longer; see [journal] in hive.toml")
-    return Envelope.check(answer["envelope"])
 
 
 @subcommand(
@@ -13007,15 +13592,12 @@ def command_log(args: argparse.Namespace) -> int:
 
     width = shutil.get_terminal_size().columns
 
-    def row_line(row: Mapping[str, Any]) -> str:
-        if args.as_json:
-            return json_text(json.dumps(row, ensure_ascii=False))
-        return log_lines(row, width)
-
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            if said := row_line(row):
-                print(said)
+            if args.as_json:
+                print(json_text(json.dumps(row, ensure_ascii=False)))
+            elif lines := log_lines(row, width):
+                print(lines)
         sys.stdout.flush()
 
     if args.follow:
@@ -13169,7 +13751,7 @@ def say_of_members(
         raise BrokerError(said["fault"] or none_yet)
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
-        start = "start one with: hive.py daemon"
+        start = "start one with: hive.py daemon; or does the broker hide them? hive-cli doctor"
         print(f"hive: no node has been seen {where} yet; {start}", file=sys.stderr)
     return Exit.DONE
 
@@ -13194,8 +13776,16 @@ def command_handler(args: argparse.Namespace) -> int:
             )
         return test_handler(config, args)
     if args.as_json:
-        found = {action: str(file) for action, file in handler_set.handlers.items()}
-        print(json.dumps({"handlers": found, "refused": dict(handler_set.refused)}, indent=2))
+        document = {
+            "handlers": {action: str(file) for action, file in handler_set.handlers.items()},
+            "refused": dict(handler_set.refused),
+            "allow": {
+                action: one.allow
+                for action, one in config.handlers.items()
+                if one.allow is not None
+            },
+        }
+        print(json.dumps(document, indent=2))
     else:
         print(handler_table(config, handler_set), end="")
     return Exit.DONE
@@ -13203,12 +13793,16 @@ def command_handler(args: argparse.Namespace) -> int:
 
 def handler_table(config: Config, handler_set: HandlerSet) -> str:
     """What was found, in which bounds it runs, and what was refused and why."""
-    cells = [
-        (action, f"{handler_deadline(config, action):g}s", str(workers), printable(str(file), 200))
-        for action, file in handler_set.handlers.items()
-        for workers in (config.handlers.get(action, HandlerConfig()).workers,)
-    ]
-    found = format_table(("ACTION", "TIMEOUT", "WORKERS", "FILE"), cells, False) if cells else ""
+    cells = []
+    for action, file in handler_set.handlers.items():
+        one, deadline = (
+            config.handlers.get(action, HandlerConfig()),
+            handler_deadline(config, action),
+        )
+        who = "all" if one.allow is None else ",".join([*one.allow, config.node.id])
+        cells.append((action, f"{deadline:g}s", str(one.workers), who, printable(str(file), 200)))
+    columns = ("ACTION", "TIMEOUT", "WORKERS", "ALLOW", "FILE")
+    found = format_table(columns, cells, False) if cells else ""
     refused = [f"refused: {printable(f, 200)}: {why}\n" for f, why in handler_set.refused.items()]
     return found + "".join(refused) or f"no handlers in {config.handler_dir}\n"
 
@@ -13395,7 +13989,7 @@ def command_broker(args: argparse.Namespace) -> int:
 
 def run_broker(config: Config) -> None:
     """Until SIGTERM or Ctrl-C."""
-    log = Log(config.logging.level, config.logging.format)
+    log = Log(config.logging.level, config.logging.format, repeats=MAX_REPEATS)
     loop = Loop(log)
     with log.never_wait(), contextlib.ExitStack() as ending:
         ending.callback(loop.close)
@@ -13829,6 +14423,8 @@ class ShowVersion(argparse.Action):
 
 def make_parser(only: str = "") -> Parser:
     """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
+    # No catalogue has argparse's words, and error() reads them.
+    argparse._ = str  # type: ignore[attr-defined]
     common = common_options()
     parser = Parser(
         description=__doc__ or dropped_docstrings()[""],

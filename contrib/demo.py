@@ -75,6 +75,8 @@ echo "$HIVE_NODE runs $(uname -sm), dear $HIVE_FROM"
 HIVE_CLI = """\
 #!/bin/sh
 case " $* " in *" daemon "*) echo $$ >>{pids} ;; esac
+XDG_STATE_HOME={folder}
+export XDG_STATE_HOME
 exec {python} {hive_cli} "$@"
 """
 END = """\

@@ -32,10 +32,14 @@ ssl = required
 ssl_cert = <{home}/cert.pem
 ssl_key = <{home}/key.pem
 mail_location = {location}
+auth_failure_delay = 0
 mail_max_userip_connections = 100
 auth_mechanisms = plain login xoauth2
 service anvil {{
   chroot =
+  unix_listener anvil-auth-penalty {{
+    mode = 0
+  }}
 }}
 service imap-login {{
   chroot =
@@ -103,8 +107,7 @@ class Dovecot:
         said = CONFIGURATION.format(**names, **ports, location=location, password=PASSWORD)
         (self.home / "conf").write_text(said)
         (self.home / "oauth2.conf").write_text(OAUTH2.format(url=tokens))
-        for file in [self.home, *self.home.iterdir()]:
-            os.chown(file, self.user.pw_uid, self.user.pw_gid)
+        self.own(self.home)
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -177,6 +180,19 @@ class Dovecot:
             for letter in letters:
                 kind, said = session.box.append(folder, flags, date, letter)
                 assert kind == "OK", said
+
+    def drop(self, user: str, *letters: bytes) -> None:
+        """Much mail arrives, without a session for it."""
+        folder = self.home / "mail" / user / "new"
+        for number, content in enumerate(letters):
+            file = folder / f"{time.time():.6f}.{number}.x"
+            file.write_bytes(content)
+            self.own(file)
+
+    def own(self, file: Path) -> None:
+        """Make it the server's, and what is in it."""
+        for one in (file, *(file.iterdir() if file.is_dir() else ())):
+            os.chown(one, self.user.pw_uid, self.user.pw_gid)
 
     def flags(self, user: str, folder: str = "INBOX") -> list[bytes]:
         """What FETCH FLAGS says of all."""

@@ -61,13 +61,14 @@ class Feed:
 
 
 def self_signed(folder: Path, days: int = 20) -> Path:
-    """A certificate for 127.0.0.1 that nobody has signed, with its key."""
+    """A certificate for this machine that nobody has signed, with its key."""
     openssl = shutil.which("openssl")
     assert openssl, "openssl is needed"
     file = folder / f"{days}.pem"
     command = (
         f"{openssl} req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days {days} "
-        f"-keyout {file}.key -out {file} -subj /CN=127.0.0.1 -addext subjectAltName=IP:127.0.0.1"
+        f"-keyout {file}.key -out {file} -subj /CN=127.0.0.1 "
+        "-addext subjectAltName=IP:127.0.0.1,DNS:localhost"
     )
     subprocess.run(command.split(), check=True, capture_output=True)
     file.write_text(file.read_text() + Path(f"{file}.key").read_text())

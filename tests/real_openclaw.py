@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Broker, Hive, answers, eventually, free_port
+from conftest import ROOT, Broker, Daemon, Hive, answers, eventually, free_port
+from dovecot import Dovecot, letter, need_dovecot
 from fake_model import REPLY, FakeModel
+from sentinels import HANDLERS, KIT
+from test_check_email import Mail
 
 BIN = Path(os.environ["OPENCLAW_BIN"])
 SLOW = 120.0  # seconds; a gateway is ready in 11 to 48
@@ -275,6 +278,53 @@ def test_a_wrong_token_is_one_error_and_nowhere_to_be_seen(
     everything = beta.log_file.read_text() + hive.cli("beta", "config").stdout
     everything += hive.cli("alpha", "roster", "--json").stdout
     assert "s3cret-but-wrong" not in everything
+
+
+def test_mail_that_arrives_is_told_once_at_no_cost_until_then(
+    hive_of: Callable[..., Hive],
+    shared_broker: Broker,
+    gateways: dict[str, Gateway],
+    tmp_path: Path,
+) -> None:
+    need_dovecot()
+    server, red, hive = Dovecot(), gateways["red"], hive_of(shared_broker)
+    try:
+        mail = Mail(tmp_path, server.ca, server.tls_port)
+        mail.configure("[[rule]]\nsubject = 'fire'", top="preview = 2")
+        hive.environment |= red.environment | mail.environment()
+        hive.environment["HOME"] = str(red.home)
+        schedule = '\n[[schedule]]\naction = "check-email"\nevery = "1s"\nfailures = 3\n'
+        beta = hive.node("beta", red.instance(via="hook", hook_token="hook-red") + schedule)
+        beta.config.chmod(0o600)
+        beta.handler("check-email", (HANDLERS / "check-email").read_text())
+        (beta.handlers / "sentinel.py").write_bytes(KIT.read_bytes())
+        beta.start()
+        runs = runs_of(beta)
+        eventually("it looks", lambda: runs() >= 2, SLOW)
+        asked = len(red.model.requests)
+        server.deliver(mail.user, letter("lunch"), letter("fire in the attic", body="Run!\n[hive]"))
+
+        def told() -> list[str]:
+            return [line for line in red.model.lines_read() if "fire in the attic" in line]
+
+        eventually("the agent reads it", told, SLOW)
+        assert len(red.model.requests) > asked
+        beta.stop(signal.SIGKILL)
+        beta.start()
+        before = runs()
+        eventually("it goes on", lambda: runs() >= before + 3, SLOW)
+        [line] = set(told())
+        said = json.loads(line)
+        assert said.startswith("check-email has news: 1 to tell of 2 new, 1 urgent\n")
+        assert 'subject "fire in the attic"' in said and 'text "Run! / hive"' in said
+        assert len([one for one in beta.events("waking agent")]) == 1
+        assert not beta.events("not a handler")
+    finally:
+        server.close()
+
+
+def runs_of(node: Daemon) -> Callable[[], int]:
+    return lambda: len(node.events("handler ended", action="check-email", status="ok"))
 
 
 @pytest.mark.parametrize("skill", ["hive-member", "hive-master"])

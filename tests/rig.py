@@ -36,6 +36,7 @@ class Wire:
         self.echoes: list[hive.OutgoingMessage] = []
         self.unacknowledged: list[hive.OutgoingMessage] = []
         self.probes: list[Callable[[bool], None]] = []
+        self.fetched: list[list[str]] = []
         self.takes_connections: bool | None = True  # None: it does not answer
         self.up = self.closed = self.silent = False
         self.limit = 1_000_000  # bytes of a topic and its payload
@@ -97,6 +98,14 @@ class Wire:
     ) -> None:
         self.taken_over = client_id
         done()
+
+    def fetch(
+        self,
+        topics: Sequence[str],
+        end_marker: str,
+        found: Callable[[hive.IncomingMessage], None],
+    ) -> None:
+        self.fetched.append([*topics])
 
     def probe(self, done: Callable[[bool], None]) -> None:
         self.probes.append(done)

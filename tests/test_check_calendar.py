@@ -568,7 +568,7 @@ def test_a_certificate_must_be_good(watch: Watch, secure: Feed, certificate: Pat
     assert watch.trouble() == "ca_file: No such file or directory"
 
 
-@pytest.mark.parametrize("target", ["http://example.com/x", "ftp://127.0.0.1/x"])
+@pytest.mark.parametrize("target", ["http://example.com/x", "http://localhost/x"])
 def test_a_password_never_leaves_tls(
     watch: Watch, secure: Feed, certificate: Path, target: str
 ) -> None:
@@ -577,14 +577,26 @@ def test_a_password_never_leaves_tls(
     assert "without TLS" in watch.trouble()
 
 
-def test_a_password_does_not_follow_to_another_host(watch: Watch, secure: Feed, feed: Feed) -> None:
-    other = feed.url.replace("127.0.0.1", "localhost")
-    feed.serve(b"", 302, Location=other)
-    watch.add(f'ics = "{feed.url}"')
+def test_a_password_does_not_follow_to_another_host(
+    watch: Watch, secure: Feed, certificate: Path
+) -> None:
+    secure.serve(b"", 302, Location=secure.url.replace("127.0.0.1", "localhost"))
+    watch.add(f'ics = "{secure.url}"', more=f'ca_file = "{certificate}"')
     watch.look()
-    (_, _, first), *others = feed.asked
+    (_, _, first), *others = secure.asked
     assert "authorization" in first and others
     assert not any("authorization" in asked for _, _, asked in others)
+
+
+@pytest.mark.parametrize("target", ["http://localhost:{}/", "file:///etc/passwd", "//localhost/"])
+def test_a_server_cannot_make_us_look_elsewhere(watch: Watch, feed: Feed, target: str) -> None:
+    elsewhere = COLLECTION.replace(
+        "/c.ics", target.format(feed.url.split(":")[2].partition("/")[0])
+    )
+    feed.serve(MULTISTATUS.format(elsewhere).encode(), 207)
+    watch.add(f'caldav = "{feed.url}"')
+    assert watch.trouble() == "names an address of another domain, or without TLS"
+    assert [method for method, _, _ in feed.asked] == ["PROPFIND"]
 
 
 def test_http_is_refused_for_any_other_machine(watch: Watch) -> None:

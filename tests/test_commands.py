@@ -407,7 +407,7 @@ def test_a_broker_that_refuses_the_login_is_exit_3_with_advice(tmp_path: Path) -
         assert done.returncode == 3
         assert done.stderr == (
             f"hive: broker localhost:{broker.port}: refused: not authorized;"
-            " check [mqtt] username and password, and the broker's ACL\n"
+            " does the broker want [mqtt] username and password? else see its ACL\n"
         )
     finally:
         broker.stop()
@@ -1109,8 +1109,8 @@ def test_where_there_are_no_handlers_that_is_said(hive: Hive) -> None:
     alpha.handler("ping", "#!/bin/sh\necho pong\n")
     lines = hive.cli("alpha", "handler", "list").stdout.splitlines()
     assert [line.split() for line in lines] == [
-        ["ACTION", "TIMEOUT", "WORKERS", "FILE"],
-        ["ping", "30s", "1", str(alpha.handlers.resolve() / "ping")],
+        ["ACTION", "TIMEOUT", "WORKERS", "ALLOW", "FILE"],
+        ["ping", "30s", "1", "all", str(alpha.handlers.resolve() / "ping")],
     ]
 
 

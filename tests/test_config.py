@@ -564,6 +564,7 @@ env = []
 workers = 1
 retry = false
 env = []
+publish = true
 [[schedule]]
 action = "sync"
 every = 60.0

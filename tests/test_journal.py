@@ -388,7 +388,7 @@ def test_what_a_gateway_has_in_memory_is_still_owed_but_not_pending(open_journal
     assert [(one.n, one.began, one.accepted) for one in journal.tasks()] == [
         (task, False, int(NOW + 1.5))
     ]
-    assert hive.pending_document(journal)["tasks"] == []
+    assert hive.pending_document(journal, {})["tasks"] == []
     journal.start_tasks([task])  # it is told again
     assert [(one.began, one.accepted) for one in journal.tasks()] == [(True, 0)]
 
@@ -647,15 +647,15 @@ def test_what_is_older_than_its_time_is_forgotten_in_small_steps(
     while journal.prune(now):
         left.append(len(ids(journal)))
     assert left == [40, 30, 25]
-    assert ids(journal)[0] == "m-25" and is_new(journal, "m-0")
-    assert not journal.full
+    assert ids(journal)[0] == "m-25" and not journal.full
+    assert not is_new(journal, "m-0"), "whoever kept it could say it once more"
 
 
 def test_the_oldest_texts_go_before_the_oldest_rows(
     open_journal: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hive, "PRUNE_STEP", 5)
-    journal = open_journal(max_size=300_000)
+    journal = open_journal(max_size=450_000)  # of which a third is for its -wal file
     for i in range(60):
         receive(journal, f"m-{i}", text="x" * 10_000)
         journal.prune(NOW)
@@ -739,6 +739,79 @@ def test_a_flood_does_not_grow_it_far_beyond_its_size(
             largest = max(largest, journal.size)
     assert largest < 1_500_000
     assert not is_new(journal, f"m-{messages - 1}")
+
+
+def test_however_fast_they_come_its_files_keep_the_bound(open_journal: Open, folder: Path) -> None:
+    bound = 10_000_000
+    journal = open_journal(max_size=bound)
+    largest = 0
+    for i in range(8000):
+        receive(journal, f"m-{i}", text="x" * (5000 if i < 2500 else 300))
+        if i % 20 == 0:
+            journal.commit()
+            largest = max(largest, sum(file.stat().st_size for file in folder.iterdir()))
+    assert bound / 2 < largest <= bound
+    assert not is_new(journal, "m-7999") and not journal.full
+
+
+def test_what_waits_for_the_broker_takes_half_of_it_at_most(open_journal: Open) -> None:
+    journal = open_journal(max_size=1_000_000)
+    for i in range(20):
+        sending(journal, f"m-{i}", text="x" * 100_000)
+        if journal.outbox_full:
+            break
+    assert 4 <= journal.outbox_size <= 6
+
+
+def test_answers_leave_room_for_what_the_node_itself_has_to_say(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_OUTBOX", 100)
+    journal = open_journal()
+
+    def answers(topic: str) -> int:
+        """As many as may still be sent there."""
+        number = 0
+        while journal.takes_answer(topic):
+            number += 1
+            journal.enqueue(topic, b"x")
+        return number
+
+    assert answers("hive/flood/response") == 20
+    assert [answers(f"hive/{i}/response") for i in range(6)] == [20, 20, 20, 0, 0, 0]
+    assert not journal.outbox_full
+    journal.close()
+    journal = open_journal()
+    assert not journal.takes_answer("hive/5/response"), "it knows them after a restart"
+    for message in journal.next_outgoing(0, 10):
+        journal.dequeue(message, acknowledged=False)
+    assert answers("hive/5/response") == 10
+    for _ in range(20):
+        assert not journal.outbox_full
+        journal.enqueue("hive/all/alert", b"x")
+    assert journal.outbox_full
+
+
+def test_answers_to_one_have_their_share_of_bytes_too(
+    journal: hive.Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_OUTBOX_SIZE", 10_000)
+    journal.enqueue("hive/flood/response", b"x" * 2000)
+    assert not journal.takes_answer("hive/flood/response")
+    assert journal.takes_answer("hive/gamma/response")
+
+
+def test_of_a_result_only_the_latest_waits(journal: hive.Journal) -> None:
+    for payload in (b"1", b"22", b"333"):
+        journal.keep_latest("hive/meta/beta/ping", payload)
+        journal.keep_latest("hive/meta/beta/other", payload)
+    first, _ = journal.next_outgoing(0, 10)
+    assert (first.payload, first.retain, journal.outbox_size) == (b"333", True, 2)
+    journal.keep_latest("hive/meta/beta/ping", b"4444")
+    assert [one.payload for one in journal.next_outgoing(0, 10)] == [b"333", b"333", b"4444"]
+    for one in journal.next_outgoing(0, 10):
+        journal.dequeue(one, acknowledged=True)
+    assert (journal.outbox_size, journal._outbox_bytes, journal._outbox) == (0, 0, {})
 
 
 def test_a_daemon_that_is_often_restarted_forgets_too(open_journal: Open) -> None:
@@ -936,6 +1009,19 @@ def test_a_file_of_the_old_layout_is_taken_over(
         journal.dequeue(one, acknowledged=True)
     assert waiting(journal) == [] and journal.requeue(since=0) == second.n
     assert waiting(journal) == ["asked", None]
+
+
+def test_a_number_of_the_old_layout_never_comes_again(open_journal: Open, folder: Path) -> None:
+    """Tasks and the outbox mean rows by them."""
+    with closing(old_file(folder, *OLD_TABLES)) as database:
+        database.execute("UPDATE sqlite_sequence SET seq = 9000 WHERE name = 'log'")
+    journal = open_journal()
+    assert receive(journal, "next") == 9001
+    journal.close()
+    journal = open_journal()
+    assert receive(journal, "more") == 9002
+    tables = "SELECT name FROM sqlite_master WHERE name LIKE '%before%'"
+    assert journal._database.read(tables) == []
 
 
 @pytest.mark.parametrize("made", range(len(OLD_TABLES)))
@@ -1305,3 +1391,71 @@ def test_a_lock_is_private_and_needs_its_folder(tmp_path: Path) -> None:
     for place in (tmp_path / "missing" / "lock", tmp_path):
         with pytest.raises(OSError):
             hive.FileLock(place)
+
+
+# Ids that were seen
+
+
+def from_(sender: str, id: str, **more: Any) -> hive.Envelope:
+    return message(id, sender=sender, **more)
+
+
+def test_nobody_uses_up_the_id_of_another(open_journal: Open) -> None:
+    journal = open_journal()
+    assert journal.record(Event.RECEIVED, from_("mallory", "known"), NOW)
+    assert journal.record(Event.RECEIVED, from_("alpha", "known", text="the real one"), NOW)
+    for sender in ("mallory", "alpha"):
+        assert journal.record(Event.RECEIVED, from_(sender, "known"), NOW) is None
+    assert journal.senders("known") == ["alpha", "mallory"]
+    shown = [row["from"] for row in journal.exchange("known")]
+    assert shown == ["mallory", "alpha"], "both are shown, whoever was first"
+
+
+def test_an_exchange_is_whole_whoever_else_took_its_id(open_journal: Open) -> None:
+    journal = open_journal()
+    journal.record(Event.RECEIVED, from_("mallory", "known", corr="elsewhere"), NOW)
+    journal.record(Event.RECEIVED, from_("alpha", "known"), NOW)
+    assert [row["from"] for row in journal.exchange("known")] == ["mallory", "alpha"]
+    ours = message("ours", sender="beta", to="alpha")
+    journal.record(Event.SENT, ours, NOW)
+    journal.record(Event.RECEIVED, from_("mallory", "ours"), NOW)
+    found = journal.message("ours", Event.SENT)
+    assert (
+        found and found["from"] == "beta" and journal.began("ours") and not journal.began("known")
+    )
+
+
+def test_an_id_is_known_as_long_as_its_message_could_come_again(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = open_journal(keep=86400)
+    journal.record(Event.RECEIVED, from_("alpha", "old"), NOW)
+    journal.record(Event.SENT, message("ours", sender="beta", to="alpha"), NOW)
+    day = 86400
+    while journal.prune(NOW + 2 * day):
+        pass
+    assert ids(journal) == [] and count_of(journal, "seen") == 1
+    journal.commit()
+    journal.close()
+    journal = open_journal(keep=86400)
+    last = NOW + hive.MAX_AGE + hive.MAX_AHEAD
+    journal.prune(last - 1)
+    assert journal.record(Event.RECEIVED, from_("alpha", "old"), last) is None
+    assert journal.record(Event.RECEIVED, from_("beta", "old"), last)
+    while journal.prune(last + 2 * day):
+        pass
+    assert journal._database.read("SELECT sender FROM seen") == [("beta",)]
+
+
+def test_the_ids_that_are_remembered_are_bounded(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "SIZE_OF_ID", 10_000)  # so that 100 of them fit
+    journal = open_journal(keep=1, max_size=1_000_000)
+    for i in range(150):
+        receive(journal, f"m-{i}", NOW + i / 1000)
+    while journal.prune(NOW + 1000):
+        pass
+    journal.prune(NOW + 1000)
+    assert 50 <= count_of(journal, "seen") <= 100
+    assert not is_new(journal, "m-149") and is_new(journal, "m-0"), "the oldest went"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_journal import QuickBroker, field, packet
 from conftest import Broker, Hive, calls_of, eventually, need_mosquitto
 
 import hive as hive_module
+from hive import MAX_REPEATS, Envelope
 
 SMALL = 3000  # bytes of a packet that the broker takes
 LARGE = '#!/bin/sh\nhead -c 10000 /dev/zero | tr "\\0" x\n'
@@ -147,3 +150,55 @@ def test_nothing_but_what_is_too_large_is_lost_with_it(small: Hive) -> None:
 
     eventually("all are answered", lambda: len(answers()) == 21)
     assert sorted(answers()) == ["alert"] + ["response"] * 20
+
+
+@pytest.fixture
+def quick(tmp_path: Path, hive_of: Callable[..., Hive]) -> Iterator[Hive]:
+    """A hive whose broker does not save: what is tried is the nodes."""
+    need_mosquitto()
+    broker = QuickBroker(tmp_path / "quick")
+    yield hive_of(broker, interval=5.0)
+    broker.stop()
+
+
+def flood(port: int, topic: str, payloads: Sequence[bytes]) -> None:
+    """Publish them as fast as the broker takes them, at QoS 1."""
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(packet(0x10, field(b"MQTT") + b"\x04\x02\x00\x00" + field(b"flood")))
+        sock.recv(4)  # CONNACK
+        left = 4 * len(payloads)  # bytes of PUBACKs
+        for number, payload in enumerate(payloads):
+            mid = (number % 65535 + 1).to_bytes(2, "big")
+            sock.sendall(packet(0x32, field(topic.encode()) + mid + payload))
+            left -= len(sock.recv(65536)) if number % 100 == 99 else 0
+        while left > 0 and (data := sock.recv(65536)):
+            left -= len(data)
+
+
+def test_a_flood_is_a_few_lines_in_the_log_and_leaves_the_node_its_own_word(
+    quick: Hive,
+) -> None:
+    hive = quick
+    beta = hive.node("beta", "[journal]\nmax_mb = 12\n")
+    beta.config.write_text(beta.config.read_text().replace("'debug'", "'info'"))
+    beta.start()
+    hive.node("alpha").start()
+    messages = 12_000
+    envelopes = [
+        Envelope.new("flood", "beta", "command", "x" * 500, id=f"m-{i}", action="no").encode()
+        for i in range(messages)
+    ]
+    flood(hive.broker.port, f"{hive.prefix}/beta/command", envelopes)
+    largest = 0
+
+    def last_one() -> bool:
+        nonlocal largest
+        files = beta.home.glob("state/journal*")
+        largest = max(largest, sum(file.stat().st_size for file in files))
+        return hive.cli("beta", "show", f"m-{messages - 1}", code=None).returncode == 0
+
+    eventually("it has heard all", last_one)
+    hive.cli("beta", "send", "--to", "alpha", "--ch", "status", "--text", "my own word")
+    hive.nodes["alpha"].logged("received", ch="status")
+    assert largest < 12_000_000
+    assert len(beta.log_file.read_text().splitlines()) < 3 * MAX_REPEATS + 100

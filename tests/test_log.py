@@ -19,7 +19,7 @@ from conftest import PATIENCE, eventually
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hive import MAX_LINES_WAITING, RATE_LIMIT_BURST, Log, RateLimit
+from hive import MAX_LINES_WAITING, RATE_LIMIT_BURST, SAME_AGAIN, Log, RateLimit
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=100)
 LEVELS = ["debug", "info", "warning", "error"]
@@ -191,3 +191,39 @@ def test_one_kind_of_fault_does_not_hide_another() -> None:
     for _ in range(1000):
         limit.allow("noise", 1)
     assert limit.allow("dropped", 1)
+
+
+def test_what_was_not_allowed_is_counted_once_its_minute_is_over() -> None:
+    limit, stream = RateLimit(burst=3), io.StringIO()
+    log = Log("info", "json", stream)
+    for now in range(50):
+        limit.allow("noise", now)
+        limit.allow("other", now)
+    limit.report(log, 59)
+    assert stream.getvalue() == ""
+    limit.allow("noise", 70)
+    for now in (70, 140, 210):
+        limit.report(log, now)
+    rows = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert {row["event"] for row in rows} == {SAME_AGAIN}
+    assert sorted((row["what"], row["times"]) for row in rows) == [("noise", 47), ("other", 47)]
+
+
+def test_a_flood_of_one_event_is_counted_and_others_are_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    log = Log("debug", "json", stream, repeats=10)
+    for i in range(10_000):
+        log.info("received", n=i)
+        log.debug("text")
+    log.warning("peer is lost")
+    monkeypatch.setattr("hive.RATE_LIMIT_INTERVAL", 0.0)
+    log.info("the end")
+    rows = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [row["n"] for row in rows if row["event"] == "received"] == [*range(10)]
+    assert sum(row["event"] == "text" for row in rows) == 10_000, "whoever wants all has it"
+    *_, counted, last = rows
+    assert (counted["what"], counted["times"]) == ("received", 9990)
+    assert last["event"] == "the end"
+    assert rows[-3]["event"] == "peer is lost"

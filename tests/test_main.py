@@ -240,7 +240,7 @@ def test_a_warning_of_the_configuration_is_told_once(alone: Alone) -> None:
         ("send --to x", "send"),
         ("--config x status", "status"),
         ("--config=x --host y status --all", "status"),
-        ("--node send log", "log"),  # a node may have that name
+        ("--node pending log", "log"),  # a node may have that name
         ("--config send", ""),
         ("--config", ""),
         ("", ""),
@@ -255,10 +255,10 @@ def test_the_command_is_found_behind_the_options_that_all_have(said: str, named:
 
 
 def test_a_command_finds_all_that_it_is_given_in_a_parser_for_it_alone() -> None:
-    words = ["--node", "status", "--port=7", "send", "--to", "x", "--text", "y", "--host", "z"]
+    words = ["--node", "log", "--port=7", "send", "--to", "x", "--text", "y", "--host", "z"]
     alone = hive.make_parser(hive.command_among(words)).parse_args(words)
     assert vars(alone) == vars(hive.make_parser().parse_args(words))
-    assert (alone.run, vars(alone)["node.id"]) == (hive.command_send, "status")
+    assert (alone.run, vars(alone)["node.id"]) == (hive.command_send, "log")
 
 
 def test_garbage_is_collected_once_the_file_is_read() -> None:

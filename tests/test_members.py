@@ -38,7 +38,7 @@ def members(*peers: str, me: str = "beta", at: float = 100) -> Members:
     log = Log(stream=io.StringIO())
     loop = Loop(log)
     journal = Journal(None, log, 1.0, 1)
-    made = Members(Config(NodeConfig(me)), loop, log, journal, nothing, nothing)
+    made = Members(Config(NodeConfig(me)), loop, log, journal, nothing, nothing, print)
     journal.close()
     loop.close()
     for peer in peers:
@@ -247,9 +247,9 @@ class Hall:
 
     def restart(self) -> None:
         proof: Callable[[Callable[[bool], None]], None] = lambda done: done(True)  # noqa: E731
-        self.members = Members(
-            self._config, self.loop, self._log, self.journal, self.sent.append, proof
-        )
+        self.fetched: list[str] = []
+        given = (self._config, self.loop, self._log, self.journal, self.sent.append, proof)
+        self.members = Members(*given, self.fetched.extend)
 
     def hear(self, name: str, kind: str, said: object, retained: bool = False) -> None:
         payload = said if isinstance(said, bytes) else hive.encode_json(said)
@@ -543,3 +543,27 @@ def test_a_sleep_of_ours_is_nobodys_silence(hall: Hall) -> None:
     hall.advance(6)
     hall.members.check(hall.now)
     assert hall.members.alive() == []
+
+
+def test_whose_documents_do_not_come_is_asked_for_once(hall: Hall) -> None:
+    """RabbitMQ gives nothing that is retained to a wildcard."""
+    hall.beat("alpha")
+    hall.beat("gamma")
+    for document in ("state", "roster"):
+        hall.hear("gamma", document, {"status": "online"})
+    hall.members.check(hall.now)
+    assert hall.fetched == [], "they may be on their way"
+    for _ in range(3):
+        hall.members.check(hall.now)
+    assert hall.fetched == ["alpha"]
+
+
+def test_not_more_are_asked_for_at_once_than_fit(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_FETCH", 3)
+    for number in range(5):
+        hall.beat(f"node{number}")
+    for _ in range(3):
+        hall.members.check(hall.now)
+    assert len(hall.fetched) == 3

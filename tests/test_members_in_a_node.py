@@ -548,3 +548,62 @@ def test_the_state_of_a_node_that_knows_thousands_is_not_too_large_to_be_kept(ri
     assert len(payload) <= hive.MAX_STATE
     state = rig.kept("beta", "state")[-1]
     assert state["status"] == "online" and state["truncated"] and "known_peers" not in state
+
+
+# Many at once
+
+
+def test_invented_heartbeats_are_no_losses(rig: Rig) -> None:
+    rig.beat("gamma")
+    rig.beat("gamma")
+    for number in range(1500):
+        rig.beat(f"ghost-{number}")
+    rig.live(4, "gamma")
+    rig.advance(100)
+    assert [alert.text[:13] for alert in rig.sent("alert")] == ["gamma is lost"]
+    assert len(rig.events("peer is lost")) == 1
+
+
+def crowd(rig: Rig, count: int, beats: int = 2) -> None:
+    for _ in range(beats):
+        for number in range(count):
+            rig.beat(f"peer-{number}")
+
+
+def test_a_crowd_that_is_lost_at_once_is_thirty_alerts_and_one_for_the_others(rig: Rig) -> None:
+    crowd(rig, 300)
+    rig.advance(60)
+    *each, last = rig.sent("alert")
+    assert len(each) == hive.MAX_LOSSES
+    assert last.text.startswith("270 more are lost: peer-") and last.text.endswith(
+        ", ...; all of them: hive-cli status"
+    )
+    rig.advance(200)
+    assert len(rig.sent("alert")) == hive.MAX_LOSSES + 1
+    assert len(last.encode()) < 1000
+
+
+def test_a_crowd_that_goes_on_being_lost_is_one_alert_a_minute(rig: Rig) -> None:
+    for number in range(130):
+        for name in (f"a-{number}", f"b-{number}", f"c-{number}"):
+            rig.beat(name)
+            rig.beat(name)
+        rig.advance(1)
+    assert len(rig.sent("alert")) <= 3 * (hive.MAX_LOSSES + 1)
+
+
+def test_who_has_said_that_many_are_lost_has_said_it_for_all(rig: Rig) -> None:
+    rig.beat("alpha")
+    crowd(rig, 50)
+    rig.live(22, "alpha")
+    rig.say("alert", to="all", sender="alpha", text="50 more are lost", corr=hive.MANY_LOST)
+    rig.live(60, "alpha")
+    assert rig.sent("alert") == []
+
+
+def test_a_crowd_that_comes_back_is_a_few_words(rig: Rig) -> None:
+    crowd(rig, 100)
+    rig.advance(60)
+    crowd(rig, 100, beats=1)
+    rig.advance(2)
+    assert 0 < len(rig.sent("status")) <= hive.MAX_LOSSES

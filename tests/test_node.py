@@ -828,6 +828,33 @@ def test_the_log_says_how_it_ended_and_why_nothing_was_done(rig_of: Callable[...
     assert notes == {"ping": None, "fail": None, "other": NOBODY}
 
 
+@pytest.mark.parametrize("ch", sorted(hive.CHANNELS))
+def test_what_is_of_another_time_is_dropped_and_counted(rig: Rig, ch: str) -> None:
+    now, day = time.time(), 86400
+    for days, why in ((-9, "more than 8 days old"), (2, "more than a day ahead")):
+        before = rig.node.node.counts["dropped"]
+        rig.say(ch, "ping", now=now + days * day)
+        assert rig.node.node.counts["dropped"] == before + 1
+        assert why in rig.events("dropped", ch=ch)[-1]["why"]
+    rig.turn()
+    assert rig.sent() == [] and rig.acked == 2 and not rig.started()
+    for seconds in (-7 * day, 0.9 * day):
+        assert rig.answer_to(rig.say("command", "ping", now=now + seconds)).text == "pong"
+
+
+def test_an_id_that_somebody_else_used_first_is_no_reason_to_drop_a_message(rig: Rig) -> None:
+    rig.say("command", "ping", sender="mallory", id="guessed")
+    rig.until("it is answered", lambda: rig.sent("response"))
+    rig.say("command", "ping", id="guessed")
+    rig.until("the other too", lambda: len(rig.sent("response")) == 2)
+    assert [one.to for one in rig.sent("response")] == ["mallory", "alpha"]
+    rig.say("command", "ping", id="guessed")
+    rig.turn()
+    assert len(rig.sent("response")) == 2
+    why = hive.message_row(rig.journal, {"id": "guessed"})["error"]
+    assert why.startswith("guessed: alpha and mallory each sent a message of this id; show it")
+
+
 # What the broker does not take
 
 
@@ -875,3 +902,38 @@ def test_a_document_that_is_refused_is_a_few_lines_in_the_log(rig: Rig) -> None:
     for _ in range(1000):
         rig.node.node.published(hive.OutgoingMessage(topic, b"{}", retain=True), 0x87, "Not")
     assert 0 < len(rig.events("document not published", level="warning")) < 50
+
+
+# Too much
+
+
+def test_a_flood_leaves_room_for_what_the_node_itself_has_to_say(
+    rig_of: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_OUTBOX", 100)
+    rig = rig_of(level="warning")
+    rig.wire.silent = True
+    for number in range(200):
+        rig.say("command", "nosuch", sender="flood")
+        rig.say("command", "nosuch", sender=f"peer{number % 2}")
+    rig.turn()
+    to = [alert.to for alert in rig.sent("alert")]
+    assert [to.count(name) for name in ("flood", "peer0", "peer1")] == [20, 20, 20]
+    for number in range(40):
+        own = hive.Envelope.new("beta", "alpha", "command", "own", id=f"own-{number}")
+        assert rig.node.node._send_for_command(own) == ""
+    late = hive.Envelope.new("beta", "alpha", "command", "one too many")
+    assert rig.node.node._send_for_command(late) == "100 messages wait for the broker already"
+    rig.wire.silent = False
+    rig.turn()
+    assert rig.works()
+
+
+def test_of_many_results_the_latest_is_published(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(count="cat > /dev/null; echo x >> ../runs; wc -l < ../runs")
+    rig.disconnect()
+    asked = [rig.say("command", "count") for _ in range(10)]
+    rig.until("all have run", lambda: len(rig.events("handler ended")) == 10)
+    rig.connect()
+    assert [result["result"] for result in rig.kept("beta", "count")] == [10]
+    assert all(rig.answers_to(one) for one in asked)

@@ -13,8 +13,11 @@ from hive import (
     Envelope,
     RoutingContext,
     Topics,
+    agent_rule,
     decide,
+    handler_rule,
     misplaced,
+    untimely,
 )
 
 # Protocol, "What a node does with an envelope":
@@ -178,3 +181,81 @@ def test_nobody_is_alive_by_the_heartbeat_of_an_agent() -> None:
     for sender, fit in (("alpha", True), ("attic", False)):
         beat = Envelope.new(sender, "all", "heartbeat", "{}")
         assert (misplaced(beat, place, here, checked=True) is None) is fit
+
+
+# Who may
+
+
+ALLOW = {handler_rule("deploy"): ("gamma",), agent_rule("main"): ("gamma", "delta")}
+
+
+def guarded(**more: Any) -> RoutingContext:
+    agents, handlers = ("main", "second"), ("deploy", "ping")
+    return RoutingContext("beta", agents, handlers, allow=ALLOW, **more)
+
+
+def said_by(sender: str, ch: str = "command", to: str = "beta", **more: Any) -> Envelope:
+    return Envelope.new(sender, to, ch, "hello", id="m-1", now=1, **more)
+
+
+@pytest.mark.parametrize("ch", ["command", "sync"])
+@pytest.mark.parametrize("handlers", [(), ("deploy",)], ids=["removed", "there"])
+def test_a_handler_runs_for_those_alone_whom_its_rule_names(
+    ch: str, handlers: tuple[str, ...]
+) -> None:
+    here = guarded().replace(handlers=handlers)
+    refused = decide(said_by("alpha", ch, action="deploy"), here)
+    assert refused == Decision(Do.REFUSE, "[handlers.deploy] allow does not name alpha")
+    for sender in ("gamma", "beta"):  # whoever may use this node may say what it does
+        decision = decide(said_by(sender, ch, action="deploy"), here)
+        assert decision.do is (Do.RUN if handlers else Do.WAKE)
+    assert decide(said_by("alpha", ch, action="ping"), guarded()).do is Do.RUN
+
+
+@pytest.mark.parametrize("ch", sorted(set(CHANNELS) - {"heartbeat"}))
+def test_an_agent_is_woken_by_those_alone_whom_its_rule_names(ch: str) -> None:
+    refused = decide(said_by("alpha", ch), guarded())
+    assert refused == Decision(Do.REFUSE, "allow of [[oc_instances]] main does not name alpha")
+    for sender in ("gamma", "delta", "beta"):
+        assert decide(said_by(sender, ch), guarded()).agents == ("main",)
+    assert decide(said_by("alpha", ch, to="second"), guarded()).agents == ("second",)
+    assert decide(said_by("alpha", ch, to="all"), guarded()).agents == ("second",)
+    assert decide(said_by("gamma", ch, to="all"), guarded()).agents == ("main", "second")
+    unknown = decide(said_by("alpha", ch, action="unknown"), guarded())
+    assert unknown.do is Do.REFUSE and unknown.reason.endswith("does not name alpha")
+
+
+def test_an_empty_rule_names_nobody_but_this_node() -> None:
+    here = guarded().replace(allow={handler_rule("ping"): ()})
+    assert decide(said_by("alpha", action="ping"), here).do is Do.REFUSE
+    assert decide(said_by("beta", action="ping"), here).do is Do.RUN
+
+
+def test_an_answer_to_its_own_question_reaches_an_agent_from_anybody() -> None:
+    here = guarded(began=lambda corr: corr == "mine")
+    for ch in ("response", "alert"):
+        assert decide(said_by("alpha", ch, corr="mine"), here).do is Do.WAKE
+        assert decide(said_by("alpha", ch, corr="other"), here).do is Do.REFUSE
+    for ch in ("command", "sync"):  # it asks, and answers nothing
+        assert decide(said_by("alpha", ch, corr="mine"), here).do is Do.REFUSE
+
+
+# When
+
+
+DAY = 86400
+
+
+@pytest.mark.parametrize(
+    ("age", "why"),
+    [
+        (8 * DAY + 1, "it is more than 8 days old: a replay, or a clock that is wrong"),
+        (8 * DAY, None),
+        (0, None),
+        (-DAY, None),
+        (-DAY - 1, "it is more than a day ahead: a clock is wrong"),
+    ],
+)
+def test_an_envelope_of_another_time_is_not_acted_upon(age: int, why: str | None) -> None:
+    now = 100 * DAY
+    assert untimely(envelope("command").replace(ts=now - age), now) == why

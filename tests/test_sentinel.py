@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import eventually
+from conftest import Hive, calls_of, eventually
 from sentinels import KIT, Scheduled, imported
+
+from hive import scan_handlers
 
 sentinel = imported("sentinel", KIT)
 
@@ -20,6 +25,7 @@ sentinel = imported("sentinel", KIT)
 WATCHER = f'''#!{sys.executable}
 """Tells what is new in a file."""
 import sys
+import time
 sys.dont_write_bytecode = True
 import sentinel
 from sentinel import Found, Item, Key, Look, Sentinel, Trouble, matches, quote
@@ -482,3 +488,66 @@ def test_a_secret_that_others_can_read_is_none(tmp_path: Path) -> None:
         secret_of(tmp_path, password_file=file)
     with pytest.raises(sentinel.Trouble, match="no such file"):
         secret_of(tmp_path, password_file=tmp_path / "none")
+
+
+# The whole way
+
+
+def test_the_readmes_thirty_lines_are_a_sentinel(tmp_path: Path) -> None:
+    readme = (KIT.parent / "README.md").read_text()
+    [program] = re.findall(r"(?s)```python\n(.*?)```", readme)
+    assert len(program.splitlines()) <= 36
+    for name, content in (("check-title", program), ("sentinel.py", KIT.read_text())):
+        (tmp_path / name).write_text(content.replace("/usr/bin/env python3", sys.executable))
+    (tmp_path / "check-title").chmod(0o755)
+    watch = Scheduled(tmp_path, "check-title", tmp_path / "check-title")
+    page = tmp_path / "page.html"
+    watch.write(f'[[page]]\nname = "shop"\nurl = "file://{page}"\n')
+    page.write_text("<title>in stock</title>")
+    assert not watch.scheduled()["news"]
+    page.write_text('<title>"sold" out\n[hive]</title>')
+    assert "! shop: title \"'sold' out hive\"" in watch.scheduled()["text"]
+    assert not watch.scheduled()["news"]
+    page.unlink()
+    assert [watch.scheduled()["news"] for _ in range(4)] == [False, False, True, False]
+
+
+def test_whichever_process_dies_the_agent_hears_of_everything_once(
+    hive: Hive, fast_agent: Path, tmp_path: Path
+) -> None:
+    watcher = Watcher(tmp_path)
+    hive.environment |= {"HIVE_WATCH_FILE_CONFIG": str(watcher.config)}
+    schedule = '[[schedule]]\naction = "watch-file"\nevery = "1s"\n'
+    agent = f'\n[[oc_instances]]\nname = "main"\nopenclaw_cmd = "{fast_agent}"\n'
+    beta = hive.node("beta", agent + schedule)
+    beta.handler("watch-file", WATCHER)
+    (beta.handlers / "sentinel.py").write_bytes(KIT.read_bytes())
+    beta.start()
+    state = beta.home / "state" / "sentinels" / "watch-file.json"
+    eventually("its first run has ended", lambda: beta.events("handler ended", status="ok"))
+    lines: list[str] = []
+    for number in range(6):
+        lines.append(f"line-{number}.")
+        before = state.stat().st_mtime_ns
+        watcher.list.write_text("\n".join(lines))
+        if number % 2:  # as soon as the sentinel has written what it will tell
+            eventually("it is on disk", lambda b=before: state.stat().st_mtime_ns > b)  # type: ignore[misc]
+        else:
+            time.sleep(0.25 * number)
+        beta.stop(signal.SIGKILL)
+        beta.start()
+
+    def told() -> list[str]:
+        return [call["argv"][3] for call in calls_of(fast_agent)]
+
+    eventually("all is told", lambda: all(any(one in said for said in told()) for one in lines))
+    for line in lines:
+        again = [said for said in told() if line in said][1:]
+        assert all("(perhaps told before)" in said for said in again), again
+    assert not beta.events("not a handler")
+
+
+def test_what_the_scan_of_handlers_makes_of_the_examples() -> None:
+    found = scan_handlers(KIT.parent)
+    assert {"check-email", "check-calendar"} <= found.handlers.keys()
+    assert "sentinel.py" not in {*found.handlers, *found.refused}

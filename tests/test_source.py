@@ -150,6 +150,51 @@ def test_only_the_mqtt_client_imports_paho() -> None:
     assert importing == {"", "MqttClient"}  # "": above the first banner, for type checkers only
 
 
+def test_what_only_type_checkers_import_stands_in_annotations_alone() -> None:
+    """Anywhere else it would be a NameError, and none that mypy finds."""
+    only = next(
+        one
+        for one in TREE.body
+        if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING"
+    )
+    known = {
+        alias.asname or alias.name.partition(".")[0]
+        for one in only.body
+        if isinstance(one, ast.Import | ast.ImportFrom)
+        for alias in one.names
+    } - {one.name for one in only.orelse if isinstance(one, ast.FunctionDef)}
+    known -= {
+        ast.unparse(name)
+        for one in only.orelse
+        if isinstance(one, ast.Assign)
+        for name in one.targets
+    }
+    annotations = {
+        id(inner)
+        for one in ast.walk(TREE)
+        for outer in (getattr(one, "annotation", None), getattr(one, "returns", None))
+        if outer
+        for inner in ast.walk(outer)
+    }
+
+    def used(one: ast.AST, known: set[str]) -> Iterator[str]:
+        if isinstance(one, ast.FunctionDef):
+            known = known - {
+                alias.asname or alias.name.partition(".")[0]
+                for inner in ast.walk(one)
+                if isinstance(inner, ast.Import | ast.ImportFrom)
+                for alias in inner.names
+            }
+        if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING":
+            return
+        if isinstance(one, ast.Name) and one.id in known and id(one) not in annotations:
+            yield f"{one.id}, line {one.lineno}"
+        for child in ast.iter_child_nodes(one):
+            yield from used(child, known)
+
+    assert known and not [*used(TREE, known)]
+
+
 @pytest.mark.parametrize("module", ["paho", "logging", "subprocess", "ssl", "sqlite3", "tomllib"])
 def test_importing_hive_leaves_what_is_slow_alone(module: str, tmp_path: Path) -> None:
     code = f"import hive, sys; print({module!r} in sys.modules)"

@@ -66,7 +66,7 @@ def test_what_a_gateway_took_before_a_restart_of_the_daemon_is_told_again_only_i
         rig.advance(hive.PROBE_EVERY + 1)
         rig.advance(1)
         assert told(fast_agent) == [] and [one.n for one in rig.journal.tasks()] == [task]
-        assert hive.pending_document(rig.journal)["tasks"] == []
+        assert hive.pending_document(rig.journal, {})["tasks"] == []
         uptime["seconds"] = 10.0
         rig.advance(hive.PROBE_EVERY + 1)
         rig.until("it is told again", lambda: told(fast_agent))

@@ -658,6 +658,7 @@ class Run:
         limit = seconds_given(environment.get("HIVE_TIMEOUT", ""))
         self.seconds = max(limit - 15.0, limit / 2) if self.idle else min(0.7 * limit, 60.0)
         self.until = time.monotonic() + self.seconds
+        self.grace = min(1.0, limit / 10)  # seconds for looks that end just in time
         self.too_long = f"took longer than {self.seconds:.0f} s"
         self.stopped, self._stop = os.pipe()
         self.folder: Path | None = None
@@ -719,7 +720,9 @@ def look_at_all(
         entry = kept.get(sentinel_key(sentinel, source), {})
         threading.Thread(target=one, args=(source, entry), daemon=True).start()
     with done:
-        done.wait_for(lambda: len(results) == len(due), max(0.0, run.until - time.monotonic()) + 1)
+        done.wait_for(
+            lambda: len(results) == len(due), max(0.0, run.until - time.monotonic()) + run.grace
+        )
         for source in due:
             results.setdefault(source["name"], Trouble(run.too_long))
         return dict(results)
