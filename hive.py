@@ -10110,7 +10110,7 @@ class BrokerHost:
             self._failed(str(error))
             return None
         self._broker, self._why = broker, ""
-        advice = "for other machines set up Mosquitto: hive.py broker --mosquitto-conf"
+        advice = "for other machines: hive-cli host"
         self._log.info("hosting the broker of this machine", at=broker.places, note=advice)
         self._watch()
         return embedded_as(self._config, broker.socket_path)
@@ -12488,6 +12488,7 @@ class Host:
         An earlier invitation of that name ends.
         """
         password = new_password()
+        self.end_invitations(now)
         with self.lock():
             members, invited = self.members(), self.invited(now)
             if name in members and name not in invited:
@@ -12530,7 +12531,8 @@ class Host:
             late = [n for n in said if n not in open_still and members.get(n) == said[n]["hash"]]
             self._write_members({n: h for n, h in members.items() if n not in late})
             self._write(self._invited, json.dumps(open_still))
-        return late if self.reload() else []
+        self.reload()
+        return late
 
     # -- the processes --
 
@@ -12555,8 +12557,9 @@ class Host:
     def reload(self) -> bool:
         """Have Mosquitto read passwords and certificates anew; False if it does not run."""
         pid = self.broker_pid()
-        if pid:
-            os.kill(pid, signal.SIGHUP)
+        with contextlib.suppress(ProcessLookupError):
+            if pid:
+                os.kill(pid, signal.SIGHUP)
         return pid is not None
 
     def login(self, user: str) -> MqttConfig:
@@ -14025,17 +14028,20 @@ def command_host(args: argparse.Namespace) -> int:
     if args.foreground:
         start_again()
     port = vars(args).pop("mqtt.port", None)
+    if overrides_of(args).get("mqtt.host"):
+        raise UsageError("host: it is itself the broker; say --listen, and --name")
     file = config_place(args)
     new = named_config(args) and not file.exists()
     config = make_config({}, None, overrides_of(args)) if new else config_of(args)
     file = Path(config.file or file)
     host = Host(config.state_dir)
-    settings = host_settings(host.settings(), config, args, port)
+    before = host.settings()
+    settings = host_settings(before, config, args, port)
     if config.mqtt.named and config.mqtt.ca_file != host.authority:
         where = f"this node's broker is {config.mqtt.address}"
         raise UsageError(f"{file}: {where}; take [mqtt] out, or name another --config, to host one")
     need_program("mosquitto")
-    if host.broker_pid() is None:
+    if host.broker_pid() is None or not before or before.port != settings.port:
         check_address(settings)
     changed = host.prepare(settings, config.node.id, time.time())
     if args.foreground:

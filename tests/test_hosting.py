@@ -33,7 +33,7 @@ def real_broker() -> None:
 
 @pytest.fixture
 def alpha(tmp_path: Path) -> Iterator[Carrier]:
-    made = Carrier(tmp_path / "alpha")
+    made = Carrier(tmp_path / "Jo & Jim")
     yield made
     made.close()
 
@@ -103,6 +103,15 @@ def test_another_address_is_taken_over_while_it_runs(alpha: Carrier) -> None:
 def takes(host: str, port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((host, port)) == 0
+
+
+def test_a_port_that_is_taken_is_no_move(alpha: Carrier) -> None:
+    alpha.carry()
+    with socket.create_server((HERE, 0)) as other:
+        taken = other.getsockname()[1]
+        line = alpha.error("host", "--port", str(taken), code=1)
+        assert "another program listens there" in line
+    assert f"Mosquitto listens at {HERE}:{alpha.port}: runs already" in alpha.run("host").stdout
 
 
 def test_what_hive_toml_says_otherwise_stays(alpha: Carrier) -> None:
@@ -216,6 +225,8 @@ def test_an_invitation_is_good_once_and_for_an_hour(prepared: hive.Host) -> None
     assert not prepared.accept("mini", hive.password_hash("y", b"s" * 12), now)
     prepared.end_invitations(now + 3601)
     assert prepared.members()["mini"] == chosen  # who has joined stays
+    prepared.invite("again", now)
+    prepared.invite("again", now + 3601)  # though nobody has ended the first
     prepared.invite("late", now)
     prepared.end_invitations(now + 3599)
     assert "late" in prepared.members()
@@ -378,6 +389,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_written(alpha: Carrier)
         (("--listen", "0.0.0.0"), "how do peers reach it?  say --name too"),
         (("--listen", "192.0.2.1"), "this machine has no such address"),
         (("--listen", "a b"), "is not a host's name or address"),
+        (("--host", "192.168.1.5"), "it is itself the broker; say --listen"),
     ],
 )
 def test_an_address_that_will_not_do_is_one_line(

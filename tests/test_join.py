@@ -430,6 +430,19 @@ def test_who_is_expelled_is_out_at_once_and_leaves_nothing(
     alpha.stop_daemons()
 
 
+def test_a_node_that_will_not_come_back_is_forgotten_where_the_hive_is_carried(
+    alpha: Carrier, machine: Machine
+) -> None:
+    machine.run("join", "-", stdin=alpha.invite(machine.name))
+    machine.daemon()
+    assert "is online" in alpha.error("forget", machine.name, code=1)
+    machine.stop_daemons()
+    line = machine.error("forget", "alpha", code=1)
+    assert line.endswith("say this on the machine that carries the hive")
+    assert alpha.run("forget", machine.name).stdout.startswith(f"forgotten: {machine.name} (")
+    assert machine.name in alpha.host.members()  # and it may come in again
+
+
 def test_an_invitation_is_taken_back_by_expel(alpha: Carrier, machine: Machine) -> None:
     line = alpha.invite(machine.name)
     assert alpha.run("expel", machine.name).stdout == f"expelled: {machine.name} (0 documents)\n"
