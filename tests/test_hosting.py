@@ -225,13 +225,13 @@ def test_an_invitation_is_good_once_and_for_an_hour(prepared: hive.Host) -> None
     assert not prepared.accept("mini", hive.password_hash("y", b"s" * 12), now)
     prepared.end_invitations(now + 3601)
     assert prepared.members()["mini"] == chosen  # who has joined stays
-    prepared.invite("again", now)
-    prepared.invite("again", now + 3601)  # though nobody has ended the first
     prepared.invite("late", now)
     prepared.end_invitations(now + 3599)
     assert "late" in prepared.members()
     prepared.end_invitations(now + 3601)
     assert "late" not in prepared.members() and not prepared.invited(now)
+    prepared.invite("again", now)
+    prepared.invite("again", now + 3601)  # though nobody has ended the first
 
 
 def test_a_member_is_not_invited_again_and_who_was_invited_is(prepared: hive.Host) -> None:
@@ -436,7 +436,7 @@ def test_a_systemd_unit_runs_it_where_there_is_one(alpha: Carrier, tmp_path: Pat
     unit = alpha.home / ".config/systemd/user/hive-host.service"
     (tools / "systemctl").write_text(
         f'#!/bin/sh\necho "$*" >>{told}\n[ "$2" != is-active ] || exit 3\n'
-        f'[ "$2" != restart ] || eval "$(sed -n s/^ExecStart=//p {unit}) >/dev/null 2>&1 &"\n'
+        f'[ "$2" != restart ] || eval "$(sed -n s/^ExecStart=//p "{unit}") >/dev/null 2>&1 &"\n'
     )
     (tools / "systemctl").chmod(0o755)
     alpha.environment["PATH"] = f"{tools}:{alpha.environment['PATH']}"
