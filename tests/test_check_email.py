@@ -891,3 +891,95 @@ def test_a_message_that_vanished_meanwhile_is_no_fault(
         "UID_FETCH": "* 1 FETCH (FLAGS (\\Seen))\r\n{tag} OK done\r\n",
     }
     assert mail.told() == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ("{tag} BAD what?\r\n", "takes no IDLE: "),
+        ("+ idling\r\n* BYE going down, hang up\r\n", 'it hung up; it says "going down'),
+        ("+ idling\r\n* OK still here\r\nhang up\r\n", "it hung up"),
+    ],
+)
+def test_why_idle_ends_otherwise_is_one_line(
+    double_of: Callable[..., tuple[Double, Mail]], answer: str, line: str
+) -> None:
+    opened = "* 1 EXISTS\r\n{tag} OK [READ-ONLY] x\r\n"
+    double, mail = double_of(
+        STATUS=STATUS, EXAMINE=opened, UID_SEARCH="* SEARCH 4\r\n{tag} OK x\r\n"
+    )
+    mail.scheduled()
+    double.script["IDLE"] = answer
+    said = mail.end_of(mail.start("idle", HIVE_TIMEOUT="120"))
+    assert said["exit"] == 1 and line in said["stderr"], said["stderr"]
+
+
+TRANSCRIPT = (
+    b"* OK [CAPABILITY IMAP4rev1 ID IDLE] ready\r\nXYZ0 OK [CAPABILITY IMAP4rev1 ID] in\r\n"
+    b'* ID NIL\r\nXYZ1 OK x\r\n* STATUS "INBOX" (UIDVALIDITY 1 UIDNEXT 9)\r\nXYZ2 OK x\r\n'
+    b"* 2 EXISTS\r\n* OK [UIDVALIDITY 1] x\r\n* OK [UIDNEXT 9] x\r\nXYZ3 OK [READ-ONLY] x\r\n"
+    b"* SEARCH 5 8\r\nXYZ4 OK x\r\n* 1 FETCH (UID 5 FLAGS () RFC822.SIZE 9 BODY[HEADER.FIELDS (X)]"
+    b" {14}\r\nSubject: one\r\n)\r\n* 2 FETCH (UID 8 BODY[HEADER.FIELDS (X)] NIL)\r\nXYZ5 OK x\r\n"
+)
+
+
+def mangled(chance: random.Random) -> bytes:
+    """That dialogue with a few bytes changed, left out or repeated."""
+    content = bytearray(TRANSCRIPT)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(content))
+        part = content[at : at + chance.randint(1, 40)]
+        match chance.randrange(4):
+            case 0:
+                content[at] = chance.randrange(256)
+            case 1:
+                del content[at : at + len(part)]
+            case 2:
+                content[at:at] = part * chance.randint(1, 3)
+            case 3:
+                content[at:at] = chance.choice(
+                    [b"{99999}\r\n", b"{5}\r\n", b"\r\n", b"(", b'"', b"* "]
+                )
+    return bytes(content)
+
+
+def test_whatever_a_server_says_it_ends_in_mail_or_in_one_line(
+    mail: Mail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit = email.sentinel
+    for name, value in {**mail.environment(), **mail.hive(), "HIVE_ID": ""}.items():
+        monkeypatch.setenv(name, value)
+    config = kit.read_config(email.SENTINEL, mail.config)
+    monkeypatch.setattr(
+        "imaplib.Int2AP", lambda number: b"XYZ" if number > 4000 else b"%d" % number
+    )
+    said = TRANSCRIPT
+    sockets: list[socket.socket] = []
+
+    def connect(box: object, timeout: float | None) -> socket.socket:
+        server, client = socket.socketpair()
+        server.sendall(said)
+        server.shutdown(socket.SHUT_WR)
+        sockets.extend((server, client))
+        return client
+
+    monkeypatch.setattr(email.Mailbox, "_create_socket", connect)
+    before = {"INBOX": {"validity": 1, "next": 5, "looked": time.time(), "seen": []}}
+    outcomes = {"found": 0, "trouble": 0}
+    for number in range(-1, 600):
+        said = mangled(random.Random(number)) if number >= 0 else TRANSCRIPT
+        look = kit.Look(kit.Run(email.SENTINEL, config, False), config["account"][0], before, 0)
+        try:
+            found = email.look_at(look)
+            for item in found.items:
+                is_sane(item)
+            json.dumps(found.memory)
+            outcomes["found"] += 1
+            assert number >= 0 or [one.facts["subject"] for one in found.items] == ["one", ""]
+        except kit.Trouble as trouble:
+            assert number >= 0 and len(str(trouble)) < 500, trouble
+            outcomes["trouble"] += 1
+        for one in sockets:
+            one.close()
+        sockets.clear()
+    assert min(outcomes.values()) > 50, outcomes

@@ -208,6 +208,20 @@ def test_a_scheduled_run_knows_which_one_was_the_last_to_be_taken_over(
     assert lasts[1 : runs + 1] == ids[:runs]
 
 
+@pytest.mark.parametrize(("say", "heard"), [({"news": False}, True), ({"text": "x"}, False)])
+def test_only_a_run_that_said_what_is_news_was_heard(
+    rig_of: Make, tmp_path: Path, main_agent: hive.InstanceConfig, say: object, heard: bool
+) -> None:
+    rig = sentinel(rig_of, tmp_path, main_agent, {"news": False})
+    rig.until("it has run", lambda: rig.events("handler ended"))
+    speaks(tmp_path, say, exit=1)
+    rig.until("it fails", lambda: rig.events("handler ended", status="error"))
+    failed = rig.events("handler ended", status="error")[0]["id"]
+    runs = len(rig.events("handler ended"))
+    rig.until("it runs again", lambda: len(rig.events("handler ended")) > runs)
+    assert (failed in (tmp_path / "last").read_text()) == heard
+
+
 def test_an_outcome_that_comes_while_the_node_stops_is_left_to_the_next_run(
     rig_of: Make, tmp_path: Path, main_agent: hive.InstanceConfig, fast_agent: Path
 ) -> None:

@@ -922,7 +922,7 @@ def work(sentinel: Sentinel, config: Mapping[str, Any], idle: bool) -> int:
     run.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(run.folder / f"{sentinel.name}.lock", 3.0) as free:
         if not free:
-            quiet = {"news": False, "text": "another run is still going", "private": True}
+            quiet = {"text": "another run is still going", "private": True}  # and it has the word
             return speak(quiet, {}, sentinel.name)
         memory = Memory(run.folder / f"{sentinel.name}.json", run.id, run.last_run)
         report = perform(sentinel, run, memory)
