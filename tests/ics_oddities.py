@@ -212,6 +212,26 @@ ZONES = (
         TEA,
     ),
     Oddity(
+        "a zone whose clocks are put every second",
+        GITHUB + "kewisch/ical.js/issues/318",
+        calendar(
+            zone("Odd", "+0100", "+0200").replace(
+                "FREQ=YEARLY;INTERVAL=1;BYDAY=-1SU;BYMONTH=3", "FREQ=SECONDLY"
+            ),
+            event(at("26T100000", "26T110000", "Odd"), uid="odd"),
+            event(HOUR),
+        ),
+        TEA,
+        unreadable=1,
+    ),
+    Oddity(
+        "a line of semicolons",
+        "",
+        calendar(event("DTSTART" + ";" * 60_000 + ":20261126T100000", uid="b"), event(HOUR)),
+        TEA,
+        unreadable=1,
+    ),
+    Oddity(
         "a name that leads out of the zones' folder",
         "",
         calendar(event(at("26T100000", "26T110000", "../../../../etc/passwd"))),
