@@ -670,6 +670,15 @@ def test_what_is_no_caldav_is_one_line(watch: Watch, feed: Feed) -> None:
         assert watch.trouble().startswith(problem)
 
 
+@pytest.mark.parametrize(
+    "href", ["http://[", "//[x]/", "https://ü:x/", "file:///etc/passwd", " ", "?"]
+)
+def test_an_address_that_is_none_is_one_line(watch: Watch, feed: Feed, href: str) -> None:
+    feed.serve(MULTISTATUS.format(COLLECTION.replace("/c.ics", href)).encode(), 207)
+    watch.add(f'caldav = "{feed.url}"')
+    assert "fault" not in str(watch.look()["problems"])
+
+
 def test_an_answer_that_is_cut_short_cancels_nothing(watch: Watch, feed: Feed) -> None:
     caldav(feed, calendar(event(timed(soon(100)))))
     watch.add(f'caldav = "{feed.url}"')
