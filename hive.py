@@ -2016,7 +2016,7 @@ def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, An
             "text": task.envelope.text[:SHOWN_TEXT],
         }
         for task in journal.tasks()[:MAX_ROWS]
-        if task.envelope and not task.accepted
+        if not task.accepted
     ]
     outbox = [
         {
@@ -3749,7 +3749,7 @@ class MqttConfig(ConfigTable):
         30, integer(5, 65535, "whole seconds"), "seconds until a silent connection is checked"
     )
     protocol: str = setting(
-        "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused"
+        "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused or not answered"
     )
     tls: bool = setting(False, boolean, "encrypt, and check the broker's certificate and name")
     ca_file: Path | None = setting(
@@ -4181,6 +4181,10 @@ def make_config(
     for i, one in enumerate(config.oc_instances):  # their names are addresses
         if one.name in (other.name for other in config.oc_instances[:i]):
             raise ConfigError(f"oc_instances[{i}].name: {quoted(one.name)} is taken already")
+    user, node = config.mqtt.username, config.node.id
+    if config.checked and user not in (None, node):
+        why = f"not this node's name, {node}, by which a broker that checks senders knows it"
+        raise ConfigError(f"mqtt.username: {quoted(user)} is {why}")
     return config.replace(warnings=tuple(exposed_secrets(config)))
 
 
@@ -6159,6 +6163,10 @@ class AgentNames:
             self._nodes = kept
             self._journal.put("agents", kept)
 
+    def claimants(self, agent: str) -> list[str]:
+        """Who else lists it, or has."""
+        return sorted(node for node, refused in self._refused if refused == agent)
+
     def _refuse(self, node: str, agent: str, owner: str | None) -> None:
         """Say it once."""
         if (node, agent) not in self._refused and len(self._refused) < MAX_MEMBERS:
@@ -6244,7 +6252,8 @@ class Members:
         if own and content and name in self._members:
             self._members[name].is_node = True
         if kind == "roster":
-            self._agents.take(name, content.get("agents"), self._keeper)
+            keeper = self._keeper if name != self._me else lambda agent: self._me
+            self._agents.take(name, content.get("agents"), keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
 
@@ -6331,15 +6340,22 @@ class Members:
         is_node = name == self._me or (member is not None and member.is_node)
         return name if is_node else self._agents.node_of(name)
 
+    def contested(self, agent: str) -> str:
+        """Between which nodes it is; nothing if only one lists it."""
+        others, owner = self._agents.claimants(agent), self.node_of(agent)
+        return " and ".join([owner, *others]) if others and owner not in (None, agent) else ""
+
     def _keeper(self, agent: str) -> str | None:
         """Which node keeps a name, though another one lists it: one that is not gone."""
         node = self.node_of(agent)
         member = self._members.get(node or "")
         if node in (None, agent, self._me):
             return node
-        gone = member and member.status in (MemberStatus.LEFT, MemberStatus.FAILED)
-        silent = not member and self._loop.clock() - self._started > CLAIM_TIME
-        return None if gone or silent else node
+        if not member:  # as remembered: it has its time to speak up
+            return node if self._loop.clock() - self._started < CLAIM_TIME else None
+        alive = member.status is MemberStatus.ALIVE
+        unknown = member.status is MemberStatus.UNKNOWN and "state" not in member.documents
+        return node if alive or unknown else None
 
     # -- who is alive --
 
@@ -10629,12 +10645,15 @@ class InProcessNode:
                 except UsageError as error:
                     return {"error": str(error)}
         filters = self._filters(str(request["do"]), given)
+        node = self._node or self._connect(filters)
         if request["do"] == "send":
-            self._bytes = len(given["envelope"].encode())
-            if given["wait"] or CHANNELS[given["envelope"].ch].handler:
+            envelope = given["envelope"]
+            self._bytes = len(envelope.encode())
+            if nodes := node.members.contested(envelope.to):  # a daemon remembers whose it was
+                raise HiveError(f"{envelope.to} is listed by {nodes}: say which, or start a daemon")
+            if given["wait"] or CHANNELS[envelope.ch].handler:
                 # so that the daemon can tell its agent what an answer is about
                 self._tell_daemon({**request, "do": "sent"})
-        node = self._node or self._connect(filters)
         answer = node.requests.handle(request, self)
         if answer is None:
             published = self._turn(lambda: len(self._lines) > 1, self._ends)
@@ -11477,6 +11496,9 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
         return
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
+    if context.config.allow and context.config.mqtt.named and not context.config.checked:
+        what = "allow is about names that anybody may use: this broker does not check senders"
+        yield Finding(Level.WARN, what, "see [mqtt] senders")
     for action in context.config.handlers.keys() - found.handlers.keys():
         near = did_you_mean(action, found.handlers)
         yield Finding(Level.WARN, f"[handlers.{action}] is about none that is there", near)
@@ -11625,7 +11647,7 @@ def check_publishing(context: DoctorContext) -> Iterator[Finding]:
         todo = acl_for(context.config) if "ACL" in todo or not todo else todo
         yield Finding(Level.FAIL, f"to {and_more(refused)}: {why}", todo)
     else:
-        always = ", as MQTT 3.1.1 always says" if context.config.mqtt.protocol != "5" else ""
+        always = "" if context.broker.client.v5 else ", as MQTT 3.1.1 always says"
         yield Finding(Level.OK, f"messages to ourselves are taken{always}")
 
 

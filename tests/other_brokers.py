@@ -102,6 +102,11 @@ class RabbitMQ(OtherBroker):
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }
 
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """With the daemon that Erlang starts beside it, in a session of its own."""
+        super().stop(number)
+        subprocess.run(["epmd", "-kill"], env={**os.environ, **self.settings}, capture_output=True)
+
 
 AEDES = """\
 const { Aedes } = require("aedes");

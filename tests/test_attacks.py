@@ -332,6 +332,9 @@ def test_no_agent_can_be_spoken_for_by_who_lists_its_name(scene: Scene) -> None:
     scene.send("main", "status", urgency="later")
     scene.fence()
     assert not greedy.everything()
+    gamma = scene.hive.nodes.get("gamma") or scene.node("gamma")
+    refused = scene.hive.cli(gamma.name, "send", "--to", "main", "--text", "x", code=1).stderr
+    assert "listed by" in refused and "alpha" in refused and "mallory" in refused
     genuine = envelope("mine", "alpha", "status", urgency="later")
     assert scene.forge("alpha/status/mallory", genuine) == 0
     scene.alpha.logged("received", id=json.loads(genuine)["id"])
@@ -372,6 +375,16 @@ def test_what_was_overheard_cannot_be_said_again(scene: Scene) -> None:
         assert scene.forge("all/sync/beta", payload) in (NOT_AUTHORIZED, -1)
         assert scene.forge("all/sync/mallory", payload) == 0
     assert dropped(scene.alpha, fresh) == "its topic names another sender"
+
+
+def test_nobody_uses_up_the_id_of_anothers_message(scene: Scene) -> None:
+    for to in ("alpha", "all"):
+        chosen = module.new_id()
+        taken = envelope("mallory", to, "status", urgency="later", id=chosen)
+        assert scene.forge(f"{to}/status/mallory", taken) == 0
+        scene.alpha.logged("received", id=chosen)
+        assert scene.send("alpha", "command", wait=True, action="count", id=chosen)["answer"]
+    (scene.alpha.home / "runs").unlink()
 
 
 # ---- To take what is another's -----------------------------------------------------------

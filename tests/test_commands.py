@@ -436,7 +436,7 @@ def test_handler_list_shows_what_was_found_and_what_was_refused(hive: Hive) -> N
     alpha.handler("ping", "#!/bin/sh\necho pong\n")
     alpha.handler("open", "#!/bin/sh\n").chmod(0o777)
     lines = hive.cli("alpha", "handler", "list").stdout.splitlines()
-    assert lines[1].split() == ["ping", "5s", "2", str(alpha.handlers.resolve() / "ping")]
+    assert lines[1].split() == ["ping", "5s", "2", "all", str(alpha.handlers.resolve() / "ping")]
     assert lines[2] == "refused: open: is writable by everyone; try: chmod o-w"
     shown = json.loads(hive.cli("alpha", "handler", "list", "--json").stdout)
     assert list(shown["handlers"]) == ["ping"] and list(shown["refused"]) == ["open"]

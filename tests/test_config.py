@@ -140,6 +140,11 @@ def test_a_file_that_is_no_toml_is_an_error(content: str | bytes, line: str) -> 
         ("mqtt = 1", "mqtt = 1: expected a table, as in [mqtt]"),
         ("[mqtt]\nport = 70000", "mqtt.port: 70000 is not a port number from 1 to 65535"),
         ("[mqtt]\nhost = 5", "mqtt.host: 5 is not a string"),
+        (
+            "[node]\nid = 'a'\n[mqtt]\nusername = 'b'\nsenders = 'checked'",
+            "mqtt.username: 'b' is not this node's name, a, by which a broker that checks senders"
+            " knows it",
+        ),
         ("[mqtt]\ntls = 'yes'", "mqtt.tls: 'yes' is not true or false"),
         ("[mqtt]\nprotocol = '4'", 'mqtt.protocol: \'4\' is not "5" or "3.1.1"'),
         (
@@ -819,6 +824,30 @@ def read(parse: Callable[[str], object], text: str) -> str:
         return repr(parse(text))
     except ValueError:
         return "not TOML"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "\n", "# a\n", "#\0", "# \x7f", "name = 1", "[node", "node]", "[node]]", "[[node]"),
+        *(
+            "[a]\n[a]",
+            "[[a]]\n[a]",
+            "[a]\n[[a]]",
+            "[[a]]\nx = 1\n[[a]]\nx = 2",
+            "[a]\n\n[b]\nx = 1",
+        ),
+        *("[a]\r\nx = 1\r\n", "[é]", "[a]\né = 1", "[a]\nx = 1\nx = 1", "[a] # b\nx = 1#c"),
+        *(f"[a]\nx = {value}" for value in ("01", "0", "-1", "1.50", "1.", "1e5", "1_0", "0x1")),
+        *(f"[a]\nx = {value}" for value in ("true", "True", "false#", "truex", "1979-05-27", "''")),
+        *(
+            f'[a]\nx = "{value}"'
+            for value in ("", "é", "a # b", "\\\\", '"', "\t", "\x7f", "\u2028")
+        ),
+    ],
+)
+def test_a_line_that_is_nearly_simple_is_read_as_tomllib_reads_it(text: str) -> None:
+    assert read(hive.parse_toml, text) == read(tomllib.loads, text)
 
 
 @settings(deadline=None, max_examples=300)

@@ -827,9 +827,9 @@ def test_what_the_broker_must_allow_is_said() -> None:
 
 
 def test_what_comes_of_publishing_is_said() -> None:
-    for protocol, more in (("5", ""), ("3.1.1", ", as MQTT 3.1.1 always says")):
-        config = config_of(mqtt={"protocol": protocol})
-        context = context_of(config, refused={}, publish=lambda: None)
+    for v5, more in ((True, ""), (False, ", as MQTT 3.1.1 always says")):
+        client = SimpleNamespace(v5=v5)
+        context = context_of(config_of(), refused={}, publish=lambda: None, client=client)
         [finding] = module.check_publishing(context)
         assert finding == module.Finding(module.Level.OK, f"messages to ourselves are taken{more}")
     refused = {"one": "not authorized", "two": "quota exceeded"}

@@ -398,6 +398,22 @@ def test_a_roster_speaks_for_its_own_agents_only(hall: Hall) -> None:
     assert hall.members.node_of("main") == "mallory"
 
 
+def test_our_own_agents_are_ours_whoever_was_first(hall: Hall) -> None:
+    hall.beat("mallory")
+    hall.hear("mallory", "roster", {"agents": ["main"]})
+    hall.hear("beta", "roster", {"agents": ["main"]})
+    hall.hear("mallory", "roster", {"agents": ["main"]})
+    assert hall.members.node_of("main") == "beta"
+
+
+def test_an_agent_that_moved_while_we_were_away_is_where_it_says(hall: Hall) -> None:
+    hall.hear("attic", "roster", {"agents": ["main"]})
+    hall.restart()
+    hall.hear("attic", "state", {"status": "offline"}, retained=True)
+    hall.hear("cellar", "roster", {"agents": ["main"]}, retained=True)
+    assert hall.members.node_of("main") == "cellar"
+
+
 @pytest.mark.parametrize("how", ["stopped", "connection lost", "forgotten"])
 def test_the_agents_of_a_node_that_is_gone_may_be_anothers(hall: Hall, how: str) -> None:
     hall.beat("attic")

@@ -66,6 +66,7 @@ def test_whoever_is_not_named_reads_which_rule_it_is(hive: Hive, fast_agent: Pat
     (line,) = [one for one in said.splitlines() if one.split()[1] == "agents"]
     assert "(from alpha, beta alone)" in line
     assert "[handlers.count] is about none that is there" in said
+    assert "allow is about names that anybody may use: this broker does not check senders" in said
 
 
 def test_doctor_says_what_a_misspelt_rule_means(hive: Hive) -> None:

@@ -90,3 +90,11 @@ def test_it_says_how_long_the_file_is() -> None:
 
 def test_it_names_every_way_to_an_agent() -> None:
     assert all(f"| `{via}`" in README for via in module.VIA)
+
+
+def test_the_table_of_brokers_is_that_which_make_brokers_prints() -> None:
+    from brokers import ABILITIES, KINDS
+
+    assert f"| | {' | '.join(KINDS)} |\n" in README
+    rows = re.findall(r"^\| (.*?) \|(?: yes| no| \d+ of \d+| \|)*$", README, re.M)
+    assert {*ABILITIES, "all end-to-end tests"} <= {*rows}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,6 +140,30 @@ def test_what_waits_in_the_session_of_an_older_version_is_taken_and_that_ends(
     after = older()
     assert not after.everything()
     after.end()
+
+
+def test_a_broker_that_dies_meanwhile_loses_nothing_of_it(
+    hive_of: Callable[..., Hive], broker: SetUp
+) -> None:
+    _, alpha, _ = two(hive_of, broker)
+    plain = f"{PREFIX}/alpha".replace("/", ":")
+    before = Peer(broker, "alpha", broker.password("alpha"), client_id=plain, expiry=600)
+    before.subscribe(f"{PREFIX}/alpha/+/+")
+    before.end()
+    peer = Peer(broker, "beta", broker.password("beta"))
+    for number in range(300):  # more than are sent without an acknowledgement
+        waits = module.Envelope.new("beta", "alpha", "status", str(number), urgency="later")
+        assert peer.publish(f"{PREFIX}/alpha/status/beta", waits.encode()) == 0
+    alpha.start(wait=False)
+    eventually("some have come", lambda: alpha.events("received", ch="status"))
+    broker.stop(signal.SIGKILL)
+    broker.start()
+
+    def texts() -> set[str]:
+        return {str(row["id"]) for row in alpha.events("received", ch="status")}
+
+    eventually("all have come", lambda: len(texts()) == 300)
+    eventually("it is over", lambda: module_session(alpha).startswith(f"{plain}:"))
 
 
 def module_session(node: Daemon) -> str:

@@ -67,9 +67,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     """A user whose session has no place of its own for sockets."""
     machine = Machine(tmp_path / "home")
     machine.environment.pop("XDG_RUNTIME_DIR")
-    machine.program[-1] = machine.program[-1].replace(
-        "import hive;", "import hive; hive.MAINTENANCE_INTERVAL = 0.5;"
+    change = (
+        "import hive, pathlib; hive.MAINTENANCE_INTERVAL = 0.5;"
+        f" hive.SHORT_PLACE = pathlib.Path({str(machine.runtime)!r});"  # what is in it goes with it
     )
+    machine.program[-1] = machine.program[-1].replace("import hive;", change)
     try:
         yield machine
     finally:
@@ -105,10 +107,10 @@ def status_of(machine: Machine, name: str) -> str:
     return str(next(row["status"] for row in rows if row["name"] == name))
 
 
-def told(machine: Machine, name: str, check: str, code: int) -> list[str]:
-    """What doctor says of this check."""
-    said = machine.cli(name, "doctor", "--json", code=code).stdout
-    return [f"{row['level']}: {row['what']}" for row in json.loads(said) if row["check"] == check]
+def told(machine: Machine, name: str, code: int) -> dict[str, str]:
+    """What doctor says last of each thing."""
+    rows = json.loads(machine.cli(name, "doctor", "--json", code=code).stdout)
+    return {row["check"]: f"{row['level']}: {row['what']}" for row in rows}
 
 
 def texts_of(machine: Machine, name: str) -> list[str]:
@@ -131,10 +133,9 @@ def test_where_nothing_can_be_written_a_node_serves_all_the_same(
     asks_itself(machine, alpha, "--wait", "20", "--direct")
     assert status_of(machine, "alpha") == "degraded"
     asks_itself(machine, at_home(machine, "beta").start(), "--wait", "20")
-    (said,) = told(machine, "alpha", "files", code=1)
-    assert said.startswith("fail: state directory") and "may not write" in said
-    (said,) = told(machine, "alpha", "daemon", code=1)
-    assert said.startswith("warn: alpha's runs, and is degraded: no journal on disk")
+    said = told(machine, "alpha", code=1)
+    assert said["files"].startswith("fail: state directory") and "may not write" in said["files"]
+    assert said["daemon"] == "warn: alpha's runs, and is degraded: no journal on disk"
 
     disk.writable()
     alpha.logged("can write again")
@@ -192,22 +193,27 @@ def test_doctor_sees_that_the_disk_is_full(machine: Machine) -> None:
         disk = SmallDisk(machine.home / ".local")
     except OSError as error:
         pytest.skip(str(error))
+    place = machine.home / ".local/state/hive/alpha"
     try:
         alpha = at_home(machine, "alpha").start()
-        assert told(machine, "alpha", "files", code=0)[0].startswith("ok")
+        assert told(machine, "alpha", code=0)["files"].startswith("ok")
+        note(machine, "alpha", "one")
         disk.fill()
         while not alpha.events(IN_MEMORY):
             note(machine, "alpha", "x" * 100_000)
-        (said,) = told(machine, "alpha", "files", code=1)
-        place = f"{machine.home}/.local/state/hive/alpha"
-        assert said == f"fail: state directory {place}: No space left on device"
-        (said,) = told(machine, "alpha", "daemon", code=1)
-        assert "is degraded: no journal on disk" in said
+        said = told(machine, "alpha", code=1)
+        assert said["files"] == f"fail: state directory {place}: No space left on device"
+        assert said["daemon"] == "warn: alpha's runs, and is degraded: no journal on disk"
         alpha.stop()
-        (said,) = told(machine, "alpha", "files", code=1)
-        assert "No space left" in said
+        (found,) = hive.check_folder(place)
+        assert found.level is hive.Level.FAIL and "No space left" in found.what
+        alpha.start()
+        assert texts_of(machine, "alpha")[0] == "one"
         disk.free()
-        assert told(machine, "alpha", "files", code=0)[0].startswith("ok")
+        eventually("it is well", lambda: status_of(machine, "alpha") == "online")
+        assert [*hive.check_folder(place)] == []
+        alpha.stop()
+        assert texts_of(machine, "alpha")[0] == "one"
     finally:
         machine.close_nodes()
         disk.close()
