@@ -259,6 +259,8 @@ def shown(value: object) -> str:
     """A value of the configuration in an error; tables and what may be secret are not."""
     if isinstance(value, dict | list):
         return "…"
+    if isinstance(value, str) and "://" in value:
+        value = value.partition("://")[0] + "://..."  # the rest may be a secret
     try:
         said = ascii(value)
     except ValueError:  # an int of more than 4300 digits
