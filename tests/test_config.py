@@ -613,6 +613,8 @@ def test_what_nobody_set_is_as_it_always_was(place: Path) -> None:
         ("schedule.at", "23:59:58", "23:59"),
         ("schedule.jitter", "0", 0.0),
         ("schedule.jitter", "'30s'", 30.0),
+        ("schedule.failures", "3", 3),
+        ("schedule.notify", "'output'", "output"),
         ("oc_instances.command", "['a', 'b']", ["a", "b"]),
         ("oc_instances.hook_url", "'https://a:1/b'", "https://a:1/b"),
     ],
@@ -620,7 +622,7 @@ def test_what_nobody_set_is_as_it_always_was(place: Path) -> None:
 def test_a_value_means_what_it_says(key: str, said: str, value: object) -> None:
     table, _, name = key.partition(".")
     rest = {"schedule": "action = 'x'\n", "oc_instances": "name = 'x'\n"}.get(table, "")
-    if table == "schedule" and name == "jitter":
+    if table == "schedule" and name not in ("every", "at"):
         rest += "every = 60\n"
     header = f"[[{table}]]" if rest else f"[{table}]"
     shown = tomllib.loads(effective_config(load(f"{header}\n{rest}{name} = {said}")))[table]
@@ -635,6 +637,7 @@ def test_a_value_means_what_it_says(key: str, said: str, value: object) -> None:
         ("at", "'24:00' '7:30' '07:60' '0730' 7 ''"),
         ("jitter", "-1 0.5 '0s' false 31622401"),
         ("notify", "'sometimes' true"),
+        ("failures", "0 -1 1.5 true 'x'"),
         ("text", "'' 1"),
     ],
 )
