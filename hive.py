@@ -3021,11 +3021,15 @@ class HandlerQueue:
         """The next one that may run now; give its action back with done()."""
         if self.running >= self._workers:
             return None
+        busy = set[str]()  # each is asked for once, though many wait
         for i, run in enumerate(self._waiting):
+            if run.action in busy:
+                continue
             running = self._running.get(run.action, 0)
             if running < self._workers_of(run.action):
                 self._running[run.action] = running + 1
                 return self._take(i)
+            busy.add(run.action)
         return None
 
     def _last_of(self, sender: str) -> int:
@@ -13825,13 +13829,13 @@ def command_status(args: argparse.Namespace) -> int:
     config = config_of(args)
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
+    senders = "checked" if config.checked else "not checked"
     if args.check:
         return check_status(config, args, said, rows)
     if args.as_json and (rows or not said["fault"]):
-        print(json.dumps([vars(row) for row in rows], indent=2))
+        print(json.dumps([{**vars(row), "senders": senders} for row in rows], indent=2))
     elif rows:
         table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
-        senders = "checked" if config.checked else "not checked"
         print(f"{status_summary(rows)}; senders: {senders}\n\n{table}", end="")
     return say_of_members(config, args, said, bool(rows))
 

@@ -1,7 +1,7 @@
 """What a member that has turned can do to the others with its own valid password: nothing.
 
-Mallory has what every node has, and speaks raw MQTT.  Each attack must be refused, and leave the
-victims unharmed, whose daemons run all the while.
+Mallory was invited and has joined, has what every node has, and speaks raw MQTT.  Each attack must
+be refused, and leave the victims unharmed, whose daemons run all the while.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 
 import paho.mqtt.client as mqtt
 import pytest
-from conftest import PATIENCE, Daemon, Hive, calls_of, eventually, need_mosquitto
+from carrier import HERE, Carrier, Machine
+from conftest import PATIENCE, Broker, Daemon, Hive, calls_of, eventually, need_mosquitto
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -34,23 +35,46 @@ NODES = ("alpha", "beta", "gamma", "mallory")
 COUNT = "#!/bin/sh\necho x >>../runs\necho counted\n"
 
 
-class WithPasswords(SetUp):
-    """A broker that knows a node by its password."""
+class WithPasswords(Broker):
+    """A hive that `host` made and each node has joined: it is known by its password."""
+
+    address = HERE
 
     def __init__(self, place: Path) -> None:
-        super().__init__(place, *NODES)
+        self.home, self._process = place, None
+        self._carrier = Carrier(place / "alpha")
+        self._carrier.where += ("--prefix", PREFIX)
+        self._machines: dict[str, Machine] = {"alpha": self._carrier}
+        self.port = self._carrier.port
+        self._carrier.carry()
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self._carrier.close()
+
+    def _account(self, name: str) -> module.MqttConfig:
+        """What is in the hive.toml of a node, which joins if it has not yet."""
+        if name not in self._machines:
+            self._machines[name] = machine = Machine(self.home / name, name)
+            machine.run("join", "-", stdin=self._carrier.invite(name))
+        return module.load_config(str(self._machines[name].config)).mqtt
 
     def admit(self, client: mqtt.Client, user: str) -> None:
-        client.username_pw_set(user, self.password(user))
+        account = self._account(user)
+        client.tls_set(str(account.ca_file))
+        client.username_pw_set(user, account.password)
 
     def settings(self, node: Daemon) -> str:
-        (node.home / "password").write_text(self.password(node.name) + "\n")
-        (node.home / "password").chmod(0o600)
-        return f'username = "{node.name}"\npassword_file = "password"\n'
+        account = self._account(node.name)
+        return (
+            f'host = "{account.host}"\ntls = true\nca_file = "{account.ca_file}"\n'
+            f'username = "{account.username}"\npassword_file = "{account.password_file}"\n'
+        )
 
 
 class WithCertificates(SetUp):
     """A broker that knows a node by its certificate, as the README has it."""
+
+    address = "127.0.0.1"
 
     def __init__(self, place: Path) -> None:
         super().__init__(place, "--tls", *NODES)
@@ -116,7 +140,7 @@ class Member:
         self.client.on_message = lambda c, u, message: self._note(message, None)
         properties: Any = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = 0 if clean else 600
-        self.client.connect("127.0.0.1", broker.port, clean_start=clean, properties=properties)
+        self.client.connect(broker.address, broker.port, clean_start=clean, properties=properties)
         self.client.loop_start()
         self._until(lambda: "up" in self._codes)
 
@@ -175,10 +199,15 @@ class Scene:
             "    print(json.dumps({'argv': sys.argv[1:]}), file=file)\n"
         )
         self.agent.chmod(0o755)
-        main = f'[[oc_instances]]\nname = "main"\ncommand = ["{self.agent}", "{{text}}"]\n'
-        self.alpha, self.beta = self.node("alpha", main), self.node("beta")
+        main, other = (
+            f'[[oc_instances]]\nname = "{name}"\ncommand = ["{self.agent}", "{{text}}"]\n'
+            for name in ("main", "private")
+        )
+        rules = f'{other}allow = ["beta"]\n[handlers.deploy]\nallow = ["beta"]\n'
+        self.alpha, self.beta = self.node("alpha", main + rules), self.node("beta")
         for node in (self.alpha, self.beta):
             node.handler("count", COUNT)
+            node.handler("deploy", COUNT)
         self.members: list[Member] = []
 
     def start(self) -> None:
@@ -190,7 +219,8 @@ class Scene:
         node = self.hive.node(name, extra)
         said = node.config.read_text()
         more = f'senders = "checked"\n{self.broker.settings(node)}'
-        node.config.write_text(said.replace(self.hive.mqtt + "\n", f"{self.hive.mqtt}\n{more}"))
+        said = said.replace(self.hive.mqtt + "\n", f"{self.hive.mqtt}\n{more}")
+        node.config.write_text(said)
         return node
 
     def member(self, user: str = "mallory", **how: Any) -> Member:
@@ -244,6 +274,7 @@ class Scene:
         """All that was published before has been dealt with: alpha answers."""
         answer = self.send("alpha", "command", wait=True, action="count")["answer"]
         assert answer["text"] == "counted"
+        eventually("it knows", lambda: not self.ask(self.alpha, "pending")["outbox_size"])
         (self.alpha.home / "runs").unlink()
 
     def close(self) -> None:
@@ -387,6 +418,26 @@ def test_nobody_uses_up_the_id_of_anothers_message(scene: Scene) -> None:
     (scene.alpha.home / "runs").unlink()
 
 
+def test_what_only_another_may_do_is_refused(scene: Scene) -> None:
+    asking = scene.member()
+    asking.subscribe(f"{PREFIX}/mallory/+/+")
+    for ch in ("command", "sync", "alert"):  # where its topic is its own, and the word is not
+        forged = envelope("beta", "alpha", ch, action=None if ch == "alert" else "deploy")
+        assert asking.publish(f"alpha/{ch}/mallory", forged) == 0
+        assert dropped(scene.alpha, forged) == "its topic names another sender"
+    rules = {
+        "[handlers.deploy] allow does not name mallory": ("alpha", {"action": "deploy"}),
+        "allow of [[oc_instances]] private does not name mallory": ("private", {}),
+    }
+    for rule, (to, more) in rules.items():
+        asked = envelope("mallory", to, "command", **more)
+        assert asking.publish("alpha/command/mallory", asked) == 0
+        assert scene.alpha.logged("received", id=json.loads(asked)["id"])["note"] == rule
+    answers = [json.loads(one.payload) for one in asking.everything()]
+    assert [one["ch"] for one in answers] == ["alert"] * len(rules)
+    assert all(rule in one["text"] for rule, one in zip(rules, answers, strict=True))
+
+
 # ---- To take what is another's -----------------------------------------------------------
 
 
@@ -456,7 +507,7 @@ def test_there_are_no_ghosts(scene: Scene) -> None:
     oc = {"ghost": {"status": "ok"}, "main": {"status": "down"}, "alpha": {"status": "down"}}
     assert haunted.publish("meta/mallory/state", state("mallory", oc=oc), retain=True) == 0
     scene.fence()
-    assert {*scene.status()} == {"alpha", "main", "beta"}
+    assert {*scene.status()} == {"alpha", "main", "private", "beta"}
     assert haunted.publish("meta/mallory/state", b"", retain=True) == 0
 
 
