@@ -546,6 +546,6 @@ def test_what_is_written_otherwise_is_left_to_its_writer(odd: str, tmp_path: Pat
     file = tmp_path / "hive.toml"
     file.write_text(odd)
     with pytest.raises(
-        hive.ConfigError, match="cannot be changed here; set there: mqtt.port = 8883"
+        hive.ConfigError, match=r"cannot be changed here; set there: mqtt\.port = 8883"
     ):
         hive.changed_toml(file, {"mqtt.port": 8883})
