@@ -391,6 +391,7 @@ CHANNELS = {
         Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
     )
 }
+PRIVATE = "~"  # how the last level of a topic begins that is no sender's name
 RESERVED = (EVERYONE, "meta", "state", "roster", *CHANNELS)  # levels of topics; no node's name
 
 
@@ -676,8 +677,12 @@ class Topics(Value):
         return [topic for name in names for topic in self.from_anybody(name)]
 
     def private(self, name: str, token: str) -> str:
-        """A topic of a node's own, for itself, that no daemon subscribes to."""
-        return f"{self.prefix}/{name}/response/{name}/{token}"
+        """A topic of a node's own, for itself; where a daemon hears it, it is not meant.
+
+        Each kind of hive has rules of its broker, which allow one of the two.
+        """
+        below = f"{name}/" if self.sender else PRIVATE
+        return f"{self.prefix}/{name}/response/{below}{token}"
 
     def meta_of(self, topic: str) -> tuple[str, str] | None:
         """The (name, document) of a meta topic, None for any other."""
@@ -2331,6 +2336,10 @@ REQUESTS = {
 # Knows no handler, no agent, no broker: for a daemon Work and Members stand beside it.
 
 MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, too large, no disk
+MAX_SENDERS = 5000  # whose messages are counted
+MAX_REFUSED = 20  # of whom it is said that they send too much, for ...
+REFUSED_MEMORY = 600.0  # ... so many seconds after their last message that was refused
+TOO_MANY = "its sender sends too many"
 
 
 def hive_of(config: Config) -> str:
@@ -2363,6 +2372,43 @@ class Worker:
         """Say a message to agents."""
 
 
+class SenderLimits:
+    """How much each sender may say: so many messages a second, and a burst; what is too much."""
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._rate, self._gap, self._span = rate, 1 / rate, burst / rate
+        self._due: dict[str, float] = {}  # up to when its messages count; now: its burst is used up
+        self._refused: dict[str, tuple[int, float]] = {}  # how many, and when the last one was
+
+    def allow(self, name: str, now: float) -> bool:
+        """May it say one more?  (The generic cell rate algorithm, ITU-T I.371.)"""
+        earliest = now - self._span
+        due = max(self._due.get(name, earliest), earliest) + self._gap
+        if due > now + self._gap / 1000:  # what adding up many fractions costs
+            return False
+        if len(self._due) >= MAX_SENDERS and name not in self._due:
+            del self._due[next(iter(self._due))]
+        self._due[name] = due
+        return True
+
+    def refuse(self, name: str, now: float) -> bool:
+        """Count one; is it the first for a while, of which its sender should hear?"""
+        times, last = self._refused.get(name, (0, 0.0))
+        first = not times or now - last > REFUSED_MEMORY
+        if len(self._refused) < MAX_REFUSED or name in self._refused:
+            self._refused[name] = (1 if first else times + 1, now)
+        return first and name in self._refused
+
+    def trouble(self, now: float) -> list[str]:
+        """Who has said too much in the last minutes, in words."""
+        for name in [name for name, (_, at) in self._refused.items() if now - at > REFUSED_MEMORY]:
+            del self._refused[name]
+        return [
+            f"{name} sends more than {self._rate:g} messages a second: {times} refused"
+            for name, (times, _) in self._refused.items()
+        ]
+
+
 class Node:
     """The messages of one name: a daemon's, or those of one command."""
 
@@ -2375,12 +2421,15 @@ class Node:
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
-        self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
+        self.counts = dict.fromkeys(
+            ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
+        )
         self.worker = Worker()
         self.members = Members(
             config, loop, log, journal, self.send, self._probe, self._fetch_documents
         )
         self._rate_limit = RateLimit()
+        self.limits = SenderLimits(config.node.sender_rate, config.node.sender_burst)
         self.requests = Requests(
             self.name,
             journal,
@@ -2499,6 +2548,9 @@ class Node:
             if meta == (self.name, "state") and not message.retained:
                 self.all_heard()  # our own, which we publish last
             return
+        place = self.topics.place(message.topic)
+        if place and place[2].startswith(PRIVATE):
+            return message.ack()  # what a command says to itself
         self.counts["received"] += 1
         try:
             envelope = Envelope.parse(message.payload)
@@ -2506,16 +2558,18 @@ class Node:
             self.counts["invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
             return self.commit_soon(message.ack)
-        what, row = self._receive(envelope, message)
+        what, row = self._receive(envelope, message, place)
         if what is SIGN_OF_LIFE:
             message.ack()  # there is nothing to commit, and no turn is cheaper than none
         else:
             self.commit_soon(message.ack)
         self._perform(what, envelope, row, self._time_left(envelope, message))
 
-    def _receive(self, envelope: Envelope, message: IncomingMessage) -> tuple[Decision, int]:
+    def _receive(
+        self, envelope: Envelope, message: IncomingMessage, place: tuple[str, str, str] | None
+    ) -> tuple[Decision, int]:
         """Decide what to do with it; its row in the journal, if it has one now."""
-        place, here = self.topics.place(message.topic), self.context()
+        here = self.context()
         checked = bool(self.topics.sender) and not message.earlier
         reason = misplaced(envelope, place, here, checked, message.retained)
         reason = reason or untimely(envelope, time.time())
@@ -2523,6 +2577,8 @@ class Node:
             self._note_other_kind(envelope)
         if not reason and message.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
+        if not reason and self._is_too_much(envelope):
+            reason = TOO_MANY
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
             here = self.context()
@@ -2544,6 +2600,18 @@ class Node:
             note = f'[mqtt] senders is "{there}" there, and "{here}" here: make it the same'
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
+
+    def _is_too_much(self, envelope: Envelope) -> bool:
+        """Has its sender said too much?  It is told so once; its heartbeats do not count."""
+        name, now = envelope.sender, self.loop.clock()
+        if CHANNELS[envelope.ch].wake is Wake.NEVER or self.limits.allow(name, now):
+            return False
+        self.counts["refused"] += 1
+        if self.limits.refuse(name, now):
+            rate = f"more than {self.config.node.sender_rate:g} messages a second"
+            text = f"{self.name}: {rate} came from {name}: what is too much is refused"
+            self.send(Envelope.new(self.name, name, "alert", text, corr=envelope.exchange))
+        return True
 
     def _take_note(self, envelope: Envelope) -> None:
         """What a new message means to those who wait, whatever is done with it."""
@@ -2924,22 +2992,30 @@ class HandlerRun(Value):
 
 
 class HandlerQueue:
-    """Who runs next: in order, so many at once in all, and so many of each action."""
+    """Who runs next: so many at once in all, and so many of each action; each sender in turn."""
 
     def __init__(self, workers: int, workers_of: Callable[[str], int]) -> None:
         self._workers, self._workers_of = workers, workers_of
         self._waiting: deque[HandlerRun] = deque()
+        self._lengths: dict[str, int] = {}  # how many of each sender wait
         self._running: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, run: HandlerRun) -> bool:
-        """Wait in line; False if the line is too long."""
-        if len(self._waiting) >= MAX_RUNS_WAITING:
-            return False
-        self._waiting.append(run)
-        return True
+    def put(self, run: HandlerRun) -> HandlerRun | None:
+        """Wait in line; who must go where that is too long: the last one of whoever has most."""
+        sender, full = run.envelope.sender, len(self) >= MAX_RUNS_WAITING
+        most = max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
+        if full and self._lengths.get(sender, 0) >= self._lengths[most]:
+            return run
+        gone = self._take(self._last_of(most)) if full else None
+        place = len(self)
+        if self._lengths.keys() - {sender}:
+            place = fair_place([one.envelope.sender for one in self._waiting], sender)
+        self._waiting.insert(place, run)
+        self._lengths[sender] = self._lengths.get(sender, 0) + 1
+        return gone
 
     def take(self) -> HandlerRun | None:
         """The next one that may run now; give its action back with done()."""
@@ -2948,10 +3024,22 @@ class HandlerQueue:
         for i, run in enumerate(self._waiting):
             running = self._running.get(run.action, 0)
             if running < self._workers_of(run.action):
-                del self._waiting[i]
                 self._running[run.action] = running + 1
-                return run
+                return self._take(i)
         return None
+
+    def _last_of(self, sender: str) -> int:
+        places = reversed(range(len(self)))
+        return next(i for i in places if self._waiting[i].envelope.sender == sender)
+
+    def _take(self, place: int) -> HandlerRun:
+        run = self._waiting[place]
+        del self._waiting[place]
+        sender = run.envelope.sender
+        self._lengths[sender] -= 1
+        if not self._lengths[sender]:
+            del self._lengths[sender]
+        return run
 
     @property
     def running(self) -> int:
@@ -2965,7 +3053,7 @@ class HandlerQueue:
 
     def clear(self) -> list[HandlerRun]:
         """Send them all home; who they were."""
-        left, self._waiting = [*self._waiting], deque()
+        left, self._waiting, self._lengths = [*self._waiting], deque(), {}
         return left
 
 
@@ -3051,7 +3139,7 @@ class Work(Worker):
             for one in self._schedule
             if one.failing
         ]
-        return "; ".join(trouble)
+        return "; ".join(trouble + self._node.limits.trouble(self._loop.clock()))
 
     def take_up(self) -> None:
         """Go on with what was not finished when the daemon ended."""
@@ -3101,8 +3189,15 @@ class Work(Worker):
         return self._handler_config(action).workers
 
     def _enqueue(self, run: HandlerRun) -> None:
-        if self._queue.put(run):
-            self._run_handlers()
+        if gone := self._queue.put(run):
+            self._send_home(gone)
+        self._run_handlers()
+
+    def _send_home(self, run: HandlerRun) -> None:
+        """There is no room for it in the queue."""
+        if run.scheduled:
+            run.scheduled.running = False
+            self._log.warning("not run", action=run.action, why="too many handlers wait")
         else:
             self._journal.remove_task(run.task)
             self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
@@ -3218,11 +3313,13 @@ class Work(Worker):
 
         name, action = self._node.name, one.config.action
         envelope = Envelope.new(name, name, "command", one.config.text, action=action)
-        if not self._queue.put(HandlerRun(envelope, action, scheduled=one)):
-            self._log.warning("not run", action=action, why="too many handlers wait")
-            return
-        one.begin(now)
-        one.plan(now, random.random())
+        run = HandlerRun(envelope, action, scheduled=one)
+        gone = self._queue.put(run)
+        if gone is not run:
+            one.begin(now)
+            one.plan(now, random.random())
+        if gone:
+            self._send_home(gone)
         self._run_handlers()
 
     def _last_run(self, action: str) -> str:
@@ -3548,6 +3645,7 @@ def time_of_day(value: object) -> str:
 
 
 count = integer(1, 10_000)
+number_of_messages = integer(1, 1_000_000)
 port_number = integer(1, 65535, "a port number")
 
 
@@ -3722,6 +3820,12 @@ class NodeConfig(ConfigTable):
     handler_workers: int = setting(4, count, "handlers that may run at once")
     agent_patience: float = setting(
         3600.0, seconds, "seconds a message waits for an agent that is down"
+    )
+    sender_rate: int = setting(
+        100, number_of_messages, "messages a second that one sender may send, in the long run"
+    )
+    sender_burst: int = setting(
+        20_000, number_of_messages, "and at once, as when this node has been away"
     )
     state_dir: Path | None = setting(
         None, file_path, "what outlives a restart; else ~/.local/state/hive/NODE", "state"
@@ -5167,6 +5271,20 @@ def one_line(text: str) -> str:
     return re.sub(SWALLOWED, escape, line)
 
 
+def fair_place(senders: Sequence[str], sender: str) -> int:
+    """Where in line a sender's next message goes: nobody has two ahead of another's first."""
+    own = 0
+    for place, one in enumerate(senders):
+        if one == sender:
+            own, last = own + 1, place
+    begin, seen = last + 1 if own else 0, dict[str, int]()
+    for place, one in enumerate(senders):
+        seen[one] = seen.get(one, 0) + 1
+        if place >= begin and seen[one] > own + 1:
+            return place
+    return len(senders)
+
+
 class PendingEvent(Value):
     """A message that waits to be told to an agent."""
 
@@ -5572,13 +5690,15 @@ class Agent:
 
     def wake(self, event: PendingEvent) -> None:
         """Tell it this as soon as it can be told."""
-        if event.envelope.ch == "alert":
-            ahead = sum(one.envelope.ch == "alert" for one in self._waiting)
-            self._waiting.insert(ahead, event)
-        else:
-            self._waiting.append(event)
+        alerts = sum(one.envelope.ch == "alert" for one in self._waiting)
+        begin, end = (0, alerts) if event.envelope.ch == "alert" else (alerts, None)
+        senders = [one.envelope.sender for one in itertools.islice(self._waiting, begin, end)]
+        self._waiting.insert(begin + fair_place(senders, event.envelope.sender), event)
         if len(self._waiting) > MAX_AGENT_QUEUE:
-            oldest = min(self._waiting, key=lambda one: one.until)
+            senders = [one.envelope.sender for one in self._waiting]
+            most = max(senders, key=senders.count)
+            theirs = (one for one in self._waiting if one.envelope.sender == most)
+            oldest = min(theirs, key=lambda one: one.until)
             self._waiting.remove(oldest)
             self._give_up(oldest, f"more than {MAX_AGENT_QUEUE} messages wait for it")
         self._next()
@@ -7419,6 +7539,7 @@ DISK_AGAIN = 30.0  # seconds between attempts to go back to the disk
 
 SLICE = 0.002  # seconds of a turn for the packets of one client
 MAX_CLIENT_CONNECTIONS = 1000
+TCP_SHARE = 0.9  # of all bounds for who comes over TCP: the rest is for the socket's owner
 MAX_SESSIONS = 5000
 MAX_SUBSCRIPTIONS = 10_000  # of one session
 MAX_SUBSCRIPTION_NODES = 200_000  # levels of filters with wildcards, of all sessions: some 60 MB
@@ -7831,6 +7952,7 @@ class ClientConnection:
         self.blocked_on: Session | None = None
         self._broker, self._loop = broker, broker.loop
         self._trusted = trusted  # needs no password
+        self.share = 1.0 if sock.family == socket.AF_UNIX else TCP_SHARE
         self._keepalive = 0
         self._aliases: dict[int, str] = {}
         self._retained: deque[Iterator[tuple[ApplicationMessage, Subscription] | None]] = deque()
@@ -7864,7 +7986,7 @@ class ClientConnection:
                 if not packet:
                     break
                 self._handle(*packet)
-            if self.stream.input and self._broker.buffered.size > MAX_BUFFERED:
+            if self.stream.input and self._broker.buffered.size > self.share * MAX_BUFFERED:
                 self.disconnect(ReasonCode.QUOTA_EXCEEDED)
         except MalformedPacket as error:
             self._broker.log_limited("packet refused", self, str(error))
@@ -8085,6 +8207,7 @@ class ClientConnection:
     def _objection(self, connect: Connect) -> ReasonCode | None:
         """Why this client may not come in."""
         client_id, sessions = connect.client_id, self._broker.sessions
+        bound = self.share * MAX_SESSIONS
         if "authentication_method" in connect.properties:
             return ReasonCode.BAD_AUTHENTICATION_METHOD
         if not self._trusted and not self._broker.knows(connect.username, connect.password):
@@ -8095,7 +8218,7 @@ class ClientConnection:
         if connect.will and not properly_formatted(connect.will):
             return ReasonCode.PAYLOAD_FORMAT_INVALID
         # Sessions that end with their connection may always be one more.
-        if connect.session_expiry and client_id not in sessions and len(sessions) >= MAX_SESSIONS:
+        if connect.session_expiry and client_id not in sessions and len(sessions) >= bound:
             return ReasonCode.QUOTA_EXCEEDED
         return None
 
@@ -8353,7 +8476,8 @@ class Broker:
         try:
             for _ in range(32):
                 sock, _address = listener.accept()
-                if len(self.connections) >= self._max_connections:
+                share = 1.0 if sock.family == socket.AF_UNIX else TCP_SHARE
+                if len(self.connections) >= share * self._max_connections:
                     why = f"{len(self.connections)} are connected"
                     self.log_limited("client refused", None, why)
                     sock.close()
@@ -8556,15 +8680,15 @@ class Broker:
         self, message: ApplicationMessage, sender: ClientConnection | None = None
     ) -> ReasonCode:
         """Hand a message to all who want it; what to say to its sender."""
-        wanted = self._queued_for_each(message)
+        wanted, share = self._queued_for_each(message), sender.share if sender else 1.0
         full = {
             session
             for session, queued in wanted.items()
-            if queued.qos and not self._has_room(session, message)
+            if queued.qos and not self._has_room(session, message, share)
         }
         if full and sender and sender.version == 4:
             return ReasonCode.QUOTA_EXCEEDED  # it will send it again: so to all or to none
-        if message.retain and not self._retain(message):
+        if message.retain and not self._retain(message, share):
             return ReasonCode.QUOTA_EXCEEDED
         for session, queued in wanted.items():
             if session not in full:
@@ -8594,10 +8718,10 @@ class Broker:
                 queued.subscription_ids += (wanted.identifier,)
         return found
 
-    def _has_room(self, session: Session, message: ApplicationMessage) -> bool:
+    def _has_room(self, session: Session, message: ApplicationMessage, share: float) -> bool:
         """May this session have one more; is there memory for it?"""
         needed = 0 if message.references else message.size
-        bound = self._settings.total_mib * KIB * KIB
+        bound = share * self._settings.total_mib * KIB * KIB
         return session.has_room_for(message) and self._size + needed <= bound
 
     def _deliver(self, session: Session, queued: QueuedMessage) -> None:
@@ -8667,14 +8791,14 @@ class Broker:
 
     # Retained messages.
 
-    def _retain(self, message: ApplicationMessage) -> bool:
+    def _retain(self, message: ApplicationMessage, share: float) -> bool:
         """Keep it in the place of an earlier one; an empty one only removes that."""
         topic = message.topic
         before = self.retained.get(topic)
         size = self._retained_size - (before.size if before else 0) + message.size
         if message.payload:
-            bound = self._settings.retained_mib * KIB * KIB
-            if size > bound or (not before and len(self.retained) >= MAX_RETAINED):
+            bound = share * self._settings.retained_mib * KIB * KIB
+            if size > bound or (not before and len(self.retained) >= share * MAX_RETAINED):
                 return False
             self.acquire(message)
         if before:
