@@ -48,6 +48,11 @@ tokens; only what needs judgment wakes an agent.
 #           Doctor      is everything as it must be: one small check after the other <- *
 #           Mosquitto   a configuration of it that serves one hive and nobody else
 #                       <- Packets, MqttClient, Setup
+#           Hosting     one that this user runs for a hive, and who may come in
+#                       <- Process, Database, MqttClient, Setup, Mosquitto
+#           Join        one line makes a machine a node of a hive
+#                       <- Journal, Requests, Packets, MqttClient, BrokerHost, Client, Setup,
+#                       Mosquitto, Hosting
 #           Commands    one function for each subcommand, its options beside it <- *
 #           Main        arguments in, exit code out <- Members, Commands
 
@@ -386,6 +391,7 @@ CHANNELS = {
         Channel("alert", "somebody must look at this", False, Wake.UNLESS_AWAITED, mode_now=True),
     )
 }
+PRIVATE = "~"  # how the last level of a topic begins that is no sender's name
 RESERVED = (EVERYONE, "meta", "state", "roster", *CHANNELS)  # levels of topics; no node's name
 
 
@@ -671,8 +677,12 @@ class Topics(Value):
         return [topic for name in names for topic in self.from_anybody(name)]
 
     def private(self, name: str, token: str) -> str:
-        """A topic of a node's own, for itself, that no daemon subscribes to."""
-        return f"{self.prefix}/{name}/response/{name}/{token}"
+        """A topic of a node's own, for itself; where a daemon hears it, it is not meant.
+
+        Each kind of hive has rules of its broker, which allow one of the two.
+        """
+        below = f"{name}/" if self.sender else PRIVATE
+        return f"{self.prefix}/{name}/response/{below}{token}"
 
     def meta_of(self, topic: str) -> tuple[str, str] | None:
         """The (name, document) of a meta topic, None for any other."""
@@ -2326,6 +2336,10 @@ REQUESTS = {
 # Knows no handler, no agent, no broker: for a daemon Work and Members stand beside it.
 
 MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, too large, no disk
+MAX_SENDERS = 5000  # whose messages are counted
+MAX_REFUSED = 20  # of whom it is said that they send too much, for ...
+REFUSED_MEMORY = 600.0  # ... so many seconds after their last message that was refused
+TOO_MANY = "its sender sends too many"
 
 
 def hive_of(config: Config) -> str:
@@ -2358,6 +2372,43 @@ class Worker:
         """Say a message to agents."""
 
 
+class SenderLimits:
+    """How much each sender may say: so many messages a second, and a burst; what is too much."""
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._rate, self._gap, self._span = rate, 1 / rate, burst / rate
+        self._due: dict[str, float] = {}  # up to when its messages count; now: its burst is used up
+        self._refused: dict[str, tuple[int, float]] = {}  # how many, and when the last one was
+
+    def allow(self, name: str, now: float) -> bool:
+        """May it say one more?  (The generic cell rate algorithm, ITU-T I.371.)"""
+        earliest = now - self._span
+        due = max(self._due.get(name, earliest), earliest) + self._gap
+        if due > now + self._gap / 1000:  # what adding up many fractions costs
+            return False
+        if len(self._due) >= MAX_SENDERS and name not in self._due:
+            del self._due[next(iter(self._due))]
+        self._due[name] = due
+        return True
+
+    def refuse(self, name: str, now: float) -> bool:
+        """Count one; is it the first for a while, of which its sender should hear?"""
+        times, last = self._refused.get(name, (0, 0.0))
+        first = not times or now - last > REFUSED_MEMORY
+        if len(self._refused) < MAX_REFUSED or name in self._refused:
+            self._refused[name] = (1 if first else times + 1, now)
+        return first and name in self._refused
+
+    def trouble(self, now: float) -> list[str]:
+        """Who has said too much in the last minutes, in words."""
+        for name in [name for name, (_, at) in self._refused.items() if now - at > REFUSED_MEMORY]:
+            del self._refused[name]
+        return [
+            f"{name} sends more than {self._rate:g} messages a second: {times} refused"
+            for name, (times, _) in self._refused.items()
+        ]
+
+
 class Node:
     """The messages of one name: a daemon's, or those of one command."""
 
@@ -2370,12 +2421,15 @@ class Node:
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
-        self.counts = dict.fromkeys(("received", "dropped", "invalid", "runs", "failures"), 0)
+        self.counts = dict.fromkeys(
+            ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
+        )
         self.worker = Worker()
         self.members = Members(
             config, loop, log, journal, self.send, self._probe, self._fetch_documents
         )
         self._rate_limit = RateLimit()
+        self.limits = SenderLimits(config.node.sender_rate, config.node.sender_burst)
         self.requests = Requests(
             self.name,
             journal,
@@ -2494,6 +2548,9 @@ class Node:
             if meta == (self.name, "state") and not message.retained:
                 self.all_heard()  # our own, which we publish last
             return
+        place = self.topics.place(message.topic)
+        if place and place[2].startswith(PRIVATE):
+            return message.ack()  # what a command says to itself
         self.counts["received"] += 1
         try:
             envelope = Envelope.parse(message.payload)
@@ -2501,16 +2558,18 @@ class Node:
             self.counts["invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
             return self.commit_soon(message.ack)
-        what, row = self._receive(envelope, message)
+        what, row = self._receive(envelope, message, place)
         if what is SIGN_OF_LIFE:
             message.ack()  # there is nothing to commit, and no turn is cheaper than none
         else:
             self.commit_soon(message.ack)
         self._perform(what, envelope, row, self._time_left(envelope, message))
 
-    def _receive(self, envelope: Envelope, message: IncomingMessage) -> tuple[Decision, int]:
+    def _receive(
+        self, envelope: Envelope, message: IncomingMessage, place: tuple[str, str, str] | None
+    ) -> tuple[Decision, int]:
         """Decide what to do with it; its row in the journal, if it has one now."""
-        place, here = self.topics.place(message.topic), self.context()
+        here = self.context()
         checked = bool(self.topics.sender) and not message.earlier
         reason = misplaced(envelope, place, here, checked, message.retained)
         reason = reason or untimely(envelope, time.time())
@@ -2518,6 +2577,8 @@ class Node:
             self._note_other_kind(envelope)
         if not reason and message.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
+        if not reason and self._is_too_much(envelope):
+            reason = TOO_MANY
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
             here = self.context()
@@ -2539,6 +2600,18 @@ class Node:
             note = f'[mqtt] senders is "{there}" there, and "{here}" here: make it the same'
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
+
+    def _is_too_much(self, envelope: Envelope) -> bool:
+        """Has its sender said too much?  It is told so once; its heartbeats do not count."""
+        name, now = envelope.sender, self.loop.clock()
+        if CHANNELS[envelope.ch].wake is Wake.NEVER or self.limits.allow(name, now):
+            return False
+        self.counts["refused"] += 1
+        if self.limits.refuse(name, now):
+            rate = f"more than {self.config.node.sender_rate:g} messages a second"
+            text = f"{self.name}: {rate} came from {name}: what is too much is refused"
+            self.send(Envelope.new(self.name, name, "alert", text, corr=envelope.exchange))
+        return True
 
     def _take_note(self, envelope: Envelope) -> None:
         """What a new message means to those who wait, whatever is done with it."""
@@ -2919,22 +2992,30 @@ class HandlerRun(Value):
 
 
 class HandlerQueue:
-    """Who runs next: in order, so many at once in all, and so many of each action."""
+    """Who runs next: so many at once in all, and so many of each action; each sender in turn."""
 
     def __init__(self, workers: int, workers_of: Callable[[str], int]) -> None:
         self._workers, self._workers_of = workers, workers_of
         self._waiting: deque[HandlerRun] = deque()
+        self._lengths: dict[str, int] = {}  # how many of each sender wait
         self._running: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, run: HandlerRun) -> bool:
-        """Wait in line; False if the line is too long."""
-        if len(self._waiting) >= MAX_RUNS_WAITING:
-            return False
-        self._waiting.append(run)
-        return True
+    def put(self, run: HandlerRun) -> HandlerRun | None:
+        """Wait in line; who must go where that is too long: the last one of whoever has most."""
+        sender, full = run.envelope.sender, len(self) >= MAX_RUNS_WAITING
+        most = max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
+        if full and self._lengths.get(sender, 0) >= self._lengths[most]:
+            return run
+        gone = self._take(self._last_of(most)) if full else None
+        place = len(self)
+        if self._lengths.keys() - {sender}:
+            place = fair_place([one.envelope.sender for one in self._waiting], sender)
+        self._waiting.insert(place, run)
+        self._lengths[sender] = self._lengths.get(sender, 0) + 1
+        return gone
 
     def take(self) -> HandlerRun | None:
         """The next one that may run now; give its action back with done()."""
@@ -2943,10 +3024,22 @@ class HandlerQueue:
         for i, run in enumerate(self._waiting):
             running = self._running.get(run.action, 0)
             if running < self._workers_of(run.action):
-                del self._waiting[i]
                 self._running[run.action] = running + 1
-                return run
+                return self._take(i)
         return None
+
+    def _last_of(self, sender: str) -> int:
+        places = reversed(range(len(self)))
+        return next(i for i in places if self._waiting[i].envelope.sender == sender)
+
+    def _take(self, place: int) -> HandlerRun:
+        run = self._waiting[place]
+        del self._waiting[place]
+        sender = run.envelope.sender
+        self._lengths[sender] -= 1
+        if not self._lengths[sender]:
+            del self._lengths[sender]
+        return run
 
     @property
     def running(self) -> int:
@@ -2960,7 +3053,7 @@ class HandlerQueue:
 
     def clear(self) -> list[HandlerRun]:
         """Send them all home; who they were."""
-        left, self._waiting = [*self._waiting], deque()
+        left, self._waiting, self._lengths = [*self._waiting], deque(), {}
         return left
 
 
@@ -3046,7 +3139,7 @@ class Work(Worker):
             for one in self._schedule
             if one.failing
         ]
-        return "; ".join(trouble)
+        return "; ".join(trouble + self._node.limits.trouble(self._loop.clock()))
 
     def take_up(self) -> None:
         """Go on with what was not finished when the daemon ended."""
@@ -3096,8 +3189,15 @@ class Work(Worker):
         return self._handler_config(action).workers
 
     def _enqueue(self, run: HandlerRun) -> None:
-        if self._queue.put(run):
-            self._run_handlers()
+        if gone := self._queue.put(run):
+            self._send_home(gone)
+        self._run_handlers()
+
+    def _send_home(self, run: HandlerRun) -> None:
+        """There is no room for it in the queue."""
+        if run.scheduled:
+            run.scheduled.running = False
+            self._log.warning("not run", action=run.action, why="too many handlers wait")
         else:
             self._journal.remove_task(run.task)
             self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
@@ -3213,11 +3313,13 @@ class Work(Worker):
 
         name, action = self._node.name, one.config.action
         envelope = Envelope.new(name, name, "command", one.config.text, action=action)
-        if not self._queue.put(HandlerRun(envelope, action, scheduled=one)):
-            self._log.warning("not run", action=action, why="too many handlers wait")
-            return
-        one.begin(now)
-        one.plan(now, random.random())
+        run = HandlerRun(envelope, action, scheduled=one)
+        gone = self._queue.put(run)
+        if gone is not run:
+            one.begin(now)
+            one.plan(now, random.random())
+        if gone:
+            self._send_home(gone)
         self._run_handlers()
 
     def _last_run(self, action: str) -> str:
@@ -3543,6 +3645,7 @@ def time_of_day(value: object) -> str:
 
 
 count = integer(1, 10_000)
+number_of_messages = integer(1, 1_000_000)
 port_number = integer(1, 65535, "a port number")
 
 
@@ -3717,6 +3820,12 @@ class NodeConfig(ConfigTable):
     handler_workers: int = setting(4, count, "handlers that may run at once")
     agent_patience: float = setting(
         3600.0, seconds, "seconds a message waits for an agent that is down"
+    )
+    sender_rate: int = setting(
+        100, number_of_messages, "messages a second that one sender may send, in the long run"
+    )
+    sender_burst: int = setting(
+        20_000, number_of_messages, "and at once, as when this node has been away"
     )
     state_dir: Path | None = setting(
         None, file_path, "what outlives a restart; else ~/.local/state/hive/NODE", "state"
@@ -5162,6 +5271,20 @@ def one_line(text: str) -> str:
     return re.sub(SWALLOWED, escape, line)
 
 
+def fair_place(senders: Sequence[str], sender: str) -> int:
+    """Where in line a sender's next message goes: nobody has two ahead of another's first."""
+    own = 0
+    for place, one in enumerate(senders):
+        if one == sender:
+            own, last = own + 1, place
+    begin, seen = last + 1 if own else 0, dict[str, int]()
+    for place, one in enumerate(senders):
+        seen[one] = seen.get(one, 0) + 1
+        if place >= begin and seen[one] > own + 1:
+            return place
+    return len(senders)
+
+
 class PendingEvent(Value):
     """A message that waits to be told to an agent."""
 
@@ -5567,13 +5690,15 @@ class Agent:
 
     def wake(self, event: PendingEvent) -> None:
         """Tell it this as soon as it can be told."""
-        if event.envelope.ch == "alert":
-            ahead = sum(one.envelope.ch == "alert" for one in self._waiting)
-            self._waiting.insert(ahead, event)
-        else:
-            self._waiting.append(event)
+        alerts = sum(one.envelope.ch == "alert" for one in self._waiting)
+        begin, end = (0, alerts) if event.envelope.ch == "alert" else (alerts, None)
+        senders = [one.envelope.sender for one in itertools.islice(self._waiting, begin, end)]
+        self._waiting.insert(begin + fair_place(senders, event.envelope.sender), event)
         if len(self._waiting) > MAX_AGENT_QUEUE:
-            oldest = min(self._waiting, key=lambda one: one.until)
+            senders = [one.envelope.sender for one in self._waiting]
+            most = max(senders, key=senders.count)
+            theirs = (one for one in self._waiting if one.envelope.sender == most)
+            oldest = min(theirs, key=lambda one: one.until)
             self._waiting.remove(oldest)
             self._give_up(oldest, f"more than {MAX_AGENT_QUEUE} messages wait for it")
         self._next()
@@ -6020,6 +6145,10 @@ class FileLock:
         self._stream.truncate()
         self._stream.write(words)
         self._stream.flush()
+
+    def fileno(self) -> int:
+        """For a child that shall hold it too."""
+        return self._stream.fileno()
 
     def close(self) -> None:
         self._stream.close()
@@ -7410,6 +7539,7 @@ DISK_AGAIN = 30.0  # seconds between attempts to go back to the disk
 
 SLICE = 0.002  # seconds of a turn for the packets of one client
 MAX_CLIENT_CONNECTIONS = 1000
+TCP_SHARE = 0.9  # of all bounds for who comes over TCP: the rest is for the socket's owner
 MAX_SESSIONS = 5000
 MAX_SUBSCRIPTIONS = 10_000  # of one session
 MAX_SUBSCRIPTION_NODES = 200_000  # levels of filters with wildcards, of all sessions: some 60 MB
@@ -7822,6 +7952,7 @@ class ClientConnection:
         self.blocked_on: Session | None = None
         self._broker, self._loop = broker, broker.loop
         self._trusted = trusted  # needs no password
+        self.share = 1.0 if sock.family == socket.AF_UNIX else TCP_SHARE
         self._keepalive = 0
         self._aliases: dict[int, str] = {}
         self._retained: deque[Iterator[tuple[ApplicationMessage, Subscription] | None]] = deque()
@@ -7855,7 +7986,7 @@ class ClientConnection:
                 if not packet:
                     break
                 self._handle(*packet)
-            if self.stream.input and self._broker.buffered.size > MAX_BUFFERED:
+            if self.stream.input and self._broker.buffered.size > self.share * MAX_BUFFERED:
                 self.disconnect(ReasonCode.QUOTA_EXCEEDED)
         except MalformedPacket as error:
             self._broker.log_limited("packet refused", self, str(error))
@@ -8076,6 +8207,7 @@ class ClientConnection:
     def _objection(self, connect: Connect) -> ReasonCode | None:
         """Why this client may not come in."""
         client_id, sessions = connect.client_id, self._broker.sessions
+        bound = self.share * MAX_SESSIONS
         if "authentication_method" in connect.properties:
             return ReasonCode.BAD_AUTHENTICATION_METHOD
         if not self._trusted and not self._broker.knows(connect.username, connect.password):
@@ -8086,7 +8218,7 @@ class ClientConnection:
         if connect.will and not properly_formatted(connect.will):
             return ReasonCode.PAYLOAD_FORMAT_INVALID
         # Sessions that end with their connection may always be one more.
-        if connect.session_expiry and client_id not in sessions and len(sessions) >= MAX_SESSIONS:
+        if connect.session_expiry and client_id not in sessions and len(sessions) >= bound:
             return ReasonCode.QUOTA_EXCEEDED
         return None
 
@@ -8344,7 +8476,8 @@ class Broker:
         try:
             for _ in range(32):
                 sock, _address = listener.accept()
-                if len(self.connections) >= self._max_connections:
+                share = 1.0 if sock.family == socket.AF_UNIX else TCP_SHARE
+                if len(self.connections) >= share * self._max_connections:
                     why = f"{len(self.connections)} are connected"
                     self.log_limited("client refused", None, why)
                     sock.close()
@@ -8547,15 +8680,15 @@ class Broker:
         self, message: ApplicationMessage, sender: ClientConnection | None = None
     ) -> ReasonCode:
         """Hand a message to all who want it; what to say to its sender."""
-        wanted = self._queued_for_each(message)
+        wanted, share = self._queued_for_each(message), sender.share if sender else 1.0
         full = {
             session
             for session, queued in wanted.items()
-            if queued.qos and not self._has_room(session, message)
+            if queued.qos and not self._has_room(session, message, share)
         }
         if full and sender and sender.version == 4:
             return ReasonCode.QUOTA_EXCEEDED  # it will send it again: so to all or to none
-        if message.retain and not self._retain(message):
+        if message.retain and not self._retain(message, share):
             return ReasonCode.QUOTA_EXCEEDED
         for session, queued in wanted.items():
             if session not in full:
@@ -8585,10 +8718,10 @@ class Broker:
                 queued.subscription_ids += (wanted.identifier,)
         return found
 
-    def _has_room(self, session: Session, message: ApplicationMessage) -> bool:
+    def _has_room(self, session: Session, message: ApplicationMessage, share: float) -> bool:
         """May this session have one more; is there memory for it?"""
         needed = 0 if message.references else message.size
-        bound = self._settings.total_mib * KIB * KIB
+        bound = share * self._settings.total_mib * KIB * KIB
         return session.has_room_for(message) and self._size + needed <= bound
 
     def _deliver(self, session: Session, queued: QueuedMessage) -> None:
@@ -8658,14 +8791,14 @@ class Broker:
 
     # Retained messages.
 
-    def _retain(self, message: ApplicationMessage) -> bool:
+    def _retain(self, message: ApplicationMessage, share: float) -> bool:
         """Keep it in the place of an earlier one; an empty one only removes that."""
         topic = message.topic
         before = self.retained.get(topic)
         size = self._retained_size - (before.size if before else 0) + message.size
         if message.payload:
-            bound = self._settings.retained_mib * KIB * KIB
-            if size > bound or (not before and len(self.retained) >= MAX_RETAINED):
+            bound = share * self._settings.retained_mib * KIB * KIB
+            if size > bound or (not before and len(self.retained) >= share * MAX_RETAINED):
                 return False
             self.acquire(message)
         if before:
@@ -10118,7 +10251,7 @@ class BrokerHost:
             self._failed(str(error))
             return None
         self._broker, self._why = broker, ""
-        advice = "for other machines set up Mosquitto: hive.py broker --mosquitto-conf"
+        advice = "for other machines: hive-cli host"
         self._log.info("hosting the broker of this machine", at=broker.places, note=advice)
         self._watch()
         return embedded_as(self._config, broker.socket_path)
@@ -10845,8 +10978,15 @@ class ReplyCollector:
 class NodeRemoval:
     """Takes what a node left behind from the broker: its documents, and its agents' states."""
 
-    def __init__(self, config: Config, name: str) -> None:
+    def __init__(
+        self, config: Config, name: str, as_host: bool = False, expelled: bool = False
+    ) -> None:
+        """`as_host`: the broker lets us, though senders are checked.
+
+        One that was `expelled` need not have gone, nor have left anything.
+        """
         self._config, self._mqtt, self._name = config, config.mqtt, name
+        self._as_host, self._expelled = as_host, expelled
         self._states: dict[str, dict[str, Any]] = {}
         self._kept: set[str] = set()  # topics
         self._complete = False
@@ -10857,8 +10997,9 @@ class NodeRemoval:
         load_paho()
         self._mqtt = with_broker(self._config).mqtt
         topics = self._config.topics
-        if topics.sender and self._name != self._config.node.id:
-            raise HiveError(f"nobody but {self._name} writes its documents: senders are checked")
+        if topics.sender and self._name != self._config.node.id and not self._as_host:
+            why = f"nobody but {self._name} writes its documents, as senders are checked"
+            raise HiveError(f"{why}; say this on the machine that carries the hive")
         # Each by its name too, for brokers where no wildcard finds it.
         theirs = [topics.meta(self._name, document) for document in ("+", "state", "roster")]
         query = RetainedQuery(
@@ -10889,11 +11030,11 @@ class NodeRemoval:
         name = self._name
         rows = status_rows(self._states, self._config.heartbeat, time.time())
         for row in rows:
-            if row.name == name and row.alive:
+            if row.name == name and row.alive and not self._expelled:
                 seen = f"{row.status}, seen {for_people(row.age_s)} ago"
                 raise HiveError(f"{name} is {seen}: only what is gone can be forgotten")
         agents = {self._config.topics.meta(row.name, "state") for row in rows if row.node == name}
-        if not self._kept | agents:
+        if not self._kept | agents and not self._expelled:
             where = f"at {self._mqtt.address} under {self._config.topics.prefix}/"
             raise HiveError(f"nothing of {name} is kept {where}; who is there: hive-cli status")
         return sorted(self._kept | agents)
@@ -11117,6 +11258,80 @@ def setup_files(
         beside = f"{file.stem}-{beside}"  # several nodes may have their files in one folder
     document["mqtt"]["password_file"] = beside
     return {file.parent / beside: f"{password}\n", file: example_config(document)}
+
+
+def configured(file: Path, said: Mapping[str, Any]) -> str:
+    """What hive.toml is to hold: a new one for this machine, or the one that is there, changed."""
+    if file.exists():
+        read_toml(file)  # who may have written it
+        return changed_toml(file, said)
+    keys, ask = dict(said), Prompt(asking=False)
+    keep_handlers(file, keys)
+    document: dict[str, Any] = {}
+    if agents := choose_agents(ask, find_agents(home_folder()), None):
+        document["oc_instances"] = agents
+    for dotted, value in keys.items():
+        if value == setting_of(dotted).default:
+            continue
+        table, _, key = dotted.partition(".")
+        document.setdefault(table, {})[key] = value
+    return example_config(document)
+
+
+def changed_toml(file: Path, said: Mapping[str, Any]) -> str:
+    """A hive.toml with other values for a few keys; None takes one out.  Raises ConfigError.
+
+    All else stays as it stands there, comments too.
+    """
+    import tomllib
+
+    text = before = file.read_text()
+    wanted = tomllib.loads(before)
+    for dotted, value in said.items():
+        table, _, key = dotted.partition(".")
+        default = setting_of(dotted).default
+        if str(wanted.get(table, {}).get(key, default)) == str(value):
+            continue
+        text = with_key(text, table, key, value)
+        wanted.setdefault(table, {})[key] = value
+        if value is None:
+            del wanted[table][key]
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        changed = tomllib.loads(text)
+        if plain_toml(changed) == plain_toml(wanted):
+            return text
+    keys = ", ".join(f"{key} = {toml_value(value)}" for key, value in said.items() if value)
+    raise ConfigError(f"{file}: written in a way that cannot be changed here; set there: {keys}")
+
+
+def plain_toml(document: Mapping[str, Any]) -> Any:
+    """Parsed TOML without what is empty; paths as they are written."""
+    return json.loads(json.dumps({k: v for k, v in document.items() if v != {}}, default=str))
+
+
+def with_key(text: str, table: str, key: str, value: object) -> str:
+    """TOML with one key set, where it stands or is shown in a comment, else below its header."""
+    header = re.search(rf"(?m)^\[{table}\][ \t]*(#.*)?$", text)
+    if not header:
+        text = f"{text.rstrip()}\n\n[{table}]\n".lstrip()
+        header = re.search(rf"(?m)^\[{table}\]$", text)
+    begins = header.end() if header else 0
+    following = re.search(r"(?m)^\[", text[begins:])
+    ends = begins + following.start() if following else len(text)
+    body = text[begins:ends]
+    there = re.search(rf"(?m)^{key}[ \t]*=.*$", body)
+    shown = there or re.search(rf"(?m)^# {key} = .*$", body)
+    if value is None:
+        line = f"# {there[0]}" if there else (shown[0] if shown else "")
+    else:
+        help = shown[0].partition("  # ")[2] if shown else ""
+        line = f"{key} = {toml_value(value)}"
+        line = f"{line.ljust(38)}  # {help}" if help else line
+    if shown:
+        body = body[: shown.start()] + line + body[shown.end() :]
+    elif line:
+        body = f"\n{line}{body}"
+    return text[:begins] + body + text[ends:]
 
 
 def said_against(place: Path, objection: str) -> str:
@@ -11815,6 +12030,7 @@ def finding_line(check: str, finding: Finding, colour: bool) -> str:
 # machine.  It needs no hive there.  What nodes may do follows the topics that nodes and
 # commands use.  Knows neither the network nor this machine's files.
 
+HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+")
 SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones when they are gone
 
 
@@ -11839,13 +12055,20 @@ def is_address(host: str) -> bool:
     return True
 
 
+def host_address(value: object) -> str:
+    """a host's name or address"""
+    if not isinstance(value, str) or len(value) > 253 or not HOST_NAME.fullmatch(value):
+        raise ValueError
+    return value
+
+
 def mosquitto_setup(config: Config, nodes: Sequence[str], tls: bool, here: str) -> MosquittoSetup:
     """Work out where Mosquitto listens, or raise UsageError; it serves this node if no other.
 
     `here` is this machine's name, for where nobody said how the nodes find it.
     """
     host = config.mqtt.host or (here if tls else "127.0.0.1")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+", host):
+    if not HOST_NAME.fullmatch(host):
         raise UsageError(f"--host {quoted(host)}: neither a host's name nor an address")
     if re.fullmatch("[0.:]+", host):
         raise UsageError(f"--host {host}: say the one address or name that the nodes will use")
@@ -11883,6 +12106,56 @@ def mosquitto_acl(prefix: str) -> str:
 
 
 # @WORD@ is filled in; a line after "@tls " or "@plain " is there with TLS, or without it.
+MOSQUITTO_CONF = """\
+listener @LISTENER@
+@tls certfile @FOLDER@/server.pem
+@tls keyfile @FOLDER@/@KEY@
+@tls tls_version tlsv1.2
+@plain # No TLS: whoever is on the way reads passwords and messages.
+@plain # For a VPN or loopback, not a LAN.
+
+# Nobody without a password, and each node only what is its own.
+allow_anonymous false
+password_file @FOLDER@/passwords
+acl_file @FOLDER@/acl
+
+# What was acknowledged is on disk a moment later, not in half an hour.
+persistence true
+persistence_location @DATA@/
+autosave_interval 1
+autosave_on_changes true
+
+# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
+max_queued_messages 0
+persistent_client_expiration @EXPIRY@d
+max_packet_size @MAX_PACKET@
+"""
+AUTHORITY_REQUEST = """\
+[req]
+distinguished_name = name
+x509_extensions = authority
+prompt = no
+[name]
+CN = hive @PREFIX@
+[authority]
+basicConstraints = critical,CA:TRUE
+keyUsage = critical,keyCertSign,cRLSign
+subjectKeyIdentifier = hash
+"""
+SERVER_REQUEST = """\
+[req]
+distinguished_name = name
+prompt = no
+[name]
+CN = @CN@
+[server]
+basicConstraints = critical,CA:FALSE
+keyUsage = critical,digitalSignature
+extendedKeyUsage = serverAuth
+subjectKeyIdentifier = hash
+authorityKeyIdentifier = keyid
+subjectAltName = @SUBJECT_NAMES@
+"""
 SCRIPT_HEAD = """\
 #!/bin/sh
 # Sets up Mosquitto for the hive whose topics begin with @PREFIX@/, and for its nodes
@@ -11947,35 +12220,13 @@ if [ -e "$etc/mosquitto.conf" ] && ! grep -q mosquitto-conf "$etc/mosquitto.conf
 fi
 """
 
-SCRIPT_FILES = """
+SCRIPT_FILES = f"""
 # == The configuration
 
 put "$etc/mosquitto.conf" 644 <<END
 # Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
 
-listener @LISTENER@
-@tls certfile $etc/hive/server.pem
-@tls keyfile $etc/hive/server.key
-@tls tls_version tlsv1.2
-@plain # No TLS: whoever is on the way reads passwords and messages.
-@plain # For a VPN or loopback, not a LAN.
-
-# Nobody without a password, and each node only what is its own.
-allow_anonymous false
-password_file $etc/hive/passwords
-acl_file $etc/hive/acl
-
-# What was acknowledged is on disk a moment later, not in half an hour.
-persistence true
-persistence_location $data/
-autosave_interval 1
-autosave_on_changes true
-
-# A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
-max_queued_messages 0
-persistent_client_expiration @EXPIRY@d
-max_packet_size @MAX_PACKET@
-END
+{MOSQUITTO_CONF}END
 
 # == Who may do what
 
@@ -12000,25 +12251,15 @@ for node in "$@"; do password "$node"; done
 give "$etc/hive/passwords" "$etc/hive/acl" "$data"
 """
 
-SCRIPT_TLS = """
+SCRIPT_TLS = f"""
 # == Certificates: an authority of this hive's own, and the server's, which it signs
 
 cd "$etc/hive"
-key() { openssl ecparam -name prime256v1 -genkey -noout; }
+key() {{ openssl ecparam -name prime256v1 -genkey -noout; }}
 if [ ! -e ca.pem ]; then
   key | put ca.key 600
   cat >new <<'END'
-[req]
-distinguished_name = name
-x509_extensions = authority
-prompt = no
-[name]
-CN = hive @PREFIX@
-[authority]
-basicConstraints = critical,CA:TRUE
-keyUsage = critical,keyCertSign,cRLSign
-subjectKeyIdentifier = hash
-END
+{AUTHORITY_REQUEST}END
   openssl req -x509 -new -sha256 -days @DAYS@ -config new -key ca.key | put ca.pem 644
   rm -f server.pem
 fi
@@ -12026,19 +12267,7 @@ names='@NAMES@'
 if [ ! -e server.pem ] || [ "$names" != "$(cat server.names)" ]; then
   key | put server.key 600
   cat >new <<END
-[req]
-distinguished_name = name
-prompt = no
-[name]
-CN = @CN@
-[server]
-basicConstraints = critical,CA:FALSE
-keyUsage = critical,digitalSignature
-extendedKeyUsage = serverAuth
-subjectKeyIdentifier = hash
-authorityKeyIdentifier = keyid
-subjectAltName = $names
-END
+{SERVER_REQUEST}END
   openssl req -new -sha256 -config new -key server.key |
     openssl x509 -req -sha256 -days @DAYS@ -extfile new -extensions server -CA ca.pem \\
       -CAkey ca.key -set_serial "0x$(openssl rand -hex 16)" | put server.pem 644
@@ -12088,7 +12317,6 @@ echo "When a node has its password: ${sudo}rm $etc/hive/NODE.password"
 def mosquitto_script(setup: MosquittoSetup) -> str:
     """The whole script: several files in one stream, which can be read, kept and run."""
     host, port, numeric = setup.host, setup.port, is_address(setup.host)
-    certified = (f"IP:{host}" if numeric else f"DNS:{host}", "DNS:localhost", "IP:127.0.0.1")
     words = {
         "PREFIX": setup.prefix,
         "NODES": " ".join(setup.nodes),
@@ -12097,20 +12325,917 @@ def mosquitto_script(setup: MosquittoSetup) -> str:
         "PORT": str(port),
         "ADDRESS": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         "LISTENER": f"{port} {host}" if numeric else str(port),  # else at every address
-        "EXPIRY": str(SESSION_EXPIRY // 86400),
-        "MAX_PACKET": str(MAX_PACKET),
+        "FOLDER": "$etc/hive",
+        "KEY": "server.key",
+        "DATA": "$data",
         "ACL": mosquitto_acl(setup.prefix),
         "SCRIPT": "setup.sh",
         "OPENSSL": " openssl" if setup.tls else "",
         "DAYS": str(SURE_DAYS),
         "CN": host[:64],  # X.509's limit; the names that count are in subjectAltName
-        "NAMES": ",".join(dict.fromkeys(certified)),
+        "NAMES": subject_names([host]),
+        "SUBJECT_NAMES": "$names",
     }
     tls = SCRIPT_TLS if setup.tls else ""
     text = "".join((SCRIPT_HEAD, SCRIPT_FILES, SCRIPT_PASSWORDS, tls, SCRIPT_TAIL))
-    absent, present = ("@plain ", "@tls ") if setup.tls else ("@tls ", "@plain ")
+    return fill_in(text, words, setup.tls)
+
+
+def subject_names(hosts: Iterable[str]) -> str:
+    """Whom a certificate is for, as subjectAltName has it: these, and who asks on the machine."""
+    named = [f"IP:{host}" if is_address(host) else f"DNS:{host}" for host in hosts]
+    return ",".join(dict.fromkeys((*named, "DNS:localhost", "IP:127.0.0.1")))
+
+
+def fill_in(text: str, words: Mapping[str, str], tls: bool) -> str:
+    """Put the words into one of the texts above, and leave out what is not for TLS, or only."""
+    absent, present = ("@plain ", "@tls ") if tls else ("@tls ", "@plain ")
     text = re.sub(rf"(?m)^{absent}.*\n|^{present}", "", text)
+    words = {"EXPIRY": str(SESSION_EXPIRY // 86400), "MAX_PACKET": str(MAX_PACKET), **words}
     return re.sub(r"@([A-Z_]+)@", lambda found: words[found[1]], text)
+
+
+# ---- Hosting: a Mosquitto of this user's own, and who may come in -------------------------
+#
+# All of it lies in one folder: what Mosquitto reads and keeps, the authority, who was invited.
+# Commands change the files under a lock, each whole or not at all, and have Mosquitto read them
+# anew, which ends the sessions of whoever has another password now, or none.  HostService keeps
+# Mosquitto running, and lets in whoever was invited.  Knows neither hive.toml nor a terminal.
+
+HOST_USER = "@host"  # what HostService is called at the broker; no node can be
+INVITATION = 3600.0  # seconds that one is good for
+AUTHORITY_DAYS, SERVER_DAYS = SURE_DAYS, 365  # that certificates hold
+RENEWAL = 30 * 86400.0  # seconds before the end of the server's that it is renewed
+NEW_KEY = ("ecparam", "-name", "prime256v1", "-genkey", "-noout")
+OPENSSL_TIMEOUT = 20.0  # seconds
+LOCK_PATIENCE = 15.0  # seconds that one command waits for another
+HOST_TICK = 30.0  # seconds between looks at invitations and the certificate
+RESTART_PAUSE = 2.0  # seconds, once Mosquitto has ended by itself
+GLANCE = 1.0  # seconds that somebody may have a lock only to see whether it is free
+BROKER_STOP = 10.0  # seconds that it may take to save all and end
+HOST_AGAIN = "hive-cli host"  # what starts it, and mends it
+PROGRAM_PLACES = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/sbin:/opt/homebrew/bin"
+# As mosquitto_passwd makes it: PBKDF2 with SHA-512.  That our passwords are 128 bits of chance
+# makes them safe, and a small count keeps members from burdening the broker with a large one.
+HASH_ROUNDS = 101
+PASSWORD_HASH = re.compile(rf"\$7\${HASH_ROUNDS}\$[A-Za-z0-9+/]{{16}}\$[A-Za-z0-9+/]{{86}}==")
+
+
+def new_password() -> str:
+    """128 bits of chance, for a line of text."""
+    return os.urandom(16).hex()
+
+
+def password_hash(password: str, salt: bytes) -> str:
+    """What Mosquitto's password file holds of it; `salt` has 12 bytes."""
+    import base64
+    import hashlib
+
+    digest = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, HASH_ROUNDS)
+    said = (base64.b64encode(one).decode() for one in (salt, digest))
+    return "$".join(("", "7", str(HASH_ROUNDS), *said))
+
+
+def is_password_of(hashed: str, password: str) -> bool:
+    import base64
+    import hmac
+
+    if not PASSWORD_HASH.fullmatch(hashed):
+        return False
+    salt = base64.b64decode(hashed.split("$")[3])
+    return hmac.compare_digest(password_hash(password, salt), hashed)
+
+
+def need_program(name: str) -> str:
+    """The file of a program that hosting takes, or HiveError with how to get it."""
+    path = f"{os.environ.get('PATH', os.defpath)}:{PROGRAM_PLACES}"
+    if found := program_file(name, {"PATH": path}):
+        return str(found)
+    ways = f"Debian, Ubuntu: sudo apt-get install {name}; macOS: brew install {name}"
+    raise HiveError(f"the program {name} is missing; install it, and say this again: {ways}")
+
+
+def openssl(*arguments: str, stdin: str = "") -> str:
+    """What openssl makes of it; raises HiveError."""
+    import subprocess
+
+    file = need_program("openssl")
+    try:
+        done = subprocess.run(
+            [file, *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=OPENSSL_TIMEOUT,
+            env={"PATH": os.defpath},
+        )
+        fault = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    except (OSError, subprocess.SubprocessError) as error:
+        raise HiveError(f"{file} {arguments[0]}: {reason_of(error)}") from None
+    if done.returncode:
+        raise HiveError(f"{file} {arguments[0]}: {quoted(fault, 200)[1:-1]}")
+    return done.stdout
+
+
+class HostSettings(Value):
+    """Where the hive is reached."""
+
+    listen: str  # an address of this machine, or all of them
+    port: int
+    names: tuple[str, ...]  # how peers call this machine, the best first
+    prefix: str
+
+    @property
+    def everywhere(self) -> bool:
+        """Does it listen at every address?"""
+        return not is_address(self.listen) or bool(re.fullmatch("[0.:]+", self.listen))
+
+    @property
+    def own(self) -> str:
+        """How this machine's own node finds it."""
+        return LOCALHOST if self.everywhere else self.listen
+
+
+class Host:
+    """The folder of a hive that this machine carries."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self.folder = state_dir / "mosquitto"
+        self._server = self.folder / "server.pem"
+        self.conf, self.authority = self.folder / "mosquitto.conf", self.folder / "ca.pem"
+        self._passwords, self._invited = self.folder / "passwords", self.folder / "invited.json"
+        self._settings, self._pid = self.folder / "host.json", self.folder / "mosquitto.pid"
+        self.broker_lock, self.service_lock = (
+            self.folder / "mosquitto.lock",
+            self.folder / "service.lock",
+        )
+
+    def settings(self) -> HostSettings | None:
+        """What it was made for; None where it was not made, or not to the end."""
+        said = read_json_object(self._read(self._settings)) or {}
+        with contextlib.suppress(KeyError, TypeError):
+            names = tuple(map(str, said["names"]))
+            return HostSettings(str(said["listen"]), int(said["port"]), names, str(said["prefix"]))
+        return None
+
+    def needed_settings(self) -> HostSettings:
+        """The same; raises HiveError where there are none."""
+        found = self.settings()
+        if found is None:
+            first = "hive-cli host --listen ADDRESS, on the machine that shall carry the hive"
+            raise HiveError(f"this node carries no hive (nothing in {self.folder}); first: {first}")
+        return found
+
+    @staticmethod
+    def _read(file: Path) -> str:
+        try:
+            return file.read_text("utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def _write(self, file: Path, content: str) -> bool:
+        """Whole or not at all, where it is not so already; was it not?"""
+        if self._read(file) == content:
+            return False
+        write_privately({file: content}, force=True)
+        return True
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only one who changes these files; raises HiveError."""
+        make_private(self.folder)
+        try:
+            held = FileLock(self.folder / "change.lock", LOCK_PATIENCE)
+        except BlockingIOError:
+            raise HiveError(f"another command is at work in {self.folder}; try again") from None
+        with contextlib.closing(held):
+            yield
+
+    # -- the files --
+
+    def prepare(self, settings: HostSettings, node: str, now: float) -> bool:
+        """Make what is missing, renew what is about to end; has anything changed?"""
+        with self.lock():
+            changed = self._certify(settings, now)
+            changed |= self._write(self.conf, self._conf(settings))
+            host = Topics(settings.prefix).meta("+", "+")
+            acl = f"{mosquitto_acl(settings.prefix)}\nuser {HOST_USER}\ntopic readwrite {host}\n"
+            changed |= self._write(self.folder / "acl", acl)
+            make_private(self.folder / "data")
+            for user in (HOST_USER, node):
+                changed |= self._let_in(user)
+            document = encode_json(vars(settings)).decode()
+            return self._write(self._settings, document) or changed
+
+    def _conf(self, settings: HostSettings) -> str:
+        where = "" if settings.everywhere else f" {settings.listen}"
+        words = {"LISTENER": f"{settings.port}{where}", "FOLDER": str(self.folder)}
+        words["KEY"] = "server.pem"  # one file, so that no crash leaves a half of the pair
+        text = fill_in(MOSQUITTO_CONF, {**words, "DATA": str(self.folder / "data")}, tls=True)
+        own = ["# Written by hive-cli host; to change it, say that again.", "", text]
+        own += [f"pid_file {self._pid}", "log_type error", "log_type warning"]
+        root = ["user root"] if os.geteuid() == 0 else []  # who else could read its files
+        return "\n".join([*own, *root]) + "\n"
+
+    def _certify(self, settings: HostSettings, now: float) -> bool:
+        """The authority once; the server's certificate for these names, as long as it holds."""
+        words = {"PREFIX": settings.prefix[:50], "CN": settings.own[:64]}
+        words["SUBJECT_NAMES"] = subject_names(
+            [*settings.names, *([] if settings.everywhere else [settings.listen])]
+        )
+        request, names = self.folder / "openssl.cnf", self.folder / "server.names"
+        made = not self.authority.exists()
+        if made:
+            self._write(request, fill_in(AUTHORITY_REQUEST, words, tls=True))
+            key_file = self.folder / "ca.key"
+            self._write(key_file, openssl(*NEW_KEY))
+            days = ("-days", str(AUTHORITY_DAYS), "-config", str(request), "-key", str(key_file))
+            self._write(self.authority, openssl("req", "-x509", "-new", "-sha256", *days))
+        elif self._ends(self.authority, now) <= now:
+            raise HiveError(
+                f"{self.authority} does not hold now: is this machine's clock right?  If it is,"
+                f" remove that file, say this again, and invite every node anew"
+            )
+        holds = self._ends(self._server, now) > now + RENEWAL
+        if made or not holds or self._read(names) != words["SUBJECT_NAMES"]:
+            self._write(request, fill_in(SERVER_REQUEST, words, tls=True))
+            self._certify_server(request)
+            self._write(names, words["SUBJECT_NAMES"])
+            return True
+        return False
+
+    def _certify_server(self, request: Path) -> None:
+        """A new key and its certificate, in one file."""
+        key, fresh = openssl(*NEW_KEY), self.folder / "server.key"
+        self._write(fresh, key)
+        asked = openssl("req", "-new", "-sha256", "-config", str(request), "-key", str(fresh))
+        fresh.unlink()
+        signing = ("-CA", str(self.authority), "-CAkey", str(self.folder / "ca.key"))
+        how = ("-extfile", str(request), "-extensions", "server")
+        serial = ("-set_serial", f"0x{os.urandom(16).hex()}")
+        days = ("-sha256", "-days", str(SERVER_DAYS))
+        made = openssl("x509", "-req", *days, *how, *serial, *signing, stdin=asked)
+        self._write(self._server, made + key)
+
+    @staticmethod
+    def _ends(file: Path, now: float) -> float:
+        """Until when it holds, in Unix seconds; 0 where it does not, or not yet."""
+        import ssl
+
+        if not file.exists():
+            return 0.0
+        said = openssl("x509", "-noout", "-startdate", "-enddate", "-in", str(file))
+        begins, ends = (
+            ssl.cert_time_to_seconds(line.partition("=")[2]) for line in said.splitlines()
+        )
+        return float(ends) if begins <= now + LOCK_PATIENCE else 0.0  # may be newer than now
+
+    def renew(self, now: float) -> None:
+        """Renew the server's certificate if it is about to end."""
+        with self.lock():
+            if self._certify(self.needed_settings(), now):
+                self.reload()
+
+    # -- who may come in --
+
+    def password_file(self, user: str) -> Path:
+        """Where a password is that is used on this machine."""
+        return self.folder / f"{user}.password"
+
+    def _let_in(self, user: str) -> bool:
+        """A user of this machine, with the password that it has or with a new one."""
+        file, members = self.password_file(user), self.members()
+        password = self._read(file).strip() or new_password()
+        changed = self._write(file, f"{password}\n")
+        if is_password_of(members.get(user, ""), password):
+            return changed
+        members[user] = password_hash(password, os.urandom(12))
+        return self._write_members(members) or changed
+
+    def members(self) -> dict[str, str]:
+        """Who may come in, with what the password file holds of each."""
+        lines = (line.partition(":") for line in self._read(self._passwords).splitlines())
+        return {name: hashed for name, _, hashed in lines}
+
+    def _write_members(self, members: Mapping[str, str]) -> bool:
+        return self._write(self._passwords, "".join(f"{n}:{h}\n" for n, h in members.items()))
+
+    def invited(self, now: float) -> dict[str, dict[str, Any]]:
+        """Who was invited and has not joined: until when, and with which password."""
+        members, said = self.members(), read_json_object(self._read(self._invited)) or {}
+        return {
+            name: one
+            for name, one in said.items()
+            if members.get(name) == one["hash"] and one["until"] > now
+        }
+
+    def invite(self, name: str, now: float) -> str:
+        """A password that is good for joining; raises HiveError if it is a member already.
+
+        An earlier invitation of that name ends.
+        """
+        password = new_password()
+        self.end_invitations(now)
+        with self.lock():
+            members, invited = self.members(), self.invited(now)
+            if name in members and name not in invited:
+                raise HiveError(
+                    f"{name} is in this hive already; another name, or first: hive-cli expel {name}"
+                )
+            members[name] = password_hash(password, os.urandom(12))
+            invited[name] = {"until": int(now + INVITATION), "hash": members[name]}
+            self._write(self._invited, json.dumps(invited))  # first: one without it never ends
+            self._write_members(members)
+        return password
+
+    def accept(self, name: str, hashed: str, now: float) -> bool:
+        """Somebody joins, and chose a password; False if that was not asked for."""
+        if not PASSWORD_HASH.fullmatch(hashed):
+            return False
+        with self.lock():
+            if name not in self.invited(now):
+                return False
+            self._write_members({**self.members(), name: hashed})
+        return self.reload()
+
+    def expel(self, name: str) -> bool:
+        """Whoever has this name is out; was it a member?"""
+        with self.lock():
+            members = self.members()
+            found = members.pop(name, None)
+            self._write_members(members)
+        return found is not None
+
+    def end_invitations(self, now: float) -> list[str]:
+        """Who did not come in time is out."""
+        said = read_json_object(self._read(self._invited)) or {}
+        open_still = self.invited(now)
+        if said.keys() == open_still.keys():
+            return []
+        with self.lock():
+            members, open_still = self.members(), self.invited(now)
+            said = read_json_object(self._read(self._invited)) or {}
+            late = [n for n in said if n not in open_still and members.get(n) == said[n]["hash"]]
+            self._write_members({n: h for n, h in members.items() if n not in late})
+            self._write(self._invited, json.dumps(open_still))
+        self.reload()
+        return late
+
+    # -- the processes --
+
+    def broker_pid(self) -> int | None:
+        """Mosquitto's, if it runs: it has inherited a lock, which ends with it."""
+        if is_locked(self.broker_lock):
+            with contextlib.suppress(ValueError):
+                return int(self._read(self._pid))
+        return None
+
+    def forget_pid(self) -> None:
+        """It is about to be another one."""
+        self._pid.unlink(missing_ok=True)
+
+    def service_pid(self) -> int | None:
+        """That of whoever keeps it running."""
+        if is_locked(self.service_lock):
+            with contextlib.suppress(ValueError):
+                return int(self._read(self.service_lock))
+        return None
+
+    def reload(self) -> bool:
+        """Have Mosquitto read passwords and certificates anew; False if it does not run."""
+        pid = self.broker_pid()
+        with contextlib.suppress(ProcessLookupError):
+            if pid:
+                os.kill(pid, signal.SIGHUP)
+        return pid is not None
+
+    def login(self, user: str) -> MqttConfig:
+        """How somebody on this machine connects; raises HiveError where no hive is carried."""
+        settings, file = self.needed_settings(), self.password_file(user)
+        return MqttConfig(
+            host=settings.own,
+            port=settings.port,
+            username=user,
+            password=self._read(file).strip(),
+            password_file=file,
+            tls=True,
+            ca_file=self.authority,
+            senders="checked",
+        )
+
+
+class HostService:
+    """Keeps Mosquitto running; lets in whoever was invited, ends invitations, renews."""
+
+    def __init__(self, host: Host, loop: Loop, log: Log) -> None:
+        """Raises BrokerError if another one does it."""
+        self._host, self._loop, self._log = host, loop, log
+        try:
+            self._lock = FileLock(host.service_lock, GLANCE)
+        except BlockingIOError:
+            raise BrokerError(f"the hive in {host.folder} is hosted already") from None
+        self._lock.write(str(os.getpid()))
+        self._topics, self._rate_limit = Topics(host.needed_settings().prefix, "+"), RateLimit()
+        self._broker: subprocess.Popen[bytes] | None = None
+        self._conf, self._said, self._stopping = "", "", False
+        self._renewed = self._offset = 0.0  # when that was last seen to; the wall clock's offset
+        self._client = MqttClient(
+            loop, host.login(HOST_USER), subscriptions=[(self._topics.to(HOST_USER, "command"), 0)]
+        )
+
+    def start(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.on_signal(number, self._stop)
+        self._loop.on_signal(signal.SIGHUP, self._reread)
+        self._end_orphan()
+        self._start_broker()
+        self._client.open(self)
+        self._tick()
+
+    def close(self) -> None:
+        """Whatever ended the loop: Mosquitto saves all and ends."""
+        if self._broker:
+            end_process(self._broker.pid, self._host.broker_lock)
+        self._lock.close()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._client.close(self._loop.stop, within=0.0)
+
+    def _end_orphan(self) -> None:
+        """A Mosquitto whose service was killed; it is not our child, and would not be missed."""
+        if pid := self._host.broker_pid():
+            end_process(pid, self._host.broker_lock)
+
+    def _start_broker(self) -> None:
+        import subprocess
+
+        lock = FileLock(self._host.broker_lock, GLANCE)
+        with contextlib.closing(lock):  # Mosquitto goes on holding it
+            self._conf = self._host.conf.read_text()
+            self._host.forget_pid()
+            self._broker = subprocess.Popen(
+                [need_program("mosquitto"), "-c", self._host.conf],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={"PATH": os.defpath},
+                start_new_session=True,
+                pass_fds=[lock.fileno()],
+            )
+        assert self._broker.stderr
+        self._loop.watch(self._broker.stderr, selectors.EVENT_READ, self._hear_broker)
+        self._log.info("Mosquitto started", pid=self._broker.pid)
+
+    def _hear_broker(self, events: int) -> None:
+        """A line of its log, or its end."""
+        assert self._broker and self._broker.stderr
+        data = os.read(self._broker.stderr.fileno(), PIPE_CHUNK)
+        for line in data.decode(errors="replace").splitlines():
+            self._said = quoted(re.sub(r"^\d+: ", "", line), 200)
+            usual = re.search("does not contain|as root|OpenSSL Error", line)  # or a stranger's
+            allowed = self._rate_limit.allow("mosquitto", self._loop.clock())
+            say = self._log.warning if allowed and not usual else self._log.debug
+            say("Mosquitto says", what=self._said)
+        if not data:
+            self._loop.forget(self._broker.stderr)
+            self._broker.stderr.close()
+            code, self._broker = self._broker.wait(), None
+            if not self._stopping:
+                why = {"exit": code, "said": self._said}
+                self._log.error("Mosquitto has ended, starting it again", **why)
+                self._loop.after(RESTART_PAUSE, self._start_again)
+
+    def _start_again(self) -> None:
+        if not self._stopping:
+            self._start_broker()
+
+    def _reread(self) -> None:
+        """The files were changed: some of it Mosquitto reads only at its start."""
+        self._client.set_broker(self._host.login(HOST_USER))
+        if self._broker and self._host.conf.read_text() != self._conf:
+            self._broker.terminate()
+        else:
+            self._host.reload()
+        self._look_after(time.time())
+
+    def _tick(self) -> None:
+        self._loop.after(HOST_TICK, self._tick)
+        self._look_after(time.time())
+
+    def _look_after(self, now: float) -> None:
+        """End what was good for a time; see to the certificate once an hour, or in a new time."""
+        offset = now - self._loop.clock()  # other than before, where somebody set the clock
+        try:
+            if late := self._host.end_invitations(now):
+                self._log.info("not joined in time", nodes=", ".join(late))
+            if now > self._renewed + 3600.0 or abs(offset - self._offset) > 60.0:
+                self._renewed, self._offset = now, offset
+                self._host.renew(now)
+        except (HiveError, OSError) as error:
+            self._log.error("cannot look after the hive", why=reason_of(error))
+
+    # What the client reports:
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        go_on()
+
+    def on_connected(self) -> None:
+        self._log.info("hosting the hive", at=self._client.settings.address)
+
+    def on_disconnected(self, reason: str) -> None:
+        self._log.debug("no broker, trying again", why=reason)
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        """Who was invited says which password it will have; the topic says who that is."""
+        _, _, name = self._topics.place(delivery.topic) or ("", "", "")
+        hashed = delivery.payload[:KIB].decode(errors="replace")
+        if not hashed:
+            return  # only to see whether anybody is here
+        joined = self._host.accept(name, hashed, time.time())
+        if joined:
+            self._log.info("joined", node=name)
+        elif self._rate_limit.allow("request", self._loop.clock()):
+            self._log.warning("not invited", node=name)
+            self._look_after(time.time())  # it may have come too late
+
+
+def end_process(pid: int, lock: Path) -> None:
+    """End a process that holds a lock as long as it lives, and wait for that."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        until = time.monotonic() + BROKER_STOP
+        while is_locked(lock) and time.monotonic() < until:
+            time.sleep(0.02)
+        if not is_locked(lock):
+            return
+
+
+# -- who starts it --
+
+SYSTEMD_UNIT = """\
+# hive-host: Mosquitto for the hive that this user carries.  Written by hive-cli host.
+
+[Unit]
+Description=hive host: Mosquitto for a hive of several machines
+Before=hive-daemon.service
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+ExecStart=@COMMAND@
+ExecReload=kill -HUP $MAINPID
+@ENVIRONMENT@Restart=always
+RestartSec=5
+RestartPreventExitStatus=2
+KillMode=mixed
+TimeoutStopSec=30
+UMask=0077
+NoNewPrivileges=yes
+RestrictNamespaces=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictSUIDSGID=yes
+RestrictRealtime=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+SystemCallArchitectures=native
+
+[Install]
+WantedBy=default.target
+"""
+LAUNCHD_AGENT = """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<!-- ai.hive.host: Mosquitto for the hive that this user carries.  Written by hive-cli host. -->
+<plist version="1.0">
+<dict>
+  <key>Label</key>
+  <string>ai.hive.host</string>
+  <key>ProgramArguments</key>
+  <array>
+@COMMAND@
+  </array>
+  <key>RunAtLoad</key>
+  <true/>
+  <key>KeepAlive</key>
+  <true/>
+  <key>ThrottleInterval</key>
+  <integer>10</integer>
+  <key>Umask</key>
+  <integer>63</integer>
+  <key>StandardErrorPath</key>
+  <string>@LOG@</string>
+</dict>
+</plist>
+"""
+MAX_HOST_LOG = KIB * KIB  # bytes of the log beside it, at a start
+SUPERVISOR_TIMEOUT = 30.0  # seconds for each word to it
+
+
+def succeeds(*command: str) -> bool:
+    """Does a command of the system's end well, and in time?"""
+    import subprocess
+
+    no = subprocess.DEVNULL
+    try:
+        done = subprocess.run(command, stdin=no, stdout=no, stderr=no, timeout=SUPERVISOR_TIMEOUT)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return bool(done.returncode == 0)
+
+
+def systemd_unit(command: Sequence[str]) -> str:
+    """A user's unit that runs it (systemd.service(5), "COMMAND LINES")."""
+    escaped = (re.sub(r'(["\\])', r"\\\1", word) for word in command)
+    words = " ".join(f'"{word}"'.replace("%", "%%").replace("$", "$$") for word in escaped)
+    state = os.environ.get("XDG_STATE_HOME", "").replace("%", "%%")
+    environment = f'Environment="XDG_STATE_HOME={state}"\n' if state else ""
+    return SYSTEMD_UNIT.replace("@COMMAND@", words).replace("@ENVIRONMENT@", environment)
+
+
+def launchd_agent(command: Sequence[str], log: Path) -> str:
+    """A user's agent that runs it (launchd.plist(5))."""
+    from html import escape
+
+    words = "\n".join(f"    <string>{escape(word)}</string>" for word in command)
+    return LAUNCHD_AGENT.replace("@COMMAND@", words).replace("@LOG@", escape(str(log)))
+
+
+def start_supervised(host: Host, command: Sequence[str]) -> str:
+    """Start it so that it runs from now on, as well as that goes here; how."""
+    home, log = home_folder(), host.folder / "host.log"
+    if succeeds("systemctl", "--user", "show-environment"):
+        unit = home / ".config" / "systemd" / "user" / "hive-host.service"
+        write_privately({unit: systemd_unit(command)}, force=True)
+        manager = ("systemctl", "--user")
+        steps = (("daemon-reload",), ("enable", "hive-host"), ("restart", "hive-host"))
+        if all(succeeds(*manager, *step) for step in steps):
+            return "systemd keeps it running; loginctl enable-linger lets it outlive a logout"
+        raise HiveError(f"systemd does not start {unit}; see: systemctl --user status hive-host")
+    if sys.platform == "darwin":
+        agent, domain = (
+            home / "Library" / "LaunchAgents" / "ai.hive.host.plist",
+            f"gui/{os.getuid()}",
+        )
+        write_privately({agent: launchd_agent(command, log)}, force=True)
+        succeeds("launchctl", "bootout", f"{domain}/ai.hive.host")
+        if succeeds("launchctl", "bootstrap", domain, str(agent)):
+            return "launchd keeps it running"
+        raise HiveError(f"launchd does not start {agent}; see {log}")
+    start_detached(command, log)
+    return "in the background, as no systemd or launchd is here; after a reboot say this again"
+
+
+def start_detached(command: Sequence[str], log: Path) -> None:
+    """Start what outlives this command and its terminal."""
+    import subprocess
+
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as out:
+        if os.fstat(out.fileno()).st_size > MAX_HOST_LOG:
+            out.truncate(0)
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+# ---- Join: one line makes a machine a node of a hive ---------------------------------------
+#
+# The line that `hive-cli invite` prints, and what is done with it on the other machine.  Changes
+# nothing here before the broker has let us in with it.
+
+INVITATION_MARK = "hive1."
+MAX_INVITATION = 4 * KIB  # characters; a terminal's line has less
+DIAL_EACH = 3.0  # seconds for each address of the hive
+KICK_PATIENCE = 10.0  # seconds in which the host takes our password, and ends the old one's session
+NO_GOOD = "it was used, has ended, or was taken back; ask for another: hive-cli invite"
+
+
+def invitation_hosts(value: object) -> tuple[str, ...]:
+    """a list of host names or addresses"""
+    if not isinstance(value, list) or not 0 < len(value) <= 8:
+        raise ValueError
+    if not all(isinstance(one, str) and HOST_NAME.fullmatch(one) for one in value):
+        raise ValueError
+    return tuple(value)
+
+
+def hexadecimal(value: object) -> str:
+    """32 hexadecimal digits"""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{32}", value):
+        raise ValueError
+    return value
+
+
+def der_certificate(value: object) -> str:
+    """a certificate (DER, in base64)"""
+    import base64
+
+    if not isinstance(value, str) or not 0 < len(base64.b64decode(value, validate=True)) < 2 * KIB:
+        raise ValueError
+    return value
+
+
+def stated(check: Callable[[Any], Any], shown: bool = True) -> Any:
+    """One field of an invitation: what takes its value."""
+    return Field(check=check, shown=shown)
+
+
+class Invitation(Value):
+    """What a machine must know to join, and what it is called there."""
+
+    hosts: tuple[str, ...] = stated(invitation_hosts)
+    port: int = stated(port_number)
+    name: str = stated(node_name)
+    password: str = stated(hexadecimal, shown=False)
+    ca: str = stated(der_certificate)
+    prefix: str = stated(topic_prefix)
+    until: int = stated(timestamp)
+
+    def line(self) -> str:
+        """It as one line, with a sum that shows whether it is whole."""
+        import base64
+
+        document = encode_json(vars(self))
+        summed = encode_json({**vars(self), "sum": self._sum(document)})
+        return INVITATION_MARK + base64.urlsafe_b64encode(summed).decode().rstrip("=")
+
+    @staticmethod
+    def _sum(document: bytes) -> int:
+        import zlib
+
+        return zlib.crc32(document)
+
+    @classmethod
+    def parse(cls, said: str) -> Invitation:
+        """Read the line, however it was wrapped; raises UsageError."""
+        import base64
+
+        line = "".join(said.split())
+        if not line.startswith(INVITATION_MARK) or len(line) > MAX_INVITATION:
+            raise UsageError(f"this is no invitation; it is one line: {INVITATION_MARK}…")
+        try:
+            code = line.removeprefix(INVITATION_MARK)
+            document = read_json_object(base64.urlsafe_b64decode(code + "=" * (-len(code) % 4)))
+            found = {**(document or {})}
+            checked = found.pop("sum", None) == cls._sum(encode_json(found))
+            one = cls(**{name: f.check(found[name]) for name, f in cls.FIELDS.items()})
+        except (ValueError, KeyError, TypeError):
+            checked = False
+        if not checked:
+            raise UsageError("the invitation is cut or mistyped; copy the whole line again")
+        return one
+
+    def settings(self, host: str, ca_file: Path) -> MqttConfig:
+        """How to connect with it."""
+        return MqttConfig(
+            host=host,
+            port=self.port,
+            username=self.name,
+            password=self.password,
+            tls=True,
+            ca_file=ca_file,
+            senders="checked",
+        )
+
+    def authority(self) -> str:
+        """Who signs the broker's certificate, as PEM."""
+        import base64
+        import ssl
+
+        return ssl.DER_cert_to_PEM_cert(base64.b64decode(self.ca))
+
+
+def make_invitation(host: Host, name: str, now: float) -> Invitation:
+    """Invite a node: it may come in from now on, for an hour; raises HiveError."""
+    import base64
+    import ssl
+
+    settings = host.needed_settings()
+    ca = base64.b64encode(ssl.PEM_cert_to_DER_cert(host.authority.read_text())).decode()
+    hosts = (*settings.names, *([] if settings.everywhere else [settings.listen]))
+    if host.broker_pid() is None:
+        raise BrokerError(f"the broker of this hive does not run; start it: {HOST_AGAIN}")
+    password = host.invite(name, now)
+    host.reload()
+    hosts, until = tuple(dict.fromkeys(hosts)), int(now + INVITATION)
+    return Invitation(hosts, settings.port, name, password, ca, settings.prefix, until)
+
+
+def first_reachable(hosts: Sequence[str], port: int) -> str:
+    """The first of them where something listens; raises BrokerError."""
+    why = []
+    for host in hosts:
+        try:
+            socket.create_connection((host, port), DIAL_EACH).close()
+            return host
+        except OSError as error:
+            why.append(f"{host}:{port}: {reason_of(error)}")
+    hint = "does it run there (hive-cli host), and is no firewall in between?"
+    raise BrokerError(f"the hive is not reached: {', '.join(why)}; {hint}")
+
+
+class JoinRequest:
+    """One connection with an invitation's password, and one word to the host on it."""
+
+    def __init__(self, settings: MqttConfig, prefix: str) -> None:
+        self._settings = settings
+        self._topic = Topics(prefix, settings.username or "").to(HOST_USER, "command")
+        self._payload = b""
+        self._answer: int | None = None  # the broker's reason code
+        self._words = self._lost = ""
+        self._connected = False
+
+    def ask(self, payload: bytes) -> None:
+        """Say it, and wait until that ends the session, as a new password does.
+
+        An empty one only asks whether we would be heard.  Raises BrokerError.
+        """
+        loop, self._payload = Loop(Log("error")), payload
+        self._answer, self._lost, self._connected = None, "", False
+        with contextlib.closing(loop):
+            self._client = MqttClient(loop, self._settings)
+            self._client.open(self)
+            step_until(loop, PATIENCE, lambda: self._lost or self._answer is not None)
+            if self._answer is None:
+                raise self._fault()
+            if self._answer == NO_SUBSCRIBERS:
+                hint = f"is there, and nobody who lets nodes in; on that machine: {HOST_AGAIN}"
+                raise BrokerError(f"broker {self._settings.address} {hint}")
+            if is_failure(self._answer):
+                raise broker_fault(self._settings, f"refuses a word to its host: {self._words}")
+            if payload:
+                step_until(loop, KICK_PATIENCE, lambda: self._lost)
+            self._client.close(do_nothing, within=0.0)
+
+    def _fault(self) -> BrokerError:
+        if "not authorized" in self._lost and not self._connected:
+            return BrokerError(f"{self._settings.address} refuses the invitation: {NO_GOOD}")
+        if "certificate" in self._lost:
+            why = re.search(r"verify failed: ([^(]*)", self._lost)
+            what = f"{self._settings.address} is not believed: {why[1].strip() if why else ''}"
+            clock = "yet valid" in what or "expired" in what
+            hint = "is a clock wrong, here or there?" if clock else "is it another machine?"
+            return BrokerError(f"{what}; {hint}")
+        return broker_fault(self._settings, self._lost or f"no answer in {PATIENCE:.0f} s")
+
+    # What the client reports:
+
+    def before_connecting(self, go_on: Callable[[], None]) -> None:
+        if not self._lost:
+            go_on()
+
+    def on_connected(self) -> None:
+        self._connected = True
+        asked = OutgoingMessage(self._topic, self._payload, done=self._answered)
+        self._client.publish(asked)
+
+    def on_disconnected(self, reason: str) -> None:
+        self._lost = reason
+
+    def deliver(self, delivery: IncomingMessage) -> None:
+        pass
+
+    def _answered(self, code: int, words: str) -> None:
+        self._answer, self._words = code, words.lower()
+
+
+def step_until(loop: Loop, within: float, done: Callable[[], object]) -> None:
+    """Let a loop go on until something is done, for so many seconds at most."""
+    timer = loop.after(within, do_nothing)
+    while not done() and loop.clock() < timer.due:
+        loop.step()
+    timer.cancel()
+
+
+def joined_files(invitation: Invitation, host: str, file: Path, password: str) -> dict[Path, str]:
+    """What is to be written beside hive.toml, and what hive.toml says; raises ConfigError."""
+    stem = "" if file.name == os.path.basename(USER_CONFIG) else f"{file.stem}-"
+    names = (f"{stem}mqtt-password", f"{stem}mqtt-ca.pem")
+    said = {
+        "node.id": invitation.name,
+        "node.topic_prefix": invitation.prefix,
+        **broker_keys(host, invitation.port, invitation.name),
+        "mqtt.password_file": names[0],
+        "mqtt.ca_file": names[1],
+    }
+    beside = [file.parent / name for name in names]
+    contents = (f"{password}\n", invitation.authority(), configured(file, said))
+    return dict(zip((*beside, file), contents, strict=True))
+
+
+def broker_keys(host: str, port: int, user: str) -> dict[str, Any]:
+    """What hive.toml says of a hive that was made by `host`."""
+    said = {"host": host, "port": port, "username": user, "tls": True, "senders": "checked"}
+    others = dict.fromkeys(("password", "cert_file", "key_file"))  # are of no use there
+    return {f"mqtt.{key}": value for key, value in {**said, **others}.items()}
 
 
 # ---- Commands: one function for each subcommand ------------------------------------------
@@ -12745,7 +13870,12 @@ def command_roster(args: argparse.Namespace) -> int:
 )
 def command_forget(args: argparse.Namespace) -> int:
     """Remove a node that will not come back from every view, with all that it left behind."""
-    removed = NodeRemoval(config_of(args), args.name).remove()
+    config = config_of(args)
+    host = Host(config.state_dir)
+    carried = config.checked and host.settings() is not None
+    if carried:
+        config = host_config(config, host.login(HOST_USER))
+    removed = NodeRemoval(config, args.name, as_host=carried).remove()
     print(f"forgotten: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     return Exit.DONE
 
@@ -12918,7 +14048,7 @@ def command_init(args: argparse.Namespace) -> int:
     broker = said.get("mqtt.host") or "this machine alone"
     print(f"wrote {file}: node {said['node.id']}, broker: {broker}", end="")
     print(f", agents: {', '.join(one['name'] for one in agents) or 'none'}")
-    print(next_commands(file), end="")
+    print(next_commands(file, "doctor", "daemon"), end="")
     return Exit.DONE
 
 
@@ -12937,7 +14067,7 @@ def said_by_options(args: argparse.Namespace, ask: Prompt) -> dict[str, Any]:
     return {k: Path(os.path.abspath(v)) if isinstance(v, Path) else v for k, v in said.items()}
 
 
-def next_commands(file: Path) -> str:
+def next_commands(file: Path, *commands: str) -> str:
     """What to do next, so that it can be copied; `file` is named where it would not be found."""
     import shlex
     import shutil
@@ -12950,7 +14080,8 @@ def next_commands(file: Path) -> str:
         found = find_config(None)
     known = found is not None and found.resolve() == file.resolve()
     named = "" if known else f" --config {shlex.quote(str(file))}"
-    return f"next: {me} doctor{named}\n      {me} daemon{named}\n"
+    lines = [f"{me} {command}{named}\n" for command in commands]
+    return "next: " + "      ".join(lines)
 
 
 @subcommand(AS_JSON, examples="hive.py doctor && hive.py daemon")
@@ -13019,6 +14150,377 @@ def run_broker(config: Config) -> None:
         hosted.start()
         print(f"broker listens on {hosted.places}", flush=True)
         loop.run()
+
+
+START_PATIENCE = 15.0  # seconds until Mosquitto lets us in
+EMBEDDED_PATIENCE = 30.0  # seconds to fetch what the embedded broker has
+
+
+@subcommand(
+    option("--listen", type=host_address, metavar="ADDRESS", help="this machine's address there"),
+    option(
+        "--name",
+        action="append",
+        type=host_address,
+        metavar="NAME",
+        help="what peers call this machine, if not that address; may be repeated",
+    ),
+    option("--foreground", action="store_true", help="only keep Mosquitto running, until SIGTERM"),
+    examples="""hive.py host --listen 192.168.1.5
+hive.py host --listen 0.0.0.0 --name alpha.lan --name 192.168.1.5
+hive.py host                # again: harmless; renews the certificate, starts what does not run""",
+)
+def command_host(args: argparse.Namespace) -> int:
+    """Carry a hive of several machines: set up Mosquitto here, run it, move this node there."""
+    if args.foreground:
+        start_again()
+    port = vars(args).pop("mqtt.port", None)
+    if overrides_of(args).get("mqtt.host"):
+        raise UsageError("host: it is itself the broker; say --listen, and --name")
+    file = config_place(args)
+    new = named_config(args) and not file.exists()
+    config = make_config({}, None, overrides_of(args)) if new else config_of(args)
+    file = Path(config.file or file)
+    host = Host(config.state_dir)
+    before = host.settings()
+    settings = host_settings(before, config, args, port)
+    if config.mqtt.named and config.mqtt.ca_file != host.authority:
+        where = f"this node's broker is {config.mqtt.address}"
+        raise UsageError(f"{file}: {where}; take [mqtt] out, or name another --config, to host one")
+    need_program("mosquitto")
+    if host.broker_pid() is None or not before or before.port != settings.port:
+        check_address(settings)
+    changed = host.prepare(settings, config.node.id, time.time())
+    if args.foreground:
+        return serve_hive(host, config)
+    start_service(host, file, config, changed)
+    move_over(host, file, config, settings)
+    code = show_tests(file)
+    print(next_commands(file, "daemon", "invite NAME"), end="")
+    return code
+
+
+def host_settings(
+    before: HostSettings | None, config: Config, args: argparse.Namespace, port: int | None
+) -> HostSettings:
+    """What is said now, else what was said before; raises UsageError."""
+    listen = args.listen or (before.listen if before else "")
+    if not listen:
+        what = "the address where the other machines reach this one"
+        raise UsageError(f"host: say {what}: --listen 192.168.1.5")
+    names = tuple(args.name or (before.names if before and not args.listen else ()))
+    number = port or (before.port if before else TLS_PORT)
+    found = HostSettings(listen, number, names, config.topics.prefix)
+    if before and before.prefix != found.prefix:
+        raise UsageError(f"host: this node carries a hive whose prefix is {before.prefix} already")
+    if found.everywhere and not names:
+        if is_address(listen):
+            raise UsageError(f"--listen {listen}: how do peers reach it?  say --name too")
+        found = found.replace(names=(listen,))
+    return found
+
+
+def check_address(settings: HostSettings) -> None:
+    """Can anything listen there?  Raises HiveError."""
+    where = "" if settings.everywhere else settings.listen
+    family = socket.AF_INET6 if ":" in where else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((where, settings.port))
+    except OSError as error:
+        hint = {
+            errno.EADDRINUSE: "another program listens there; take another --port",
+            errno.EADDRNOTAVAIL: "this machine has no such address; see: ip address",
+            errno.EACCES: "ports below 1024 are root's; take another --port",
+        }.get(error.errno or 0, "")
+        address = f"{where or '*'}:{settings.port}"
+        raise HiveError(f"{address}: {reason_of(error)}" + (f"; {hint}" if hint else "")) from None
+
+
+def serve_hive(host: Host, config: Config) -> int:
+    """Keep Mosquitto running until SIGTERM or Ctrl-C."""
+    log = Log(config.logging.level, config.logging.format)
+    loop = Loop(log)
+    with log.never_wait(), contextlib.ExitStack() as ending:
+        ending.callback(loop.close)
+        service = HostService(host, loop, log)
+        ending.callback(service.close)
+        service.start()
+        loop.run()
+    return Exit.DONE
+
+
+def start_service(host: Host, file: Path, config: Config, changed: bool) -> None:
+    """Have the hive hosted from now on, and say how; raises HiveError where it does not come up."""
+    place = f"{host.needed_settings().own}:{host.needed_settings().port}"
+    if pid := host.service_pid():
+        if changed:
+            os.kill(pid, signal.SIGHUP)
+        how = "runs already" + (", and reads its configuration anew" if changed else "")
+    else:
+        how = start_supervised(host, host_command(file, config))
+    mqtt = host.login(config.node.id)
+    until = time.monotonic() + START_PATIENCE
+    while True:
+        try:
+            JoinRequest(mqtt, config.topics.prefix).ask(b"")
+            break
+        except BrokerError as error:
+            if time.monotonic() > until:
+                raise BrokerError(f"{error}; see also {host.folder}/host.log") from None
+        time.sleep(0.05)
+    print(f"Mosquitto listens at {place}: {how}")
+
+
+def host_command(file: Path, config: Config) -> list[str]:
+    """What keeps Mosquitto running, whoever starts it and wherever."""
+    whose = ["--config", str(file), "--node", config.node.id, "--prefix", config.topics.prefix]
+    return [sys.executable, str(own_file()), "host", "--foreground", *whose]
+
+
+def lets_in(mqtt: MqttConfig) -> bool:
+    """Does the broker take us as this user?"""
+    taken: list[bool] = []
+    loop = Loop(Log("error"))
+    with contextlib.closing(loop):
+        ConnectionProbe(loop, mqtt, taken.append)
+        step_until(loop, PROBE_TIMEOUT + 1.0, lambda: taken)
+    return taken == [True]
+
+
+def move_over(host: Host, file: Path, config: Config, settings: HostSettings) -> None:
+    """From now on this machine's own node uses the hive that it carries."""
+    said = {
+        "node.id": config.node.id,
+        "node.topic_prefix": config.topics.prefix,
+        **broker_keys(settings.own, settings.port, config.node.id),
+        "mqtt.password_file": host.password_file(config.node.id),
+        "mqtt.ca_file": host.authority,
+    }
+    text = configured(file, said)
+    if file.exists() and file.read_text() == text:
+        return
+    empty_embedded(config, file)
+    write_privately({file: text}, force=True)
+    print(f"wrote {file}: node {config.node.id}, broker {settings.own}:{settings.port}")
+    if is_locked(config.state_dir / "lock"):
+        restart_daemon(config)
+
+
+def restart_daemon(config: Config) -> None:
+    """A daemon that runs meets the others where they were before; what it has to send it keeps."""
+    job = f"gui/{os.getuid()}/ai.hive.daemon"
+    ways = {"systemd": ("systemctl", "--user", "try-restart", "hive-daemon")}
+    if succeeds("systemctl", "--user", "is-active", "--quiet", "hive-daemon"):
+        done = succeeds(*ways["systemd"])
+    else:
+        done = sys.platform == "darwin" and succeeds("launchctl", "kickstart", "-k", job)
+    note = "restarted" if done else "restart it: it is still where the others were before"
+    print(f"the daemon of {config.node.id} runs; {note}")
+
+
+def waiting_at_embedded(config: Config) -> int:
+    """How many messages the embedded broker keeps for this node."""
+    import sqlite3
+
+    file = broker_home(config.broker) / "broker.sqlite3"
+    own = "SELECT n FROM session_states WHERE client = ?"
+    question = f"SELECT count(*) FROM queued_messages WHERE session IN ({own})"
+    if not file.exists():
+        return 0
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+            return int(database.execute(question, (session_id(config),)).fetchone()[0])
+    except sqlite3.Error:
+        return 0  # a file of before, or damaged: the daemon says so
+
+
+def empty_embedded(config: Config, file: Path) -> None:
+    """What the embedded broker has for this node, its daemon fetches into its journal before.
+
+    A daemon that runs has it already.  Raises HiveError where that does not come to an end.
+    """
+    import subprocess
+
+    waiting = waiting_at_embedded(config)
+    if not waiting or is_locked(config.state_dir / "lock"):
+        return
+    named = ["--config", str(file)] if file.exists() else []
+    command = [sys.executable, str(own_file()), "daemon", *named, "--node", config.node.id]
+    command += ["--prefix", config.topics.prefix]
+    no = subprocess.DEVNULL
+    daemon = subprocess.Popen(command, stdin=no, stdout=no, stderr=no)
+    until = time.monotonic() + EMBEDDED_PATIENCE
+    try:
+        while (left := waiting_at_embedded(config)) and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        daemon.terminate()
+        daemon.wait()
+    if left:
+        raise HiveError(f"{left} messages still wait at the embedded broker; start the daemon once")
+    print(f"fetched {waiting} messages that waited at the embedded broker")
+
+
+def show_tests(file: Path) -> int:
+    """Test the broker as doctor does, and print that; the exit code."""
+    shown = ("config", "broker", "subscribe", "publish", "receive", "clock", "nodes")
+    failed = False
+    for check, finding in examine(partial(load_config, str(file)), time.monotonic()):
+        if check in shown:
+            failed |= finding.level is Level.FAIL
+            print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
+    return Exit.REFUSED if failed else Exit.DONE
+
+
+NODE_NAME = option("name", type=node_name, metavar="NAME", help="the node's name")
+
+
+@subcommand(
+    NODE_NAME,
+    examples="""hive.py invite mini
+hive.py invite mini | ssh mini python3 hive join -""",
+)
+def command_invite(args: argparse.Namespace) -> int:
+    """Let a machine join the hive that this one carries: print a line, good for an hour."""
+    config = config_of(args)
+    invitation = make_invitation(Host(config.state_dir), args.name, time.time())
+    print(invitation.line(), flush=True)
+    until = time.strftime("%H:%M", time.localtime(invitation.until))
+    for note in (
+        f"This line is a secret: whoever has it first joins as {args.name}. It is good once, until",
+        f"{until}. On that machine: python3 hive join - (and paste it), then: python3 hive daemon",
+    ):
+        print(note, file=sys.stderr)
+    return Exit.DONE
+
+
+@subcommand(
+    option("line", metavar="LINE", help="what hive-cli invite printed; - asks for it, or reads it"),
+    option("--force", action="store_true", help="replace a broker that hive.toml names already"),
+    examples="""hive.py join -
+hive.py join hive1.eyJob3N0cyI6WyIxOTIuMTY4...""",
+)
+def command_join(args: argparse.Namespace) -> int:
+    """Make this machine a node of a hive, with the line that `hive-cli invite` printed there."""
+    load_paho()
+    file = config_place(args)
+    refuse_to_join(file, args.force)
+    invitation = Invitation.parse(invitation_line(args.line))
+    host = first_reachable(invitation.hosts, invitation.port)
+    pending = file.with_name(f"{file.name}.joining")
+    with invited_settings(invitation, host) as mqtt:
+        password = new_secret_at(mqtt, invitation.prefix, pending)
+    files = joined_files(invitation, host, file, password)
+    replaced = file.exists()
+    if replaced:
+        files = {file.with_name(f"{file.name}.before-join"): file.read_text(), **files}
+    write_privately(files, force=True)
+    pending.unlink(missing_ok=True)
+    kept = f"; what was there is in {file.name}.before-join" if replaced else ""
+    print(f"wrote {file}: node {invitation.name}, broker {host}:{invitation.port}{kept}")
+    code = show_tests(file)
+    print(next_commands(file, "daemon"), end="")
+    return code
+
+
+def new_secret_at(invited: MqttConfig, prefix: str, pending: Path) -> str:
+    """Have the host take a password of ours; it is in a file before, lest a crash lose it."""
+    with contextlib.suppress(FileNotFoundError):
+        password = pending.read_text().strip()
+        if lets_in(invited.replace(password=password)):
+            return password  # we had joined, and were interrupted
+    request = JoinRequest(invited, prefix)
+    request.ask(b"")
+    password = new_password()
+    write_privately({pending: f"{password}\n"}, force=True)
+    request.ask(password_hash(password, os.urandom(12)).encode())
+    if not lets_in(invited.replace(password=password)):
+        raise BrokerError(f"{invited.address} does not take the invitation: {NO_GOOD}")
+    return password
+
+
+def refuse_to_join(file: Path, force: bool) -> None:
+    """Raise HiveError where a node is configured for another hive."""
+    if not file.exists():
+        refuse_to_write(file, force)
+        return
+    refuse_to_write(file, force=True)
+    try:
+        mqtt = load_config(str(file)).mqtt
+    except ConfigError:
+        if not force:
+            raise
+        return
+    if mqtt.named and not force:
+        already = f"{file}: this node's broker is {mqtt.address} already, and stays as it is"
+        raise HiveError(f"{already}; --force replaces it, hive-cli doctor tells how it is")
+
+
+@contextlib.contextmanager
+def invited_settings(invitation: Invitation, host: str) -> Iterator[MqttConfig]:
+    """How to connect with an invitation; the authority's certificate is in a file meanwhile."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="hive-join-") as folder:
+        ca_file = Path(folder, "ca.pem")
+        ca_file.write_text(invitation.authority())
+        yield invitation.settings(host, ca_file)
+
+
+def invitation_line(said: str) -> str:
+    """The line itself; for `-` from stdin, where a terminal does not show it."""
+    if said != "-":
+        return said
+    if sys.stdin.isatty():
+        import getpass
+
+        with contextlib.suppress(EOFError):
+            return getpass.getpass("The line that hive-cli invite printed (not shown): ")
+        return ""
+    return read_stdin(MAX_INVITATION).decode(errors="replace")
+
+
+@subcommand(NODE_NAME, examples="hive.py expel old-laptop")
+def command_expel(args: argparse.Namespace) -> int:
+    """Put a node out of the hive that this machine carries: at once, with all that it left."""
+    config = config_of(args)
+    host = Host(config.state_dir)
+    mqtt, me = host.login(HOST_USER), config.node.id
+    if args.name == me:
+        raise UsageError(f"{me} is this machine's own node, which carries the hive")
+    was_member = host.expel(args.name)
+    if not host.reload():
+        out = f"{args.name} has no password any more" if was_member else "nothing is changed"
+        raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")
+    removed = NodeRemoval(host_config(config, mqtt), args.name, True, expelled=True).remove()
+    if not was_member and not removed:
+        there = ", ".join(name for name in host.members() if name != HOST_USER)
+        raise HiveError(f"{args.name} is not in this hive; there are: {there}")
+    print(f"expelled: {args.name} ({removed} document{'' if removed == 1 else 's'})")
+    text = f"{args.name} was expelled from this hive by {me}"
+    told = Envelope.new(me, EVERYONE, "status", text, urgency="later")
+    request = {"do": "send", "envelope": told.document(), "wait": False}
+    control, _ = ask_or_bypass(config, request, "queued", False)
+    control.close()
+    return Exit.DONE
+
+
+def host_config(config: Config, mqtt: MqttConfig) -> Config:
+    """What commands are to the broker that may remove what others left."""
+    return config.replace(mqtt=mqtt, node=config.node.replace(id=HOST_USER))
+
+
+def named_config(args: argparse.Namespace) -> str | None:
+    """What somebody said that it is."""
+    return getattr(args, "config", None) or os.environ.get("HIVE_CONFIG")
+
+
+def config_place(args: argparse.Namespace) -> Path:
+    """The hive.toml that is meant, whether it is there or not."""
+    place = named_config(args) or find_config(None) or USER_CONFIG
+    return Path(os.path.abspath(expand_home(str(place))))
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------

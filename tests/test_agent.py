@@ -941,6 +941,36 @@ def test_what_may_have_been_told_stays_uncertain_when_the_next_try_fails_for_cer
     assert stand_in.uncertain == [["a"], ["a"]]
 
 
+@given(st.lists(st.sampled_from("abcd"), max_size=30))
+def test_in_a_line_each_has_a_place_behind_as_many_of_others_as_of_its_own(said: list[str]) -> None:
+    line: list[str] = []
+    for sender in said:
+        line.insert(hive.fair_place(line, sender), sender)
+    assert sorted(line) == sorted(said)
+    rounds = [line[:place].count(one) for place, one in enumerate(line)]
+    assert rounds == sorted(rounds)
+
+
+def test_a_flood_of_one_sender_takes_no_place_from_another(
+    loop: hive.Loop, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_AGENT_QUEUE", 10)
+    stand_in.set("hang")
+
+    def wake(sender: str, ids: Sequence[str], ch: str = "command") -> None:
+        for id in ids:
+            one = hive.Envelope.new(sender, "beta", ch, "x", id=id)
+            stand_in.agent.wake(hive.PendingEvent(one, True, 1e9))
+
+    wake("gamma", ["g-0", "g-1"])
+    wake("flood", [f"f-{i}" for i in range(50)])
+    wake("delta", ["d-0"])
+    wake("delta", ["d-alert"], "alert")
+    waiting = [one.envelope.id for one in stand_in.agent._waiting]
+    assert waiting[:3] == ["d-alert", "g-1", "d-0"], waiting
+    assert {id[0] for id, _ in stand_in.given_up} == {"f"}
+
+
 def test_what_grows_stale_between_two_tries_has_failed_and_is_given_up(
     loop: hive.Loop, clock: Clock, stand_in: StandIn
 ) -> None:

@@ -419,6 +419,52 @@ def test_sessions_subscriptions_and_connections_are_bounded(
     client.quiet()
 
 
+def test_strangers_on_the_tcp_port_take_no_place_from_the_owner(
+    hosted_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_CLIENT_CONNECTIONS", 20)
+    monkeypatch.setattr(hive, "MAX_SESSIONS", 10)
+    monkeypatch.setattr(hive, "MAX_RETAINED", 10)
+    port = free_port()
+    hosted = hosted_of(listen=f"127.0.0.1:{port}", anonymous=True)
+    crowd = [hosted.client(where=port) for _ in range(30)]
+    crowd[-1].ended()
+    hosted.connected("owner").publish("a")
+    for stranger in crowd:
+        stranger.close()
+    eventually("they are gone", lambda: len(hosted.broker.connections) == 1)
+    refused = 0
+    for number in range(12):
+        stranger = hosted.client(where=port)
+        refused += stranger.connect(f"s-{number}", **KEPT).reason == ReasonCode.QUOTA_EXCEEDED
+        hosted.drop(stranger)
+    assert refused == 4, "of ten nine are for strangers, but the owner has one of them already"
+    owner = hosted.connected("the-owner", **KEPT)
+    stranger = hosted.client(where=port)
+    stranger.connect("s-0", **KEPT)
+    said = [stranger.publish(f"r/{number}", retain=True) for number in range(10)]
+    assert said.count(ReasonCode.QUOTA_EXCEEDED) == 1
+    assert owner.publish("r/owner", retain=True) == ReasonCode.NO_MATCHING_SUBSCRIBERS
+
+
+def test_half_packets_of_strangers_take_no_memory_from_the_owner(
+    hosted_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_BUFFERED", 1_000_000)
+    port = free_port()
+    hosted = hosted_of(listen=f"127.0.0.1:{port}", anonymous=True)
+    head = bytes([0x10, 0x80, 0x80, 0x40])  # CONNECT, a megabyte of it
+    strangers = [hosted.client(where=port) for _ in range(5)]
+    for stranger in strangers:
+        stranger.send(head + b"x" * 300_000)
+    strangers[-1].ended()
+    eventually("room is left", lambda: hosted.broker.buffered.size <= 900_000)
+    owner = hosted.connected("owner")
+    owner.subscribe("a")
+    assert owner.publish("a", b"x" * 50_000) == 0
+    assert owner.receive().payload == b"x" * 50_000
+
+
 # Clients that mean it harm.
 
 

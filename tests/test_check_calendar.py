@@ -624,10 +624,10 @@ def test_a_server_may_name_another_of_its_domain(one: str, other: str, same: boo
 
 
 def test_http_is_refused_for_any_other_machine(watch: Watch) -> None:
-    watch.add('caldav = "http://dav.example.org/"')
+    watch.add('ics = "http://dav.example.org/secret.ics"')
     done = watch.run()
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "not an https address" in done.stderr
+    assert "not an https or webcal address" in done.stderr and "secret" not in done.stderr
 
 
 MULTISTATUS = """<?xml version="1.0"?><d:multistatus xmlns:d="DAV:"
@@ -668,6 +668,15 @@ def test_what_is_no_caldav_is_one_line(watch: Watch, feed: Feed) -> None:
     for content, problem in NO_CALDAV:
         feed.serve(content, 207)
         assert watch.trouble().startswith(problem)
+
+
+@pytest.mark.parametrize(
+    "href", ["http://[", "//[x]/", "https://ü:x/", "file:///etc/passwd", " ", "?"]
+)
+def test_an_address_that_is_none_is_one_line(watch: Watch, feed: Feed, href: str) -> None:
+    feed.serve(MULTISTATUS.format(COLLECTION.replace("/c.ics", href)).encode(), 207)
+    watch.add(f'caldav = "{feed.url}"')
+    assert "fault" not in str(watch.look()["problems"])
 
 
 def test_an_answer_that_is_cut_short_cancels_nothing(watch: Watch, feed: Feed) -> None:
@@ -926,7 +935,7 @@ def test_a_calendar_is_in_one_place_and_has_a_password() -> None:
         ('ics = "a"\ncaldav = "https://b/"', "calendar[0].caldav: either this or ics"),
         ('ics = "https://b/"\nuser = "c"', "calendar[0].user: password_file or password_command"),
         ('ics = "a"\nurl = "b"', "calendar[0].url: no such key; did you mean user?"),
-        ('caldav = "ftp://b/"', "calendar[0].caldav = 'ftp://b/': not an https address"),
+        ('caldav = "ftp://b/"', "calendar[0].caldav = 'ftp://...': not an https address"),
     ):
         with pytest.raises(check.kit.Wrong, match="^" + re.escape(problem)):
             check.kit.make_config(check.SENTINEL, tomllib.loads(one + lines), Path("/"))

@@ -522,7 +522,8 @@ def test_a_wrong_password_is_told_once_and_not_tried_again_and_again(
         '"[AUTHENTICATIONFAILED] Authentication failed."; Gmail, iCloud, Fastmail'
     )
     assert "wrong" not in runs[0]["stderr"]
-    assert [one["exit"] for one in runs] == [1, 1, 1, 0]  # the fourth leaves it alone
+    assert [one["exit"] for one in runs] == [1] * 4
+    assert re.search(r"work: left alone until \d\d:\d\d: localhost: does not", runs[3]["stderr"])
     asked = mail.asked()
     assert asked["exit"] == 1  # but whoever asks is told how it is now
     kept = json.loads(mail.state.read_text())
@@ -814,14 +815,13 @@ def test_a_server_that_keeps_silent_does_not_hold_us(
 def test_one_that_wants_to_be_left_alone_is(
     double_of: Callable[..., tuple[Double, Mail]],
 ) -> None:
-    double, mail = double_of(STATUS=f"{{tag}} NO {THROTTLED}\r\n")
-    mail.write(mail.config.read_text())
-    double.script["STATUS"] = f"{{tag}} BAD {THROTTLED}\r\n* BYE Connection closed. 14\r\n"
+    double, mail = double_of(STATUS=f"{{tag}} BAD {THROTTLED}\r\n* BYE Connection closed. 14\r\n")
     assert mail.scheduled()["exit"] == 1
     heard = len(double.heard)
     for _ in range(3):
         said = mail.scheduled()
-        assert (said["exit"], said["news"]) == (0, False)
+        assert (said["exit"], said["news"]) == (1, False)
+        assert "work: left alone until " in said["stderr"]
     assert len(double.heard) == heard
 
 

@@ -537,6 +537,8 @@ handler_dir = "HERE/hive-daemon.d"
 handler_timeout = 30.0
 handler_workers = 4
 agent_patience = 3600.0
+sender_rate = 100
+sender_burst = 20000
 state_dir = "HOME/.local/state/hive/box"
 [mqtt]
 keepalive = 30
@@ -611,6 +613,8 @@ def test_what_nobody_set_is_as_it_always_was(place: Path) -> None:
         ("schedule.at", "23:59:58", "23:59"),
         ("schedule.jitter", "0", 0.0),
         ("schedule.jitter", "'30s'", 30.0),
+        ("schedule.failures", "3", 3),
+        ("schedule.notify", "'output'", "output"),
         ("oc_instances.command", "['a', 'b']", ["a", "b"]),
         ("oc_instances.hook_url", "'https://a:1/b'", "https://a:1/b"),
     ],
@@ -618,7 +622,7 @@ def test_what_nobody_set_is_as_it_always_was(place: Path) -> None:
 def test_a_value_means_what_it_says(key: str, said: str, value: object) -> None:
     table, _, name = key.partition(".")
     rest = {"schedule": "action = 'x'\n", "oc_instances": "name = 'x'\n"}.get(table, "")
-    if table == "schedule" and name == "jitter":
+    if table == "schedule" and name not in ("every", "at"):
         rest += "every = 60\n"
     header = f"[[{table}]]" if rest else f"[{table}]"
     shown = tomllib.loads(effective_config(load(f"{header}\n{rest}{name} = {said}")))[table]
@@ -633,6 +637,7 @@ def test_a_value_means_what_it_says(key: str, said: str, value: object) -> None:
         ("at", "'24:00' '7:30' '07:60' '0730' 7 ''"),
         ("jitter", "-1 0.5 '0s' false 31622401"),
         ("notify", "'sometimes' true"),
+        ("failures", "0 -1 1.5 true 'x'"),
         ("text", "'' 1"),
     ],
 )
@@ -654,6 +659,7 @@ def test_a_schedule_is_held_to_its_kinds(key: str, bad: str) -> None:
         ("oc_instances.agent_timeout", "0 -1"),
         ("mqtt.username", '1 "\\u0000"'),
         ("node.agent_patience", "0 31622401"),
+        ("node.sender_rate", "0 1000001 1.5"),
     ],
 )
 def test_more_values_are_held_to_their_kinds(key: str, bad: str) -> None:

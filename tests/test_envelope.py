@@ -447,11 +447,13 @@ def test_no_other_topic_is_taken_for_a_meta_topic(topic: str) -> None:
 
 
 def test_no_daemon_hears_what_a_command_line_asks_for_itself() -> None:
-    topics = Topics("hive")
-    topic = topics.private("beta", "token")
-    assert topic.startswith("hive/beta/")
-    assert not any(topic_matches_sub(topics.to(name), topic) for name in ("beta", "all", "+"))
-    assert not topic_matches_sub(topics.meta("+", "+"), topic)
+    for topics in (Topics("hive"), Topics("hive", "beta")):
+        topic = topics.private("beta", "token")
+        assert topic.startswith("hive/beta/response/")
+        assert not topic_matches_sub("hive/+/+", topic)
+        assert not topic_matches_sub(topics.meta("+", "+"), topic)
+        heard = [one for one in topics.for_node(["beta"]) if topic_matches_sub(one, topic)]
+        assert not heard or (topics.place(topic) or "")[2].startswith("~")  # then it is passed over
 
 
 @pytest.mark.parametrize("prefix", ["hive", "a/b/c", "Attic-2", "x" * 200])

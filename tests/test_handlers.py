@@ -522,8 +522,8 @@ def test_any_result_fits_into_an_envelope_and_a_document(result: hive.ProcessRes
 # Which runs next
 
 
-def run_of(action: str, number: int = 0) -> hive.HandlerRun:
-    envelope = hive.Envelope.new("alpha", "beta", "command", "go", id=f"{action}-{number}")
+def run_of(action: str, number: int = 0, sender: str = "alpha") -> hive.HandlerRun:
+    envelope = hive.Envelope.new(sender, "beta", "command", "go", id=f"{action}-{number}")
     return hive.HandlerRun(envelope, action)
 
 
@@ -535,7 +535,7 @@ def taken(queue: hive.HandlerQueue) -> list[str]:
 def test_handlers_run_in_order() -> None:
     queue = hive.HandlerQueue(workers=10, workers_of=lambda action: 10)
     for i in range(5):
-        assert queue.put(run_of("a", i))
+        assert queue.put(run_of("a", i)) is None
     assert taken(queue) == ["a-0", "a-1", "a-2", "a-3", "a-4"]
     assert queue.take() is None and len(queue) == 0
 
@@ -572,11 +572,62 @@ def test_no_more_run_at_once_than_there_are_workers() -> None:
 
 def test_a_line_that_is_too_long_takes_nobody_in() -> None:
     queue = hive.HandlerQueue(workers=1, workers_of=lambda action: 1)
-    assert all(queue.put(run_of("a", i)) for i in range(1000))
-    assert not queue.put(run_of("a", 1000))
+    assert not any(queue.put(run_of("a", i)) for i in range(1000))
+    late = run_of("a", 1000)
+    assert queue.put(late) is late
     assert len(queue) == 1000
     assert queue.take()
-    assert queue.put(run_of("a", 1001))
+    assert queue.put(run_of("a", 1001)) is None
+
+
+def test_each_sender_has_its_turn() -> None:
+    queue = hive.HandlerQueue(workers=99, workers_of=lambda action: 99)
+    for i in range(5):
+        queue.put(run_of("flood", i, "flood"))
+    queue.put(run_of("b", 0, "beta"))
+    queue.put(run_of("c", 0, "gamma"))
+    queue.put(run_of("b", 1, "beta"))
+    order = ["flood-0", "b-0", "c-0", "flood-1", "b-1", "flood-2", "flood-3", "flood-4"]
+    assert taken(queue) == order
+
+
+def test_in_a_line_that_is_too_long_whoever_has_most_makes_room() -> None:
+    queue = hive.HandlerQueue(workers=9999, workers_of=lambda action: 9999)
+    for i in range(1000):
+        queue.put(run_of("flood", i, "flood"))
+    gone = [queue.put(run_of("b", i, "beta")) for i in range(500)]
+    assert [one.envelope.id for one in gone if one] == [f"flood-{i}" for i in range(999, 499, -1)]
+    for name in ("beta", "flood"):
+        late = run_of("late", 0, name)
+        assert queue.put(late) is late, "each of them has half"
+    first = queue.put(run_of("c", 0, "gamma"))
+    assert first and first.envelope.id in ("flood-499", "b-499") and len(queue) == 1000
+    order = taken(queue)
+    assert order[:4] == ["flood-0", "b-0", "c-0", "flood-1"]
+    assert len(order) == 1000 and not queue.clear()
+
+
+names = st.sampled_from("abc")
+
+
+@given(st.lists(st.one_of(names, st.none()), max_size=60))
+def test_whoever_comes_and_goes_nobody_waits_for_two_of_another(steps: list[str | None]) -> None:
+    queue = hive.HandlerQueue(workers=9999, workers_of=lambda action: 9999)
+    put: list[str] = []
+    for number, sender in enumerate(steps):
+        if sender:
+            queue.put(run_of(sender, number, sender))
+            put.append(f"{sender}-{number}")
+        else:
+            run = queue.take()
+            assert run or not put
+            if run:
+                put.remove(run.envelope.id)
+    order = taken(queue)
+    assert sorted(order) == sorted(put)
+    for sender in "abc":
+        own = [id for id in put if id.startswith(sender)]
+        assert [id for id in order if id.startswith(sender)] == own, "its own stay in order"
 
 
 def test_those_who_wait_can_be_called_off() -> None:

@@ -16,6 +16,10 @@ ARGUMENTS = {
     "reply": ["--to-msg=abcd", "--text=b"],
     "show": ["abcd"],
     "forget": ["attic"],
+    "host": ["--listen", "127.0.0.1"],
+    "invite": ["mini"],
+    "expel": ["mini"],
+    "join": ["hive1.eyJ"],
     "handler": ["list"],
 }
 

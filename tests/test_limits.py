@@ -180,7 +180,7 @@ def test_a_flood_is_a_few_lines_in_the_log_and_leaves_the_node_its_own_word(
 ) -> None:
     hive = quick
     beta = hive.node("beta", "[journal]\nmax_mb = 12\n")
-    beta.config.write_text(beta.config.read_text().replace("'debug'", "'info'"))
+    beta.config.write_text(beta.config.read_text().replace('"debug"', '"info"'))
     beta.start()
     hive.node("alpha").start()
     messages = 12_000

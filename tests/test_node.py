@@ -937,3 +937,95 @@ def test_of_many_results_the_latest_is_published(rig_of: Callable[..., Rig]) -> 
     rig.connect()
     assert [result["result"] for result in rig.kept("beta", "count")] == [10]
     assert all(rig.answers_to(one) for one in asked)
+
+
+def limited(rate: int = 10, burst: int = 50) -> dict[str, int]:
+    return {"sender_rate": rate, "sender_burst": burst}
+
+
+def test_a_sender_that_sends_too_much_is_refused_counted_and_told_once(
+    rig_of: Callable[..., Rig],
+) -> None:
+    rig = rig_of(level="warning", node=limited())
+    for _ in range(500):
+        rig.say("status", urgency="later", sender="flood")
+        rig.say("status", urgency="later", sender="gamma") if _ < 50 else None
+    rig.turn()
+    kept = rig.journal.rows({"from": "flood"})
+    assert len(kept) == 50 and len(rig.journal.rows({"from": "gamma"})) == 50
+    (alert,) = rig.sent("alert")
+    why = "more than 10 messages a second came from flood: what is too much is refused"
+    assert (alert.to, alert.text) == ("flood", f"beta: {why}")
+    rig.advance(10)
+    state = rig.kept("beta", "state")[-1]
+    assert state["counters"]["refused"] == 450
+    trouble = "flood sends more than 10 messages a second: 450 refused"
+    assert (state["status"], state["reason"]) == ("degraded", trouble)
+    assert len(rig.events("dropped")) <= hive.RATE_LIMIT_BURST
+    assert rig.answer_to(rig.say("command", "ping", sender="flood")).text == "pong", "it may again"
+    rig.advance(hive.REFUSED_MEMORY)
+    assert rig.kept("beta", "state")[-1]["status"] == "online"
+
+
+def test_what_was_refused_may_be_sent_again(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(node=limited(burst=1))
+    rig.say("status", urgency="later")
+    asked = rig.say("command", "ping")
+    rig.turn()
+    assert not rig.answers_to(asked)
+    rig.advance(5)
+    rig.tell(asked)
+    assert rig.answer_to(asked).text == "pong"
+
+
+def test_a_sender_that_sends_too_much_stays_alive(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(level="warning", node=limited())
+    for _ in range(60):
+        for _ in range(20):
+            rig.say("status", urgency="later", sender="flood")
+        rig.live(1, "flood")
+    assert not rig.events("peer is lost")
+
+
+def test_ordinary_senders_meet_no_limit(rig: Rig) -> None:
+    for name in ("gamma", "delta"):
+        for _ in range(3000):
+            rig.say("status", urgency="later", sender=name)
+    rig.turn()
+    assert rig.sent() == [] and rig.node.node.counts["refused"] == 0
+
+
+def test_the_senders_that_are_counted_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hive, "MAX_SENDERS", 100)
+    limits = hive.SenderLimits(rate=1, burst=10)
+    for number in range(1000):
+        for _ in range(20):
+            if not limits.allow(f"n-{number}", 1000.0):
+                limits.refuse(f"n-{number}", 1000.0)
+    assert len(limits._due) == 100
+    assert len(limits.trouble(1000.0)) == hive.MAX_REFUSED
+    assert limits.trouble(1000.0 + 2 * hive.REFUSED_MEMORY) == []
+
+
+def test_a_rate_and_a_burst_are_what_they_say() -> None:
+    limits = hive.SenderLimits(rate=10, burst=50)
+
+    def allowed(now: float) -> int:
+        return sum(limits.allow("a", now) for _ in range(1000))
+
+    assert [allowed(now) for now in (5.0, 5.0, 6.05, 100.0)] == [50, 0, 10, 50]
+
+
+def test_one_members_flood_delays_only_itself(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(level="warning", hang=HANGS)
+    for _ in range(1500):
+        rig.say("command", "hang", sender="flood")
+    asked = rig.say("command", "hang", sender="gamma")
+    other = rig.say("command", "ping", sender="gamma")
+    assert rig.answer_to(other).text == "pong"
+    (rig.handler_dir.parent / "gate").touch()
+    rig.answer_to(asked)
+    answers = [one for one in rig.sent("response") if one.to == "flood"]
+    assert len(answers) <= 3, "all others of it come later"
+    busy = [one for one in rig.sent("alert") if "busy" in one.text]
+    assert {one.to for one in busy} == {"flood"} and len(busy) >= 500

@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
 CONSOLE = "".join(body for kind, body in BLOCKS if kind == "console")
 COMMANDS = [
     re.split(r" [&#>|]", line)[0]
-    for line in re.findall(r"^\$ (?:.* )?((?:python3? hive\.py|hive-cli) .*)$", CONSOLE, re.M)
+    for line in re.findall(r"^\$ (?:.* )?((?:python3? hive(?:\.py)?|hive-cli) .*)$", CONSOLE, re.M)
 ]
 
 
@@ -74,7 +74,7 @@ def test_it_names_every_channel_exit_code_command_and_variable() -> None:
     for code in module.Exit:
         assert f"| {code.value} |" in README
     for name in module.COMMANDS:
-        assert re.search(rf"(hive-cli|hive\.py) {name}\b", README), name
+        assert re.search(rf"\bhive(-cli|\.py)? {name}\b", README), name
     envelope = module.Envelope.new("a", "b", "command", "x")
     instance = module.InstanceConfig(name="main")
     environment = module.handler_environment(envelope, "b", "hive", instance, {})

@@ -21,7 +21,6 @@ OPEN_ACL = f"""\
 pattern read {PREFIX}/%u/+
 pattern read {PREFIX}/main/+
 pattern readwrite {PREFIX}/%u/response/+
-pattern readwrite {PREFIX}/%u/response/%u/+
 pattern read {PREFIX}/all/+
 pattern write {PREFIX}/+/+
 pattern read {PREFIX}/meta/+/+
@@ -86,6 +85,9 @@ def test_an_open_hive_becomes_a_checked_one_and_loses_nothing(
         node.start()
     send(hive, "before")
     eventually("it came", lambda: came(alpha) == ["before"])
+    assert "alpha" in hive.cli("beta", "status", "--direct").stdout  # what it says to itself ...
+    assert not alpha.events("not an envelope") and not beta.events("not an envelope")
+    assert not broker.denied()  # ... under the rules of an older script
     alpha.stop()
     send(hive, "waits at the broker", "and this")
     send(hive, "for its agent", to="main")

@@ -480,7 +480,7 @@ def test_a_secret_comes_from_a_file_of_ones_own_or_from_a_command(tmp_path: Path
 @pytest.mark.parametrize(
     ("command", "line"),
     [
-        (("nosuch-program",), "nosuch-program: No such file or directory"),
+        (("/nonexistent/x",), "/nonexistent/x: No such file or directory"),
         (("sh", "-c", "echo s3cret; echo locked >&2; exit 3"), "sh: exit 3: locked"),
         (("true",), "true: its first line is empty"),
         (("printf", "\\377"), "printf '\\377': not UTF-8"),

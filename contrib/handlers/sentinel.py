@@ -259,6 +259,8 @@ def shown(value: object) -> str:
     """A value of the configuration in an error; tables and what may be secret are not."""
     if isinstance(value, dict | list):
         return "…"
+    if isinstance(value, str) and "://" in value:
+        value = value.partition("://")[0] + "://..."  # the rest may be a secret
     try:
         said = ascii(value)
     except ValueError:  # an int of more than 4300 digits
@@ -659,7 +661,8 @@ class Run:
         self.seconds = max(limit - 15.0, limit / 2) if self.idle else min(0.7 * limit, 60.0)
         self.until = time.monotonic() + self.seconds
         self.grace = min(1.0, limit / 10)  # seconds for looks that end just in time
-        self.too_long = f"took longer than {self.seconds:.0f} s"
+        more = f"[handlers.{sentinel.name}] timeout in hive.toml gives it more"
+        self.too_long = f"took longer than {self.seconds:.0f} s; {more}"
         self.stopped, self._stop = os.pipe()
         self.folder: Path | None = None
         if environment.get("HIVE_STATE_DIR"):
@@ -787,7 +790,7 @@ class Report:
         memory = before.get("memory") if isinstance(result, Trouble) else result.memory
         entry: dict[str, Any] = {"memory": memory, "failures": min(failures, 1000), "told": told}
         if problem:
-            self.problems[name] = plain(problem, 300)
+            entry["problem"] = self.problems[name] = plain(problem, 300)
             if failures >= LASTING and not told:
                 entry["told"] = True
                 self.changes.append(f"{name} fails: {plain(problem, 300)}")
@@ -799,6 +802,12 @@ class Report:
         self.new += len(items)
         self.told += [(urgency, name, item) for urgency, item in items if urgency != "ignore"]
         self.entries[key] = json.loads(json.dumps(entry))  # as it will be read
+
+    def leave_alone(self, name: str, key: str, before: Mapping[str, Any]) -> None:
+        """A source that has not been looked at, because it asked for that or fails for long."""
+        self.entries[key] = before
+        until = time.strftime("%H:%M", time.localtime(before.get("not_before", 0)))
+        self.problems[name] = f"left alone until {until}: {before.get('problem', 'it fails')}"
 
     def document(self, sentinel: Sentinel) -> dict[str, Any]:
         """The JSON that is printed."""
@@ -846,8 +855,8 @@ def perform(sentinel: Sentinel, run: Run, memory: Memory) -> Report:
     for source in run.config[sentinel.source]:
         name, key = source["name"], sentinel_key(sentinel, source)
         before, result = memory.base.get(key, {}), results.get(source["name"])
-        if result is None:  # left alone for a while
-            report.entries[key] = before
+        if result is None:
+            report.leave_alone(name, key, before)
             continue
         items: list[tuple[str, Item]] = []
         try:
