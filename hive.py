@@ -4471,9 +4471,10 @@ class Log:
         if LEVELS.index(level) < self._least:
             return
         if self._limit and level != "debug" and event != SAME_AGAIN:
-            self.count_repeats()
             if not self._limit.allow(event, time.monotonic()):
                 return
+            if self._limit.withheld:
+                self.count_repeats()
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: not our end
             self._stream.write(self._line(level, event, facts))
             self._stream.flush()
@@ -4591,7 +4592,7 @@ class RateLimit:
     def __init__(self, burst: int = RATE_LIMIT_BURST) -> None:
         self._burst, self._since = burst, 0.0
         self._counts: dict[str, int] = {}
-        self._withheld: dict[str, int] = {}  # in the minutes that are over
+        self.withheld: dict[str, int] = {}  # in the minutes that are over
 
     def allow(self, kind: str, now: float) -> bool:
         self._turn(now)
@@ -4601,15 +4602,15 @@ class RateLimit:
     def report(self, log: Log, now: float) -> None:
         """Say what was not allowed, once its minute is over."""
         self._turn(now)
-        while self._withheld:
-            kind, times = self._withheld.popitem()
+        while self.withheld:
+            kind, times = self.withheld.popitem()
             log.warning(SAME_AGAIN, what=kind, times=times)
 
     def _turn(self, now: float) -> None:
         if now - self._since > RATE_LIMIT_INTERVAL:
             for kind, times in self._counts.items():
                 if times > self._burst:
-                    self._withheld[kind] = self._withheld.get(kind, 0) + times - self._burst
+                    self.withheld[kind] = self.withheld.get(kind, 0) + times - self._burst
             self._since, self._counts = now, {}
 
 

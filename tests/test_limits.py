@@ -202,3 +202,29 @@ def test_a_flood_is_a_few_lines_in_the_log_and_leaves_the_node_its_own_word(
     hive.nodes["alpha"].logged("received", ch="status")
     assert largest < 12_000_000
     assert len(beta.log_file.read_text().splitlines()) < 3 * MAX_REPEATS + 100
+
+
+def test_who_sends_too_much_is_told_and_shown_and_delays_nobody_else(quick: Hive) -> None:
+    alpha, beta = quick.node("alpha").start(), quick.node("beta")
+    limits = "[node]\nsender_rate = 5\nsender_burst = 200\n"
+    beta.config.write_text(beta.config.read_text().replace("[node]\n", limits))
+    beta.handler("ping", "#!/bin/sh\necho pong\n")
+    beta.start()
+    payloads = [
+        Envelope.new("flood", "beta", "command", "x", action="ping").encode() for _ in range(3000)
+    ]
+    flood(quick.broker.port, f"{quick.prefix}/beta/command", payloads)
+
+    ping = ["send", "--to", "beta", "--action", "ping", "--text", "x", "--wait", "25"]
+    assert quick.cli("alpha", *ping).stdout == "pong\n"
+    beta.logged("sent", ch="alert", to="flood")
+    told = beta.events("sent", ch="alert", to="flood")
+    assert len(told) == 1
+
+    def shown() -> bool:
+        said = quick.cli("alpha", "status", code=None).stdout
+        return "flood sends more than 5 messages a second" in said and "refused" in said
+
+    eventually("everybody sees it in status", shown)
+    assert len(beta.events("handler ended", status="ok")) <= 300
+    assert alpha.process and alpha.process.poll() is None
