@@ -13403,8 +13403,9 @@ def start_again() -> None:
     here = "" if sys.flags.safe_path else " del sys.path[0];"  # the current directory
     code = (
         f"import sys;{here} del sys.argv[0]; __file__ = sys.argv[0];"
-        " from importlib.machinery import SourceFileLoader;"
-        ' exec(SourceFileLoader("hive", __file__).get_code("hive"))'
+        " from importlib.machinery import ModuleSpec, SourceFileLoader;"
+        " __loader__ = SourceFileLoader(__name__, __file__);"
+        " __spec__ = ModuleSpec(__name__, __loader__); exec(__loader__.get_code(__name__))"
     )
     interpreter = sys.orig_argv[: -len(sys.argv)]
     with contextlib.suppress(OSError):
