@@ -12741,7 +12741,7 @@ class HostService:
             self._lock = FileLock(host.service_lock, GLANCE)
         except BlockingIOError:
             raise BrokerError(f"the hive in {host.folder} is hosted already") from None
-        self._lock.write(str(os.getpid()))
+        self._lock.write("")  # what is signalled must be ours, and listen to it
         self._topics, self._rate_limit = Topics(host.needed_settings().prefix, "+"), RateLimit()
         self._broker: subprocess.Popen[bytes] | None = None
         self._conf, self._said, self._stopping = "", "", False
@@ -12754,6 +12754,7 @@ class HostService:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.on_signal(number, self._stop)
         self._loop.on_signal(signal.SIGHUP, self._reread)
+        self._lock.write(str(os.getpid()))
         self._end_orphan()
         self._start_broker()
         self._client.open(self)
@@ -12868,14 +12869,20 @@ class HostService:
 
 
 def end_process(pid: int, lock: Path) -> None:
-    """End a process that holds a lock as long as it lives, and wait for that."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """End a process that holds a lock as long as it lives, and wait for that.
+
+    It is asked more than once: Mosquitto forgets a SIGTERM that comes too early.
+    """
+    until = time.monotonic() + BROKER_STOP
+    while is_locked(lock):
+        late = time.monotonic() > until
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        until = time.monotonic() + BROKER_STOP
-        while is_locked(lock) and time.monotonic() < until:
+            os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        for _ in range(25):
+            if not is_locked(lock):
+                return
             time.sleep(0.02)
-        if not is_locked(lock):
+        if late:
             return
 
 
