@@ -3021,11 +3021,15 @@ class HandlerQueue:
         """The next one that may run now; give its action back with done()."""
         if self.running >= self._workers:
             return None
+        busy = set[str]()  # a thousand of one action may wait: ask for it once
         for i, run in enumerate(self._waiting):
+            if run.action in busy:
+                continue
             running = self._running.get(run.action, 0)
             if running < self._workers_of(run.action):
                 self._running[run.action] = running + 1
                 return self._take(i)
+            busy.add(run.action)
         return None
 
     def _last_of(self, sender: str) -> int:
@@ -3189,9 +3193,11 @@ class Work(Worker):
         return self._handler_config(action).workers
 
     def _enqueue(self, run: HandlerRun) -> None:
-        if gone := self._queue.put(run):
+        gone = self._queue.put(run)
+        if gone:
             self._send_home(gone)
-        self._run_handlers()
+        if gone is not run:
+            self._run_handlers()
 
     def _send_home(self, run: HandlerRun) -> None:
         """There is no room for it in the queue."""

@@ -591,6 +591,16 @@ def test_each_sender_has_its_turn() -> None:
     assert taken(queue) == order
 
 
+def test_a_long_line_costs_little_to_look_through() -> None:
+    asked: list[str] = []
+    queue = hive.HandlerQueue(4, lambda action: asked.append(action) or 1)  # type: ignore[func-returns-value]
+    for i in range(900):
+        queue.put(run_of("a", i))
+    queue.put(run_of("b"))
+    assert taken(queue) == ["a-0", "b-0"]
+    assert len(asked) <= 5, "each action once at each look"
+
+
 def test_in_a_line_that_is_too_long_whoever_has_most_makes_room() -> None:
     queue = hive.HandlerQueue(workers=9999, workers_of=lambda action: 9999)
     for i in range(1000):
