@@ -13409,13 +13409,16 @@ def start_again() -> None:
     here = "" if sys.flags.safe_path else " del sys.path[0];"  # the current directory
     code = (
         f"import sys;{here} del sys.argv[0]; __file__ = sys.argv[0];"
+        " import signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT});"
         " from importlib.machinery import ModuleSpec, SourceFileLoader;"
         " __loader__ = SourceFileLoader(__name__, __file__);"
         " __spec__ = ModuleSpec(__name__, __loader__); exec(__loader__.get_code(__name__))"
     )
     interpreter = sys.orig_argv[: -len(sys.argv)]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # that came just now would be lost
     with contextlib.suppress(OSError):
         os.execv(sys.executable, [*interpreter, "-c", code, file, *sys.argv[1:]])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @subcommand(examples="hive.py daemon --node alpha --host broker.lan")
