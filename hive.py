@@ -3021,7 +3021,7 @@ class HandlerQueue:
         """The next one that may run now; give its action back with done()."""
         if self.running >= self._workers:
             return None
-        busy = set[str]()  # each is asked for once, though many wait
+        busy = set[str]()  # a thousand of one action may wait: ask for it once
         for i, run in enumerate(self._waiting):
             if run.action in busy:
                 continue
@@ -3193,9 +3193,11 @@ class Work(Worker):
         return self._handler_config(action).workers
 
     def _enqueue(self, run: HandlerRun) -> None:
-        if gone := self._queue.put(run):
+        gone = self._queue.put(run)
+        if gone:
             self._send_home(gone)
-        self._run_handlers()
+        if gone is not run:
+            self._run_handlers()
 
     def _send_home(self, run: HandlerRun) -> None:
         """There is no room for it in the queue."""
@@ -12739,7 +12741,7 @@ class HostService:
             self._lock = FileLock(host.service_lock, GLANCE)
         except BlockingIOError:
             raise BrokerError(f"the hive in {host.folder} is hosted already") from None
-        self._lock.write(str(os.getpid()))
+        self._lock.write("")  # what is signalled must be ours, and listen to it
         self._topics, self._rate_limit = Topics(host.needed_settings().prefix, "+"), RateLimit()
         self._broker: subprocess.Popen[bytes] | None = None
         self._conf, self._said, self._stopping = "", "", False
@@ -12752,6 +12754,7 @@ class HostService:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.on_signal(number, self._stop)
         self._loop.on_signal(signal.SIGHUP, self._reread)
+        self._lock.write(str(os.getpid()))
         self._end_orphan()
         self._start_broker()
         self._client.open(self)
@@ -12866,14 +12869,20 @@ class HostService:
 
 
 def end_process(pid: int, lock: Path) -> None:
-    """End a process that holds a lock as long as it lives, and wait for that."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """End a process that holds a lock as long as it lives, and wait for that.
+
+    It is asked more than once: Mosquitto forgets a SIGTERM that comes too early.
+    """
+    until = time.monotonic() + BROKER_STOP
+    while is_locked(lock):
+        late = time.monotonic() > until
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        until = time.monotonic() + BROKER_STOP
-        while is_locked(lock) and time.monotonic() < until:
+            os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+        for _ in range(25):
+            if not is_locked(lock):
+                return
             time.sleep(0.02)
-        if not is_locked(lock):
+        if late:
             return
 
 
@@ -13400,12 +13409,16 @@ def start_again() -> None:
     here = "" if sys.flags.safe_path else " del sys.path[0];"  # the current directory
     code = (
         f"import sys;{here} del sys.argv[0]; __file__ = sys.argv[0];"
-        " from importlib.machinery import SourceFileLoader;"
-        ' exec(SourceFileLoader("hive", __file__).get_code("hive"))'
+        " import signal; signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT});"
+        " from importlib.machinery import ModuleSpec, SourceFileLoader;"
+        " __loader__ = SourceFileLoader(__name__, __file__);"
+        " __spec__ = ModuleSpec(__name__, __loader__); exec(__loader__.get_code(__name__))"
     )
     interpreter = sys.orig_argv[: -len(sys.argv)]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # that came just now would be lost
     with contextlib.suppress(OSError):
         os.execv(sys.executable, [*interpreter, "-c", code, file, *sys.argv[1:]])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @subcommand(examples="hive.py daemon --node alpha --host broker.lan")

@@ -102,7 +102,7 @@ FORGERIES = (
 fragments = st.sampled_from((*PHRASES, *HALVES, *LINES, *ESCAPES, *FORGERIES, "ä", "😀"))
 texts = st.text(min_size=1) | st.lists(fragments, min_size=1).map("".join)
 ids = st.builds(str.__add__, st.sampled_from("abcXYZ019"), st.text("abcXYZ019._:-", max_size=63))
-names = st.sampled_from(("alpha", "heartbeat", "reason", "periodic", "poll", "System", "a.b-c_d"))
+names = st.sampled_from(("alpha", "Heartbeat", "reason", "periodic", "poll", "System", "a.b-c_d"))
 events_of_any_kind = st.builds(
     lambda ch, text, id, corr, sender, action, note, question: hive.PendingEvent(
         hive.Envelope.new(sender, "beta", ch, text, id=id, corr=corr, action=action),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import signal
@@ -119,6 +120,8 @@ def test_a_daemon_tells_systemd_of_the_process_that_it_knows(alone: Alone) -> No
     assert words_of(daemon)[-4:] == [str(alone.file), "daemon", "--node", "a"]
     code, said = end(daemon)
     assert code == 0 and said.count("event=starting") == said.count("event=stopped") == 1
+    digits = hashlib.sha256(alone.file.read_bytes()).hexdigest()[:8]
+    assert f" build={digits} " in said  # it knows its own file
 
 
 @needs_proc

@@ -503,3 +503,49 @@ def test_what_is_said_of_a_broker_means_one_on_this_machine(
     assert load().mqtt.address == "localhost:77"
     assert init(tmp_path, "--no-tls", "--force")[0] == 0
     assert (load().mqtt.address, load().mqtt.tls) == ("localhost:1883", False)
+
+
+# ---- Changing a hive.toml that is there --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "[mqtt]\nport = 8883\ntls = true\n"),
+        ("# mine\n", "# mine\n\n[mqtt]\nport = 8883\ntls = true\n"),
+        ("[mqtt]\n", "[mqtt]\ntls = true\nport = 8883\n"),
+        ("[mqtt] # here\nport = 1\n[node]\n", "[mqtt] # here\ntls = true\nport = 8883\n[node]\n"),
+        ("[mqtt]\nport = 8883\ntls = true\n", "[mqtt]\nport = 8883\ntls = true\n"),
+        (
+            '[mqtt]\npassword = "x"\n\n[[schedule]]\naction = "a"\nevery = "5m"\nport = 1\n',
+            '[mqtt]\ntls = true\nport = 8883\n# password = "x"\n\n[[schedule]]\naction = "a"\n'
+            'every = "5m"\nport = 1\n',
+        ),
+    ],
+)
+def test_a_few_keys_are_changed_and_all_else_stays(before: str, after: str, tmp_path: Path) -> None:
+    file = tmp_path / "hive.toml"
+    file.write_text(before)
+    said = {"mqtt.port": 8883, "mqtt.tls": True, "mqtt.password": None, "node.topic_prefix": "hive"}
+    assert sorted(hive.changed_toml(file, said).splitlines()) == sorted(after.splitlines())
+    assert tomllib.loads(hive.changed_toml(file, said)) == tomllib.loads(after)
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "mqtt = { port = 1 }\n",
+        "mqtt.port = 1\n",
+        '["mqtt"]\nport = 1\n',
+        '[mqtt]\n"port" = 1\n',
+        'x = """\n[mqtt]\nport = 1\n"""\n[mqtt]\nhost = """\nport = 2\n"""\n',
+    ],
+)
+def test_what_is_written_otherwise_is_left_to_its_writer(odd: str, tmp_path: Path) -> None:
+    file = tmp_path / "hive.toml"
+    file.write_text(odd)
+    with pytest.raises(
+        hive.ConfigError, match=r"cannot be changed here; set there: mqtt\.port = 8883"
+    ):
+        hive.changed_toml(file, {"mqtt.port": 8883})
