@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import socket
@@ -27,12 +28,15 @@ from conftest import PATIENCE, Broker, Daemon, Hive, calls_of, eventually, need_
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from raw_mqtt import publish_packet
 from test_mosquitto import NOT_AUTHORIZED, PREFIX, SetUp
 
 import hive as module
 
 NODES = ("alpha", "beta", "gamma", "mallory")
 COUNT = "#!/bin/sh\necho x >>../runs\necho counted\n"
+FLOOD, BURST = 20_000, 500  # messages of one member, and how many of them may come at once
+BATCH = 1000  # of them between looks at what the broker says
 
 
 class WithPasswords(Broker):
@@ -220,7 +224,7 @@ class Scene:
         said = node.config.read_text()
         more = f'senders = "checked"\n{self.broker.settings(node)}'
         said = said.replace(self.hive.mqtt + "\n", f"{self.hive.mqtt}\n{more}")
-        node.config.write_text(said)
+        node.config.write_text(said.replace("[node]\n", f"[node]\nsender_burst = {BURST}\n"))
         return node
 
     def member(self, user: str = "mallory", **how: Any) -> Member:
@@ -550,3 +554,72 @@ def test_a_false_loss_is_not_believed_and_a_real_one_not_hushed_up(stage: Scene)
     assert lying.publish("all/alert/mallory", lie(corr=module.loss_of("gamma"))) == 0
     scene.alpha.logged("sent", ch="alert", to="all", corr=module.loss_of("gamma"))
     assert scene.status()["gamma"] == ("offline", "gamma")
+
+
+# ---- To keep others from their work ------------------------------------------------------
+
+
+def flood(member: Member, topic: str, payload: bytes, count: int) -> None:
+    """Publish it under so many ids, at QoS 1, as fast as the broker takes that."""
+    member.client.loop_stop()
+    sock: Any = member.client.socket()
+    sock.settimeout(PATIENCE)
+    id, run = json.loads(payload)["id"].encode(), module.new_id()[:25]
+    for begin in range(0, count, BATCH):
+        numbers = range(begin, min(begin + BATCH, count))
+        payloads = [payload.replace(id, f"{run}-{number}".encode()) for number in numbers]
+        packets = [publish_packet(topic, one, 1, mid) for mid, one in enumerate(payloads, 1)]
+        sock.sendall(b"".join(packets))
+        left = 4 * len(packets)  # bytes of PUBACKs
+        while left > 0:
+            left -= len(sock.recv(left))
+
+
+def size_of_journal(node: Daemon) -> int:
+    return sum(file.stat().st_size for file in node.home.glob("state/journal*"))
+
+
+def test_a_flood_of_commands_delays_only_its_sender(stage: Scene) -> None:
+    """20,000 with a burst of 500, so that this is quick; what others ask waits at the broker
+    behind them, so that it is answered when they are refused, some thousands a second.
+    """
+    scene, alpha = stage, stage.alpha
+    assert alpha.stop() == 0
+    alpha.config.write_text(alpha.config.read_text().replace('"debug"', '"info"'))
+    alpha.start()
+    reading, flooding = scene.member(), scene.member()
+    reading.subscribe(f"{PREFIX}/mallory/alert/+")
+    size, lines, began = size_of_journal(alpha), len(alpha.events()), time.monotonic()
+    command = envelope("mallory", "alpha", "command", action="count")
+    arguments = (flooding, f"{PREFIX}/alpha/command/mallory", command, FLOOD)
+    running = threading.Thread(target=flood, args=arguments)
+    running.start()
+    own, asked = list[float](), list[float]()  # seconds
+    alpha.logged("dropped", why=module.TOO_MANY)
+
+    def refused() -> int:
+        """As everybody sees it."""
+        said = scene.hive.cli("beta", "status", code=None).stdout
+        found = re.search(r"mallory sends more than 100 messages a second: (\d+) refused", said)
+        return int(found[1]) if found else 0
+
+    def all_are_counted() -> bool:
+        word = module.Envelope.new("alpha", "beta", "status", "my own", urgency="later")
+        start = time.monotonic()
+        assert "error" not in scene.ask(alpha, "send", envelope=word.document())
+        scene.beta.logged("received", id=word.id)
+        own.append(time.monotonic() - start)
+        start = time.monotonic()
+        answer = scene.send("alpha", "command", wait=True, action="count")["answer"]
+        assert answer["text"] == "counted"
+        asked.append(time.monotonic() - start)
+        return refused() >= FLOOD - BURST - 100 * (time.monotonic() - began)
+
+    eventually("all are counted", all_are_counted, 3 * PATIENCE)
+    running.join()
+    assert max(own) < 3 and max(asked) < 15
+    assert not scene.beta.events("peer is lost", peer="alpha")
+    [told] = [json.loads(one.payload)["text"] for one in reading.everything()]
+    assert told.startswith("alpha: more than 100 messages a second came from mallory")
+    assert size_of_journal(alpha) - size < 8_000_000
+    assert len(alpha.events()) - lines < 5 * module.MAX_REPEATS
