@@ -35,7 +35,7 @@ import hive as module
 
 NODES = ("alpha", "beta", "gamma", "mallory")
 COUNT = "#!/bin/sh\necho x >>../runs\necho counted\n"
-FLOOD, BURST = 20_000, 500  # messages of one member, and how many of them may come at once
+FLOOD, BURST = 10_000, 500  # messages of one member, and how many of them may come at once
 BATCH = 1000  # of them between looks at what the broker says
 
 
@@ -580,8 +580,10 @@ def size_of_journal(node: Daemon) -> int:
 
 
 def test_a_flood_of_commands_delays_only_its_sender(stage: Scene) -> None:
-    """20,000 with a burst of 500, so that this is quick; what others ask waits at the broker
-    behind them, so that it is answered when they are refused, some thousands a second.
+    """10,000 with a burst of 500, as 100,000 with that of 20,000 would take a minute.
+
+    Its own word is accepted at once; it may wait behind the answers to the flood, and a question
+    of another waits at the broker behind the flood itself, some thousands a second.
     """
     scene, alpha = stage, stage.alpha
     assert alpha.stop() == 0
@@ -594,7 +596,7 @@ def test_a_flood_of_commands_delays_only_its_sender(stage: Scene) -> None:
     arguments = (flooding, f"{PREFIX}/alpha/command/mallory", command, FLOOD)
     running = threading.Thread(target=flood, args=arguments)
     running.start()
-    own, asked = list[float](), list[float]()  # seconds
+    accepted, own, asked = list[float](), list[float](), list[float]()  # seconds
     alpha.logged("dropped", why=module.TOO_MANY)
 
     def refused() -> int:
@@ -607,6 +609,7 @@ def test_a_flood_of_commands_delays_only_its_sender(stage: Scene) -> None:
         word = module.Envelope.new("alpha", "beta", "status", "my own", urgency="later")
         start = time.monotonic()
         assert "error" not in scene.ask(alpha, "send", envelope=word.document())
+        accepted.append(time.monotonic() - start)
         scene.beta.logged("received", id=word.id)
         own.append(time.monotonic() - start)
         start = time.monotonic()
@@ -617,7 +620,7 @@ def test_a_flood_of_commands_delays_only_its_sender(stage: Scene) -> None:
 
     eventually("all are counted", all_are_counted, 3 * PATIENCE)
     running.join()
-    assert max(own) < 3 and max(asked) < 15
+    assert max(accepted) < 2 and max(own) < 10 and max(asked) < 10
     assert not scene.beta.events("peer is lost", peer="alpha")
     [told] = [json.loads(one.payload)["text"] for one in reading.everything()]
     assert told.startswith("alpha: more than 100 messages a second came from mallory")
