@@ -2736,11 +2736,13 @@ class Node:
 
     def keep_result(self, envelope: Envelope, result: Mapping[str, object]) -> None:
         """Publish what a handler gave, for whoever comes later."""
-        topic = self.topics.meta(self.name, str(result["action"]))
-        if self.journal.takes_answer(topic):
-            self.journal.keep_latest(topic, encode_json(result))
-        else:
+        topic, payload = self.topics.meta(self.name, str(result["action"])), encode_json(result)
+        if not self.journal.takes_answer(topic):
             self.log.error("result not published", id=envelope.id, why="too much waits already")
+        elif result["status"] == "interrupted":  # at a start, and whoever listens wants to know
+            self.journal.enqueue(topic, payload, retain=True)
+        else:
+            self.journal.keep_latest(topic, payload)
 
     def _send_for_command(self, envelope: Envelope) -> str:
         """Send for somebody at the command line, who may expect an answer; why not, if so."""

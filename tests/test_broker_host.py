@@ -181,7 +181,7 @@ def test_a_newcomer_needs_two_commands(
     machine, process, said = newcomer
 
     (hosting,) = [line for line in said if HOSTING in line]
-    assert "Mosquitto: hive.py broker --mosquitto-conf" in hosting
+    assert "for other machines: hive-cli host" in hosting
     assert str(machine.socket) in hosting
     sent = run_bare(machine, "send", "--to", "all", "--ch", "command", "--text", "hello")
     assert (sent.returncode, sent.stderr) == (0, "")

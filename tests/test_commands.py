@@ -1225,7 +1225,7 @@ def test_every_example_is_shown_and_can_be_typed(
     assert shown.endswith("".join(f"\n  {line}" for line in examples) + "\n" if examples else "\n")
     parser = module.make_parser()
     for line in examples:
-        words = shlex.split(line)
+        words = shlex.split(line, comments=True)  # as a shell does
         for at in [at for at, word in enumerate(words) if word == "hive.py"]:
             said = words[at + 1 :]
             end = next((n for n, word in enumerate(said) if word[0] in "|>&<"), len(said))
