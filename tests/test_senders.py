@@ -158,6 +158,8 @@ def test_a_broker_that_dies_meanwhile_loses_nothing_of_it(
     for number in range(300):  # more than are sent without an acknowledgement
         waits = module.Envelope.new("beta", "alpha", "status", str(number), urgency="later")
         assert peer.publish(f"{PREFIX}/alpha/status/beta", waits.encode()) == 0
+    saved, last = broker.place / "data" / "mosquitto.db", waits.id.encode()
+    eventually("it is saved", lambda: saved.exists() and last in saved.read_bytes())
     alpha.start(wait=False)
     eventually("some have come", lambda: alpha.events("received", ch="status"))
     broker.stop(signal.SIGKILL)
