@@ -94,7 +94,15 @@ class Carrier(Machine):
         super().__init__(home, name)
         self.port = free_port()
         self.host = hive.Host(self.state)
-        self.where = ("host", "--listen", HERE, "--port", str(self.port), "--node", name)
+        self.where: tuple[str, ...] = (
+            "host",
+            "--listen",
+            HERE,
+            "--port",
+            str(self.port),
+            "--node",
+            name,
+        )
 
     def carry(self) -> str:
         return self.run(*self.where).stdout

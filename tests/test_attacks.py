@@ -1,13 +1,14 @@
 """What a member that has turned can do to the others with its own valid password: nothing.
 
-Mallory has what every node has, and speaks raw MQTT.  Each attack must be refused, and leave the
-victims unharmed, whose daemons run all the while.
+Mallory was invited and has joined, has what every node has, and speaks raw MQTT.  Each attack must
+be refused, and leave the victims unharmed, whose daemons run all the while.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import socket
@@ -22,35 +23,62 @@ from typing import Any
 
 import paho.mqtt.client as mqtt
 import pytest
-from conftest import PATIENCE, Daemon, Hive, calls_of, eventually, need_mosquitto
+from carrier import HERE, Carrier, Machine
+from conftest import PATIENCE, Broker, Daemon, Hive, calls_of, eventually, need_mosquitto
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from raw_mqtt import publish_packet
 from test_mosquitto import NOT_AUTHORIZED, PREFIX, SetUp
 
 import hive as module
 
 NODES = ("alpha", "beta", "gamma", "mallory")
 COUNT = "#!/bin/sh\necho x >>../runs\necho counted\n"
+FLOOD, BURST = 10_000, 500  # messages of one member, and how many of them may come at once
+BATCH = 1000  # of them between looks at what the broker says
 
 
-class WithPasswords(SetUp):
-    """A broker that knows a node by its password."""
+class WithPasswords(Broker):
+    """A hive that `host` made and each node has joined: it is known by its password."""
+
+    address = HERE
 
     def __init__(self, place: Path) -> None:
-        super().__init__(place, *NODES)
+        self.home, self._process = place, None
+        self._carrier = Carrier(place / "alpha")
+        self._carrier.where += ("--prefix", PREFIX)
+        self._machines: dict[str, Machine] = {"alpha": self._carrier}
+        self.port = self._carrier.port
+        self._carrier.carry()
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        self._carrier.close()
+
+    def _account(self, name: str) -> module.MqttConfig:
+        """What is in the hive.toml of a node, which joins if it has not yet."""
+        if name not in self._machines:
+            self._machines[name] = machine = Machine(self.home / name, name)
+            machine.run("join", "-", stdin=self._carrier.invite(name))
+        return module.load_config(str(self._machines[name].config)).mqtt
 
     def admit(self, client: mqtt.Client, user: str) -> None:
-        client.username_pw_set(user, self.password(user))
+        account = self._account(user)
+        client.tls_set(str(account.ca_file))
+        client.username_pw_set(user, account.password)
 
     def settings(self, node: Daemon) -> str:
-        (node.home / "password").write_text(self.password(node.name) + "\n")
-        (node.home / "password").chmod(0o600)
-        return f'username = "{node.name}"\npassword_file = "password"\n'
+        account = self._account(node.name)
+        return (
+            f'host = "{account.host}"\ntls = true\nca_file = "{account.ca_file}"\n'
+            f'username = "{account.username}"\npassword_file = "{account.password_file}"\n'
+        )
 
 
 class WithCertificates(SetUp):
     """A broker that knows a node by its certificate, as the README has it."""
+
+    address = "127.0.0.1"
 
     def __init__(self, place: Path) -> None:
         super().__init__(place, "--tls", *NODES)
@@ -116,7 +144,7 @@ class Member:
         self.client.on_message = lambda c, u, message: self._note(message, None)
         properties: Any = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = 0 if clean else 600
-        self.client.connect("127.0.0.1", broker.port, clean_start=clean, properties=properties)
+        self.client.connect(broker.address, broker.port, clean_start=clean, properties=properties)
         self.client.loop_start()
         self._until(lambda: "up" in self._codes)
 
@@ -175,10 +203,15 @@ class Scene:
             "    print(json.dumps({'argv': sys.argv[1:]}), file=file)\n"
         )
         self.agent.chmod(0o755)
-        main = f'[[oc_instances]]\nname = "main"\ncommand = ["{self.agent}", "{{text}}"]\n'
-        self.alpha, self.beta = self.node("alpha", main), self.node("beta")
+        main, other = (
+            f'[[oc_instances]]\nname = "{name}"\ncommand = ["{self.agent}", "{{text}}"]\n'
+            for name in ("main", "private")
+        )
+        rules = f'{other}allow = ["beta"]\n[handlers.deploy]\nallow = ["beta"]\n'
+        self.alpha, self.beta = self.node("alpha", main + rules), self.node("beta")
         for node in (self.alpha, self.beta):
             node.handler("count", COUNT)
+            node.handler("deploy", COUNT)
         self.members: list[Member] = []
 
     def start(self) -> None:
@@ -190,7 +223,8 @@ class Scene:
         node = self.hive.node(name, extra)
         said = node.config.read_text()
         more = f'senders = "checked"\n{self.broker.settings(node)}'
-        node.config.write_text(said.replace(self.hive.mqtt + "\n", f"{self.hive.mqtt}\n{more}"))
+        said = said.replace(self.hive.mqtt + "\n", f"{self.hive.mqtt}\n{more}")
+        node.config.write_text(said.replace("[node]\n", f"[node]\nsender_burst = {BURST}\n"))
         return node
 
     def member(self, user: str = "mallory", **how: Any) -> Member:
@@ -244,6 +278,7 @@ class Scene:
         """All that was published before has been dealt with: alpha answers."""
         answer = self.send("alpha", "command", wait=True, action="count")["answer"]
         assert answer["text"] == "counted"
+        eventually("it knows", lambda: not self.ask(self.alpha, "pending")["outbox_size"])
         (self.alpha.home / "runs").unlink()
 
     def close(self) -> None:
@@ -387,6 +422,26 @@ def test_nobody_uses_up_the_id_of_anothers_message(scene: Scene) -> None:
     (scene.alpha.home / "runs").unlink()
 
 
+def test_what_only_another_may_do_is_refused(scene: Scene) -> None:
+    asking = scene.member()
+    asking.subscribe(f"{PREFIX}/mallory/+/+")
+    for ch in ("command", "sync", "alert"):  # where its topic is its own, and the word is not
+        forged = envelope("beta", "alpha", ch, action=None if ch == "alert" else "deploy")
+        assert asking.publish(f"alpha/{ch}/mallory", forged) == 0
+        assert dropped(scene.alpha, forged) == "its topic names another sender"
+    rules = {
+        "[handlers.deploy] allow does not name mallory": ("alpha", {"action": "deploy"}),
+        "allow of [[oc_instances]] private does not name mallory": ("private", {}),
+    }
+    for rule, (to, more) in rules.items():
+        asked = envelope("mallory", to, "command", **more)
+        assert asking.publish("alpha/command/mallory", asked) == 0
+        assert scene.alpha.logged("received", id=json.loads(asked)["id"])["note"] == rule
+    answers = [json.loads(one.payload) for one in asking.everything()]
+    assert [one["ch"] for one in answers] == ["alert"] * len(rules)
+    assert all(rule in one["text"] for rule, one in zip(rules, answers, strict=True))
+
+
 # ---- To take what is another's -----------------------------------------------------------
 
 
@@ -456,7 +511,7 @@ def test_there_are_no_ghosts(scene: Scene) -> None:
     oc = {"ghost": {"status": "ok"}, "main": {"status": "down"}, "alpha": {"status": "down"}}
     assert haunted.publish("meta/mallory/state", state("mallory", oc=oc), retain=True) == 0
     scene.fence()
-    assert {*scene.status()} == {"alpha", "main", "beta"}
+    assert {*scene.status()} == {"alpha", "main", "private", "beta"}
     assert haunted.publish("meta/mallory/state", b"", retain=True) == 0
 
 
@@ -499,3 +554,75 @@ def test_a_false_loss_is_not_believed_and_a_real_one_not_hushed_up(stage: Scene)
     assert lying.publish("all/alert/mallory", lie(corr=module.loss_of("gamma"))) == 0
     scene.alpha.logged("sent", ch="alert", to="all", corr=module.loss_of("gamma"))
     assert scene.status()["gamma"] == ("offline", "gamma")
+
+
+# ---- To keep others from their work ------------------------------------------------------
+
+
+def flood(member: Member, topic: str, payload: bytes, count: int) -> None:
+    """Publish it under so many ids, at QoS 1, as fast as the broker takes that."""
+    member.client.loop_stop()
+    sock: Any = member.client.socket()
+    sock.settimeout(PATIENCE)
+    id, run = json.loads(payload)["id"].encode(), module.new_id()[:25]
+    for begin in range(0, count, BATCH):
+        numbers = range(begin, min(begin + BATCH, count))
+        payloads = [payload.replace(id, f"{run}-{number}".encode()) for number in numbers]
+        packets = [publish_packet(topic, one, 1, mid) for mid, one in enumerate(payloads, 1)]
+        sock.sendall(b"".join(packets))
+        left = 4 * len(packets)  # bytes of PUBACKs
+        while left > 0:
+            left -= len(sock.recv(left))
+
+
+def size_of_journal(node: Daemon) -> int:
+    return sum(file.stat().st_size for file in node.home.glob("state/journal*"))
+
+
+def test_a_flood_of_commands_delays_only_its_sender(stage: Scene) -> None:
+    """10,000 with a burst of 500, as 100,000 with that of 20,000 would take a minute.
+
+    Its own word is accepted at once; it may wait behind the answers to the flood, and a question
+    of another waits at the broker behind the flood itself, some thousands a second.
+    """
+    scene, alpha = stage, stage.alpha
+    assert alpha.stop() == 0
+    alpha.config.write_text(alpha.config.read_text().replace('"debug"', '"info"'))
+    alpha.start()
+    reading, flooding = scene.member(), scene.member()
+    reading.subscribe(f"{PREFIX}/mallory/alert/+")
+    size, lines, began = size_of_journal(alpha), len(alpha.events()), time.monotonic()
+    command = envelope("mallory", "alpha", "command", action="count")
+    arguments = (flooding, f"{PREFIX}/alpha/command/mallory", command, FLOOD)
+    running = threading.Thread(target=flood, args=arguments)
+    running.start()
+    accepted, own, asked = list[float](), list[float](), list[float]()  # seconds
+    alpha.logged("dropped", why=module.TOO_MANY)
+
+    def refused() -> int:
+        """As everybody sees it."""
+        said = scene.hive.cli("beta", "status", code=None).stdout
+        found = re.search(r"mallory sends more than 100 messages a second: (\d+) refused", said)
+        return int(found[1]) if found else 0
+
+    def all_are_counted() -> bool:
+        word = module.Envelope.new("alpha", "beta", "status", "my own", urgency="later")
+        start = time.monotonic()
+        assert "error" not in scene.ask(alpha, "send", envelope=word.document())
+        accepted.append(time.monotonic() - start)
+        scene.beta.logged("received", id=word.id)
+        own.append(time.monotonic() - start)
+        start = time.monotonic()
+        answer = scene.send("alpha", "command", wait=True, action="count")["answer"]
+        assert answer["text"] == "counted"
+        asked.append(time.monotonic() - start)
+        return refused() >= FLOOD - BURST - 100 * (time.monotonic() - began)
+
+    eventually("all are counted", all_are_counted, 3 * PATIENCE)
+    running.join()
+    assert max(accepted) < 2 and max(own) < 10 and max(asked) < 10
+    assert not scene.beta.events("peer is lost", peer="alpha")
+    [told] = [json.loads(one.payload)["text"] for one in reading.everything()]
+    assert told.startswith("alpha: more than 100 messages a second came from mallory")
+    assert size_of_journal(alpha) - size < 8_000_000
+    assert len(alpha.events()) - lines < 5 * module.MAX_REPEATS

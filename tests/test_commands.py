@@ -1190,9 +1190,10 @@ def test_status_and_roster_as_json(hive: Hive) -> None:
     ]
     assert {*rows[0]} >= {
         *("name", "node", "status", "agents", "load_1m", "uptime_s", "last_seen", "age_s"),
-        *("version", "reason"),
+        *("version", "reason", "senders"),
     }
     assert rows[0]["agents"] == {"main": "unknown"}
+    assert {row["senders"] for row in rows} == {"not checked"}
     assert 0 <= rows[0]["age_s"] < PATIENCE
     assert rows[0]["version"].startswith(f"{module.__version__} (")
     documents = json.loads(hive.cli("alpha", "roster", "--json").stdout)

@@ -115,6 +115,8 @@ def test_an_open_hive_becomes_a_checked_one_and_loses_nothing(
     send(hive, "after")
     eventually("it came", lambda: came(alpha)[-1] == "after")
     assert "; senders: checked\n" in hive.cli("beta", "status").stdout
+    rows = json.loads(hive.cli("beta", "status", "--json").stdout)
+    assert {row["senders"] for row in rows} == {"checked"}
 
 
 def test_what_waits_in_the_session_of_an_older_version_is_taken_and_that_ends(
