@@ -43,7 +43,7 @@ types: $(VENV)/ready
 	$(foreach script,$(SCRIPTS),MYPYPATH=contrib/handlers $(VENV)/bin/mypy --strict $(script) &&) true
 
 test: $(VENV)/ready mosquitto dovecot checkers
-	$(python) -m pytest -q -rs -n 4 --dist loadfile --timeout 120 tests
+	$(python) -m pytest -q -rs -n 4 --dist worksteal --timeout 120 tests
 
 demo: $(VENV)/ready
 	@$(python) contrib/demo.py $(if $(KEEP),--keep)
