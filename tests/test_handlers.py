@@ -822,3 +822,18 @@ def test_how_many_run_is_known() -> None:
     for action in ("a", "b", "b"):
         queue.done(action)
     assert queue.running == 0
+
+
+def test_where_none_are_it_is_said_where_some_would_be(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder moves with a configuration that was made by hand."""
+    beside = tmp_path / "checkout" / hive.HANDLER_FOLDER
+    beside.mkdir(parents=True, mode=0o755)
+    monkeypatch.setattr(hive, "own_file", lambda: beside.parent / "hive.py")
+    assert hive.why_no_handlers(folder) == "it is empty"
+    assert hive.why_no_handlers(folder / "none") == "no such directory"
+    put(beside / "ping")
+    hint = f"for those in {beside} set [node] handler_dir"
+    assert hive.why_no_handlers(folder) == f"it is empty; {hint}"
+    assert hive.why_no_handlers(beside) == "it is empty"

@@ -686,6 +686,26 @@ def test_a_heartbeat_without_sense_is_still_a_sign_of_life(rig: Rig, text: str) 
     assert len(rig.sent("alert")) == 1
 
 
+def test_many_unknown_actions_are_one_look_for_handlers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Path] = []
+    scan = hive.scan_handlers
+
+    def counted(folder: Path) -> hive.HandlerSet:
+        looks.append(folder)
+        return scan(folder)
+
+    rig.advance(hive.LOOK_GAP)
+    monkeypatch.setattr(hive, "scan_handlers", counted)
+    for number in range(20):
+        rig.say("command", f"nosuch-{number}")
+    assert len(looks) == 1
+    rig.advance(hive.LOOK_GAP)
+    rig.say("command", "nosuch")
+    assert len(looks) == 2
+
+
 def test_runs_and_failures_are_counted(rig_of: Callable[..., Rig]) -> None:
     rig = rig_of(fail="exit 1")
     for action in ("ping", "ping", "fail", "ping"):
