@@ -28,6 +28,15 @@ def test_a_file_that_is_no_handler_is_told_once(rig: Rig) -> None:
     assert (line["level"], line["file"]) == ("warning", "notes.txt")
 
 
+def test_each_outage_is_one_error(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(level="debug")
+    for outage in (1, 2):
+        for _ in range(3):
+            rig.disconnect()
+        assert len(rig.events("no broker, trying again", level="error")) == outage
+        rig.connect()
+
+
 # The end
 
 
