@@ -615,7 +615,9 @@ def test_a_flood_of_commands_delays_only_its_sender(stage: Scene) -> None:
     eventually("all are counted", all_are_counted, 3 * PATIENCE)
     running.join()
     assert not scene.beta.events("peer is lost", peer="alpha")
-    [told] = [json.loads(one.payload)["text"] for one in reading.everything()]
-    assert told.startswith("alpha: more than 100 messages a second came from mallory")
+    told = [json.loads(one.payload)["text"] for one in reading.everything()]
+    busy = [text for text in told if "messages wait for handlers" in text]  # of those taken
+    [said] = [text for text in told if text not in busy]
+    assert said.startswith("alpha: more than 100 messages a second came from mallory")
     assert size_of_journal(alpha) - size < 8_000_000
-    assert len(alpha.events()) - lines < 5 * module.MAX_REPEATS
+    assert len(alpha.events()) - lines < 15 * module.MAX_REPEATS  # those of each minute
