@@ -4953,13 +4953,13 @@ def scan_handlers(directory: Path) -> HandlerSet:
     except OSError as error:
         return HandlerSet(refused={str(directory): reason_of(error)})
     for entry in entries:
-        if entry.startswith((".", "README")):
-            continue
+        if entry.startswith((".", "README", "__pycache__")):
+            continue  # the last one comes with modules that handlers import
         objection = objection_to(directory / entry)
         if objection is None:
             handlers[entry] = directory / entry
         elif not (entry.endswith(".py") and objection.startswith("not executable")):
-            refused[entry] = objection  # the other is a module that handlers import
+            refused[entry] = objection  # the other is such a module
     return HandlerSet(handlers, refused)
 
 
@@ -9212,15 +9212,7 @@ class MqttConnection:
         if self._owner.will:
             will = self._owner.will
             client.will_set(will.topic, will.payload, will.qos, will.retain)
-        connect: dict[str, Any] = {}
-        if self.v5:
-            connect["clean_start"] = not persistent
-            connect["properties"] = self._properties(
-                "CONNECT",
-                SessionExpiryInterval=SESSION_EXPIRY if persistent else None,
-                ReceiveMaximum=RECEIVE_MAXIMUM,
-            )
-        client.connect_async(*settings.endpoint, settings.keepalive, **connect)
+        client.connect_async(*settings.endpoint, settings.keepalive, **self._session_options())
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
@@ -9230,6 +9222,18 @@ class MqttConnection:
         client.on_socket_register_write = lambda client, userdata, sock: None
         client.on_socket_unregister_write = lambda client, userdata, sock: None
         return client
+
+    def _session_options(self) -> dict[str, Any]:
+        """What CONNECT says of the session, which in 3.1.1 is one bit that paho knows already."""
+        if not self.v5:
+            return {}
+        persistent = self._owner.persistent
+        properties = self._properties(
+            "CONNECT",
+            SessionExpiryInterval=SESSION_EXPIRY if persistent else None,
+            ReceiveMaximum=RECEIVE_MAXIMUM,
+        )
+        return {"clean_start": not persistent, "properties": properties}
 
     @staticmethod
     def _properties(packet: str, **values: object) -> Any:
@@ -12695,10 +12699,7 @@ class Host:
 
     def broker_pid(self) -> int | None:
         """Mosquitto's, if it runs: it has inherited a lock, which ends with it."""
-        if is_locked(self.broker_lock):
-            with contextlib.suppress(ValueError):
-                return int(self._read(self._pid))
-        return None
+        return self._holder(self.broker_lock, self._pid)
 
     def forget_pid(self) -> None:
         """It is about to be another one."""
@@ -12706,9 +12707,13 @@ class Host:
 
     def service_pid(self) -> int | None:
         """That of whoever keeps it running."""
-        if is_locked(self.service_lock):
+        return self._holder(self.service_lock, self.service_lock)
+
+    def _holder(self, lock: Path, written: Path) -> int | None:
+        """Who holds a lock, as that process wrote it down."""
+        if is_locked(lock):
             with contextlib.suppress(ValueError):
-                return int(self._read(self.service_lock))
+                return int(self._read(written))
         return None
 
     def reload(self) -> bool:
@@ -12857,13 +12862,16 @@ class HostService:
     def on_disconnected(self, reason: str) -> None:
         self._log.debug("no broker, trying again", why=reason)
 
-    def deliver(self, delivery: IncomingMessage) -> None:
+    def deliver(self, message: IncomingMessage) -> None:
         """Who was invited says which password it will have; the topic says who that is."""
-        _, _, name = self._topics.place(delivery.topic) or ("", "", "")
-        hashed = delivery.payload[:KIB].decode(errors="replace")
+        _, _, name = self._topics.place(message.topic) or ("", "", "")
+        hashed = message.payload[:KIB].decode(errors="replace")
         if not hashed:
             return  # only to see whether anybody is here
-        joined = self._host.accept(name, hashed, time.time())
+        try:
+            joined = self._host.accept(name, hashed, time.time())
+        except (HiveError, OSError) as error:
+            return self._log.error("cannot let in", node=name, why=reason_of(error))
         if joined:
             self._log.info("joined", node=name)
         elif self._rate_limit.allow("request", self._loop.clock()):
@@ -13217,7 +13225,7 @@ class JoinRequest:
     def on_disconnected(self, reason: str) -> None:
         self._lost = reason
 
-    def deliver(self, delivery: IncomingMessage) -> None:
+    def deliver(self, message: IncomingMessage) -> None:
         pass
 
     def _answered(self, code: int, words: str) -> None:
@@ -13685,7 +13693,7 @@ def explain_no_reply(control: Control, replies: ReplyCollector) -> str:
     option("--text", required=True, help="what to say; - reads it from stdin"),
     DIRECT,
     AS_JSON,
-    examples="""hive.py reply --to-msg 83c8d4fd-f072-412d-b526-731db047b231 --text "done, 6 files"
+    examples="""hive.py reply --to-msg 83c8d4fd --text "done, 6 files"
 hive.py reply --to-msg message.json --text -""",
 )
 def command_reply(args: argparse.Namespace) -> int:
@@ -14045,7 +14053,7 @@ def command_config(args: argparse.Namespace) -> int:
     option("--force", action="store_true", help="replace a hive.toml that is there"),
     examples="""hive.py init
 hive.py init --node beta --host broker.lan --tls --username beta
-hive.py init --yes --no-agents --password-file - --username beta --host broker.lan <password""",
+hive.py init --host broker.lan --username beta --password-file - <password""",
 )
 def command_init(args: argparse.Namespace) -> int:
     """Write a commented hive.toml for this machine, asking for what no option says."""
@@ -14178,7 +14186,9 @@ EMBEDDED_PATIENCE = 30.0  # seconds to fetch what the embedded broker has
 
 
 @subcommand(
-    option("--listen", type=host_address, metavar="ADDRESS", help="this machine's address there"),
+    option(
+        "--listen", type=host_address, metavar="ADDRESS", help="where others reach this machine"
+    ),
     option(
         "--name",
         action="append",
@@ -14189,7 +14199,7 @@ EMBEDDED_PATIENCE = 30.0  # seconds to fetch what the embedded broker has
     option("--foreground", action="store_true", help="only keep Mosquitto running, until SIGTERM"),
     examples="""hive.py host --listen 192.168.1.5
 hive.py host --listen 0.0.0.0 --name alpha.lan --name 192.168.1.5
-hive.py host                # again: harmless; renews the certificate, starts what does not run""",
+hive.py host             # again: renews what ends, starts what does not run""",
 )
 def command_host(args: argparse.Namespace) -> int:
     """Carry a hive of several machines: set up Mosquitto here, run it, move this node there."""
@@ -14331,11 +14341,11 @@ def move_over(host: Host, file: Path, config: Config, settings: HostSettings) ->
 
 def restart_daemon(config: Config) -> None:
     """A daemon that runs meets the others where they were before; what it has to send it keeps."""
-    job = f"gui/{os.getuid()}/ai.hive.daemon"
-    ways = {"systemd": ("systemctl", "--user", "try-restart", "hive-daemon")}
-    if succeeds("systemctl", "--user", "is-active", "--quiet", "hive-daemon"):
-        done = succeeds(*ways["systemd"])
+    manager = ("systemctl", "--user")
+    if succeeds(*manager, "is-active", "--quiet", "hive-daemon"):
+        done = succeeds(*manager, "try-restart", "hive-daemon")
     else:
+        job = f"gui/{os.getuid()}/ai.hive.daemon"
         done = sys.platform == "darwin" and succeeds("launchctl", "kickstart", "-k", job)
     note = "restarted" if done else "restart it: it is still where the others were before"
     print(f"the daemon of {config.node.id} runs; {note}")
@@ -14378,7 +14388,10 @@ def empty_embedded(config: Config, file: Path) -> None:
             time.sleep(0.05)
     finally:
         daemon.terminate()
-        daemon.wait()
+        try:
+            daemon.wait(BROKER_STOP)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
     if left:
         raise HiveError(f"{left} messages still wait at the embedded broker; start the daemon once")
     print(f"fetched {waiting} messages that waited at the embedded broker")
@@ -14557,7 +14570,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**how, formatter_class=plain, allow_abbrev=False)
 
     def format_help(self) -> str:
+        import shutil
+        import textwrap
+
         self.formatter_class = argparse.RawDescriptionHelpFormatter
+        width = shutil.get_terminal_size().columns
+        paragraphs = (self.description or "").split("\n\n")
+        self.description = "\n\n".join(textwrap.fill(one, width - 2) for one in paragraphs)
         return super().format_help()
 
     def print_help(self, file: Any = None) -> None:
@@ -14598,7 +14617,7 @@ class ShowVersion(argparse.Action):
 def make_parser(only: str = "") -> Parser:
     """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
     # No catalogue has argparse's words, and error() reads them.
-    argparse._ = str  # type: ignore[attr-defined]
+    argparse._ = lambda words: words  # type: ignore[attr-defined]
     common = common_options()
     parser = Parser(
         description=__doc__ or dropped_docstrings()[""],

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import paho.mqtt.client as mqtt
-from conftest import PATIENCE, ROOT, Broker, Daemon, Hive, answers, eventually, free_port
+import pytest
+from conftest import PATIENCE, ROOT, Broker, Daemon, Hive, answers, eventually, free_port, missing
 from paho.mqtt.enums import CallbackAPIVersion
 
 import hive
@@ -492,12 +493,13 @@ class SmallDisk:
     SIZE = 32  # megabytes
 
     def __init__(self, folder: Path) -> None:
-        """Raises OSError where it cannot be had."""
+        if os.geteuid():
+            pytest.skip("only root can mount a small file system")
         folder.mkdir(parents=True)
         mount = shutil.which("mount")
         line = [mount or "mount", "-t", "tmpfs", "-o", f"size={self.SIZE}m,mode=0700"]
         if not mount or subprocess.run([*line, "none", folder], capture_output=True).returncode:
-            raise OSError("no file system can be mounted here")
+            missing("no file system can be mounted here")
         self._folder, self._filler = folder, folder / "filler"
 
     def fill(self) -> None:

@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, ROOT, Broker, Daemon, Hive, eventually, free_port, need_mosquitto
+from conftest import (
+    PATIENCE,
+    ROOT,
+    Broker,
+    Daemon,
+    Hive,
+    eventually,
+    free_port,
+    missing,
+    need_mosquitto,
+)
 from faults import COUNT, SmallDisk
 
 import hive
@@ -294,8 +304,10 @@ def test_at_the_real_port_too(machine: Machine) -> None:
     """The same with 1883, in a network of its own."""
     need_mosquitto()
     unshare, enter, ip = (shutil.which(name) for name in ("unshare", "nsenter", "ip"))
-    if os.geteuid() or not (unshare and enter and ip):
-        pytest.skip("only root can have a network of its own, on Linux")
+    if os.geteuid():
+        pytest.skip("only root can have a network of its own")
+    if not (unshare and enter and ip):
+        missing("unshare, nsenter and ip of Linux are missing")
     network = subprocess.Popen([unshare, "--net", "sleep", "600"])
     inside = [enter, "--net", f"--target={network.pid}"]
     try:
@@ -304,7 +316,7 @@ def test_at_the_real_port_too(machine: Machine) -> None:
         try:
             eventually("it has a network", lambda: os.readlink(there) != own, 5.0)
         except (AssertionError, OSError):
-            pytest.skip("no network of one's own can be had here")
+            missing("no network of one's own can be had here")
         subprocess.run([*inside, ip, "link", "set", "lo", "up"], check=True)
         machine.program = [*inside, sys.executable, f"{ROOT}/hive-cli"]
         alpha, beta = machine.start("alpha", "beta")
@@ -602,10 +614,7 @@ def test_without_a_file_it_is_kept_in_memory(machine: Machine) -> None:
 
 
 def test_a_full_disk_is_no_end_of_it(machine: Machine) -> None:
-    try:
-        disk = SmallDisk(machine.home / "disk")
-    except OSError as error:
-        pytest.skip(str(error))
+    disk = SmallDisk(machine.home / "disk")
     machine.environment["XDG_STATE_HOME"] = str(machine.home / "disk")
     try:
         disk.fill()

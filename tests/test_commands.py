@@ -1214,6 +1214,17 @@ def test_options_for_mosquitto_alone_are_refused_to_the_embedded_broker(
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("name", ["", *module.COMMANDS])
+def test_help_fits_a_terminal(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        module.main([*filter(None, [name]), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80 or line.strip() == "None"] == []
+
+
 @pytest.mark.parametrize("name", module.COMMANDS)
 def test_every_example_is_shown_and_can_be_typed(
     name: str, capsys: pytest.CaptureFixture[str]

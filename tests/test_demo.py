@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, ROOT, eventually
+from conftest import PATIENCE, ROOT, eventually, missing
 
 COLUMNS = 80
 ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -92,8 +92,7 @@ def checkout(tmp_path: Path) -> Iterator[Checkout]:
 def what_it_takes() -> None:
     for program in ("make", "ps"):
         if not shutil.which(program):
-            why = f"{program} is missing"
-            pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
+            missing(f"{program} is missing")
 
 
 def finished(process: subprocess.Popen[str], code: int | None = 0) -> tuple[str, str]:

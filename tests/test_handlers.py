@@ -107,6 +107,7 @@ def test_a_file_that_is_not_executable_is_refused_with_advice(folder: Path) -> N
 
 def test_a_module_that_handlers_import_is_no_handler_and_no_mistake(folder: Path) -> None:
     put(folder / "sentinel.py", 0o644)
+    (folder / "__pycache__").mkdir()  # Python's, beside a module that was imported
     assert hive.scan_handlers(folder) == hive.HandlerSet()
     put(folder / "sentinel.py", 0o755)
     assert [*hive.scan_handlers(folder).handlers] == ["sentinel.py"]

@@ -14,14 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from conftest import ROOT, Hive, calls_of, free_port
+from sentinels import imported
 
 import hive
 
@@ -29,20 +27,7 @@ HANDLER = ROOT / "contrib" / "handlers" / "health-check"
 Done = subprocess.CompletedProcess[str]
 
 
-def imported() -> ModuleType:
-    """The handler as a module, without a __pycache__ beside it."""
-    spec = spec_from_loader("health_check", SourceFileLoader("health_check", str(HANDLER)))
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.dont_write_bytecode = before
-    return module
-
-
-health = imported()
+health = imported("health_check", HANDLER)
 
 LINUX = os.uname_result(("Linux", "attic", "6.1.0-26-amd64", "#1 SMP", "x86_64"))
 MACOS = os.uname_result(("Darwin", "mini.lan", "23.6.0", "Darwin Kernel Version 23.6.0", "arm64"))

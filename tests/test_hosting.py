@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import plistlib
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from carrier import HERE, Carrier
-from conftest import PATIENCE, eventually, find_program, free_port, need_mosquitto
+from conftest import PATIENCE, eventually, find_program, free_port, missing, need_mosquitto
 
 import hive
 
@@ -459,8 +460,7 @@ def test_systemd_and_launchd_take_what_is_written(tmp_path: Path) -> None:
     unit.write_text(hive.systemd_unit(command))
     assert '"/home/a b/100%%/$$x/hive.py" "host" "--foreground"\n' in unit.read_text()
     if not shutil.which("systemd-analyze"):
-        assert not os.environ.get("CI"), "systemd-analyze is missing"
-        pytest.skip("systemd-analyze is missing: make checkers installs it")
+        missing("systemd-analyze is missing: make checkers installs it")
     done = subprocess.run(
         ["systemd-analyze", "verify", "--user", "--man=no", unit],
         capture_output=True,
@@ -468,3 +468,27 @@ def test_systemd_and_launchd_take_what_is_written(tmp_path: Path) -> None:
         env={"PATH": os.environ["PATH"], "XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)},
     )
     assert "hive-host" not in done.stderr, done.stderr
+
+
+def test_who_cannot_be_let_in_now_is_no_end_of_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that was stopped with Ctrl-Z keeps the lock; a member asks meanwhile."""
+    monkeypatch.setattr(hive, "LOCK_PATIENCE", 0.0)
+    host, said = hive.Host(tmp_path), io.StringIO()
+    host.prepare(hive.HostSettings("127.0.0.1", 1, ("127.0.0.1",), "hive"), "alpha", time.time())
+    host.invite("mini", time.time())
+    log = hive.Log("info", stream=said)
+    loop = hive.Loop(log)
+    service = hive.HostService(host, loop, log)
+    chosen = hive.password_hash(hive.new_password(), bytes(12))
+    topic = f"hive/{hive.HOST_USER}/command/mini"
+    asked = hive.IncomingMessage(topic, chosen.encode(), False, None, lambda: None)
+    with host.lock():
+        service.deliver(asked)
+    assert 'event="cannot let in" node=mini' in said.getvalue()
+    assert host.members()["mini"] != chosen
+    service.deliver(asked)
+    assert host.members()["mini"] == chosen
+    service.close()
+    loop.close()

@@ -301,7 +301,7 @@ def test_the_readme_shows_it(tmp_path: Path) -> None:
     alpha = machine.node("alpha")
     alpha.handler("ping", (ROOT / "hive-daemon.d" / "ping").read_text())
     daemons: list[subprocess.Popen[bytes]] = []
-    log = machine.home / "work.log"
+    log = machine.home / "second.log"
     try:
         alpha.start()
         for line, expected in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", shown, re.M):

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, missing
 
 import hive
 
@@ -24,15 +24,11 @@ SPEAKING = {"PREFIX", "DESTDIR", "START", "RUN_AS", "SUDO_USER", "MAKEFLAGS", "M
 
 
 def need(*programs: str) -> str:
-    """The first of these that is here; skip, and say so, without; fail where CI promised one."""
+    """The first of these that is here."""
     for program in programs:
         if shutil.which(program):
             return program
-    why = f"{' or '.join(programs)} is missing: make checkers installs it on Debian, as root"
-    promised = os.environ.get("CI") and sys.platform == "linux"
-    if promised:
-        pytest.fail(why)
-    pytest.skip(why)
+    missing(f"{' or '.join(programs)} is missing: make checkers installs it on Debian, as root")
 
 
 class Machine:
