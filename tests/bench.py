@@ -238,7 +238,8 @@ def main() -> None:
             if Path("/proc").exists():
                 idle(alpha, 60.0)
             peers = json.loads(hive.cli("alpha", "status", "--json").stdout)
-            assert [row["status"] for row in peers][:2] == ["online", "online"]
+            online = {row["name"] for row in peers if row["status"] == "online"}
+            assert {alpha.name, beta.name} <= online
         finally:
             hive.close()
             broker.stop()
