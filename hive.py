@@ -730,7 +730,7 @@ class RoutingContext(Value):
     agents: Sequence[str] = ()  # the first one speaks for the node
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
-    began: Callable[[str | None], bool] = lambda corr: False  # did this node begin the exchange?
+    asked: Callable[[str | None], str] = lambda corr: ""  # whom this node did, to begin that
     allow: Mapping[str, Container[str]] = {}  # who alone may do what, by the rule that says so
     why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
     speaks_for: Callable[[str, str], bool] = lambda node, name: False  # is it that node's agent?
@@ -740,6 +740,12 @@ class RoutingContext(Value):
         if to == EVERYONE:
             return tuple(self.agents)
         return (to,) if to in self.agents else tuple(self.agents[:1])
+
+    def answers(self, envelope: Envelope) -> bool:
+        """Is it from whom this node asked: its sender, everyone, or an agent of the same node?"""
+        asked, sender = self.asked(envelope.corr), envelope.sender
+        same = asked and (self.speaks_for(sender, asked) or self.speaks_for(asked, sender))
+        return bool(asked in (sender, EVERYONE) or same)
 
     def denies(self, rule: str, sender: str) -> str:
         """How a rule keeps a sender from what it is about; nothing where it does not."""
@@ -805,7 +811,7 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         missing += f" ({quoted(why, 300)[1:-1]})"
     agents = here.addressed(envelope.to)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
-    if any(denied.values()) and (channel.handler or not here.began(envelope.corr)):
+    if any(denied.values()) and (channel.handler or not here.answers(envelope)):
         agents = tuple(one for one in agents if not denied[one])
         if not agents:
             return Decision(Do.REFUSE, next(iter(denied.values())))
@@ -1479,10 +1485,11 @@ class Journal:
         rows = self._database.read("SELECT DISTINCT sender FROM log WHERE id = ?", (id,))
         return sorted(sender for (sender,) in rows)
 
-    def began(self, exchange: str | None) -> bool:
-        """Is it one that this node began?"""
-        question = "SELECT 1 FROM log WHERE id = ? AND event = ?"
-        return bool(self._database.read(question, (exchange, Event.SENT.value)))
+    def asked(self, exchange: str | None) -> str:
+        """To whom the message went with which this node began it; nobody if another one did."""
+        question = "SELECT recipient FROM log WHERE id = ? AND event = ?"
+        rows = self._database.read(question, (exchange, Event.SENT.value))
+        return str(rows[0][0]) if rows else ""
 
     def exchange(self, id: str, after: int = 0) -> list[dict[str, Any]]:
         """The next MAX_ROWS of the exchange that a message belongs to."""
@@ -2627,7 +2634,7 @@ class Node:
             agents=self.worker.agents,
             handlers=self.worker.handlers,
             expects=self.requests.waits,
-            began=self.journal.began,
+            asked=self.journal.asked,
             allow=self._allow,
             why_not=self.worker.why_not,
             speaks_for=self._speaks_for,

@@ -231,11 +231,21 @@ def test_an_empty_rule_names_nobody_but_this_node() -> None:
     assert decide(said_by("beta", action="ping"), here).do is Do.RUN
 
 
-def test_an_answer_to_its_own_question_reaches_an_agent_from_anybody() -> None:
-    here = guarded(began=lambda corr: corr == "mine")
+@pytest.mark.parametrize(
+    ("whom", "reaches"), [("alpha", True), ("all", True), ("scout", True), ("omega", False)]
+)
+def test_an_answer_to_its_own_question_reaches_an_agent_from_whom_it_asked(
+    whom: str, reaches: bool
+) -> None:
+    here = guarded(
+        asked=lambda corr: whom if corr == "mine" else "",
+        speaks_for=lambda node, agent: (node, agent) == ("alpha", "scout"),
+    )
     for ch in ("response", "alert"):
-        assert decide(said_by("alpha", ch, corr="mine"), here).do is Do.WAKE
+        did = Do.WAKE if reaches else Do.REFUSE
+        assert decide(said_by("alpha", ch, corr="mine"), here).do is did
         assert decide(said_by("alpha", ch, corr="other"), here).do is Do.REFUSE
+    assert (decide(said_by("scout", "response", corr="mine"), here).do is Do.WAKE) is reaches
     for ch in ("command", "sync"):  # it asks, and answers nothing
         assert decide(said_by("alpha", ch, corr="mine"), here).do is Do.REFUSE
 
