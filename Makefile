@@ -108,7 +108,7 @@ $(VENV)/ready: Makefile
 	  echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(python) -m pip install --quiet --disable-pip-version-check $(RUNTIME) $(TOOLS)
-	@ln -sf ../../hive-cli $(VENV)/bin/hive-cli
+	@for name in hive hive-cli; do ln -sf ../../hive-cli $(VENV)/bin/$$name; done
 	@touch $@
 
 # RUNLEVEL=1 keeps Debian's package from starting a broker of its own.

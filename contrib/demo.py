@@ -63,7 +63,7 @@ AGENT = """\
 # Stands in for an AI agent: writes down what it is told, and answers commands.
 cd "$(dirname "$0")" && echo "$3" >>agent.said
 if [ "$1" = command ]; then
-  hive-cli reply --config beta.toml --to-msg "$2" --text "I looked: all green"
+  hive reply --config beta.toml --to-msg "$2" --text "I looked: all green"
 fi
 """
 HANDLER = """\
@@ -111,7 +111,7 @@ def furnish(folder: Path) -> None:
         "beta.d/info": HANDLER,
         "alpha.log": "",
         "agent": AGENT,
-        "bin/hive-cli": HIVE_CLI.format(**quoted),
+        "bin/hive": HIVE_CLI.format(**quoted),
         "end": END.format(**quoted),
     }
     for name, content in files.items():
@@ -165,7 +165,7 @@ def end(folder: Path) -> None:
 
 
 def start(node: str) -> str:
-    return f"hive-cli daemon --config {node}.toml >>{node}.log 2>&1 & echo $! >{node}.pid"
+    return f"hive daemon --config {node}.toml >>{node}.log 2>&1 & echo $! >{node}.pid"
 
 
 # A line that says what happens; then commands, each with what its output must show in the end.
@@ -178,8 +178,8 @@ STEPS: list[tuple[str, list[tuple[str, str]]]] = [
         "Another one meets it there. Each would have a machine of its own.",
         [
             (start("beta"), ""),
-            ("hive-cli status --config alpha.toml", r"(?s)alpha +online.*beta +online"),
-            ("hive-cli roster --config alpha.toml", r"(?s)alpha .*beta +main +info"),
+            ("hive status --config alpha.toml", r"(?s)alpha +online.*beta +online"),
+            ("hive roster --config alpha.toml", r"(?s)alpha .*beta +main +info"),
         ],
     ),
     (
@@ -187,7 +187,7 @@ STEPS: list[tuple[str, list[tuple[str, str]]]] = [
         [
             ("cat beta.d/info", "HIVE_NODE"),
             (
-                "hive-cli send --config alpha.toml --to beta --action info --text hi --wait 20",
+                "hive send --config alpha.toml --to beta --action info --text hi --wait 20",
                 "beta runs",
             ),
         ],
@@ -196,7 +196,7 @@ STEPS: list[tuple[str, list[tuple[str, str]]]] = [
         "What no handler does wakes beta's agent: here a script that stands in for it.",
         [
             (
-                'hive-cli send --config alpha.toml --to beta --text "is it green?" --wait 20',
+                'hive send --config alpha.toml --to beta --text "is it green?" --wait 20',
                 "all green",
             ),
             ("fold -s -w 78 agent.said", "is it green"),
@@ -204,31 +204,31 @@ STEPS: list[tuple[str, list[tuple[str, str]]]] = [
     ),
     (
         "Every node knows what it sent and received.",
-        [("hive-cli log --config alpha.toml", "all green")],
+        [("hive log --config alpha.toml", "all green")],
     ),
     (
         "Somebody kills beta. alpha notices, and alerts everybody.",
         [
             ("kill -9 $(cat beta.pid)", ""),
-            ("hive-cli log --config alpha.toml --ch alert", "beta is lost"),
-            ("hive-cli status --config alpha.toml", r"beta +offline"),
+            ("hive log --config alpha.toml --ch alert", "beta is lost"),
+            ("hive status --config alpha.toml", r"beta +offline"),
         ],
     ),
     (
         "What beta is asked meanwhile waits for it.",
         [
             (
-                "hive-cli send --config alpha.toml --to beta --action info --text hi --corr x1",
+                "hive send --config alpha.toml --to beta --action info --text hi --corr x1",
                 "sent",
             ),
-            ("hive-cli pending --config alpha.toml", r"beta +info"),
+            ("hive pending --config alpha.toml", r"beta +info"),
         ],
     ),
     (
         "beta comes back, and does it. This is the exchange, whole.",
         [
             (start("beta"), ""),
-            ("hive-cli show --config alpha.toml x1", "beta runs"),
+            ("hive show --config alpha.toml x1", "beta runs"),
         ],
     ),
 ]
@@ -308,7 +308,7 @@ def show(folder: Path, keep: bool) -> None:
     if keep:
         say("\nIt is left running. To type any of this again, and then to end it:", bold=True)
         say(f"$ {as_typed_after(folder)}")
-        say("$ hive-cli --help")
+        say("$ hive --help")
         say(f"$ sh {shlex.quote(str(folder / 'end'))}")
 
 

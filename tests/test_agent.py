@@ -190,7 +190,7 @@ def test_a_long_text_is_cut_says_so_and_fits_into_an_argument(character: str) ->
     line = whole.splitlines()[1]
     heard, end = json.JSONDecoder().raw_decode(line)
     assert text.startswith(heard) and 1000 < len(heard) < len(text)
-    assert line[end:] == f" [cut; all {len(text)} characters: hive-cli show id-1]"
+    assert line[end:] == f" [cut; all {len(text)} characters: hive show id-1]"
 
 
 # When it may be said

@@ -191,7 +191,7 @@ def test_a_newcomer_needs_two_commands(
     machine, process, said = newcomer
 
     (hosting,) = [line for line in said if HOSTING in line]
-    assert "for other machines: hive-cli host" in hosting
+    assert "for other machines: hive host" in hosting
     assert str(machine.socket) in hosting
     sent = run_bare(machine, "send", "--to", "all", "--ch", "command", "--text", "hello")
     assert (sent.returncode, sent.stderr) == (0, "")

@@ -81,7 +81,7 @@ def test_all_are_the_nodes_that_are_alive() -> None:
 
 def test_where_nobody_is_alive_nobody_is_waited_for() -> None:
     for states in ({}, {"attic": state("offline")}, {"main": state(daemon_node="gone")}):
-        with pytest.raises(hive.NoReplyError, match=r"^no node is online; see: hive-cli status$"):
+        with pytest.raises(hive.NoReplyError, match=r"^no node is online; see: hive status$"):
             collector(TO_ALL).expect(states)
     answers = collector()  # one who was named may come yet
     answers.expect({})

@@ -218,7 +218,7 @@ def test_a_name_that_nobody_has_is_said_at_once_even_when_waiting(hive: Hive) ->
     hive.node("alpha").start()
     sent = hive.cli("alpha", "send", "--to", "betta", "--text", "x")
     assert sent.stderr == (
-        f"hive: nobody listens on {hive.prefix}/betta/command; who is there: hive-cli status\n"
+        f"hive: nobody listens on {hive.prefix}/betta/command; who is there: hive status\n"
     )
     waited = hive.cli("alpha", "send", "--to", "betta", "--text", "x", "--wait", "1000", code=4)
     assert waited.stderr == (
@@ -471,7 +471,7 @@ def test_a_message_is_shown_and_answered_by_its_id(hive: Hive, fast_agent: Path)
     id = hive.cli("alpha", "send", "--to", "beta", "--text", "-", stdin=text).stdout.split()[1]
     beta.logged("agent woken", id=id)
     (call,) = calls_of(fast_agent)
-    assert f"[cut; all 50004 characters: hive-cli show {id}]" in call["argv"][3]
+    assert f"[cut; all 50004 characters: hive show {id}]" in call["argv"][3]
 
     (received, told) = json.loads(hive.cli("beta", "show", id, "--json").stdout)
     assert (received["envelope"]["text"], received["from"]) == (text, "alpha")
@@ -491,7 +491,7 @@ def test_a_message_is_shown_and_answered_by_its_id(hive: Hive, fast_agent: Path)
     assert json.loads(whole.stdout)["replyTo"] == id
     for command in (["show", "no-such-id"], ["reply", "--text", "x", "--to-msg", "no-such-id"]):
         unknown = hive.cli("beta", *command, code=1).stderr
-        assert unknown == "hive: no-such-id: not known here; the last days are: hive-cli log\n"
+        assert unknown == "hive: no-such-id: not known here; the last days are: hive log\n"
     beta.stop()
     late = hive.cli("beta", "reply", "--to-msg", id, "--text", "x")
     assert late.stdout.startswith("sent ")

@@ -483,10 +483,10 @@ REASONS = {
         "does that port speak plain MQTT? then [mqtt] tls = false; over TLS it is mostly 8883"
     ),
     "subscribing to hive/a/+ refused: not authorized": (
-        "the broker's ACL does not allow it; hive-cli doctor says what this node needs"
+        "the broker's ACL does not allow it; hive doctor says what this node needs"
     ),
     "refused to publish to hive/a/alert: not authorized": (
-        "the broker's ACL does not allow it; hive-cli doctor says what this node needs"
+        "the broker's ACL does not allow it; hive doctor says what this node needs"
     ),
     hive.HANG_UP: "did it stop, or not like what was sent? see its log; hive tries again by itself",
 }

@@ -165,7 +165,7 @@ def check_each_line(checkout: Checkout, lines: list[str]) -> None:
         typed(line)
     eventually("beta has answered again", lambda: typed(show).count("| beta runs ") > 1)
     typed(kill)
-    typed("hive-cli --config beta.toml daemon >>beta.log 2>&1 &")  # as people type it
+    typed("hive --config beta.toml daemon >>beta.log 2>&1 &")  # as people type it
     typed(ended)
 
 
@@ -220,7 +220,7 @@ def test_a_step_that_fails_is_one_line_and_leaves_nothing(checkout: Checkout) ->
     broken = 'import sys\nif "roster" in sys.argv: sys.exit("hive: broken on purpose")\n'
     cli.write_text(broken + cli.read_text())
     _, err = finished(checkout.script(), 1)
-    command = "hive-cli roster --config alpha.toml"
+    command = "hive roster --config alpha.toml"
     assert err == f"demo: exit 1: {command}: hive: broken on purpose\n"
     checkout.check_empty()
 

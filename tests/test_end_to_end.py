@@ -788,7 +788,7 @@ def test_a_text_for_all_is_for_those_who_have_an_agent(hive: Hive, fast_agent: P
 
     eventually("gamma is known", lambda: "gamma" in roster())
     done = hive.cli("alpha", *to_all, "20", code=4)
-    assert done.stderr == "hive: no node that is online has an agent; see: hive-cli status\n"
+    assert done.stderr == "hive: no node that is online has an agent; see: hive status\n"
     beta.start()
     eventually("beta is known", lambda: "beta" in roster())
     done = hive.cli("alpha", *to_all, "2", code=4)

@@ -413,7 +413,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half(alpha: Carrier) -> None:
 @pytest.mark.parametrize("command", ["invite", "expel"])
 def test_only_who_carries_a_hive_lets_in_and_puts_out(alpha: Carrier, command: str) -> None:
     line = alpha.error(command, "mini", code=1)
-    assert "this node carries no hive" in line and "hive-cli host --listen" in line
+    assert "this node carries no hive" in line and "hive host --listen" in line
 
 
 def test_with_mosquitto_away_invite_and_expel_say_how_it_comes_back(alpha: Carrier) -> None:
@@ -424,7 +424,7 @@ def test_with_mosquitto_away_invite_and_expel_say_how_it_comes_back(alpha: Carri
     eventually("it has ended", lambda: not alpha.host.broker_pid())
     for command in ("invite", "expel"):
         line = alpha.error(command, "mini", code=3)
-        assert "does not run" in line and "hive-cli host" in line
+        assert "does not run" in line and "hive host" in line
 
 
 # ---- Who starts it -----------------------------------------------------------------------

@@ -58,7 +58,7 @@ def changed(line: str, **new: Any) -> str:
 def refused(alpha: Carrier, machine: Machine, line: str) -> str:
     return (
         f"hive: {HERE}:{alpha.port} refuses the invitation: it was used, has ended, or was taken"
-        " back; ask for another: hive-cli invite"
+        " back; ask for another: hive invite"
     )
 
 
@@ -323,7 +323,7 @@ def test_a_node_of_another_hive_stays_there_unless_it_is_forced(
     said = machine.error("join", "-", stdin=line, code=1)
     assert said == (
         f"hive: {machine.config}: this node's broker is old.lan:1883 already, and stays as it is;"
-        " --force replaces it, hive-cli doctor tells how it is"
+        " --force replaces it, hive doctor tells how it is"
     )
     assert machine.config.read_text() == before
     machine.run("join", "-", "--force", stdin=line)
@@ -457,7 +457,7 @@ def test_a_member_is_not_invited_over_its_head(alpha: Carrier, machine: Machine)
     machine.run("join", "-", stdin=alpha.invite(machine.name))
     said = alpha.error("invite", machine.name, code=1)
     assert said == (
-        f"hive: {machine.name} is in this hive already; another name, or first: hive-cli expel"
+        f"hive: {machine.name} is in this hive already; another name, or first: hive expel"
         f" {machine.name}"
     )
     assert machine.run("doctor", code=None).stdout.count("fail") == 0

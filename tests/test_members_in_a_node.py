@@ -576,7 +576,7 @@ def test_a_crowd_that_is_lost_at_once_is_thirty_alerts_and_one_for_the_others(ri
     *each, last = rig.sent("alert")
     assert len(each) == hive.MAX_LOSSES
     assert last.text.startswith("270 more are lost: peer-") and last.text.endswith(
-        ", ...; all of them: hive-cli status"
+        ", ...; all of them: hive status"
     )
     rig.advance(200)
     assert len(rig.sent("alert")) == hive.MAX_LOSSES + 1

@@ -15,10 +15,10 @@ import hive as module
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
-CONSOLE = "".join(body for kind, body in BLOCKS if kind == "console")
+CONSOLE = re.sub(r" +# .*", "", "".join(body for kind, body in BLOCKS if kind == "console"))
 COMMANDS = [
     re.split(r" [&#>|]", line)[0]
-    for line in re.findall(r"^\$ (?:.* )?((?:python3? hive(?:\.py)?|hive-cli) .*)$", CONSOLE, re.M)
+    for line in re.findall(r"^\$ (?:.* )?((?:python3? hive(?:\.py)?|hive) .*)$", CONSOLE, re.M)
 ]
 
 
@@ -38,10 +38,10 @@ def test_its_first_screen_is_what_comes_back(hive: Hive) -> None:
     alpha.handler("ping", (ROOT / "hive-daemon.d" / "ping").read_text())
     alpha.start()
     first = BLOCKS[0][1].splitlines()
-    asked = first.index("$ hive-cli send --to all --action ping --text hello --wait 5")
+    asked = first.index("$ hive send --to all --action ping --text hello --wait 5")
     answered = hive.cli("alpha", *shlex.split(first[asked])[2:])
     assert answered.stdout == first[asked + 1] + "\n"
-    listed = first.index("$ hive-cli roster")
+    listed = first.index("$ hive roster")
     shown = hive.cli("alpha", "roster").stdout.splitlines()
     assert shown[0].split() == first[listed + 1].split()
     assert shown[1].split()[:3] == first[listed + 2].split()[:3]

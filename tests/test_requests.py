@@ -139,7 +139,7 @@ def test_the_beginning_of_an_id_is_the_id_where_one_is_meant(
 def test_what_is_not_known_is_named(rig: Rig, caller: Caller, said: str) -> None:
     for id in IDS:
         rig.say("status", id=id)
-    error = f"{said}: not known here; the last days are: hive-cli log"
+    error = f"{said}: not known here; the last days are: hive log"
     assert caller.ask(do="message", id=said) == {"error": error}
     assert caller.ask(do="exchange", id=said) == {"rows": []}
     assert caller.ask(do="log", filters={"corr": said}) == {"rows": []}
@@ -575,7 +575,7 @@ def test_an_envelope_with_nonsense_in_any_field_is_answered(rig: Rig, do: str) -
         ({"do": "message", "id": 7}, f"id: 7 {NO_ID}"),
         ({"do": "exchange", "id": "a b"}, f"id: 'a b' {NO_ID}"),
         ({"do": "log", "after": -1}, "after: -1 is not a whole number from 0"),
-        ({"do": "message", "id": "m-1"}, "m-1: not known here; the last days are: hive-cli log"),
+        ({"do": "message", "id": "m-1"}, "m-1: not known here; the last days are: hive log"),
         ({"do": "send"}, "envelope: missing"),
         ({"do": "send", "envelope": {}}, "v: missing"),
         (

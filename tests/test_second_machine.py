@@ -123,8 +123,8 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Box]]:
                 os.chown(made[-1].home, int(user), int(user))
         (place / "bin").mkdir()
         (place / "bin" / "python3").symlink_to(fit_python(place, made[0]._inside))
-        shutil.copy(build(tmp_path_factory.mktemp("dist") / "checkout"), place / "bin" / "hive-cli")
-        for one in ("bin", "bin/hive-cli"):
+        shutil.copy(build(tmp_path_factory.mktemp("dist") / "checkout"), place / "bin" / "hive")
+        for one in ("bin", "bin/hive"):
             (place / one).chmod(0o755)
         yield made
     finally:
@@ -160,13 +160,13 @@ def test_three_machines_are_a_hive(boxes: list[Box]) -> None:
     host, invite = HOSTING
     said = alpha.type(host.replace(ADDRESS, alpha.address))
     assert f"Mosquitto listens at {alpha.address}:8883" in said and "fail" not in said
-    alpha.start("hive-cli daemon")
+    alpha.start("hive daemon")
     for box in others:
         copy, join, daemon = (line.replace("mini", box.name) for line in JOINING)
         line = alpha.type(invite.replace("mini", box.name)).strip()
         source, target = shlex.split(copy)[1:]
         assert (source, target) == ("dist/hive", f"{box.name}:")
-        shutil.copy(Path(alpha.home.parent, "bin", "hive-cli"), box.home / "hive")
+        shutil.copy(Path(alpha.home.parent, "bin", "hive"), box.home / "hive")
         joined = box.type(join.replace(LINE, line))
         assert f"broker {alpha.address}:8883" in joined and "fail" not in joined
         assert f"lets us in as {box.name}" in joined
@@ -175,7 +175,7 @@ def test_three_machines_are_a_hive(boxes: list[Box]) -> None:
     expected = sorted(f"{name} online" for name in names)
 
     def seen(box: Box) -> list[str]:
-        program = "hive-cli" if box is alpha else "python3 hive"
+        program = "hive" if box is alpha else "python3 hive"
         lines = box.type(f"{program} status").splitlines()
         words = [line.split()[:2] for line in lines]
         return sorted(" ".join(one) for one in words if one and one[0] in names)
@@ -188,7 +188,7 @@ def test_three_machines_are_a_hive(boxes: list[Box]) -> None:
     sent = others[0].type("python3 hive send --to nas --ch status --text hello")
     assert " -> hive/nas/status/mini" in sent
     eventually("it arrives", lambda: "hello" in others[1].type("python3 hive log --from mini"))
-    alpha.type("hive-cli expel nas")
+    alpha.type("hive expel nas")
     eventually("it is out", lambda: "nas online" not in seen(alpha))
     others[1].type("python3 hive status --direct", code=3)
     doctor = others[0].type("python3 hive doctor")

@@ -19,7 +19,7 @@ from test_broker_host import Machine
 import hive as module
 
 ENVIRONMENT = "#!/bin/sh\nenv | grep -E '^HIVE_(NODE|CONFIG)=' | sort\n"
-SPEAKS = '#!/bin/sh\nhive-cli send --to attic --ch status --text "by a child of $HIVE_NODE"\n'
+SPEAKS = '#!/bin/sh\nhive send --to attic --ch status --text "by a child of $HIVE_NODE"\n'
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def pair(hive: Hive) -> tuple[Daemon, Daemon]:
     """alpha and beta: neither has its configuration where one is looked for."""
     tools = hive.home / "bin"
     tools.mkdir()
-    (tools / "hive-cli").symlink_to(hive.program[1])
+    (tools / "hive").symlink_to(hive.program[1])
     hive.environment["PATH"] = f"{tools}:{hive.environment['PATH']}"
     alpha, beta = hive.node("alpha"), hive.node("beta")
     for one in (alpha, beta):
@@ -106,7 +106,7 @@ def test_an_agent_of_the_second_answers_as_the_second(
 ) -> None:
     alpha, _ = pair
     agent = tmp_path / "agent"
-    agent.write_text('#!/bin/sh\nhive-cli reply --to-msg "$1" --text "I am of $HIVE_NODE"\n')
+    agent.write_text('#!/bin/sh\nhive reply --to-msg "$1" --text "I am of $HIVE_NODE"\n')
     agent.chmod(0o755)
     gamma = hive.node(
         "gamma", f'[[oc_instances]]\nname = "main"\ncommand = ["{agent}", "{{id}}"]\n'
@@ -125,7 +125,7 @@ def test_an_agent_that_is_no_child_is_told_how_to_answer_as_its_node(
     beta = hive.node("beta", table).start()
     hive.cli("beta", "send", "--to=beta", "--text=who?")
     (call,) = eventually("the agent is called", lambda: calls_of(fast_agent))
-    assert " To answer: hive-cli reply --node beta --to-msg ID" in " ".join(call["argv"])
+    assert " To answer: hive reply --node beta --to-msg ID" in " ".join(call["argv"])
     beta.stop()
 
 
@@ -295,8 +295,8 @@ def test_the_readme_shows_it(tmp_path: Path) -> None:
     shown = said.partition("```console\n")[2].partition("```")[0]
     tools = machine.home / "bin"
     tools.mkdir()
-    (tools / "hive-cli").write_text(f'#!/bin/sh\nexec {shlex.join(machine.program)} "$@"\n')
-    (tools / "hive-cli").chmod(0o755)
+    (tools / "hive").write_text(f'#!/bin/sh\nexec {shlex.join(machine.program)} "$@"\n')
+    (tools / "hive").chmod(0o755)
     machine.environment["PATH"] = f"{tools}:{machine.environment['PATH']}"
     alpha = machine.node("alpha")
     alpha.handler("ping", (ROOT / "hive-daemon.d" / "ping").read_text())

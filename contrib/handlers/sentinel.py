@@ -8,7 +8,7 @@ README.md beside this file shows how to write one in 30 lines.
   before it is told, beside what was known before.  The next run learns from $HIVE_LAST_RUN whether
   hive has it on disk: if so it goes on from there, else it tells it again.  So kill -9 of either
   process, at any moment, neither loses news nor tells it twice.
-- On demand (`hive-cli send --action ACTION`, or by hand) it tells what a schedule would tell, and
+- On demand (`hive send --action ACTION`, or by hand) it tells what a schedule would tell, and
   changes nothing; the text of the message may be a duration, as in "2h", to look back so long.
 - Failing.  A source that fails is a line on stderr and exit 1 at once; it is news when it has
   failed three times in a row, once, and when it works again, once.
