@@ -27,7 +27,7 @@ RUNTIME := 'paho-mqtt>=2,<3'
 TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1 \
            radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2
 
-SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py \
+SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py contrib/man.py \
            contrib/handlers/sentinel.py contrib/handlers/check-email contrib/handlers/check-calendar \
            contrib/handlers/check-url
 SOURCES := hive.py tests $(SCRIPTS)
@@ -133,12 +133,13 @@ dovecot:
 	    apt-get install -y -qq --no-install-recommends dovecot-imapd; } >/dev/null || true; \
 	else echo "Dovecot is missing: tests of check-email will be skipped (apt-get install dovecot-imapd)"; fi
 
-# systemd-analyze and plistutil for tests/test_units.py, openssl, pgrep; ip for three machines.
+# systemd-analyze and plistutil for tests/test_units.py, openssl, pgrep, groff; ip for three machines.
 checkers:
 	@missing=; \
 	command -v systemd-analyze >/dev/null || missing="systemd"; \
 	command -v openssl >/dev/null || missing="$$missing openssl"; \
 	command -v pgrep >/dev/null || missing="$$missing procps"; \
+	command -v groff >/dev/null || missing="$$missing groff-base"; \
 	[ "$$(uname)" != Linux ] || command -v ip >/dev/null || missing="$$missing iproute2"; \
 	command -v plutil >/dev/null || command -v plistutil >/dev/null || missing="$$missing libplist-utils"; \
 	if [ -z "$$missing" ] || ! command -v apt-get >/dev/null; then :; \
