@@ -13277,7 +13277,7 @@ def broker_keys(host: str, port: int, user: str) -> dict[str, Any]:
 # stands in it.
 
 TOPICS = ("handlers", "agents", "trust", "config", "protocol", "brokers", "operation")
-HELP_FOLDERS = ("help", "contrib/help")  # beside this file: installed, or in a checkout
+HELP_FOLDERS = ("help", "hive-help", "contrib/help")  # installed; by pip; in a checkout
 
 
 def help_topic(name: str) -> str:
