@@ -1,6 +1,7 @@
 # make          what every change passes: lint, types, tests, 20 s of fuzzing
 # make test     the tests alone; sets up everything on a fresh machine
-# make demo     what hive does, in ten seconds; KEEP=1 leaves it running, to play with
+# make demo     what hive does, in ten seconds; KEEP=1 leaves it running, to play with;
+#               LIVE=1 shows three nodes at work, and one in trouble
 # make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
 # make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed;
 #               and a wheel, for pip and pipx
@@ -47,7 +48,7 @@ test: $(VENV)/tools mosquitto dovecot checkers
 	$(python) -m pytest -q -rs -n 4 --dist worksteal --timeout 120 tests
 
 demo: $(VENV)/ready
-	@$(python) contrib/demo.py $(if $(KEEP),--keep)
+	@$(python) contrib/demo.py $(if $(KEEP),--keep) $(if $(LIVE),--live)
 
 test-openclaw: $(VENV)/tools mosquitto dovecot $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin \
