@@ -53,8 +53,9 @@ tokens; only what needs judgment wakes an agent.
 #           Join        one line makes a machine a node of a hive
 #                       <- Journal, Requests, Packets, MqttClient, BrokerHost, Client, Setup,
 #                       Mosquitto, Hosting
+#           Help        topics that are longer than a --help, and where they lie
 #           Commands    one function for each subcommand, its options beside it <- *
-#           Main        arguments in, exit code out <- Members, Commands
+#           Main        arguments in, exit code out <- Members, Commands, Help
 
 from __future__ import annotations
 
@@ -101,7 +102,7 @@ else:
         return lambda made: made
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 KIB = 1024
 
@@ -13270,6 +13271,51 @@ def broker_keys(host: str, port: int, user: str) -> dict[str, Any]:
     return {f"mqtt.{key}": value for key, value in {**said, **others}.items()}
 
 
+# ---- Help: what is longer than a --help --------------------------------------------------
+#
+# Each topic is a file of Markdown; its first line says what it is about.  Does not know what else
+# stands in it.
+
+TOPICS = ("handlers", "agents", "trust", "config", "protocol", "brokers", "operation")
+HELP_FOLDERS = ("help", "hive-help", "contrib/help")  # installed; by pip; in a checkout
+
+
+def help_topic(name: str) -> str:
+    """The text of one; raises HiveError where this file came alone."""
+    beside = (os.path.dirname(file) for file in (__file__, os.path.realpath(__file__)))
+    for place, folder in itertools.product(beside, HELP_FOLDERS):
+        with contextlib.suppress(OSError):  # the loader reads from dist/hive's archive too
+            data: bytes = globals()["__loader__"].get_data(f"{place}/{folder}/{name}.md")
+            return data.decode()
+    raise HiveError(
+        f"{name}: hive.py came without its help; it is in dist/hive, in what make install puts"
+        f" there, and in a checkout: contrib/help/{name}.md"
+    )
+
+
+def topic_list() -> str:
+    """Every topic, with what it is about."""
+    about = (help_topic(name).partition("\n")[0].partition(": ")[2] for name in TOPICS)
+    lines = "\n".join(f"  {name:11}{what}" for name, what in zip(TOPICS, about, strict=True))
+    return f"hive help TOPIC, one of\n\n{lines}\n\nhive help COMMAND is hive COMMAND --help.\n"
+
+
+def show_text(text: str) -> None:
+    """To stdout; by $PAGER where that is a terminal with fewer lines."""
+    import shutil
+
+    if sys.stdout.isatty() and text.count("\n") >= shutil.get_terminal_size().lines:
+        import shlex
+        import subprocess
+
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the pager's, as long as it runs
+        pager = shlex.split(os.environ.get("PAGER") or "less")
+        with contextlib.suppress(OSError):  # none is here
+            subprocess.run(pager, input=text.encode(), env={"LESS": "FRX", **os.environ})
+            return
+    print(text, end="")
+
+
 # ---- Commands: one function for each subcommand ------------------------------------------
 #
 # Options stand beside the function that reads them; Main builds the parser from COMMANDS.
@@ -14629,7 +14675,7 @@ def make_parser(only: str = "") -> Parser:
     parser = Parser(
         description=__doc__ or dropped_docstrings()[""],
         parents=[common],
-        epilog="Each command has --help of its own, with examples.",
+        epilog="Each command has --help of its own, with examples; hive help lists more to read.",
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -14650,6 +14696,24 @@ def make_parser(only: str = "") -> Parser:
             sub.add_argument(*flags, **how)
         sub.set_defaults(run=one.run)
     return parser
+
+
+@subcommand(
+    option("topic", nargs="?", metavar="TOPIC", help="a topic, or a command; none: what there is"),
+    examples="hive help\nhive help handlers\nhive help send",
+)
+def command_help(args: argparse.Namespace) -> int:
+    """Read more about handlers, agents, trust and all else than --help says."""
+    if not args.topic:
+        print(topic_list(), end="")
+    elif args.topic in TOPICS:
+        show_text(help_topic(args.topic))
+    elif args.topic in COMMANDS:
+        make_parser(args.topic).parse_args([args.topic, "--help"])
+    else:
+        near = did_you_mean(args.topic, (*TOPICS, *COMMANDS)) or "see: hive help"
+        raise UsageError(f"help: there is no topic or command {quoted(args.topic)}; {near}")
+    return Exit.DONE
 
 
 def command_among(said: Sequence[str]) -> str:
