@@ -81,7 +81,7 @@ import signal
 import socket
 import stat
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
 from functools import cache, partial
@@ -1729,6 +1729,11 @@ class Journal:
         value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
         return None if value is None else float(value)
 
+    @property
+    def questions(self) -> int:
+        """How many requests nobody has answered."""
+        return int(self._database.read("SELECT count(*) FROM pending_requests")[0][0])
+
     # -- bounds --
 
     @property
@@ -2140,9 +2145,14 @@ class Requests:
         after_commit: Callable[[Callable[[], None]], None],
         send: Callable[[Envelope], str],
         connection: Callable[[], dict[str, Any]],
+        numbers: Callable[[], dict[str, list[list[Any]]]],
     ) -> None:
-        """`send` gives why not, or nothing; `connection` tells how the node's one is."""
+        """`send` gives why not, or nothing; `connection` tells how the node's one is.
+
+        `numbers` are those of METRICS.
+        """
         self._node, self._journal, self._members = node, journal, members
+        self._numbers = numbers
         self._after_commit, self._send, self._connection = after_commit, send, connection
         self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
@@ -2215,6 +2225,9 @@ class Requests:
 
     def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "node": self._node, "version": __version__}
+
+    def metrics(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {"metrics": self._numbers()}
 
     def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
         """Why this node does not send it; else who waits for its answers gets them from now on."""
@@ -2322,6 +2335,7 @@ REQUESTS = {
     "states": Request(Requests.states, "how every node and agent is"),
     "roster": Request(Requests.roster, "what every node can do"),
     "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
+    "metrics": Request(Requests.metrics, "the numbers that metrics_text() makes a page of"),
     "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
     "log": Request(log_page, "what this node received, sent and did", LOG_FIELDS, looks_back=True),
     "message": Request(message_row, "one message", {"id": ID_FIELD}, looks_back=True),
@@ -2355,6 +2369,15 @@ def hive_of(config: Config) -> str:
     return f"{config.mqtt.address if config.mqtt.named else 'ours'} {config.topics.prefix}"
 
 
+def resident_memory() -> int | None:
+    """Bytes of it that this process has; None where that takes more than a look to know."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, LookupError, ValueError):
+        return None
+
+
 class Worker:
     """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
 
@@ -2372,6 +2395,10 @@ class Worker:
     def trouble(self) -> str:
         """Why the node is degraded; nothing if it is not."""
         return ""
+
+    def numbers(self) -> dict[str, list[list[Any]]]:
+        """What it has done, and what waits."""
+        return {}
 
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         """Run the handler of a message's action; `row` is the message's in the journal."""
@@ -2432,6 +2459,8 @@ class Node:
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
+        self._outcomes = Counter[tuple[str, str]]()  # of messages, by channel
+        self._began, self._connections = time.time(), 0
         self.worker = Worker()
         self.members = Members(
             config, loop, log, journal, self.send, self._probe, self._fetch_documents
@@ -2445,6 +2474,7 @@ class Node:
             self.commit_soon,
             self._send_for_command,
             self._connection,
+            self.numbers,
         )
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
@@ -2462,6 +2492,7 @@ class Node:
 
     def on_connected(self, mqtt: MqttConfig) -> None:
         self.connected, self._mqtt, self._fault = True, mqtt, ""
+        self._connections += 1
         self.members.grant_grace(self.loop.clock())
         self.commit_soon()
 
@@ -2497,6 +2528,31 @@ class Node:
             "fault": fault,
             "age": silence if fault else 0.0,  # of what is known
         }
+
+    def numbers(self) -> dict[str, list[list[Any]]]:
+        """By the names of METRICS: the values of its labels, and a number, as often as there are.
+
+        Each count is kept by whoever does what it counts.
+        """
+        presence, memory = self.members.presence, resident_memory()
+        build_info = [self.name, __version__, presence.build if presence else ""]
+        one: dict[str, float] = {
+            "hive_connected": self._connection()["connected"],
+            "hive_degraded": bool(self.worker.trouble()),
+            "hive_reconnects_total": max(0, self._connections - 1),
+            "hive_journal_bytes": self.journal.size,
+            "hive_journal_on_disk": self.journal.on_disk,
+            "process_cpu_seconds_total": time.process_time(),
+            "process_start_time_seconds": self._began,
+            **({"process_resident_memory_bytes": memory} if memory else {}),
+        }
+        found: dict[str, list[list[Any]]] = {name: [[value]] for name, value in one.items()}
+        found["hive_build_info"] = [[*build_info, 1]]
+        found["hive_members"] = [[*item] for item in self.members.count().items()]
+        found["hive_messages_total"] = [[*which, n] for which, n in self._outcomes.items()]
+        theirs = self.worker.numbers()
+        queues = [["outbox", self.journal.outbox_size], ["questions", self.journal.questions]]
+        return found | theirs | {"hive_queue_length": queues + theirs.get("hive_queue_length", [])}
 
     def publish(self, message: OutgoingMessage) -> None:
         """Send what need not be in the journal."""
@@ -2564,6 +2620,7 @@ class Node:
             envelope = Envelope.parse(message.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
+            self._outcomes["none", "invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
             return self.commit_soon(message.ack)
         what, row = self._receive(envelope, message, place)
@@ -2649,6 +2706,7 @@ class Node:
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
         facts |= {"to": envelope.to, "action": envelope.action}
+        self._outcomes[envelope.ch, "seen" if what == SEEN_BEFORE else what.do.name.lower()] += 1
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
@@ -2776,6 +2834,7 @@ class Node:
         if ask:
             self.journal.add_pending_request(envelope, row)
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+        self._outcomes[envelope.ch, "sent"] += 1
         self.log.info("sent", **facts, corr=envelope.corr)
         self.commit_soon()
         return ""
@@ -2795,6 +2854,7 @@ class Node:
             self.journal.record_result(envelope, time.time(), what)
             self.journal.resolve_request(envelope.exchange)  # nobody will answer
             if failed:
+                self._outcomes[envelope.ch, "unpublished"] += 1
                 facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
                 self.log.error("not published", **facts, to=envelope.to, why=words)
                 self._envelope_refused(envelope, code, words.lower(), told)
@@ -2864,6 +2924,7 @@ class Node:
 
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
+MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
 
@@ -3083,6 +3144,7 @@ class Work(Worker):
         self._children = ChildProcesses(node.loop)
         self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
         self._handler_set = HandlerSet()
+        self._runs, self._seconds = Counter[tuple[str, str]](), dict[str, float]()
         self._looked = float("-inf")
         self._agents = {
             name: Agent(node.loop, self._children, one, self, whose_child(node.config))
@@ -3154,6 +3216,20 @@ class Work(Worker):
             if one.failing
         ]
         return "; ".join(trouble + self._node.limits.trouble(self._loop.clock()))
+
+    def numbers(self) -> dict[str, list[list[Any]]]:
+        agents = self._agents.items()
+        waiting = sum(len(agent) for _, agent in agents)
+        return {
+            "hive_queue_length": [["handlers", len(self._queue)], ["agents", waiting]],
+            "hive_handlers_running": [[self.running]],
+            "hive_handler_runs_total": [[*which, n] for which, n in self._runs.items()],
+            "hive_handler_seconds_total": [[*item] for item in self._seconds.items()],
+            "hive_agent_up": [[name, agent.health is not Health.DOWN] for name, agent in agents],
+            "hive_agent_turns_total": [
+                [name, how, n] for name, agent in agents for how, n in agent.turns.items()
+            ],
+        }
 
     def take_up(self) -> None:
         """Go on with what was not finished when the daemon ended."""
@@ -3244,6 +3320,10 @@ class Work(Worker):
         self._queue.done(run.action)
         self._node.counts["runs"] += 1
         self._node.counts["failures"] += not result.ok
+        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED
+        action = run.action if known else "other"
+        self._runs[action, "ok" if result.ok else "failed"] += 1
+        self._seconds[action] = self._seconds.get(action, 0.0) + result.seconds
         if result.cancelled and run.task and self._handler_config(run.action).retry:
             self._journal.reset_tasks([run.task])  # it runs again at the next start
         else:
@@ -5693,6 +5773,7 @@ class Agent:
         self._events: deque[tuple[float, bool]] = deque(maxlen=MAX_LATER + MAX_ALERTS)
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
+        self.turns = Counter[str]()  # calls that ended, by how
         self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
         self._method = ""  # the last one that worked
         self._stopping = False
@@ -5804,6 +5885,7 @@ class Agent:
 
     def _called(self, name: str, event: SystemEvent, result: WakeResult) -> None:
         group, self._calling = self._calling, []
+        self.turns["failed" if result.why else "ok"] += 1
         if not result.why:
             self._events.append((self._loop.clock(), event.now))
             self._succeeded(name, group, result.reply)
@@ -6241,6 +6323,12 @@ def status_of(state: Mapping[str, Any]) -> str:
     return status if isinstance(status, str) and NAME.fullmatch(status) else "unknown"
 
 
+def condition_of(status: str, reason: object) -> str:
+    """A status, in which "offline" is told apart: one that has stopped, and one that is lost."""
+    lost = reason in ("connection lost", "lost")
+    return status if status != "offline" else "lost" if lost else "stopped"
+
+
 class MemberStatus(Enum):
     """What has become of a peer."""
 
@@ -6477,6 +6565,15 @@ class Members:
                 if agent not in states and self.node_of(agent) == name and isinstance(said, dict):
                     agents[agent] = agent_state(state, agent, said)
         return states | agents
+
+    def count(self) -> dict[str, int]:
+        """How many nodes are in which condition, this one among them."""
+        found = dict.fromkeys(("online", "degraded", "stopped", "lost", "unknown"), 0)
+        for name, state in self.documents("state").items():
+            if state.get("daemon_node", name) == name:
+                one = condition_of(status_of(state), state.get("reason"))
+                found[one if one in found else "unknown"] += 1
+        return found
 
     # -- whose agents there are --
 
@@ -6756,7 +6853,7 @@ class Presence:
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
         self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
-        self._build = build()  # of the file as it was when this daemon started
+        self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
         self._seq = 0
         self._beaten = self._shown_at = float("-inf")
@@ -6825,7 +6922,7 @@ class Presence:
             "uptime_s": round(self._loop.clock() - self._started, 1),
             "known_peers": self._known(),
             "daemon_node": self._node,
-            "version": f"{__version__} ({self._build})",
+            "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),
             "oc": own.agents,
             "instance": self._instance,
@@ -6860,7 +6957,7 @@ class Presence:
             "node": self._node,
             "ts": int(time.time()),
             "version": __version__,
-            "build": self._build,
+            "build": self.build,
             "protocol": PROTOCOL_VERSION,
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
@@ -10471,6 +10568,55 @@ def status_notes(rows: Sequence[StatusRow]) -> str:
     return "\n" + "".join(notes) if notes else ""
 
 
+class Metric(Value):
+    """One number that monitoring may ask for, or one for each value of its labels."""
+
+    kind: str  # counter, gauge
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS = {  # Prometheus' names: what they are, and in which unit, is at their end
+    "hive_build_info": Metric("gauge", "Always 1.", ("node", "version", "build")),
+    "hive_connected": Metric("gauge", "1 while the broker is there."),
+    "hive_degraded": Metric("gauge", "1 while something is wrong here: hive status says what."),
+    "hive_reconnects_total": Metric("counter", "How often the broker was found again."),
+    "hive_members": Metric("gauge", "Nodes, with this one, by how they are.", ("state",)),
+    "hive_messages_total": Metric(
+        "counter", "Messages, by what became of them.", ("channel", "outcome")
+    ),
+    "hive_queue_length": Metric("gauge", "What waits for its turn or an answer.", ("queue",)),
+    "hive_handlers_running": Metric("gauge", "Handlers that run now."),
+    "hive_handler_runs_total": Metric("counter", "Runs that ended.", ("action", "outcome")),
+    "hive_handler_seconds_total": Metric("counter", "Seconds that they took.", ("action",)),
+    "hive_agent_up": Metric("gauge", "0 while an agent cannot be told anything.", ("agent",)),
+    "hive_agent_turns_total": Metric(
+        "counter", "Calls to an agent that ended.", ("agent", "outcome")
+    ),
+    "hive_journal_bytes": Metric("gauge", "What the journal holds."),
+    "hive_journal_on_disk": Metric("gauge", "0 while it is in memory, as the disk failed."),
+    "process_cpu_seconds_total": Metric("counter", "Time on a processor, user and system."),
+    "process_resident_memory_bytes": Metric("gauge", "Memory in use."),
+    "process_start_time_seconds": Metric("gauge", "When the daemon began, in Unix seconds."),
+}
+
+
+def metrics_text(answer: Mapping[str, Any]) -> str:
+    """Prometheus' text format (0.0.4), made of the answer to the request `metrics`."""
+    lines, given = [], answer["metrics"]
+    for name, metric in METRICS.items():
+        lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
+        for *values, number in given.get(name, ()):
+            said = (f'{k}="{label_value(v)}"' for k, v in zip(metric.labels, values, strict=True))
+            labels = ",".join(said)
+            lines.append(f"{name}{f'{{{labels}}}' if labels else ''} {number + 0}")
+    return "\n".join(lines) + "\n"
+
+
+def label_value(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
 def words_of(value: object) -> str:
     """A peer's list of words on one line; openclaw-hive's may be anything."""
     return ", ".join(printable(word, 63) for word in value[:100]) if isinstance(value, list) else ""
@@ -13915,6 +14061,21 @@ def command_status(args: argparse.Namespace) -> int:
         table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
         print(f"{status_summary(rows)}; senders: {senders}\n\n{table}", end="")
     return say_of_members(config, args, said, bool(rows))
+
+
+@subcommand(examples="hive.py metrics | grep hive_queue")
+def command_metrics(args: argparse.Namespace) -> int:
+    """Print what the daemon has counted, as Prometheus reads it."""
+    config = config_of(args)
+    control = connect_to_daemon(config)
+    if control is None:
+        raise HiveError(f"no daemon of {config.node.id} runs on this machine: nothing is counted")
+    with contextlib.closing(control):
+        answer = control.ask({"do": "metrics"})
+    if "error" in answer:
+        raise HiveError(f"the daemon of {config.node.id}: {answer['error']}")
+    print(metrics_text(answer), end="")
+    return Exit.DONE
 
 
 def check_status(
