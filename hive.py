@@ -34,7 +34,7 @@ tokens; only what needs judgment wakes an agent.
 #                       <- Process, Handlers
 #           Database    an SQLite file that may fail and come back; a lock <- Control
 #           Members     who is alive, who has left, who has failed; what we show of us
-#                       <- Journal, Agent, MqttClient
+#                       <- Routing, Journal, Agent, MqttClient
 #   MQTT    Packets     bytes to packets and back
 #           Broker      a small one of our own, for one user on one machine
 #                       <- Stream, Control, Database, Packets
@@ -357,7 +357,7 @@ CUT_SHORT = " [cut by hive: more than the broker takes]"
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
-EVERYONE = "all"
+EVERYONE, ANYONE = "all", "any"
 URGENCIES = ("now", "later")
 
 
@@ -393,11 +393,11 @@ CHANNELS = {
     )
 }
 PRIVATE = "~"  # how the last level of a topic begins that is no sender's name
-RESERVED = (EVERYONE, "meta", "state", "roster", *CHANNELS)  # levels of topics; no node's name
+RESERVED = (EVERYONE, ANYONE, "meta", "state", "roster", *CHANNELS)  # no node's name
 
 
 def node_name(value: object) -> str:
-    """a name: 1 to 63 of A-Za-z0-9._- , not 'all', 'meta', 'state', 'roster' or a channel's"""
+    """a name: 1 to 63 of A-Za-z0-9._- , not all, any, meta, state, roster or a channel's"""
     if not isinstance(value, str) or not NAME.fullmatch(value) or value in RESERVED:
         raise ValueError
     return value
@@ -413,6 +413,11 @@ def action_name(value: object) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError
     return value
+
+
+def tag_name(value: object) -> str:
+    """a tag: 1 to 63 of A-Za-z0-9._-"""
+    return action_name(value)
 
 
 def identifier(value: object) -> str:
@@ -722,6 +727,68 @@ NO_AGENT = "there is no agent to tell"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
 OTHER_KIND = "its topic does not say who sent it"
+
+
+TAGGED = "tag:"
+PATTERN = re.compile(r"(?=.*[*?\[])[A-Za-z0-9._*?!\[\]-]{1,63}")
+
+
+def destination(value: object) -> str:
+    """a name, all, any, any:TAG, tag:TAG, or a pattern as in 'web-*'"""
+    return recipient_name(value) if Target.find(value) is None else str(value)
+
+
+class Candidate(Value):
+    """A node that a message may be for, as it shows itself."""
+
+    name: str
+    status: str = "online"
+    age: float | None = None  # seconds since it was last heard of
+    alive: bool = True
+    tags: Container[str] = ()
+    actions: Container[str] = ()
+    agent: bool = False  # is there one to be woken?
+    busy: float = 0.0  # what runs and waits there, and its load
+
+
+class Target(Value):
+    """Which nodes are meant by what is neither a name nor `all`."""
+
+    one: bool = False  # whoever can do it, has least to do, and is not who asks
+    tag: str = ""
+    pattern: str = ""  # of their names, as a shell has it
+
+    @classmethod
+    def find(cls, said: object) -> Self | None:
+        """Read what --to says; None: it is a name.  Raises ValueError."""
+        if not isinstance(said, str):
+            raise ValueError
+        kind, _, tag = said.partition(":")
+        if said == ANYONE or (tag and kind == ANYONE):
+            return cls(one=True, tag=tag and tag_name(tag))
+        if said.startswith(TAGGED):
+            return cls(tag=tag_name(tag))
+        return cls(pattern=said) if PATTERN.fullmatch(said) else None
+
+    def choose(
+        self, known: Iterable[Candidate], action: str, asker: str
+    ) -> tuple[list[str], list[Candidate]]:
+        """Who gets a message for this, and who would if it were not away."""
+        meant = sorted(
+            (one for one in known if self.means(one, action, asker)),
+            key=lambda one: (one.busy, one.name) if self.one else (0.0, one.name),
+        )
+        there = [one.name for one in meant if one.alive]
+        return there[:1] if self.one else there, [one for one in meant if not one.alive]
+
+    def means(self, node: Candidate, action: str, asker: str) -> bool:
+        from fnmatch import fnmatchcase
+
+        if (self.tag and self.tag not in node.tags) or (self.one and node.name == asker):
+            return False
+        if self.pattern:
+            return fnmatchcase(node.name, self.pattern)
+        return not self.one or (action in node.actions if action else node.agent)
 
 
 class RoutingContext(Value):
@@ -1724,6 +1791,16 @@ class Journal:
             for *facts, content in rows
         ]
 
+    def owed(self, since: float) -> dict[str, int]:
+        """How much each name was asked since then, and has not answered."""
+        return dict(
+            self._database.read(
+                "SELECT recipient, count(*) FROM pending_requests JOIN log ON log.n = message"
+                " WHERE time > ? GROUP BY recipient",
+                (since,),
+            )
+        )
+
     def next_due(self) -> float | None:
         """When the next request is overdue."""
         value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
@@ -2074,6 +2151,14 @@ def row_number(value: object) -> int:
     return whole(value, 0, 2**53)
 
 
+def target_of(value: object) -> Target:
+    """any, any:TAG, tag:TAG, or a pattern as in 'web-*'"""
+    target = Target.find(value)
+    if target is None:
+        raise ValueError
+    return target
+
+
 def envelope_object(value: object) -> Envelope:
     """an envelope: an object as in the protocol"""
     if not isinstance(value, dict):
@@ -2223,6 +2308,14 @@ class Requests:
     def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "rosters": self._members.documents("roster")}
 
+    def targets(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Who a message for this would be for."""
+        now = time.time()
+        known = self._members.candidates(now, self._journal.owed(now - BUSY_MEMORY))
+        names, away = given["to"].choose(known, given["action"], self._node)
+        absent = {one.name: {"status": one.status, "age": one.age} for one in away}
+        return {**self._connection(), "names": names, "away": absent}
+
     def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "node": self._node, "version": __version__}
 
@@ -2254,7 +2347,8 @@ class Requests:
         """The broker has a message, or refused it; is whoever sent it still there?"""
         requester = self._senders.pop(message.id or "", None)
         if requester:
-            requester.send({"published": code, "words": words, "topic": message.topic})
+            said = {"published": code, "words": words, "topic": message.topic, "id": message.id}
+            requester.send(said)
         return requester is not None
 
     def heard(self, answer: Envelope) -> None:
@@ -2305,6 +2399,7 @@ def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": journal.rows(filters, given["after"], given["last"])}
 
 
+BUSY_MEMORY = 600.0  # seconds in which a question that nobody has answered keeps its node busy
 NO_SUCH_REQUEST = "no such request"
 NOT_KNOWN = "not known here; the last days are: hive log"
 ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
@@ -2334,6 +2429,14 @@ REQUESTS = {
     ),
     "states": Request(Requests.states, "how every node and agent is"),
     "roster": Request(Requests.roster, "what every node can do"),
+    "targets": Request(
+        Requests.targets,
+        "which nodes that is, and who of them is away",
+        {
+            "to": RequestField(target_of, "which ones", required=True),
+            "action": RequestField(action_name, "what they shall do", ""),
+        },
+    ),
     "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
     "metrics": Request(Requests.metrics, "the numbers that metrics_text() makes a page of"),
     "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
@@ -3200,7 +3303,10 @@ class Work(Worker):
             for name, agent in self._agents.items()
         }
         schedule = [one.document() for one in self._schedule]
-        return OwnStatus(health, [*self.handlers], schedule, self.trouble())
+        return OwnStatus(
+            *(health, [*self.handlers], schedule, self.trouble()),
+            *(self.running, len(self._queue)),
+        )
 
     def trouble(self) -> str:
         trouble = [
@@ -3812,6 +3918,11 @@ def node_names(value: object) -> tuple[str, ...]:
     return tuple(node_name(name) for name in (value if isinstance(value, list) else [value]))
 
 
+def tag_names(value: object) -> tuple[str, ...]:
+    """a tag, or a list of tags: 1 to 63 of A-Za-z0-9._-"""
+    return tuple(tag_name(tag) for tag in (value if isinstance(value, list) else [value]))
+
+
 def handler_rule(action: str) -> str:
     return f"[handlers.{action}] allow"
 
@@ -3909,6 +4020,9 @@ class NodeConfig(ConfigTable):
 
     id: str = setting("", node_name, "this node's name; without it the short host name", "alpha")
     topic_prefix: str = setting("hive", topic_prefix, "what every topic of this hive begins with")
+    tags: tuple[str, ...] = setting(
+        (), tag_names, "what it is: send --to tag:gpu, or any:gpu for one of them", ["gpu"]
+    )
     handler_dir: Path | None = setting(
         None, file_path, "handlers; else those beside this file or hive.py", HANDLER_FOLDER
     )
@@ -6302,7 +6416,7 @@ MAX_LOSSES = 30  # that are announced one by one in a minute; of more there is o
 MANY_LOST = "lost::many"  # its corr; no name is like that
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
-PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
+PASSING = ("last_seen", "uptime_s", "load_1m", "running", "waiting", "counters")  # no news
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
 
@@ -6327,6 +6441,29 @@ def condition_of(status: str, reason: object) -> str:
     """A status, in which "offline" is told apart: one that has stopped, and one that is lost."""
     lost = reason in ("connection lost", "lost")
     return status if status != "offline" else "lost" if lost else "stopped"
+
+
+def judged(
+    state: Mapping[str, Any], own: HeartbeatConfig, now: float
+) -> tuple[str, int | None, float | None]:
+    """A state's status, when that was said (Unix seconds), and how many seconds ago.
+
+    One that claims to be alive is `stale` where it should have been heard of since.
+    """
+    interval = bounded_number(state.get("interval"), *PEER_INTERVAL) or own.interval
+    missed = bounded_number(state.get("miss_threshold"), 1, 10_000) or own.miss_threshold
+    seen = bounded_number(state.get("last_seen"), 1, MAX_TS)
+    age = max(0.0, now - seen) if seen else None
+    status = status_of(state)
+    if status in ALIVE and (age is None or is_overdue(age - SEEN_PRECISION, interval, missed)):
+        status = "stale"
+    return status, int(seen) if seen else None, age
+
+
+def words_in(value: object) -> frozenset[str]:
+    """The words of a peer's list."""
+    words = value if isinstance(value, list) else []
+    return frozenset(word for word in words if isinstance(word, str))
 
 
 class MemberStatus(Enum):
@@ -6575,6 +6712,25 @@ class Members:
                 found[one if one in found else "unknown"] += 1
         return found
 
+    def candidates(self, now: float, owed: Mapping[str, int]) -> Iterator[Candidate]:
+        """Every node as one that a message may be for.
+
+        `owed`: what this node has asked each of them, and waits for: their states come later.
+        """
+        rosters = self.documents("roster")
+        for name, state in self.documents("state").items():
+            if state.get("daemon_node", name) != name:
+                continue
+            status, _, age = judged(state, self._own, now)
+            roster = rosters.get(name, {})
+            tags, actions = (words_in(roster.get(key)) for key in ("tags", "handlers"))
+            at_work = [bounded_number(state.get(key), 0, 1e6) for key in ("running", "waiting")]
+            load = bounded_number(state.get("load_1m"), 0, 1e6) or 0.0
+            busy = max(owed.get(name, 0), sum(filter(None, at_work))) + load
+            agent = bool(roster.get("agents") or roster.get("sessions"))
+            alive = status in ALIVE
+            yield Candidate(name, status, age, alive, tags, actions, agent, busy)
+
     # -- whose agents there are --
 
     def node_of(self, name: str) -> str | None:
@@ -6800,6 +6956,8 @@ class OwnStatus(Value):
     handlers: Sequence[str]
     schedule: Sequence[Mapping[str, object]]
     trouble: str  # why it is degraded, or nothing
+    running: int = 0  # handlers
+    waiting: int = 0  # messages for handlers
 
 
 def build() -> str:
@@ -6851,6 +7009,7 @@ class Presence:
     ) -> None:
         """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._tags = [*config.node.tags]
         self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
         self.build = build()  # of the file as it was when this daemon started
@@ -6924,6 +7083,8 @@ class Presence:
             "daemon_node": self._node,
             "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),
+            "running": own.running,
+            "waiting": own.waiting,
             "oc": own.agents,
             "instance": self._instance,
             "interval": self._own.interval,
@@ -6961,6 +7122,7 @@ class Presence:
             "protocol": PROTOCOL_VERSION,
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
+            "tags": self._tags,
             "agents": [*own.agents],
             "handlers": own.handlers,
             "schedule": own.schedule,
@@ -10444,6 +10606,12 @@ def for_people(value: object) -> str:
     return " ".join(words[:2]) or "0s"
 
 
+def and_more(names: Collection[str], limit: int = 1) -> str:
+    """The first few of many."""
+    more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(itertools.islice(names, limit)) + more
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool) -> str:
     """Columns as wide as what is in them."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
@@ -10488,13 +10656,7 @@ def status_row(
 ) -> StatusRow:
     """Make a row of a state document, whatever it holds."""
     node = state.get("daemon_node")
-    interval = bounded_number(state.get("interval"), *PEER_INTERVAL) or heartbeat.interval
-    missed = bounded_number(state.get("miss_threshold"), 1, 10_000) or heartbeat.miss_threshold
-    seen = bounded_number(state.get("last_seen"), 1, MAX_TS)
-    age = max(0.0, now - seen) if seen else None
-    status = status_of(state)
-    if status in ALIVE and (age is None or is_overdue(age - SEEN_PRECISION, interval, missed)):
-        status = "stale"
+    status, seen, age = judged(state, heartbeat, now)
     health = {
         printable(agent): printable(one.get("status") if isinstance(one, dict) else one, 20)
         for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
@@ -10509,7 +10671,7 @@ def status_row(
         agents=health,
         load_1m=bounded_number(state.get("load_1m"), 0, 1e6),
         uptime_s=bounded_number(state.get("uptime_s"), 0, 1e10),
-        last_seen=int(seen) if seen else None,
+        last_seen=seen,
         age_s=age,
         version=printable(version, 30) if version else None,
         reason=printable(reason, 200) if reason else None,
@@ -10645,9 +10807,11 @@ def schedule_lines(documents: Mapping[str, Mapping[str, Any]], now: float) -> st
 
 
 def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> str:
-    cells = [
+    rows: list[tuple[str, ...]] = [("NODE", "TAGS", "AGENTS", "HANDLERS", "VERSION", "SYSTEM")]
+    rows += [
         (
             name,
+            words_of(document.get("tags")) or "-",
             words_of(document.get("agents")) or "-",
             words_of(document.get("handlers")) or "-",
             f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})",
@@ -10655,7 +10819,9 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
         )
         for name, document in sorted(documents.items())
     ]
-    return format_table(("NODE", "AGENTS", "HANDLERS", "VERSION", "SYSTEM"), cells, colour)
+    if all(tags == "-" for _, tags, *_ in rows[1:]):
+        rows = [(name, *rest) for name, _, *rest in rows]
+    return format_table(rows[0], rows[1:], colour)
 
 
 def clock_time(at: object) -> str:
@@ -10945,6 +11111,8 @@ class InProcessNode:
                 except UsageError as error:
                     return {"error": str(error)}
         filters = self._filters(str(request["do"]), given)
+        if self._node:
+            self._ends = time.monotonic() + self._patience
         node = self._node or self._connect(filters)
         if request["do"] == "send":
             envelope = given["envelope"]
@@ -10956,10 +11124,11 @@ class InProcessNode:
                 self._tell_daemon({**request, "do": "sent"})
         answer = node.requests.handle(request, self)
         if answer is None:
-            published = self._turn(lambda: len(self._lines) > 1, self._ends)
-            if not published:
+            id = given["envelope"].id
+            if not self._turn(lambda: any(one.get("id") == id for one in self._lines), self._ends):
                 raise self._late("no answer (PUBACK)")
-            answer = self._lines.popleft()
+            answer = next(one for one in self._lines if "queued" in one)
+            self._lines.remove(answer)
         return answer
 
     def receive(self, within: float | None) -> dict[str, Any] | None:
@@ -11004,6 +11173,8 @@ class InProcessNode:
                 return rosters if given["envelope"].to != EVERYONE else []
             case "states":
                 return [*rosters, topics.meta("+", "state")]
+            case "targets":
+                return [topics.meta("+", "roster"), topics.meta("+", "state")]
             case "roster":
                 return [topics.meta("+", "roster")]
         raise HiveError(f"no daemon of {node} runs on this machine: nothing to {do}")
@@ -11100,6 +11271,69 @@ class InProcessNode:
 def open_journal(config: Config, log: Log, on_disk: bool = True) -> Journal:
     keep, size = config.journal.keep_days * 86400.0, config.journal.max_mb * 1_000_000
     return Journal(config.state_dir if on_disk else None, log, keep, size)
+
+
+def named_targets(to: str, action: str | None, said: Mapping[str, Any]) -> list[str]:
+    """The names in the answer to `targets`; raises HiveError where nobody is meant, or is there."""
+    target, away = Target.find(to) or Target(), said["away"]
+    can = f" offers {action}" if action else " has an agent"
+    what = f" has the tag {target.tag}" if target.tag else f" is called like {target.pattern}"
+    if target.one:
+        what = (f" of tag {target.tag}" if target.tag else "") + can
+    if said["names"]:
+        return [*said["names"]]
+    if away:
+        who = and_more([f"{name} ({absence(one)})" for name, one in away.items()], 5)
+        raise HiveError(f"no {'other ' * target.one}node that is online{what}; away: {who}")
+    raise HiveError(f"no {'other ' * target.one}node{what}; what each one is: hive roster")
+
+
+def absence(state: Mapping[str, Any]) -> str:
+    """How somebody is who is away."""
+    return f"{state['status']}, seen {for_people(state['age'])} ago"
+
+
+class GroupReplies:
+    """What became of a message that went to each of several nodes."""
+
+    def __init__(self, wait: float) -> None:
+        """`wait`: seconds that each of them has for its answer."""
+        self.ok: list[str] = []
+        self.failed: list[str] = []
+        self.silent: list[str] = []
+        self._wait = wait
+        self._waiting: dict[str, tuple[Envelope, float]] = {}  # by id, until when
+
+    def __len__(self) -> int:
+        """How many are waited for."""
+        return len(self._waiting)
+
+    @property
+    def ends(self) -> float:
+        """When the next of them is late."""
+        return min((until for _, until in self._waiting.values()), default=0.0)
+
+    def sent(self, envelope: Envelope, now: float) -> None:
+        self._waiting[envelope.id] = envelope, now + self._wait
+
+    def take(self, answer: Envelope) -> bool:
+        """Is it one to ours?  Then there is one less to wait for."""
+        to = answer.reply_to or answer.exchange
+        asked, _ = self._waiting.get(to, (None, 0.0))
+        if asked is None or answer.ch not in ("response", "alert"):
+            return False
+        (self.failed if answer.ch == "alert" else self.ok).append(asked.to)
+        del self._waiting[to]
+        return True
+
+    def unheard(self, id: object) -> None:
+        """It came to nobody."""
+        if isinstance(id, str) and id in self._waiting:
+            self.silent.append(self._waiting.pop(id)[0].to)
+
+    def expire(self, now: float) -> None:
+        for id in [id for id, (_, until) in self._waiting.items() if until <= now]:
+            self.unheard(id)
 
 
 class ReplyCollector:
@@ -12072,12 +12306,6 @@ def check_senders(context: DoctorContext) -> Iterator[Finding]:
     else:
         todo = '[mqtt] senders = "checked", at every node, makes use of it'
         yield Finding(Level.OK, "the broker lets no node speak in another's name", todo)
-
-
-def and_more(names: Collection[str], limit: int = 1) -> str:
-    """The first few of many."""
-    more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(itertools.islice(names, limit)) + more
 
 
 def acl_for(config: Config) -> str:
@@ -13693,9 +13921,9 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     option(
         "--to",
         required=True,
-        type=recipient_name,
+        type=destination,
         metavar="NAME",
-        help="a node or an agent, or all",
+        help="a node or an agent; all; any or any:TAG (the least busy that can); tag:TAG; 'web-*'",
     ),
     option(
         "--ch", default="command", choices=CHANNELS, help="the kind of message (default: command)"
@@ -13713,18 +13941,25 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
         help="the exchange that this belongs to: any id of it",
     ),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
+    option("--parallel", type=count, metavar="N", help="with several nodes: so many at once"),
     DIRECT,
     AS_JSON,
     examples="""hive.py send --to beta --ch command --text "is the backup done?" --wait 60
 hive.py send --to all --ch sync --action git-sync --text now --wait 20
+hive.py send --to any --action health-check --text x --wait 20
+hive.py send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5
 make report | hive.py send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:
-    """Send a message to a node, to an agent, or to all."""
+    """Send a message to a node, to an agent, to all, or to whoever can do something."""
     config = config_of(args)
+    target = Target.find(args.to)
+    group = target is not None and not target.one
+    if args.parallel and not (group and args.wait):
+        raise UsageError("--parallel: of use only with --wait, and to a tag or a pattern")
     envelope = Envelope.new(
         config.node.id,
-        args.to,
+        EVERYONE if target else args.to,
         args.ch,
         read_text(args.text),
         action=args.action,
@@ -13732,7 +13967,24 @@ def command_send(args: argparse.Namespace) -> int:
         ttl=args.ttl,
         corr=args.corr and known_exchange(config, args.corr),
     )
-    return send_and_wait(config, envelope, args, args.wait)
+    if target is None:
+        return send_and_wait(config, envelope, args, args.wait)
+    names, away = find_targets(config, args)
+    envelopes = [envelope.replace(to=name, id=new_id()) for name in names]
+    if group:
+        return send_to_group(config, envelopes, away, args)
+    return send_and_wait(config, envelopes[0], args, args.wait)
+
+
+def find_targets(
+    config: Config, args: argparse.Namespace
+) -> tuple[list[str], Mapping[str, Mapping[str, Any]]]:
+    """Who is meant by --to, and who is away; raises HiveError where nobody is there."""
+    request = {"do": "targets", "to": args.to, "action": args.action}
+    control, said = ask_or_bypass(config, request, "names", args.direct)
+    with contextlib.closing(control):
+        said = ask_members(control, request, time.monotonic() + PATIENCE, said)
+    return named_targets(args.to, args.action, said), said["away"]
 
 
 def ask_or_bypass(
@@ -13767,7 +14019,10 @@ def ask_or_bypass(
         raise
 
 
-BYPASS = {"queued": "sending directly", "complete": "asking the broker instead"}
+BYPASS = {
+    "queued": "sending directly",
+    **dict.fromkeys(("complete", "names"), "asking the broker instead"),
+}
 
 
 def send_and_wait(
@@ -13834,7 +14089,7 @@ def print_replies(
     ends = max(ends, time.monotonic() + min(args.wait, 1.0))  # to get here took some of it
     try:
         if envelope.to == EVERYONE:
-            replies.expect(ask_members(control, "states", ends)["states"])
+            replies.expect(ask_members(control, {"do": "states"}, ends)["states"])
         if not connected:
             print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
         while replies.outstanding and (left := ends - time.monotonic()) > 0:
@@ -13856,15 +14111,95 @@ def print_replies(
     return Exit.REFUSED if replies.refused else Exit.DONE
 
 
+def send_to_group(
+    config: Config,
+    envelopes: Sequence[Envelope],
+    away: Mapping[str, Mapping[str, Any]],
+    args: argparse.Namespace,
+) -> int:
+    """Send one to each; print what is known of them then, or what became of them."""
+    patience = max(args.wait, MIN_PATIENCE) if args.wait else PATIENCE
+    request = {"do": "send", "envelope": envelopes[0].document(), "wait": bool(args.wait)}
+    control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
+
+    def hand_in(envelope: Envelope) -> bool:
+        """Is there a broker?  The first has been handed in."""
+        answer = said
+        if envelope is not envelopes[0]:
+            answer = control.ask({**request, "envelope": envelope.document()})
+        if "error" in answer:
+            raise HiveError(f"not sent to {envelope.to}: {answer['error']}")
+        return bool(answer["connected"])
+
+    with contextlib.closing(control):
+        if args.wait:
+            replies = GroupReplies(args.wait)
+            collect_replies(config, replies, envelopes, args, control, hand_in)
+            return say_replies(replies, away, args.as_json)
+        for envelope in envelopes:
+            say_sent(config, envelope, args, control, hand_in(envelope))
+    for name, state in away.items():
+        print(f"hive: not sent to {name}: {absence(state)}", file=sys.stderr)
+    return Exit.DONE
+
+
+def collect_replies(
+    config: Config,
+    replies: GroupReplies,
+    envelopes: Sequence[Envelope],
+    args: argparse.Namespace,
+    control: Control,
+    hand_in: Callable[[Envelope], bool],
+) -> None:
+    """Send, so many at once, and print the answers until all have come or are late."""
+    pending = deque(envelopes)
+    try:
+        while pending or replies:
+            while pending and len(replies) < (args.parallel or len(envelopes)):
+                if not hand_in(pending[0]):
+                    what = f"queued {pending[0].id} for {pending[0].to}"
+                    print(f"hive: {what}, no broker at the moment", file=sys.stderr)
+                replies.sent(pending.popleft(), time.monotonic())
+            said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
+            if reason_code_of(config, said) == NO_SUBSCRIBERS:
+                replies.unheard(said.get("id"))
+            answer = Envelope.check(said["answer"]) if "answer" in said else None
+            if answer and replies.take(answer):
+                write_answer(answer, args.as_json, label=True)
+            replies.expire(time.monotonic())
+    except DaemonError as error:
+        rest = f"{len(pending)} were not sent" if pending else "all were sent"
+        raise HiveError(f"{error}; {rest}; see: hive pending") from None
+
+
+def say_replies(replies: GroupReplies, away: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
+    """Sum up what became of a group's messages."""
+    without = {"failed": replies.failed, "silent": replies.silent, "away": [*away]}
+    if as_json:
+        print(json_text(json.dumps({"ok": replies.ok, **without})))
+    else:
+        total = len(replies.ok) + sum(map(len, without.values()))
+        parts = [
+            f"{len(names)} {how} ({and_more(names, 5)})" for how, names in without.items() if names
+        ]
+        print(", ".join([f"hive: {len(replies.ok)} of {total} ok", *parts]), file=sys.stderr)
+    if replies.failed:
+        return Exit.REFUSED
+    return Exit.NO_REPLY if replies.silent or away else Exit.DONE
+
+
 def ask_members(
-    control: Control, do: str, ends: float, said: dict[str, Any] | None = None
+    control: Control,
+    request: Mapping[str, object],
+    ends: float,
+    said: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What is known of all nodes; a daemon that has just connected has yet to hear of them."""
     ends = min(ends, time.monotonic() + STARTING)
-    said = said or control.ask({"do": do})
+    said = said or control.ask(request)
     while not (said.get("complete") or said.get("fault")) and time.monotonic() < ends:
         time.sleep(0.05)
-        said = control.ask({"do": do})
+        said = control.ask(request)
     return said
 
 
@@ -14128,7 +14463,7 @@ def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
     control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
     with contextlib.closing(control):
         if said["hive"] == hive_of(config):
-            return ask_members(control, do, time.monotonic() + STARTING, said)
+            return ask_members(control, {"do": do}, time.monotonic() + STARTING, said)
     with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
         return control.ask({"do": do})  # the daemon's is another hive
 
