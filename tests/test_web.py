@@ -321,6 +321,13 @@ def test_the_log_is_searched(site: Site) -> None:
         assert rows and all(map(fits, rows)), query
 
 
+def test_prometheus_shows_the_key_and_gets_its_numbers(site: Site) -> None:
+    status, head, body = site.ask("/metrics", cookie="", authorization=f"Bearer {KEY}")
+    assert status == 200 and "text/plain; version=0.0.4" in head
+    assert b"# TYPE hive_" in body
+    assert site.ask("/metrics", cookie="")[0] == 403
+
+
 def test_a_search_ends_and_says_where(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hive.SEARCHED_PAGES", 1)
     said = site.get("/log?text=nobody+said+this")
