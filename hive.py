@@ -15364,19 +15364,15 @@ class WebServer:
         host, origin = said.get("host", ""), said.get("origin")
         if re.sub(":[0-9]+$", "", host) not in WEB_HOSTS:
             raise HttpFault(403, "this is no name of this machine's own; open the link as it was")
-        if request.method == "POST" or origin:
-            if origin != f"http://{host}":
-                raise HttpFault(403, "only this page itself may ask that")
-        elif request.path != "/" and said.get("sec-fetch-site", "none") not in (
-            "none",
-            "same-origin",
-        ):
+        link = request.path == "/" and "key" in request.query  # from wherever it was printed
+        ours = said.get("sec-fetch-site", "none") in ("none", "same-origin") or link
+        if not ours or ((origin or request.method == "POST") and origin != f"http://{host}"):
             raise HttpFault(403, "only this page itself may ask that")
         cookies = [one.strip().partition("=") for one in said.get("cookie", "").split(";")]
         given = next((value for name, _, value in cookies if name == self._cookie), "")
         bearer = said.get("authorization", "").removeprefix("Bearer ")
         shown = [(given, self._secret), (bearer, self._key)]
-        shown += [(request.query.get("key", ""), self._key)] if request.path == "/" else []
+        shown += [(request.query["key"], self._key)] if link else []
         if not any([hmac.compare_digest(one.encode(), right.encode()) for one, right in shown]):
             raise HttpFault(403, "open the link that this prints on the machine itself: hive web")
 
