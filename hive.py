@@ -2547,6 +2547,7 @@ class Node:
     def deliver(self, message: IncomingMessage) -> None:
         if self.stopping:
             return  # not acknowledged: it comes again when this node does
+        self._seen_broker = self.loop.clock()
         meta = self.topics.meta_of(message.topic)
         if meta:
             name, document = meta
@@ -3514,7 +3515,7 @@ class Daemon:
         if self.work.look_for_handlers():
             self._presence.publish_roster()
         if self.node.connected:
-            self._presence.beat()
+            self._presence.beat_when_due()
             self.node.members.check(self.loop.clock())
 
     # -- the broker --
@@ -6203,13 +6204,16 @@ def is_locked(*files: Path) -> bool:
 # state and roster.  A loss is logged by everyone, and announced by one.  Knows no connection:
 # whatever is to be said goes through what it is given for that.
 
-MAX_MEMBERS = 5000  # nodes and agents
+MAX_MEMBERS = 20_000  # nodes and agents
+MAX_BEATS = 10  # heartbeats a second, of all nodes together
+BEAT_GROWTH = 1.5  # by this the pause between two may grow at once
+MAX_KNOWN = 50  # peers that a state names
 MAX_AGENTS = 100  # of one node
 MAX_FETCH = 100  # nodes whose documents are asked for at once
 CLAIM_TIME = 60.0  # seconds in which a node may speak up that still owns agents, as we remember
 MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
-MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
+MAX_DOCUMENTS = 24 * KIB * KIB  # bytes of all that are kept
 PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
@@ -6514,7 +6518,9 @@ class Members:
         if len(self._members) > MAX_MEMBERS:
             known = self._members.items()
             dead = (one for one, each in known if each.status is not MemberStatus.ALIVE)
-            gone = self._members.pop(next(dead, name))
+            gone = self._members.pop(lost := next(dead, name))
+            if lost == name and self._limit.allow("full", self._loop.clock()):
+                self._log.error("too many members: not known here", peer=name, most=MAX_MEMBERS)
             self._size -= sum(map(len, gone.documents.values()))
         return member
 
@@ -6758,6 +6764,7 @@ class Presence:
         self._build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
         self._seq = 0
+        self.interval = config.heartbeat.interval  # seconds until the next heartbeat
         self._beaten = self._shown_at = float("-inf")
         self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
 
@@ -6766,6 +6773,20 @@ class Presence:
         self._shown_at = float("-inf")
         self.publish_roster()
         self.beat()
+
+    def beat_when_due(self) -> None:
+        """To be called at every interval of the configuration: a large hive beats more slowly."""
+        own, silence = self._own.interval, self._loop.clock() - self._beaten
+        if self.interval <= own or silence + 0.9 * own >= self.interval:  # the next one is late
+            self.beat()
+
+    def _paced(self) -> float:
+        """Seconds until the next heartbeat: all nodes together send MAX_BEATS a second at most.
+
+        It grows slowly: should one be lost on the way, the next is in time by the word before.
+        """
+        fair = (len(self._known()) + 1) / MAX_BEATS
+        return min(max(self._own.interval, fair), self.interval * BEAT_GROWTH)
 
     def answer(self, boot: str) -> None:
         """Our own heartbeat; or another daemon asks whether our name is taken."""
@@ -6779,12 +6800,13 @@ class Presence:
         all heartbeats that may be missed.  So it is renewed one heartbeat before that.
         """
         now = self._beaten = self._loop.clock()
+        self.interval = self._paced()
         topic = self._topics.to(EVERYONE, "heartbeat")
         self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
         states = self._states("online")
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
-        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
-        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
+        due = self._shown_at + self.interval * (self._own.miss_threshold - 1)
+        if news != self._shown or now + 0.9 * self.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
             self._publish_states(states)
 
@@ -6806,7 +6828,7 @@ class Presence:
             "node_id": self._node,
             "uptime_s": round(self._loop.clock() - self._started, 1),
             "load_1m": load_1m(),
-            "interval": self._own.interval,
+            "interval": self.interval,
             "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
             "boot": self._instance,
             "seq": self._seq,
@@ -6822,13 +6844,13 @@ class Presence:
             "status": "degraded" if status == "online" and own.trouble else status,
             "last_seen": int(time.time()),
             "uptime_s": round(self._loop.clock() - self._started, 1),
-            "known_peers": self._known(),
+            "known_peers": self._known()[:MAX_KNOWN],
             "daemon_node": self._node,
             "version": f"{__version__} ({self._build})",
             "load_1m": load_1m(),
             "oc": own.agents,
             "instance": self._instance,
-            "interval": self._own.interval,
+            "interval": self.interval,
             "miss_threshold": self._own.miss_threshold,
             "host": socket.gethostname(),
             "counters": self._counts,

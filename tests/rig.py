@@ -34,6 +34,7 @@ class Wire:
         self.will = will
         self.published: list[hive.OutgoingMessage] = []
         self.echoes: list[hive.OutgoingMessage] = []
+        self.hangs = False
         self.unacknowledged: list[hive.OutgoingMessage] = []
         self.probes: list[Callable[[bool], None]] = []
         self.fetched: list[list[str]] = []
@@ -75,7 +76,7 @@ class Wire:
     def send(self, message: hive.OutgoingMessage) -> None:
         self.published.append(message)
         self.unacknowledged.append(message)
-        if "/all/" in message.topic:
+        if "/all/" in message.topic and not self.hangs:
             self.echoes.append(message)
 
     def acknowledge(self, message: hive.OutgoingMessage, code: int, words: str) -> None:
