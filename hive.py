@@ -6410,6 +6410,7 @@ def is_locked(*files: Path) -> bool:
 
 MAX_MEMBERS = 20_000  # nodes and agents
 MAX_BEATS = 10  # heartbeats a second, of all nodes together
+MAX_RENEWALS = 2  # states a second that say nothing new
 BEAT_GROWTH = 1.5  # by this the pause between two may grow at once
 MAX_KNOWN = 50  # peers that a state names
 MAX_AGENTS = 100  # of one node
@@ -7052,6 +7053,11 @@ class Presence:
         fair = (len(self._known()) + 1) / MAX_BEATS
         return min(max(self._own.interval, fair), self.interval * BEAT_GROWTH)
 
+    @property
+    def _renewal(self) -> float:
+        """By which interval a state is judged: what needs no heartbeat to know is no hurry."""
+        return max(self.interval, (len(self._known()) + 1) / MAX_RENEWALS)
+
     def answer(self, boot: str) -> None:
         """Our own heartbeat; or another daemon asks whether our name is taken."""
         if boot != self._instance and self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
@@ -7069,7 +7075,7 @@ class Presence:
         self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
         states = self._states("online")
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
-        due = self._shown_at + self.interval * (self._own.miss_threshold - 1)
+        due = self._shown_at + self._renewal * (self._own.miss_threshold - 1)
         if news != self._shown or now + 0.9 * self.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
             self._publish_states(states)
@@ -7116,7 +7122,7 @@ class Presence:
             "waiting": own.waiting,
             "oc": own.agents,
             "instance": self._instance,
-            "interval": self.interval,
+            "interval": self._renewal,
             "miss_threshold": self._own.miss_threshold,
             "host": socket.gethostname(),
             "counters": self._counts,

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from conftest import Broker, Daemon, Hive
@@ -34,6 +34,7 @@ from hive import Envelope, PacketType, Publish
 TICKS = os.sysconf("SC_CLK_TCK")
 BEATS = 10  # a second, of all
 OWN_INTERVAL = 5.0
+RENEWED = 10  # heartbeats to a state
 
 
 # ---- The crowd ---------------------------------------------------------------------------
@@ -47,14 +48,14 @@ class Node:
         self.began, self.seq, self.input = time.time(), 0, bytearray()
         self.sock = socket.create_connection(("127.0.0.1", port))
         will = Publish(f"{prefix}/meta/{name}/state", self.state("offline"), 1, True)
-        filters = (f"{name}/+", "all/+", "meta/+/state", "meta/+/roster")
+        filters = [(f"{name}/+", 1), ("all/+", 1), ("meta/+/state", 0), ("meta/+/roster", 0)]
         roster = {"node": name, "agents": [], "handlers": ["ping"], "version": hive.__version__}
         self.sock.sendall(
             connect_packet(5, f"hive-{name}", keepalive=7, will=will, session_expiry=60)
-            + subscribe_packet(*[(f"{prefix}/{one}", 1) for one in filters])
+            + subscribe_packet(*[(f"{prefix}/{one}", qos) for one, qos in filters])
             + self.document("roster", json.dumps(roster).encode())
         )
-        self.beat()
+        self.sock.sendall(self.document("state", self.state("online")))
         self.sock.setblocking(False)
 
     def document(self, kind: str, payload: bytes) -> bytes:
@@ -75,16 +76,18 @@ class Node:
             "counters": {},
             "instance": self.name,
         }
-        return json.dumps(hive.with_reason(said, "connection lost" * (status == "offline"))).encode()
+        return json.dumps(
+            hive.with_reason(said, "connection lost" * (status == "offline"))
+        ).encode()
 
     def beat(self) -> None:
-        """A heartbeat; and every second time, the state."""
+        """A heartbeat; and now and then, the state."""
         self.seq += 1
         said = {"node_id": self.name, "interval": self.interval, "boot": self.name, "seq": self.seq}
         text = json.dumps({**said, "uptime_s": time.time() - self.began, "load_1m": 0.1})
         envelope = Envelope.new(self.name, "all", "heartbeat", text, urgency="later").encode()
         packet = publish_packet(f"{self.prefix}/all/heartbeat", envelope)
-        if self.seq % 2:
+        if self.seq % RENEWED == 1:
             packet += self.document("state", self.state("online"))
         self.sock.sendall(packet)
 
@@ -151,10 +154,10 @@ def resident(pid: int) -> float:
     return int(found[1]) / 1000 if found else 0.0
 
 
-def until(what: str, check: object, patience: float = 180.0) -> float:
+def until(what: str, check: Callable[[], object], patience: float = 180.0) -> float:
     """Seconds until it is so."""
     began = time.monotonic()
-    while not check():  # type: ignore[operator]
+    while not check():
         assert time.monotonic() - began < patience, what
         time.sleep(0.02)
     return time.monotonic() - began
@@ -164,9 +167,7 @@ def noticed(watcher: Daemon, gone: Daemon, number: int) -> float:
     """Seconds from a signal to the line in another node's log that says that it is lost."""
     assert gone.process
     gone.process.send_signal(number)
-    return until(
-        f"{gone.name} is missed", lambda: watcher.events("peer is lost", peer=gone.name)
-    )
+    return until(f"{gone.name} is missed", lambda: watcher.events("peer is lost", peer=gone.name))
 
 
 def answered(fleet: Hive, all_: int) -> tuple[float, int]:
@@ -177,10 +178,27 @@ def answered(fleet: Hive, all_: int) -> tuple[float, int]:
     return time.monotonic() - began, len(done.stdout.splitlines())
 
 
+def settle(pid: int) -> None:
+    """Wait until the broker has handed out what is retained: to each node what all have left."""
+    until("the broker is quiet", lambda: used(pid, 5.0) < 0.3, 300.0)
+    time.sleep(30)  # until those that are real have found their pace
+
+
+def used(pid: int, seconds: float) -> float:
+    """Share of a core that a process takes meanwhile."""
+    before = cpu(pid)
+    time.sleep(seconds)
+    return (cpu(pid) - before) / seconds
+
+
 def measure(number: int, seconds: float) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="hive-fleet-") as folder:
         home = Path(folder)
-        broker = Broker(home / "broker")
+        broker = Broker(home / "broker", start=False)
+        rules = broker.home / "mosquitto.conf"  # saves as `hive host` has it
+        lazily = rules.read_text().replace("on_changes true", "on_changes false")
+        rules.write_text(lazily.replace("autosave_interval 1", "autosave_interval 2"))
+        broker.start()
         fleet = Hive(home / "hive", broker, "hive", interval=OWN_INTERVAL)
         interval = max(OWN_INTERVAL, number / BEATS)
         line = [sys.executable, __file__, "--crowd", str(broker.port), str(number - 3)]
@@ -192,15 +210,13 @@ def measure(number: int, seconds: float) -> list[str]:
                 one.config.write_text(one.config.read_text().replace('"debug"', '"info"'))
                 one.handler("ping", "#!/bin/sh\necho pong\n")
                 one.start()
-            time.sleep(30)  # until all have settled down to their pace
+            settle(broker.pid)
             pids = [real[0].pid, broker.pid, others.pid]
             before = [cpu(pid) for pid in pids]
             time.sleep(seconds)
             spent = [(cpu(pid) - one) / seconds for pid, one in zip(pids, before, strict=True)]
             memory = [resident(pid) for pid in pids]
-            print(number, spent, memory, file=sys.stderr)
             took, answers = answered(fleet, number)
-            print(took, answers, file=sys.stderr)
             killed = noticed(real[0], real[1], signal.SIGKILL)
             frozen = noticed(real[0], real[2], signal.SIGSTOP)
             time.sleep(5)
