@@ -1797,12 +1797,12 @@ class Journal:
         `due` is when the answer is of no use any more.
         """
         rows = self._database.read(
-            "SELECT pending_requests.exchange, recipient, action, time, due, content"
+            "SELECT pending_requests.exchange, sender, recipient, action, time, due, content"
             " FROM pending_requests JOIN log ON log.n = message WHERE ? IS NULL OR due <= ?"
             " ORDER BY message LIMIT ?",
             (due, due, MAX_ROWS),
         )
-        keys = ("id", "to", "action", "asked", "due")
+        keys = ("id", "from", "to", "action", "asked", "due")
         return [
             dict(zip(keys, facts, strict=True)) | {"text": text_of(content)[:SHOWN_TEXT]}
             for *facts, content in rows
@@ -2775,6 +2775,8 @@ MAX_SENDERS = 5000  # whose messages are counted
 MAX_REFUSED = 20  # of whom it is said that they send too much, for ...
 REFUSED_MEMORY = 600.0  # ... so many seconds after their last message that was refused
 TOO_MANY = "its sender sends too many"
+MAX_EARLY = 1000  # messages that wait until it is heard whose agent sent them
+EARLY = Decision(Do.DROP, "it is decided later")
 
 
 def hive_of(config: Config) -> str:
@@ -2853,6 +2855,7 @@ class Node:
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
         self._allow = config.allow
+        self._early: list[IncomingMessage] = []  # from names that are not known yet
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
@@ -2902,11 +2905,15 @@ class Node:
         if not self.heard_all:
             self.commit_soon()  # what had to wait for its address
         self.heard_all, self._seen_broker = True, self.loop.clock()
+        early, self._early = self._early, []
+        for message in early:
+            self.deliver(message)
 
     def on_disconnected(self, mqtt: MqttConfig, reason: str) -> None:
         if self.connected:
             self._seen_broker = self.loop.clock()
         self.connected = self.heard_all = False
+        self._early.clear()  # they were not acknowledged, so they come again
         self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
 
@@ -2999,6 +3006,8 @@ class Node:
             self._log_limited("not an envelope", topic=message.topic, why=error)
             return self.commit_soon(message.ack)
         what, row = self._receive(envelope, message, place)
+        if what is EARLY:
+            return
         if what is SIGN_OF_LIFE:
             message.ack()  # there is nothing to commit, and no turn is cheaper than none
         else:
@@ -3017,6 +3026,9 @@ class Node:
             self._note_other_kind(envelope)
         if not reason and message.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
+        if reason == OTHER_SENDER and not self.heard_all and len(self._early) < MAX_EARLY:
+            self._early.append(message)  # its roster has yet to say so
+            return EARLY, 0
         if not reason and self._is_too_much(envelope):
             reason = TOO_MANY
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
@@ -3253,7 +3265,8 @@ class Node:
         if CHANNELS[envelope.ch].handler:
             if not told:
                 text = f"not published to {envelope.to}: {why}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=envelope.exchange)
+                whose, exchange = envelope.sender, envelope.exchange
+                alert = Envelope.new(self.name, whose, "alert", text, corr=exchange)
                 self.tell_own_agents(alert, "it waited for the broker")
             return
         document = {**envelope.document(), "id": new_id(), "ts": int(time.time())}
@@ -3299,7 +3312,7 @@ class Node:
             if not self.requests.waits(request["id"]):
                 asked = f"{now - request['asked']:.0f} s ago"
                 text = f"no answer from {request['to']} to what was asked {asked}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=request["id"])
+                alert = Envelope.new(self.name, request["from"], "alert", text, corr=request["id"])
                 self.log.warning("no answer", id=request["id"], to=request["to"])
                 self.tell_own_agents(alert, "its time to live was over")
         self.commit_soon()
@@ -6957,13 +6970,23 @@ class Members:
         return self._with_agents(found) if kind == "state" else found
 
     def _with_agents(self, states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """In a checked hive agents have no state of their own: their nodes' tell of them."""
+        """Agents may have no state of their own: their nodes' tell of them.
+
+        What a session works on is under "session".
+        """
         agents = {}
         for name, state in states.items():
-            health = state.get("oc")
-            for agent, said in health.items() if isinstance(health, dict) else ():
-                if agent not in states and self.node_of(agent) == name and isinstance(said, dict):
-                    agents[agent] = agent_state(state, agent, said)
+            roster, health = self.document(name, "roster"), state.get("oc")
+            said = dict(health) if isinstance(health, dict) else {}
+            for one in names_in(roster, "sessions", "away"):
+                said.pop(one, None)  # the roster is newer
+            works = roster.get("sessions") if status_of(state) in ALIVE else None
+            works = works if isinstance(works, dict) else {}
+            said |= dict.fromkeys(names_in(roster, "sessions") & works.keys(), WELL)
+            for agent, how in said.items():
+                if agent not in states and self.node_of(agent) == name and isinstance(how, dict):
+                    more = {"session": works[agent]} if agent in works else {}
+                    agents[agent] = agent_state(state, agent, how) | more
         return states | agents
 
     # -- whose agents there are --
@@ -11352,11 +11375,11 @@ class InProcessNode:
     def _filters(self, do: str, given: Mapping[str, Any]) -> list[str]:
         """What must be heard to answer a request; raises HiveError where only a daemon can."""
         topics, node = self._config.topics, self._config.node.id
-        rosters = [topics.meta("+", "roster")] if topics.sender else []  # whose each agent is
+        rosters = [topics.meta("+", "roster")]  # whose each agent is
         match do:
             case "send" if given["wait"]:
                 to = given["envelope"].to
-                whose = "+" if to == EVERYONE or rosters else to
+                whose = "+" if to == EVERYONE or topics.sender else to
                 own = [topics.from_anybody(node, ch) for ch in ("response", "alert")]
                 return [*own[0], *own[1], *rosters, topics.meta(whose, "state")]
             case "send":
