@@ -735,7 +735,7 @@ OTHER_SENDER = "its topic names another sender"
 # What became of a message whose sender asks for that by RECEIPTS: true, in a text for people.
 RECEIPTS, RECEIVED = "receipts", "received"
 RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
-RECEIPT_NOTE = "a receipt"
+RECEIPT_NOTE = "receipt: "  # how the note of a row begins that is one
 
 
 TAGGED = "tag:"
@@ -897,8 +897,9 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
+        receipt = here.is_receipt(envelope)
         plain = f"a {channel.name} that is not urgent"
-        return Decision(Do.NOTE, RECEIPT_NOTE if here.is_receipt(envelope) else plain)
+        return Decision(Do.NOTE, RECEIPT_NOTE + envelope.text if receipt else plain)
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
     missing = f"no handler for action {envelope.action}" if asked else ""
@@ -2296,6 +2297,12 @@ class Sessions:
         self._log.info("session ended", agent=session.name)
         self._update()
 
+    def end(self) -> None:
+        """The node is stopping: they are gone for now."""
+        for session in [*self._sessions.values()]:
+            if session.requester:
+                session.requester.close()
+
     def _doubt_told(self, name: str) -> None:
         """What a session was told, and has not read for certain, is to be read once more."""
         self._journal.doubt_told(name, time.time() - FORGETTABLE, UNCERTAIN_NOTE)
@@ -3355,7 +3362,7 @@ class Node:
         wanted = envelope.extra.get(RECEIPTS) is True and envelope.to != EVERYONE
         if wanted and CHANNELS[envelope.ch].handler:
             receipt = envelope.reply(self.name, what, ch="status", urgency="later")
-            self.send(receipt, RECEIPT_NOTE)
+            self.send(receipt, RECEIPT_NOTE + what)
 
     def refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if its message may cause an answer at all."""
@@ -4266,6 +4273,7 @@ class Daemon:
         if self.work.busy:
             self.loop.after(0.05, self._leave_when_idle)
             return
+        self.node.sessions.end()
         self.node.commit()
         self._presence.end()
         self._client.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
@@ -7188,6 +7196,8 @@ class Members:
                 document["last_seen"] = member.seen
             if member.status is MemberStatus.FAILED and status_of(document) in ALIVE:
                 document |= {"status": "offline", "reason": "lost"}  # our judgement, not its word
+            if kind == "roster" and member.status in (MemberStatus.LEFT, MemberStatus.FAILED):
+                document.pop("sessions", None)
             if document:
                 found[name] = document
         return self._with_agents(found) if kind == "state" else found
@@ -11167,6 +11177,7 @@ class StatusRow(Value):
     age_s: float | None
     version: str | None
     reason: str | None
+    session: Mapping[str, Any] | None = None  # what it works on, if it is one
 
     @property
     def is_node(self) -> bool:
@@ -11201,6 +11212,7 @@ def status_row(
         age_s=age,
         version=printable(version, 30) if version else None,
         reason=printable(reason, 200) if reason else None,
+        session=session_facts(state["session"]) if "session" in state else None,
     )
 
 
@@ -11231,11 +11243,14 @@ def status_summary(rows: Sequence[StatusRow]) -> str:
 
 
 def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
+    """Nodes and configured agents; sessions have a table of their own."""
+    sessions = {row.name for row in rows if row.session}
     cells = [
         (
             row.name if row.is_node else f"  {row.name}",
             row.status,
-            ", ".join(f"{name} {health}" for name, health in row.agents.items()) or "-"
+            ", ".join(f"{name} {how}" for name, how in row.agents.items() if name not in sessions)
+            or "-"
             if row.is_node
             else row.agents.get(row.name, "-"),
             "-" if row.load_1m is None else f"{row.load_1m:.2f}",
@@ -11244,10 +11259,52 @@ def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
             row.version or "-",
         )
         for row in rows
+        if not row.session
     ]
     return format_table(
         ("NAME", "STATUS", "AGENTS", "LOAD", "UPTIME", "SEEN", "VERSION"), cells, colour
     )
+
+
+def session_facts(said: object) -> dict[str, Any]:
+    """What a roster tells of a session, whatever it holds."""
+    known = said if isinstance(said, dict) else {}
+    facts = {key: printable(known.get(key) or "-", most) for key, most in SESSION_FACTS.items()}
+    return facts | {"since": bounded_number(known.get("since"), 1, MAX_TS)}
+
+
+def sessions_table(
+    sessions: Sequence[tuple[str, str, Mapping[str, Any]]], now: float, width: int
+) -> str:
+    """Agent programs that are attached: (name, node, facts), in `width` columns if it can be.
+
+    What is cut is what takes most; of a directory the end is kept.  Nothing where there is none.
+    """
+    rows = [["SESSION", "NODE", "CLIENT", "DIRECTORY", "BRANCH", "FOR"]]
+    for name, node, facts in sessions:
+        ago = for_people(max(0.0, now - facts["since"])) if facts["since"] else "-"
+        rows.append([name, node, *(facts[key] for key in SESSION_FACTS), ago])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[:-1]) > len("DIRECTORY"):
+        widest = widths.index(max(widths[:-1]))
+        widths[widest] -= 1
+    for row in rows[1:]:
+        directory = row[3][1 - widths[3] :]
+        row[3] = row[3] if len(row[3]) <= widths[3] else f"…{directory}"
+        row[:] = [printable(cell, most) for cell, most in zip(row, widths, strict=True)]
+    return "\n" + format_table(rows[0], rows[1:], colour=False) if sessions else ""
+
+
+def sessions_in(
+    documents: Mapping[str, Mapping[str, Any]],
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Those that rosters name."""
+    return [
+        (name, node, session_facts(document["sessions"].get(name)))
+        for node, document in sorted(documents.items())
+        if isinstance(document.get("sessions"), dict)
+        for name in sorted(names_in(document, "sessions"))
+    ]
 
 
 def status_notes(rows: Sequence[StatusRow]) -> str:
@@ -11367,9 +11424,10 @@ def log_lines(row: Mapping[str, Any], width: int) -> str:
     """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
 
     The text of an alert goes on below, because its cause stands at the end.  That it was told to
-    an agent is no news; `show` has it.
+    an agent is no news, nor is a receipt; `show` has them.
     """
-    if row["ch"] == "alert" and row["event"] == "did" and str(row["note"]).startswith("told "):
+    told = row["event"] == "did" and str(row["note"]).startswith("told ")
+    if (row["ch"] == "alert" and told) or str(row["note"]).startswith(RECEIPT_NOTE):
         return ""
     first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
     lines, indent = [first[:width]], " " * 4
@@ -11396,6 +11454,11 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     lines = []
     for row in rows:
         action = f", {row['action']}" if row["action"] else ""
+        if str(row["note"]).startswith(RECEIPT_NOTE):
+            if row["event"] == "in":  # of those that we gave we say what was done
+                said = printable(row["note"].removeprefix(RECEIPT_NOTE), MAX_ERROR)
+                lines.append(f"{clock_time(row['time'])} {row['from']}: {said}")
+            continue
         if row["event"] == "did":
             lines.append(f"{clock_time(row['time'])} did: {printable(row['note'], MAX_ERROR)}")
             continue
@@ -14341,6 +14404,12 @@ def json_text(document: str) -> str:
     return escape_unprintable(document) if sys.stdout.isatty() else document
 
 
+def terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
 def colourful(stream: IO[str]) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
@@ -14493,6 +14562,8 @@ def command_send(args: argparse.Namespace) -> int:
         ttl=args.ttl,
         corr=args.corr and known_exchange(config, args.corr),
     )
+    if CHANNELS[args.ch].handler and not args.action and args.to != EVERYONE:
+        envelope = envelope.replace(extra={RECEIPTS: True})
     if target is None:
         return send_and_wait(config, envelope, args, args.wait)
     names, away = find_targets(config, args)
@@ -14560,6 +14631,9 @@ def send_and_wait(
     request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
     control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
     with contextlib.closing(control):
+        if said.get("away"):
+            what = f"{envelope.to} is away: its node keeps the message for it"
+            print(f"hive: {what}", file=sys.stderr)
         if wait is None:
             code = say_sent(config, envelope, args, control, said["connected"])
             if said.get("agentless"):
@@ -14820,8 +14894,6 @@ hive.py log --from beta --since 2h --json""",
 )
 def command_log(args: argparse.Namespace) -> int:
     """Show what this node received, sent and did, a line each, newest last."""
-    import shutil
-
     config = config_of(args)
     said = {"ch": args.ch, "from": args.sender, "to": args.to, "action": args.action}
     filters = {name: value for name, value in (said | {"corr": args.corr}).items() if value}
@@ -14829,7 +14901,7 @@ def command_log(args: argparse.Namespace) -> int:
     if args.since:
         filters["since"], request["last"] = time.time() - args.since, 0
 
-    width = shutil.get_terminal_size().columns
+    width = terminal_width()
 
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
@@ -14853,10 +14925,7 @@ def command_pending(args: argparse.Namespace) -> int:
     if args.as_json:
         print(json.dumps(document, indent=2))
     else:
-        import shutil
-
-        width = shutil.get_terminal_size().columns
-        print(pending_table(document, time.time(), width), end="")
+        print(pending_table(document, time.time(), terminal_width()), end="")
     return Exit.DONE
 
 
@@ -14919,8 +14988,12 @@ def command_status(args: argparse.Namespace) -> int:
     if args.as_json and (rows or not said["fault"]):
         print(json.dumps([{**vars(row), "senders": senders} for row in rows], indent=2))
     elif rows:
-        table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
-        print(f"{status_summary(rows)}; senders: {senders}\n\n{table}", end="")
+        sessions = [(row.name, row.node, row.session) for row in rows if row.session]
+        many = f", {len(sessions)} session{'s'[: len(sessions) != 1]}" if sessions else ""
+        print(f"{status_summary(rows)}{many}; senders: {senders}\n")
+        print(status_table(rows, colourful(sys.stdout)), end="")
+        print(sessions_table(sessions, time.time(), terminal_width()), end="")
+        print(status_notes(rows), end="")
     return say_of_members(config, args, said, bool(rows))
 
 
@@ -14964,6 +15037,7 @@ def command_roster(args: argparse.Namespace) -> int:
         print(json.dumps(sorted(rosters.values(), key=str), indent=2))
     elif rosters:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
+        print(sessions_table(sessions_in(rosters), time.time(), terminal_width()), end="")
         print(schedule_lines(rosters, time.time()), end="")
     return say_of_members(config, args, said, bool(rosters))
 
