@@ -45,7 +45,8 @@ tokens; only what needs judgment wakes an agent.
 #           MqttClient  connect, come back, publish; alone in importing paho <- Journal
 #           BrokerHost  which broker, and whose turn it is to be one
 #                       <- Control, Database, Packets, Broker
-#   shell   Output      rows to a table or to JSON; returns strings <- Journal, Handlers, Members
+#   shell   Output      rows to a table or to JSON; returns strings
+#                       <- Routing, Journal, Sessions, Handlers, Members
 #           Client      a command asks its daemon, or the same node in its own process <- *
 #           Setup       a hive.toml for this machine, asked for or taken from options
 #                       <- Handlers, Agent, MqttClient
@@ -728,15 +729,14 @@ class Decision(Value):
     now: bool = False  # at once, or with the agent's next heartbeat
 
 
-RECEIPTS = "receipts"
 AWAITED = "somebody waits for it"
 NO_AGENT = "there is no agent to tell"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
 OTHER_KIND = "its topic does not say who sent it"
 OTHER_SENDER = "its topic names another sender"
-# What became of a message whose sender asks for that by RECEIPTS: true, in a text for people.
-RECEIPTS, RECEIVED = "receipts", "received"
+RECEIPTS = "receipts"  # the field by which a sender asks what becomes of its message
+RECEIVED = "received"  # that, in words; this, or a name with what it was told or has read
 RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
 RECEIPT_NOTE = "receipt: "  # how the note of a row begins that is one
 
