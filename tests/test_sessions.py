@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from conftest import PATIENCE, Broker, Daemon, Hive, eventually
 from rig import Rig
 
 import hive
@@ -188,3 +192,127 @@ def test_nobody_sends_in_the_name_of_a_session_that_is_not_attached(
     answer = other.ask(do="send", envelope=said)
     assert answer == {"error": "this is the daemon of beta, not of reviewer"}
     other.client.close()
+
+
+# On real brokers, between real daemons
+
+
+class Attached:
+    """An agent program at the door of a daemon that is a process."""
+
+    def __init__(self, node: Daemon, name: str, **facts: Any) -> None:
+        config = hive.load_config(str(node.config), {})
+        self.client = hive.ControlClient(hive.control_socket_path(config), node.name)
+        self.attached = self.client.ask({"do": "attach", "name": name, **facts})
+        self.name = self.attached["agent"]
+
+    def ask(self, do: str, **request: object) -> dict[str, Any]:
+        return self.client.ask({"do": do, "agent": self.name, **request})
+
+    def mail(self) -> int:
+        said = self.client.receive(PATIENCE) or {}
+        return int(said["mail"]) if "mail" in said else self.mail()
+
+    def read(self) -> list[hive.Envelope]:
+        """What is new, which counts as read."""
+        found = self.ask("inbox")["messages"]
+        self.ask("mark", tasks=[one["task"] for one in found], **{"as": "read"})
+        return [hive.Envelope.check(one["envelope"]) for one in found]
+
+    def next(self) -> hive.Envelope:
+        return eventually("a message", self.read)[0]
+
+    def send(self, envelope: hive.Envelope) -> dict[str, Any]:
+        return self.client.ask({"do": "send", "envelope": envelope.document()})
+
+    def say(self, to: str, text: str) -> hive.Envelope:
+        envelope = hive.Envelope.new(self.name, to, "command", text).replace(extra=WANTED)
+        assert "queued" in self.send(envelope)
+        return envelope
+
+
+@pytest.fixture(params=["open", "checked"])
+def pair(hive_of: Callable[..., Hive], shared_broker: Broker, request: Any) -> Hive:
+    """Two nodes that run, in an open hive and in one where topics name the sender."""
+    made = hive_of(shared_broker)
+    made.mqtt += f'\nsenders = "{request.param}"'
+    for name in ("alpha", "beta"):
+        made.node(name).start()
+    return made
+
+
+def knows(pair: Hive, node: str, *names: str) -> None:
+    """Wait until a node has heard of these."""
+
+    def known() -> bool:
+        rows = json.loads(pair.cli(node, "status", "--json").stdout)
+        return {*names} <= {row["name"] for row in rows}
+
+    eventually(f"{node} knows {names}", known)
+
+
+def test_sessions_of_two_nodes_write_to_each_other_and_answer(pair: Hive) -> None:
+    asker, reviewer = Attached(pair.nodes["alpha"], "asker"), Attached(pair.nodes["beta"], "rev")
+    knows(pair, "alpha", "rev")
+    question = asker.say("rev", "is it good?")
+    assert reviewer.mail() == 1
+    message = reviewer.next()
+    assert (message.sender, message.text) == ("asker", "is it good?")
+    assert "queued" in reviewer.send(message.reply("rev", "it is"))
+    answer = asker.next()
+    assert (answer.sender, answer.to, answer.text) == ("rev", "asker", "it is")
+    sent = pair.cli("alpha", "send", "--to", "rev", "--text", "from a command")
+    assert sent.stderr == ""
+    assert reviewer.next().sender == "alpha"
+    pair.node("gamma")  # where no daemon runs
+    pair.cli("gamma", "send", "--to", "rev", "--text", "from elsewhere")
+    assert reviewer.next().text == "from elsewhere"
+    told = pair.cli("alpha", "show", question.id).stdout
+    times = r"\d\d-\d\d \d\d:\d\d:\d\d"
+    story = [rf"{times} out: command from asker to rev", rf"{times} beta: received"]
+    story += [rf"{times} beta: read by rev", rf"{times} in: response from rev to asker"]
+    assert re.search(r"\n(.*\n)*".join(story), told), told
+    for one in (asker, reviewer):
+        one.client.close()
+
+
+def test_a_session_that_is_away_gets_its_mail_when_it_is_back(pair: Hive) -> None:
+    beta = pair.nodes["beta"]
+    gone = Attached(beta, "rev", directory="~/site", branch="fix", client="codex 0.169")
+    knows(pair, "alpha", "rev")
+    gone.client.close()
+    eventually("it is not there", lambda: "codex" not in pair.cli("alpha", "status").stdout)
+    said = pair.cli("alpha", "send", "--to", "rev", "--text", "come back").stderr
+    assert said == "hive: rev is away: its node keeps the message for it\n"
+    eventually("beta has it", lambda: "come back" in pair.cli("beta", "pending").stdout)
+    assert beta.stop(signal.SIGKILL)
+    beta.start()
+    back = Attached(beta, "rev")
+    assert back.attached["unread"] == 1
+    (message,) = back.ask("inbox")["messages"]
+    back.ask("mark", tasks=[message["task"]], **{"as": "told"})
+    assert back.ask("inbox")["messages"] == []
+    assert beta.stop(signal.SIGKILL)
+    beta.start()
+    again = Attached(beta, "rev")
+    (message,) = again.ask("inbox")["messages"]
+    assert message["note"] == "perhaps told before"
+    assert again.read() and again.read() == []
+    again.client.close()
+
+
+def test_mail_of_a_session_that_began_while_its_node_was_away_is_not_lost(pair: Hive) -> None:
+    alpha, beta = pair.nodes["alpha"], pair.nodes["beta"]
+    Attached(alpha, "asker").client.close()
+    knows(pair, "beta", "alpha")
+    eventually("beta knows it", lambda: "asker" in pair.cli("beta", "roster", "--json").stdout)
+    assert alpha.stop() == 0
+    Attached(beta, "new").say("asker", "nobody there knows me yet")
+
+    def pending() -> dict[str, Any]:
+        return dict(json.loads(pair.cli("beta", "pending", "--json").stdout))
+
+    eventually("the broker has it", lambda: not pending()["outbox"])
+    asker = Attached(alpha.start(), "asker")
+    message = asker.next()
+    assert (message.sender, message.text) == ("new", "nobody there knows me yet")
