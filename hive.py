@@ -169,7 +169,17 @@ def quoted(value: object, limit: int = 60) -> str:
         text = ascii(value)
     except (RecursionError, ValueError):  # nested too deep; an int of more than 4300 digits
         text = f"a {type(value).__name__} too large to show"
+    return cut_end(text, limit)
+
+
+def cut_end(text: str, limit: int) -> str:
+    """At most so many characters of a line, from its begin."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def cut_begin(text: str, limit: int) -> str:
+    """The same, from its end."""
+    return text if len(text) <= limit else "…" + text[len(text) - limit + 1 :]
 
 
 def reason_of(error: BaseException) -> str:
@@ -846,8 +856,10 @@ class RoutingContext(Value):
         Whoever names a node means its agents too.
         """
         named = (self.node, *self.allow.get(rule, ()))
-        one_of = sender in named or any(self.speaks_for(node, sender) for node in named)
-        return "" if one_of or rule not in self.allow else f"{rule} does not name {sender}"
+        if rule not in self.allow or sender in named:
+            return ""
+        agent = any(self.speaks_for(node, sender) for node in named)
+        return "" if agent else f"{rule} does not name {sender}"
 
 
 def misplaced(
@@ -1890,6 +1902,11 @@ class Journal:
             )
         )
 
+    def askers(self) -> set[str]:
+        """Whose requests those are."""
+        who = "SELECT DISTINCT sender FROM pending_requests JOIN log ON log.n = message"
+        return {sender for (sender,) in self._database.read(who)}
+
     def next_due(self) -> float | None:
         """When the next request is overdue."""
         value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
@@ -2211,7 +2228,8 @@ class ControlClient:
 # its session, and the daemon.  Knows no configured agent; sends nothing by itself.
 
 MAX_ATTACHED = 100  # that are attached; and as many names of those that were
-SESSION_FACTS = {"client": 60, "directory": 200, "branch": 100}  # characters of each
+SESSION_FACTS = {"client": 60, "directory": 1000, "branch": 100}  # characters of each
+SHOWN_FACTS = {"client": 40, "directory": 80, "branch": 60}  # in the roster, which has a bound
 MAX_MAIL = 50  # messages that are read, or marked, at once
 SWEEP_INTERVAL = 5.0  # seconds between looks for what is over
 DEAF_TIME = 30.0  # seconds in which a session takes nothing of what it is sent; then it is cut off
@@ -2227,6 +2245,13 @@ class AgentSession:
         self.is_open = True  # will its inbox wait for it?
         self.nudging = False  # will it hear of its mail at the end of this turn?
         self.deaf: float | None = None  # since when it takes nothing, on the loop's clock
+
+
+def shown_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What others need to know of a session."""
+    short = {key: cut_end(facts[key], most) for key, most in SHOWN_FACTS.items()}
+    directory = cut_begin(facts["directory"], SHOWN_FACTS["directory"])
+    return {**short, "directory": directory, "since": facts["since"]}
 
 
 class Sessions:
@@ -2245,7 +2270,7 @@ class Sessions:
     ) -> None:
         """`confirm` tells a sender what became of its message, if it wants to know that."""
         self.live: tuple[str, ...] = ()  # the one that is attached longest comes first
-        self.away: tuple[str, ...] = ()  # whose inbox waits for them
+        self.away: tuple[str, ...] = ()  # whose inbox waits for them, or an answer is to come
         self._node, self._patience = config.node.id, config.node.agent_patience
         self._configured, self._checked = config.agents.keys(), config.mqtt.senders
         self._loop, self._log, self._journal, self._members = loop, log, journal, members
@@ -2262,9 +2287,9 @@ class Sessions:
         `changed`: who is there; `inherit` finds another agent for a task, or says why not.
         """
         self._changed, self._inherit = changed, inherit
-        for name, facts in self._journal.get("sessions").items():
-            if name not in self._configured and isinstance(facts, dict):
-                self._sessions[name] = AgentSession(name, facts, self._loop.clock())
+        for name in self._journal.get("sessions"):
+            if name not in self._configured:
+                self._sessions[name] = AgentSession(name, {}, self._loop.clock())
                 self._doubt_told(name)
         if self._sessions:
             self._update()
@@ -2274,8 +2299,8 @@ class Sessions:
         return name in self._sessions
 
     def shown(self) -> Mapping[str, Mapping[str, Any]]:
-        """Who is attached, and what it works on."""
-        return {name: self._sessions[name].facts for name in self.live}
+        """Who is attached, and what it works on; of a directory the end, if it is long."""
+        return {name: shown_facts(self._sessions[name].facts) for name in self.live}
 
     # -- who comes and goes --
 
@@ -2340,10 +2365,11 @@ class Sessions:
         for session in sorted(gone, key=lambda one: (one.is_open, one.gone))[:-MAX_ATTACHED]:
             self._close(session)
             del self._sessions[session.name]
-        known = self._sessions.values()
+        known, asking = self._sessions.values(), self._journal.askers() if gone else ()
         self.live = tuple(one.name for one in known if one.requester)
-        self.away = tuple(one.name for one in known if not one.requester and one.is_open)
-        self._journal.put("sessions", {one.name: one.facts for one in known if one.is_open})
+        gone = [one for one in known if not one.requester]
+        self.away = tuple(one.name for one in gone if one.is_open or one.name in asking)
+        self._journal.put("sessions", dict.fromkeys((*self.live, *self.away), True))
         if not self._showing:
             self._showing = True
             self._after_commit(self._show)
@@ -11123,7 +11149,7 @@ def printable(value: object, limit: int = 60) -> str:
     """One line without anything that could move a cursor, cut to `limit` characters."""
     said = value if isinstance(value, str) else "-" if value is None else str(value)
     said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
-    return said if len(said) <= limit else said[: limit - 1] + "…"
+    return cut_end(said, limit)
 
 
 def for_terminal(text: str) -> str:
@@ -11276,7 +11302,7 @@ def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
 def session_facts(said: object) -> dict[str, Any]:
     """What a roster tells of a session, whatever it holds."""
     known = said if isinstance(said, dict) else {}
-    facts = {key: printable(known.get(key) or "-", most) for key, most in SESSION_FACTS.items()}
+    facts = {key: printable(known.get(key) or "-", most) for key, most in SHOWN_FACTS.items()}
     return facts | {"since": bounded_number(known.get("since"), 1, MAX_TS)}
 
 
@@ -11298,8 +11324,7 @@ def sessions_table(
             widths[max(columns, key=widths.__getitem__)] -= 1
             over -= 1
     for row in rows[1:]:
-        directory = row[3][1 - widths[3] :]
-        row[3] = row[3] if len(row[3]) <= widths[3] else f"…{directory}"
+        row[3] = cut_begin(row[3], widths[3])
         row[:] = [printable(cell, most) for cell, most in zip(row, widths, strict=True)]
     return "\n" + format_table(rows[0], rows[1:], colour=False) if sessions else ""
 
