@@ -194,7 +194,8 @@ def test_a_message_is_sent_by_the_daemon_and_who_asked_hears_each_step(
     assert row["event"] == "out", "it is in the journal by then"
     acknowledge(rig, message, code, words)
     topic = "hive/alpha/command"
-    assert caller.client.receive(5) == {"published": code, "words": words, "topic": topic}
+    said = {"published": code, "id": "m-1", "words": words, "topic": topic}
+    assert caller.client.receive(5) == said
     pending = caller.ask(do="pending")
     assert pending["outbox"] == []
     assert [one["id"] for one in pending["questions"]] == open_questions, "or nobody will answer"
