@@ -38,7 +38,7 @@ tokens; only what needs judgment wakes an agent.
 #                       <- Process, Handlers
 #           Database    an SQLite file that may fail and come back; a lock <- Control
 #           Members     who is alive, who has left, who has failed; what we show of us
-#                       <- Journal, Agent, MqttClient
+#                       <- Routing, Journal, Agent, MqttClient
 #   MQTT    Packets     bytes to packets and back
 #           Broker      a small one of our own, for one user on one machine
 #                       <- Stream, Control, Database, Packets
@@ -57,9 +57,10 @@ tokens; only what needs judgment wakes an agent.
 #           Join        one line makes a machine a node of a hive
 #                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
 #                       Hosting
+#           Help        topics that are longer than a --help, and where they lie
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Commands    one function for each subcommand, its options beside it <- *
-#           Main        arguments in, exit code out <- Members, Commands
+#           Main        arguments in, exit code out <- Members, Commands, Help
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ import signal
 import socket
 import stat
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
 from functools import cache, partial
@@ -106,7 +107,7 @@ else:
         return lambda made: made
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 KIB = 1024
 
@@ -361,7 +362,7 @@ CUT_SHORT = " [cut by hive: more than the broker takes]"
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
-EVERYONE = "all"
+EVERYONE, ANYONE = "all", "any"
 URGENCIES = ("now", "later")
 
 
@@ -397,11 +398,11 @@ CHANNELS = {
     )
 }
 PRIVATE = "~"  # how the last level of a topic begins that is no sender's name
-RESERVED = (EVERYONE, "meta", "state", "roster", *CHANNELS)  # levels of topics; no node's name
+RESERVED = (EVERYONE, ANYONE, "meta", "state", "roster", *CHANNELS)  # no node's name
 
 
 def node_name(value: object) -> str:
-    """a name: 1 to 63 of A-Za-z0-9._- , not 'all', 'meta', 'state', 'roster' or a channel's"""
+    """a name: 1 to 63 of A-Za-z0-9._- , not all, any, meta, state, roster or a channel's"""
     if not isinstance(value, str) or not NAME.fullmatch(value) or value in RESERVED:
         raise ValueError
     return value
@@ -417,6 +418,11 @@ def action_name(value: object) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError
     return value
+
+
+def tag_name(value: object) -> str:
+    """a tag: 1 to 63 of A-Za-z0-9._-"""
+    return action_name(value)
 
 
 def identifier(value: object) -> str:
@@ -730,7 +736,69 @@ OTHER_SENDER = "its topic names another sender"
 # What became of a message whose sender asks for that by RECEIPTS: true, in a text for people.
 RECEIPTS, RECEIVED = "receipts", "received"
 RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
-RECEIPT_NOTE = "a receipt"
+RECEIPT_NOTE = "receipt: "  # how the note of a row begins that is one
+
+
+TAGGED = "tag:"
+PATTERN = re.compile(r"(?=.*[*?\[])[A-Za-z0-9._*?!\[\]-]{1,63}")
+
+
+def destination(value: object) -> str:
+    """a name, all, any, any:TAG, tag:TAG, or a pattern as in 'web-*'"""
+    return recipient_name(value) if Target.find(value) is None else str(value)
+
+
+class Candidate(Value):
+    """A node that a message may be for, as it shows itself."""
+
+    name: str
+    status: str = "online"
+    age: float | None = None  # seconds since it was last heard of
+    alive: bool = True
+    tags: Container[str] = ()
+    actions: Container[str] = ()
+    agent: bool = False  # is there one to be woken?
+    busy: float = 0.0  # what runs and waits there, and its load
+
+
+class Target(Value):
+    """Which nodes are meant by what is neither a name nor `all`."""
+
+    one: bool = False  # whoever can do it, has least to do, and is not who asks
+    tag: str = ""
+    pattern: str = ""  # of their names, as a shell has it
+
+    @classmethod
+    def find(cls, said: object) -> Self | None:
+        """Read what --to says; None: it is a name.  Raises ValueError."""
+        if not isinstance(said, str):
+            raise ValueError
+        kind, _, tag = said.partition(":")
+        if said == ANYONE or (tag and kind == ANYONE):
+            return cls(one=True, tag=tag and tag_name(tag))
+        if said.startswith(TAGGED):
+            return cls(tag=tag_name(tag))
+        return cls(pattern=said) if PATTERN.fullmatch(said) else None
+
+    def choose(
+        self, known: Iterable[Candidate], action: str, asker: str
+    ) -> tuple[list[str], list[Candidate]]:
+        """Who gets a message for this, and who would if it were not away."""
+        meant = sorted(
+            (one for one in known if self.means(one, action, asker)),
+            key=lambda one: (one.busy, one.name) if self.one else (0.0, one.name),
+        )
+        there = [one.name for one in meant if one.alive]
+        return there[:1] if self.one else there, [one for one in meant if not one.alive]
+
+    def means(self, node: Candidate, action: str, asker: str) -> bool:
+        from fnmatch import fnmatchcase
+
+        if (self.tag and self.tag not in node.tags) or (self.one and node.name == asker):
+            return False
+        if self.pattern:
+            return fnmatchcase(node.name, self.pattern)
+        return not self.one or (action in node.actions if action else node.agent)
 
 
 class RoutingContext(Value):
@@ -830,14 +898,15 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
+        receipt = here.is_receipt(envelope)
         plain = f"a {channel.name} that is not urgent"
-        return Decision(Do.NOTE, RECEIPT_NOTE if here.is_receipt(envelope) else plain)
+        return Decision(Do.NOTE, RECEIPT_NOTE + envelope.text if receipt else plain)
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
     missing = f"no handler for action {envelope.action}" if asked else ""
     if asked and (why := here.why_not(envelope.action or "")):
         missing += f" ({quoted(why, 300)[1:-1]})"
-    agents = here.addressed(envelope.to)
+    agents = tuple(one for one in here.addressed(envelope.to) if one != envelope.sender)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
     if any(denied.values()) and (channel.handler or not here.answers(envelope)):
         agents = tuple(one for one in agents if not denied[one])
@@ -1810,10 +1879,25 @@ class Journal:
             for *facts, content in rows
         ]
 
+    def owed(self, since: float) -> dict[str, int]:
+        """How much each name was asked since then, and has not answered."""
+        return dict(
+            self._database.read(
+                "SELECT recipient, count(*) FROM pending_requests JOIN log ON log.n = message"
+                " WHERE time > ? GROUP BY recipient",
+                (since,),
+            )
+        )
+
     def next_due(self) -> float | None:
         """When the next request is overdue."""
         value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
         return None if value is None else float(value)
+
+    @property
+    def questions(self) -> int:
+        """How many requests nobody has answered."""
+        return int(self._database.read("SELECT count(*) FROM pending_requests")[0][0])
 
     # -- bounds --
 
@@ -2219,6 +2303,12 @@ class Sessions:
         self._log.info("session ended", agent=session.name)
         self._update()
 
+    def end(self) -> None:
+        """The node is stopping: they are gone for now."""
+        for session in [*self._sessions.values()]:
+            if session.requester:
+                session.requester.close()
+
     def _doubt_told(self, name: str) -> None:
         """What a session was told, and has not read for certain, is to be read once more."""
         self._journal.doubt_told(name, time.time() - FORGETTABLE, UNCERTAIN_NOTE)
@@ -2466,6 +2556,14 @@ def fact(limit: int) -> RequestField:
     return RequestField(check, f"a line of {limit} characters", "")
 
 
+def target_of(value: object) -> Target:
+    """any, any:TAG, tag:TAG, or a pattern as in 'web-*'"""
+    target = Target.find(value)
+    if target is None:
+        raise ValueError
+    return target
+
+
 def envelope_object(value: object) -> Envelope:
     """an envelope: an object as in the protocol"""
     if not isinstance(value, dict):
@@ -2524,10 +2622,15 @@ class Requests:
         send: Callable[[Envelope], str],
         connection: Callable[[], dict[str, Any]],
         sessions: Sessions,
+        numbers: Callable[[], dict[str, list[list[Any]]]],
     ) -> None:
-        """`send` gives why not, or nothing; `connection` tells how the node's one is."""
+        """`send` gives why not, or nothing; `connection` tells how the node's one is.
+
+        `numbers` are those of METRICS.
+        """
         self._node, self._journal, self._members = node, journal, members
         self._sessions = sessions
+        self._numbers = numbers
         self._after_commit, self._send, self._connection = after_commit, send, connection
         self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
@@ -2600,6 +2703,14 @@ class Requests:
     def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "rosters": self._members.documents("roster")}
 
+    def targets(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Who a message for this would be for."""
+        now = time.time()
+        known = self._members.candidates(now, self._journal.owed(now - BUSY_MEMORY))
+        names, away = given["to"].choose(known, given["action"], self._node)
+        absent = {one.name: {"status": one.status, "age": one.age} for one in away}
+        return {**self._connection(), "names": names, "away": absent}
+
     def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "node": self._node, "version": __version__}
 
@@ -2617,6 +2728,9 @@ class Requests:
         """What a session was told, or has read."""
         self._sessions.mark(given["agent"], given["tasks"], given["as"])
         self._after_commit(lambda: requester.send({"ok": True}))
+
+    def metrics(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {"metrics": self._numbers()}
 
     def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
         """Why this node does not send it; else who waits for its answers gets them from now on."""
@@ -2643,8 +2757,8 @@ class Requests:
         """The broker has a message, or refused it; is whoever sent it still there?"""
         requester = self._senders.pop(message.id or "", None)
         if requester:
-            said = {"id": message.id, "words": words, "topic": message.topic}
-            requester.send({"published": code, **said})
+            said = {"published": code, "words": words, "topic": message.topic, "id": message.id}
+            requester.send(said)
         return requester is not None
 
     def heard(self, answer: Envelope) -> None:
@@ -2695,6 +2809,7 @@ def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": journal.rows(filters, given["after"], given["last"])}
 
 
+BUSY_MEMORY = 600.0  # seconds in which a question that nobody has answered keeps its node busy
 NO_SUCH_REQUEST = "no such request"
 NOT_KNOWN = "not known here; the last days are: hive log"
 ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
@@ -2756,7 +2871,16 @@ REQUESTS = {
     ),
     "states": Request(Requests.states, "how every node and agent is"),
     "roster": Request(Requests.roster, "what every node can do"),
+    "targets": Request(
+        Requests.targets,
+        "which nodes that is, and who of them is away",
+        {
+            "to": RequestField(target_of, "which ones", required=True),
+            "action": RequestField(action_name, "what they shall do", ""),
+        },
+    ),
     "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
+    "metrics": Request(Requests.metrics, "the numbers that metrics_text() makes a page of"),
     "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
     "log": Request(log_page, "what this node received, sent and did", LOG_FIELDS, looks_back=True),
     "message": Request(message_row, "one message", {"id": ID_FIELD}, looks_back=True),
@@ -2792,6 +2916,15 @@ def hive_of(config: Config) -> str:
     return f"{config.mqtt.address if config.mqtt.named else 'ours'} {config.topics.prefix}"
 
 
+def resident_memory() -> int | None:
+    """Bytes of it that this process has; None where that takes more than a look to know."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, LookupError, ValueError):
+        return None
+
+
 class Worker:
     """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
 
@@ -2809,6 +2942,10 @@ class Worker:
     def trouble(self) -> str:
         """Why the node is degraded; nothing if it is not."""
         return ""
+
+    def numbers(self) -> dict[str, list[list[Any]]]:
+        """What it has done, and what waits."""
+        return {}
 
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         """Run the handler of a message's action; `row` is the message's in the journal."""
@@ -2870,6 +3007,8 @@ class Node:
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
+        self._outcomes = Counter[tuple[str, str]]()  # of messages, by channel
+        self._began, self._connections = time.time(), 0
         self.worker = Worker()
         self.members = Members(
             config, loop, log, journal, self.send, self._probe, self._fetch_documents
@@ -2888,6 +3027,7 @@ class Node:
             self._send_for_command,
             self._connection,
             self.sessions,
+            self.numbers,
         )
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
@@ -2905,6 +3045,7 @@ class Node:
 
     def on_connected(self, mqtt: MqttConfig) -> None:
         self.connected, self._mqtt, self._fault = True, mqtt, ""
+        self._connections += 1
         self.members.grant_grace(self.loop.clock())
         self.commit_soon()
 
@@ -2944,6 +3085,31 @@ class Node:
             "fault": fault,
             "age": silence if fault else 0.0,  # of what is known
         }
+
+    def numbers(self) -> dict[str, list[list[Any]]]:
+        """By the names of METRICS: the values of its labels, and a number, as often as there are.
+
+        Each count is kept by whoever does what it counts.
+        """
+        presence, memory = self.members.presence, resident_memory()
+        build_info = [self.name, __version__, presence.build if presence else ""]
+        one: dict[str, float] = {
+            "hive_connected": self._connection()["connected"],
+            "hive_degraded": bool(self.worker.trouble()),
+            "hive_reconnects_total": max(0, self._connections - 1),
+            "hive_journal_bytes": self.journal.size,
+            "hive_journal_on_disk": self.journal.on_disk,
+            "process_cpu_seconds_total": time.process_time(),
+            "process_start_time_seconds": self._began,
+            **({"process_resident_memory_bytes": memory} if memory else {}),
+        }
+        found: dict[str, list[list[Any]]] = {name: [[value]] for name, value in one.items()}
+        found["hive_build_info"] = [[*build_info, 1]]
+        found["hive_members"] = [[*item] for item in self.members.count().items()]
+        found["hive_messages_total"] = [[*which, n] for which, n in self._outcomes.items()]
+        theirs = self.worker.numbers()
+        queues = [["outbox", self.journal.outbox_size], ["questions", self.journal.questions]]
+        return found | theirs | {"hive_queue_length": queues + theirs.get("hive_queue_length", [])}
 
     def publish(self, message: OutgoingMessage) -> None:
         """Send what need not be in the journal."""
@@ -3011,6 +3177,7 @@ class Node:
             envelope = Envelope.parse(message.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
+            self._outcomes["none", "invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
             return self.commit_soon(message.ack)
         what, row = self._receive(envelope, message, place)
@@ -3107,6 +3274,7 @@ class Node:
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
         facts |= {"to": envelope.to, "action": envelope.action}
+        self._outcomes[envelope.ch, "seen" if what == SEEN_BEFORE else what.do.name.lower()] += 1
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
@@ -3201,7 +3369,7 @@ class Node:
         wanted = envelope.extra.get(RECEIPTS) is True and envelope.to != EVERYONE
         if wanted and CHANNELS[envelope.ch].handler:
             receipt = envelope.reply(self.name, what, ch="status", urgency="later")
-            self.send(receipt, RECEIPT_NOTE)
+            self.send(receipt, RECEIPT_NOTE + what)
 
     def refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if its message may cause an answer at all."""
@@ -3244,6 +3412,7 @@ class Node:
         if ask:
             self.journal.add_pending_request(envelope, row)
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+        self._outcomes[envelope.ch, "sent"] += 1
         say = self.log.debug if note else self.log.info
         say("sent", **facts, corr=envelope.corr)
         self.commit_soon()
@@ -3264,6 +3433,7 @@ class Node:
             self.journal.record_result(envelope, time.time(), what)
             self.journal.resolve_request(envelope.exchange)  # nobody will answer
             if failed:
+                self._outcomes[envelope.ch, "unpublished"] += 1
                 facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
                 self.log.error("not published", **facts, to=envelope.to, why=words)
                 self._envelope_refused(envelope, code, words.lower(), told)
@@ -3334,6 +3504,7 @@ class Node:
 
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
+MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
 
@@ -3553,6 +3724,7 @@ class Work(Worker):
         self._children = ChildProcesses(node.loop)
         self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
         self._handler_set = HandlerSet()
+        self._runs, self._seconds = Counter[tuple[str, str]](), dict[str, float]()
         self._looked = float("-inf")
         self._agents = {
             name: Agent(node.loop, self._children, one, self, whose_child(node.config))
@@ -3612,7 +3784,7 @@ class Work(Worker):
         sessions = self._node.sessions
         return OwnStatus(
             *(health, [*self.handlers], schedule, self.trouble()),
-            *(sessions.shown(), sessions.away),
+            *(self.running, len(self._queue), sessions.shown(), sessions.away),
         )
 
     def trouble(self) -> str:
@@ -3629,6 +3801,20 @@ class Work(Worker):
             if one.failing
         ]
         return "; ".join(trouble + self._node.limits.trouble(self._loop.clock()))
+
+    def numbers(self) -> dict[str, list[list[Any]]]:
+        agents = self._agents.items()
+        waiting = sum(len(agent) for _, agent in agents)
+        return {
+            "hive_queue_length": [["handlers", len(self._queue)], ["agents", waiting]],
+            "hive_handlers_running": [[self.running]],
+            "hive_handler_runs_total": [[*which, n] for which, n in self._runs.items()],
+            "hive_handler_seconds_total": [[*item] for item in self._seconds.items()],
+            "hive_agent_up": [[name, agent.health is not Health.DOWN] for name, agent in agents],
+            "hive_agent_turns_total": [
+                [name, how, n] for name, agent in agents for how, n in agent.turns.items()
+            ],
+        }
 
     def take_up(self) -> None:
         """Go on with what was not finished when the daemon ended."""
@@ -3720,6 +3906,10 @@ class Work(Worker):
         self._queue.done(run.action)
         self._node.counts["runs"] += 1
         self._node.counts["failures"] += not result.ok
+        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED
+        action = run.action if known else "other"
+        self._runs[action, "ok" if result.ok else "failed"] += 1
+        self._seconds[action] = self._seconds.get(action, 0.0) + result.seconds
         if result.cancelled and run.task and self._handler_config(run.action).retry:
             self._journal.reset_tasks([run.task])  # it runs again at the next start
         else:
@@ -4090,6 +4280,7 @@ class Daemon:
         if self.work.busy:
             self.loop.after(0.05, self._leave_when_idle)
             return
+        self.node.sessions.end()
         self.node.commit()
         self._presence.end()
         self._client.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
@@ -4221,6 +4412,11 @@ def node_names(value: object) -> tuple[str, ...]:
     return tuple(node_name(name) for name in (value if isinstance(value, list) else [value]))
 
 
+def tag_names(value: object) -> tuple[str, ...]:
+    """a tag, or a list of tags: 1 to 63 of A-Za-z0-9._-"""
+    return tuple(tag_name(tag) for tag in (value if isinstance(value, list) else [value]))
+
+
 def handler_rule(action: str) -> str:
     return f"[handlers.{action}] allow"
 
@@ -4318,6 +4514,9 @@ class NodeConfig(ConfigTable):
 
     id: str = setting("", node_name, "this node's name; without it the short host name", "alpha")
     topic_prefix: str = setting("hive", topic_prefix, "what every topic of this hive begins with")
+    tags: tuple[str, ...] = setting(
+        (), tag_names, "what it is: send --to tag:gpu, or any:gpu for one of them", ["gpu"]
+    )
     handler_dir: Path | None = setting(
         None, file_path, "handlers; else those beside this file or hive.py", HANDLER_FOLDER
     )
@@ -6182,6 +6381,7 @@ class Agent:
         self._events: deque[tuple[float, bool]] = deque(maxlen=MAX_LATER + MAX_ALERTS)
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
+        self.turns = Counter[str]()  # calls that ended, by how
         self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
         self._method = ""  # the last one that worked
         self._stopping = False
@@ -6293,6 +6493,7 @@ class Agent:
 
     def _called(self, name: str, event: SystemEvent, result: WakeResult) -> None:
         group, self._calling = self._calling, []
+        self.turns["failed" if result.why else "ok"] += 1
         if not result.why:
             self._events.append((self._loop.clock(), event.now))
             self._succeeded(name, group, result.reply)
@@ -6709,7 +6910,7 @@ MAX_LOSSES = 30  # that are announced one by one in a minute; of more there is o
 MANY_LOST = "lost::many"  # its corr; no name is like that
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
-PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
+PASSING = ("last_seen", "uptime_s", "load_1m", "running", "waiting", "counters")  # no news
 WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
@@ -6729,6 +6930,35 @@ def status_of(state: Mapping[str, Any]) -> str:
     """The status that a state document claims; a short printable word whatever it holds."""
     status = state.get("status")
     return status if isinstance(status, str) and NAME.fullmatch(status) else "unknown"
+
+
+def condition_of(status: str, reason: object) -> str:
+    """A status, in which "offline" is told apart: one that has stopped, and one that is lost."""
+    lost = reason in ("connection lost", "lost")
+    return status if status != "offline" else "lost" if lost else "stopped"
+
+
+def judged(
+    state: Mapping[str, Any], own: HeartbeatConfig, now: float
+) -> tuple[str, int | None, float | None]:
+    """A state's status, when that was said (Unix seconds), and how many seconds ago.
+
+    One that claims to be alive is `stale` where it should have been heard of since.
+    """
+    interval = bounded_number(state.get("interval"), *PEER_INTERVAL) or own.interval
+    missed = bounded_number(state.get("miss_threshold"), 1, 10_000) or own.miss_threshold
+    seen = bounded_number(state.get("last_seen"), 1, MAX_TS)
+    age = max(0.0, now - seen) if seen else None
+    status = status_of(state)
+    if status in ALIVE and (age is None or is_overdue(age - SEEN_PRECISION, interval, missed)):
+        status = "stale"
+    return status, int(seen) if seen else None, age
+
+
+def words_in(value: object) -> frozenset[str]:
+    """The words of a peer's list."""
+    words = value if isinstance(value, list) else []
+    return frozenset(word for word in words if isinstance(word, str))
 
 
 class MemberStatus(Enum):
@@ -6973,6 +7203,8 @@ class Members:
                 document["last_seen"] = member.seen
             if member.status is MemberStatus.FAILED and status_of(document) in ALIVE:
                 document |= {"status": "offline", "reason": "lost"}  # our judgement, not its word
+            if kind == "roster" and member.status in (MemberStatus.LEFT, MemberStatus.FAILED):
+                document.pop("sessions", None)
             if document:
                 found[name] = document
         return self._with_agents(found) if kind == "state" else found
@@ -6996,6 +7228,34 @@ class Members:
                     more = {"session": works[agent]} if agent in works else {}
                     agents[agent] = agent_state(state, agent, how) | more
         return states | agents
+
+    def count(self) -> dict[str, int]:
+        """How many nodes are in which condition, this one among them."""
+        found = dict.fromkeys(("online", "degraded", "stopped", "lost", "unknown"), 0)
+        for name, state in self.documents("state").items():
+            if state.get("daemon_node", name) == name:
+                one = condition_of(status_of(state), state.get("reason"))
+                found[one if one in found else "unknown"] += 1
+        return found
+
+    def candidates(self, now: float, owed: Mapping[str, int]) -> Iterator[Candidate]:
+        """Every node as one that a message may be for.
+
+        `owed`: what this node has asked each of them, and waits for: their states come later.
+        """
+        rosters = self.documents("roster")
+        for name, state in self.documents("state").items():
+            if state.get("daemon_node", name) != name:
+                continue
+            status, _, age = judged(state, self._own, now)
+            roster = rosters.get(name, {})
+            tags, actions = (words_in(roster.get(key)) for key in ("tags", "handlers"))
+            at_work = [bounded_number(state.get(key), 0, 1e6) for key in ("running", "waiting")]
+            load = bounded_number(state.get("load_1m"), 0, 1e6) or 0.0
+            busy = max(owed.get(name, 0), sum(filter(None, at_work))) + load
+            agent = bool(roster.get("agents") or roster.get("sessions"))
+            alive = status in ALIVE
+            yield Candidate(name, status, age, alive, tags, actions, agent, busy)
 
     # -- whose agents there are --
 
@@ -7235,6 +7495,8 @@ class OwnStatus(Value):
     handlers: Sequence[str]
     schedule: Sequence[Mapping[str, object]]
     trouble: str  # why it is degraded, or nothing
+    running: int = 0  # handlers
+    waiting: int = 0  # messages for handlers
     sessions: Mapping[str, Mapping[str, object]] = {}  # who is attached, and what it works on
     away: Sequence[str] = ()  # sessions that are gone, and whose mail is kept
 
@@ -7288,9 +7550,10 @@ class Presence:
     ) -> None:
         """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._tags = [*config.node.tags]
         self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
-        self._build = build()  # of the file as it was when this daemon started
+        self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
         self._seq = 0
         self._beaten = self._shown_at = float("-inf")
@@ -7359,8 +7622,10 @@ class Presence:
             "uptime_s": round(self._loop.clock() - self._started, 1),
             "known_peers": self._known(),
             "daemon_node": self._node,
-            "version": f"{__version__} ({self._build})",
+            "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),
+            "running": own.running,
+            "waiting": own.waiting,
             "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
             "instance": self._instance,
             "interval": self._own.interval,
@@ -7394,10 +7659,11 @@ class Presence:
             "node": self._node,
             "ts": int(time.time()),
             "version": __version__,
-            "build": self._build,
+            "build": self.build,
             "protocol": PROTOCOL_VERSION,
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
+            "tags": self._tags,
             "agents": [*own.agents],
             "sessions": own.sessions,
             "away": own.away,
@@ -10883,6 +11149,12 @@ def for_people(value: object) -> str:
     return " ".join(words[:2]) or "0s"
 
 
+def and_more(names: Collection[str], limit: int = 1) -> str:
+    """The first few of many."""
+    more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(itertools.islice(names, limit)) + more
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool) -> str:
     """Columns as wide as what is in them."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
@@ -10912,6 +11184,7 @@ class StatusRow(Value):
     age_s: float | None
     version: str | None
     reason: str | None
+    session: Mapping[str, Any] | None = None  # what it works on, if it is one
 
     @property
     def is_node(self) -> bool:
@@ -10927,13 +11200,7 @@ def status_row(
 ) -> StatusRow:
     """Make a row of a state document, whatever it holds."""
     node = state.get("daemon_node")
-    interval = bounded_number(state.get("interval"), *PEER_INTERVAL) or heartbeat.interval
-    missed = bounded_number(state.get("miss_threshold"), 1, 10_000) or heartbeat.miss_threshold
-    seen = bounded_number(state.get("last_seen"), 1, MAX_TS)
-    age = max(0.0, now - seen) if seen else None
-    status = status_of(state)
-    if status in ALIVE and (age is None or is_overdue(age - SEEN_PRECISION, interval, missed)):
-        status = "stale"
+    status, seen, age = judged(state, heartbeat, now)
     health = {
         printable(agent): printable(one.get("status") if isinstance(one, dict) else one, 20)
         for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
@@ -10948,10 +11215,11 @@ def status_row(
         agents=health,
         load_1m=bounded_number(state.get("load_1m"), 0, 1e6),
         uptime_s=bounded_number(state.get("uptime_s"), 0, 1e10),
-        last_seen=int(seen) if seen else None,
+        last_seen=seen,
         age_s=age,
         version=printable(version, 30) if version else None,
         reason=printable(reason, 200) if reason else None,
+        session=session_facts(state["session"]) if "session" in state else None,
     )
 
 
@@ -10982,11 +11250,14 @@ def status_summary(rows: Sequence[StatusRow]) -> str:
 
 
 def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
+    """Nodes and configured agents; sessions have a table of their own."""
+    sessions = {row.name for row in rows if row.session}
     cells = [
         (
             row.name if row.is_node else f"  {row.name}",
             row.status,
-            ", ".join(f"{name} {health}" for name, health in row.agents.items()) or "-"
+            ", ".join(f"{name} {how}" for name, how in row.agents.items() if name not in sessions)
+            or "-"
             if row.is_node
             else row.agents.get(row.name, "-"),
             "-" if row.load_1m is None else f"{row.load_1m:.2f}",
@@ -10995,16 +11266,107 @@ def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
             row.version or "-",
         )
         for row in rows
+        if not row.session
     ]
     return format_table(
         ("NAME", "STATUS", "AGENTS", "LOAD", "UPTIME", "SEEN", "VERSION"), cells, colour
     )
 
 
+def session_facts(said: object) -> dict[str, Any]:
+    """What a roster tells of a session, whatever it holds."""
+    known = said if isinstance(said, dict) else {}
+    facts = {key: printable(known.get(key) or "-", most) for key, most in SESSION_FACTS.items()}
+    return facts | {"since": bounded_number(known.get("since"), 1, MAX_TS)}
+
+
+def sessions_table(
+    sessions: Sequence[tuple[str, str, Mapping[str, Any]]], now: float, width: int
+) -> str:
+    """Agent programs that are attached: (name, node, facts), in `width` columns if it can be.
+
+    What is cut is what takes most; of a directory the end is kept.  Nothing where there is none.
+    """
+    rows = [["SESSION", "NODE", "CLIENT", "DIRECTORY", "BRANCH", "FOR"]]
+    for name, node, facts in sessions:
+        ago = for_people(max(0.0, now - facts["since"])) if facts["since"] else "-"
+        rows.append([name, node, *(facts[key] for key in SESSION_FACTS), ago])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[:-1]) > len("DIRECTORY"):
+        widest = widths.index(max(widths[:-1]))
+        widths[widest] -= 1
+    for row in rows[1:]:
+        directory = row[3][1 - widths[3] :]
+        row[3] = row[3] if len(row[3]) <= widths[3] else f"…{directory}"
+        row[:] = [printable(cell, most) for cell, most in zip(row, widths, strict=True)]
+    return "\n" + format_table(rows[0], rows[1:], colour=False) if sessions else ""
+
+
+def sessions_in(
+    documents: Mapping[str, Mapping[str, Any]],
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Those that rosters name."""
+    return [
+        (name, node, session_facts(document["sessions"].get(name)))
+        for node, document in sorted(documents.items())
+        if isinstance(document.get("sessions"), dict)
+        for name in sorted(names_in(document, "sessions"))
+    ]
+
+
 def status_notes(rows: Sequence[StatusRow]) -> str:
     """Why nodes are not simply online, a line for each that says so."""
     notes = [f"{row.name}: {row.reason}\n" for row in rows if row.is_node and row.reason]
     return "\n" + "".join(notes) if notes else ""
+
+
+class Metric(Value):
+    """One number that monitoring may ask for, or one for each value of its labels."""
+
+    kind: str  # counter, gauge
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS = {  # Prometheus' names: what they are, and in which unit, is at their end
+    "hive_build_info": Metric("gauge", "Always 1.", ("node", "version", "build")),
+    "hive_connected": Metric("gauge", "1 while the broker is there."),
+    "hive_degraded": Metric("gauge", "1 while something is wrong here: hive status says what."),
+    "hive_reconnects_total": Metric("counter", "How often the broker was found again."),
+    "hive_members": Metric("gauge", "Nodes, with this one, by how they are.", ("state",)),
+    "hive_messages_total": Metric(
+        "counter", "Messages, by what became of them.", ("channel", "outcome")
+    ),
+    "hive_queue_length": Metric("gauge", "What waits for its turn or an answer.", ("queue",)),
+    "hive_handlers_running": Metric("gauge", "Handlers that run now."),
+    "hive_handler_runs_total": Metric("counter", "Runs that ended.", ("action", "outcome")),
+    "hive_handler_seconds_total": Metric("counter", "Seconds that they took.", ("action",)),
+    "hive_agent_up": Metric("gauge", "0 while an agent cannot be told anything.", ("agent",)),
+    "hive_agent_turns_total": Metric(
+        "counter", "Calls to an agent that ended.", ("agent", "outcome")
+    ),
+    "hive_journal_bytes": Metric("gauge", "What the journal holds."),
+    "hive_journal_on_disk": Metric("gauge", "0 while it is in memory, as the disk failed."),
+    "process_cpu_seconds_total": Metric("counter", "Time on a processor, user and system."),
+    "process_resident_memory_bytes": Metric("gauge", "Memory in use."),
+    "process_start_time_seconds": Metric("gauge", "When the daemon began, in Unix seconds."),
+}
+
+
+def metrics_text(answer: Mapping[str, Any]) -> str:
+    """Prometheus' text format (0.0.4), made of the answer to the request `metrics`."""
+    lines, given = [], answer["metrics"]
+    for name, metric in METRICS.items():
+        lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
+        for *values, number in given.get(name, ()):
+            said = (f'{k}="{label_value(v)}"' for k, v in zip(metric.labels, values, strict=True))
+            labels = ",".join(said)
+            lines.append(f"{name}{f'{{{labels}}}' if labels else ''} {number + 0}")
+    return "\n".join(lines) + "\n"
+
+
+def label_value(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def words_of(value: object) -> str:
@@ -11035,9 +11397,11 @@ def schedule_lines(documents: Mapping[str, Mapping[str, Any]], now: float) -> st
 
 
 def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> str:
-    cells = [
+    rows: list[tuple[str, ...]] = [("NODE", "TAGS", "AGENTS", "HANDLERS", "VERSION", "SYSTEM")]
+    rows += [
         (
             name,
+            words_of(document.get("tags")) or "-",
             words_of(document.get("agents")) or "-",
             words_of(document.get("handlers")) or "-",
             f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})",
@@ -11045,7 +11409,9 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
         )
         for name, document in sorted(documents.items())
     ]
-    return format_table(("NODE", "AGENTS", "HANDLERS", "VERSION", "SYSTEM"), cells, colour)
+    if all(tags == "-" for _, tags, *_ in rows[1:]):
+        rows = [(name, *rest) for name, _, *rest in rows]
+    return format_table(rows[0], rows[1:], colour)
 
 
 def clock_time(at: object) -> str:
@@ -11065,9 +11431,10 @@ def log_lines(row: Mapping[str, Any], width: int) -> str:
     """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
 
     The text of an alert goes on below, because its cause stands at the end.  That it was told to
-    an agent is no news; `show` has it.
+    an agent is no news, nor is a receipt; `show` has them.
     """
-    if row["ch"] == "alert" and row["event"] == "did" and str(row["note"]).startswith("told "):
+    told = row["event"] == "did" and str(row["note"]).startswith("told ")
+    if (row["ch"] == "alert" and told) or str(row["note"]).startswith(RECEIPT_NOTE):
         return ""
     first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
     lines, indent = [first[:width]], " " * 4
@@ -11094,6 +11461,11 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     lines = []
     for row in rows:
         action = f", {row['action']}" if row["action"] else ""
+        if str(row["note"]).startswith(RECEIPT_NOTE):
+            if row["event"] == "in":  # of those that we gave we say what was done
+                said = printable(row["note"].removeprefix(RECEIPT_NOTE), MAX_ERROR)
+                lines.append(f"{clock_time(row['time'])} {row['from']}: {said}")
+            continue
         if row["event"] == "did":
             lines.append(f"{clock_time(row['time'])} did: {printable(row['note'], MAX_ERROR)}")
             continue
@@ -11335,6 +11707,8 @@ class InProcessNode:
                 except UsageError as error:
                     return {"error": str(error)}
         filters = self._filters(str(request["do"]), given)
+        if self._node:
+            self._ends = time.monotonic() + self._patience
         node = self._node or self._connect(filters)
         if request["do"] == "send":
             envelope = given["envelope"]
@@ -11346,10 +11720,11 @@ class InProcessNode:
                 self._tell_daemon({**request, "do": "sent"})
         answer = node.requests.handle(request, self)
         if answer is None:
-            published = self._turn(lambda: len(self._lines) > 1, self._ends)
-            if not published:
+            id = given["envelope"].id
+            if not self._turn(lambda: any(one.get("id") == id for one in self._lines), self._ends):
                 raise self._late("no answer (PUBACK)")
-            answer = self._lines.popleft()
+            answer = next(one for one in self._lines if "queued" in one)
+            self._lines.remove(answer)
         return answer
 
     def receive(self, within: float | None) -> dict[str, Any] | None:
@@ -11394,6 +11769,8 @@ class InProcessNode:
                 return rosters if given["envelope"].to != EVERYONE else []
             case "states":
                 return [*rosters, topics.meta("+", "state")]
+            case "targets":
+                return [topics.meta("+", "roster"), topics.meta("+", "state")]
             case "roster":
                 return [topics.meta("+", "roster")]
         raise HiveError(f"no daemon of {node} runs on this machine: nothing to {do}")
@@ -11490,6 +11867,69 @@ class InProcessNode:
 def open_journal(config: Config, log: Log, on_disk: bool = True) -> Journal:
     keep, size = config.journal.keep_days * 86400.0, config.journal.max_mb * 1_000_000
     return Journal(config.state_dir if on_disk else None, log, keep, size)
+
+
+def named_targets(to: str, action: str | None, said: Mapping[str, Any]) -> list[str]:
+    """The names in the answer to `targets`; raises HiveError where nobody is meant, or is there."""
+    target, away = Target.find(to) or Target(), said["away"]
+    can = f" offers {action}" if action else " has an agent"
+    what = f" has the tag {target.tag}" if target.tag else f" is called like {target.pattern}"
+    if target.one:
+        what = (f" of tag {target.tag}" if target.tag else "") + can
+    if said["names"]:
+        return [*said["names"]]
+    if away:
+        who = and_more([f"{name} ({absence(one)})" for name, one in away.items()], 5)
+        raise HiveError(f"no {'other ' * target.one}node that is online{what}; away: {who}")
+    raise HiveError(f"no {'other ' * target.one}node{what}; what each one is: hive roster")
+
+
+def absence(state: Mapping[str, Any]) -> str:
+    """How somebody is who is away."""
+    return f"{state['status']}, seen {for_people(state['age'])} ago"
+
+
+class GroupReplies:
+    """What became of a message that went to each of several nodes."""
+
+    def __init__(self, wait: float) -> None:
+        """`wait`: seconds that each of them has for its answer."""
+        self.ok: list[str] = []
+        self.failed: list[str] = []
+        self.silent: list[str] = []
+        self._wait = wait
+        self._waiting: dict[str, tuple[Envelope, float]] = {}  # by id, until when
+
+    def __len__(self) -> int:
+        """How many are waited for."""
+        return len(self._waiting)
+
+    @property
+    def ends(self) -> float:
+        """When the next of them is late."""
+        return min((until for _, until in self._waiting.values()), default=0.0)
+
+    def sent(self, envelope: Envelope, now: float) -> None:
+        self._waiting[envelope.id] = envelope, now + self._wait
+
+    def take(self, answer: Envelope) -> bool:
+        """Is it one to ours?  Then there is one less to wait for."""
+        to = answer.reply_to or answer.exchange
+        asked, _ = self._waiting.get(to, (None, 0.0))
+        if asked is None or answer.ch not in ("response", "alert"):
+            return False
+        (self.failed if answer.ch == "alert" else self.ok).append(asked.to)
+        del self._waiting[to]
+        return True
+
+    def unheard(self, id: object) -> None:
+        """It came to nobody."""
+        if isinstance(id, str) and id in self._waiting:
+            self.silent.append(self._waiting.pop(id)[0].to)
+
+    def expire(self, now: float) -> None:
+        for id in [id for id, (_, until) in self._waiting.items() if until <= now]:
+            self.unheard(id)
 
 
 class ReplyCollector:
@@ -12462,12 +12902,6 @@ def check_senders(context: DoctorContext) -> Iterator[Finding]:
     else:
         todo = '[mqtt] senders = "checked", at every node, makes use of it'
         yield Finding(Level.OK, "the broker lets no node speak in another's name", todo)
-
-
-def and_more(names: Collection[str], limit: int = 1) -> str:
-    """The first few of many."""
-    more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(itertools.islice(names, limit)) + more
 
 
 def acl_for(config: Config) -> str:
@@ -13807,6 +14241,51 @@ def broker_keys(host: str, port: int, user: str) -> dict[str, Any]:
     return {f"mqtt.{key}": value for key, value in {**said, **others}.items()}
 
 
+# ---- Help: what is longer than a --help --------------------------------------------------
+#
+# Each topic is a file of Markdown; its first line says what it is about.  Does not know what else
+# stands in it.
+
+TOPICS = ("handlers", "agents", "trust", "config", "protocol", "brokers", "operation")
+HELP_FOLDERS = ("help", "hive-help", "contrib/help")  # installed; by pip; in a checkout
+
+
+def help_topic(name: str) -> str:
+    """The text of one; raises HiveError where this file came alone."""
+    beside = (os.path.dirname(file) for file in (__file__, os.path.realpath(__file__)))
+    for place, folder in itertools.product(beside, HELP_FOLDERS):
+        with contextlib.suppress(OSError):  # the loader reads from dist/hive's archive too
+            data: bytes = globals()["__loader__"].get_data(f"{place}/{folder}/{name}.md")
+            return data.decode()
+    raise HiveError(
+        f"{name}: hive.py came without its help; it is in dist/hive, in what make install puts"
+        f" there, and in a checkout: contrib/help/{name}.md"
+    )
+
+
+def topic_list() -> str:
+    """Every topic, with what it is about."""
+    about = (help_topic(name).partition("\n")[0].partition(": ")[2] for name in TOPICS)
+    lines = "\n".join(f"  {name:11}{what}" for name, what in zip(TOPICS, about, strict=True))
+    return f"hive help TOPIC, one of\n\n{lines}\n\nhive help COMMAND is hive COMMAND --help.\n"
+
+
+def show_text(text: str) -> None:
+    """To stdout; by $PAGER where that is a terminal with fewer lines."""
+    import shutil
+
+    if sys.stdout.isatty() and text.count("\n") >= shutil.get_terminal_size().lines:
+        import shlex
+        import subprocess
+
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the pager's, as long as it runs
+        pager = shlex.split(os.environ.get("PAGER") or "less")
+        with contextlib.suppress(OSError):  # none is here
+            subprocess.run(pager, input=text.encode(), env={"LESS": "FRX", **os.environ})
+            return
+    print(text, end="")
+
+
 # ---- Mcp: an agent's program at its node -----------------------------------------------------
 #
 # A server of the Model Context Protocol on stdin and stdout, for one session of Claude Code, Codex
@@ -14174,8 +14653,9 @@ class McpTools:
         envelope = self.addressed(given, action=given["action"])
         if not self.link.attach():
             return self.ask_without_daemon(envelope, given["wait_seconds"])
+        wait = self.answers(envelope, given["wait_seconds"])
         self.link.ask(do="send", envelope=envelope.document())
-        return self.answers(envelope, given["wait_seconds"])
+        return wait
 
     def wait_answer(self, given: dict[str, Any]) -> Outcome | Wait:
         envelope = self.found(given["id"])
@@ -14184,11 +14664,16 @@ class McpTools:
         return self.answers(envelope, given["wait_seconds"])
 
     def addressed(self, given: Mapping[str, Any], **more: Any) -> Envelope:
-        """A new message, to somebody whom the daemon knows; raises UsageError."""
-        if self.link.attach():
-            self.check_recipient(given["to"], more.get("action"))
-        sender = self.link.agent if self.link.attach() else self.link.config.node.id
-        made = Envelope.new(sender, given["to"], "command", given["text"], **more)
+        """A new message, to somebody whom the daemon knows; raises HiveError."""
+        to, action, here = given["to"], more.get("action"), self.link.attach()
+        if target := Target.find(to):
+            if not target.one:
+                raise UsageError(f"to: {to} is several; say one name, all, any or any:TAG")
+            to = named_targets(to, action, self.members("targets", to=to, action=action))[0]
+        elif here:
+            self.check_recipient(to, action)
+        sender = self.link.agent if here else self.link.config.node.id
+        made = Envelope.new(sender, to, "command", given["text"], **more)
         return made.replace(extra={RECEIPTS: True})
 
     def check_recipient(self, to: str, action: str | None) -> None:
@@ -14243,17 +14728,21 @@ class McpTools:
         return Wait(wait, look, lambda: later, "not taken by the broker yet", close=close)
 
     def answers(self, envelope: Envelope, patience: float) -> Wait:
-        """The answers to a message of ours, when all have come, or what there is by then."""
-        states: dict[str, Any] = {}
-        nodes: dict[str, str] = {}
+        """The answers to a message of ours, when all have come, or what there is by then.
+
+        Raises NoReplyError where nobody would answer.
+        """
+        expected, nodes = ReplyCollector(envelope, self.link.config.heartbeat), dict[str, str]()
         if envelope.to == EVERYONE:
             states = self.link.ask(do="states")["states"]
+            for state in states.values():
+                state.get("oc", {}).pop(self.link.agent, None)  # nobody answers itself
+            expected.expect(states)
             nodes = members_by_name(self.link.ask(do="roster")["rosters"])
 
         def collect(last: bool) -> Outcome | None:
             replies = ReplyCollector(envelope, self.link.config.heartbeat)
-            if envelope.to == EVERYONE:
-                replies.expect(states)
+            replies.outstanding = {*expected.outstanding}
             rows = self.exchange_of(envelope.id)
             came = [row["envelope"] for row in rows if row["event"] == "in" and row["envelope"]]
             found = [one for one in came if replies.take(Envelope.check(one))]
@@ -14325,7 +14814,7 @@ class McpTools:
     def list_agents(self, given: dict[str, Any]) -> Outcome | Wait:
         here = self.link.attach()
         config = self.link.config
-        said, states = (self.members(config, do) for do in ("roster", "states"))
+        said, states = (self.members(do) for do in ("roster", "states"))
         rows = status_rows(states["states"], config.heartbeat, time.time())
         me = self.link.agent if here else ""
         lines = [f"You are {me}, an agent of {config.node.id}."] if me else []
@@ -14339,11 +14828,12 @@ class McpTools:
             lines.append(f"and {len(more)} more nodes")
         return Outcome(cut("\n".join(lines or ["Nobody is there yet."]), MAX_OUTCOME, MCP_CUT))
 
-    def members(self, config: Config, do: str) -> dict[str, Any]:
+    def members(self, do: str, **more: object) -> dict[str, Any]:
+        """What the daemon knows of all, or else the broker."""
         if self.link.attach():
-            return self.link.ask(do=do)
-        with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
-            return control.ask({"do": do})
+            return self.link.ask(do=do, **more)
+        with contextlib.closing(InProcessNode(self.link.config, PATIENCE)) as control:
+            return control.ask({"do": do, **more})
 
     def show_exchange(self, given: dict[str, Any]) -> Outcome | Wait:
         rows = self.exchange_of(given["id"])
@@ -14780,7 +15270,9 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
 
 SERVER_INFO = {"name": "hive", "title": "hive", "version": __version__}
 RECIPIENT = Argument.string(
-    'agent or node name from list_agents, or "all"', recipient_name, required=True
+    'agent or node name from list_agents, or "all"; "any": whoever can do it',
+    destination,
+    required=True,
 )
 MESSAGE_ID = partial(Argument.string, check=identifier, required=True)
 WAITS = Argument.number(0, MAX_WAIT, DEFAULT_WAIT)
@@ -14990,6 +15482,12 @@ def json_text(document: str) -> str:
     return escape_unprintable(document) if sys.stdout.isatty() else document
 
 
+def terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
 def colourful(stream: IO[str]) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
@@ -15096,9 +15594,9 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     option(
         "--to",
         required=True,
-        type=recipient_name,
+        type=destination,
         metavar="NAME",
-        help="a node or an agent, or all",
+        help="a node or an agent; all; any or any:TAG (the least busy that can); tag:TAG; 'web-*'",
     ),
     option(
         "--ch", default="command", choices=CHANNELS, help="the kind of message (default: command)"
@@ -15116,18 +15614,25 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
         help="the exchange that this belongs to: any id of it",
     ),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
+    option("--parallel", type=count, metavar="N", help="with several nodes: so many at once"),
     DIRECT,
     AS_JSON,
     examples="""hive.py send --to beta --ch command --text "is the backup done?" --wait 60
 hive.py send --to all --ch sync --action git-sync --text now --wait 20
+hive.py send --to any --action health-check --text x --wait 20
+hive.py send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5
 make report | hive.py send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:
-    """Send a message to a node, to an agent, or to all."""
+    """Send a message to a node, to an agent, to all, or to whoever can do something."""
     config = config_of(args)
+    target = Target.find(args.to)
+    group = target is not None and not target.one
+    if args.parallel and not (group and args.wait):
+        raise UsageError("--parallel: of use only with --wait, and to a tag or a pattern")
     envelope = Envelope.new(
         config.node.id,
-        args.to,
+        EVERYONE if target else args.to,
         args.ch,
         read_text(args.text),
         action=args.action,
@@ -15135,7 +15640,26 @@ def command_send(args: argparse.Namespace) -> int:
         ttl=args.ttl,
         corr=args.corr and known_exchange(config, args.corr),
     )
-    return send_and_wait(config, envelope, args, args.wait)
+    if CHANNELS[args.ch].handler and not args.action and args.to != EVERYONE:
+        envelope = envelope.replace(extra={RECEIPTS: True})
+    if target is None:
+        return send_and_wait(config, envelope, args, args.wait)
+    names, away = find_targets(config, args)
+    envelopes = [envelope.replace(to=name, id=new_id()) for name in names]
+    if group:
+        return send_to_group(config, envelopes, away, args)
+    return send_and_wait(config, envelopes[0], args, args.wait)
+
+
+def find_targets(
+    config: Config, args: argparse.Namespace
+) -> tuple[list[str], Mapping[str, Mapping[str, Any]]]:
+    """Who is meant by --to, and who is away; raises HiveError where nobody is there."""
+    request = {"do": "targets", "to": args.to, "action": args.action}
+    control, said = ask_or_bypass(config, request, "names", args.direct)
+    with contextlib.closing(control):
+        said = ask_members(control, request, time.monotonic() + PATIENCE, said)
+    return named_targets(args.to, args.action, said), said["away"]
 
 
 def ask_or_bypass(
@@ -15170,7 +15694,10 @@ def ask_or_bypass(
         raise
 
 
-BYPASS = {"queued": "sending directly", "complete": "asking the broker instead"}
+BYPASS = {
+    "queued": "sending directly",
+    **dict.fromkeys(("complete", "names"), "asking the broker instead"),
+}
 
 
 def send_and_wait(
@@ -15182,6 +15709,9 @@ def send_and_wait(
     request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
     control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
     with contextlib.closing(control):
+        if said.get("away"):
+            what = f"{envelope.to} is away: its node keeps the message for it"
+            print(f"hive: {what}", file=sys.stderr)
         if wait is None:
             code = say_sent(config, envelope, args, control, said["connected"])
             if said.get("agentless"):
@@ -15237,7 +15767,7 @@ def print_replies(
     ends = max(ends, time.monotonic() + min(args.wait, 1.0))  # to get here took some of it
     try:
         if envelope.to == EVERYONE:
-            replies.expect(ask_members(control, "states", ends)["states"])
+            replies.expect(ask_members(control, {"do": "states"}, ends)["states"])
         if not connected:
             print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
         while replies.outstanding and (left := ends - time.monotonic()) > 0:
@@ -15259,15 +15789,95 @@ def print_replies(
     return Exit.REFUSED if replies.refused else Exit.DONE
 
 
+def send_to_group(
+    config: Config,
+    envelopes: Sequence[Envelope],
+    away: Mapping[str, Mapping[str, Any]],
+    args: argparse.Namespace,
+) -> int:
+    """Send one to each; print what is known of them then, or what became of them."""
+    patience = max(args.wait, MIN_PATIENCE) if args.wait else PATIENCE
+    request = {"do": "send", "envelope": envelopes[0].document(), "wait": bool(args.wait)}
+    control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
+
+    def hand_in(envelope: Envelope) -> bool:
+        """Is there a broker?  The first has been handed in."""
+        answer = said
+        if envelope is not envelopes[0]:
+            answer = control.ask({**request, "envelope": envelope.document()})
+        if "error" in answer:
+            raise HiveError(f"not sent to {envelope.to}: {answer['error']}")
+        return bool(answer["connected"])
+
+    with contextlib.closing(control):
+        if args.wait:
+            replies = GroupReplies(args.wait)
+            collect_replies(config, replies, envelopes, args, control, hand_in)
+            return say_replies(replies, away, args.as_json)
+        for envelope in envelopes:
+            say_sent(config, envelope, args, control, hand_in(envelope))
+    for name, state in away.items():
+        print(f"hive: not sent to {name}: {absence(state)}", file=sys.stderr)
+    return Exit.DONE
+
+
+def collect_replies(
+    config: Config,
+    replies: GroupReplies,
+    envelopes: Sequence[Envelope],
+    args: argparse.Namespace,
+    control: Control,
+    hand_in: Callable[[Envelope], bool],
+) -> None:
+    """Send, so many at once, and print the answers until all have come or are late."""
+    pending = deque(envelopes)
+    try:
+        while pending or replies:
+            while pending and len(replies) < (args.parallel or len(envelopes)):
+                if not hand_in(pending[0]):
+                    what = f"queued {pending[0].id} for {pending[0].to}"
+                    print(f"hive: {what}, no broker at the moment", file=sys.stderr)
+                replies.sent(pending.popleft(), time.monotonic())
+            said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
+            if reason_code_of(config, said) == NO_SUBSCRIBERS:
+                replies.unheard(said.get("id"))
+            answer = Envelope.check(said["answer"]) if "answer" in said else None
+            if answer and replies.take(answer):
+                write_answer(answer, args.as_json, label=True)
+            replies.expire(time.monotonic())
+    except DaemonError as error:
+        rest = f"{len(pending)} were not sent" if pending else "all were sent"
+        raise HiveError(f"{error}; {rest}; see: hive pending") from None
+
+
+def say_replies(replies: GroupReplies, away: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
+    """Sum up what became of a group's messages."""
+    without = {"failed": replies.failed, "silent": replies.silent, "away": [*away]}
+    if as_json:
+        print(json_text(json.dumps({"ok": replies.ok, **without})))
+    else:
+        total = len(replies.ok) + sum(map(len, without.values()))
+        parts = [
+            f"{len(names)} {how} ({and_more(names, 5)})" for how, names in without.items() if names
+        ]
+        print(", ".join([f"hive: {len(replies.ok)} of {total} ok", *parts]), file=sys.stderr)
+    if replies.failed:
+        return Exit.REFUSED
+    return Exit.NO_REPLY if replies.silent or away else Exit.DONE
+
+
 def ask_members(
-    control: Control, do: str, ends: float, said: dict[str, Any] | None = None
+    control: Control,
+    request: Mapping[str, object],
+    ends: float,
+    said: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What is known of all nodes; a daemon that has just connected has yet to hear of them."""
     ends = min(ends, time.monotonic() + STARTING)
-    said = said or control.ask({"do": do})
+    said = said or control.ask(request)
     while not (said.get("complete") or said.get("fault")) and time.monotonic() < ends:
         time.sleep(0.05)
-        said = control.ask({"do": do})
+        said = control.ask(request)
     return said
 
 
@@ -15362,8 +15972,6 @@ hive.py log --from beta --since 2h --json""",
 )
 def command_log(args: argparse.Namespace) -> int:
     """Show what this node received, sent and did, a line each, newest last."""
-    import shutil
-
     config = config_of(args)
     said = {"ch": args.ch, "from": args.sender, "to": args.to, "action": args.action}
     filters = {name: value for name, value in (said | {"corr": args.corr}).items() if value}
@@ -15371,7 +15979,7 @@ def command_log(args: argparse.Namespace) -> int:
     if args.since:
         filters["since"], request["last"] = time.time() - args.since, 0
 
-    width = shutil.get_terminal_size().columns
+    width = terminal_width()
 
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
@@ -15395,10 +16003,7 @@ def command_pending(args: argparse.Namespace) -> int:
     if args.as_json:
         print(json.dumps(document, indent=2))
     else:
-        import shutil
-
-        width = shutil.get_terminal_size().columns
-        print(pending_table(document, time.time(), width), end="")
+        print(pending_table(document, time.time(), terminal_width()), end="")
     return Exit.DONE
 
 
@@ -15481,9 +16086,28 @@ def command_status(args: argparse.Namespace) -> int:
     if args.as_json and (rows or not said["fault"]):
         print(json.dumps([{**vars(row), "senders": senders} for row in rows], indent=2))
     elif rows:
-        table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
-        print(f"{status_summary(rows)}; senders: {senders}\n\n{table}", end="")
+        sessions = [(row.name, row.node, row.session) for row in rows if row.session]
+        many = f", {len(sessions)} session{'s'[: len(sessions) != 1]}" if sessions else ""
+        print(f"{status_summary(rows)}{many}; senders: {senders}\n")
+        print(status_table(rows, colourful(sys.stdout)), end="")
+        print(sessions_table(sessions, time.time(), terminal_width()), end="")
+        print(status_notes(rows), end="")
     return say_of_members(config, args, said, bool(rows))
+
+
+@subcommand(examples="hive.py metrics | grep hive_queue")
+def command_metrics(args: argparse.Namespace) -> int:
+    """Print what the daemon has counted, as Prometheus reads it."""
+    config = config_of(args)
+    control = connect_to_daemon(config)
+    if control is None:
+        raise HiveError(f"no daemon of {config.node.id} runs on this machine: nothing is counted")
+    with contextlib.closing(control):
+        answer = control.ask({"do": "metrics"})
+    if "error" in answer:
+        raise HiveError(f"the daemon of {config.node.id}: {answer['error']}")
+    print(metrics_text(answer), end="")
+    return Exit.DONE
 
 
 def check_status(
@@ -15511,6 +16135,7 @@ def command_roster(args: argparse.Namespace) -> int:
         print(json.dumps(sorted(rosters.values(), key=str), indent=2))
     elif rosters:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
+        print(sessions_table(sessions_in(rosters), time.time(), terminal_width()), end="")
         print(schedule_lines(rosters, time.time()), end="")
     return say_of_members(config, args, said, bool(rosters))
 
@@ -15536,7 +16161,7 @@ def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
     control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
     with contextlib.closing(control):
         if said["hive"] == hive_of(config):
-            return ask_members(control, do, time.monotonic() + STARTING, said)
+            return ask_members(control, {"do": do}, time.monotonic() + STARTING, said)
     with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
         return control.ask({"do": do})  # the daemon's is another hive
 
@@ -16244,7 +16869,7 @@ def make_parser(only: str = "") -> Parser:
     parser = Parser(
         description=__doc__ or dropped_docstrings()[""],
         parents=[common],
-        epilog="Each command has --help of its own, with examples.",
+        epilog="Each command has --help of its own, with examples; hive help lists more to read.",
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -16265,6 +16890,24 @@ def make_parser(only: str = "") -> Parser:
             sub.add_argument(*flags, **how)
         sub.set_defaults(run=one.run)
     return parser
+
+
+@subcommand(
+    option("topic", nargs="?", metavar="TOPIC", help="a topic, or a command; none: what there is"),
+    examples="hive help\nhive help handlers\nhive help send",
+)
+def command_help(args: argparse.Namespace) -> int:
+    """Read more about handlers, agents, trust and all else than --help says."""
+    if not args.topic:
+        print(topic_list(), end="")
+    elif args.topic in TOPICS:
+        show_text(help_topic(args.topic))
+    elif args.topic in COMMANDS:
+        make_parser(args.topic).parse_args([args.topic, "--help"])
+    else:
+        near = did_you_mean(args.topic, (*TOPICS, *COMMANDS)) or "see: hive help"
+        raise UsageError(f"help: there is no topic or command {quoted(args.topic)}; {near}")
+    return Exit.DONE
 
 
 def command_among(said: Sequence[str]) -> str:

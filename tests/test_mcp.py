@@ -569,14 +569,15 @@ class Sessions:
         flags = (f"--config={self.hive.nodes[node].config}", f"--as={name}")
         made = self.ending.enter_context(Process(self.home, *flags))
         assert name in made.tool("list_agents")
-        eventually(f"{name} is known", lambda: all(name in one for one in self.rosters()))
+        eventually(f"{name} is known", lambda: all(name in one for one in self.known()))
         return made
 
-    def rosters(self) -> Iterator[str]:
+    def known(self) -> Iterator[str]:
         """What each node knows of all."""
         for node in self.hive.nodes:
             with contextlib.closing(self.control(node)) as control:
-                yield json.dumps(control.ask({"do": "roster"}))
+                for request in ("roster", "states"):
+                    yield json.dumps(control.ask({"do": request}))
 
     def control(self, node: str) -> hive_py.ControlClient:
         return hive_py.ControlClient(self.hive.nodes[node].home / "state" / "door", node)
@@ -724,6 +725,21 @@ def test_a_recipient_that_is_not_there_is_named_with_the_nearest(sessions: Sessi
     assert "no agent that could read this" in refused("ask", to="beta", text="x")
     assert "is you" in refused("ask", to="one", text="x")
     assert "not known here" in refused("reply", id="no-such-id", text="x")
+
+
+def test_all_are_asked_but_not_who_asks(sessions: Sessions) -> None:
+    one = sessions.start("alpha", "curious")
+    refused = one.ask(call(1, "ask", to="all", text="who is there?"))["result"]
+    assert "no node that is online has an agent" in refused["content"][0]["text"]
+    other = sessions.start("beta", "present")
+    one.say(call(2, "ask", to="all", text="who is there?"))
+    question = other.tool("read_inbox", wait_seconds=20)
+    other.tool("reply", id=id_in(question), text="I am")
+    assert '"I am"' in one.hear()["result"]["content"][0]["text"]
+    assert "Nothing new" in one.tool("read_inbox")
+    both = one.tool("ask", to="all", text="x", action="ping", wait_seconds=20)
+    assert both.count('"pong"') == 2
+    assert '"pong"' in one.tool("ask", to="any", text="x", action="ping")
 
 
 def test_no_daemon_is_a_line_that_says_what_works_without(two: Hive, tmp_path: Path) -> None:
