@@ -14732,17 +14732,15 @@ class McpTools:
 
         Raises NoReplyError where nobody would answer.
         """
-        expected, nodes = ReplyCollector(envelope, self.link.config.heartbeat), dict[str, str]()
+        expected, nodes = {envelope.to}, dict[str, str]()
         if envelope.to == EVERYONE:
-            states = self.link.ask(do="states")["states"]
-            for state in states.values():
-                state.get("oc", {}).pop(self.link.agent, None)  # nobody answers itself
-            expected.expect(states)
-            nodes = members_by_name(self.link.ask(do="roster")["rosters"])
+            rosters = self.link.ask(do="roster")["rosters"]
+            expected = self.hearers(rosters, envelope.action)
+            nodes = members_by_name(rosters)
 
         def collect(last: bool) -> Outcome | None:
             replies = ReplyCollector(envelope, self.link.config.heartbeat)
-            replies.outstanding = {*expected.outstanding}
+            replies.outstanding = {*expected}
             rows = self.exchange_of(envelope.id)
             came = [row["envelope"] for row in rows if row["event"] == "in" and row["envelope"]]
             found = [one for one in came if replies.take(Envelope.check(one))]
@@ -14758,6 +14756,18 @@ class McpTools:
 
         about = f"no answer from {envelope.to} yet"
         return Wait(patience, look, give_up, about, exchange=envelope.exchange)
+
+    def hearers(self, rosters: Mapping[str, Mapping[str, Any]], action: str | None) -> set[str]:
+        """The nodes that may answer a message to all; raises NoReplyError."""
+        rows = status_rows(
+            self.link.ask(do="states")["states"], self.link.config.heartbeat, time.time()
+        )
+        online = {row.name for row in rows if row.is_node and row.alive}
+        agents = {one: names_in(rosters.get(one, {}), "agents", "sessions") for one in online}
+        hears = {one for one in online if action or agents[one] - {self.link.agent}}
+        if not hears:
+            raise NoReplyError("nobody else is online who could answer; see list_agents")
+        return hears
 
     def collected(
         self,

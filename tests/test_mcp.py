@@ -730,7 +730,7 @@ def test_a_recipient_that_is_not_there_is_named_with_the_nearest(sessions: Sessi
 def test_all_are_asked_but_not_who_asks(sessions: Sessions) -> None:
     one = sessions.start("alpha", "curious")
     refused = one.ask(call(1, "ask", to="all", text="who is there?"))["result"]
-    assert "no node that is online has an agent" in refused["content"][0]["text"]
+    assert "nobody else is online" in refused["content"][0]["text"]
     other = sessions.start("beta", "present")
     one.say(call(2, "ask", to="all", text="who is there?"))
     question = other.tool("read_inbox", wait_seconds=20)
