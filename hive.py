@@ -45,7 +45,8 @@ tokens; only what needs judgment wakes an agent.
 #           MqttClient  connect, come back, publish; alone in importing paho <- Journal
 #           BrokerHost  which broker, and whose turn it is to be one
 #                       <- Control, Database, Packets, Broker
-#   shell   Output      rows to a table or to JSON; returns strings <- Journal, Handlers, Members
+#   shell   Output      rows to a table or to JSON; returns strings
+#                       <- Routing, Journal, Sessions, Handlers, Members
 #           Client      a command asks its daemon, or the same node in its own process <- *
 #           Setup       a hive.toml for this machine, asked for or taken from options
 #                       <- Handlers, Agent, MqttClient
@@ -733,8 +734,8 @@ SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice 
 SIGN_OF_LIFE = Decision(Do.HEAR)
 OTHER_KIND = "its topic does not say who sent it"
 OTHER_SENDER = "its topic names another sender"
-# What became of a message whose sender asks for that by RECEIPTS: true, in a text for people.
-RECEIPTS, RECEIVED = "receipts", "received"
+RECEIPTS = "receipts"  # the field by which a sender asks what becomes of its message
+RECEIVED = "received"  # that, in words; this, or a name with what it was told or has read
 RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
 RECEIPT_NOTE = "receipt: "  # how the note of a row begins that is one
 
@@ -11184,7 +11185,7 @@ class StatusRow(Value):
     age_s: float | None
     version: str | None
     reason: str | None
-    session: Mapping[str, Any] | None = None  # what it works on, if it is one
+    session: Mapping[str, Any] | None  # what it works on, if it is one
 
     @property
     def is_node(self) -> bool:
@@ -11260,10 +11261,10 @@ def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
             or "-"
             if row.is_node
             else row.agents.get(row.name, "-"),
-            "-" if row.load_1m is None else f"{row.load_1m:.2f}",
-            for_people(row.uptime_s) if row.alive else "-",
+            "-" if row.load_1m is None or not row.is_node else f"{row.load_1m:.2f}",
+            for_people(row.uptime_s) if row.alive and row.is_node else "-",
             "-" if row.age_s is None else f"{for_people(row.age_s)} ago",
-            row.version or "-",
+            row.version if row.version and row.is_node else "-",
         )
         for row in rows
         if not row.session
@@ -11283,18 +11284,20 @@ def session_facts(said: object) -> dict[str, Any]:
 def sessions_table(
     sessions: Sequence[tuple[str, str, Mapping[str, Any]]], now: float, width: int
 ) -> str:
-    """Agent programs that are attached: (name, node, facts), in `width` columns if it can be.
+    """Agent programs that are attached: (name, node, facts); nothing where there are none.
 
-    What is cut is what takes most; of a directory the end is kept.  Nothing where there is none.
+    In `width` columns if that can be: names are not cut, and of a directory the end is kept.
     """
     rows = [["SESSION", "NODE", "CLIENT", "DIRECTORY", "BRANCH", "FOR"]]
     for name, node, facts in sessions:
         ago = for_people(max(0.0, now - facts["since"])) if facts["since"] else "-"
         rows.append([name, node, *(facts[key] for key in SESSION_FACTS), ago])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths[:-1]) > len("DIRECTORY"):
-        widest = widths.index(max(widths[:-1]))
-        widths[widest] -= 1
+    over = sum(widths) + 2 * (len(widths) - 1) - width
+    for least, *columns in ((12, 3, 4), (12, 2)):  # directory and branch, before the client
+        while over > 0 and max(widths[i] for i in columns) > least:
+            widths[max(columns, key=widths.__getitem__)] -= 1
+            over -= 1
     for row in rows[1:]:
         directory = row[3][1 - widths[3] :]
         row[3] = row[3] if len(row[3]) <= widths[3] else f"…{directory}"
