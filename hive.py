@@ -59,7 +59,6 @@ tokens; only what needs judgment wakes an agent.
 #                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
 #                       Hosting
 #           Help        topics that are longer than a --help, and where they lie
-
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Commands    one function for each subcommand, its options beside it <- *
 #           Main        arguments in, exit code out <- Members, Commands, Help
@@ -920,7 +919,7 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     missing = f"no handler for action {envelope.action}" if asked else ""
     if asked and (why := here.why_not(envelope.action or "")):
         missing += f" ({quoted(why, 300)[1:-1]})"
-    agents = here.addressed(envelope.to)
+    agents = tuple(one for one in here.addressed(envelope.to) if one != envelope.sender)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
     if any(denied.values()) and (channel.handler or not here.answers(envelope)):
         agents = tuple(one for one in agents if not denied[one])
@@ -1696,10 +1695,11 @@ class Journal:
     # An inbox is the tasks of an agent that reads them itself: `began` is 0 until it was told,
     # then when that was.
 
-    def inbox(self, agent: str, limit: int) -> list[Task]:
+    def inbox(self, agent: str, limit: int, exchange: str = "") -> list[Task]:
         """The next ones that it was not told, alerts first."""
         order = f"ch <> 'alert', tasks.n LIMIT {limit}"
-        return self._tasks("agent = ? AND began = 0", agent, order=order)
+        which = "agent = ? AND began = 0 AND ? IN ('', exchange)"
+        return self._tasks(which, agent, exchange, order=order)
 
     def unread(self, agent: str) -> int:
         """How many those are."""
@@ -2414,10 +2414,10 @@ class Sessions:
         if session.requester and not session.requester.busy:
             session.requester.send({"mail": self._journal.unread(session.name)})
 
-    def inbox(self, agent: str, limit: int) -> dict[str, Any]:
+    def inbox(self, agent: str, limit: int, exchange: str = "") -> dict[str, Any]:
         """What it was not told yet, as much as fits into one line.  Raises UsageError."""
         messages: list[dict[str, Any]] = []
-        tasks, size = self._journal.inbox(self._known(agent).name, limit), 0
+        tasks, size = self._journal.inbox(self._known(agent).name, limit, exchange), 0
         for task in tasks:
             size += len(task.envelope.encode())
             if messages and size > MAX_PAYLOAD:
@@ -2749,7 +2749,7 @@ class Requests:
         return self._sessions.document()
 
     def inbox(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        return self._sessions.inbox(given["agent"], given["limit"])
+        return self._sessions.inbox(given["agent"], given["limit"], given["exchange"])
 
     def mark(self, given: Mapping[str, Any], requester: Requester) -> None:
         """What a session was told, or has read."""
@@ -2884,6 +2884,7 @@ REQUESTS = {
         {
             "agent": AGENT_FIELD,
             "limit": RequestField(integer(1, MAX_MAIL), "how many at most", 10),
+            "exchange": RequestField(identifier, "only of this exchange", ""),
         },
     ),
     "mark": Request(
@@ -14368,7 +14369,6 @@ MAX_UNWRITTEN = 1024 * KIB  # bytes that a client may leave unread until it is n
 LAST_ANSWERS = 1.0  # seconds that a client has to read them when it has ended its input
 MAX_OUTCOME = 40 * KIB  # bytes of text; of 300,000 characters Claude Code makes a file
 MAX_SHOWN_NODES, MAX_SHOWN_SESSIONS = 60, 40  # the latter of each node
-MAX_INBOX_PAGE = 50  # messages
 MCP_CUT = " [cut by hive]"
 UNVOUCHED = "Nobody vouches for the senders: any member of this hive can write any name"
 
@@ -14400,6 +14400,10 @@ class Wait(Value):
     exchange: str = ""  # whose answers it takes from the inbox
     every: float = 0.0
     close: Callable[[], None] = do_nothing
+
+
+NOTHING_NEW = Outcome("Nothing new in your inbox.")
+PLAIN_MAIL = {"note": "", "question": ""}  # of an answer that its question need not explain
 
 
 class Argument(RequestField):
@@ -14634,7 +14638,7 @@ class McpTools:
     def messages(self, limit: int, exchange: str = "") -> tuple[list[dict[str, Any]], int]:
         """What is unread and not handed out, and how many more there are; raises HiveError."""
         asked = {"exchange": exchange} if exchange else {}
-        limit += len(self.handed_out)
+        limit = min(limit + len(self.handed_out), MAX_MAIL)
         agent = self.link.agent if self.link.attach() else ""
         said = self.link.ask(do="inbox", agent=agent, limit=limit, **asked)
         found = [one for one in said["messages"] if one["task"] not in self.handed_out]
@@ -14649,19 +14653,19 @@ class McpTools:
 
     def mark(self, tasks: Collection[int], how: str) -> None:
         """They were told, or read: the daemon shall know.  Raises HiveError."""
-        if tasks:
-            self.link.ask(do="mark", agent=self.link.agent, tasks=[*tasks], **{"as": how})
-            self.handed_out -= {*tasks}
+        while some := [*tasks][:MAX_MAIL]:
+            self.link.ask(do="mark", agent=self.link.agent, tasks=some, **{"as": how})
+            self.handed_out -= {*some}
+            tasks = {*tasks} - {*some}
 
     def read_inbox(self, given: dict[str, Any]) -> Outcome | Wait:
         def look() -> Outcome | None:
             found, more = self.unclaimed(given["limit"])
             return self.shown(found, more) if found else None
 
-        nothing = Outcome("Nothing new in your inbox.")
-        if (found := look()) or not given["wait_seconds"]:
-            return found or nothing
-        return Wait(given["wait_seconds"], look, lambda: nothing, "no message yet")
+        if given["wait_seconds"]:
+            return Wait(given["wait_seconds"], look, lambda: NOTHING_NEW, "no message yet")
+        return look() or NOTHING_NEW
 
     def shown(self, found: Sequence[Mapping[str, Any]], more: int) -> Outcome:
         """Messages as a model reads them, as many as have room; the rest stays unread."""
@@ -14683,15 +14687,15 @@ class McpTools:
         return Outcome("\n".join(texts), tasks=tuple(tasks))
 
     def reply(self, given: dict[str, Any]) -> Outcome | Wait:
-        original, id = self.found(given["id"]), self.exchange_of(given["id"])
-        agent = self.link.agent
-        mine = [row for row in id if row["event"] == "out" and row["from"] == agent]
-        if original.sender == agent:
-            raise UsageError(f"{original.id}: that is your own message")
-        for row in mine:
-            if (row["envelope"] or {}).get("replyTo") == original.id:
-                at = clock_time(row["time"])
-                raise UsageError(f"{original.id}: answered at {at}; use send_message for more")
+        original, agent = self.found(given["id"]), self.link.agent
+        if original.sender == agent or not CHANNELS[original.ch].handler:
+            what = "your own message" if original.sender == agent else "an answer, or news"
+            raise UsageError(f"{original.id}: that is {what}; go on with send_message or ask")
+        for row in self.exchange_of(original.id):
+            answered = (row["envelope"] or {}).get("replyTo") == original.id
+            if row["event"] == "out" and row["from"] == agent and answered:
+                when = f"answered already ({clock_time(row['time'])})"
+                raise UsageError(f"{original.id}: {when}; go on with send_message or ask")
         ch = "alert" if given["failed"] else "response"
         return self.sent(original.reply(agent, given["text"], ch=ch))
 
@@ -14705,18 +14709,27 @@ class McpTools:
         envelope = self.addressed(given, action=given["action"])
         if not self.link.attach():
             return self.ask_without_daemon(envelope, given["wait_seconds"])
+        wait = self.answers(envelope, given["wait_seconds"])
         self.link.ask(do="send", envelope=envelope.document())
-        return self.answers(envelope, given["wait_seconds"])
+        return wait
 
     def wait_answer(self, given: dict[str, Any]) -> Outcome | Wait:
-        return self.answers(self.found(given["id"]), given["wait_seconds"])
+        envelope = self.found(given["id"])
+        if envelope.sender not in (self.link.agent, self.link.config.node.id):
+            raise UsageError(f"{envelope.id}: not a message of yours; to answer it: reply")
+        return self.answers(envelope, given["wait_seconds"])
 
     def addressed(self, given: Mapping[str, Any], **more: Any) -> Envelope:
-        """A new message, to somebody whom the daemon knows; raises UsageError."""
-        if self.link.attach():
-            self.check_recipient(given["to"], more.get("action"))
-        sender = self.link.agent if self.link.attach() else self.link.config.node.id
-        made = Envelope.new(sender, given["to"], "command", given["text"], **more)
+        """A new message, to somebody whom the daemon knows; raises HiveError."""
+        to, action, here = given["to"], more.get("action"), self.link.attach()
+        if target := Target.find(to):
+            if not target.one:
+                raise UsageError(f"to: {to} is several; say one name, all, any or any:TAG")
+            to = named_targets(to, action, self.members("targets", to=to, action=action))[0]
+        elif here:
+            self.check_recipient(to, action)
+        sender = self.link.agent if here else self.link.config.node.id
+        made = Envelope.new(sender, to, "command", given["text"], **more)
         return made.replace(extra={RECEIPTS: True})
 
     def check_recipient(self, to: str, action: str | None) -> None:
@@ -14735,7 +14748,8 @@ class McpTools:
         if action and action not in offers:
             near = did_you_mean(action, offers) or f"it offers {', '.join(offers) or 'none'}"
             raise UsageError(f"action: {known[to]} has no action {action}; {near}")
-        if not action and roster.get("agents") == [] and not roster.get("sessions"):
+        alone = roster.get("agents") == [] and not roster.get("sessions")
+        if to == known[to] and alone and not action:
             what = f"ask with an action of its ({', '.join(offers)})" if offers else "nor an action"
             raise UsageError(f"to: {to} has no agent that could read this; {what}")
 
@@ -14769,37 +14783,65 @@ class McpTools:
         wait = PUBLISHED_SOON if answer["connected"] else 0.0
         return Wait(wait, look, lambda: later, "not taken by the broker yet", close=close)
 
-    def answers(self, envelope: Envelope, patience: float) -> Outcome | Wait:
-        """The answers to a message of ours, when all have come, or what there is by then."""
-        states = self.link.ask(do="states")["states"] if envelope.to == EVERYONE else {}
-        heartbeat = self.link.config.heartbeat
+    def answers(self, envelope: Envelope, patience: float) -> Wait:
+        """The answers to a message of ours, when all have come, or what there is by then.
+
+        Raises NoReplyError where nobody would answer.
+        """
+        expected, nodes = {envelope.to}, dict[str, str]()
+        if envelope.to == EVERYONE:
+            rosters = self.link.ask(do="roster")["rosters"]
+            expected = self.hearers(rosters, envelope.action)
+            nodes = members_by_name(rosters)
 
         def collect(last: bool) -> Outcome | None:
-            replies = ReplyCollector(envelope, heartbeat)
-            if envelope.to == EVERYONE:
-                replies.expect(states)
+            replies = ReplyCollector(envelope, self.link.config.heartbeat)
+            replies.outstanding = {*expected}
             rows = self.exchange_of(envelope.id)
-            came = [one for one in rows if one["event"] == "in" and one["envelope"]]
-            found = [one for one in came if replies.take(Envelope.check(one["envelope"]))]
-            if replies.outstanding and not last:
-                return None
-            waiting, _ = self.messages(MAX_INBOX_PAGE, envelope.exchange)
-            tasks = {one["envelope"]["id"]: one["task"] for one in waiting}
-            blank = {"note": "", "question": "", "task": 0}
-            shown = self.shown([{**blank, "envelope": one["envelope"]} for one in found], 0)
-            missing = still_missing(envelope, sorted(replies.outstanding), rows)
-            text = "\n".join([*([shown.text] if found else []), *([missing] if missing else [])])
-            read = tuple(tasks[one["id"]] for one in found if one["id"] in tasks)
-            return Outcome(text, replies.refused and not replies.outstanding, read)
+            came = [row["envelope"] for row in rows if row["event"] == "in" and row["envelope"]]
+            found = [one for one in came if replies.take(Envelope.check(one))]
+            replies.outstanding -= {nodes.get(one["from"], "") for one in found}
+            done = last or not replies.outstanding
+            return self.collected(envelope, rows, found, replies) if done else None
 
         def look() -> Outcome | None:
             return collect(last=False)
 
         def give_up() -> Outcome:
-            return collect(last=True) or Outcome("")
+            return collect(last=True) or NOTHING_NEW
 
         about = f"no answer from {envelope.to} yet"
         return Wait(patience, look, give_up, about, exchange=envelope.exchange)
+
+    def hearers(self, rosters: Mapping[str, Mapping[str, Any]], action: str | None) -> set[str]:
+        """The nodes that may answer a message to all; raises NoReplyError."""
+        rows = status_rows(
+            self.link.ask(do="states")["states"], self.link.config.heartbeat, time.time()
+        )
+        online = {row.name for row in rows if row.is_node and row.alive}
+        agents = {one: names_in(rosters.get(one, {}), "agents", "sessions") for one in online}
+        hears = {one for one in online if action or agents[one] - {self.link.agent}}
+        if not hears:
+            raise NoReplyError("nobody else is online who could answer; see list_agents")
+        return hears
+
+    def collected(
+        self,
+        envelope: Envelope,
+        rows: Sequence[Mapping[str, Any]],
+        found: Sequence[Mapping[str, Any]],
+        replies: ReplyCollector,
+    ) -> Outcome:
+        """What came and what did not; what came need not be read in the inbox too."""
+        waiting, _ = self.messages(MAX_MAIL, envelope.exchange)
+        tasks = {one["envelope"]["id"]: one["task"] for one in waiting}
+        answers = [
+            {**PLAIN_MAIL, "envelope": one, "task": tasks.get(one["id"], 0)} for one in found
+        ]
+        shown, silent = self.shown(answers, 0), sorted(replies.outstanding)
+        parts = [shown.text if found else "", still_missing(envelope, silent, rows)]
+        read = tuple(filter(None, shown.tasks))
+        return Outcome("\n".join(filter(None, parts)), replies.refused and not silent, read)
 
     def ask_without_daemon(self, envelope: Envelope, patience: float) -> Outcome | Wait:
         """The same in this process; whoever answers later finds nobody."""
@@ -14820,9 +14862,7 @@ class McpTools:
         def look() -> Outcome | None:
             while said := control.receive(0.01):
                 if "answer" in said and replies.take(Envelope.check(said["answer"])):
-                    found.append(
-                        {"envelope": said["answer"], "note": "", "question": "", "task": 0}
-                    )
+                    found.append({**PLAIN_MAIL, "envelope": said["answer"], "task": 0})
                 if lost := said_of(envelope, said):
                     return lost
             return None if replies.outstanding else outcome()
@@ -14840,7 +14880,7 @@ class McpTools:
     def list_agents(self, given: dict[str, Any]) -> Outcome | Wait:
         here = self.link.attach()
         config = self.link.config
-        said, states = (self.members(config, do) for do in ("roster", "states"))
+        said, states = (self.members(do) for do in ("roster", "states"))
         rows = status_rows(states["states"], config.heartbeat, time.time())
         me = self.link.agent if here else ""
         lines = [f"You are {me}, an agent of {config.node.id}."] if me else []
@@ -14854,11 +14894,12 @@ class McpTools:
             lines.append(f"and {len(more)} more nodes")
         return Outcome(cut("\n".join(lines or ["Nobody is there yet."]), MAX_OUTCOME, MCP_CUT))
 
-    def members(self, config: Config, do: str) -> dict[str, Any]:
+    def members(self, do: str, **more: object) -> dict[str, Any]:
+        """What the daemon knows of all, or else the broker."""
         if self.link.attach():
-            return self.link.ask(do=do)
-        with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
-            return control.ask({"do": do})
+            return self.link.ask(do=do, **more)
+        with contextlib.closing(InProcessNode(self.link.config, PATIENCE)) as control:
+            return control.ask({"do": do, **more})
 
     def show_exchange(self, given: dict[str, Any]) -> Outcome | Wait:
         rows = self.exchange_of(given["id"])
@@ -14885,12 +14926,12 @@ class McpTools:
 
 
 def members_by_name(rosters: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The node of each name that can be written to; an inbox that waits is one too."""
-    found: dict[str, str] = {}
-    for node, roster in rosters.items():
-        for key in ("agents", "sessions", "away"):
-            names = roster.get(key)
-            found |= {str(one): node for one in names} if isinstance(names, list | dict) else {}
+    """The node of each name that can be written to: of a session that is away too."""
+    found = {
+        name: node
+        for node, roster in rosters.items()
+        for name in names_in(roster, "agents", "sessions", "away")
+    }
     return found | {node: node for node in rosters}
 
 
@@ -14930,15 +14971,17 @@ def said_of(envelope: Envelope, said: Mapping[str, Any]) -> Outcome | None:
     return Outcome(f"Not sent to {to}: {nobody if code == NO_SUBSCRIBERS else words}", True)
 
 
-def still_missing(envelope: Envelope, silent: Sequence[str], rows: Sequence[Any]) -> str:
+def still_missing(
+    envelope: Envelope, silent: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> str:
     """Who has not answered, and what is known of the message there."""
     if not silent:
         return ""
-    said = [row for row in rows if row["event"] == "in" and row["ch"] == "status"]
-    told = dict.fromkeys(f"{row['from']}: {printable(row_text(row), 80)}" for row in said)
-    known = f" ({'; '.join(told)})" if told else ""
-    later = "The answer comes to your inbox; or wait on: wait_answer"
-    return f"No answer from {', '.join(silent)} yet{known}. {later} with id {envelope.id}."
+    about = [row for row in rows if (row["envelope"] or {}).get("replyTo") == envelope.id]
+    told = [row for row in about if row["event"] == "in" and row["ch"] == "status"]
+    known = "; ".join(f"{row['from']}: {printable(row_text(row), 80)}" for row in told[-10:])
+    later = f"The answer comes to your inbox; or wait on: wait_answer with id {envelope.id}."
+    return f"No answer from {', '.join(silent)} yet{f' ({known})' if known else ''}. {later}"
 
 
 class McpFault(HiveError):
@@ -15269,7 +15312,7 @@ class McpServer:
     def _push(self) -> None:
         """Put what no call takes into the live program, if it offers a way; raises HiveError."""
         way = next((one for one in PUSHES.values() if one.offered(self)), None)
-        found, more = self.tools.unclaimed(MAX_INBOX_PAGE) if way else ([], 0)
+        found, more = self.tools.unclaimed(MAX_MAIL) if way else ([], 0)
         if way and found:
             shown = self.tools.shown(found, more)
             with contextlib.suppress(OSError):  # not taken: the next news tries again
@@ -15293,7 +15336,9 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
 
 SERVER_INFO = {"name": "hive", "title": "hive", "version": __version__}
 RECIPIENT = Argument.string(
-    'agent or node name from list_agents, or "all"', recipient_name, required=True
+    'agent or node name from list_agents, or "all"; "any": whoever can do it',
+    destination,
+    required=True,
 )
 MESSAGE_ID = partial(Argument.string, check=identifier, required=True)
 WAITS = Argument.number(0, MAX_WAIT, DEFAULT_WAIT)
@@ -15355,7 +15400,7 @@ TOOLS = {
         " They count as read afterwards. wait_seconds waits for the next one.",
         {
             "wait_seconds": Argument.number(0, MAX_WAIT, 0),
-            "limit": Argument.number(1, MAX_INBOX_PAGE, 10),
+            "limit": Argument.number(1, MAX_MAIL, 10),
         },
     ),
     "reply": Tool(
