@@ -1219,8 +1219,8 @@ def unix_listener(file: Path) -> socket.socket:
 #
 # What this node received, sent and did in the last days: rows that are written once.  Beside
 # them what is not finished: tasks, requests, and the outbox, which alone decides what is sent
-# next.  Times are Unix seconds, which outlive a restart.  One daemon is its only user; it is
-# read with its help.
+# next: one of each topic in turn, so that no pile delays what is for others.  Times are Unix
+# seconds, which outlive a restart.  One daemon is its only user; it is read with its help.
 
 MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
 MAX_OUTBOX = 10_000  # messages that wait for the broker
@@ -1572,15 +1572,18 @@ class Journal:
     # -- what is still to be sent --
 
     def _count_outbox(self) -> None:
-        content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
-        groups = self._database.read(
-            f"SELECT topic, count(*), ifnull(sum({content}), 0) FROM outbox"
-            " LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL GROUP BY topic"
-        )
-        self._outbox = {topic: (int(number), int(size)) for topic, number, size in groups}
-        self.outbox_size = sum(number for number, _ in self._outbox.values())
-        self._outbox_bytes = sum(size for _, size in self._outbox.values())
-        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not taken yet
+        self._outbox: dict[str, tuple[int, int]] = {}  # by topic: how many messages, and bytes
+        self.outbox_size = self._outbox_bytes = 0
+        self._waiting: dict[str, deque[int]] = {}  # by topic: those that are not under way
+        self._turns = deque[str]()  # these topics, in the order in which their turn comes
+        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not under way
+        for n, topic, size in self._database.read(
+            "SELECT outbox.n, topic, length(coalesce(payload, CAST(content AS BLOB), x''))"
+            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
+            " ORDER BY outbox.n"
+        ):
+            self._count_out(topic, 1, size)
+            self._line_up(n, topic)
         rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
         self._acknowledged = int(rows[0][0])
 
@@ -1592,6 +1595,13 @@ class Journal:
             del self._outbox[topic]
         self.outbox_size += number
         self._outbox_bytes += size
+
+    def _line_up(self, n: int, topic: str) -> None:
+        """It waits behind all that is for the same topic."""
+        if topic not in self._waiting:
+            self._waiting[topic] = deque()
+            self._turns.append(topic)
+        self._waiting[topic].append(n)
 
     @property
     def outbox_full(self) -> bool:
@@ -1614,18 +1624,20 @@ class Journal:
         retain: bool = False,
         message: int | None = None,
         until: float | None = None,
-    ) -> None:
-        """Put something into the outbox, behind all that is there; it is of use `until` then.
+    ) -> int:
+        """Put something into the outbox, where it is of use `until` then; its number.
 
         The payload of a message is the content of its row, where that is kept.
         """
         own = payload if message is None or self.full else None
-        self._database.write(
+        n = self._database.insert(
             "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
             (message, topic, own, retain, until),
         )
         self._count_out(topic, 1, len(payload))
+        self._line_up(n or 0, topic)
         self._size += len(own or b"")
+        return n or 0
 
     def keep_latest(self, topic: str, payload: bytes) -> None:
         """Put what is to be retained into the outbox, or in the place of what waits there."""
@@ -1636,19 +1648,47 @@ class Journal:
             self._size += len(payload)
             self._latest[topic] = before.replace(payload=payload)
             return
-        self.enqueue(topic, payload, retain=True)
-        n = int(self._database.read("SELECT max(n) FROM outbox")[0][0])
+        n = self.enqueue(topic, payload, retain=True)
         self._latest[topic] = OutgoingMessage(topic, payload, n=n)
 
-    def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
-        """The next that wait for the broker, in order."""
+    @property
+    def has_outgoing(self) -> bool:
+        """Does anything wait for the broker that is not under way?"""
+        return bool(self._turns)
+
+    def next_outgoing(self, limit: int, sendable: Callable[[str], object]) -> list[OutgoingMessage]:
+        """The next for the broker, which are under way now; `sendable` tells which topics may be.
+
+        On each topic they are in order.
+        """
+        numbers, passed = list[int](), 0
+        while len(numbers) < limit and passed < len(self._turns):
+            topic = self._turns.popleft()
+            passed += 1
+            if sendable(topic):
+                numbers.append(self._waiting[topic].popleft())
+                self._latest.pop(topic, None)
+                passed = 0
+            if self._waiting[topic]:
+                self._turns.append(topic)
+            else:
+                del self._waiting[topic]
+        found = self._outgoing(f"outbox.n IN ({', '.join('?' * len(numbers))})", *numbers)
+        if len(found) < len(numbers):  # the file was damaged, and this is another one
+            self._count_outbox()
+            return []
+        return sorted(found, key=lambda message: numbers.index(message.n))
+
+    def unacknowledged(self, limit: int) -> list[OutgoingMessage]:
+        """The oldest that the broker has not taken yet, whether they are under way or not."""
+        return self._outgoing("acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?", limit)
+
+    def _outgoing(self, which: str, *values: int) -> list[OutgoingMessage]:
         rows = self._database.read(
             "SELECT outbox.n, id, topic, coalesce(payload, CAST(content AS BLOB), x''), retain,"
-            " until FROM outbox LEFT JOIN log ON log.n = message"
-            " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
-            (after, limit),
+            f" until FROM outbox LEFT JOIN log ON log.n = message WHERE {which}",
+            values,
         )
-        self._latest.clear()  # these are under way
         return [
             OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
             for n, id, topic, payload, retain, until in rows
@@ -1673,21 +1713,21 @@ class Journal:
         forget = "DELETE FROM outbox WHERE acknowledged_at < ?"
         self._acknowledged -= self._database.write(forget, (before,))
 
-    def requeue(self, since: float) -> int:
-        """Send again what was acknowledged since then; the number of the last such message.
+    def requeue(self, since: float) -> set[int]:
+        """Send again what was under way, or was acknowledged since then; the numbers of those.
 
         Nobody can tell whether the broker died.  Receivers drop ids that they have seen, so
         nothing is acted upon twice.
         """
-        if not self._acknowledged:
-            return 0
-        self.forget_acknowledged(since)
-        newest = "SELECT ifnull(max(n), 0) FROM outbox WHERE acknowledged_at IS NOT NULL"
-        last = int(self._database.read(newest)[0][0])
+        if self._acknowledged:
+            self.forget_acknowledged(since)
+        elif self.outbox_size == sum(map(len, self._waiting.values())):
+            return set()
+        rows = self._database.read("SELECT n FROM outbox WHERE acknowledged_at IS NOT NULL")
         again = "UPDATE outbox SET acknowledged_at = NULL WHERE acknowledged_at IS NOT NULL"
         self._database.write(again)
         self._count_outbox()
-        return last
+        return {n for (n,) in rows}
 
     # -- what was asked --
 
@@ -2042,7 +2082,7 @@ def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, An
             "id": one.id,
             "text": text_of(one.payload)[:SHOWN_TEXT],
         }
-        for one in journal.next_outgoing(0, MAX_ROWS)
+        for one in journal.unacknowledged(MAX_ROWS)
     ]
     return {
         "questions": journal.pending_requests(),
@@ -2346,6 +2386,9 @@ MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, to
 MAX_SENDERS = 5000  # whose messages are counted
 MAX_REFUSED = 20  # of whom it is said that they send too much, for ...
 REFUSED_MEMORY = 600.0  # ... so many seconds after their last message that was refused
+BEATS = (10, 50)  # of one sender: so many a second, and a burst; what is more is dropped
+REFUSALS = (1, 100)  # told to one sender by themselves: the same; of what is more it hears ...
+REFUSALS_TOLD = 5.0  # ... how many there were, when it has been quiet for so many seconds
 TOO_MANY = "its sender sends too many"
 
 
@@ -2370,6 +2413,10 @@ class Worker:
 
     def trouble(self) -> str:
         """Why the node is degraded; nothing if it is not."""
+        return ""
+
+    def no_room(self, sender: str) -> str:
+        """Why no more of its messages can wait for handlers; nothing if one can."""
         return ""
 
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
@@ -2406,6 +2453,18 @@ class SenderLimits:
             self._refused[name] = (1 if first else times + 1, now)
         return first and name in self._refused
 
+    def quiet(self, now: float) -> list[tuple[str, int]]:
+        """Who was refused, how often, and is no more: they are forgotten."""
+        past = now - REFUSALS_TOLD
+        gone = [(name, times) for name, (times, last) in self._refused.items() if last <= past]
+        for name, _ in gone:
+            del self._refused[name]
+        return gone
+
+    @property
+    def refusing(self) -> bool:
+        return bool(self._refused)
+
     def trouble(self, now: float) -> list[str]:
         """Who has said too much in the last minutes, in words."""
         for name in [name for name, (_, at) in self._refused.items() if now - at > REFUSED_MEMORY]:
@@ -2437,6 +2496,7 @@ class Node:
         )
         self._rate_limit = RateLimit()
         self.limits = SenderLimits(config.node.sender_rate, config.node.sender_burst)
+        self._beats, self._refusals = SenderLimits(*BEATS), SenderLimits(*REFUSALS)
         self.requests = Requests(
             self.name,
             journal,
@@ -2559,18 +2619,33 @@ class Node:
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
         self.counts["received"] += 1
+        if place and self._names_sender(place) and self._is_too_much(place[2], place[1]):
+            self.counts["dropped"] += 1  # before it has cost anything: no flood delays the others
+            self._log_limited("dropped", ch=place[1], from_=place[2], why=TOO_MANY)
+            return self._settle(message)
         try:
             envelope = Envelope.parse(message.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
-            return self.commit_soon(message.ack)
+            return self._settle(message)
         what, row = self._receive(envelope, message, place)
-        if what is SIGN_OF_LIFE:
-            message.ack()  # there is nothing to commit, and no turn is cheaper than none
-        else:
+        if row:
             self.commit_soon(message.ack)
+        else:
+            self._settle(message)
         self._perform(what, envelope, row, self._time_left(envelope, message))
+
+    def _settle(self, message: IncomingMessage) -> None:
+        """Acknowledge what leaves nothing to commit: now, but behind what came before it."""
+        if self._committing:
+            self.commit_soon(message.ack)
+        else:
+            message.ack()
+
+    def _names_sender(self, place: tuple[str, str, str]) -> bool:
+        """Does the topic say who sent it, so that the broker vouches for that?"""
+        return bool(self.topics.sender and place[2])
 
     def _receive(
         self, envelope: Envelope, message: IncomingMessage, place: tuple[str, str, str] | None
@@ -2584,12 +2659,17 @@ class Node:
             self._note_other_kind(envelope)
         if not reason and message.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
-        if not reason and self._is_too_much(envelope):
+        named = place is not None and self._names_sender(place)
+        if not (reason or named) and self._is_too_much(envelope.sender, envelope.ch):
             reason = TOO_MANY
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
             here = self.context()
         what = Decision(Do.DROP, reason) if reason else decide(envelope, here)
+        if what.do is Do.RUN and (busy := self.worker.no_room(envelope.sender)):
+            what = Decision(Do.REFUSE, busy)
+        if what.do is Do.REFUSE and not self._may_refuse(envelope):
+            what = Decision(Do.DROP, what.reason)  # its sender hears how many there were
         row = 0
         if what.do not in (Do.HEAR, Do.DROP):
             note, content = "" if what.do is Do.WAKE else what.reason, message.payload.decode()
@@ -2608,17 +2688,43 @@ class Node:
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
 
-    def _is_too_much(self, envelope: Envelope) -> bool:
-        """Has its sender said too much?  It is told so once; its heartbeats do not count."""
-        name, now = envelope.sender, self.loop.clock()
-        if CHANNELS[envelope.ch].wake is Wake.NEVER or self.limits.allow(name, now):
+    def _is_too_much(self, name: str, ch: str) -> bool:
+        """Has it said too much?  It is told so once, and at the end how much was refused."""
+        now = self.loop.clock()
+        if ch == "heartbeat":
+            return not self._beats.allow(name, now)
+        if self.limits.allow(name, now):
             return False
         self.counts["refused"] += 1
         if self.limits.refuse(name, now):
             rate = f"more than {self.config.node.sender_rate:g} messages a second"
             text = f"{self.name}: {rate} came from {name}: what is too much is refused"
-            self.send(Envelope.new(self.name, name, "alert", text, corr=envelope.exchange))
+            self.send(Envelope.new(self.name, name, "alert", text))
+        self._count_refusal(name, now)
         return True
+
+    def _may_refuse(self, envelope: Envelope) -> bool:
+        """May its sender be told of it by itself?  Else it is counted."""
+        name, now = envelope.sender, self.loop.clock()
+        name = self.members.node_of(name) or name
+        if not CHANNELS[envelope.ch].handler or self._refusals.allow(name, now):
+            return True
+        self._count_refusal(name, now)
+        return False
+
+    def _count_refusal(self, name: str, now: float) -> None:
+        if not self._refusals.refusing:
+            self.loop.after(REFUSALS_TOLD, self._tell_refusals)
+        self._refusals.refuse(name, now)
+
+    def _tell_refusals(self) -> None:
+        for name, times in self._refusals.quiet(self.loop.clock()):
+            text = (
+                f"{self.name}: {times} more messages from {name} were refused, as it sent too many"
+            )
+            self.send(Envelope.new(self.name, name, "alert", text))
+        if self._refusals.refusing:
+            self.loop.after(REFUSALS_TOLD, self._tell_refusals)
 
     def _take_note(self, envelope: Envelope) -> None:
         """What a new message means to those who wait, whatever is done with it."""
@@ -2684,7 +2790,7 @@ class Node:
             case Do.HEAR:
                 self.members.hear(envelope)
             case Do.REFUSE:
-                self.refuse(envelope, what.reason)
+                self._refuse(envelope, what.reason)
             case Do.NOTE | Do.DROP:
                 pass
             case _:
@@ -2735,6 +2841,11 @@ class Node:
         return node and self.topics.to(node, ch)
 
     def refuse(self, envelope: Envelope, reason: str) -> None:
+        """Tell the sender that it was not done, if it may be told of one more."""
+        if self._may_refuse(envelope):
+            self._refuse(envelope, reason)
+
+    def _refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if its message may cause an answer at all."""
         if CHANNELS[envelope.ch].handler:
             what = envelope.action or "message"
@@ -2863,6 +2974,7 @@ class Node:
 
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
+NO_ROOM = f"busy: {MAX_RUNS_WAITING} messages wait for handlers"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
 
@@ -3014,17 +3126,27 @@ class HandlerQueue:
 
     def put(self, run: HandlerRun) -> HandlerRun | None:
         """Wait in line; who must go where that is too long: the last one of whoever has most."""
-        sender, full = run.envelope.sender, len(self) >= MAX_RUNS_WAITING
-        most = max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
-        if full and self._lengths.get(sender, 0) >= self._lengths[most]:
+        sender = run.envelope.sender
+        if self.is_full_for(sender):
             return run
-        gone = self._take(self._last_of(most)) if full else None
+        gone = self._take(self._last_of(self._most)) if self._most else None
         place = len(self)
         if self._lengths.keys() - {sender}:
             place = fair_place([one.envelope.sender for one in self._waiting], sender)
         self._waiting.insert(place, run)
         self._lengths[sender] = self._lengths.get(sender, 0) + 1
         return gone
+
+    @property
+    def _most(self) -> str:
+        """Who has most in line, where that is too long; else nobody."""
+        full = len(self) >= MAX_RUNS_WAITING
+        return max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
+
+    def is_full_for(self, sender: str) -> bool:
+        """Is there no room, and has nobody more in line than this one?"""
+        most = self._most
+        return bool(most) and self._lengths.get(sender, 0) >= self._lengths[most]
 
     def take(self) -> HandlerRun | None:
         """The next one that may run now; give its action back with done()."""
@@ -3191,6 +3313,9 @@ class Work(Worker):
 
     # -- handlers --
 
+    def no_room(self, sender: str) -> str:
+        return NO_ROOM if self._queue.is_full_for(sender) else ""
+
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         task = self._journal.add_task(row, until=until)
         self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
@@ -3215,7 +3340,7 @@ class Work(Worker):
             self._log.warning("not run", action=run.action, why="too many handlers wait")
         else:
             self._journal.remove_task(run.task)
-            self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
+            self._node.refuse(run.envelope, NO_ROOM)
 
     def _run_handlers(self) -> None:
         while run := self._queue.take():
@@ -9560,9 +9685,8 @@ class MqttClient:
         self._protocol = settings.protocol
         self._inflight: dict[int, OutgoingMessage] = {}  # by packet id: not acknowledged yet
         self._held: dict[str, OutgoingMessage] = {}  # past the outbox, until the window opens
-        self._last = 0  # the number of the last message that was taken from the outbox
-        self._again = 0  # up to this number they were acknowledged once, but perhaps not saved
-        self._suspects = 0  # up to this number one by one: the broker hung up at one of them
+        self._again = set[int]()  # by number: acknowledged once, but perhaps not saved
+        self._suspects = set[int]()  # the broker hung up at one of them: all go one by one
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
@@ -9603,7 +9727,7 @@ class MqttClient:
         reason, 0 for success, or -1 where it never got it.  It has no `id` the second time.
         """
         self._outbox, self._published, self._address = outbox, published, address
-        self._again = outbox.requeue(time.time() - RESEND_WITHIN)
+        self._again |= outbox.requeue(time.time() - RESEND_WITHIN)
 
     def open(self, listener: ClientListener) -> None:
         """Begin to connect; `listener` hears of everything from now on."""
@@ -9646,17 +9770,12 @@ class MqttClient:
         """Send what is next in the outbox.  To be called when that is committed."""
         if self._outbox and self._connection and self._connection.up:
             self._outbox.saved_before = self._connection.heard - UNSAVED_SECONDS
-            under_way = sum(1 for message in self._inflight.values() if message.n)
             room = self._room()
-            if self._last < self._suspects:
+            if self._suspects:
                 room = min(room, 1 - len(self._inflight))
-            if room > 0 and self._outbox.outbox_size > under_way:
-                for message in self._outbox.next_outgoing(self._last, room):
-                    topic = self._address(message.topic)
-                    if topic is None:
-                        break
-                    self._last = message.n
-                    self._send(message, topic)
+            if room > 0 and self._outbox.has_outgoing:
+                for message in self._outbox.next_outgoing(room, self._address):
+                    self._send(message, self._address(message.topic) or "")
         self._finish_if_idle()
 
     def _room(self) -> int:
@@ -9686,7 +9805,9 @@ class MqttClient:
         self._hang_ups.pop(message.n or message.topic, None)
         if self._outbox and message.n:
             self._outbox.dequeue(message, acknowledged=code == 0)
-            if message.n <= self._again:
+            self._suspects.discard(message.n)
+            if message.n in self._again:
+                self._again.remove(message.n)
                 message = message.replace(id=None)  # that was told when it was first sent
         message.done(code, words)
         self._published(message, code, words)
@@ -9791,8 +9912,7 @@ class MqttClient:
         self._inflight.clear()
         self._held.clear()
         if self._outbox:
-            again = self._outbox.requeue(connection.heard - UNSAVED_SECONDS)
-            self._again, self._last = max(self._again, again), 0
+            self._again |= self._outbox.requeue(connection.heard - UNSAVED_SECONDS)
         if self._listener is None:
             return
         no_v5 = connection.v5 and (code == UNSUPPORTED_PROTOCOL or connection.hung_up)
@@ -9812,8 +9932,7 @@ class MqttClient:
         for key in under_way:
             self._hang_ups[key] = self._hang_ups.get(key, 0) + 1
         sent = [message for message in under_way.values() if message.n]
-        if sent:
-            self._suspects = max(self._suspects, sent[-1].n)
+        self._suspects.update(message.n for message in sent)
         sizes = {key: PacketLimit.size(one.topic, one.payload) for key, one in under_way.items()}
         key, size = max(sizes.items(), key=lambda item: item[1])
         often = self._hang_ups[key] >= (MAX_HANG_UPS if connection.v5 else LARGE_HANG_UPS)
