@@ -12479,6 +12479,32 @@ def check_nodes(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.WARN, what, todo)
 
 
+def check_hosting(context: DoctorContext) -> Iterator[Finding]:
+    """Where this machine carries the hive: its address, its certificate, who keeps it running."""
+    host, now = Host(context.config.state_dir), time.time()
+    settings = host.settings()
+    if settings is None:
+        return
+    days, running, keeper = host.days_left(now), host.service_pid(), supervisor()
+    findings = []
+    try:
+        settings.bind(0)
+        if not (running and host.broker_pid()):
+            findings.append((Level.FAIL, f"Mosquitto for this hive does not run; see {host.log}"))
+    except OSError as error:
+        findings.append((Level.FAIL, f"{settings.listen}: {reason_of(error)}"))
+    if days < RENEWAL / 86400 - 1:
+        level = Level.WARN if days > 0 else Level.FAIL
+        findings.append((level, f"its certificate holds {days} days, and was not renewed"))
+    if unnamed := host.unnamed(settings):
+        findings.append((Level.FAIL, f"its certificate does not name {', '.join(unnamed)}"))
+    if keeper == NOT_KEPT:
+        findings.append((Level.WARN, f"Mosquitto for this hive {keeper}"))
+    yield from (Finding(level, what, HOST_AGAIN) for level, what in findings)
+    if not findings:
+        yield Finding(Level.OK, f"Mosquitto {keeper}; its certificate holds {days} days")
+
+
 class Check(Value):
     """One thing to look at, and what must be well before."""
 
@@ -12495,6 +12521,7 @@ CHECKS = (
     Check("handlers", check_handlers, ("config",)),
     Check("daemon", check_daemon, ("config",)),
     Check("agents", check_agents, ("config",)),
+    Check("hosting", check_hosting, ("config",)),
     Check("broker", check_broker, ("paho", "config")),
     Check("subscribe", check_subscribing, ("broker",)),
     Check("publish", check_publishing, ("subscribe",)),
@@ -12974,9 +13001,21 @@ class HostSettings(Value):
         return not is_address(self.listen) or bool(re.fullmatch("[0.:]+", self.listen))
 
     @property
+    def reached_at(self) -> list[str]:
+        """What its certificate names, besides this machine for itself."""
+        return [*self.names, *([] if self.everywhere else [self.listen])]
+
+    @property
     def own(self) -> str:
         """How this machine's own node finds it."""
         return LOCALHOST if self.everywhere else self.listen
+
+    def bind(self, port: int) -> None:
+        """Try whether this machine has that address, and the port is free; raises OSError."""
+        where = "" if self.everywhere else self.listen
+        with socket.socket(socket.AF_INET6 if ":" in where else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((where, port))
 
 
 class Host:
@@ -12988,6 +13027,7 @@ class Host:
         self.conf, self.authority = self.folder / "mosquitto.conf", self.folder / "ca.pem"
         self._passwords, self._invited = self.folder / "passwords", self.folder / "invited.json"
         self._settings, self._pid = self.folder / "host.json", self.folder / "mosquitto.pid"
+        self.log = self.folder / "host.log"  # of its service, where no supervisor has it
         self.broker_lock, self.service_lock = (
             self.folder / "mosquitto.lock",
             self.folder / "service.lock",
@@ -13063,9 +13103,7 @@ class Host:
     def _certify(self, settings: HostSettings, now: float) -> bool:
         """The authority once; the server's certificate for these names, as long as it holds."""
         words = {"PREFIX": settings.prefix[:50], "CN": settings.own[:64]}
-        words["SUBJECT_NAMES"] = subject_names(
-            [*settings.names, *([] if settings.everywhere else [settings.listen])]
-        )
+        words["SUBJECT_NAMES"] = subject_names(settings.reached_at)
         request, names = self.folder / "openssl.cnf", self.folder / "server.names"
         made = not self.authority.exists()
         if made:
@@ -13112,6 +13150,22 @@ class Host:
             ssl.cert_time_to_seconds(line.partition("=")[2]) for line in said.splitlines()
         )
         return float(ends) if begins <= now + LOCK_PATIENCE else 0.0  # may be newer than now
+
+    def days_left(self, now: float) -> int:
+        """Whole days until the first of its certificates ends; 0 where one does not hold now."""
+        ends = min(self._ends(file, now) for file in (self._server, self.authority))
+        return max(0, int((ends - now) // 86400))
+
+    def unnamed(self, settings: HostSettings) -> list[str]:
+        """How peers call this machine, though its certificate does not."""
+        import ipaddress
+
+        def plain(name: str) -> object:
+            return ipaddress.ip_address(name) if is_address(name) else name.lower()
+
+        said = openssl("x509", "-noout", "-text", "-in", str(self._server))
+        named = {plain(one) for one in re.findall(r"(?:DNS|IP Address):([^\s,]+)", said)}
+        return [name for name in settings.reached_at if plain(name) not in named]
 
     def renew(self, now: float) -> None:
         """Renew the server's certificate if it is about to end."""
@@ -13181,13 +13235,22 @@ class Host:
             self._write_members({**self.members(), name: hashed})
         return self.reload()
 
-    def expel(self, name: str) -> bool:
-        """Whoever has this name is out; was it a member?"""
+    def shut_out(self, name: str) -> bool:
+        """Whoever has this name is out, by a password that nobody knows; was it a member?"""
         with self.lock():
             members = self.members()
-            found = members.pop(name, None)
+            if name not in members:
+                return False
+            members[name] = password_hash(new_password(), os.urandom(12))
             self._write_members(members)
-        return found is not None
+        return True
+
+    def expel(self, name: str) -> None:
+        """The name may be given to another: nothing is left of who had it."""
+        with self.lock():
+            members = self.members()
+            members.pop(name, None)
+            self._write_members(members)
 
     def end_invitations(self, now: float) -> list[str]:
         """Who did not come in time is out."""
@@ -13500,7 +13563,7 @@ def launchd_agent(command: Sequence[str], log: Path) -> str:
 
 def start_supervised(host: Host, command: Sequence[str]) -> str:
     """Start it so that it runs from now on, as well as that goes here; how."""
-    home, log = home_folder(), host.folder / "host.log"
+    home, log = home_folder(), host.log
     if succeeds("systemctl", "--user", "show-environment"):
         unit = home / ".config" / "systemd" / "user" / "hive-host.service"
         write_privately({unit: systemd_unit(command)}, force=True)
@@ -13521,6 +13584,20 @@ def start_supervised(host: Host, command: Sequence[str]) -> str:
         raise HiveError(f"launchd does not start {agent}; see {log}")
     start_detached(command, log)
     return "in the background, as no systemd or launchd is here; after a reboot say this again"
+
+
+NOT_KEPT = "would not be started again after a reboot"
+
+
+def supervisor() -> str:
+    """Who keeps it running, in words."""
+    if succeeds("systemctl", "--user", "show-environment"):
+        kept = succeeds("systemctl", "--user", "is-enabled", "--quiet", "hive-host")
+        return "is kept running by systemd" if kept else NOT_KEPT
+    if sys.platform == "darwin":
+        kept = succeeds("launchctl", "print", f"gui/{os.getuid()}/ai.hive.host")
+        return "is kept running by launchd" if kept else NOT_KEPT
+    return f"runs in the background; after a reboot say {HOST_AGAIN}"
 
 
 def start_detached(command: Sequence[str], log: Path) -> None:
@@ -15986,19 +16063,15 @@ def host_settings(
 
 def check_address(settings: HostSettings) -> None:
     """Can anything listen there?  Raises HiveError."""
-    where = "" if settings.everywhere else settings.listen
-    family = socket.AF_INET6 if ":" in where else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((where, settings.port))
+        settings.bind(settings.port)
     except OSError as error:
         hint = {
             errno.EADDRINUSE: "another program listens there; take another --port",
             errno.EADDRNOTAVAIL: "this machine has no such address; see: ip address",
             errno.EACCES: "ports below 1024 are root's; take another --port",
         }.get(error.errno or 0, "")
-        address = f"{where or '*'}:{settings.port}"
+        address = f"{'*' if settings.everywhere else settings.listen}:{settings.port}"
         raise HiveError(f"{address}: {reason_of(error)}" + (f"; {hint}" if hint else "")) from None
 
 
@@ -16032,7 +16105,7 @@ def start_service(host: Host, file: Path, config: Config, changed: bool) -> None
             break
         except BrokerError as error:
             if time.monotonic() > until:
-                raise BrokerError(f"{error}; see also {host.folder}/host.log") from None
+                raise BrokerError(f"{error}; see also {host.log}") from None
         time.sleep(0.05)
     print(f"Mosquitto listens at {place}: {how}")
 
@@ -16257,7 +16330,7 @@ def command_expel(args: argparse.Namespace) -> int:
     mqtt, me = host.login(HOST_USER), config.node.id
     if args.name == me:
         raise UsageError(f"{me} is this machine's own node, which carries the hive")
-    was_member = host.expel(args.name)
+    was_member = host.shut_out(args.name)
     if not host.reload():
         out = f"{args.name} has no password any more" if was_member else "nothing is changed"
         raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")
@@ -16265,12 +16338,13 @@ def command_expel(args: argparse.Namespace) -> int:
     if not was_member and not removed:
         there = ", ".join(name for name in host.members() if name != HOST_USER)
         raise HiveError(f"{args.name} is not in this hive; there are: {there}")
-    print(f"expelled: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     text = f"{args.name} was expelled from this hive by {me}"
     told = Envelope.new(me, EVERYONE, "status", text, urgency="later")
     request = {"do": "send", "envelope": told.document(), "wait": False}
     control, _ = ask_or_bypass(config, request, "queued", False)
     control.close()
+    host.expel(args.name)  # last: until then all of it can be said again
+    print(f"expelled: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     return Exit.DONE
 
 
