@@ -1333,8 +1333,8 @@ def unix_listener(file: Path) -> socket.socket:
 #
 # What this node received, sent and did in the last days: rows that are written once.  Beside
 # them what is not finished: tasks, requests, and the outbox, which alone decides what is sent
-# next.  Times are Unix seconds, which outlive a restart.  One daemon is its only user; it is
-# read with its help.
+# next: one of each topic in turn, so that no pile delays what is for others.  Times are Unix
+# seconds, which outlive a restart.  One daemon is its only user; it is read with its help.
 
 MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
 MAX_OUTBOX = 10_000  # messages that wait for the broker
@@ -1741,15 +1741,18 @@ class Journal:
     # -- what is still to be sent --
 
     def _count_outbox(self) -> None:
-        content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
-        groups = self._database.read(
-            f"SELECT topic, count(*), ifnull(sum({content}), 0) FROM outbox"
-            " LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL GROUP BY topic"
-        )
-        self._outbox = {topic: (int(number), int(size)) for topic, number, size in groups}
-        self.outbox_size = sum(number for number, _ in self._outbox.values())
-        self._outbox_bytes = sum(size for _, size in self._outbox.values())
-        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not taken yet
+        self._outbox: dict[str, tuple[int, int]] = {}  # by topic: how many messages, and bytes
+        self.outbox_size = self._outbox_bytes = 0
+        self._waiting: dict[str, deque[int]] = {}  # by topic: those that are not under way
+        self._turns = deque[str]()  # these topics, in the order in which their turn comes
+        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not under way
+        for n, topic, size in self._database.read(
+            "SELECT outbox.n, topic, length(coalesce(payload, CAST(content AS BLOB), x''))"
+            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
+            " ORDER BY outbox.n"
+        ):
+            self._count_out(topic, 1, size)
+            self._line_up(n, topic)
         rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
         self._acknowledged = int(rows[0][0])
 
@@ -1761,6 +1764,13 @@ class Journal:
             del self._outbox[topic]
         self.outbox_size += number
         self._outbox_bytes += size
+
+    def _line_up(self, n: int, topic: str) -> None:
+        """It waits behind all that is for the same topic."""
+        if topic not in self._waiting:
+            self._waiting[topic] = deque()
+            self._turns.append(topic)
+        self._waiting[topic].append(n)
 
     @property
     def outbox_full(self) -> bool:
@@ -1783,18 +1793,20 @@ class Journal:
         retain: bool = False,
         message: int | None = None,
         until: float | None = None,
-    ) -> None:
-        """Put something into the outbox, behind all that is there; it is of use `until` then.
+    ) -> int:
+        """Put something into the outbox, where it is of use `until` then; its number.
 
         The payload of a message is the content of its row, where that is kept.
         """
         own = payload if message is None or self.full else None
-        self._database.write(
+        n = self._database.insert(
             "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
             (message, topic, own, retain, until),
         )
         self._count_out(topic, 1, len(payload))
+        self._line_up(n or 0, topic)
         self._size += len(own or b"")
+        return n or 0
 
     def keep_latest(self, topic: str, payload: bytes) -> None:
         """Put what is to be retained into the outbox, or in the place of what waits there."""
@@ -1805,19 +1817,47 @@ class Journal:
             self._size += len(payload)
             self._latest[topic] = before.replace(payload=payload)
             return
-        self.enqueue(topic, payload, retain=True)
-        n = int(self._database.read("SELECT max(n) FROM outbox")[0][0])
+        n = self.enqueue(topic, payload, retain=True)
         self._latest[topic] = OutgoingMessage(topic, payload, n=n)
 
-    def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
-        """The next that wait for the broker, in order."""
+    @property
+    def has_outgoing(self) -> bool:
+        """Does anything wait for the broker that is not under way?"""
+        return bool(self._turns)
+
+    def next_outgoing(self, limit: int, sendable: Callable[[str], object]) -> list[OutgoingMessage]:
+        """The next for the broker, which are under way now; `sendable` tells which topics may be.
+
+        On each topic they are in order.
+        """
+        numbers, passed = list[int](), 0
+        while len(numbers) < limit and passed < len(self._turns):
+            topic = self._turns.popleft()
+            passed += 1
+            if sendable(topic):
+                numbers.append(self._waiting[topic].popleft())
+                self._latest.pop(topic, None)
+                passed = 0
+            if self._waiting[topic]:
+                self._turns.append(topic)
+            else:
+                del self._waiting[topic]
+        found = self._outgoing(f"outbox.n IN ({', '.join('?' * len(numbers))})", *numbers)
+        if len(found) < len(numbers):  # the file was damaged, and this is another one
+            self._count_outbox()
+            return []
+        return sorted(found, key=lambda message: numbers.index(message.n))
+
+    def unacknowledged(self, limit: int) -> list[OutgoingMessage]:
+        """The oldest that the broker has not taken yet, whether they are under way or not."""
+        return self._outgoing("acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?", limit)
+
+    def _outgoing(self, which: str, *values: int) -> list[OutgoingMessage]:
         rows = self._database.read(
             "SELECT outbox.n, id, topic, coalesce(payload, CAST(content AS BLOB), x''), retain,"
-            " until FROM outbox LEFT JOIN log ON log.n = message"
-            " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
-            (after, limit),
+            f" until FROM outbox LEFT JOIN log ON log.n = message WHERE {which}",
+            values,
         )
-        self._latest.clear()  # these are under way
         return [
             OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
             for n, id, topic, payload, retain, until in rows
@@ -1842,21 +1882,21 @@ class Journal:
         forget = "DELETE FROM outbox WHERE acknowledged_at < ?"
         self._acknowledged -= self._database.write(forget, (before,))
 
-    def requeue(self, since: float) -> int:
-        """Send again what was acknowledged since then; the number of the last such message.
+    def requeue(self, since: float) -> set[int]:
+        """Send again what was under way, or was acknowledged since then; the numbers of those.
 
         Nobody can tell whether the broker died.  Receivers drop ids that they have seen, so
         nothing is acted upon twice.
         """
-        if not self._acknowledged:
-            return 0
-        self.forget_acknowledged(since)
-        newest = "SELECT ifnull(max(n), 0) FROM outbox WHERE acknowledged_at IS NOT NULL"
-        last = int(self._database.read(newest)[0][0])
+        if self._acknowledged:
+            self.forget_acknowledged(since)
+        elif self.outbox_size == sum(map(len, self._waiting.values())):
+            return set()
+        rows = self._database.read("SELECT n FROM outbox WHERE acknowledged_at IS NOT NULL")
         again = "UPDATE outbox SET acknowledged_at = NULL WHERE acknowledged_at IS NOT NULL"
         self._database.write(again)
         self._count_outbox()
-        return last
+        return {n for (n,) in rows}
 
     # -- what was asked --
 
@@ -2538,7 +2578,7 @@ def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, An
             "id": one.id,
             "text": text_of(one.payload)[:SHOWN_TEXT],
         }
-        for one in journal.next_outgoing(0, MAX_ROWS)
+        for one in journal.unacknowledged(MAX_ROWS)
     ]
     return {
         "questions": journal.pending_requests(),
@@ -2933,6 +2973,9 @@ MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, to
 MAX_SENDERS = 5000  # whose messages are counted
 MAX_REFUSED = 20  # of whom it is said that they send too much, for ...
 REFUSED_MEMORY = 600.0  # ... so many seconds after their last message that was refused
+BEATS = (10, 50)  # of one sender: so many a second, and a burst; what is more is dropped
+REFUSALS = (1, 100)  # told to one sender by themselves: the same; of what is more it hears ...
+REFUSALS_TOLD = 5.0  # ... how many there were, when it has been quiet for so many seconds
 TOO_MANY = "its sender sends too many"
 MAX_EARLY = 1000  # messages that wait until it is heard whose agent sent them
 EARLY = Decision(Do.DROP, "it is decided later")
@@ -2968,6 +3011,10 @@ class Worker:
 
     def trouble(self) -> str:
         """Why the node is degraded; nothing if it is not."""
+        return ""
+
+    def no_room(self, sender: str) -> str:
+        """Why no more of its messages can wait for handlers; nothing if one can."""
         return ""
 
     def numbers(self) -> dict[str, list[list[Any]]]:
@@ -3008,6 +3055,18 @@ class SenderLimits:
             self._refused[name] = (1 if first else times + 1, now)
         return first and name in self._refused
 
+    def quiet(self, now: float) -> list[tuple[str, int]]:
+        """Who was refused, how often, and is no more: they are forgotten."""
+        past = now - REFUSALS_TOLD
+        gone = [(name, times) for name, (times, last) in self._refused.items() if last <= past]
+        for name, _ in gone:
+            del self._refused[name]
+        return gone
+
+    @property
+    def refusing(self) -> bool:
+        return bool(self._refused)
+
     def trouble(self, now: float) -> list[str]:
         """Who has said too much in the last minutes, in words."""
         for name in [name for name, (_, at) in self._refused.items() if now - at > REFUSED_MEMORY]:
@@ -3046,6 +3105,7 @@ class Node:
         )
         self._rate_limit = RateLimit()
         self.limits = SenderLimits(config.node.sender_rate, config.node.sender_burst)
+        self._beats, self._refusals = SenderLimits(*BEATS), SenderLimits(*REFUSALS)
         self.requests = Requests(
             self.name,
             journal,
@@ -3201,21 +3261,37 @@ class Node:
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
         self.counts["received"] += 1
+        if place and self._names_sender(place) and self._is_too_much(place[2], place[1]):
+            self.counts["dropped"] += 1  # before it has cost anything: no flood delays the others
+            self._outcomes[place[1] if place[1] in CHANNELS else "none", "drop"] += 1
+            self._log_limited("dropped", ch=place[1], from_=place[2], why=TOO_MANY)
+            return self._settle(message)
         try:
             envelope = Envelope.parse(message.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
             self._outcomes["none", "invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
-            return self.commit_soon(message.ack)
+            return self._settle(message)
         what, row = self._receive(envelope, message, place)
         if what is EARLY:
             return
-        if what is SIGN_OF_LIFE:
-            message.ack()  # there is nothing to commit, and no turn is cheaper than none
-        else:
+        if row:
             self.commit_soon(message.ack)
+        else:
+            self._settle(message)
         self._perform(what, envelope, row, self._time_left(envelope, message))
+
+    def _settle(self, message: IncomingMessage) -> None:
+        """Acknowledge what leaves nothing to commit: now, but behind what came before it."""
+        if self._committing:
+            self.commit_soon(message.ack)
+        else:
+            message.ack()
+
+    def _names_sender(self, place: tuple[str, str, str]) -> bool:
+        """Does the topic say who sent it, so that the broker vouches for that?"""
+        return bool(self.topics.sender and place[2])
 
     def _receive(
         self, envelope: Envelope, message: IncomingMessage, place: tuple[str, str, str] | None
@@ -3232,12 +3308,17 @@ class Node:
         if reason == OTHER_SENDER and not self.heard_all and len(self._early) < MAX_EARLY:
             self._early.append(message)  # its roster has yet to say so
             return EARLY, 0
-        if not reason and self._is_too_much(envelope):
+        named = place is not None and self._names_sender(place)
+        if not (reason or named) and self._is_too_much(envelope.sender, envelope.ch):
             reason = TOO_MANY
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
             here = self.context()
         what = Decision(Do.DROP, reason) if reason else decide(envelope, here)
+        if what.do is Do.RUN and (busy := self.worker.no_room(envelope.sender)):
+            what = Decision(Do.REFUSE, busy)
+        if what.do is Do.REFUSE and not self._may_refuse(envelope):
+            what = Decision(Do.DROP, what.reason)  # its sender hears how many there were
         row = 0
         if what.do not in (Do.HEAR, Do.DROP):
             note, content = "" if what.do is Do.WAKE else what.reason, message.payload.decode()
@@ -3256,17 +3337,43 @@ class Node:
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
 
-    def _is_too_much(self, envelope: Envelope) -> bool:
-        """Has its sender said too much?  It is told so once; its heartbeats do not count."""
-        name, now = envelope.sender, self.loop.clock()
-        if CHANNELS[envelope.ch].wake is Wake.NEVER or self.limits.allow(name, now):
+    def _is_too_much(self, name: str, ch: str) -> bool:
+        """Has it said too much?  It is told so once, and at the end how much was refused."""
+        now = self.loop.clock()
+        if ch == "heartbeat":
+            return not self._beats.allow(name, now)
+        if self.limits.allow(name, now):
             return False
         self.counts["refused"] += 1
         if self.limits.refuse(name, now):
             rate = f"more than {self.config.node.sender_rate:g} messages a second"
             text = f"{self.name}: {rate} came from {name}: what is too much is refused"
-            self.send(Envelope.new(self.name, name, "alert", text, corr=envelope.exchange))
+            self.send(Envelope.new(self.name, name, "alert", text))
+        self._count_refusal(name, now)
         return True
+
+    def _may_refuse(self, envelope: Envelope) -> bool:
+        """May its sender be told of it by itself?  Else it is counted."""
+        name, now = envelope.sender, self.loop.clock()
+        name = self.members.node_of(name) or name
+        if not CHANNELS[envelope.ch].handler or self._refusals.allow(name, now):
+            return True
+        self._count_refusal(name, now)
+        return False
+
+    def _count_refusal(self, name: str, now: float) -> None:
+        if not self._refusals.refusing:
+            self.loop.after(REFUSALS_TOLD, self._tell_refusals)
+        self._refusals.refuse(name, now)
+
+    def _tell_refusals(self) -> None:
+        for name, times in self._refusals.quiet(self.loop.clock()):
+            text = (
+                f"{self.name}: {times} more messages from {name} were refused, as it sent too many"
+            )
+            self.send(Envelope.new(self.name, name, "alert", text))
+        if self._refusals.refusing:
+            self.loop.after(REFUSALS_TOLD, self._tell_refusals)
 
     def _take_note(self, envelope: Envelope) -> None:
         """What a new message means to those who wait, whatever is done with it."""
@@ -3340,7 +3447,7 @@ class Node:
             case Do.HEAR:
                 self.members.hear(envelope)
             case Do.REFUSE:
-                self.refuse(envelope, what.reason)
+                self._refuse(envelope, what.reason)
             case Do.NOTE | Do.DROP:
                 pass
             case _:
@@ -3400,6 +3507,11 @@ class Node:
             self.send(receipt, RECEIPT_NOTE + what)
 
     def refuse(self, envelope: Envelope, reason: str) -> None:
+        """Tell the sender that it was not done, if it may be told of one more."""
+        if self._may_refuse(envelope):
+            self._refuse(envelope, reason)
+
+    def _refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if its message may cause an answer at all."""
         if CHANNELS[envelope.ch].handler:
             what = envelope.action or "message"
@@ -3532,6 +3644,7 @@ class Node:
 
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
+NO_ROOM = f"busy: {MAX_RUNS_WAITING} messages wait for handlers"
 MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
@@ -3684,17 +3797,27 @@ class HandlerQueue:
 
     def put(self, run: HandlerRun) -> HandlerRun | None:
         """Wait in line; who must go where that is too long: the last one of whoever has most."""
-        sender, full = run.envelope.sender, len(self) >= MAX_RUNS_WAITING
-        most = max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
-        if full and self._lengths.get(sender, 0) >= self._lengths[most]:
+        sender = run.envelope.sender
+        if self.is_full_for(sender):
             return run
-        gone = self._take(self._last_of(most)) if full else None
+        gone = self._take(self._last_of(self._most)) if self._most else None
         place = len(self)
         if self._lengths.keys() - {sender}:
             place = fair_place([one.envelope.sender for one in self._waiting], sender)
         self._waiting.insert(place, run)
         self._lengths[sender] = self._lengths.get(sender, 0) + 1
         return gone
+
+    @property
+    def _most(self) -> str:
+        """Who has most in line, where that is too long; else nobody."""
+        full = len(self) >= MAX_RUNS_WAITING
+        return max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
+
+    def is_full_for(self, sender: str) -> bool:
+        """Is there no room, and has nobody more in line than this one?"""
+        most = self._most
+        return bool(most) and self._lengths.get(sender, 0) >= self._lengths[most]
 
     def take(self) -> HandlerRun | None:
         """The next one that may run now; give its action back with done()."""
@@ -3882,6 +4005,9 @@ class Work(Worker):
 
     # -- handlers --
 
+    def no_room(self, sender: str) -> str:
+        return NO_ROOM if self._queue.is_full_for(sender) else ""
+
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         task = self._journal.add_task(row, until=until)
         self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
@@ -3906,7 +4032,7 @@ class Work(Worker):
             self._log.warning("not run", action=run.action, why="too many handlers wait")
         else:
             self._journal.remove_task(run.task)
-            self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
+            self._node.refuse(run.envelope, NO_ROOM)
 
     def _run_handlers(self) -> None:
         while run := self._queue.take():
@@ -10418,9 +10544,8 @@ class MqttClient:
         self._protocol = settings.protocol
         self._inflight: dict[int, OutgoingMessage] = {}  # by packet id: not acknowledged yet
         self._held: dict[str, OutgoingMessage] = {}  # past the outbox, until the window opens
-        self._last = 0  # the number of the last message that was taken from the outbox
-        self._again = 0  # up to this number they were acknowledged once, but perhaps not saved
-        self._suspects = 0  # up to this number one by one: the broker hung up at one of them
+        self._again = set[int]()  # by number: acknowledged once, but perhaps not saved
+        self._suspects = set[int]()  # the broker hung up at one of them: all go one by one
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
@@ -10461,7 +10586,7 @@ class MqttClient:
         reason, 0 for success, or -1 where it never got it.  It has no `id` the second time.
         """
         self._outbox, self._published, self._address = outbox, published, address
-        self._again = outbox.requeue(time.time() - RESEND_WITHIN)
+        self._again |= outbox.requeue(time.time() - RESEND_WITHIN)
 
     def open(self, listener: ClientListener) -> None:
         """Begin to connect; `listener` hears of everything from now on."""
@@ -10504,17 +10629,12 @@ class MqttClient:
         """Send what is next in the outbox.  To be called when that is committed."""
         if self._outbox and self._connection and self._connection.up:
             self._outbox.saved_before = self._connection.heard - UNSAVED_SECONDS
-            under_way = sum(1 for message in self._inflight.values() if message.n)
             room = self._room()
-            if self._last < self._suspects:
+            if self._suspects:
                 room = min(room, 1 - len(self._inflight))
-            if room > 0 and self._outbox.outbox_size > under_way:
-                for message in self._outbox.next_outgoing(self._last, room):
-                    topic = self._address(message.topic)
-                    if topic is None:
-                        break
-                    self._last = message.n
-                    self._send(message, topic)
+            if room > 0 and self._outbox.has_outgoing:
+                for message in self._outbox.next_outgoing(room, self._address):
+                    self._send(message, self._address(message.topic) or "")
         self._finish_if_idle()
 
     def _room(self) -> int:
@@ -10544,7 +10664,9 @@ class MqttClient:
         self._hang_ups.pop(message.n or message.topic, None)
         if self._outbox and message.n:
             self._outbox.dequeue(message, acknowledged=code == 0)
-            if message.n <= self._again:
+            self._suspects.discard(message.n)
+            if message.n in self._again:
+                self._again.remove(message.n)
                 message = message.replace(id=None)  # that was told when it was first sent
         message.done(code, words)
         self._published(message, code, words)
@@ -10649,8 +10771,7 @@ class MqttClient:
         self._inflight.clear()
         self._held.clear()
         if self._outbox:
-            again = self._outbox.requeue(connection.heard - UNSAVED_SECONDS)
-            self._again, self._last = max(self._again, again), 0
+            self._again |= self._outbox.requeue(connection.heard - UNSAVED_SECONDS)
         if self._listener is None:
             return
         no_v5 = connection.v5 and (code == UNSUPPORTED_PROTOCOL or connection.hung_up)
@@ -10670,8 +10791,7 @@ class MqttClient:
         for key in under_way:
             self._hang_ups[key] = self._hang_ups.get(key, 0) + 1
         sent = [message for message in under_way.values() if message.n]
-        if sent:
-            self._suspects = max(self._suspects, sent[-1].n)
+        self._suspects.update(message.n for message in sent)
         sizes = {key: PacketLimit.size(one.topic, one.payload) for key, one in under_way.items()}
         key, size = max(sizes.items(), key=lambda item: item[1])
         often = self._hang_ups[key] >= (MAX_HANG_UPS if connection.v5 else LARGE_HANG_UPS)
@@ -13004,6 +13124,32 @@ def check_nodes(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.WARN, what, todo)
 
 
+def check_hosting(context: DoctorContext) -> Iterator[Finding]:
+    """Where this machine carries the hive: its address, its certificate, who keeps it running."""
+    host, now = Host(context.config.state_dir), time.time()
+    settings = host.settings()
+    if settings is None:
+        return
+    days, running, keeper = host.days_left(now), host.service_pid(), supervisor()
+    findings = []
+    try:
+        settings.bind(0)
+        if not (running and host.broker_pid()):
+            findings.append((Level.FAIL, f"Mosquitto for this hive does not run; see {host.log}"))
+    except OSError as error:
+        findings.append((Level.FAIL, f"{settings.listen}: {reason_of(error)}"))
+    if days < RENEWAL / 86400 - 1:
+        level = Level.WARN if days > 0 else Level.FAIL
+        findings.append((level, f"its certificate holds {days} days, and was not renewed"))
+    if unnamed := host.unnamed(settings):
+        findings.append((Level.FAIL, f"its certificate does not name {', '.join(unnamed)}"))
+    if keeper == NOT_KEPT:
+        findings.append((Level.WARN, f"Mosquitto for this hive {keeper}"))
+    yield from (Finding(level, what, HOST_AGAIN) for level, what in findings)
+    if not findings:
+        yield Finding(Level.OK, f"Mosquitto {keeper}; its certificate holds {days} days")
+
+
 class Check(Value):
     """One thing to look at, and what must be well before."""
 
@@ -13020,6 +13166,7 @@ CHECKS = (
     Check("handlers", check_handlers, ("config",)),
     Check("daemon", check_daemon, ("config",)),
     Check("agents", check_agents, ("config",)),
+    Check("hosting", check_hosting, ("config",)),
     Check("broker", check_broker, ("paho", "config")),
     Check("subscribe", check_subscribing, ("broker",)),
     Check("publish", check_publishing, ("subscribe",)),
@@ -13499,9 +13646,21 @@ class HostSettings(Value):
         return not is_address(self.listen) or bool(re.fullmatch("[0.:]+", self.listen))
 
     @property
+    def reached_at(self) -> list[str]:
+        """What its certificate names, besides this machine for itself."""
+        return [*self.names, *([] if self.everywhere else [self.listen])]
+
+    @property
     def own(self) -> str:
         """How this machine's own node finds it."""
         return LOCALHOST if self.everywhere else self.listen
+
+    def bind(self, port: int) -> None:
+        """Try whether this machine has that address, and the port is free; raises OSError."""
+        where = "" if self.everywhere else self.listen
+        with socket.socket(socket.AF_INET6 if ":" in where else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((where, port))
 
 
 class Host:
@@ -13513,6 +13672,7 @@ class Host:
         self.conf, self.authority = self.folder / "mosquitto.conf", self.folder / "ca.pem"
         self._passwords, self._invited = self.folder / "passwords", self.folder / "invited.json"
         self._settings, self._pid = self.folder / "host.json", self.folder / "mosquitto.pid"
+        self.log = self.folder / "host.log"  # of its service, where no supervisor has it
         self.broker_lock, self.service_lock = (
             self.folder / "mosquitto.lock",
             self.folder / "service.lock",
@@ -13588,9 +13748,7 @@ class Host:
     def _certify(self, settings: HostSettings, now: float) -> bool:
         """The authority once; the server's certificate for these names, as long as it holds."""
         words = {"PREFIX": settings.prefix[:50], "CN": settings.own[:64]}
-        words["SUBJECT_NAMES"] = subject_names(
-            [*settings.names, *([] if settings.everywhere else [settings.listen])]
-        )
+        words["SUBJECT_NAMES"] = subject_names(settings.reached_at)
         request, names = self.folder / "openssl.cnf", self.folder / "server.names"
         made = not self.authority.exists()
         if made:
@@ -13637,6 +13795,22 @@ class Host:
             ssl.cert_time_to_seconds(line.partition("=")[2]) for line in said.splitlines()
         )
         return float(ends) if begins <= now + LOCK_PATIENCE else 0.0  # may be newer than now
+
+    def days_left(self, now: float) -> int:
+        """Whole days until the first of its certificates ends; 0 where one does not hold now."""
+        ends = min(self._ends(file, now) for file in (self._server, self.authority))
+        return max(0, int((ends - now) // 86400))
+
+    def unnamed(self, settings: HostSettings) -> list[str]:
+        """How peers call this machine, though its certificate does not."""
+        import ipaddress
+
+        def plain(name: str) -> object:
+            return ipaddress.ip_address(name) if is_address(name) else name.lower()
+
+        said = openssl("x509", "-noout", "-text", "-in", str(self._server))
+        named = {plain(one) for one in re.findall(r"(?:DNS|IP Address):([^\s,]+)", said)}
+        return [name for name in settings.reached_at if plain(name) not in named]
 
     def renew(self, now: float) -> None:
         """Renew the server's certificate if it is about to end."""
@@ -13706,13 +13880,22 @@ class Host:
             self._write_members({**self.members(), name: hashed})
         return self.reload()
 
-    def expel(self, name: str) -> bool:
-        """Whoever has this name is out; was it a member?"""
+    def shut_out(self, name: str) -> bool:
+        """Whoever has this name is out, by a password that nobody knows; was it a member?"""
         with self.lock():
             members = self.members()
-            found = members.pop(name, None)
+            if name not in members:
+                return False
+            members[name] = password_hash(new_password(), os.urandom(12))
             self._write_members(members)
-        return found is not None
+        return True
+
+    def expel(self, name: str) -> None:
+        """The name may be given to another: nothing is left of who had it."""
+        with self.lock():
+            members = self.members()
+            members.pop(name, None)
+            self._write_members(members)
 
     def end_invitations(self, now: float) -> list[str]:
         """Who did not come in time is out."""
@@ -14025,7 +14208,7 @@ def launchd_agent(command: Sequence[str], log: Path) -> str:
 
 def start_supervised(host: Host, command: Sequence[str]) -> str:
     """Start it so that it runs from now on, as well as that goes here; how."""
-    home, log = home_folder(), host.folder / "host.log"
+    home, log = home_folder(), host.log
     if succeeds("systemctl", "--user", "show-environment"):
         unit = home / ".config" / "systemd" / "user" / "hive-host.service"
         write_privately({unit: systemd_unit(command)}, force=True)
@@ -14046,6 +14229,20 @@ def start_supervised(host: Host, command: Sequence[str]) -> str:
         raise HiveError(f"launchd does not start {agent}; see {log}")
     start_detached(command, log)
     return "in the background, as no systemd or launchd is here; after a reboot say this again"
+
+
+NOT_KEPT = "would not be started again after a reboot"
+
+
+def supervisor() -> str:
+    """Who keeps it running, in words."""
+    if succeeds("systemctl", "--user", "show-environment"):
+        kept = succeeds("systemctl", "--user", "is-enabled", "--quiet", "hive-host")
+        return "is kept running by systemd" if kept else NOT_KEPT
+    if sys.platform == "darwin":
+        kept = succeeds("launchctl", "print", f"gui/{os.getuid()}/ai.hive.host")
+        return "is kept running by launchd" if kept else NOT_KEPT
+    return f"runs in the background; after a reboot say {HOST_AGAIN}"
 
 
 def start_detached(command: Sequence[str], log: Path) -> None:
@@ -16566,19 +16763,15 @@ def host_settings(
 
 def check_address(settings: HostSettings) -> None:
     """Can anything listen there?  Raises HiveError."""
-    where = "" if settings.everywhere else settings.listen
-    family = socket.AF_INET6 if ":" in where else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((where, settings.port))
+        settings.bind(settings.port)
     except OSError as error:
         hint = {
             errno.EADDRINUSE: "another program listens there; take another --port",
             errno.EADDRNOTAVAIL: "this machine has no such address; see: ip address",
             errno.EACCES: "ports below 1024 are root's; take another --port",
         }.get(error.errno or 0, "")
-        address = f"{where or '*'}:{settings.port}"
+        address = f"{'*' if settings.everywhere else settings.listen}:{settings.port}"
         raise HiveError(f"{address}: {reason_of(error)}" + (f"; {hint}" if hint else "")) from None
 
 
@@ -16612,7 +16805,7 @@ def start_service(host: Host, file: Path, config: Config, changed: bool) -> None
             break
         except BrokerError as error:
             if time.monotonic() > until:
-                raise BrokerError(f"{error}; see also {host.folder}/host.log") from None
+                raise BrokerError(f"{error}; see also {host.log}") from None
         time.sleep(0.05)
     print(f"Mosquitto listens at {place}: {how}")
 
@@ -16837,7 +17030,7 @@ def command_expel(args: argparse.Namespace) -> int:
     mqtt, me = host.login(HOST_USER), config.node.id
     if args.name == me:
         raise UsageError(f"{me} is this machine's own node, which carries the hive")
-    was_member = host.expel(args.name)
+    was_member = host.shut_out(args.name)
     if not host.reload():
         out = f"{args.name} has no password any more" if was_member else "nothing is changed"
         raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")
@@ -16845,12 +17038,13 @@ def command_expel(args: argparse.Namespace) -> int:
     if not was_member and not removed:
         there = ", ".join(name for name in host.members() if name != HOST_USER)
         raise HiveError(f"{args.name} is not in this hive; there are: {there}")
-    print(f"expelled: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     text = f"{args.name} was expelled from this hive by {me}"
     told = Envelope.new(me, EVERYONE, "status", text, urgency="later")
     request = {"do": "send", "envelope": told.document(), "wait": False}
     control, _ = ask_or_bypass(config, request, "queued", False)
     control.close()
+    host.expel(args.name)  # last: until then all of it can be said again
+    print(f"expelled: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     return Exit.DONE
 
 

@@ -51,7 +51,7 @@ class Wire:
         published: Callable[[hive.OutgoingMessage, int, str], None],
         address: Callable[[str], str | None],
     ) -> None:
-        self.outbox, self.told, self.address, self.last = outbox, published, address, 0
+        self.outbox, self.told, self.address = outbox, published, address
 
     def open(self, listener: hive.ClientListener) -> None:
         pass
@@ -61,14 +61,8 @@ class Wire:
             self.send(message)
 
     def send_queued(self) -> None:
-        for message in (
-            self.outbox.next_outgoing(self.last, 1000) if self.outbox and self.up else ()
-        ):
-            topic = self.address(message.topic)
-            if topic is None:
-                break
-            self.last = message.n
-            self.send(message.replace(topic=topic))
+        for message in self.outbox.next_outgoing(1000, self.address) if self.up else ():
+            self.send(message.replace(topic=self.address(message.topic)))
 
     def room(self, topic: str) -> int:
         return self.limit - len(topic)
