@@ -2082,10 +2082,6 @@ class ControlClient:
             return self._events.popleft()
         return self._next_line(None if within is None else time.monotonic() + within)
 
-    def fileno(self) -> int:
-        """For whoever waits for it and for something else."""
-        return self._sock.fileno()
-
     def _next_line(self, ends: float | None) -> dict[str, Any] | None:
         while b"\n" not in self._in:
             self._sock.settimeout(None if ends is None else max(0.0, ends - time.monotonic()))
@@ -11470,7 +11466,8 @@ class ReplyCollector:
     def waiting(self) -> str:
         """For whom, and how many have answered."""
         names, more = sorted(self.outstanding)[:5], ", ..." if len(self.outstanding) > 5 else ""
-        return f"waiting for {', '.join(names)}{more} ({self._answers} answered)"
+        answered = f" ({self._answers} answered)" if self._envelope.to == EVERYONE else ""
+        return f"waiting for {', '.join(names)}{more}{answered}"
 
     def rows(self) -> list[StatusRow]:
         return status_rows(self.states, self._heartbeat, time.time())
@@ -15537,7 +15534,8 @@ def send_to_group(
     with contextlib.closing(control):
         if args.wait:
             replies = GroupReplies(args.wait)
-            collect_replies(config, replies, envelopes, args, control, hand_in)
+            with Progress("") as progress:
+                collect_replies(config, replies, envelopes, args, control, hand_in, progress)
             return say_replies(replies, away, args.as_json)
         for envelope in envelopes:
             say_sent(config, envelope, args, control, hand_in(envelope))
@@ -15553,6 +15551,7 @@ def collect_replies(
     args: argparse.Namespace,
     control: Control,
     hand_in: Callable[[Envelope], bool],
+    progress: Progress,
 ) -> None:
     """Send, so many at once, and print the answers until all have come or are late."""
     pending = deque(envelopes)
@@ -15563,12 +15562,14 @@ def collect_replies(
                     what = f"queued {pending[0].id} for {pending[0].to}"
                     print(f"hive: {what}, no broker at the moment", file=sys.stderr)
                 replies.sent(pending.popleft(), time.monotonic())
+            progress.what = f"waiting for {len(replies) + len(pending)} of {len(envelopes)}"
             said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS:
                 replies.unheard(said.get("id"))
             answer = Envelope.check(said["answer"]) if "answer" in said else None
             if answer and replies.take(answer):
-                write_answer(answer, args.as_json, label=True)
+                with progress.hidden():
+                    write_answer(answer, args.as_json, label=True)
             replies.expire(time.monotonic())
     except DaemonError as error:
         rest = f"{len(pending)} were not sent" if pending else "all were sent"
