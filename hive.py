@@ -15103,15 +15103,15 @@ COMMANDS: dict[str, Command] = {}
 
 
 def as_type(check: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a check serve as argparse's type=."""
+    """Make a check serve as argparse's type=; whoever wants to know which it is finds it there."""
+    return partial(converted, check)
 
-    def convert(said: str) -> Any:
-        try:
-            return check(said)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
-    return convert
+def converted(check: Callable[[Any], Any], said: str) -> Any:
+    try:
+        return check(said)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
 
 def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
@@ -15899,6 +15899,15 @@ def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
         return control.ask({"do": do})  # the daemon's is another hive
 
 
+def names_that_are_known(config: Config) -> list[str]:
+    """Nodes and agents, as the daemon has them; none where that is not told at once."""
+    control = connect_to_daemon(config, 1.0)
+    if control is None:
+        return []
+    with contextlib.closing(control):
+        return ["all", *sorted(control.ask({"do": "states"}).get("states", {}))]
+
+
 def say_of_members(
     config: Config, args: argparse.Namespace, said: Mapping[str, Any], any: bool
 ) -> int:
@@ -16651,6 +16660,152 @@ def command_help(args: argparse.Namespace) -> int:
     else:
         near = did_you_mean(args.topic, (*TOPICS, *COMMANDS)) or "see: hive help"
         raise UsageError(f"help: there is no topic or command {quoted(args.topic)}; {near}")
+    return Exit.DONE
+
+
+BASH = """\
+# hive(1) for bash, made by: hive completion bash
+_hive() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command= words= i
+  for ((i = 1; i < COMP_CWORD; i++)); do
+    case ${{COMP_WORDS[i]}} in
+      {common}) ((i++)) ;;
+      -*) ;;
+      *) command=${{COMP_WORDS[i]}}; break ;;
+    esac
+  done
+  case $command,$before in
+{values}
+    *) case $command in
+{words}
+    esac ;;
+  esac
+  case $words in *NAMES*) words=${{words/NAMES/$(hive completion names 2>/dev/null)}} ;; esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _hive hive hive-cli
+"""
+ZSH = """\
+#compdef hive hive-cli
+# hive(1) for zsh, made by: hive completion zsh
+_hive_names() {{ compadd -- ${{(f)"$(hive completion names 2>/dev/null)"}} }}
+_hive() {{
+  local context state line
+  local -a common=({common}) commands=({names})
+  _arguments -C $common '1:command:->command' '*::argument:->argument'
+  case $state,$line[1] in
+    command,*) _describe command commands ;;
+{cases}
+  esac
+}}
+if [ "$funcstack[1]" = _hive ]; then _hive "$@"; else compdef _hive hive hive-cli; fi
+"""
+FISH = """\
+# hive(1) for fish, made by: hive completion fish
+complete -c hive-cli -w hive
+complete -c hive -f
+"""
+
+
+class Completion(Value):
+    """An option or an argument of a command; both words and description are safe in quotes."""
+
+    flags: Sequence[str]  # none: it is an argument
+    about: str
+    label: str  # of its value
+    value: str  # what that may be: words, NAMES, FILES, a blank for anything; nothing: it has none
+
+    @classmethod
+    def of(cls, flags: Sequence[str], how: Mapping[str, Any]) -> Completion:
+        action = argparse.ArgumentParser(add_help=False).add_argument(*flags, **how)
+        check = action.type.args[0] if isinstance(action.type, partial) else None
+        value = "" if action.nargs == 0 else " "
+        if action.choices or action.metavar == "TOPIC":
+            value = " ".join(action.choices or (*TOPICS, *COMMANDS))
+        elif check in (node_name, recipient_name, destination):
+            value = "NAMES"
+        elif check is file_path or action.metavar == "FILE":
+            value = "FILES"
+        label = re.sub(r"\W+", " ", str(action.metavar or action.dest).lower())
+        return cls(action.option_strings, unquoted(action.help or ""), label, value)
+
+
+def unquoted(said: str) -> str:
+    """What means the same between single quotes, whatever the shell."""
+    return said.replace("\\", "").replace("'", "\u2019")
+
+
+def bash_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    common = [flag for one in commands[""] for flag in one.flags]
+    values, words = [], []
+    for name, options in commands.items():
+        for one in options:
+            if one.flags and one.value:
+                flags = "|".join(f"{name or '*'},{flag}" for flag in one.flags)
+                value = one.value.replace("FILES", "").strip()  # bash looks for files by itself
+                values.append(f'    {flags}) words="{value}" ;;')
+        own = [word for one in options for word in one.flags or [one.value]]
+        words.append(
+            f'      "{name}") words="{" ".join([*own, *(common if name else COMMANDS)])}" ;;'
+        )
+    return BASH.format(common="|".join(common), values="\n".join(values), words="\n".join(words))
+
+
+def zsh_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    known = {"NAMES": "_hive_names", "FILES": "_files", " ": " "}
+
+    def specs(options: Sequence[Completion]) -> str:
+        found, place = [], 0
+        for one in options:
+            takes = f":{one.label}:{known.get(one.value, f'({one.value})')}" if one.value else ""
+            about = re.sub(r"[][:]", r"\\\g<0>", one.about)
+            place += not one.flags
+            found += [f"'{flag}[{about}]{takes}'" for flag in one.flags] or [f"'{place}{takes}'"]
+        return " ".join(found)
+
+    names = [f"'{name}:{about_command(name)}'" for name in COMMANDS]
+    cases = [
+        f"    argument,{name}) _arguments $common {specs(commands[name])} ;;" for name in COMMANDS
+    ]
+    return ZSH.format(common=specs(commands[""]), names=" ".join(names), cases="\n".join(cases))
+
+
+def fish_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    lines = [f"-n __fish_use_subcommand -a {name} -d '{about_command(name)}'" for name in COMMANDS]
+    for name, options in commands.items():
+        where = f"-n '__fish_seen_subcommand_from {name}' " if name else ""
+        for one in options:
+            value = one.value.replace("NAMES", "(hive completion names 2>/dev/null)").strip()
+            takes = "-r -F" if value == "FILES" else f"-x -a '{value}'" if one.value else ""
+            flags = " ".join(f"-{'l' if f[:2] == '--' else 's'} {f.lstrip('-')}" for f in one.flags)
+            lines.append(f"{where}{flags} {takes if flags else takes[3:]} -d '{one.about}'")
+    return FISH + "".join(f"complete -c hive {line}\n" for line in lines)
+
+
+def about_command(name: str) -> str:
+    return unquoted(docstring(COMMANDS[name].run).strip())
+
+
+@subcommand(
+    option(
+        "what",
+        choices=("bash", "zsh", "fish", "names"),
+        metavar="SHELL",
+        help="bash, zsh or fish; names: those that it may offer",
+    ),
+    examples="""hive.py completion bash >~/.local/share/bash-completion/completions/hive
+hive.py completion fish >~/.config/fish/completions/hive.fish""",
+)
+def command_completion(args: argparse.Namespace) -> int:
+    """Print what lets a shell complete the words of hive; make install does it too."""
+    if args.what == "names":
+        for name in names_that_are_known(config_of(args)):
+            print(name)
+        return Exit.DONE
+    of_all = {"": COMMON_OPTIONS, **{name: one.options for name, one in COMMANDS.items()}}
+    commands = {name: [Completion.of(*one) for one in options] for name, options in of_all.items()}
+    make = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}[args.what]
+    print(make(commands), end="")
     return Exit.DONE
 
 
