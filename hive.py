@@ -48,6 +48,8 @@ tokens; only what needs judgment wakes an agent.
 #   shell   Output      rows to a table or to JSON; returns strings
 #                       <- Routing, Journal, Sessions, Handlers, Members
 #           Client      a command asks its daemon, or the same node in its own process <- *
+#           Watch       what a terminal shows meanwhile: all nodes as they change, a line of
+#                       progress <- Control, Output, Client
 #           Setup       a hive.toml for this machine, asked for or taken from options
 #                       <- Handlers, Agent, MqttClient
 #           Doctor      is everything as it must be: one small check after the other <- *
@@ -2065,6 +2067,7 @@ CONTROL_EVENTS = {
     "published",
     "answer",
     "mail",
+    "changed",
 }  # in a line that is no answer, but comes when it happens
 # Nothing can be made there: a disk that is read-only or full, a folder that is not ours.
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSPC, errno.EDQUOT)
@@ -2702,6 +2705,7 @@ class Requests:
         self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
         self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
+        self._watchers: dict[Requester, bool] = {}  # is it to be told of the next change?
 
     def handle(self, said: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """Answer one request; None if that comes later."""
@@ -2766,6 +2770,13 @@ class Requests:
 
     def states(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "states": self._members.documents("state")}
+
+    def watch(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """The states; when they change it is told so, once, and may ask again when it likes."""
+        if requester not in self._watchers:
+            requester.on_close.append(lambda: self._watchers.pop(requester, None))
+        self._watchers[requester] = True
+        return self.states(given, requester)
 
     def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "rosters": self._members.documents("roster")}
@@ -2836,6 +2847,12 @@ class Requests:
     def waits(self, exchange: str | None) -> bool:
         """Does somebody wait for the answers of this exchange?"""
         return exchange in self._listeners
+
+    def note_change(self) -> None:
+        """A member or the broker is not as it was: whoever watches may want to see it."""
+        for requester in [one for one, waits in self._watchers.items() if waits]:
+            self._watchers[requester] = False
+            requester.send({"changed": True})
 
     def show_news(self) -> None:
         """Something was committed: whoever follows the log wants to see it."""
@@ -2937,6 +2954,7 @@ REQUESTS = {
         },
     ),
     "states": Request(Requests.states, "how every node and agent is"),
+    "watch": Request(Requests.watch, "the same, and a word when that is no longer so"),
     "roster": Request(Requests.roster, "what every node can do"),
     "targets": Request(
         Requests.targets,
@@ -3116,6 +3134,7 @@ class Node:
             self.sessions,
             self.numbers,
         )
+        self.members.on_change = self.requests.note_change
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
         self._overdue: Timer | None = None
@@ -3140,6 +3159,7 @@ class Node:
         """How all others are has been heard by now."""
         if not self.heard_all:
             self.commit_soon()  # what had to wait for its address
+            self.requests.note_change()
         self.heard_all, self._seen_broker = True, self.loop.clock()
         early, self._early = self._early, []
         for message in early:
@@ -3152,6 +3172,7 @@ class Node:
         self._early.clear()  # they were not acknowledged, so they come again
         self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
+        self.requests.note_change()
 
     def _connection(self) -> dict[str, Any]:
         """How this node's way to the broker is, for its commands.
@@ -7235,6 +7256,7 @@ class Members:
         `fetch` asks the broker for the documents of these, which come as all others do.
         """
         self.presence: Presence | None = None  # what this node shows of itself, if it does
+        self.on_change: Callable[[], object] = lambda: None  # somebody is not as before
         self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
         self._loop, self._log = loop, log
         self._send, self._probe, self._fetch = send, probe, fetch
@@ -7269,6 +7291,7 @@ class Members:
         )
         if news:
             self._log.info(news.value, peer=envelope.sender)
+            self.on_change()
         first = news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0
         if first and self._limit.allow("back", self._loop.clock()):
             text = f"{envelope.sender} is back"
@@ -7291,6 +7314,7 @@ class Members:
         own = kind == "roster" or content.get("daemon_node", name) == name  # no agent's
         if not own and self._checked_hive:
             return  # from before: nobody can write it any more
+        before = self.document(name, kind)
         self._keep(name, kind, payload if content else b"")
         if own and content and name in self._members:
             self._members[name].is_node = True
@@ -7299,6 +7323,8 @@ class Members:
             self._agents.take(name, content, keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
+        if any(content.get(k) != before.get(k) for k in {*content, *before} - {*PASSING}):
+            self.on_change()
 
     def _forget(self, name: str) -> None:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
@@ -7307,6 +7333,7 @@ class Members:
             self._agents.take(name, {}, self._keeper)
             self._size -= len(member.documents.pop("state", b""))
             self._log.info("peer is forgotten", peer=name)
+            self.on_change()
         if member and member.documents:
             self._members[name] = Member()  # its roster goes by itself
             self._members[name].documents = member.documents
@@ -7510,6 +7537,7 @@ class Members:
         if member is None or member.status is not MemberStatus.ALIVE:
             return False
         member.status, member.failed = status, failed
+        self.on_change()
         return True
 
     def failed_since(self, now: float) -> list[str]:
@@ -11346,6 +11374,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: b
     return "\n".join(map(line, (header, *rows))) + "\n"
 
 
+REASONS = {
+    "connection lost": "its connection died",
+    "lost": "it has fallen silent",
+}
+
+
 class StatusRow(Value):
     """A node, or one of its agents."""
 
@@ -11368,6 +11402,18 @@ class StatusRow(Value):
     @property
     def alive(self) -> bool:
         return self.status in ALIVE
+
+    @property
+    def condition(self) -> str:
+        """Its status, in which one that has stopped is told from one that is lost."""
+        return condition_of(self.status, self.reason)
+
+    @property
+    def why(self) -> str:
+        """The reason for that in words, where it does not go without saying."""
+        if self.condition == "stopped":
+            return ""
+        return REASONS.get(self.reason or "", self.reason or "")
 
 
 def status_row(
@@ -11422,6 +11468,52 @@ def status_summary(rows: Sequence[StatusRow]) -> str:
     known = [*reversed(TROUBLE_FIRST), *sorted({*nodes} - {*TROUBLE_FIRST})]
     counts = ", ".join(f"{nodes.count(one)} {one}" for one in known if one in nodes)
     return f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}: {counts}"
+
+
+def status_words(rows: Sequence[StatusRow], now: float) -> str:
+    """How the nodes are, on one line; when those that are gone were last seen, and why one is."""
+    order = ("online", "degraded", "stale", "stopped", "lost")
+    nodes = {one: [row for row in rows if row.is_node and row.condition == one] for one in order}
+    others = len([row for row in rows if row.is_node]) - sum(map(len, nodes.values()))
+    words = [f"{others} unknown"] if others else []
+    for one, found in nodes.items():
+        seen = max((row.last_seen or 0 for row in found if not row.alive), default=0)
+        last = f"{', the last' if found[1:] else ''} since {short_time(seen, now)}" if seen else ""
+        why = f": {found[0].why}" if one == "lost" and len(found) == 1 else ""
+        words += [f"{len(found)} {one}{last}{why}"] if found else []
+    return ", ".join(words) or "no node yet"
+
+
+def short_time(at: float, now: float) -> str:
+    """A moment, by this machine's clock; with its day where that is not long ago."""
+    return time.strftime("%H:%M" if now - at < 43200 else "%m-%d %H:%M", time.localtime(at))
+
+
+def status_screen(
+    rows: Sequence[StatusRow], head: Sequence[str], foot: str, height: int, colour: bool
+) -> list[str]:
+    """The lines of a screen, which cuts what is too long; a reason stands below its node."""
+    cells = [
+        (
+            row.name,
+            row.condition,
+            "-" if row.age_s is None else f"{for_people(row.age_s)} ago",
+            for_people(row.uptime_s) if row.alive else "-",
+            "-" if row.load_1m is None else f"{row.load_1m:.2f}",
+            ", ".join(f"{name} {health}" for name, health in row.agents.items()),
+        )
+        for row in rows
+    ]
+    header = ("NAME", "STATUS", "SEEN", "UPTIME", "LOAD", "AGENTS")
+    title, *lines = format_table(header, cells, colour).splitlines()
+    body = [*head, "", title]
+    for row, line in zip(rows, lines, strict=True):
+        body += [line, *([f"  {row.why}"] if row.why else [])]
+    if len(body) > (room := max(height - 2, 2)):
+        body[room - 1 :] = [
+            f"and {len(body) - room + 1} lines more: make it higher, or: hive status"
+        ]
+    return [*body, *[""] * (room - len(body)), "", foot]
 
 
 def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
@@ -12115,7 +12207,7 @@ class ReplyCollector:
         self.outstanding = {envelope.to}  # who has not answered
         self.refused = False  # did an alert come?
         self.states: dict[str, dict[str, Any]] = {}
-        self._envelope, self._heartbeat = envelope, heartbeat
+        self._envelope, self._heartbeat, self._answers = envelope, heartbeat, 0
 
     def expect(self, states: dict[str, dict[str, Any]]) -> None:
         """These are the nodes and agents; from all, whoever is online and hears it shall answer."""
@@ -12133,6 +12225,12 @@ class ReplyCollector:
         """All but those whose state says that they have none: they would answer nothing."""
         return {name for name in names if self.states[name].get("oc") != {}}
 
+    def waiting(self) -> str:
+        """For whom, and how many have answered."""
+        names, more = sorted(self.outstanding)[:5], ", ..." if len(self.outstanding) > 5 else ""
+        answered = f" ({self._answers} answered)" if self._envelope.to == EVERYONE else ""
+        return f"waiting for {', '.join(names)}{more}{answered}"
+
     def rows(self) -> list[StatusRow]:
         return status_rows(self.states, self._heartbeat, time.time())
 
@@ -12142,6 +12240,7 @@ class ReplyCollector:
             return False
         if answer.reply_to not in (None, self._envelope.id):
             return False  # it answers an earlier message of the exchange
+        self._answers += 1
         self.refused |= answer.ch == "alert"
         to_all = self._envelope.to == EVERYONE
         self.outstanding.discard(answer.sender if to_all else self._envelope.to)
@@ -12235,6 +12334,250 @@ class NodeRemoval:
                 raise broker_fault(self._mqtt, f"no answer in {PATIENCE:.2g} s")
             self._loop.step()
         timer.cancel()
+
+
+# ---- Watch: what a terminal shows meanwhile ----------------------------------------------
+#
+# While something goes on: the state of all nodes as it changes, and a line of progress.  What is
+# no terminal gets lines, and no progress.  However it ends, the terminal is as it was.
+
+WATCH_GAP = 0.2  # seconds between two looks, however much changes
+WATCH_EVERY = (
+    1.0,
+    30.0,
+)  # seconds until the next look where nothing does: a heartbeat, within these
+SCREEN = (80, 24)  # columns and lines of a terminal that does not say
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """Can lines that are written there be taken back?"""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class StatusFeed:
+    """How all nodes are, as this node's daemon tells it; the daemon may go and come."""
+
+    def __init__(self, config: Config) -> None:
+        self.rows: list[StatusRow] = []  # the nodes
+        self.node, self.broker = config.node.id, "no broker"
+        self.fault = ""  # why what is known is old
+        self.at = self.due = 0.0  # when it was so, Unix seconds; the next look, monotonic
+        self.control: ControlClient | None = None
+        self._config = config
+
+    def look(self) -> None:
+        """Ask the daemon, which tells of the next change then; raises HiveError."""
+        self.due = time.monotonic() + WATCH_EVERY[0]
+        self.control = self.control or connect_to_daemon(self._config)
+        if not self.control:
+            none = f"no daemon of {self.node} runs on this machine (hive daemon)"
+            self.fault = self.fault or f"{none}; waiting for it"
+            return
+        try:
+            said = self.control.ask({"do": "watch"})
+        except DaemonError as error:
+            return self._lose(error)
+        if "error" in said:
+            raise HiveError(
+                f"the daemon of {self.node}: {said['error']}; is it of another version?"
+            )
+        self.broker, self.fault = said["broker"], str(said["fault"])
+        if said["complete"]:  # a broker that stops lets all seem lost
+            self.at = time.time()
+            rows = status_rows(said["states"], self._config.heartbeat, self.at)
+            self.rows = [row for row in rows if row.is_node]
+        low, high = WATCH_EVERY
+        self.due = time.monotonic() + min(max(low, self._config.heartbeat.interval), high)
+
+    def hear(self) -> None:
+        """The daemon has said something: that there is news, or its last word."""
+        try:
+            while self.control and self.control.receive(0.0):
+                self.due = min(self.due, time.monotonic() + WATCH_GAP)
+        except DaemonError as error:
+            self._lose(error)
+
+    def _lose(self, why: DaemonError) -> None:
+        self.close()
+        self.control, self.fault = None, f"{why}; waiting for it"
+
+    def close(self) -> None:
+        if self.control:
+            self.control.close()
+
+
+class StatusLines:
+    """For a pipe: a line for each node, and for whatever changes from then on."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def show(self, feed: StatusFeed) -> None:
+        now = {"": feed.fault or f"the daemon of {feed.node} is there, and the broker"}
+        for row in feed.rows:
+            why = f": {row.why}" if row.why and row.status != "stale" else ""
+            now[row.name] = f"{row.name}: {row.condition}{why}"
+        gone = {name: f"{name}: forgotten" for name in self._known.keys() - now.keys()}
+        for name, words in (now | gone).items():
+            if self._known.get(name) != words:
+                print(clock_time(time.time()), words, flush=True)
+        self._known = now
+
+
+class StatusScreen:
+    """For a terminal: its other screen, drawn anew each time; after this it is as it was."""
+
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+        self._modes: list[Any] = []  # of the keyboard, before
+        self._keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
+
+    def open(self) -> None:
+        import termios
+
+        if self._keys >= 0:
+            self._modes = termios.tcgetattr(self._keys)
+            silent = [*self._modes]
+            silent[3] &= ~(termios.ICANON | termios.ECHO)
+            termios.tcsetattr(self._keys, termios.TCSADRAIN, silent)
+        self._write("\033[?1049h\033[?25l\033[?7l")  # other screen, no cursor, no wrapping
+
+    def close(self) -> None:
+        import termios
+
+        with contextlib.suppress(OSError, termios.error):
+            self._write("\033[?7h\033[?25h\033[?1049l")
+        if self._modes:
+            with contextlib.suppress(OSError, termios.error):
+                termios.tcsetattr(self._keys, termios.TCSADRAIN, self._modes)
+
+    def suspend(self) -> None:
+        """Ctrl-Z: the shell's turn, until it lets us go on."""
+        self.close()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.open()
+
+    def show(self, feed: StatusFeed) -> None:
+        try:
+            size = os.get_terminal_size(sys.stdout.fileno())
+        except OSError:
+            size = os.terminal_size((0, 0))
+        import textwrap
+
+        now, old = time.time(), bool(feed.fault and feed.rows)
+        words = f"as of {short_time(feed.at, now)}: " * old + status_words(feed.rows, now)
+        head = [words, *textwrap.wrap(printable(feed.fault, 300), size.columns or SCREEN[0])]
+        foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
+        passed = now - feed.at
+        rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
+        lines = status_screen(rows, head, foot, size.lines or SCREEN[1], self._colour)
+        self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
+
+    def leaves(self) -> bool:
+        """Something was typed: was it q?"""
+        typed = os.read(self._keys, 1024)
+        if not typed:
+            self._keys = -1  # nobody types any more
+        return b"q" in typed.lower()
+
+    @property
+    def keys(self) -> list[int]:
+        return [self._keys] if self._keys >= 0 else []
+
+    @staticmethod
+    def _write(said: str) -> None:
+        sys.stdout.write(said)
+        sys.stdout.flush()
+
+
+def watch_status(config: Config, colour: bool) -> None:
+    """Show how all nodes are, and whatever changes, until q, a signal, or HiveError."""
+    import select
+
+    feed, lines = StatusFeed(config), StatusLines()
+    screen = StatusScreen(colour) if is_terminal(sys.stdout) else None
+    woken, waker = nonblocking_pair()
+
+    def end(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    with woken, waker, contextlib.ExitStack() as ending:
+        ending.callback(feed.close)
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGHUP, end)
+        if screen:
+            signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+            ending.callback(signal.set_wakeup_fd, -1)
+            signal.signal(signal.SIGWINCH, lambda *_: None)
+            signal.signal(signal.SIGTSTP, lambda *_: screen.suspend())
+            ending.callback(screen.close)
+            screen.open()
+        while True:
+            if time.monotonic() >= feed.due:
+                feed.look()
+            (screen or lines).show(feed)
+            wait = min(feed.due - time.monotonic(), 1.0 if screen else WATCH_EVERY[1])
+            keys = screen.keys if screen else []
+            files: list[Any] = [woken, *keys, *([feed.control] if feed.control else [])]
+            ready = select.select(files, [], [], max(wait, 0.0))[0]
+            if feed.control in ready:
+                feed.hear()
+            if screen and {*keys} & {*ready} and screen.leaves():
+                return
+            if woken in ready:
+                woken.recv(4096)
+
+
+class Progress:
+    """What is waited for, and since when: on a terminal, from the second second on, until it ends.
+
+    Others write to the terminal while it is `hidden`.  Drawn by SIGALRM, which interrupts no call.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._began, self._shown, self._hides = time.monotonic(), False, False
+
+    def __enter__(self) -> Self:
+        if is_terminal(sys.stderr):
+            signal.signal(signal.SIGALRM, lambda *_: self._draw())
+            signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        self._erase()
+
+    def check(self, name: str) -> None:
+        self.what = f"checking {name}"
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        self._erase()
+        self._hides = True
+        try:
+            yield
+        finally:
+            self._hides = False
+
+    def _draw(self) -> None:
+        import shutil
+
+        if self._hides:
+            return
+        self._shown = True
+        line = f"{self.what}, {for_people(time.monotonic() - self._began)}"
+        self._write(printable(line, max(shutil.get_terminal_size().columns - 1, 20)))
+
+    def _erase(self) -> None:
+        if self._shown:
+            self._shown = False
+            self._write("")
+
+    @staticmethod
+    def _write(line: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"\r{line}\033[K".encode())
 
 
 # ---- Setup: a hive.toml for this machine -------------------------------------------------
@@ -13178,12 +13521,18 @@ CHECKS = (
 )
 
 
-def examine(load: Callable[[], Config], now: float) -> Iterator[tuple[str, Finding]]:
-    """Every check with what it finds, as soon as that is known; `load` reads the configuration."""
+def examine(
+    load: Callable[[], Config], now: float, begin: Callable[[str], object]
+) -> Iterator[tuple[str, Finding]]:
+    """Every check with what it finds, as soon as that is known; `load` reads the configuration.
+
+    Calls `begin` with the name of each that begins.
+    """
     failed: dict[str, str] = {}  # check: whose fault it is
     with contextlib.ExitStack() as ending:
         context = DoctorContext(load, now, ending)
         for check in CHECKS:
+            begin(check.name)
             cause = next((failed[one] for one in check.needs if one in failed), None)
             if cause:
                 failed[check.name] = cause
@@ -15637,15 +15986,15 @@ COMMANDS: dict[str, Command] = {}
 
 
 def as_type(check: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a check serve as argparse's type=."""
+    """Make a check serve as argparse's type=; whoever wants to know which it is finds it there."""
+    return partial(converted, check)
 
-    def convert(said: str) -> Any:
-        try:
-            return check(said)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
-    return convert
+def converted(check: Callable[[Any], Any], said: str) -> Any:
+    try:
+        return check(said)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
 
 def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
@@ -15752,7 +16101,7 @@ def terminal_width() -> int:
 
 
 def colourful(stream: IO[str]) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 def ttl_seconds(said: str) -> int:
@@ -15970,7 +16319,8 @@ def send_and_wait(
     ends = time.monotonic() + (wait or 0.0)
     patience = max(wait, MIN_PATIENCE) if wait else PATIENCE
     request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
-    control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
+    with Progress("handing it over"):
+        control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
     with contextlib.closing(control):
         if said.get("away"):
             what = f"{envelope.to} is away: its node keeps the message for it"
@@ -16033,15 +16383,18 @@ def print_replies(
             replies.expect(ask_members(control, {"do": "states"}, ends)["states"])
         if not connected:
             print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
-        while replies.outstanding and (left := ends - time.monotonic()) > 0:
-            said = control.receive(left) or {}
-            if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
-                why = explain_no_reply(control, replies)
-                topic = said.get("topic") or config.topics.of(envelope)
-                raise NoReplyError(f"nobody listens on {topic}{why}")
-            answer = Envelope.check(said["answer"]) if "answer" in said else None
-            if answer and replies.take(answer):
-                write_answer(answer, args.as_json, label=envelope.to == EVERYONE)
+        with Progress(replies.waiting()) as progress:
+            while replies.outstanding and (left := ends - time.monotonic()) > 0:
+                said = control.receive(left) or {}
+                if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
+                    why = explain_no_reply(control, replies)
+                    topic = said.get("topic") or config.topics.of(envelope)
+                    raise NoReplyError(f"nobody listens on {topic}{why}")
+                answer = Envelope.check(said["answer"]) if "answer" in said else None
+                if answer and replies.take(answer):
+                    with progress.hidden():
+                        write_answer(answer, args.as_json, label=envelope.to == EVERYONE)
+                    progress.what = replies.waiting()
     except DaemonError as error:
         raise HiveError(
             f"{error}; it has {envelope.id}, and tells the agent of the answer"
@@ -16075,7 +16428,8 @@ def send_to_group(
     with contextlib.closing(control):
         if args.wait:
             replies = GroupReplies(args.wait)
-            collect_replies(config, replies, envelopes, args, control, hand_in)
+            with Progress("") as progress:
+                collect_replies(config, replies, envelopes, args, control, hand_in, progress)
             return say_replies(replies, away, args.as_json)
         for envelope in envelopes:
             say_sent(config, envelope, args, control, hand_in(envelope))
@@ -16091,6 +16445,7 @@ def collect_replies(
     args: argparse.Namespace,
     control: Control,
     hand_in: Callable[[Envelope], bool],
+    progress: Progress,
 ) -> None:
     """Send, so many at once, and print the answers until all have come or are late."""
     pending = deque(envelopes)
@@ -16101,12 +16456,14 @@ def collect_replies(
                     what = f"queued {pending[0].id} for {pending[0].to}"
                     print(f"hive: {what}, no broker at the moment", file=sys.stderr)
                 replies.sent(pending.popleft(), time.monotonic())
+            progress.what = f"waiting for {len(replies) + len(pending)} of {len(envelopes)}"
             said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS:
                 replies.unheard(said.get("id"))
             answer = Envelope.check(said["answer"]) if "answer" in said else None
             if answer and replies.take(answer):
-                write_answer(answer, args.as_json, label=True)
+                with progress.hidden():
+                    write_answer(answer, args.as_json, label=True)
             replies.expire(time.monotonic())
     except DaemonError as error:
         rest = f"{len(pending)} were not sent" if pending else "all were sent"
@@ -16335,12 +16692,18 @@ ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not t
 @subcommand(
     ASK_BROKER,
     option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
+    option("--watch", "-w", action="store_true", help="go on with what changes, until q or Ctrl-C"),
     AS_JSON,
     examples="hive.py status --json | jq '.[] | select(.status != \"online\")'",
 )
 def command_status(args: argparse.Namespace) -> int:
     """Show how every node and agent is."""
     config = config_of(args)
+    if args.watch:
+        if args.check or args.direct or args.as_json:
+            raise UsageError("status: --watch goes with neither --check, --direct nor --json")
+        watch_status(config, colourful(sys.stdout))
+        return Exit.DONE
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
     senders = "checked" if config.checked else "not checked"
@@ -16421,12 +16784,22 @@ def command_forget(args: argparse.Namespace) -> int:
 
 def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
     """What the daemon knows of all nodes, or the broker."""
-    control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
+    with Progress("asking who is there"):
+        control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
     with contextlib.closing(control):
         if said["hive"] == hive_of(config):
             return ask_members(control, {"do": do}, time.monotonic() + STARTING, said)
     with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
         return control.ask({"do": do})  # the daemon's is another hive
+
+
+def names_that_are_known(config: Config) -> list[str]:
+    """Nodes and agents, as the daemon has them; none where that is not told at once."""
+    control = connect_to_daemon(config, 1.0)
+    if control is None:
+        return []
+    with contextlib.closing(control):
+        return ["all", *sorted(control.ask({"do": "states"}).get("states", {}))]
 
 
 def say_of_members(
@@ -16628,12 +17001,16 @@ def command_doctor(args: argparse.Namespace) -> int:
     """Check that everything is as it must be, a line for each thing; exit 1 on a fail."""
     load = partial(resolve_config, getattr(args, "config", None), overrides_of(args))
     rows, failed = [], False
-    for check, finding in examine(load, time.monotonic()):
-        level = finding.level.name.lower()
-        rows.append({"check": check, "level": level, "what": finding.what, "todo": finding.todo})
-        failed |= finding.level is Level.FAIL
-        if not args.as_json:
-            print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
+    with Progress("checking") as progress:
+        for check, finding in examine(load, time.monotonic(), progress.check):
+            level = finding.level.name.lower()
+            rows.append(
+                {"check": check, "level": level, "what": finding.what, "todo": finding.todo}
+            )
+            failed |= finding.level is Level.FAIL
+            if not args.as_json:
+                with progress.hidden():
+                    print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
     if args.as_json:
         print(json.dumps(rows, indent=2))
     return Exit.REFUSED if failed else Exit.DONE
@@ -16799,14 +17176,15 @@ def start_service(host: Host, file: Path, config: Config, changed: bool) -> None
         how = start_supervised(host, host_command(file, config))
     mqtt = host.login(config.node.id)
     until = time.monotonic() + START_PATIENCE
-    while True:
-        try:
-            JoinRequest(mqtt, config.topics.prefix).ask(b"")
-            break
-        except BrokerError as error:
-            if time.monotonic() > until:
-                raise BrokerError(f"{error}; see also {host.log}") from None
-        time.sleep(0.05)
+    with Progress(f"waiting for Mosquitto at {place}"):
+        while True:
+            try:
+                JoinRequest(mqtt, config.topics.prefix).ask(b"")
+                break
+            except BrokerError as error:
+                if time.monotonic() > until:
+                    raise BrokerError(f"{error}; see also {host.log}") from None
+            time.sleep(0.05)
     print(f"Mosquitto listens at {place}: {how}")
 
 
@@ -16890,8 +17268,9 @@ def empty_embedded(config: Config, file: Path) -> None:
     daemon = subprocess.Popen(command, stdin=no, stdout=no, stderr=no)
     until = time.monotonic() + EMBEDDED_PATIENCE
     try:
-        while (left := waiting_at_embedded(config)) and time.monotonic() < until:
-            time.sleep(0.05)
+        with Progress(f"fetching {waiting} messages from the embedded broker"):
+            while (left := waiting_at_embedded(config)) and time.monotonic() < until:
+                time.sleep(0.05)
     finally:
         daemon.terminate()
         try:
@@ -16907,10 +17286,13 @@ def show_tests(file: Path) -> int:
     """Test the broker as doctor does, and print that; the exit code."""
     shown = ("config", "broker", "subscribe", "publish", "receive", "clock", "nodes")
     failed = False
-    for check, finding in examine(partial(load_config, str(file)), time.monotonic()):
-        if check in shown:
-            failed |= finding.level is Level.FAIL
-            print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
+    with Progress("checking") as progress:
+        load = partial(load_config, str(file))
+        for check, finding in examine(load, time.monotonic(), progress.check):
+            if check in shown:
+                failed |= finding.level is Level.FAIL
+                with progress.hidden():
+                    print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
     return Exit.REFUSED if failed else Exit.DONE
 
 
@@ -16925,7 +17307,8 @@ hive.py invite mini | ssh mini python3 hive join -""",
 def command_invite(args: argparse.Namespace) -> int:
     """Let a machine join the hive that this one carries: print a line, good for an hour."""
     config = config_of(args)
-    invitation = make_invitation(Host(config.state_dir), args.name, time.time())
+    with Progress(f"inviting {args.name}"):
+        invitation = make_invitation(Host(config.state_dir), args.name, time.time())
     print(invitation.line(), flush=True)
     until = time.strftime("%H:%M", time.localtime(invitation.until))
     for note in (
@@ -16948,10 +17331,11 @@ def command_join(args: argparse.Namespace) -> int:
     file = config_place(args)
     refuse_to_join(file, args.force)
     invitation = Invitation.parse(invitation_line(args.line))
-    host = first_reachable(invitation.hosts, invitation.port)
     pending = file.with_name(f"{file.name}.joining")
-    with invited_settings(invitation, host) as mqtt:
-        password = new_secret_at(mqtt, invitation.prefix, pending)
+    with Progress(f"asking {' or '.join(invitation.hosts)} to let {invitation.name} in"):
+        host = first_reachable(invitation.hosts, invitation.port)
+        with invited_settings(invitation, host) as mqtt:
+            password = new_secret_at(mqtt, invitation.prefix, pending)
     files = joined_files(invitation, host, file, password)
     replaced = file.exists()
     if replaced:
@@ -17167,6 +17551,152 @@ def command_help(args: argparse.Namespace) -> int:
     else:
         near = did_you_mean(args.topic, (*TOPICS, *COMMANDS)) or "see: hive help"
         raise UsageError(f"help: there is no topic or command {quoted(args.topic)}; {near}")
+    return Exit.DONE
+
+
+BASH = """\
+# hive(1) for bash, made by: hive completion bash
+_hive() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command= words= i
+  for ((i = 1; i < COMP_CWORD; i++)); do
+    case ${{COMP_WORDS[i]}} in
+      {common}) ((i++)) ;;
+      -*) ;;
+      *) command=${{COMP_WORDS[i]}}; break ;;
+    esac
+  done
+  case $command,$before in
+{values}
+    *) case $command in
+{words}
+    esac ;;
+  esac
+  case $words in *NAMES*) words=${{words/NAMES/$(hive completion names 2>/dev/null)}} ;; esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _hive hive hive-cli
+"""
+ZSH = """\
+#compdef hive hive-cli
+# hive(1) for zsh, made by: hive completion zsh
+_hive_names() {{ compadd -- ${{(f)"$(hive completion names 2>/dev/null)"}} }}
+_hive() {{
+  local context state line
+  local -a common=({common}) commands=({names})
+  _arguments -C $common '1:command:->command' '*::argument:->argument'
+  case $state,$line[1] in
+    command,*) _describe command commands ;;
+{cases}
+  esac
+}}
+if [ "$funcstack[1]" = _hive ]; then _hive "$@"; else compdef _hive hive hive-cli; fi
+"""
+FISH = """\
+# hive(1) for fish, made by: hive completion fish
+complete -c hive-cli -w hive
+complete -c hive -f
+"""
+
+
+class Completion(Value):
+    """An option or an argument of a command; both words and description are safe in quotes."""
+
+    flags: Sequence[str]  # none: it is an argument
+    about: str
+    label: str  # of its value
+    value: str  # what that may be: words, NAMES, FILES, a blank for anything; nothing: it has none
+
+    @classmethod
+    def of(cls, flags: Sequence[str], how: Mapping[str, Any]) -> Completion:
+        action = argparse.ArgumentParser(add_help=False).add_argument(*flags, **how)
+        check = action.type.args[0] if isinstance(action.type, partial) else None
+        value = "" if action.nargs == 0 else " "
+        if action.choices or action.metavar == "TOPIC":
+            value = " ".join(action.choices or (*TOPICS, *COMMANDS))
+        elif check in (node_name, recipient_name, destination):
+            value = "NAMES"
+        elif check is file_path or action.metavar == "FILE":
+            value = "FILES"
+        label = re.sub(r"\W+", " ", str(action.metavar or action.dest).lower())
+        return cls(action.option_strings, unquoted(action.help or ""), label, value)
+
+
+def unquoted(said: str) -> str:
+    """What means the same between single quotes, whatever the shell."""
+    return said.replace("\\", "").replace("'", "\u2019")
+
+
+def bash_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    common = [flag for one in commands[""] for flag in one.flags]
+    values, words = [], []
+    for name, options in commands.items():
+        for one in options:
+            if one.flags and one.value:
+                flags = "|".join(f"{name or '*'},{flag}" for flag in one.flags)
+                value = one.value.replace("FILES", "").strip()  # bash looks for files by itself
+                values.append(f'    {flags}) words="{value}" ;;')
+        own = [word for one in options for word in one.flags or [one.value]]
+        words.append(
+            f'      "{name}") words="{" ".join([*own, *(common if name else COMMANDS)])}" ;;'
+        )
+    return BASH.format(common="|".join(common), values="\n".join(values), words="\n".join(words))
+
+
+def zsh_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    known = {"NAMES": "_hive_names", "FILES": "_files", " ": " "}
+
+    def specs(options: Sequence[Completion]) -> str:
+        found, place = [], 0
+        for one in options:
+            takes = f":{one.label}:{known.get(one.value, f'({one.value})')}" if one.value else ""
+            about = re.sub(r"[][:]", r"\\\g<0>", one.about)
+            place += not one.flags
+            found += [f"'{flag}[{about}]{takes}'" for flag in one.flags] or [f"'{place}{takes}'"]
+        return " ".join(found)
+
+    names = [f"'{name}:{about_command(name)}'" for name in COMMANDS]
+    cases = [
+        f"    argument,{name}) _arguments $common {specs(commands[name])} ;;" for name in COMMANDS
+    ]
+    return ZSH.format(common=specs(commands[""]), names=" ".join(names), cases="\n".join(cases))
+
+
+def fish_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    lines = [f"-n __fish_use_subcommand -a {name} -d '{about_command(name)}'" for name in COMMANDS]
+    for name, options in commands.items():
+        where = f"-n '__fish_seen_subcommand_from {name}' " if name else ""
+        for one in options:
+            value = one.value.replace("NAMES", "(hive completion names 2>/dev/null)").strip()
+            takes = "-r -F" if value == "FILES" else f"-x -a '{value}'" if one.value else ""
+            flags = " ".join(f"-{'l' if f[:2] == '--' else 's'} {f.lstrip('-')}" for f in one.flags)
+            lines.append(f"{where}{flags} {takes if flags else takes[3:]} -d '{one.about}'")
+    return FISH + "".join(f"complete -c hive {line}\n" for line in lines)
+
+
+def about_command(name: str) -> str:
+    return unquoted(docstring(COMMANDS[name].run).strip())
+
+
+@subcommand(
+    option(
+        "what",
+        choices=("bash", "zsh", "fish", "names"),
+        metavar="SHELL",
+        help="bash, zsh or fish; names: those that it may offer",
+    ),
+    examples="""hive.py completion bash >~/.local/share/bash-completion/completions/hive
+hive.py completion fish >~/.config/fish/completions/hive.fish""",
+)
+def command_completion(args: argparse.Namespace) -> int:
+    """Print what lets a shell complete the words of hive; make install does it too."""
+    if args.what == "names":
+        for name in names_that_are_known(config_of(args)):
+            print(name)
+        return Exit.DONE
+    of_all = {"": COMMON_OPTIONS, **{name: one.options for name, one in COMMANDS.items()}}
+    commands = {name: [Completion.of(*one) for one in options] for name, options in of_all.items()}
+    make = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}[args.what]
+    print(make(commands), end="")
     return Exit.DONE
 
 
