@@ -28,7 +28,7 @@ OPENCLAW := .cache/openclaw
 RUNTIME := 'paho-mqtt>=2,<3'
 TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1 \
            radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2 hatchling==1.33.0 \
-           prometheus_client==0.26.0 pyte==0.8.2
+           prometheus_client==0.26.0 pyte==0.8.2 mcp==2.3.0
 
 SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py contrib/man.py \
            contrib/handlers/sentinel.py contrib/handlers/check-email contrib/handlers/check-calendar \
