@@ -19,9 +19,13 @@ tokens; only what needs judgment wakes an agent.
 #           Journal     what came, what went, what is still owed and still to be sent <- Database
 #           Control     the socket where commands speak to their daemon
 #                       <- Stream, Process, Handlers
-#           Requests    all that may be asked there, as one table <- Routing, Journal, Members
+#           Sessions    agent programs that are attached there, and their inboxes
+#                       <- Journal, Control, Agent, Members
+#           Requests    all that may be asked there, as one table
+#                       <- Routing, Journal, Control, Sessions, Members
 #           Node        what comes in, what goes out, the end of a turn
-#                       <- Routing, Journal, Requests, Members, Packets, MqttClient, BrokerHost
+#                       <- Routing, Journal, Sessions, Requests, Members, Packets, MqttClient,
+#                       BrokerHost
 #           Work        who runs next, what became of it, what agents say
 #                       <- Routing, Journal, Node, Process, Handlers, Agent, Members
 #           Daemon      wires the above; comes, shows that it is alive, goes
@@ -51,8 +55,8 @@ tokens; only what needs judgment wakes an agent.
 #           Hosting     one that this user runs for a hive, and who may come in
 #                       <- Process, Database, MqttClient, Setup, Mosquitto
 #           Join        one line makes a machine a node of a hive
-#                       <- Journal, Requests, Packets, MqttClient, BrokerHost, Client, Setup,
-#                       Mosquitto, Hosting
+#                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
+#                       Hosting
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Vendors     what each program of coding agents needs: entry, hooks, a way to tell it
 #                       <- Process, Output, Setup, Mcp
@@ -725,36 +729,58 @@ NO_AGENT = "there is no agent to tell"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
 OTHER_KIND = "its topic does not say who sent it"
+OTHER_SENDER = "its topic names another sender"
+# What became of a message whose sender asks for that by RECEIPTS: true, in a text for people.
+RECEIPTS, RECEIVED = "receipts", "received"
+RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
+RECEIPT_NOTE = "a receipt"
 
 
 class RoutingContext(Value):
     """What a node knows when a message comes in."""
 
     node: str
-    agents: Sequence[str] = ()  # the first one speaks for the node
+    agents: Sequence[str] = ()  # that are there; the first one speaks for the node
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
     asked: Callable[[str | None], str] = lambda corr: ""  # whom this node did, to begin that
-    allow: Mapping[str, Container[str]] = {}  # who alone may do what, by the rule that says so
+    allow: Mapping[str, Sequence[str]] = {}  # who alone may do what, by the rule that says so
     why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
     speaks_for: Callable[[str, str], bool] = lambda node, name: False  # is it that node's agent?
+    absent: Container[str] = ()  # agents whose mail is taken though they are not
 
     def addressed(self, to: str) -> tuple[str, ...]:
         """The agents that a message to this name is for."""
         if to == EVERYONE:
             return tuple(self.agents)
-        return (to,) if to in self.agents else tuple(self.agents[:1])
+        return (to,) if self.has_agent(to) else tuple(self.agents[:1])
+
+    def has_agent(self, name: str) -> bool:
+        return name in self.agents or name in self.absent
 
     def answers(self, envelope: Envelope) -> bool:
         """Is it from whom this node asked: its sender, everyone, or an agent of the same node?"""
-        asked, sender = self.asked(envelope.corr), envelope.sender
+        asked = self.asked(envelope.corr)
+        return asked == EVERYONE or self._are_one(asked, envelope.sender)
+
+    def is_receipt(self, envelope: Envelope) -> bool:
+        """Does the node that was asked say what became of a message?"""
+        asked = self.asked(envelope.reply_to) if RECEIPT.fullmatch(envelope.text) else ""
+        return self._are_one(asked, envelope.sender)
+
+    def _are_one(self, asked: str, sender: str) -> bool:
+        """Is a sender the one that was asked, its node, or its agent?"""
         same = asked and (self.speaks_for(sender, asked) or self.speaks_for(asked, sender))
-        return bool(asked in (sender, EVERYONE) or same)
+        return bool(asked == sender or same)
 
     def denies(self, rule: str, sender: str) -> str:
-        """How a rule keeps a sender from what it is about; nothing where it does not."""
-        denied = rule in self.allow and sender != self.node and sender not in self.allow[rule]
-        return f"{rule} does not name {sender}" if denied else ""
+        """How a rule keeps a sender from what it is about; nothing where it does not.
+
+        Whoever names a node means its agents too.
+        """
+        named = (self.node, *self.allow.get(rule, ()))
+        one_of = sender in named or any(self.speaks_for(node, sender) for node in named)
+        return "" if one_of or rule not in self.allow else f"{rule} does not name {sender}"
 
 
 def misplaced(
@@ -769,12 +795,12 @@ def misplaced(
     `checked`: a topic that names no sender could be anybody's.
     """
     to, ch, sender = place or ("", "", "")
-    own_agents = here.agents if to == here.node else ()
-    if ch != envelope.ch or not (to == envelope.to or envelope.to in own_agents):
+    own_agent = to == here.node and here.has_agent(envelope.to)
+    if ch != envelope.ch or not (to == envelope.to or own_agent):
         return "its topic disagrees with to and ch"
     if sender and sender != envelope.sender:  # then it is an agent of that node; those don't beat
         if ch == "heartbeat" or not here.speaks_for(sender, envelope.sender):
-            return "its topic names another sender"
+            return OTHER_SENDER
     elif checked and not sender:
         return OTHER_KIND
     if retained:
@@ -794,7 +820,7 @@ def untimely(envelope: Envelope, now: float) -> str | None:
 def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     """What a node does with an envelope that is in its place, fresh and new."""
     channel = CHANNELS[envelope.ch]
-    if envelope.to not in (here.node, EVERYONE, *here.agents):
+    if envelope.to not in (here.node, EVERYONE) and not here.has_agent(envelope.to):
         return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
         return SIGN_OF_LIFE
@@ -807,7 +833,8 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
-        return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
+        plain = f"a {channel.name} that is not urgent"
+        return Decision(Do.NOTE, RECEIPT_NOTE if here.is_receipt(envelope) else plain)
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
     missing = f"no handler for action {envelope.action}" if asked else ""
@@ -856,6 +883,10 @@ def nonblocking_pair() -> tuple[socket.socket, socket.socket]:
     for end in pair:
         end.setblocking(False)
     return pair
+
+
+def do_nothing() -> None:
+    """For whoever only wants a turn to end once more."""
 
 
 class Loop:
@@ -1489,6 +1520,11 @@ class Journal:
         rows = self._database.read("SELECT DISTINCT sender FROM log WHERE id = ?", (id,))
         return sorted(sender for (sender,) in rows)
 
+    def question(self, envelope: Envelope) -> str:
+        """The text of the message of ours that it answers; nothing if it answers none."""
+        entry = self.message(envelope.exchange, Event.SENT) if envelope.corr else None
+        return str(entry["envelope"]["text"]) if entry and entry["envelope"] else ""
+
     def asked(self, exchange: str | None) -> str:
         """To whom the message went with which this node began it; nobody if another one did."""
         question = "SELECT recipient FROM log WHERE id = ? AND event = ?"
@@ -1561,9 +1597,13 @@ class Journal:
 
     def tasks(self) -> list[Task]:
         """All that are not done, in order."""
+        return self._tasks("1")
+
+    def _tasks(self, which: str, *values: object, order: str = "tasks.n") -> list[Task]:
         rows = self._database.read(
             "SELECT content, tasks.n, agent, until, urgent, tasks.note, began"
-            " FROM tasks JOIN log ON log.n = message ORDER BY tasks.n"
+            f" FROM tasks JOIN log ON log.n = message WHERE {which} ORDER BY {order}",
+            values,
         )
         found = []
         for content, n, agent, until, urgent, note, began in rows:
@@ -1572,6 +1612,51 @@ class Journal:
                 task = Task(n, envelope, agent, until, bool(urgent), note, began == 1)
                 found.append(task.replace(accepted=began if began > 1 else 0))
         return found
+
+    # An inbox is the tasks of an agent that reads them itself: `began` is 0 until it was told,
+    # then when that was.
+
+    def inbox(self, agent: str, limit: int) -> list[Task]:
+        """The next ones that it was not told, alerts first."""
+        order = f"ch <> 'alert', tasks.n LIMIT {limit}"
+        return self._tasks("agent = ? AND began = 0", agent, order=order)
+
+    def unread(self, agent: str) -> int:
+        """How many those are."""
+        number = "SELECT count(*) FROM tasks WHERE agent = ? AND began = 0"
+        return int(self._database.read(number, (agent,))[0][0])
+
+    def tasks_of(self, agent: str, numbers: Sequence[int] | None = None) -> list[Task]:
+        """All in its inbox, or those of them with these numbers."""
+        if numbers is None:
+            return self._tasks("agent = ?", agent)
+        places = ", ".join("?" * len(numbers))
+        return self._tasks(f"agent = ? AND tasks.n IN ({places})", agent, *numbers)
+
+    def tasks_about(self, agent: str, id: str, sender: str) -> list[Task]:
+        """What is in its inbox of a message."""
+        return self._tasks("agent = ? AND id = ? AND sender = ?", agent, id, sender)
+
+    def ended_tasks(self, agents: Collection[str], now: float, told: float) -> list[Task]:
+        """What is in their inboxes, and over: stale, or told before then."""
+        places = ", ".join("?" * len(agents))
+        over = "(began = 0 AND until <= ? OR began > 0 AND began <= ?)"
+        return self._tasks(f"agent IN ({places}) AND {over}", *agents, now, told)
+
+    def doubt_told(self, agent: str, since: float, note: str) -> None:
+        """Nobody knows whether it read what it was told since then: that is unread, with a note."""
+        doubt = "UPDATE tasks SET began = 0, note = ? WHERE agent = ? AND began > ?"
+        self._database.write(doubt, (note, agent, since))
+
+    def crowding_task(self, agent: str) -> Task:
+        """The oldest one in its inbox of whoever has most there."""
+        most = "agent = ? AND began = 0 GROUP BY sender"
+        return self._tasks(most, agent, order="count(*) DESC, min(tasks.n) LIMIT 1")[0]
+
+    def hand_task_over(self, task: int, agent: str, note: str) -> None:
+        """From now on it is for another agent."""
+        change = "UPDATE tasks SET agent = ?, note = ? WHERE n = ?"
+        self._database.write(change, (agent, note, task))
 
     # -- what is still to be sent --
 
@@ -1830,13 +1915,17 @@ LOG_FILTERS = {  # how --from and the others choose rows
 # A unix socket that only this user can open; one JSON object a line each way.  What peers could
 # forge on the bus cannot be forged here.  Knows no request.
 
-MAX_CONTROL_CONNECTIONS = 100
+MAX_CONTROL_CONNECTIONS = 250  # of sessions, and of commands besides
 MAX_LINE = 4 * MAX_PAYLOAD  # bytes
 MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
 CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
 SHORT_PLACE = Path("/tmp")
-CONTROL_EVENTS = {"published", "answer"}  # in a line that is no answer, but comes when it happens
+CONTROL_EVENTS = {
+    "published",
+    "answer",
+    "mail",
+}  # in a line that is no answer, but comes when it happens
 # Nothing can be made there: a disk that is read-only or full, a folder that is not ours.
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSPC, errno.EDQUOT)
 
@@ -1871,6 +1960,17 @@ def directory_objection(file: Path) -> str | None:
     if file.parent.parent == SHORT_PLACE and file.parent.is_symlink():
         objection = "is a link, which is not hive's"
     return f"{file.parent} {objection}" if objection else None
+
+
+class Requester(Protocol):
+    """Who asks: a connection to the control socket, or the command whose process this is."""
+
+    on_close: list[Callable[[], object]]
+
+    @property
+    def busy(self) -> bool: ...
+    def send(self, document: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class ControlConnection:
@@ -2021,6 +2121,279 @@ class ControlClient:
         self._sock.close()
 
 
+# ---- Sessions: agent programs that are attached, and their inboxes -----------------------
+#
+# A session is an agent that comes and goes with its program, which stays connected meanwhile
+# and reads its messages when it likes.  They wait for its name in the journal: an inbox outlives
+# its session, and the daemon.  Knows no configured agent; sends nothing by itself.
+
+MAX_ATTACHED = 100  # that are attached; and as many names of those that were
+SESSION_FACTS = {"client": 60, "directory": 200, "branch": 100}  # characters of each
+MAX_MAIL = 50  # messages that are read, or marked, at once
+SWEEP_INTERVAL = 5.0  # seconds between looks for what is over
+DEAF_TIME = 30.0  # seconds in which a session takes nothing of what it is sent; then it is cut off
+
+
+class AgentSession:
+    """An agent program that is attached, or was."""
+
+    def __init__(self, name: str, facts: Mapping[str, Any], gone: float) -> None:
+        self.name, self.facts, self.pid = name, facts, 0  # SESSION_FACTS, and since when
+        self.requester: Requester | None = None  # its connection, while it is attached
+        self.gone = gone  # when it went, on the loop's clock
+        self.is_open = True  # will its inbox wait for it?
+        self.nudging = False  # will it hear of its mail at the end of this turn?
+        self.deaf: float | None = None  # since when it takes nothing, on the loop's clock
+
+
+class Sessions:
+    """Who is attached, who was, and what they have to read."""
+
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        log: Log,
+        journal: Journal,
+        members: Members,
+        after_commit: Callable[[Callable[[], None]], None],
+        confirm: Callable[[Envelope, str], None],
+        refuse: Callable[[Envelope, str], None],
+    ) -> None:
+        """`confirm` tells a sender what became of its message, if it wants to know that."""
+        self.live: tuple[str, ...] = ()  # the one that is attached longest comes first
+        self.away: tuple[str, ...] = ()  # whose inbox waits for them
+        self._node, self._patience = config.node.id, config.node.agent_patience
+        self._configured, self._checked = config.agents.keys(), config.mqtt.senders
+        self._loop, self._log, self._journal, self._members = loop, log, journal, members
+        self._after_commit, self._confirm, self._refuse = after_commit, confirm, refuse
+        self._sessions: dict[str, AgentSession] = {}  # in the order in which they came
+        self._changed = do_nothing
+        self._inherit: Callable[[Task, str], str] = lambda task, note: note
+        self._showing = False  # at the end of this turn, who is there
+        self._sweeping = False
+
+    def start(self, changed: Callable[[], None], inherit: Callable[[Task, str], str]) -> None:
+        """Go on with the inboxes that a daemon left.
+
+        `changed`: who is there; `inherit` finds another agent for a task, or says why not.
+        """
+        self._changed, self._inherit = changed, inherit
+        for name, facts in self._journal.get("sessions").items():
+            if name not in self._configured and isinstance(facts, dict):
+                self._sessions[name] = AgentSession(name, facts, self._loop.clock())
+                self._doubt_told(name)
+        if self._sessions:
+            self._update()
+
+    def __contains__(self, name: object) -> bool:
+        """Is it one that is or was here, so that mail for it may come?"""
+        return name in self._sessions
+
+    def shown(self) -> Mapping[str, Mapping[str, Any]]:
+        """Who is attached, and what it works on."""
+        return {name: self._sessions[name].facts for name in self.live}
+
+    # -- who comes and goes --
+
+    def attach(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """A session comes, for as long as its connection lasts.  Raises UsageError."""
+        for one in self._sessions.values():
+            if one.requester is requester:
+                raise UsageError(f"this connection is attached already, as {one.name}")
+        if len(self.live) >= MAX_ATTACHED:
+            raise UsageError(f"{MAX_ATTACHED} sessions are attached already; end one of them")
+        name = self._free_name(given["name"], given["exact"])
+        facts = {key: given[key] for key in SESSION_FACTS} | {"since": int(time.time())}
+        self._doubt_told(name)  # it was another program
+        self._sessions.pop(name, None)
+        session = self._sessions[name] = AgentSession(name, facts, self._loop.clock())
+        session.requester, session.pid = requester, given["pid"]
+        requester.on_close.append(partial(self._detach, session))
+        self._log.info("session attached", agent=name, client=facts["client"], pid=session.pid)
+        self._update()
+        unread = self._journal.unread(name)
+        return {"agent": name, "node": self._node, "senders": self._checked, "unread": unread}
+
+    def _detach(self, session: AgentSession) -> None:
+        session.requester, session.gone = None, self._loop.clock()
+        self._doubt_told(session.name)
+        self._log.info("session ended", agent=session.name)
+        self._update()
+
+    def _doubt_told(self, name: str) -> None:
+        """What a session was told, and has not read for certain, is to be read once more."""
+        self._journal.doubt_told(name, time.time() - FORGETTABLE, UNCERTAIN_NOTE)
+
+    def _free_name(self, wanted: str, exact: bool) -> str:
+        for n in itertools.count(1):
+            name = wanted if n == 1 else f"{wanted[: 62 - len(str(n))]}-{n}"
+            if not (owner := self._owner(name)):
+                return name
+            if exact:
+                raise UsageError(f"{wanted} is {owner}: attach under another name")
+        raise AssertionError("numbers have no end")
+
+    def _owner(self, name: str) -> str:
+        """Who else has this name; nothing if nobody."""
+        if name in self.live:
+            return f"attached already (process {self._sessions[name].pid})"
+        owner = self._members.node_of(name)
+        if name in self._configured:
+            owner = self._node
+        elif owner == self._node != name:
+            return ""  # once a session's, or another agent's that is gone
+        return "a node" if owner == name else f"an agent of {owner}" if owner else ""
+
+    def _update(self) -> None:
+        """Somebody has come or gone: keep it, and show it at the end of this turn."""
+        gone = [one for one in self._sessions.values() if not one.requester]
+        for session in sorted(gone, key=lambda one: (one.is_open, one.gone))[:-MAX_ATTACHED]:
+            self._close(session)
+            del self._sessions[session.name]
+        known = self._sessions.values()
+        self.live = tuple(one.name for one in known if one.requester)
+        self.away = tuple(one.name for one in known if not one.requester and one.is_open)
+        self._journal.put("sessions", {one.name: one.facts for one in known if one.is_open})
+        if not self._showing:
+            self._showing = True
+            self._after_commit(self._show)
+        if not self._sweeping:
+            self._sweep()
+
+    def _show(self) -> None:
+        self._showing = False
+        self._changed()
+
+    def document(self) -> dict[str, Any]:
+        """Who is attached, for this machine alone."""
+        return {
+            "sessions": [
+                {
+                    "agent": name,
+                    **self._sessions[name].facts,
+                    "pid": self._sessions[name].pid,
+                    "unread": self._journal.unread(name),
+                }
+                for name in self.live
+            ]
+        }
+
+    # -- what they have to read --
+
+    def tell(self, task: Task) -> None:
+        """A message for a session has come, and is in the journal."""
+        session = self._sessions[task.agent]
+        if not session.is_open:
+            return self._pass_on(task)
+        if self._journal.unread(session.name) > MAX_AGENT_QUEUE:
+            too_much = self._journal.crowding_task(session.name)
+            self._give_up(too_much, f"more than {MAX_AGENT_QUEUE} messages wait for it")
+        if session.requester and not session.nudging:
+            session.nudging = True
+            self._after_commit(partial(self._nudge, session))
+
+    def _nudge(self, session: AgentSession) -> None:
+        """Let it know that there is mail, unless it has yet to read that there was before."""
+        session.nudging = False
+        if session.requester and not session.requester.busy:
+            session.requester.send({"mail": self._journal.unread(session.name)})
+
+    def inbox(self, agent: str, limit: int) -> dict[str, Any]:
+        """What it was not told yet, as much as fits into one line.  Raises UsageError."""
+        messages: list[dict[str, Any]] = []
+        tasks, size = self._journal.inbox(self._known(agent).name, limit), 0
+        for task in tasks:
+            size += len(task.envelope.encode())
+            if messages and size > MAX_PAYLOAD:
+                break
+            question = self._journal.question(task.envelope)[:MAX_QUESTION]
+            document = {"task": task.n, "envelope": task.envelope.document(), "note": task.note}
+            messages.append(document | {"question": question, "told": task.accepted})
+        return {"messages": messages, "more": self._journal.unread(agent) - len(messages)}
+
+    def mark(self, agent: str, tasks: Sequence[int], how: str) -> None:
+        """It was told these, or has read them.  Raises UsageError."""
+        for task in self._journal.tasks_of(self._known(agent).name, tasks):
+            if how == "read":
+                self._read(task)
+            elif not task.accepted:
+                self._journal.mark_accepted(task.n, time.time())
+                self._note(task, f"told {agent}", again=task.note == UNCERTAIN_NOTE)
+
+    def answered(self, answer: Envelope) -> None:
+        """An agent has answered a message, so it has read it."""
+        if answer.sender in self.live and answer.reply_to:
+            for task in self._journal.tasks_about(answer.sender, answer.reply_to, answer.to):
+                self._read(task)
+
+    def _known(self, agent: str) -> AgentSession:
+        session = self._sessions.get(agent)
+        if session is None or not session.is_open:
+            there = f"attached: {', '.join(self.live)}" if self.live else "none is attached"
+            raise UsageError(f"no session {agent} here; {there}")
+        return session
+
+    def _remove(self, task: Task) -> None:
+        self._journal.remove_task(task.n)
+        self._after_commit(do_nothing)
+
+    def _read(self, task: Task) -> None:
+        self._remove(task)
+        self._note(task, f"read by {task.agent}")
+
+    def _note(self, task: Task, what: str, again: bool = False) -> None:
+        self._journal.record_result(task.envelope, time.time(), what)
+        if not again:
+            self._confirm(task.envelope, what)
+
+    # -- what nobody reads --
+
+    def _sweep(self) -> None:
+        """Every few seconds, as long as there are sessions: what is over?"""
+        self._sweeping = bool(self._sessions)
+        if not self._sweeping:
+            return
+        self._loop.after(SWEEP_INTERVAL, self._sweep)
+        now, clock = time.time(), self._loop.clock()
+        for task in self._journal.ended_tasks([*self._sessions], now, now - FORGETTABLE):
+            if task.accepted:
+                self._remove(task)
+            else:
+                self._give_up(task, "its time to live was over")
+        for session in [*self._sessions.values()]:
+            if session.requester:
+                self._cut_off_deaf(session, session.requester, clock)
+            elif session.is_open and clock - session.gone >= self._patience:
+                self._close(session)
+                self._update()
+
+    def _cut_off_deaf(self, session: AgentSession, requester: Requester, now: float) -> None:
+        if not requester.busy:
+            session.deaf = None
+        elif session.deaf is None:
+            session.deaf = now
+        elif now - session.deaf >= DEAF_TIME:
+            self._log.warning("session cut off", agent=session.name, why="it reads nothing")
+            requester.close()
+
+    def _close(self, session: AgentSession) -> None:
+        """It does not come back: others get what it has not read."""
+        session.is_open = False
+        for task in self._journal.tasks_of(session.name):
+            self._pass_on(task)
+
+    def _pass_on(self, task: Task) -> None:
+        if why := self._inherit(task, f"for {task.agent}, whose session is gone"):
+            self._give_up(task, why)
+
+    def _give_up(self, task: Task, reason: str) -> None:
+        self._log.warning("session not told", agent=task.agent, id=task.envelope.id, why=reason)
+        self._remove(task)
+        self._journal.record_result(task.envelope, time.time(), f"{task.agent} not told: {reason}")
+        self._refuse(task.envelope, f"agent {task.agent} was not told: {reason}")
+
+
 # ---- Requests: what may be asked of a node, as one table ---------------------------------
 #
 # The one way in for commands, whether they come through the control socket or run the node in
@@ -2076,21 +2449,30 @@ def row_number(value: object) -> int:
     return whole(value, 0, 2**53)
 
 
+def task_numbers(value: object) -> list[int]:
+    """a list of at most 50 numbers"""
+    if not isinstance(value, list) or len(value) > MAX_MAIL:
+        raise ValueError
+    return [row_number(one) for one in value]
+
+
+def fact(limit: int) -> RequestField:
+    """What a session says of itself: one line that is safe to show, cut to `limit` characters."""
+
+    def check(value: object) -> str:
+        """a string"""
+        if not isinstance(value, str):
+            raise ValueError
+        return "".join(c if c.isprintable() else "?" for c in value[:limit])
+
+    return RequestField(check, f"a line of {limit} characters", "")
+
+
 def envelope_object(value: object) -> Envelope:
     """an envelope: an object as in the protocol"""
     if not isinstance(value, dict):
         raise ValueError
     return Envelope.check(value)
-
-
-class Requester(Protocol):
-    """Who asks: a connection to the control socket, or the command whose process this is."""
-
-    on_close: list[Callable[[], object]]
-
-    @property
-    def busy(self) -> bool: ...
-    def send(self, document: Mapping[str, Any]) -> None: ...
 
 
 class RequestField(Value):
@@ -2112,10 +2494,6 @@ class RequestField(Value):
         except ValueError:
             what = f"{quoted(value)} is not {docstring(self.check)}"
             raise UsageError(f"{name}: {what}") from None
-
-
-def do_nothing() -> None:
-    """For whoever only wants a turn to end once more."""
 
 
 class Request(Value):
@@ -2147,9 +2525,11 @@ class Requests:
         after_commit: Callable[[Callable[[], None]], None],
         send: Callable[[Envelope], str],
         connection: Callable[[], dict[str, Any]],
+        sessions: Sessions,
     ) -> None:
         """`send` gives why not, or nothing; `connection` tells how the node's one is."""
         self._node, self._journal, self._members = node, journal, members
+        self._sessions = sessions
         self._after_commit, self._send, self._connection = after_commit, send, connection
         self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
@@ -2176,7 +2556,9 @@ class Requests:
         requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
         answer = {"queued": True, "connected": self._connection()["connected"]}
         if self._for_an_agent(envelope):
-            answer["agentless"] = self._members.document(envelope.to, "roster").get("agents") == []
+            answer["agentless"] = self._members.has_no_agent(envelope.to)
+        answer["away"] = self._members.is_away(envelope.to)
+        self._sessions.answered(envelope)
         self._after_commit(lambda: requester.send(answer))
         return None
 
@@ -2223,10 +2605,25 @@ class Requests:
     def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "node": self._node, "version": __version__}
 
+    def attach(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """A live agent program, for as long as the connection lasts."""
+        return self._sessions.attach(given, requester)
+
+    def sessions(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return self._sessions.document()
+
+    def inbox(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return self._sessions.inbox(given["agent"], given["limit"])
+
+    def mark(self, given: Mapping[str, Any], requester: Requester) -> None:
+        """What a session was told, or has read."""
+        self._sessions.mark(given["agent"], given["tasks"], given["as"])
+        self._after_commit(lambda: requester.send({"ok": True}))
+
     def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
         """Why this node does not send it; else who waits for its answers gets them from now on."""
         envelope: Envelope = given["envelope"]
-        if envelope.sender != self._node:
+        if envelope.sender not in (self._node, *self._sessions.live):
             return f"this is the daemon of {self._node}, not of {envelope.sender}"
         if given["wait"]:
             self._listen(envelope.exchange, requester)
@@ -2303,6 +2700,7 @@ def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
 NO_SUCH_REQUEST = "no such request"
 NOT_KNOWN = "not known here; the last days are: hive log"
 ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
+AGENT_FIELD = RequestField(node_name, "the name that it is attached under", required=True)
 ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
 WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
 AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
@@ -2326,6 +2724,36 @@ REQUESTS = {
         Requests.read,
         "take note of an answer that a command has read by itself",
         {"envelope": ENVELOPE_FIELD},
+    ),
+    "attach": Request(
+        Requests.attach,
+        "be an agent of this node, for as long as the connection lasts; it hears of its mail",
+        {
+            "name": RequestField(
+                node_name, "its name; with a number where it is taken", required=True
+            ),
+            "exact": RequestField(boolean, "this name or none", False),
+            **{name: fact(limit) for name, limit in SESSION_FACTS.items()},
+            "pid": RequestField(row_number, "its process", 0),
+        },
+    ),
+    "sessions": Request(Requests.sessions, "who is attached"),
+    "inbox": Request(
+        Requests.inbox,
+        "what an attached agent was not told yet, alerts first, then the oldest",
+        {
+            "agent": AGENT_FIELD,
+            "limit": RequestField(integer(1, MAX_MAIL), "how many at most", 10),
+        },
+    ),
+    "mark": Request(
+        Requests.mark,
+        "an attached agent was told these, or has read them",
+        {
+            "agent": AGENT_FIELD,
+            "tasks": RequestField(task_numbers, "which, as in its inbox", required=True),
+            "as": RequestField(choice("told", "read"), "what became of them", required=True),
+        },
     ),
     "states": Request(Requests.states, "how every node and agent is"),
     "roster": Request(Requests.roster, "what every node can do"),
@@ -2444,6 +2872,10 @@ class Node:
         self.members = Members(
             config, loop, log, journal, self.send, self._probe, self._fetch_documents
         )
+        self.sessions = Sessions(
+            *(config, loop, log, journal, self.members),
+            *(self.commit_soon, self.confirm, self.refuse),
+        )
         self._rate_limit = RateLimit()
         self.limits = SenderLimits(config.node.sender_rate, config.node.sender_burst)
         self.requests = Requests(
@@ -2453,6 +2885,7 @@ class Node:
             self.commit_soon,
             self._send_for_command,
             self._connection,
+            self.sessions,
         )
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
@@ -2637,10 +3070,16 @@ class Node:
             self.journal.resolve_request(envelope.corr)
             self.commit_soon(lambda: self.requests.heard(envelope))
 
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """Those that are there: configured ones, then sessions."""
+        return (*self.worker.agents, *self.sessions.live)
+
     def context(self) -> RoutingContext:
         return RoutingContext(
             node=self.name,
-            agents=self.worker.agents,
+            agents=self.agents,
+            absent=self.sessions,
             handlers=self.worker.handlers,
             expects=self.requests.waits,
             asked=self.journal.asked,
@@ -2651,7 +3090,7 @@ class Node:
 
     def _speaks_for(self, node: str, agent: str) -> bool:
         """Is it an agent of that node?"""
-        own = agent in self.worker.agents
+        own = agent in self.worker.agents or agent in self.sessions
         return (self.name if own else self.members.node_of(agent)) == node
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
@@ -2689,6 +3128,7 @@ class Node:
             case Do.RUN:
                 self.worker.run(envelope, row, until)
             case Do.WAKE:
+                self.confirm(envelope, RECEIVED)
                 self.worker.wake(envelope, row, what, until)
             case Do.HEAR:
                 self.members.hear(envelope)
@@ -2712,20 +3152,20 @@ class Node:
     def tell_own_agents(self, envelope: Envelope, note: str, now: bool = True) -> None:
         """Something that this node itself has to say; at once, or with their next heartbeat."""
         row = self.journal.record(Event.RECEIVED, envelope, time.time(), note)
-        agents = self.context().addressed(self.name)
+        agents = self.context().addressed(envelope.to)
         if row and agents:
             self._perform(Decision(Do.WAKE, note, agents, now), envelope, row, None)
         self.commit_soon()
 
     # -- what goes out --
 
-    def send(self, envelope: Envelope) -> None:
+    def send(self, envelope: Envelope, note: str = "") -> None:
         """Publish an envelope, now or when the broker is back."""
         answer = envelope.reply_to is not None
         if answer and not self.journal.takes_answer(self.topics.of(envelope)):
             fault = f"too much waits for {envelope.to} already"
         else:
-            fault = self._post(envelope)
+            fault = self._post(envelope, note=note)
         if fault:
             self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
 
@@ -2738,10 +3178,19 @@ class Node:
         node: str | None = to
         if not to:
             return topic
-        if self.topics.sender and to != EVERYONE:
-            node = self.name if to in self.worker.agents else self.members.node_of(to)
+        session = to in self.sessions or self.members.is_session(to)  # nobody listens to its name
+        if (self.topics.sender or session) and to != EVERYONE:
+            own = to in self.worker.agents or to in self.sessions
+            node = self.name if own else self.members.node_of(to)
             node = node or (to if self.heard_all else None)
         return node and self.topics.to(node, ch)
+
+    def confirm(self, envelope: Envelope, what: str) -> None:
+        """Give a sender the receipt that it asked for: what became of its message."""
+        wanted = envelope.extra.get(RECEIPTS) is True and envelope.to != EVERYONE
+        if wanted and CHANNELS[envelope.ch].handler:
+            receipt = envelope.reply(self.name, what, ch="status", urgency="later")
+            self.send(receipt, RECEIPT_NOTE)
 
     def refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if its message may cause an answer at all."""
@@ -2771,12 +3220,12 @@ class Node:
             self._watch_pending_requests()
         return fault
 
-    def _post(self, envelope: Envelope, ask: bool = False) -> str:
+    def _post(self, envelope: Envelope, ask: bool = False, note: str = "") -> str:
         """Into the journal and the outbox, once; why not, if so."""
         if self.journal.outbox_full:
             return "too much waits for the broker"
         now, payload = time.time(), envelope.encode()
-        row = self.journal.record(Event.SENT, envelope, now, content=payload.decode())
+        row = self.journal.record(Event.SENT, envelope, now, note, payload.decode())
         if row is None:
             return f"{envelope.id} was handed in before"
         until = now + envelope.ttl if envelope.ttl else None
@@ -2784,7 +3233,8 @@ class Node:
         if ask:
             self.journal.add_pending_request(envelope, row)
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
-        self.log.info("sent", **facts, corr=envelope.corr)
+        say = self.log.debug if note else self.log.info
+        say("sent", **facts, corr=envelope.corr)
         self.commit_soon()
         return ""
 
@@ -3111,6 +3561,7 @@ class Work(Worker):
             if not one.publish:  # what was before it said so
                 topic = self._config.topics.meta(self._node.name, action)
                 self._journal.enqueue(topic, b"", retain=True)
+        self._node.sessions.start(self._changed, self._inherit)
         self.take_up()
         self._start_schedule()
 
@@ -3146,7 +3597,11 @@ class Work(Worker):
             for name, agent in self._agents.items()
         }
         schedule = [one.document() for one in self._schedule]
-        return OwnStatus(health, [*self.handlers], schedule, self.trouble())
+        sessions = self._node.sessions
+        return OwnStatus(
+            *(health, [*self.handlers], schedule, self.trouble()),
+            *(sessions.shown(), sessions.away),
+        )
 
     def trouble(self) -> str:
         trouble = [
@@ -3178,6 +3633,7 @@ class Work(Worker):
         note = UNCERTAIN_NOTE if task.began else task.note
         if task.agent in self._agents:
             self._wake(task, note)
+        if task.agent in self._agents or task.agent in self._node.sessions:
             return
         self._journal.remove_task(task.n)
         if not task.accepted:
@@ -3240,7 +3696,7 @@ class Work(Worker):
             self._loop.after(0, partial(done, ProcessResult(exit=None, fault=objection)))
             return
         agents = self._node.context().addressed(run.envelope.to)
-        agent = self._config.agents[agents[0]] if agents else None
+        agent = self._config.agents.get(agents[0]) if agents else None
         self._log.info("handler started", action=run.action, id=run.envelope.id)
         if run.task:
             self._journal.start_tasks([run.task])
@@ -3387,14 +3843,25 @@ class Work(Worker):
         for agent in what.agents:
             n = self._journal.add_task(row, agent, until, what.now, what.reason)
             task = Task(n, envelope, agent, until, what.now, what.reason, began=False)
-            self._wake(task, what.reason)
+            if agent in self._agents:
+                self._wake(task, what.reason)
+            else:
+                self._node.sessions.tell(task)
+
+    def _inherit(self, task: Task, note: str) -> str:
+        """What a session has not read goes to this node's own agent; why not, if so."""
+        heir = next(iter(self.agents), "")
+        denied = self._node.context().denies(agent_rule(heir), task.envelope.sender)
+        if not heir or denied:
+            return denied or "its session is gone"
+        self._journal.hand_task_over(task.n, heir, note)
+        self._wake(task.replace(agent=heir, accepted=0), note)
+        return ""
 
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        entry = self._journal.message(envelope.exchange, Event.SENT) if envelope.corr else None
-        asked = entry["envelope"] if entry else None
-        question = asked["text"][:MAX_QUESTION] if asked else ""
+        question = self._journal.question(envelope)[:MAX_QUESTION]
         latest = self._loop.clock() + self._config.node.agent_patience
         deadline = min(self._deadline(task.until), latest)
         event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
@@ -3420,6 +3887,8 @@ class Work(Worker):
     ) -> None:
         """It was; its reply, where the method has one, is the answer."""
         self._journal.record_result(event.envelope, time.time(), f"told {agent}")
+        if not event.uncertain:  # else its sender has heard so
+            self._node.confirm(event.envelope, f"told {agent}")
         if event.task and forgettable:
             self._journal.mark_accepted(event.task, time.time())
         elif event.task:
@@ -6229,6 +6698,7 @@ MANY_LOST = "lost::many"  # its corr; no name is like that
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
 PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
+WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
 
@@ -6287,6 +6757,13 @@ class Member:
         return self.beats > 1 or bool(self.documents)
 
 
+def names_in(roster: Mapping[str, Any], *keys: str) -> set[str]:
+    """The names in these lists of a roster, as many as count."""
+    lists = [[*roster[key]] for key in keys if isinstance(roster.get(key), list | dict)]
+    names = (one for names in lists for one in names[:MAX_AGENTS])
+    return {one for one in names if isinstance(one, str) and NAME.fullmatch(one)}
+
+
 class AgentNames:
     """Which node each agent belongs to: who had it first keeps it, until that node is gone.
 
@@ -6297,15 +6774,22 @@ class AgentNames:
         self._journal, self._log = journal, log
         known = journal.get("agents").items()
         self._nodes = {agent: node for agent, node in known if isinstance(node, str)}
+        self._sessions = {*journal.get("sessions of all")}  # those of them that are none configured
         self._refused: set[tuple[str, str]] = set()  # what has been logged
 
     def node_of(self, agent: str) -> str | None:
         return self._nodes.get(agent)
 
-    def take(self, node: str, listed: object, keeper: Callable[[str], str | None]) -> None:
+    def is_session(self, agent: str) -> bool:
+        return agent in self._sessions
+
+    def take(
+        self, node: str, roster: Mapping[str, Any], keeper: Callable[[str], str | None]
+    ) -> None:
         """A roster names its agents; `keeper` tells who does not give a name away."""
-        names = listed[:MAX_AGENTS] if isinstance(listed, list) else []
-        agents = {one for one in names if isinstance(one, str) and NAME.fullmatch(one)}
+        agents, sessions = names_in(roster, "agents"), names_in(roster, "sessions", "away")
+        sessions -= agents
+        agents |= sessions
         kept = {one: of for one, of in self._nodes.items() if of != node or one in agents}
         for agent in sorted(agents):
             owner = keeper(agent)
@@ -6316,6 +6800,11 @@ class AgentNames:
         if kept != self._nodes:
             self._nodes = kept
             self._journal.put("agents", kept)
+        before = {one for one in self._sessions if kept.get(one) not in (None, node)}
+        now = before | {one for one in sessions if kept.get(one) == node}
+        if now != self._sessions:
+            self._sessions = now
+            self._journal.put("sessions of all", dict.fromkeys(sorted(now), True))
 
     def claimants(self, agent: str) -> list[str]:
         """Who else lists it, or has."""
@@ -6407,7 +6896,7 @@ class Members:
             self._members[name].is_node = True
         if kind == "roster":
             keeper = self._keeper if name != self._me else lambda agent: self._me
-            self._agents.take(name, content.get("agents"), keeper)
+            self._agents.take(name, content, keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
 
@@ -6415,7 +6904,7 @@ class Members:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
         member = self._members.pop(name, None)
         if member:
-            self._agents.take(name, [], self._keeper)
+            self._agents.take(name, {}, self._keeper)
             self._size -= len(member.documents.pop("state", b""))
             self._log.info("peer is forgotten", peer=name)
         if member and member.documents:
@@ -6493,6 +6982,19 @@ class Members:
         member = self._members.get(name)
         is_node = name == self._me or (member is not None and member.is_node)
         return name if is_node else self._agents.node_of(name)
+
+    def is_session(self, name: str) -> bool:
+        """Is it an agent that comes and goes, for which nobody listens but its node?"""
+        return self._agents.is_session(name) and self.node_of(name) != name
+
+    def is_away(self, name: str) -> bool:
+        """Is it a session that is gone, and whose mail its node keeps?"""
+        return name in names_in(self.document(self.node_of(name) or "", "roster"), "away")
+
+    def has_no_agent(self, name: str) -> bool:
+        """Is it a node that says so, for which nobody speaks?"""
+        roster = self.document(name, "roster")
+        return roster.get("agents") == [] and not names_in(roster, "sessions")
 
     def contested(self, agent: str) -> str:
         """Between which nodes it is; nothing if only one lists it."""
@@ -6711,6 +7213,8 @@ class OwnStatus(Value):
     handlers: Sequence[str]
     schedule: Sequence[Mapping[str, object]]
     trouble: str  # why it is degraded, or nothing
+    sessions: Mapping[str, Mapping[str, object]] = {}  # who is attached, and what it works on
+    away: Sequence[str] = ()  # sessions that are gone, and whose mail is kept
 
 
 def build() -> str:
@@ -6835,7 +7339,7 @@ class Presence:
             "daemon_node": self._node,
             "version": f"{__version__} ({self._build})",
             "load_1m": load_1m(),
-            "oc": own.agents,
+            "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
             "instance": self._instance,
             "interval": self._own.interval,
             "miss_threshold": self._own.miss_threshold,
@@ -6873,6 +7377,8 @@ class Presence:
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
             "agents": [*own.agents],
+            "sessions": own.sessions,
+            "away": own.away,
             "handlers": own.handlers,
             "schedule": own.schedule,
         }

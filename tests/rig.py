@@ -212,7 +212,7 @@ class Rig:
 
     # What comes in
 
-    def ask(self, client: hive.ControlClient, **request: object) -> dict[str, Any]:
+    def ask(self, client: hive.ControlClient, /, **request: object) -> dict[str, Any]:
         """What a command on this machine is told at the door."""
         answers: list[dict[str, Any]] = []
         asking = threading.Thread(target=lambda: answers.append(client.ask(request)))
