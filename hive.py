@@ -14998,7 +14998,7 @@ def own_command(*named: str) -> list[str]:
     return [sys.executable, os.path.abspath(sys.argv[0]), *named]
 
 
-def vendor_argv(program: str, template: str, hive: Sequence[str], kept: str = "") -> list[str]:
+def vendor_argv(called: str, template: str, hive: Sequence[str], kept: str = "") -> list[str]:
     """A program's own command line, that enters `hive` or takes it out."""
     words = {
         "{hive}": [*hive],
@@ -15007,18 +15007,18 @@ def vendor_argv(program: str, template: str, hive: Sequence[str], kept: str = ""
         "{flagged}": [f"--arg={word}" for word in hive[1:]],
         "{kept}": ["--env", f"{kept}={os.environ[kept]}"] if os.environ.get(kept) else [],
     }
-    return [program, *(word for part in template.split() for word in words.get(part, [part]))]
+    return [called, *(word for part in template.split() for word in words.get(part, [part]))]
 
 
 def vendor_changes(name: str, hive: Sequence[str], hooks: bool) -> list[Change]:
     """What is to be done so that hive is in, `hooks` too if wanted.  Raises HiveError."""
     vendor, found = VENDORS[name], entry_in(VENDORS[name])
-    program = vendor_program(name)
+    called = vendor_program(name)
     changes = []
     if found is not None and found != [*hive, "mcp"]:
         changes += vendor_removal(name)
     if found != [*hive, "mcp"]:
-        argv = vendor_argv(program, vendor.add, [*hive, "mcp"], vendor.kept)
+        argv = vendor_argv(called, vendor.add, [*hive, "mcp"], vendor.kept)
         changes.append(vendor_call(name, argv))
     if hooks and not vendor.hooks:
         raise UsageError(f"--hooks: {vendor.title} has none that hive could use")
@@ -15241,7 +15241,7 @@ def session_of_hook(
     return str(found[0]["agent"]) if len(found) == 1 else ""
 
 
-def ancestors() -> list[int]:
+def processes_above() -> list[int]:
     """The processes above this one, the nearest first."""
     found = [os.getppid()]
     while found[-1] > 1 and len(found) < MAX_ANCESTORS:
@@ -16031,7 +16031,7 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
         sessions = control.ask({"do": "sessions"}).get("sessions", [])
         if not any(one["unread"] for one in sessions):
             return
-        agent = session_of_hook(sessions, str(event.get("cwd")), ancestors())
+        agent = session_of_hook(sessions, str(event.get("cwd")), processes_above())
         lock = telling_lock(config, agent, HOOK_PATIENCE) if agent else None
         if lock is None:
             return
