@@ -1,8 +1,10 @@
 # make          what every change passes: lint, types, tests, 20 s of fuzzing
 # make test     the tests alone; sets up everything on a fresh machine
-# make demo     what hive does, in ten seconds; KEEP=1 leaves it running, to play with
+# make demo     what hive does, in ten seconds; KEEP=1 leaves it running, to play with;
+#               LIVE=1 shows three nodes at work, and one in trouble
 # make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
-# make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed
+# make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed;
+#               and a wheel, for pip and pipx
 # make fuzz     mutated traffic against the embedded broker, for SECONDS=3600 (20 of it in check)
 # make brokers  the end-to-end tests on NATS, RabbitMQ, aedes and amqtt too, as a table
 # make bench    how long things take, beside their peers, in one run
@@ -25,34 +27,35 @@ python := $(VENV)/bin/python
 OPENCLAW := .cache/openclaw
 RUNTIME := 'paho-mqtt>=2,<3'
 TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1 \
-           radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2 mcp==2.3.0
+           radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2 hatchling==1.33.0 \
+           prometheus_client==0.26.0 pyte==0.8.2 mcp==2.3.0
 
-SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py \
+SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py contrib/man.py \
            contrib/handlers/sentinel.py contrib/handlers/check-email contrib/handlers/check-calendar \
            contrib/handlers/check-url
 SOURCES := hive.py tests $(SCRIPTS)
 
 check: lint types test fuzz-check  ## what every change passes
 
-lint: $(VENV)/ready
+lint: $(VENV)/tools
 	$(VENV)/bin/ruff check --quiet --line-length 100 --select E,F,I,B,UP,SIM,RUF --ignore RUF009 $(SOURCES)
 	$(VENV)/bin/ruff format --quiet --line-length 100 --check $(SOURCES)
 
-types: $(VENV)/ready
+types: $(VENV)/tools
 	$(VENV)/bin/mypy --strict hive.py tests
 	$(foreach script,$(SCRIPTS),MYPYPATH=contrib/handlers $(VENV)/bin/mypy --strict $(script) &&) true
 
-test: $(VENV)/ready mosquitto dovecot checkers
+test: $(VENV)/tools mosquitto dovecot checkers
 	$(python) -m pytest -q -rs -n 4 --dist worksteal --timeout 120 tests
 
 demo: $(VENV)/ready
-	@$(python) contrib/demo.py $(if $(KEEP),--keep)
+	@$(python) contrib/demo.py $(if $(KEEP),--keep) $(if $(LIVE),--live)
 
-test-openclaw: $(VENV)/ready mosquitto dovecot $(OPENCLAW)/ready
+test-openclaw: $(VENV)/tools mosquitto dovecot $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin \
 	  $(python) -m pytest -q --timeout 300 tests/real_openclaw.py
 
-bench-openclaw: $(VENV)/ready mosquitto $(OPENCLAW)/ready
+bench-openclaw: $(VENV)/tools mosquitto $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin $(python) tests/bench_openclaw.py
 
 $(OPENCLAW)/ready:
@@ -72,31 +75,33 @@ install uninstall:  ## see contrib/install.sh
 
 dist: $(VENV)/ready  ## then: scp dist/hive node: && ssh node python3 hive daemon
 	$(python) contrib/dist.py
+	$(python) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist ./contrib/pip
+	@ls dist/*.whl
 
-bench: $(VENV)/ready mosquitto  ## RUNS=7, beside commit BASE=8360744
+bench: $(VENV)/tools mosquitto  ## RUNS=7, beside commit BASE=8360744
 	$(python) tests/bench.py $(or $(RUNS),7) $(BASE)
 
-bench-broker: $(VENV)/ready mosquitto
+bench-broker: $(VENV)/tools mosquitto
 	$(python) tests/bench_broker.py
 
-fuzz-check: $(VENV)/ready  ## twenty seconds with a fixed seed
+fuzz-check: $(VENV)/tools  ## twenty seconds with a fixed seed
 	$(python) tests/fuzz_broker.py --seconds 20 --seed 1
 
 SECONDS ?= 3600
-fuzz: $(VENV)/ready  ## another seed each time; SEED=... to choose it
+fuzz: $(VENV)/tools  ## another seed each time; SEED=... to choose it
 	$(python) tests/fuzz_broker.py --seconds $(SECONDS) --seed $(or $(SEED),$$(date +%s))
 
-faults: $(VENV)/ready mosquitto  ## what survives which fault, as a table
+faults: $(VENV)/tools mosquitto  ## what survives which fault, as a table
 	HIVE_FAULTS_TABLE=- $(python) -m pytest -q --timeout 150 tests/test_faults.py
 
-brokers: $(VENV)/ready mosquitto  ## BROKERS="nats amqtt" for some of them
+brokers: $(VENV)/tools mosquitto  ## BROKERS="nats amqtt" for some of them
 	$(python) tests/brokers.py $(BROKERS)
 
-mutants: $(VENV)/ready mosquitto  ## takes hours, goes on where it stopped; SECTIONS=Broker,Loop
+mutants: $(VENV)/tools mosquitto  ## takes hours, goes on where it stopped; SECTIONS=Broker,Loop
 	$(python) tests/mutants.py --count $(or $(N),150) --seed $(or $(SEED),1) \
 	  --jobs $(or $(JOBS),2) --sections '$(SECTIONS)' $(if $(AGAIN),--again)
 
-bench-journal: $(VENV)/ready mosquitto
+bench-journal: $(VENV)/tools mosquitto
 	$(python) tests/bench_journal.py
 
 venv: $(VENV)/ready  ## a virtual environment with paho-mqtt; then: . .venv/bin/activate
@@ -107,8 +112,13 @@ $(VENV)/ready: Makefile
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "Python's venv module is missing; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(python) -m pip install --quiet --disable-pip-version-check $(RUNTIME) $(TOOLS)
+	$(python) -m pip install --quiet --disable-pip-version-check $(RUNTIME)
 	@for name in hive hive-cli; do ln -sf ../../hive-cli $(VENV)/bin/$$name; done
+	@touch $@
+
+# What tests and checks need besides.
+$(VENV)/tools: $(VENV)/ready
+	$(python) -m pip install --quiet --disable-pip-version-check $(TOOLS)
 	@touch $@
 
 # RUNLEVEL=1 keeps Debian's package from starting a broker of its own.
@@ -133,12 +143,13 @@ dovecot:
 	    apt-get install -y -qq --no-install-recommends dovecot-imapd; } >/dev/null || true; \
 	else echo "Dovecot is missing: tests of check-email will be skipped (apt-get install dovecot-imapd)"; fi
 
-# systemd-analyze and plistutil for tests/test_units.py, openssl, pgrep; ip for three machines.
+# systemd-analyze and plistutil for tests/test_units.py, openssl, pgrep, groff; ip for three machines.
 checkers:
 	@missing=; \
 	command -v systemd-analyze >/dev/null || missing="systemd"; \
 	command -v openssl >/dev/null || missing="$$missing openssl"; \
 	command -v pgrep >/dev/null || missing="$$missing procps"; \
+	command -v groff >/dev/null || missing="$$missing groff-base"; \
 	[ "$$(uname)" != Linux ] || command -v ip >/dev/null || missing="$$missing iproute2"; \
 	command -v plutil >/dev/null || command -v plistutil >/dev/null || missing="$$missing libplist-utils"; \
 	if [ -z "$$missing" ] || ! command -v apt-get >/dev/null; then :; \

@@ -38,7 +38,7 @@ tokens; only what needs judgment wakes an agent.
 #                       <- Process, Handlers
 #           Database    an SQLite file that may fail and come back; a lock <- Control
 #           Members     who is alive, who has left, who has failed; what we show of us
-#                       <- Journal, Agent, MqttClient
+#                       <- Routing, Journal, Agent, MqttClient
 #   MQTT    Packets     bytes to packets and back
 #           Broker      a small one of our own, for one user on one machine
 #                       <- Stream, Control, Database, Packets
@@ -60,8 +60,9 @@ tokens; only what needs judgment wakes an agent.
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Vendors     what each program of coding agents needs: entry, hooks, a way to tell it
 #                       <- Process, Output, Setup, Mcp
+#           Help        topics that are longer than a --help, and where they lie
 #           Commands    one function for each subcommand, its options beside it <- *
-#           Main        arguments in, exit code out <- Members, Commands
+#           Main        arguments in, exit code out <- Members, Commands, Help
 
 from __future__ import annotations
 
@@ -87,7 +88,7 @@ import signal
 import socket
 import stat
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
 from functools import cache, partial
@@ -108,7 +109,7 @@ else:
         return lambda made: made
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 KIB = 1024
 
@@ -363,7 +364,7 @@ CUT_SHORT = " [cut by hive: more than the broker takes]"
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
-EVERYONE = "all"
+EVERYONE, ANYONE = "all", "any"
 URGENCIES = ("now", "later")
 
 
@@ -399,11 +400,11 @@ CHANNELS = {
     )
 }
 PRIVATE = "~"  # how the last level of a topic begins that is no sender's name
-RESERVED = (EVERYONE, "meta", "state", "roster", *CHANNELS)  # levels of topics; no node's name
+RESERVED = (EVERYONE, ANYONE, "meta", "state", "roster", *CHANNELS)  # no node's name
 
 
 def node_name(value: object) -> str:
-    """a name: 1 to 63 of A-Za-z0-9._- , not 'all', 'meta', 'state', 'roster' or a channel's"""
+    """a name: 1 to 63 of A-Za-z0-9._- , not all, any, meta, state, roster or a channel's"""
     if not isinstance(value, str) or not NAME.fullmatch(value) or value in RESERVED:
         raise ValueError
     return value
@@ -419,6 +420,11 @@ def action_name(value: object) -> str:
     if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError
     return value
+
+
+def tag_name(value: object) -> str:
+    """a tag: 1 to 63 of A-Za-z0-9._-"""
+    return action_name(value)
 
 
 def identifier(value: object) -> str:
@@ -734,6 +740,68 @@ OTHER_SENDER = "its topic names another sender"
 RECEIPTS, RECEIVED = "receipts", "received"
 RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
 RECEIPT_NOTE = "a receipt"
+
+
+TAGGED = "tag:"
+PATTERN = re.compile(r"(?=.*[*?\[])[A-Za-z0-9._*?!\[\]-]{1,63}")
+
+
+def destination(value: object) -> str:
+    """a name, all, any, any:TAG, tag:TAG, or a pattern as in 'web-*'"""
+    return recipient_name(value) if Target.find(value) is None else str(value)
+
+
+class Candidate(Value):
+    """A node that a message may be for, as it shows itself."""
+
+    name: str
+    status: str = "online"
+    age: float | None = None  # seconds since it was last heard of
+    alive: bool = True
+    tags: Container[str] = ()
+    actions: Container[str] = ()
+    agent: bool = False  # is there one to be woken?
+    busy: float = 0.0  # what runs and waits there, and its load
+
+
+class Target(Value):
+    """Which nodes are meant by what is neither a name nor `all`."""
+
+    one: bool = False  # whoever can do it, has least to do, and is not who asks
+    tag: str = ""
+    pattern: str = ""  # of their names, as a shell has it
+
+    @classmethod
+    def find(cls, said: object) -> Self | None:
+        """Read what --to says; None: it is a name.  Raises ValueError."""
+        if not isinstance(said, str):
+            raise ValueError
+        kind, _, tag = said.partition(":")
+        if said == ANYONE or (tag and kind == ANYONE):
+            return cls(one=True, tag=tag and tag_name(tag))
+        if said.startswith(TAGGED):
+            return cls(tag=tag_name(tag))
+        return cls(pattern=said) if PATTERN.fullmatch(said) else None
+
+    def choose(
+        self, known: Iterable[Candidate], action: str, asker: str
+    ) -> tuple[list[str], list[Candidate]]:
+        """Who gets a message for this, and who would if it were not away."""
+        meant = sorted(
+            (one for one in known if self.means(one, action, asker)),
+            key=lambda one: (one.busy, one.name) if self.one else (0.0, one.name),
+        )
+        there = [one.name for one in meant if one.alive]
+        return there[:1] if self.one else there, [one for one in meant if not one.alive]
+
+    def means(self, node: Candidate, action: str, asker: str) -> bool:
+        from fnmatch import fnmatchcase
+
+        if (self.tag and self.tag not in node.tags) or (self.one and node.name == asker):
+            return False
+        if self.pattern:
+            return fnmatchcase(node.name, self.pattern)
+        return not self.one or (action in node.actions if action else node.agent)
 
 
 class RoutingContext(Value):
@@ -1801,21 +1869,36 @@ class Journal:
         `due` is when the answer is of no use any more.
         """
         rows = self._database.read(
-            "SELECT pending_requests.exchange, recipient, action, time, due, content"
+            "SELECT pending_requests.exchange, sender, recipient, action, time, due, content"
             " FROM pending_requests JOIN log ON log.n = message WHERE ? IS NULL OR due <= ?"
             " ORDER BY message LIMIT ?",
             (due, due, MAX_ROWS),
         )
-        keys = ("id", "to", "action", "asked", "due")
+        keys = ("id", "from", "to", "action", "asked", "due")
         return [
             dict(zip(keys, facts, strict=True)) | {"text": text_of(content)[:SHOWN_TEXT]}
             for *facts, content in rows
         ]
 
+    def owed(self, since: float) -> dict[str, int]:
+        """How much each name was asked since then, and has not answered."""
+        return dict(
+            self._database.read(
+                "SELECT recipient, count(*) FROM pending_requests JOIN log ON log.n = message"
+                " WHERE time > ? GROUP BY recipient",
+                (since,),
+            )
+        )
+
     def next_due(self) -> float | None:
         """When the next request is overdue."""
         value = self._database.read("SELECT min(due) FROM pending_requests")[0][0]
         return None if value is None else float(value)
+
+    @property
+    def questions(self) -> int:
+        """How many requests nobody has answered."""
+        return int(self._database.read("SELECT count(*) FROM pending_requests")[0][0])
 
     # -- bounds --
 
@@ -2468,6 +2551,14 @@ def fact(limit: int) -> RequestField:
     return RequestField(check, f"a line of {limit} characters", "")
 
 
+def target_of(value: object) -> Target:
+    """any, any:TAG, tag:TAG, or a pattern as in 'web-*'"""
+    target = Target.find(value)
+    if target is None:
+        raise ValueError
+    return target
+
+
 def envelope_object(value: object) -> Envelope:
     """an envelope: an object as in the protocol"""
     if not isinstance(value, dict):
@@ -2526,10 +2617,15 @@ class Requests:
         send: Callable[[Envelope], str],
         connection: Callable[[], dict[str, Any]],
         sessions: Sessions,
+        numbers: Callable[[], dict[str, list[list[Any]]]],
     ) -> None:
-        """`send` gives why not, or nothing; `connection` tells how the node's one is."""
+        """`send` gives why not, or nothing; `connection` tells how the node's one is.
+
+        `numbers` are those of METRICS.
+        """
         self._node, self._journal, self._members = node, journal, members
         self._sessions = sessions
+        self._numbers = numbers
         self._after_commit, self._send, self._connection = after_commit, send, connection
         self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
@@ -2602,6 +2698,14 @@ class Requests:
     def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "rosters": self._members.documents("roster")}
 
+    def targets(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Who a message for this would be for."""
+        now = time.time()
+        known = self._members.candidates(now, self._journal.owed(now - BUSY_MEMORY))
+        names, away = given["to"].choose(known, given["action"], self._node)
+        absent = {one.name: {"status": one.status, "age": one.age} for one in away}
+        return {**self._connection(), "names": names, "away": absent}
+
     def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "node": self._node, "version": __version__}
 
@@ -2619,6 +2723,9 @@ class Requests:
         """What a session was told, or has read."""
         self._sessions.mark(given["agent"], given["tasks"], given["as"])
         self._after_commit(lambda: requester.send({"ok": True}))
+
+    def metrics(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return {"metrics": self._numbers()}
 
     def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
         """Why this node does not send it; else who waits for its answers gets them from now on."""
@@ -2645,8 +2752,8 @@ class Requests:
         """The broker has a message, or refused it; is whoever sent it still there?"""
         requester = self._senders.pop(message.id or "", None)
         if requester:
-            said = {"id": message.id, "words": words, "topic": message.topic}
-            requester.send({"published": code, **said})
+            said = {"published": code, "words": words, "topic": message.topic, "id": message.id}
+            requester.send(said)
         return requester is not None
 
     def heard(self, answer: Envelope) -> None:
@@ -2697,6 +2804,7 @@ def log_page(journal: Journal, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": journal.rows(filters, given["after"], given["last"])}
 
 
+BUSY_MEMORY = 600.0  # seconds in which a question that nobody has answered keeps its node busy
 NO_SUCH_REQUEST = "no such request"
 NOT_KNOWN = "not known here; the last days are: hive log"
 ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
@@ -2757,7 +2865,16 @@ REQUESTS = {
     ),
     "states": Request(Requests.states, "how every node and agent is"),
     "roster": Request(Requests.roster, "what every node can do"),
+    "targets": Request(
+        Requests.targets,
+        "which nodes that is, and who of them is away",
+        {
+            "to": RequestField(target_of, "which ones", required=True),
+            "action": RequestField(action_name, "what they shall do", ""),
+        },
+    ),
     "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
+    "metrics": Request(Requests.metrics, "the numbers that metrics_text() makes a page of"),
     "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
     "log": Request(log_page, "what this node received, sent and did", LOG_FIELDS, looks_back=True),
     "message": Request(message_row, "one message", {"id": ID_FIELD}, looks_back=True),
@@ -2784,11 +2901,22 @@ MAX_SENDERS = 5000  # whose messages are counted
 MAX_REFUSED = 20  # of whom it is said that they send too much, for ...
 REFUSED_MEMORY = 600.0  # ... so many seconds after their last message that was refused
 TOO_MANY = "its sender sends too many"
+MAX_EARLY = 1000  # messages that wait until it is heard whose agent sent them
+EARLY = Decision(Do.DROP, "it is decided later")
 
 
 def hive_of(config: Config) -> str:
     """Which hive a configuration means: where its broker is, and its prefix."""
     return f"{config.mqtt.address if config.mqtt.named else 'ours'} {config.topics.prefix}"
+
+
+def resident_memory() -> int | None:
+    """Bytes of it that this process has; None where that takes more than a look to know."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, LookupError, ValueError):
+        return None
 
 
 class Worker:
@@ -2808,6 +2936,10 @@ class Worker:
     def trouble(self) -> str:
         """Why the node is degraded; nothing if it is not."""
         return ""
+
+    def numbers(self) -> dict[str, list[list[Any]]]:
+        """What it has done, and what waits."""
+        return {}
 
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         """Run the handler of a message's action; `row` is the message's in the journal."""
@@ -2862,12 +2994,15 @@ class Node:
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
         self._allow = config.allow
+        self._early: list[IncomingMessage] = []  # from names that are not known yet
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
+        self._outcomes = Counter[tuple[str, str]]()  # of messages, by channel
+        self._began, self._connections = time.time(), 0
         self.worker = Worker()
         self.members = Members(
             config, loop, log, journal, self.send, self._probe, self._fetch_documents
@@ -2886,6 +3021,7 @@ class Node:
             self._send_for_command,
             self._connection,
             self.sessions,
+            self.numbers,
         )
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
@@ -2903,6 +3039,7 @@ class Node:
 
     def on_connected(self, mqtt: MqttConfig) -> None:
         self.connected, self._mqtt, self._fault = True, mqtt, ""
+        self._connections += 1
         self.members.grant_grace(self.loop.clock())
         self.commit_soon()
 
@@ -2911,11 +3048,15 @@ class Node:
         if not self.heard_all:
             self.commit_soon()  # what had to wait for its address
         self.heard_all, self._seen_broker = True, self.loop.clock()
+        early, self._early = self._early, []
+        for message in early:
+            self.deliver(message)
 
     def on_disconnected(self, mqtt: MqttConfig, reason: str) -> None:
         if self.connected:
             self._seen_broker = self.loop.clock()
         self.connected = self.heard_all = False
+        self._early.clear()  # they were not acknowledged, so they come again
         self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
 
@@ -2938,6 +3079,31 @@ class Node:
             "fault": fault,
             "age": silence if fault else 0.0,  # of what is known
         }
+
+    def numbers(self) -> dict[str, list[list[Any]]]:
+        """By the names of METRICS: the values of its labels, and a number, as often as there are.
+
+        Each count is kept by whoever does what it counts.
+        """
+        presence, memory = self.members.presence, resident_memory()
+        build_info = [self.name, __version__, presence.build if presence else ""]
+        one: dict[str, float] = {
+            "hive_connected": self._connection()["connected"],
+            "hive_degraded": bool(self.worker.trouble()),
+            "hive_reconnects_total": max(0, self._connections - 1),
+            "hive_journal_bytes": self.journal.size,
+            "hive_journal_on_disk": self.journal.on_disk,
+            "process_cpu_seconds_total": time.process_time(),
+            "process_start_time_seconds": self._began,
+            **({"process_resident_memory_bytes": memory} if memory else {}),
+        }
+        found: dict[str, list[list[Any]]] = {name: [[value]] for name, value in one.items()}
+        found["hive_build_info"] = [[*build_info, 1]]
+        found["hive_members"] = [[*item] for item in self.members.count().items()]
+        found["hive_messages_total"] = [[*which, n] for which, n in self._outcomes.items()]
+        theirs = self.worker.numbers()
+        queues = [["outbox", self.journal.outbox_size], ["questions", self.journal.questions]]
+        return found | theirs | {"hive_queue_length": queues + theirs.get("hive_queue_length", [])}
 
     def publish(self, message: OutgoingMessage) -> None:
         """Send what need not be in the journal."""
@@ -3005,9 +3171,12 @@ class Node:
             envelope = Envelope.parse(message.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
+            self._outcomes["none", "invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
             return self.commit_soon(message.ack)
         what, row = self._receive(envelope, message, place)
+        if what is EARLY:
+            return
         if what is SIGN_OF_LIFE:
             message.ack()  # there is nothing to commit, and no turn is cheaper than none
         else:
@@ -3026,6 +3195,9 @@ class Node:
             self._note_other_kind(envelope)
         if not reason and message.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
+        if reason == OTHER_SENDER and not self.heard_all and len(self._early) < MAX_EARLY:
+            self._early.append(message)  # its roster has yet to say so
+            return EARLY, 0
         if not reason and self._is_too_much(envelope):
             reason = TOO_MANY
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
@@ -3096,6 +3268,7 @@ class Node:
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
         facts |= {"to": envelope.to, "action": envelope.action}
+        self._outcomes[envelope.ch, "seen" if what == SEEN_BEFORE else what.do.name.lower()] += 1
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
@@ -3233,6 +3406,7 @@ class Node:
         if ask:
             self.journal.add_pending_request(envelope, row)
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
+        self._outcomes[envelope.ch, "sent"] += 1
         say = self.log.debug if note else self.log.info
         say("sent", **facts, corr=envelope.corr)
         self.commit_soon()
@@ -3253,6 +3427,7 @@ class Node:
             self.journal.record_result(envelope, time.time(), what)
             self.journal.resolve_request(envelope.exchange)  # nobody will answer
             if failed:
+                self._outcomes[envelope.ch, "unpublished"] += 1
                 facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch}
                 self.log.error("not published", **facts, to=envelope.to, why=words)
                 self._envelope_refused(envelope, code, words.lower(), told)
@@ -3262,7 +3437,8 @@ class Node:
         if CHANNELS[envelope.ch].handler:
             if not told:
                 text = f"not published to {envelope.to}: {why}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=envelope.exchange)
+                whose, exchange = envelope.sender, envelope.exchange
+                alert = Envelope.new(self.name, whose, "alert", text, corr=exchange)
                 self.tell_own_agents(alert, "it waited for the broker")
             return
         document = {**envelope.document(), "id": new_id(), "ts": int(time.time())}
@@ -3308,7 +3484,7 @@ class Node:
             if not self.requests.waits(request["id"]):
                 asked = f"{now - request['asked']:.0f} s ago"
                 text = f"no answer from {request['to']} to what was asked {asked}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=request["id"])
+                alert = Envelope.new(self.name, request["from"], "alert", text, corr=request["id"])
                 self.log.warning("no answer", id=request["id"], to=request["to"])
                 self.tell_own_agents(alert, "its time to live was over")
         self.commit_soon()
@@ -3322,6 +3498,7 @@ class Node:
 
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
+MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
 
@@ -3541,6 +3718,7 @@ class Work(Worker):
         self._children = ChildProcesses(node.loop)
         self._queue = HandlerQueue(node.config.node.handler_workers, self._workers_of)
         self._handler_set = HandlerSet()
+        self._runs, self._seconds = Counter[tuple[str, str]](), dict[str, float]()
         self._looked = float("-inf")
         self._agents = {
             name: Agent(node.loop, self._children, one, self, whose_child(node.config))
@@ -3600,7 +3778,7 @@ class Work(Worker):
         sessions = self._node.sessions
         return OwnStatus(
             *(health, [*self.handlers], schedule, self.trouble()),
-            *(sessions.shown(), sessions.away),
+            *(self.running, len(self._queue), sessions.shown(), sessions.away),
         )
 
     def trouble(self) -> str:
@@ -3617,6 +3795,20 @@ class Work(Worker):
             if one.failing
         ]
         return "; ".join(trouble + self._node.limits.trouble(self._loop.clock()))
+
+    def numbers(self) -> dict[str, list[list[Any]]]:
+        agents = self._agents.items()
+        waiting = sum(len(agent) for _, agent in agents)
+        return {
+            "hive_queue_length": [["handlers", len(self._queue)], ["agents", waiting]],
+            "hive_handlers_running": [[self.running]],
+            "hive_handler_runs_total": [[*which, n] for which, n in self._runs.items()],
+            "hive_handler_seconds_total": [[*item] for item in self._seconds.items()],
+            "hive_agent_up": [[name, agent.health is not Health.DOWN] for name, agent in agents],
+            "hive_agent_turns_total": [
+                [name, how, n] for name, agent in agents for how, n in agent.turns.items()
+            ],
+        }
 
     def take_up(self) -> None:
         """Go on with what was not finished when the daemon ended."""
@@ -3708,6 +3900,10 @@ class Work(Worker):
         self._queue.done(run.action)
         self._node.counts["runs"] += 1
         self._node.counts["failures"] += not result.ok
+        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED
+        action = run.action if known else "other"
+        self._runs[action, "ok" if result.ok else "failed"] += 1
+        self._seconds[action] = self._seconds.get(action, 0.0) + result.seconds
         if result.cancelled and run.task and self._handler_config(run.action).retry:
             self._journal.reset_tasks([run.task])  # it runs again at the next start
         else:
@@ -4209,6 +4405,11 @@ def node_names(value: object) -> tuple[str, ...]:
     return tuple(node_name(name) for name in (value if isinstance(value, list) else [value]))
 
 
+def tag_names(value: object) -> tuple[str, ...]:
+    """a tag, or a list of tags: 1 to 63 of A-Za-z0-9._-"""
+    return tuple(tag_name(tag) for tag in (value if isinstance(value, list) else [value]))
+
+
 def handler_rule(action: str) -> str:
     return f"[handlers.{action}] allow"
 
@@ -4306,6 +4507,9 @@ class NodeConfig(ConfigTable):
 
     id: str = setting("", node_name, "this node's name; without it the short host name", "alpha")
     topic_prefix: str = setting("hive", topic_prefix, "what every topic of this hive begins with")
+    tags: tuple[str, ...] = setting(
+        (), tag_names, "what it is: send --to tag:gpu, or any:gpu for one of them", ["gpu"]
+    )
     handler_dir: Path | None = setting(
         None, file_path, "handlers; else those beside this file or hive.py", HANDLER_FOLDER
     )
@@ -6170,6 +6374,7 @@ class Agent:
         self._events: deque[tuple[float, bool]] = deque(maxlen=MAX_LATER + MAX_ALERTS)
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
+        self.turns = Counter[str]()  # calls that ended, by how
         self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
         self._method = ""  # the last one that worked
         self._stopping = False
@@ -6281,6 +6486,7 @@ class Agent:
 
     def _called(self, name: str, event: SystemEvent, result: WakeResult) -> None:
         group, self._calling = self._calling, []
+        self.turns["failed" if result.why else "ok"] += 1
         if not result.why:
             self._events.append((self._loop.clock(), event.now))
             self._succeeded(name, group, result.reply)
@@ -6697,7 +6903,7 @@ MAX_LOSSES = 30  # that are announced one by one in a minute; of more there is o
 MANY_LOST = "lost::many"  # its corr; no name is like that
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
-PASSING = ("last_seen", "uptime_s", "load_1m", "counters")  # no news in a state
+PASSING = ("last_seen", "uptime_s", "load_1m", "running", "waiting", "counters")  # no news
 WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
@@ -6717,6 +6923,35 @@ def status_of(state: Mapping[str, Any]) -> str:
     """The status that a state document claims; a short printable word whatever it holds."""
     status = state.get("status")
     return status if isinstance(status, str) and NAME.fullmatch(status) else "unknown"
+
+
+def condition_of(status: str, reason: object) -> str:
+    """A status, in which "offline" is told apart: one that has stopped, and one that is lost."""
+    lost = reason in ("connection lost", "lost")
+    return status if status != "offline" else "lost" if lost else "stopped"
+
+
+def judged(
+    state: Mapping[str, Any], own: HeartbeatConfig, now: float
+) -> tuple[str, int | None, float | None]:
+    """A state's status, when that was said (Unix seconds), and how many seconds ago.
+
+    One that claims to be alive is `stale` where it should have been heard of since.
+    """
+    interval = bounded_number(state.get("interval"), *PEER_INTERVAL) or own.interval
+    missed = bounded_number(state.get("miss_threshold"), 1, 10_000) or own.miss_threshold
+    seen = bounded_number(state.get("last_seen"), 1, MAX_TS)
+    age = max(0.0, now - seen) if seen else None
+    status = status_of(state)
+    if status in ALIVE and (age is None or is_overdue(age - SEEN_PRECISION, interval, missed)):
+        status = "stale"
+    return status, int(seen) if seen else None, age
+
+
+def words_in(value: object) -> frozenset[str]:
+    """The words of a peer's list."""
+    words = value if isinstance(value, list) else []
+    return frozenset(word for word in words if isinstance(word, str))
 
 
 class MemberStatus(Enum):
@@ -6966,14 +7201,52 @@ class Members:
         return self._with_agents(found) if kind == "state" else found
 
     def _with_agents(self, states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """In a checked hive agents have no state of their own: their nodes' tell of them."""
+        """Agents may have no state of their own: their nodes' tell of them.
+
+        What a session works on is under "session".
+        """
         agents = {}
         for name, state in states.items():
-            health = state.get("oc")
-            for agent, said in health.items() if isinstance(health, dict) else ():
-                if agent not in states and self.node_of(agent) == name and isinstance(said, dict):
-                    agents[agent] = agent_state(state, agent, said)
+            roster, health = self.document(name, "roster"), state.get("oc")
+            said = dict(health) if isinstance(health, dict) else {}
+            for one in names_in(roster, "sessions", "away"):
+                said.pop(one, None)  # the roster is newer
+            works = roster.get("sessions") if status_of(state) in ALIVE else None
+            works = works if isinstance(works, dict) else {}
+            said |= dict.fromkeys(names_in(roster, "sessions") & works.keys(), WELL)
+            for agent, how in said.items():
+                if agent not in states and self.node_of(agent) == name and isinstance(how, dict):
+                    more = {"session": works[agent]} if agent in works else {}
+                    agents[agent] = agent_state(state, agent, how) | more
         return states | agents
+
+    def count(self) -> dict[str, int]:
+        """How many nodes are in which condition, this one among them."""
+        found = dict.fromkeys(("online", "degraded", "stopped", "lost", "unknown"), 0)
+        for name, state in self.documents("state").items():
+            if state.get("daemon_node", name) == name:
+                one = condition_of(status_of(state), state.get("reason"))
+                found[one if one in found else "unknown"] += 1
+        return found
+
+    def candidates(self, now: float, owed: Mapping[str, int]) -> Iterator[Candidate]:
+        """Every node as one that a message may be for.
+
+        `owed`: what this node has asked each of them, and waits for: their states come later.
+        """
+        rosters = self.documents("roster")
+        for name, state in self.documents("state").items():
+            if state.get("daemon_node", name) != name:
+                continue
+            status, _, age = judged(state, self._own, now)
+            roster = rosters.get(name, {})
+            tags, actions = (words_in(roster.get(key)) for key in ("tags", "handlers"))
+            at_work = [bounded_number(state.get(key), 0, 1e6) for key in ("running", "waiting")]
+            load = bounded_number(state.get("load_1m"), 0, 1e6) or 0.0
+            busy = max(owed.get(name, 0), sum(filter(None, at_work))) + load
+            agent = bool(roster.get("agents") or roster.get("sessions"))
+            alive = status in ALIVE
+            yield Candidate(name, status, age, alive, tags, actions, agent, busy)
 
     # -- whose agents there are --
 
@@ -7213,6 +7486,8 @@ class OwnStatus(Value):
     handlers: Sequence[str]
     schedule: Sequence[Mapping[str, object]]
     trouble: str  # why it is degraded, or nothing
+    running: int = 0  # handlers
+    waiting: int = 0  # messages for handlers
     sessions: Mapping[str, Mapping[str, object]] = {}  # who is attached, and what it works on
     away: Sequence[str] = ()  # sessions that are gone, and whose mail is kept
 
@@ -7266,9 +7541,10 @@ class Presence:
     ) -> None:
         """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
+        self._tags = [*config.node.tags]
         self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
-        self._build = build()  # of the file as it was when this daemon started
+        self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
         self._seq = 0
         self._beaten = self._shown_at = float("-inf")
@@ -7337,8 +7613,10 @@ class Presence:
             "uptime_s": round(self._loop.clock() - self._started, 1),
             "known_peers": self._known(),
             "daemon_node": self._node,
-            "version": f"{__version__} ({self._build})",
+            "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),
+            "running": own.running,
+            "waiting": own.waiting,
             "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
             "instance": self._instance,
             "interval": self._own.interval,
@@ -7372,10 +7650,11 @@ class Presence:
             "node": self._node,
             "ts": int(time.time()),
             "version": __version__,
-            "build": self._build,
+            "build": self.build,
             "protocol": PROTOCOL_VERSION,
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
+            "tags": self._tags,
             "agents": [*own.agents],
             "sessions": own.sessions,
             "away": own.away,
@@ -10861,6 +11140,12 @@ def for_people(value: object) -> str:
     return " ".join(words[:2]) or "0s"
 
 
+def and_more(names: Collection[str], limit: int = 1) -> str:
+    """The first few of many."""
+    more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(itertools.islice(names, limit)) + more
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: bool) -> str:
     """Columns as wide as what is in them."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
@@ -10905,13 +11190,7 @@ def status_row(
 ) -> StatusRow:
     """Make a row of a state document, whatever it holds."""
     node = state.get("daemon_node")
-    interval = bounded_number(state.get("interval"), *PEER_INTERVAL) or heartbeat.interval
-    missed = bounded_number(state.get("miss_threshold"), 1, 10_000) or heartbeat.miss_threshold
-    seen = bounded_number(state.get("last_seen"), 1, MAX_TS)
-    age = max(0.0, now - seen) if seen else None
-    status = status_of(state)
-    if status in ALIVE and (age is None or is_overdue(age - SEEN_PRECISION, interval, missed)):
-        status = "stale"
+    status, seen, age = judged(state, heartbeat, now)
     health = {
         printable(agent): printable(one.get("status") if isinstance(one, dict) else one, 20)
         for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
@@ -10926,7 +11205,7 @@ def status_row(
         agents=health,
         load_1m=bounded_number(state.get("load_1m"), 0, 1e6),
         uptime_s=bounded_number(state.get("uptime_s"), 0, 1e10),
-        last_seen=int(seen) if seen else None,
+        last_seen=seen,
         age_s=age,
         version=printable(version, 30) if version else None,
         reason=printable(reason, 200) if reason else None,
@@ -10985,6 +11264,55 @@ def status_notes(rows: Sequence[StatusRow]) -> str:
     return "\n" + "".join(notes) if notes else ""
 
 
+class Metric(Value):
+    """One number that monitoring may ask for, or one for each value of its labels."""
+
+    kind: str  # counter, gauge
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS = {  # Prometheus' names: what they are, and in which unit, is at their end
+    "hive_build_info": Metric("gauge", "Always 1.", ("node", "version", "build")),
+    "hive_connected": Metric("gauge", "1 while the broker is there."),
+    "hive_degraded": Metric("gauge", "1 while something is wrong here: hive status says what."),
+    "hive_reconnects_total": Metric("counter", "How often the broker was found again."),
+    "hive_members": Metric("gauge", "Nodes, with this one, by how they are.", ("state",)),
+    "hive_messages_total": Metric(
+        "counter", "Messages, by what became of them.", ("channel", "outcome")
+    ),
+    "hive_queue_length": Metric("gauge", "What waits for its turn or an answer.", ("queue",)),
+    "hive_handlers_running": Metric("gauge", "Handlers that run now."),
+    "hive_handler_runs_total": Metric("counter", "Runs that ended.", ("action", "outcome")),
+    "hive_handler_seconds_total": Metric("counter", "Seconds that they took.", ("action",)),
+    "hive_agent_up": Metric("gauge", "0 while an agent cannot be told anything.", ("agent",)),
+    "hive_agent_turns_total": Metric(
+        "counter", "Calls to an agent that ended.", ("agent", "outcome")
+    ),
+    "hive_journal_bytes": Metric("gauge", "What the journal holds."),
+    "hive_journal_on_disk": Metric("gauge", "0 while it is in memory, as the disk failed."),
+    "process_cpu_seconds_total": Metric("counter", "Time on a processor, user and system."),
+    "process_resident_memory_bytes": Metric("gauge", "Memory in use."),
+    "process_start_time_seconds": Metric("gauge", "When the daemon began, in Unix seconds."),
+}
+
+
+def metrics_text(answer: Mapping[str, Any]) -> str:
+    """Prometheus' text format (0.0.4), made of the answer to the request `metrics`."""
+    lines, given = [], answer["metrics"]
+    for name, metric in METRICS.items():
+        lines += [f"# HELP {name} {metric.help}", f"# TYPE {name} {metric.kind}"]
+        for *values, number in given.get(name, ()):
+            said = (f'{k}="{label_value(v)}"' for k, v in zip(metric.labels, values, strict=True))
+            labels = ",".join(said)
+            lines.append(f"{name}{f'{{{labels}}}' if labels else ''} {number + 0}")
+    return "\n".join(lines) + "\n"
+
+
+def label_value(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
 def words_of(value: object) -> str:
     """A peer's list of words on one line; openclaw-hive's may be anything."""
     return ", ".join(printable(word, 63) for word in value[:100]) if isinstance(value, list) else ""
@@ -11013,9 +11341,11 @@ def schedule_lines(documents: Mapping[str, Mapping[str, Any]], now: float) -> st
 
 
 def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> str:
-    cells = [
+    rows: list[tuple[str, ...]] = [("NODE", "TAGS", "AGENTS", "HANDLERS", "VERSION", "SYSTEM")]
+    rows += [
         (
             name,
+            words_of(document.get("tags")) or "-",
             words_of(document.get("agents")) or "-",
             words_of(document.get("handlers")) or "-",
             f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})",
@@ -11023,7 +11353,9 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
         )
         for name, document in sorted(documents.items())
     ]
-    return format_table(("NODE", "AGENTS", "HANDLERS", "VERSION", "SYSTEM"), cells, colour)
+    if all(tags == "-" for _, tags, *_ in rows[1:]):
+        rows = [(name, *rest) for name, _, *rest in rows]
+    return format_table(rows[0], rows[1:], colour)
 
 
 def clock_time(at: object) -> str:
@@ -11313,6 +11645,8 @@ class InProcessNode:
                 except UsageError as error:
                     return {"error": str(error)}
         filters = self._filters(str(request["do"]), given)
+        if self._node:
+            self._ends = time.monotonic() + self._patience
         node = self._node or self._connect(filters)
         if request["do"] == "send":
             envelope = given["envelope"]
@@ -11324,10 +11658,11 @@ class InProcessNode:
                 self._tell_daemon({**request, "do": "sent"})
         answer = node.requests.handle(request, self)
         if answer is None:
-            published = self._turn(lambda: len(self._lines) > 1, self._ends)
-            if not published:
+            id = given["envelope"].id
+            if not self._turn(lambda: any(one.get("id") == id for one in self._lines), self._ends):
                 raise self._late("no answer (PUBACK)")
-            answer = self._lines.popleft()
+            answer = next(one for one in self._lines if "queued" in one)
+            self._lines.remove(answer)
         return answer
 
     def receive(self, within: float | None) -> dict[str, Any] | None:
@@ -11361,17 +11696,19 @@ class InProcessNode:
     def _filters(self, do: str, given: Mapping[str, Any]) -> list[str]:
         """What must be heard to answer a request; raises HiveError where only a daemon can."""
         topics, node = self._config.topics, self._config.node.id
-        rosters = [topics.meta("+", "roster")] if topics.sender else []  # whose each agent is
+        rosters = [topics.meta("+", "roster")]  # whose each agent is
         match do:
             case "send" if given["wait"]:
                 to = given["envelope"].to
-                whose = "+" if to == EVERYONE or rosters else to
+                whose = "+" if to == EVERYONE or topics.sender else to
                 own = [topics.from_anybody(node, ch) for ch in ("response", "alert")]
                 return [*own[0], *own[1], *rosters, topics.meta(whose, "state")]
             case "send":
                 return rosters if given["envelope"].to != EVERYONE else []
             case "states":
                 return [*rosters, topics.meta("+", "state")]
+            case "targets":
+                return [topics.meta("+", "roster"), topics.meta("+", "state")]
             case "roster":
                 return [topics.meta("+", "roster")]
         raise HiveError(f"no daemon of {node} runs on this machine: nothing to {do}")
@@ -11468,6 +11805,69 @@ class InProcessNode:
 def open_journal(config: Config, log: Log, on_disk: bool = True) -> Journal:
     keep, size = config.journal.keep_days * 86400.0, config.journal.max_mb * 1_000_000
     return Journal(config.state_dir if on_disk else None, log, keep, size)
+
+
+def named_targets(to: str, action: str | None, said: Mapping[str, Any]) -> list[str]:
+    """The names in the answer to `targets`; raises HiveError where nobody is meant, or is there."""
+    target, away = Target.find(to) or Target(), said["away"]
+    can = f" offers {action}" if action else " has an agent"
+    what = f" has the tag {target.tag}" if target.tag else f" is called like {target.pattern}"
+    if target.one:
+        what = (f" of tag {target.tag}" if target.tag else "") + can
+    if said["names"]:
+        return [*said["names"]]
+    if away:
+        who = and_more([f"{name} ({absence(one)})" for name, one in away.items()], 5)
+        raise HiveError(f"no {'other ' * target.one}node that is online{what}; away: {who}")
+    raise HiveError(f"no {'other ' * target.one}node{what}; what each one is: hive roster")
+
+
+def absence(state: Mapping[str, Any]) -> str:
+    """How somebody is who is away."""
+    return f"{state['status']}, seen {for_people(state['age'])} ago"
+
+
+class GroupReplies:
+    """What became of a message that went to each of several nodes."""
+
+    def __init__(self, wait: float) -> None:
+        """`wait`: seconds that each of them has for its answer."""
+        self.ok: list[str] = []
+        self.failed: list[str] = []
+        self.silent: list[str] = []
+        self._wait = wait
+        self._waiting: dict[str, tuple[Envelope, float]] = {}  # by id, until when
+
+    def __len__(self) -> int:
+        """How many are waited for."""
+        return len(self._waiting)
+
+    @property
+    def ends(self) -> float:
+        """When the next of them is late."""
+        return min((until for _, until in self._waiting.values()), default=0.0)
+
+    def sent(self, envelope: Envelope, now: float) -> None:
+        self._waiting[envelope.id] = envelope, now + self._wait
+
+    def take(self, answer: Envelope) -> bool:
+        """Is it one to ours?  Then there is one less to wait for."""
+        to = answer.reply_to or answer.exchange
+        asked, _ = self._waiting.get(to, (None, 0.0))
+        if asked is None or answer.ch not in ("response", "alert"):
+            return False
+        (self.failed if answer.ch == "alert" else self.ok).append(asked.to)
+        del self._waiting[to]
+        return True
+
+    def unheard(self, id: object) -> None:
+        """It came to nobody."""
+        if isinstance(id, str) and id in self._waiting:
+            self.silent.append(self._waiting.pop(id)[0].to)
+
+    def expire(self, now: float) -> None:
+        for id in [id for id, (_, until) in self._waiting.items() if until <= now]:
+            self.unheard(id)
 
 
 class ReplyCollector:
@@ -12440,12 +12840,6 @@ def check_senders(context: DoctorContext) -> Iterator[Finding]:
     else:
         todo = '[mqtt] senders = "checked", at every node, makes use of it'
         yield Finding(Level.OK, "the broker lets no node speak in another's name", todo)
-
-
-def and_more(names: Collection[str], limit: int = 1) -> str:
-    """The first few of many."""
-    more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
-    return ", ".join(itertools.islice(names, limit)) + more
 
 
 def acl_for(config: Config) -> str:
@@ -15375,6 +15769,51 @@ def is_client(server: McpServer, name: str) -> bool:
 PUSHES |= {"inbox": claude_inbox, "queue": codex_queue, "prompt": opencode_prompt}
 
 
+# ---- Help: what is longer than a --help --------------------------------------------------
+#
+# Each topic is a file of Markdown; its first line says what it is about.  Does not know what else
+# stands in it.
+
+TOPICS = ("handlers", "agents", "trust", "config", "protocol", "brokers", "operation")
+HELP_FOLDERS = ("help", "hive-help", "contrib/help")  # installed; by pip; in a checkout
+
+
+def help_topic(name: str) -> str:
+    """The text of one; raises HiveError where this file came alone."""
+    beside = (os.path.dirname(file) for file in (__file__, os.path.realpath(__file__)))
+    for place, folder in itertools.product(beside, HELP_FOLDERS):
+        with contextlib.suppress(OSError):  # the loader reads from dist/hive's archive too
+            data: bytes = globals()["__loader__"].get_data(f"{place}/{folder}/{name}.md")
+            return data.decode()
+    raise HiveError(
+        f"{name}: hive.py came without its help; it is in dist/hive, in what make install puts"
+        f" there, and in a checkout: contrib/help/{name}.md"
+    )
+
+
+def topic_list() -> str:
+    """Every topic, with what it is about."""
+    about = (help_topic(name).partition("\n")[0].partition(": ")[2] for name in TOPICS)
+    lines = "\n".join(f"  {name:11}{what}" for name, what in zip(TOPICS, about, strict=True))
+    return f"hive help TOPIC, one of\n\n{lines}\n\nhive help COMMAND is hive COMMAND --help.\n"
+
+
+def show_text(text: str) -> None:
+    """To stdout; by $PAGER where that is a terminal with fewer lines."""
+    import shutil
+
+    if sys.stdout.isatty() and text.count("\n") >= shutil.get_terminal_size().lines:
+        import shlex
+        import subprocess
+
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the pager's, as long as it runs
+        pager = shlex.split(os.environ.get("PAGER") or "less")
+        with contextlib.suppress(OSError):  # none is here
+            subprocess.run(pager, input=text.encode(), env={"LESS": "FRX", **os.environ})
+            return
+    print(text, end="")
+
+
 # ---- Commands: one function for each subcommand ------------------------------------------
 #
 # Options stand beside the function that reads them; Main builds the parser from COMMANDS.
@@ -15606,9 +16045,9 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     option(
         "--to",
         required=True,
-        type=recipient_name,
+        type=destination,
         metavar="NAME",
-        help="a node or an agent, or all",
+        help="a node or an agent; all; any or any:TAG (the least busy that can); tag:TAG; 'web-*'",
     ),
     option(
         "--ch", default="command", choices=CHANNELS, help="the kind of message (default: command)"
@@ -15626,18 +16065,25 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
         help="the exchange that this belongs to: any id of it",
     ),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
+    option("--parallel", type=count, metavar="N", help="with several nodes: so many at once"),
     DIRECT,
     AS_JSON,
     examples="""hive.py send --to beta --ch command --text "is the backup done?" --wait 60
 hive.py send --to all --ch sync --action git-sync --text now --wait 20
+hive.py send --to any --action health-check --text x --wait 20
+hive.py send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5
 make report | hive.py send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:
-    """Send a message to a node, to an agent, or to all."""
+    """Send a message to a node, to an agent, to all, or to whoever can do something."""
     config = config_of(args)
+    target = Target.find(args.to)
+    group = target is not None and not target.one
+    if args.parallel and not (group and args.wait):
+        raise UsageError("--parallel: of use only with --wait, and to a tag or a pattern")
     envelope = Envelope.new(
         config.node.id,
-        args.to,
+        EVERYONE if target else args.to,
         args.ch,
         read_text(args.text),
         action=args.action,
@@ -15645,7 +16091,24 @@ def command_send(args: argparse.Namespace) -> int:
         ttl=args.ttl,
         corr=args.corr and known_exchange(config, args.corr),
     )
-    return send_and_wait(config, envelope, args, args.wait)
+    if target is None:
+        return send_and_wait(config, envelope, args, args.wait)
+    names, away = find_targets(config, args)
+    envelopes = [envelope.replace(to=name, id=new_id()) for name in names]
+    if group:
+        return send_to_group(config, envelopes, away, args)
+    return send_and_wait(config, envelopes[0], args, args.wait)
+
+
+def find_targets(
+    config: Config, args: argparse.Namespace
+) -> tuple[list[str], Mapping[str, Mapping[str, Any]]]:
+    """Who is meant by --to, and who is away; raises HiveError where nobody is there."""
+    request = {"do": "targets", "to": args.to, "action": args.action}
+    control, said = ask_or_bypass(config, request, "names", args.direct)
+    with contextlib.closing(control):
+        said = ask_members(control, request, time.monotonic() + PATIENCE, said)
+    return named_targets(args.to, args.action, said), said["away"]
 
 
 def ask_or_bypass(
@@ -15680,7 +16143,10 @@ def ask_or_bypass(
         raise
 
 
-BYPASS = {"queued": "sending directly", "complete": "asking the broker instead"}
+BYPASS = {
+    "queued": "sending directly",
+    **dict.fromkeys(("complete", "names"), "asking the broker instead"),
+}
 
 
 def send_and_wait(
@@ -15747,7 +16213,7 @@ def print_replies(
     ends = max(ends, time.monotonic() + min(args.wait, 1.0))  # to get here took some of it
     try:
         if envelope.to == EVERYONE:
-            replies.expect(ask_members(control, "states", ends)["states"])
+            replies.expect(ask_members(control, {"do": "states"}, ends)["states"])
         if not connected:
             print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
         while replies.outstanding and (left := ends - time.monotonic()) > 0:
@@ -15769,15 +16235,95 @@ def print_replies(
     return Exit.REFUSED if replies.refused else Exit.DONE
 
 
+def send_to_group(
+    config: Config,
+    envelopes: Sequence[Envelope],
+    away: Mapping[str, Mapping[str, Any]],
+    args: argparse.Namespace,
+) -> int:
+    """Send one to each; print what is known of them then, or what became of them."""
+    patience = max(args.wait, MIN_PATIENCE) if args.wait else PATIENCE
+    request = {"do": "send", "envelope": envelopes[0].document(), "wait": bool(args.wait)}
+    control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
+
+    def hand_in(envelope: Envelope) -> bool:
+        """Is there a broker?  The first has been handed in."""
+        answer = said
+        if envelope is not envelopes[0]:
+            answer = control.ask({**request, "envelope": envelope.document()})
+        if "error" in answer:
+            raise HiveError(f"not sent to {envelope.to}: {answer['error']}")
+        return bool(answer["connected"])
+
+    with contextlib.closing(control):
+        if args.wait:
+            replies = GroupReplies(args.wait)
+            collect_replies(config, replies, envelopes, args, control, hand_in)
+            return say_replies(replies, away, args.as_json)
+        for envelope in envelopes:
+            say_sent(config, envelope, args, control, hand_in(envelope))
+    for name, state in away.items():
+        print(f"hive: not sent to {name}: {absence(state)}", file=sys.stderr)
+    return Exit.DONE
+
+
+def collect_replies(
+    config: Config,
+    replies: GroupReplies,
+    envelopes: Sequence[Envelope],
+    args: argparse.Namespace,
+    control: Control,
+    hand_in: Callable[[Envelope], bool],
+) -> None:
+    """Send, so many at once, and print the answers until all have come or are late."""
+    pending = deque(envelopes)
+    try:
+        while pending or replies:
+            while pending and len(replies) < (args.parallel or len(envelopes)):
+                if not hand_in(pending[0]):
+                    what = f"queued {pending[0].id} for {pending[0].to}"
+                    print(f"hive: {what}, no broker at the moment", file=sys.stderr)
+                replies.sent(pending.popleft(), time.monotonic())
+            said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
+            if reason_code_of(config, said) == NO_SUBSCRIBERS:
+                replies.unheard(said.get("id"))
+            answer = Envelope.check(said["answer"]) if "answer" in said else None
+            if answer and replies.take(answer):
+                write_answer(answer, args.as_json, label=True)
+            replies.expire(time.monotonic())
+    except DaemonError as error:
+        rest = f"{len(pending)} were not sent" if pending else "all were sent"
+        raise HiveError(f"{error}; {rest}; see: hive pending") from None
+
+
+def say_replies(replies: GroupReplies, away: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
+    """Sum up what became of a group's messages."""
+    without = {"failed": replies.failed, "silent": replies.silent, "away": [*away]}
+    if as_json:
+        print(json_text(json.dumps({"ok": replies.ok, **without})))
+    else:
+        total = len(replies.ok) + sum(map(len, without.values()))
+        parts = [
+            f"{len(names)} {how} ({and_more(names, 5)})" for how, names in without.items() if names
+        ]
+        print(", ".join([f"hive: {len(replies.ok)} of {total} ok", *parts]), file=sys.stderr)
+    if replies.failed:
+        return Exit.REFUSED
+    return Exit.NO_REPLY if replies.silent or away else Exit.DONE
+
+
 def ask_members(
-    control: Control, do: str, ends: float, said: dict[str, Any] | None = None
+    control: Control,
+    request: Mapping[str, object],
+    ends: float,
+    said: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What is known of all nodes; a daemon that has just connected has yet to hear of them."""
     ends = min(ends, time.monotonic() + STARTING)
-    said = said or control.ask({"do": do})
+    said = said or control.ask(request)
     while not (said.get("complete") or said.get("fault")) and time.monotonic() < ends:
         time.sleep(0.05)
-        said = control.ask({"do": do})
+        said = control.ask(request)
     return said
 
 
@@ -16070,6 +16616,21 @@ def command_status(args: argparse.Namespace) -> int:
     return say_of_members(config, args, said, bool(rows))
 
 
+@subcommand(examples="hive.py metrics | grep hive_queue")
+def command_metrics(args: argparse.Namespace) -> int:
+    """Print what the daemon has counted, as Prometheus reads it."""
+    config = config_of(args)
+    control = connect_to_daemon(config)
+    if control is None:
+        raise HiveError(f"no daemon of {config.node.id} runs on this machine: nothing is counted")
+    with contextlib.closing(control):
+        answer = control.ask({"do": "metrics"})
+    if "error" in answer:
+        raise HiveError(f"the daemon of {config.node.id}: {answer['error']}")
+    print(metrics_text(answer), end="")
+    return Exit.DONE
+
+
 def check_status(
     config: Config,
     args: argparse.Namespace,
@@ -16120,7 +16681,7 @@ def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
     control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
     with contextlib.closing(control):
         if said["hive"] == hive_of(config):
-            return ask_members(control, do, time.monotonic() + STARTING, said)
+            return ask_members(control, {"do": do}, time.monotonic() + STARTING, said)
     with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
         return control.ask({"do": do})  # the daemon's is another hive
 
@@ -16828,7 +17389,7 @@ def make_parser(only: str = "") -> Parser:
     parser = Parser(
         description=__doc__ or dropped_docstrings()[""],
         parents=[common],
-        epilog="Each command has --help of its own, with examples.",
+        epilog="Each command has --help of its own, with examples; hive help lists more to read.",
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -16849,6 +17410,24 @@ def make_parser(only: str = "") -> Parser:
             sub.add_argument(*flags, **how)
         sub.set_defaults(run=one.run)
     return parser
+
+
+@subcommand(
+    option("topic", nargs="?", metavar="TOPIC", help="a topic, or a command; none: what there is"),
+    examples="hive help\nhive help handlers\nhive help send",
+)
+def command_help(args: argparse.Namespace) -> int:
+    """Read more about handlers, agents, trust and all else than --help says."""
+    if not args.topic:
+        print(topic_list(), end="")
+    elif args.topic in TOPICS:
+        show_text(help_topic(args.topic))
+    elif args.topic in COMMANDS:
+        make_parser(args.topic).parse_args([args.topic, "--help"])
+    else:
+        near = did_you_mean(args.topic, (*TOPICS, *COMMANDS)) or "see: hive help"
+        raise UsageError(f"help: there is no topic or command {quoted(args.topic)}; {near}")
+    return Exit.DONE
 
 
 def command_among(said: Sequence[str]) -> str:

@@ -2,9 +2,9 @@
 """make demo: what hive does, shown on this machine alone in a few seconds.
 
 Two nodes, of which one hosts the broker, and a stand-in for an agent, in a new folder below
-$TMPDIR or /tmp.  Nothing else is touched or asked: each path is in the folder's own
-configurations, so a hive, a Mosquitto or a HIVE_CONFIG of yours is not met.  What is printed
-behind a $ is what is run.
+$TMPDIR or /tmp; with --live three at work, of which one is in trouble, until Ctrl-C.  Nothing else
+is touched or asked: each path is in the folder's own configurations, so a hive, a Mosquitto or a
+HIVE_CONFIG of yours is not met.  What is printed behind a $ is what is run.
 
 Two processes.  One shows, in a session of its own; whatever happens to it, the other ends all that
 was started and removes the folder.  With --keep it is left as it is, with a script that ends it.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -34,6 +35,7 @@ PATIENCE = 30.0  # seconds for each command, and for what it shall show in the e
 LOOK_AGAIN = 0.1  # seconds
 LONGEST_LINE = 400  # characters that say why it failed
 TIME_TO_STOP = 5.0  # seconds; then SIGKILL
+PACE = 1.0  # seconds between two messages of a live one
 
 
 class Failed(Exception):
@@ -42,6 +44,7 @@ class Failed(Exception):
 
 # ---- The folder: what is in it, and how it ends ------------------------------------------
 
+NODES = ("alpha", "beta", "gamma")  # the last one only in a live one
 CONFIG = """\
 [node]
 id = "{node}"
@@ -70,6 +73,21 @@ HANDLER = """\
 #!/bin/sh
 # The file's name is the action, and what it prints is the answer.
 echo "$HIVE_NODE runs $(uname -sm), dear $HIVE_FROM"
+"""
+TROUBLED_CONFIG = """\
+[[oc_instances]]
+name = "watch"
+via = "hook"
+hook_url = "http://127.0.0.1:9/hooks/wake"
+hook_token = "nobody listens there"
+[[schedule]]
+action = "backup"
+every = "20s"
+"""
+FAILING_HANDLER = """\
+#!/bin/sh
+echo "backup: /srv is full: 41 GB needed, 3 GB free" >&2
+exit 1
 """
 # Whatever daemon is started here, by whomever: its process id is known at the end.
 HIVE_CLI = """\
@@ -103,12 +121,15 @@ def furnish(folder: Path) -> None:
         "folder": shlex.quote(str(folder)),
         "pids": shlex.quote(str(folder / "pids")),
     }
-    alpha, beta = (CONFIG.format(node=node) for node in ("alpha", "beta"))
+    alpha, beta, gamma = (CONFIG.format(node=node) for node in NODES)
     agent = json.dumps(str(folder / "agent"))
     files = {
         "alpha.toml": alpha,
         "beta.toml": beta + AGENT_CONFIG.format(agent=agent),
+        "gamma.toml": gamma + TROUBLED_CONFIG,
         "beta.d/info": HANDLER,
+        "gamma.d/info": HANDLER,
+        "gamma.d/backup": FAILING_HANDLER,
         "alpha.log": "",
         "agent": AGENT,
         "bin/hive": HIVE_CLI.format(**quoted),
@@ -233,6 +254,17 @@ STEPS: list[tuple[str, list[tuple[str, str]]]] = [
     ),
 ]
 
+# What they say to each other in a live one, over and over; what gamma's agent is asked, waits.
+TRAFFIC = (
+    'alpha.toml --to beta --text "is the build green?" --ttl 600',
+    "beta.toml --to gamma --action info --text hi",
+    "alpha.toml --to all --ch sync --urgency later --text 'main is at 4f2a9c1'",
+    "gamma.toml --to beta --action info --text hi",
+    'beta.toml --to gamma --text "who keeps watch tonight?" --ttl 90',
+    "alpha.toml --to gamma --action info --text hi",
+    "alpha.toml --to gamma --action backup --text now",
+)
+
 
 def say(line: str = "", bold: bool = False) -> None:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
@@ -312,13 +344,30 @@ def show(folder: Path, keep: bool) -> None:
         say(f"$ sh {shlex.quote(str(folder / 'end'))}")
 
 
+def live(folder: Path) -> None:
+    """Three nodes at work, until a signal comes."""
+    os.umask(0o077)
+    furnish(folder)
+    for node in NODES:
+        run(start(node), folder)
+    run_until("hive roster --config alpha.toml", r"(?s)alpha.*beta +main.*gamma +watch", folder)
+    say("Three nodes are at work, and gamma is in trouble. To look at them:", bold=True)
+    say(f"$ {as_typed_after(folder)}")
+    say("$ hive status --config alpha.toml")
+    say("$ hive log --config alpha.toml --follow")
+    say("\nCtrl-C ends and removes all of it.")
+    for words in itertools.cycle(TRAFFIC):
+        run(f"hive send --config {words}", folder)
+        time.sleep(PACE)
+
+
 # ---- The keeper: starts the show, and ends it --------------------------------------------
 
 
-def perform(folder: Path, keep: bool) -> int:
+def perform(folder: Path, how: str) -> int:
     """Show it, in a session of its own; a signal ends that early.  Called with ENDINGS blocked."""
     received: list[int] = []
-    argv = [PYTHON, __file__, "--show", str(folder), *(["--keep"] if keep else [])]
+    argv = [PYTHON, __file__, "--show", str(folder), *([how] if how else [])]
     player = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def on_signal(number: int, frame: object) -> None:
@@ -331,42 +380,48 @@ def perform(folder: Path, keep: bool) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
     code = player.wait()
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
-    if keep and not code and not received:
+    if how == "--keep" and not code and not received:
         return 0
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(player.pid, signal.SIGTERM)  # the command of the moment, and all daemons
     end(folder)
+    if how == "--live" and signal.SIGINT in received:  # that is how one ends it
+        say("\nAll is ended and removed.")
+        return 0
     if code < 0:  # else it has said why itself
         complain("interrupted; all is ended and removed")
     return 128 + received[0] if received else code and 1
 
 
-def demonstrate(keep: bool) -> int:
+def demonstrate(how: str) -> int:
     """Once round; the exit code."""
     began = time.monotonic()
-    code = perform(new_folder(), keep)
-    if not code and not keep:
+    code = perform(new_folder(), how)
+    if not code and not how:
         say(f"\nDone in {time.monotonic() - began:.0f} s; all is ended and removed.", bold=True)
-        say("To have it left running, and to type these yourself: make demo KEEP=1")
+        say("Three nodes at work: make demo LIVE=1. To type these yourself: make demo KEEP=1")
     return code
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Show what hive does; see make demo.")
     parser.add_argument("--keep", action="store_true", help="leave it running")
+    parser.add_argument("--live", action="store_true", help="three nodes at work, until Ctrl-C")
     parser.add_argument("--end", type=Path, metavar="FOLDER", help="end what was left running")
     parser.add_argument("--show", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     signal.pthread_sigmask(signal.SIG_UNBLOCK if args.show else signal.SIG_BLOCK, ENDINGS)
     try:
-        if args.show:
+        if args.show and args.live:
+            live(args.show)
+        elif args.show:
             show(args.show, args.keep)
         elif args.end:
             if not (args.end / "end").is_file():
                 raise Failed(f"{args.end}: nothing was left running there")
             end(args.end)
         else:
-            return demonstrate(args.keep)
+            return demonstrate("--live" if args.live else "--keep" if args.keep else "")
     except BrokenPipeError:  # whoever watched has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

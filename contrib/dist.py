@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""make dist: one executable file with hive.py and paho-mqtt inside.
+"""make dist: one executable file with hive.py, its help and paho-mqtt inside.
 
 For machines where nothing can be installed.  Run it with a Python that has paho-mqtt.  The same
 sources and the same Python give the same bytes, wherever and whenever: the entries' order, times
@@ -63,6 +63,8 @@ def entries() -> dict[str, bytes]:
     """Name and bytes of each file, in the order in which they are written."""
     sources = {"hive.py": (ROOT / "hive.py").read_bytes(), **paho_files()}
     made = {"__main__.py": MAIN, **dict(sorted(sources.items()))}
+    for topic in sorted((ROOT / "contrib" / "help").glob("*.md")):
+        made[f"help/{topic.name}"] = topic.read_bytes()
     for name, source in sorted(sources.items()):
         if name.endswith(".py"):
             made[f"{name}c"] = compiled(name, source)

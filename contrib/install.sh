@@ -1,7 +1,7 @@
 #!/bin/sh
 # make install, make uninstall: put hive where you, or the whole machine, can run it; take it away.
 #
-#   PREFIX    where bin/hive and lib/hive/ go; else ~/.local
+#   PREFIX    where bin/hive, lib/hive/ and share/man/ go; else ~/.local
 #   DESTDIR   put everything below this folder instead, as packages want it; nothing is started
 #   START=1   start the daemon too
 #   PYTHON    the Python to run it with, 3.11 or newer; else python3
@@ -17,7 +17,7 @@ CDPATH='' cd -- "$(dirname -- "$0")/.."
 
 PREFIX=${PREFIX:-$HOME/.local} DESTDIR=${DESTDIR:-} START=${START:-} RUN_AS=${RUN_AS:-hive}
 PREFIX=${PREFIX%/} DESTDIR=${DESTDIR%/} PYTHON=${PYTHON:-python3}
-bin=$PREFIX/bin lib=$PREFIX/lib/hive
+bin=$PREFIX/bin lib=$PREFIX/lib/hive man=$PREFIX/share/man
 me=$(id -u)
 
 say() { printf '%-10s%s\n' "$1" "$2"; }
@@ -160,6 +160,18 @@ install_programs() {
   if [ -z "$DESTDIR" ]; then "$python" -m compileall -q "$lib/hive.py"; fi
 }
 
+# What hive help prints, and the same as man pages.
+install_help() {
+  folder "$lib/help" 755
+  for topic in contrib/help/*.md; do put "$topic" "$lib/help/${topic##*/}" 644; done
+  mkdir "$scratch/man"
+  "$python" contrib/man.py "$scratch/man"
+  for page in "$scratch"/man/*; do
+    folder "$man/man${page##*.}" 755
+    put "$page" "$man/man${page##*.}/${page##*/}" 644
+  done
+}
+
 install_configuration() {
   folder "$config" "$folder_mode"
   folder "$config/hive-daemon.d" "$folder_mode"
@@ -262,7 +274,10 @@ uninstall() {
   for name in hive hive-cli; do
     if ours "$name"; then drop "$bin/$name"; fi
   done
-  for name in hive hive-cli hive.py __pycache__ venv folders; do
+  for page in "$DESTDIR$man"/man[17]/hive*.[17]; do
+    if grep -qs '^\.\\" From hive,' "$page"; then drop "${page#"$DESTDIR"}"; fi
+  done
+  for name in hive hive-cli hive.py help __pycache__ venv folders; do
     drop "$lib/$name"
   done
   printf '%s\n' "$folders" | sort -r | while IFS= read -r each; do
@@ -280,6 +295,7 @@ case ${1-} in
   install)
     check
     install_programs
+    install_help
     if [ -n "$unit" ]; then
       install_configuration
       install_unit

@@ -5,13 +5,14 @@
 
 Each is installed from Debian, npm or PyPI, and started by the tests themselves on a free port.
 What fails is tried once more by itself, so that no busy machine is taken for a broker's fault.
-Exits 0 whatever works: the table is the answer, which the README shows; each test that failed is
-named after it.
+Exits 0 whatever works: the table is the answer, which hive help brokers shows; each test that
+failed is named after it.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,12 +26,13 @@ from other_brokers import OTHER_BROKERS, install
 KINDS = ("mosquitto", "embedded", *OTHER_BROKERS)
 ABILITIES = {  # what a user asks: the tests that answer it, by parts of their names
     "send, ask, answer": ("command_runs_a_handler", "failure_is_an_alert"),
-    "kept for a node that is away": ("sent_while_a_node_is_away",),
-    "a killed node is told at once": ("killed_node_is_noticed",),
+    "kept while away": ("sent_while_a_node_is_away",),
+    "a death is told": ("killed_node_is_noticed",),
     "status and roster": ("status_and_roster",),
-    "the broker restarts": ("broker_restart", "dies_while_the_broker_is_down"),
-    "a name that is taken": ("of_one_name",),
+    "broker restarts": ("broker_restart", "dies_while_the_broker_is_down"),
+    "a name is taken": ("of_one_name",),
 }
+ALL_TESTS = "end-to-end tests"
 
 
 def run_tests(kind: str, report: Path, names: Sequence[str] = ()) -> dict[str, bool]:
@@ -53,7 +55,14 @@ def row(ability: str, parts: tuple[str, ...], results: dict[str, dict[str, bool]
     for passed in results.values():
         said = [ok for test, ok in passed.items() if any(part in test for part in parts)]
         cells.append("yes" if said and all(said) else "no" if said else "?")
-    return f"| {ability} | " + " | ".join(cells) + " |"
+    return line(ability, cells, [*results])
+
+
+def line(ability: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
+    """Of a table that is also read as it stands."""
+    first = max(len(each) for each in (*ABILITIES, ALL_TESTS))
+    padded = (cell.ljust(max(len(kind), 5)) for cell, kind in zip(cells, kinds, strict=True))
+    return f"| {ability.ljust(first)} | " + " | ".join(padded) + " |"
 
 
 def main() -> None:
@@ -69,12 +78,12 @@ def main() -> None:
             failed = [test for test, ok in results[kind].items() if not ok]
             if failed:
                 results[kind] |= run_tests(kind, report, failed)
-    print("| | " + " | ".join(results) + " |")
-    print("|---" * (len(results) + 1) + "|")
+    print(line("", [*results], [*results]))
+    print(re.sub(r"[^|]", "-", line("", [*results], [*results])))
     for ability, parts in ABILITIES.items():
         print(row(ability, parts, results))
-    counts = (f"{sum(passed.values())} of {len(passed)}" for passed in results.values())
-    print("| all end-to-end tests | " + " | ".join(counts) + " |")
+    counts = [f"{sum(passed.values())}/{len(passed)}" for passed in results.values()]
+    print(line(ALL_TESTS, counts, [*results]))
     for kind, passed in results.items():
         for test, ok in passed.items():
             if not ok:

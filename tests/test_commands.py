@@ -59,8 +59,8 @@ def run(
     [
         (
             ["send", "--to", "a/b", "--text", "x"],
-            "argument --to: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , or 'all';"
-            " see: hive.py send --help",
+            "argument --to: 'a/b' is not a name, all, any, any:TAG, tag:TAG, or a pattern as in"
+            " 'web-*'; see: hive.py send --help",
         ),
         (
             ["send", "--to", "beta", "--text", ""],

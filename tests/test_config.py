@@ -157,8 +157,8 @@ def test_a_file_that_is_no_toml_is_an_error(content: str | bytes, line: str) -> 
         ),
         (
             "[node]\nid = 'a/b'",
-            "node.id: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , not 'all',"
-            " 'meta', 'state', 'roster' or a channel's",
+            "node.id: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , not all, any, meta,"
+            " state, roster or a channel's",
         ),
         ("[[oc_instances]]", 'oc_instances[0].name: missing; as in name = "main"'),
         (
@@ -533,6 +533,7 @@ DEFAULTS = """
 [node]
 id = "box"
 topic_prefix = "hive"
+tags = []
 handler_dir = "HERE/hive-daemon.d"
 handler_timeout = 30.0
 handler_workers = 4

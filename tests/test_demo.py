@@ -169,6 +169,28 @@ def check_each_line(checkout: Checkout, lines: list[str]) -> None:
     typed(ended)
 
 
+def test_a_live_one_shows_three_nodes_one_in_trouble_until_ctrl_c(checkout: Checkout) -> None:
+    process = checkout.script("--live")
+    assert process.stdout
+    said = [process.stdout.readline() for _ in range(6)]
+    assert said[-1] == "Ctrl-C ends and removes all of it.\n"
+    enter, status, log = COMMAND.findall("".join(said))
+
+    def typed(line: str) -> str:
+        return finished(checkout.start("sh", "-c", f"{enter} && {line}"))[0]
+
+    trouble = (
+        r"3 nodes: 2 online, 1 degraded(?s:.*)gamma: agent watch: .*backup every 20s is failing"
+    )
+    eventually("gamma is in trouble", lambda: re.search(trouble, typed(status)))
+    traffic = r"I looked: all green(?s:.*)gamma runs(?s:.*)gamma: backup failed"
+    eventually("they speak", lambda: re.search(traffic, typed(log.removesuffix(" --follow"))))
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = finished(process)
+    assert (out, err) == ("\nAll is ended and removed.\n", "")
+    checkout.check_empty()
+
+
 def test_a_signal_at_any_moment_leaves_nothing(checkout: Checkout) -> None:
     chance = random.Random(4)
     began = time.monotonic()

@@ -30,6 +30,7 @@ def build(folder: Path, umask: int = 0o022) -> Path:
     (folder / "contrib").mkdir(parents=True)
     shutil.copy(ROOT / "hive.py", folder)
     shutil.copy(ROOT / "contrib" / "dist.py", folder / "contrib")
+    shutil.copytree(ROOT / "contrib" / "help", folder / "contrib" / "help")
     subprocess.run(
         [sys.executable, "contrib/dist.py"],
         cwd=folder,
@@ -79,6 +80,7 @@ def test_it_holds_what_is_needed_and_the_licences_and_nothing_else(dist: Path) -
         "__main__.py",
         "hive.py",
         "hive.pyc",
+        "help",
         "paho",
     }
     assert {"paho/mqtt/client.py", "paho/mqtt/properties.py"} <= code

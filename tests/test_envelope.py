@@ -234,8 +234,8 @@ def test_all_is_a_recipient_and_no_sender() -> None:
         ),
         (
             payload(**{"from": "a/b"}),
-            "from: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , not 'all',"
-            " 'meta', 'state', 'roster' or a channel's",
+            "from: 'a/b' is not a name: 1 to 63 of A-Za-z0-9._- , not all, any, meta,"
+            " state, roster or a channel's",
         ),
         (
             payload(ch="gossip"),

@@ -284,8 +284,8 @@ def test_it_listens_where_the_nodes_will_look(
         ),
         (
             ("alpha:main",),
-            "argument NODE: 'alpha:main' is not a name: 1 to 63 of A-Za-z0-9._- , not 'all',"
-            " 'meta', 'state', 'roster' or a channel's; see: hive.py broker --help",
+            "argument NODE: 'alpha:main' is not a name: 1 to 63 of A-Za-z0-9._- , not all, any,"
+            " meta, state, roster or a channel's; see: hive.py broker --help",
         ),
     ],
 )

@@ -259,6 +259,12 @@ def test_a_roster_table_reads_like_this() -> None:
         "attic  -             -         - (-)             -",
         "beta   main, second  git-sync  0.1.0 (1234abcd)  Linux x86_64",
     ]
+    rosters["beta"]["tags"] = ["gpu", "lab"]
+    assert [line[:21].rstrip() for line in roster_table(rosters, False).splitlines()] == [
+        "NODE   TAGS      AGEN",
+        "attic  -         -",
+        "beta   gpu, lab  main",
+    ]
 
 
 @pytest.mark.parametrize("heading", ["STATUS", "HANDLERS"])

@@ -1,4 +1,4 @@
-"""The README promises nothing that is not so."""
+"""The README and what hive help shows promise nothing that is not so."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from conftest import ROOT, Hive
 import hive as module
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+TOPICS = {file.stem: file.read_text() for file in sorted((ROOT / "contrib/help").glob("*.md"))}
+ALL = re.sub(r" +(?=\|)", " ", "\n".join([README, *TOPICS.values()]))  # its tables are aligned
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", ALL, re.S)
 CONSOLE = re.sub(r" +# .*", "", "".join(body for kind, body in BLOCKS if kind == "console"))
-COMMANDS = [
-    re.split(r" [&#>|]", line)[0]
-    for line in re.findall(r"^\$ (?:.* )?((?:python3? hive(?:\.py)?|hive) .*)$", CONSOLE, re.M)
-]
+TYPED = re.findall(r"^\$ (?:.*[ |])?((?:python3? hive(?:\.py)?|hive) .*)$", CONSOLE, re.M)
+NAMED = re.findall(r"`(hive [a-z][^`]*)`", ALL.replace("\n  ", " ").replace("\n", " "))
+COMMANDS = sorted({re.split(r" [&#>|]", line)[0] for line in TYPED})
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -29,15 +30,36 @@ def test_every_command_that_it_shows_can_be_typed(line: str) -> None:
     assert module.make_parser().parse_args(arguments).run
 
 
+@pytest.mark.parametrize("line", sorted({*NAMED}))
+def test_every_command_that_it_names_is_one(line: str) -> None:
+    name, *rest = line.removeprefix("hive ").split()
+    known = {flag for flags, _ in module.COMMANDS[name].options for flag in flags}
+    assert {word for word in rest if word.startswith("--")} <= known | {"--help"}
+
+
 def test_it_shows_commands() -> None:
-    assert len(COMMANDS) >= 8
+    assert len(TYPED) >= 8 and len(NAMED) >= 8
+
+
+def test_it_is_short_and_fits_a_narrow_window() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_its_table_of_contents_leads_somewhere() -> None:
+    headings = re.findall(r"^## (.*)$", README, re.M)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([\w-]+)\)", README)) == anchors
+    for file in re.findall(r"\]\(([^#)]+)\)", README):
+        assert (ROOT / file).exists(), file
 
 
 def test_its_first_screen_is_what_comes_back(hive: Hive) -> None:
     alpha = hive.node("alpha")
     alpha.handler("ping", (ROOT / "hive-daemon.d" / "ping").read_text())
     alpha.start()
-    first = BLOCKS[0][1].splitlines()
+    first = next(body for kind, body in BLOCKS if kind).splitlines()
     asked = first.index("$ hive send --to all --action ping --text hello --wait 5")
     answered = hive.cli("alpha", *shlex.split(first[asked])[2:])
     assert answered.stdout == first[asked + 1] + "\n"
@@ -70,16 +92,16 @@ def test_its_envelope_is_one() -> None:
 
 def test_it_names_every_channel_exit_code_command_and_variable() -> None:
     for channel in module.CHANNELS.values():
-        assert f"| `{channel.name}` | {channel.meaning} |" in README
+        assert f"| `{channel.name}` | {channel.meaning} |" in ALL
     for code in module.Exit:
-        assert f"| {code.value} |" in README
+        assert f"| {code.value} |" in ALL
     for name in module.COMMANDS:
-        assert re.search(rf"\bhive(-cli|\.py)? {name}\b", README), name
+        assert re.search(rf"\bhive(-cli|\.py)? {name}\b", ALL), name
     envelope = module.Envelope.new("a", "b", "command", "x")
     instance = module.InstanceConfig(name="main")
     environment = module.handler_environment(envelope, "b", "hive", instance, {})
     for variable in environment:
-        assert variable in README
+        assert variable in ALL
 
 
 def test_it_says_how_long_the_file_is() -> None:
@@ -89,12 +111,13 @@ def test_it_says_how_long_the_file_is() -> None:
 
 
 def test_it_names_every_way_to_an_agent() -> None:
-    assert all(f"| `{via}`" in README for via in module.VIA)
+    assert all(f"| `{via}`" in ALL for via in module.VIA)
 
 
 def test_the_table_of_brokers_is_that_which_make_brokers_prints() -> None:
-    from brokers import ABILITIES, KINDS
+    from brokers import ABILITIES, ALL_TESTS, KINDS, line
 
-    assert f"| | {' | '.join(KINDS)} |\n" in README
-    rows = re.findall(r"^\| (.*?) \|(?: yes| no| \d+ of \d+| \|)*$", README, re.M)
-    assert {*ABILITIES, "all end-to-end tests"} <= {*rows}
+    shown = TOPICS["brokers"]
+    assert line("", KINDS, KINDS) in shown
+    rows = re.findall(r"^\| (.*?) +\|(?: yes +\|| no +\|| \d+/\d+ +\|)+$", shown, re.M)
+    assert [*ABILITIES, ALL_TESTS] == rows

@@ -194,7 +194,8 @@ def test_a_message_is_sent_by_the_daemon_and_who_asked_hears_each_step(
     assert row["event"] == "out", "it is in the journal by then"
     acknowledge(rig, message, code, words)
     topic = "hive/alpha/command"
-    assert caller.client.receive(5) == {"published": code, "words": words, "topic": topic}
+    said = {"published": code, "words": words, "topic": topic, "id": message.id}
+    assert caller.client.receive(5) == said
     pending = caller.ask(do="pending")
     assert pending["outbox"] == []
     assert [one["id"] for one in pending["questions"]] == open_questions, "or nobody will answer"
@@ -507,7 +508,7 @@ WRONG: list[object] = [
     *({"ch": [1]}, {"ch": {"a": 1}}, {"ch": 2**70}, {"from": "\ud83d"}, {"since": "x"}),
     *({"since": float("nan")}, {"since": [1]}, {"to": True}, {"nothing": 1}, {"corr": "\0"}),
 ]
-FIELDS = ("id", "envelope", "wait", "filters", "after", "last")
+FIELDS = ("id", "envelope", "wait", "filters", "after", "last", "to", "action")
 
 
 def survives(rig: Rig, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from test_dist import build
 import hive
 
 README = (ROOT / "README.md").read_text()
-CHAPTER = README.partition("### A second machine")[2].partition("**Where Mosquitto")[0]
+CHAPTER = README.partition("## A second machine")[2].partition("\n## ")[0]
 HOSTING, JOINING = (
     [line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")]
     for block in re.findall(r"```console\n(.*?)```", CHAPTER, re.S)

@@ -291,7 +291,7 @@ def test_the_readme_shows_it(tmp_path: Path) -> None:
     """Each line is typed as it stands there, and says what stands there."""
     machine = Machine(tmp_path / "home")
     machine.environment["PS1"] = ""
-    said = (ROOT / "README.md").read_text().partition("**Two nodes on one machine**")[2]
+    said = (ROOT / "README.md").read_text().partition("## Two nodes on one machine")[2]
     shown = said.partition("```console\n")[2].partition("```")[0]
     tools = machine.home / "bin"
     tools.mkdir()

@@ -242,6 +242,21 @@ def test_what_was_installed_has_paho(installed: Machine) -> None:
     assert done.returncode == hive.Exit.BROKER, done.stderr
 
 
+def test_what_was_installed_has_its_help_also_for_man(installed: Machine) -> None:
+    shown = installed.run(str(installed.home / ".local/bin/hive"), "help", "trust").stdout
+    assert shown == (ROOT / "contrib/help/trust.md").read_text()
+    pages = installed.home / ".local/share/man/man7"
+    assert {page.name for page in pages.iterdir()} == {f"hive-{one}.7" for one in hive.TOPICS}
+
+
+def test_uninstall_leaves_other_peoples_man_pages(machine: Machine) -> None:
+    machine.package("install")
+    theirs = machine.inside(machine.home / ".local/share/man/man7/hive-bees.7")
+    theirs.write_text(".TH BEES 7\n")
+    machine.package("uninstall")
+    assert [*theirs.parent.iterdir()] == [theirs]
+
+
 def test_installing_twice_changes_nothing(installed: Machine) -> None:
     before = everything(installed.home)
     said = installed.make("install")

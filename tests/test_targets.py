@@ -1,0 +1,274 @@
+"""Who is meant by `any`, a tag or a pattern: the rule, what a node knows for it, real nodes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Hive, eventually
+from rig import HANGS, Rig
+
+import hive as module
+from hive import Candidate, Envelope, GroupReplies, HiveError, Target, named_targets
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("beta", None),
+        ("all", None),
+        ("anybody", None),
+        ("any", Target(one=True)),
+        ("any:gpu", Target(one=True, tag="gpu")),
+        ("tag:gpu-2.a", Target(tag="gpu-2.a")),
+        ("web-*", Target(pattern="web-*")),
+        ("*", Target(pattern="*")),
+        ("web-[!1-3]?", Target(pattern="web-[!1-3]?")),
+    ],
+)
+def test_what_to_means(said: str, meant: Target | None) -> None:
+    assert Target.find(said) == meant
+    assert module.destination(said) == said
+
+
+@pytest.mark.parametrize(
+    "said", ["any:", "any:a/b", "tag:", "tag:#", "a b*", "a/*", "", "+", "*" * 64, 5, None, ["*"]]
+)
+def test_what_names_nobody_is_refused(said: object) -> None:
+    with pytest.raises(ValueError):
+        module.destination(said)
+
+
+def test_no_node_may_be_called_any() -> None:
+    with pytest.raises(ValueError):
+        module.node_name("any")
+
+
+NODES = [
+    Candidate("alpha", actions={"sync", "deploy"}, busy=0.0),
+    Candidate("beta", actions={"sync"}, tags={"gpu"}, agent=True, busy=2.0),
+    Candidate("gamma", actions={"sync"}, busy=1.0),
+    Candidate("attic", "offline", 7200.0, alive=False, actions={"sync", "old"}, tags={"gpu"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("to", "action", "names", "away"),
+    [
+        ("any", "sync", ["gamma"], ["attic"]),  # not alpha, who asks
+        ("any", "deploy", [], []),
+        ("any", "old", [], ["attic"]),
+        ("any", "", ["beta"], []),  # who has an agent
+        ("any:gpu", "sync", ["beta"], ["attic"]),
+        ("tag:gpu", "nothing", ["beta"], ["attic"]),  # it may tell itself that it cannot
+        ("*a", "", ["alpha", "beta", "gamma"], []),
+        ("[bc]*", "", ["beta"], []),
+    ],
+)
+def test_who_is_chosen(to: str, action: str, names: list[str], away: list[str]) -> None:
+    target = Target.find(to)
+    assert target
+    there, absent = target.choose(NODES, action, "alpha")
+    assert (there, [one.name for one in absent]) == (names, away)
+
+
+@pytest.mark.parametrize(
+    ("to", "action", "away", "words"),
+    [
+        ("any", "x", {}, "no other node offers x; what each one is: hive roster"),
+        (
+            "any:gpu",
+            None,
+            {},
+            "no other node of tag gpu has an agent; what each one is: hive roster",
+        ),
+        (
+            "any",
+            "x",
+            {"attic": {"status": "offline", "age": 7200.0}},
+            "no other node that is online offers x; away: attic (offline, seen 2h ago)",
+        ),
+        ("tag:gpu", None, {}, "no node has the tag gpu; what each one is: hive roster"),
+        ("web-*", "x", {}, "no node is called like web-*; what each one is: hive roster"),
+    ],
+)
+def test_where_nobody_can_it_is_said_who_could(
+    to: str, action: str | None, away: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(HiveError) as raised:
+        named_targets(to, action, {"names": [], "away": away})
+    assert str(raised.value) == words
+
+
+def test_each_of_a_group_has_its_time_and_is_counted_once() -> None:
+    replies = GroupReplies(10.0)
+    asked = [
+        Envelope.new("alpha", to, "command", "x", id=f"id-{to}") for to in ("a", "b", "c", "d")
+    ]
+    for second, one in enumerate(asked):
+        replies.sent(one, float(second))
+    assert replies.ends == 10.0
+    assert replies.take(asked[0].reply("a", "done")) and not replies.take(asked[0].reply("a", "x"))
+    assert not replies.take(asked[1].reply("b", "on my way", ch="status"))
+    assert replies.take(asked[1].reply("b", "cannot", ch="alert"))
+    assert not replies.take(Envelope.new("d", "alpha", "response", "of another", corr="other"))
+    replies.unheard("id-nobody")
+    replies.expire(12.0)
+    assert (len(replies), replies.ends) == (1, 13.0)
+    replies.unheard("id-d")
+    assert (replies.ok, replies.failed, replies.silent) == (["a"], ["b"], ["c", "d"])
+
+
+@pytest.fixture
+def rig(rig_of: Callable[..., Rig]) -> Rig:
+    return rig_of()
+
+
+def test_a_node_chooses_by_what_others_show_and_what_it_has_asked_them(rig: Rig) -> None:
+    client = module.ControlClient(rig.state_dir / "door", "beta")
+
+    def chosen(to: str = "any", action: str | None = "sync") -> dict[str, Any]:
+        answer = rig.ask(client, do="targets", to=to, action=action)
+        return {key: answer[key] for key in ("names", "away", "error") if key in answer}
+
+    def show(name: str, roster: dict[str, Any], **state: Any) -> None:
+        rig.hear_state(name, status="online", last_seen=int(time.time()), **state)
+        rig.hand_in(f"hive/meta/{name}/roster", json.dumps(roster).encode())
+
+    assert chosen() == {"names": [], "away": {}}
+    show("idle", {"handlers": ["sync"], "tags": "gpu"}, load_1m=0.5)
+    show("busy", {"handlers": ["sync"], "tags": ["gpu", 5]}, load_1m=0.4, running=1, waiting=2)
+    show("wrong", {"handlers": "sync", "agents": {}}, load_1m="none", running=[])
+    show("agent", {}, daemon_node="idle")
+    assert chosen()["names"] == ["idle"]
+    assert chosen("any:gpu")["names"] == ["busy"]
+    assert chosen("*")["names"] == ["busy", "idle", "wrong"]
+    for i in range(4):
+        asked = Envelope.new("beta", "idle", "command", "x", action="sync", id=f"id-{i}")
+        assert rig.ask(client, do="send", envelope=asked.document())["queued"]
+    assert chosen()["names"] == ["busy"]
+    for name in ("idle", "busy"):
+        rig.hear_state(name, status="offline", last_seen=int(time.time()) - 60)
+    assert chosen()["names"] == [] and chosen()["away"]["idle"]["status"] == "offline"
+    assert "to: 'idle' is not any" in chosen("idle")["error"]
+    client.close()
+
+
+# Real nodes
+
+
+@pytest.fixture
+def fleet(hive: Hive) -> Hive:
+    """Alpha asks; web-1 to web-3 deploy, of which one fails and one has left."""
+    tags = {"web-1": '["gpu", "lab"]', "web-2": '["gpu"]'}
+    for name, lines in {
+        "alpha": "echo never",
+        "web-1": f"{HANGS}",
+        "web-2": f"{HANGS}; exit 3",
+        "web-3": "echo gone",
+    }.items():
+        node = hive.node(name)
+        text = node.config.read_text()
+        extra = f"tags = {tags[name]}\n" if name in tags else ""
+        node.config.write_text(text.replace("[mqtt]", f"{extra}[mqtt]"))
+        node.handler("deploy", f"#!/bin/sh\n{lines}\n")
+    for node in hive.nodes.values():
+        node.start(wait=False)
+    for node in hive.nodes.values():
+        node.logged("connected")
+
+    def known() -> bool:
+        rosters = json.loads(hive.cli("alpha", "roster", "--json").stdout)
+        return len(rosters) == 4
+
+    eventually("all rosters are known", known)
+    hive.nodes["web-3"].stop()
+    for name in ("web-1", "web-2"):
+        (hive.nodes[name].home / "gate").touch()
+    return hive
+
+
+def test_any_is_one_that_can_and_is_there(fleet: Hive) -> None:
+    for name in ("web-1", "web-2"):
+        (fleet.nodes[name].home / "gate").unlink()
+    sent = [
+        fleet.cli("alpha", "send", "--to", "any", "--action", "deploy", "--text", "x", "--json")
+        for _ in range(4)
+    ]
+    chosen = {json.loads(one.stdout)["to"] for one in sent}
+    assert chosen == {"web-1", "web-2"}  # what it has asked one makes it prefer the other
+    for name in ("web-1", "web-2"):
+        (fleet.nodes[name].home / "gate").touch()
+    done = fleet.cli(
+        *("alpha", "send", "--to", "any:lab", "--action", "deploy", "--text", "x", "--wait", "20")
+    )
+    assert done.stdout == "through\n"
+    none = ("alpha", "send", "--to", "any:attic", "--action", "deploy", "--text", "x")
+    for how in ((), ("--direct",)):
+        why = fleet.cli(*none, *how, code=1).stderr
+        assert why.startswith("hive: no other node of tag attic offers deploy; ")
+
+
+def test_a_message_to_a_pattern_tells_what_became_of_each(fleet: Hive) -> None:
+    for how in ("by the daemon", "beside it", "without one"):
+        if how == "without one":
+            fleet.nodes["alpha"].stop()
+        tells_what_became_of_each(fleet, ("--direct",) if how == "beside it" else ())
+
+
+def tells_what_became_of_each(fleet: Hive, direct: tuple[str, ...]) -> None:
+    send = ("alpha", "send", "--action", "deploy", "--text", "x", "--wait", "20", *direct)
+    done = fleet.cli(*send, "--to", "web-*", "--parallel", "1", code=1)
+    assert done.stdout == "web-1: through\n"
+    failed, summary = done.stderr.splitlines()
+    assert failed.startswith("web-2: deploy failed: exit 3")
+    assert summary == "hive: 1 of 3 ok, 1 failed (web-2), 1 away (web-3)"
+
+    done = fleet.cli(*send, "--to", "tag:gpu", "--json", code=1)
+    *answers, summary = map(json.loads, done.stdout.splitlines())
+    assert summary == {"ok": ["web-1"], "failed": ["web-2"], "silent": [], "away": []}
+    assert sorted((one["from"], one["ch"]) for one in answers) == [
+        ("web-1", "response"),
+        ("web-2", "alert"),
+    ]
+
+
+def test_who_keeps_silent_is_counted_and_who_is_away_gets_nothing(fleet: Hive) -> None:
+    (fleet.nodes["web-1"].home / "gate").unlink()
+    send = ("alpha", "send", "--to", "web-[13]", "--action", "deploy", "--text", "x")
+    done = fleet.cli(*send, "--wait", "1", code=4)
+    assert done.stderr == "hive: 0 of 2 ok, 1 silent (web-1), 1 away (web-3)\n"
+    done = fleet.cli(*send)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["sent"]
+    assert "/web-1/command" in done.stdout
+    assert done.stderr.startswith("hive: not sent to web-3: offline, seen ")
+    (fleet.nodes["web-1"].home / "gate").touch()
+    fleet.nodes["web-3"].start()
+    done = fleet.cli(
+        "alpha", "send", "--to", "web-3", "--action", "deploy", "--text", "x", "--wait", "9"
+    )
+    assert done.stdout == "gone\n"
+    assert len(fleet.nodes["web-3"].events("handler started")) == 1
+
+
+def test_so_many_at_once_and_no_more(hive: Hive) -> None:
+    hive.node("alpha").start()
+    diary = hive.home / "diary"
+    for i in range(4):
+        node = hive.node(f"web-{i}")
+        node.handler("deploy", f"#!/bin/sh\necho + >>{diary}\nsleep 0.1\necho - >>{diary}\n")
+        node.start()
+    eventually("all are seen", lambda: len(hive.nodes["alpha"].events("peer is up")) == 4)
+    send = ("alpha", "send", "--to", "web-*", "--action", "deploy", "--text", "x", "--wait", "20")
+    done = hive.cli(*send, "--parallel", "2")
+    assert sorted(done.stdout.splitlines()) == [f"web-{i}: ok" for i in range(4)]
+    running = most = 0
+    for line in diary.read_text().split():
+        running += 1 if line == "+" else -1
+        most = max(most, running)
+    assert most == 2
+    why = hive.cli(*send[:-2], "--parallel", "2", code=2).stderr
+    assert why.startswith("hive: --parallel: of use only with --wait, and to a tag or a pattern")
