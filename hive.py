@@ -729,7 +729,6 @@ class Decision(Value):
     now: bool = False  # at once, or with the agent's next heartbeat
 
 
-RECEIPTS = "receipts"
 AWAITED = "somebody waits for it"
 NO_AGENT = "there is no agent to tell"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
