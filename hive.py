@@ -15386,13 +15386,13 @@ class Change(Value):
     make: Callable[[], None]
 
 
-def own_command(*named: str) -> list[str]:
-    """How other programs start this one; `named` are options for each call."""
-    return [sys.executable, os.path.abspath(sys.argv[0]), *named]
+def own_command() -> list[str]:
+    """How other programs start this one, wherever they are."""
+    return [sys.executable, os.path.abspath(sys.argv[0])]
 
 
 def vendor_argv(called: str, template: str, hive: Sequence[str], kept: str = "") -> list[str]:
-    """A program's own command line, that enters `hive` or takes it out."""
+    """A program's own command line, which enters the command `hive` or takes it out."""
     words = {
         "{hive}": [*hive],
         "{program}": [*hive[:1]],
@@ -15403,21 +15403,20 @@ def vendor_argv(called: str, template: str, hive: Sequence[str], kept: str = "")
     return [called, *(word for part in template.split() for word in words.get(part, [part]))]
 
 
-def vendor_changes(name: str, hive: Sequence[str], hooks: bool) -> list[Change]:
-    """What is to be done so that hive is in, `hooks` too if wanted.  Raises HiveError."""
+def vendor_changes(name: str, server: Sequence[str], hook: Sequence[str]) -> list[Change]:
+    """What is to be done so that hive is in: its server's command, its hooks' if wanted.
+
+    Raises HiveError.
+    """
     vendor, found = VENDORS[name], entry_in(VENDORS[name])
     called = vendor_program(name)
-    changes = []
-    if found is not None and found != [*hive, "mcp"]:
-        changes += vendor_removal(name)
-    if found != [*hive, "mcp"]:
-        argv = vendor_argv(called, vendor.add, [*hive, "mcp"], vendor.kept)
-        changes.append(vendor_call(name, argv))
-    if hooks and not vendor.hooks:
+    if hook and not vendor.hooks:
         raise UsageError(f"--hooks: {vendor.title} has none that hive could use")
-    if hooks and vendor.hooks:
-        changes += hooks_change(vendor, shell_line([*hive, "hook"]))
-    return changes
+    changes = vendor_removal(name) if found not in (None, [*server]) else []
+    if found != [*server]:
+        argv = vendor_argv(called, vendor.add, server, vendor.kept)
+        changes.append(vendor_call(name, argv))
+    return changes + (hooks_change(vendor, shell_line(hook)) if hook else [])
 
 
 def vendor_removals(name: str) -> list[Change]:
@@ -16529,13 +16528,14 @@ def command_mcp(args: argparse.Namespace) -> int:
 def change_vendor(args: argparse.Namespace) -> int:
     """Show what is to be changed in a program's configuration, ask, and do it."""
     name = args.install or args.uninstall
-    options = {"--config": named_config(args), "--node": vars(args).get("node.id")}
-    options["--as"] = args.agent
-    if file := options["--config"]:
-        options["--config"] = os.path.abspath(expand_home(file))
-    said = [word for flag, value in options.items() if value for word in (flag, value)]
+    me = own_command()
+    if file := named_config(args):
+        me += ["--config", os.path.abspath(expand_home(file))]
+    if node := vars(args).get("node.id"):
+        me += ["--node", node]
     if args.install:
-        changes = vendor_changes(name, own_command(*said), args.hooks)
+        server = [*me, "mcp", *(("--as", args.agent) if args.agent else ())]
+        changes = vendor_changes(name, server, [*me, "hook"] if args.hooks else [])
     else:
         changes = vendor_removals(name)
     title = VENDORS[name].title

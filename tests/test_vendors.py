@@ -57,7 +57,7 @@ def calls(home: Path) -> list[str]:
 
 def install(name: str, hooks: bool = False) -> list[str]:
     """Do it; what a person is shown before."""
-    changes = module.vendor_changes(name, HIVE, hooks)
+    changes = module.vendor_changes(name, [*HIVE, "mcp"], [*HIVE, "hook"] if hooks else [])
     for change in changes:
         change.make()
     return [change.shown for change in changes]
@@ -142,21 +142,19 @@ def run(*arguments: str, stdin: Any = subprocess.DEVNULL) -> subprocess.Complete
     return subprocess.run(line, stdin=stdin, capture_output=True, text=True, timeout=PATIENCE)
 
 
-@pytest.mark.parametrize("what", ["--install", "--uninstall"])
 def test_a_program_that_is_not_installed_is_one_line(
-    home: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_entry(VENDORS["claude"], ["/old/hive", "mcp"])
     monkeypatch.setenv("PATH", os.defpath)
-    done = run("mcp", what, "claude", "--yes")
+    done = run("mcp", "--install", "claude", "--yes")
     why = "Claude Code is not installed: no program called claude is on your PATH"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"hive: {why}\n")
 
 
 def test_nothing_is_done_unasked(home: Path) -> None:
-    done = run("mcp", "--install", "claude", "--config", "my.toml")
+    done = run("mcp", "--install", "claude", "--config", "my.toml", "--as", "ada")
     shown = f"claude mcp add -s user hive -- {sys.executable} {ROOT}/hive-cli"
-    shown += f" --config {Path.cwd()}/my.toml mcp"
+    shown += f" --config {Path.cwd()}/my.toml mcp --as ada"
     assert done.stdout == f"Claude Code: this is to be done:\n  {shown}\n"
     assert done.returncode == 2 and "--yes does it" in done.stderr
     assert not calls(home)
@@ -250,9 +248,8 @@ def test_a_file_that_could_not_be_written_back_is_refused_and_stays(home: Path, 
     file = home / ".claude" / "settings.json"
     file.parent.mkdir()
     file.write_bytes(text.encode("latin-1"))
-    done = run("mcp", "--install", "claude", "--hooks", "--yes")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"hive: {file}: ")
+    with pytest.raises(module.HiveError, match=f"^{file}: .*(stays as it is|does not know)"):
+        install("claude", hooks=True)
     assert file.read_bytes() == text.encode("latin-1") and not calls(home)
 
 
