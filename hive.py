@@ -57,10 +57,10 @@ tokens; only what needs judgment wakes an agent.
 #           Join        one line makes a machine a node of a hive
 #                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
 #                       Hosting
+#           Help        topics that are longer than a --help, and where they lie
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Vendors     what each program of coding agents needs: entry, hooks, a way to tell it
 #                       <- Process, Output, Setup, Mcp
-#           Help        topics that are longer than a --help, and where they lie
 #           Commands    one function for each subcommand, its options beside it <- *
 #           Main        arguments in, exit code out <- Members, Commands, Help
 
@@ -14178,6 +14178,51 @@ def broker_keys(host: str, port: int, user: str) -> dict[str, Any]:
     return {f"mqtt.{key}": value for key, value in {**said, **others}.items()}
 
 
+# ---- Help: what is longer than a --help --------------------------------------------------
+#
+# Each topic is a file of Markdown; its first line says what it is about.  Does not know what else
+# stands in it.
+
+TOPICS = ("handlers", "agents", "trust", "config", "protocol", "brokers", "operation")
+HELP_FOLDERS = ("help", "hive-help", "contrib/help")  # installed; by pip; in a checkout
+
+
+def help_topic(name: str) -> str:
+    """The text of one; raises HiveError where this file came alone."""
+    beside = (os.path.dirname(file) for file in (__file__, os.path.realpath(__file__)))
+    for place, folder in itertools.product(beside, HELP_FOLDERS):
+        with contextlib.suppress(OSError):  # the loader reads from dist/hive's archive too
+            data: bytes = globals()["__loader__"].get_data(f"{place}/{folder}/{name}.md")
+            return data.decode()
+    raise HiveError(
+        f"{name}: hive.py came without its help; it is in dist/hive, in what make install puts"
+        f" there, and in a checkout: contrib/help/{name}.md"
+    )
+
+
+def topic_list() -> str:
+    """Every topic, with what it is about."""
+    about = (help_topic(name).partition("\n")[0].partition(": ")[2] for name in TOPICS)
+    lines = "\n".join(f"  {name:11}{what}" for name, what in zip(TOPICS, about, strict=True))
+    return f"hive help TOPIC, one of\n\n{lines}\n\nhive help COMMAND is hive COMMAND --help.\n"
+
+
+def show_text(text: str) -> None:
+    """To stdout; by $PAGER where that is a terminal with fewer lines."""
+    import shutil
+
+    if sys.stdout.isatty() and text.count("\n") >= shutil.get_terminal_size().lines:
+        import shlex
+        import subprocess
+
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the pager's, as long as it runs
+        pager = shlex.split(os.environ.get("PAGER") or "less")
+        with contextlib.suppress(OSError):  # none is here
+            subprocess.run(pager, input=text.encode(), env={"LESS": "FRX", **os.environ})
+            return
+    print(text, end="")
+
+
 # ---- Mcp: an agent's program at its node -----------------------------------------------------
 #
 # A server of the Model Context Protocol on stdin and stdout, for one session of Claude Code, Codex
@@ -15275,6 +15320,7 @@ TOOLS = {
         read_only=True,
     ),
 }
+<<<<<<< HEAD
 
 
 # ---- Vendors: the programs of coding agents --------------------------------------------------
@@ -15765,51 +15811,6 @@ def is_client(server: McpServer, name: str) -> bool:
 
 
 PUSHES |= {"inbox": claude_inbox, "queue": codex_queue, "prompt": opencode_prompt}
-
-
-# ---- Help: what is longer than a --help --------------------------------------------------
-#
-# Each topic is a file of Markdown; its first line says what it is about.  Does not know what else
-# stands in it.
-
-TOPICS = ("handlers", "agents", "trust", "config", "protocol", "brokers", "operation")
-HELP_FOLDERS = ("help", "hive-help", "contrib/help")  # installed; by pip; in a checkout
-
-
-def help_topic(name: str) -> str:
-    """The text of one; raises HiveError where this file came alone."""
-    beside = (os.path.dirname(file) for file in (__file__, os.path.realpath(__file__)))
-    for place, folder in itertools.product(beside, HELP_FOLDERS):
-        with contextlib.suppress(OSError):  # the loader reads from dist/hive's archive too
-            data: bytes = globals()["__loader__"].get_data(f"{place}/{folder}/{name}.md")
-            return data.decode()
-    raise HiveError(
-        f"{name}: hive.py came without its help; it is in dist/hive, in what make install puts"
-        f" there, and in a checkout: contrib/help/{name}.md"
-    )
-
-
-def topic_list() -> str:
-    """Every topic, with what it is about."""
-    about = (help_topic(name).partition("\n")[0].partition(": ")[2] for name in TOPICS)
-    lines = "\n".join(f"  {name:11}{what}" for name, what in zip(TOPICS, about, strict=True))
-    return f"hive help TOPIC, one of\n\n{lines}\n\nhive help COMMAND is hive COMMAND --help.\n"
-
-
-def show_text(text: str) -> None:
-    """To stdout; by $PAGER where that is a terminal with fewer lines."""
-    import shutil
-
-    if sys.stdout.isatty() and text.count("\n") >= shutil.get_terminal_size().lines:
-        import shlex
-        import subprocess
-
-        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is the pager's, as long as it runs
-        pager = shlex.split(os.environ.get("PAGER") or "less")
-        with contextlib.suppress(OSError):  # none is here
-            subprocess.run(pager, input=text.encode(), env={"LESS": "FRX", **os.environ})
-            return
-    print(text, end="")
 
 
 # ---- Commands: one function for each subcommand ------------------------------------------
