@@ -15320,7 +15320,6 @@ TOOLS = {
         read_only=True,
     ),
 }
-<<<<<<< HEAD
 
 
 # ---- Vendors: the programs of coding agents --------------------------------------------------
