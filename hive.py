@@ -16328,18 +16328,18 @@ def row_view(row: Mapping[str, Any], room: int) -> dict[str, Any]:
 def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A node's agents, and what is known of the sessions among them."""
     health, sessions = state.get("oc"), roster.get("sessions")
-    known: dict[str, Any] = sessions if isinstance(sessions, dict) else {}
-    said = health.items() if isinstance(health, dict) else ()
-    told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+    works: dict[str, Any] = sessions if isinstance(sessions, dict) else {}
+    said = {**(health if isinstance(health, dict) else {}), **dict.fromkeys(works, WELL)}
     found = []
-    for name, one in [*said][:MAX_AGENTS]:
-        one = {"status": one} if isinstance(one, str) else one if isinstance(one, dict) else {}
-        more = known.get(name)
-        one = {**(more if isinstance(more, dict) else {}), **one}
-        words = {key: printable(one[key], 300) for key in told if one.get(key)}
-        since = bounded_number(one.get("since"), 1, MAX_TS)
-        found.append({"name": printable(name), **words, **({"since": since} if since else {})})
-    return found
+    for name in [*said.keys() - names_in(roster, "away")][: 2 * MAX_AGENTS]:
+        one = {"status": said[name]} if isinstance(said[name], str) else said[name]
+        all = [how for how in (works.get(name), one) if isinstance(how, dict)]
+        facts = {key: value for how in all for key, value in how.items()}
+        told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+        words = {key: printable(facts[key], 300) for key in told if facts.get(key)}
+        since = bounded_number(facts.get("since"), 1, MAX_TS)
+        found.append({"name": printable(name), **words, "since": since})
+    return sorted(found, key=lambda agent: str(agent["name"]))
 
 
 def node_view(
