@@ -2279,7 +2279,7 @@ class Sessions:
         self._changed = do_nothing
         self._inherit: Callable[[Task, str], str] = lambda task, note: note
         self._showing = False  # at the end of this turn, who is there
-        self._sweeping = False
+        self._sweeping = self._ended = False
 
     def start(self, changed: Callable[[], None], inherit: Callable[[Task, str], str]) -> None:
         """Go on with the inboxes that a daemon left.
@@ -2309,6 +2309,8 @@ class Sessions:
         for one in self._sessions.values():
             if one.requester is requester:
                 raise UsageError(f"this connection is attached already, as {one.name}")
+        if self._ended:
+            raise UsageError("the daemon is stopping")
         if len(self.live) >= MAX_ATTACHED:
             raise UsageError(f"{MAX_ATTACHED} sessions are attached already; end one of them")
         name = self._free_name(given["name"], given["exact"])
@@ -2330,7 +2332,8 @@ class Sessions:
         self._update()
 
     def end(self) -> None:
-        """The node is stopping: they are gone for now."""
+        """The node is stopping: they are gone, and nobody comes any more."""
+        self._ended = True
         for session in [*self._sessions.values()]:
             if session.requester:
                 session.requester.close()
@@ -11994,8 +11997,9 @@ class ReplyCollector:
         if answer.reply_to not in (None, self._envelope.id):
             return False  # it answers an earlier message of the exchange
         self.refused |= answer.ch == "alert"
-        to_all = self._envelope.to == EVERYONE
-        self.outstanding.discard(answer.sender if to_all else self._envelope.to)
+        agent = self.states.get(answer.sender, {})  # or a node, or not known
+        node = str(agent.get("daemon_node", answer.sender))
+        self.outstanding.discard(node if self._envelope.to == EVERYONE else self._envelope.to)
         return True
 
 
