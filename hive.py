@@ -48,6 +48,8 @@ tokens; only what needs judgment wakes an agent.
 #   shell   Output      rows to a table or to JSON; returns strings
 #                       <- Routing, Journal, Sessions, Handlers, Members
 #           Client      a command asks its daemon, or the same node in its own process <- *
+#           Watch       what a terminal shows meanwhile: all nodes as they change, a line of
+#                       progress <- Control, Output, Client
 #           Setup       a hive.toml for this machine, asked for or taken from options
 #                       <- Handlers, Agent, MqttClient
 #           Doctor      is everything as it must be: one small check after the other <- *
@@ -59,7 +61,6 @@ tokens; only what needs judgment wakes an agent.
 #                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
 #                       Hosting
 #           Help        topics that are longer than a --help, and where they lie
-
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Commands    one function for each subcommand, its options beside it <- *
 #           Main        arguments in, exit code out <- Members, Commands, Help
@@ -920,7 +921,7 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     missing = f"no handler for action {envelope.action}" if asked else ""
     if asked and (why := here.why_not(envelope.action or "")):
         missing += f" ({quoted(why, 300)[1:-1]})"
-    agents = here.addressed(envelope.to)
+    agents = tuple(one for one in here.addressed(envelope.to) if one != envelope.sender)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
     if any(denied.values()) and (channel.handler or not here.answers(envelope)):
         agents = tuple(one for one in agents if not denied[one])
@@ -1334,8 +1335,8 @@ def unix_listener(file: Path) -> socket.socket:
 #
 # What this node received, sent and did in the last days: rows that are written once.  Beside
 # them what is not finished: tasks, requests, and the outbox, which alone decides what is sent
-# next.  Times are Unix seconds, which outlive a restart.  One daemon is its only user; it is
-# read with its help.
+# next: one of each topic in turn, so that no pile delays what is for others.  Times are Unix
+# seconds, which outlive a restart.  One daemon is its only user; it is read with its help.
 
 MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
 MAX_OUTBOX = 10_000  # messages that wait for the broker
@@ -1696,10 +1697,11 @@ class Journal:
     # An inbox is the tasks of an agent that reads them itself: `began` is 0 until it was told,
     # then when that was.
 
-    def inbox(self, agent: str, limit: int) -> list[Task]:
+    def inbox(self, agent: str, limit: int, exchange: str = "") -> list[Task]:
         """The next ones that it was not told, alerts first."""
         order = f"ch <> 'alert', tasks.n LIMIT {limit}"
-        return self._tasks("agent = ? AND began = 0", agent, order=order)
+        which = "agent = ? AND began = 0 AND ? IN ('', exchange)"
+        return self._tasks(which, agent, exchange, order=order)
 
     def unread(self, agent: str) -> int:
         """How many those are."""
@@ -1741,15 +1743,18 @@ class Journal:
     # -- what is still to be sent --
 
     def _count_outbox(self) -> None:
-        content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
-        groups = self._database.read(
-            f"SELECT topic, count(*), ifnull(sum({content}), 0) FROM outbox"
-            " LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL GROUP BY topic"
-        )
-        self._outbox = {topic: (int(number), int(size)) for topic, number, size in groups}
-        self.outbox_size = sum(number for number, _ in self._outbox.values())
-        self._outbox_bytes = sum(size for _, size in self._outbox.values())
-        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not taken yet
+        self._outbox: dict[str, tuple[int, int]] = {}  # by topic: how many messages, and bytes
+        self.outbox_size = self._outbox_bytes = 0
+        self._waiting: dict[str, deque[int]] = {}  # by topic: those that are not under way
+        self._turns = deque[str]()  # these topics, in the order in which their turn comes
+        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not under way
+        for n, topic, size in self._database.read(
+            "SELECT outbox.n, topic, length(coalesce(payload, CAST(content AS BLOB), x''))"
+            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
+            " ORDER BY outbox.n"
+        ):
+            self._count_out(topic, 1, size)
+            self._line_up(n, topic)
         rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
         self._acknowledged = int(rows[0][0])
 
@@ -1761,6 +1766,13 @@ class Journal:
             del self._outbox[topic]
         self.outbox_size += number
         self._outbox_bytes += size
+
+    def _line_up(self, n: int, topic: str) -> None:
+        """It waits behind all that is for the same topic."""
+        if topic not in self._waiting:
+            self._waiting[topic] = deque()
+            self._turns.append(topic)
+        self._waiting[topic].append(n)
 
     @property
     def outbox_full(self) -> bool:
@@ -1783,18 +1795,20 @@ class Journal:
         retain: bool = False,
         message: int | None = None,
         until: float | None = None,
-    ) -> None:
-        """Put something into the outbox, behind all that is there; it is of use `until` then.
+    ) -> int:
+        """Put something into the outbox, where it is of use `until` then; its number.
 
         The payload of a message is the content of its row, where that is kept.
         """
         own = payload if message is None or self.full else None
-        self._database.write(
+        n = self._database.insert(
             "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
             (message, topic, own, retain, until),
         )
         self._count_out(topic, 1, len(payload))
+        self._line_up(n or 0, topic)
         self._size += len(own or b"")
+        return n or 0
 
     def keep_latest(self, topic: str, payload: bytes) -> None:
         """Put what is to be retained into the outbox, or in the place of what waits there."""
@@ -1805,19 +1819,47 @@ class Journal:
             self._size += len(payload)
             self._latest[topic] = before.replace(payload=payload)
             return
-        self.enqueue(topic, payload, retain=True)
-        n = int(self._database.read("SELECT max(n) FROM outbox")[0][0])
+        n = self.enqueue(topic, payload, retain=True)
         self._latest[topic] = OutgoingMessage(topic, payload, n=n)
 
-    def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
-        """The next that wait for the broker, in order."""
+    @property
+    def has_outgoing(self) -> bool:
+        """Does anything wait for the broker that is not under way?"""
+        return bool(self._turns)
+
+    def next_outgoing(self, limit: int, sendable: Callable[[str], object]) -> list[OutgoingMessage]:
+        """The next for the broker, which are under way now; `sendable` tells which topics may be.
+
+        On each topic they are in order.
+        """
+        numbers, passed = list[int](), 0
+        while len(numbers) < limit and passed < len(self._turns):
+            topic = self._turns.popleft()
+            passed += 1
+            if sendable(topic):
+                numbers.append(self._waiting[topic].popleft())
+                self._latest.pop(topic, None)
+                passed = 0
+            if self._waiting[topic]:
+                self._turns.append(topic)
+            else:
+                del self._waiting[topic]
+        found = self._outgoing(f"outbox.n IN ({', '.join('?' * len(numbers))})", *numbers)
+        if len(found) < len(numbers):  # the file was damaged, and this is another one
+            self._count_outbox()
+            return []
+        return sorted(found, key=lambda message: numbers.index(message.n))
+
+    def unacknowledged(self, limit: int) -> list[OutgoingMessage]:
+        """The oldest that the broker has not taken yet, whether they are under way or not."""
+        return self._outgoing("acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?", limit)
+
+    def _outgoing(self, which: str, *values: int) -> list[OutgoingMessage]:
         rows = self._database.read(
             "SELECT outbox.n, id, topic, coalesce(payload, CAST(content AS BLOB), x''), retain,"
-            " until FROM outbox LEFT JOIN log ON log.n = message"
-            " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
-            (after, limit),
+            f" until FROM outbox LEFT JOIN log ON log.n = message WHERE {which}",
+            values,
         )
-        self._latest.clear()  # these are under way
         return [
             OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
             for n, id, topic, payload, retain, until in rows
@@ -1842,21 +1884,21 @@ class Journal:
         forget = "DELETE FROM outbox WHERE acknowledged_at < ?"
         self._acknowledged -= self._database.write(forget, (before,))
 
-    def requeue(self, since: float) -> int:
-        """Send again what was acknowledged since then; the number of the last such message.
+    def requeue(self, since: float) -> set[int]:
+        """Send again what was under way, or was acknowledged since then; the numbers of those.
 
         Nobody can tell whether the broker died.  Receivers drop ids that they have seen, so
         nothing is acted upon twice.
         """
-        if not self._acknowledged:
-            return 0
-        self.forget_acknowledged(since)
-        newest = "SELECT ifnull(max(n), 0) FROM outbox WHERE acknowledged_at IS NOT NULL"
-        last = int(self._database.read(newest)[0][0])
+        if self._acknowledged:
+            self.forget_acknowledged(since)
+        elif self.outbox_size == sum(map(len, self._waiting.values())):
+            return set()
+        rows = self._database.read("SELECT n FROM outbox WHERE acknowledged_at IS NOT NULL")
         again = "UPDATE outbox SET acknowledged_at = NULL WHERE acknowledged_at IS NOT NULL"
         self._database.write(again)
         self._count_outbox()
-        return last
+        return {n for (n,) in rows}
 
     # -- what was asked --
 
@@ -2025,6 +2067,7 @@ CONTROL_EVENTS = {
     "published",
     "answer",
     "mail",
+    "changed",
 }  # in a line that is no answer, but comes when it happens
 # Nothing can be made there: a disk that is read-only or full, a folder that is not ours.
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSPC, errno.EDQUOT)
@@ -2417,10 +2460,10 @@ class Sessions:
         if session.requester and not session.requester.busy:
             session.requester.send({"mail": self._journal.unread(session.name)})
 
-    def inbox(self, agent: str, limit: int) -> dict[str, Any]:
+    def inbox(self, agent: str, limit: int, exchange: str = "") -> dict[str, Any]:
         """What it was not told yet, as much as fits into one line.  Raises UsageError."""
         messages: list[dict[str, Any]] = []
-        tasks, size = self._journal.inbox(self._known(agent).name, limit), 0
+        tasks, size = self._journal.inbox(self._known(agent).name, limit, exchange), 0
         for task in tasks:
             size += len(task.envelope.encode())
             if messages and size > MAX_PAYLOAD:
@@ -2541,7 +2584,7 @@ def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, An
             "id": one.id,
             "text": text_of(one.payload)[:SHOWN_TEXT],
         }
-        for one in journal.next_outgoing(0, MAX_ROWS)
+        for one in journal.unacknowledged(MAX_ROWS)
     ]
     return {
         "questions": journal.pending_requests(),
@@ -2665,6 +2708,7 @@ class Requests:
         self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
         self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
+        self._watchers: dict[Requester, bool] = {}  # is it to be told of the next change?
 
     def handle(self, said: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """Answer one request; None if that comes later."""
@@ -2730,6 +2774,13 @@ class Requests:
     def states(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "states": self._members.documents("state")}
 
+    def watch(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """The states; when they change it is told so, once, and may ask again when it likes."""
+        if requester not in self._watchers:
+            requester.on_close.append(lambda: self._watchers.pop(requester, None))
+        self._watchers[requester] = True
+        return self.states(given, requester)
+
     def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "rosters": self._members.documents("roster")}
 
@@ -2752,7 +2803,7 @@ class Requests:
         return self._sessions.document()
 
     def inbox(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        return self._sessions.inbox(given["agent"], given["limit"])
+        return self._sessions.inbox(given["agent"], given["limit"], given["exchange"])
 
     def mark(self, given: Mapping[str, Any], requester: Requester) -> None:
         """What a session was told, or has read."""
@@ -2799,6 +2850,12 @@ class Requests:
     def waits(self, exchange: str | None) -> bool:
         """Does somebody wait for the answers of this exchange?"""
         return exchange in self._listeners
+
+    def note_change(self) -> None:
+        """A member or the broker is not as it was: whoever watches may want to see it."""
+        for requester in [one for one, waits in self._watchers.items() if waits]:
+            self._watchers[requester] = False
+            requester.send({"changed": True})
 
     def show_news(self) -> None:
         """Something was committed: whoever follows the log wants to see it."""
@@ -2887,6 +2944,7 @@ REQUESTS = {
         {
             "agent": AGENT_FIELD,
             "limit": RequestField(integer(1, MAX_MAIL), "how many at most", 10),
+            "exchange": RequestField(identifier, "only of this exchange", ""),
         },
     ),
     "mark": Request(
@@ -2899,6 +2957,7 @@ REQUESTS = {
         },
     ),
     "states": Request(Requests.states, "how every node and agent is"),
+    "watch": Request(Requests.watch, "the same, and a word when that is no longer so"),
     "roster": Request(Requests.roster, "what every node can do"),
     "targets": Request(
         Requests.targets,
@@ -2935,6 +2994,9 @@ MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, to
 MAX_SENDERS = 5000  # whose messages are counted
 MAX_REFUSED = 20  # of whom it is said that they send too much, for ...
 REFUSED_MEMORY = 600.0  # ... so many seconds after their last message that was refused
+BEATS = (10, 50)  # of one sender: so many a second, and a burst; what is more is dropped
+REFUSALS = (1, 100)  # told to one sender by themselves: the same; of what is more it hears ...
+REFUSALS_TOLD = 5.0  # ... how many there were, when it has been quiet for so many seconds
 TOO_MANY = "its sender sends too many"
 MAX_EARLY = 1000  # messages that wait until it is heard whose agent sent them
 EARLY = Decision(Do.DROP, "it is decided later")
@@ -2970,6 +3032,10 @@ class Worker:
 
     def trouble(self) -> str:
         """Why the node is degraded; nothing if it is not."""
+        return ""
+
+    def no_room(self, sender: str) -> str:
+        """Why no more of its messages can wait for handlers; nothing if one can."""
         return ""
 
     def numbers(self) -> dict[str, list[list[Any]]]:
@@ -3010,6 +3076,18 @@ class SenderLimits:
             self._refused[name] = (1 if first else times + 1, now)
         return first and name in self._refused
 
+    def quiet(self, now: float) -> list[tuple[str, int]]:
+        """Who was refused, how often, and is no more: they are forgotten."""
+        past = now - REFUSALS_TOLD
+        gone = [(name, times) for name, (times, last) in self._refused.items() if last <= past]
+        for name, _ in gone:
+            del self._refused[name]
+        return gone
+
+    @property
+    def refusing(self) -> bool:
+        return bool(self._refused)
+
     def trouble(self, now: float) -> list[str]:
         """Who has said too much in the last minutes, in words."""
         for name in [name for name, (_, at) in self._refused.items() if now - at > REFUSED_MEMORY]:
@@ -3048,6 +3126,7 @@ class Node:
         )
         self._rate_limit = RateLimit()
         self.limits = SenderLimits(config.node.sender_rate, config.node.sender_burst)
+        self._beats, self._refusals = SenderLimits(*BEATS), SenderLimits(*REFUSALS)
         self.requests = Requests(
             self.name,
             journal,
@@ -3058,6 +3137,7 @@ class Node:
             self.sessions,
             self.numbers,
         )
+        self.members.on_change = self.requests.note_change
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
         self._overdue: Timer | None = None
@@ -3082,6 +3162,7 @@ class Node:
         """How all others are has been heard by now."""
         if not self.heard_all:
             self.commit_soon()  # what had to wait for its address
+            self.requests.note_change()
         self.heard_all, self._seen_broker = True, self.loop.clock()
         early, self._early = self._early, []
         for message in early:
@@ -3094,6 +3175,7 @@ class Node:
         self._early.clear()  # they were not acknowledged, so they come again
         self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
+        self.requests.note_change()
 
     def _connection(self) -> dict[str, Any]:
         """How this node's way to the broker is, for its commands.
@@ -3190,6 +3272,7 @@ class Node:
     def deliver(self, message: IncomingMessage) -> None:
         if self.stopping:
             return  # not acknowledged: it comes again when this node does
+        self._seen_broker = self.loop.clock()
         meta = self.topics.meta_of(message.topic)
         if meta:
             name, document = meta
@@ -3202,21 +3285,37 @@ class Node:
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
         self.counts["received"] += 1
+        if place and self._names_sender(place) and self._is_too_much(place[2], place[1]):
+            self.counts["dropped"] += 1  # before it has cost anything: no flood delays the others
+            self._outcomes[place[1] if place[1] in CHANNELS else "none", "drop"] += 1
+            self._log_limited("dropped", ch=place[1], from_=place[2], why=TOO_MANY)
+            return self._settle(message)
         try:
             envelope = Envelope.parse(message.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
             self._outcomes["none", "invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
-            return self.commit_soon(message.ack)
+            return self._settle(message)
         what, row = self._receive(envelope, message, place)
         if what is EARLY:
             return
-        if what is SIGN_OF_LIFE:
-            message.ack()  # there is nothing to commit, and no turn is cheaper than none
-        else:
+        if row:
             self.commit_soon(message.ack)
+        else:
+            self._settle(message)
         self._perform(what, envelope, row, self._time_left(envelope, message))
+
+    def _settle(self, message: IncomingMessage) -> None:
+        """Acknowledge what leaves nothing to commit: now, but behind what came before it."""
+        if self._committing:
+            self.commit_soon(message.ack)
+        else:
+            message.ack()
+
+    def _names_sender(self, place: tuple[str, str, str]) -> bool:
+        """Does the topic say who sent it, so that the broker vouches for that?"""
+        return bool(self.topics.sender and place[2])
 
     def _receive(
         self, envelope: Envelope, message: IncomingMessage, place: tuple[str, str, str] | None
@@ -3233,12 +3332,17 @@ class Node:
         if reason == OTHER_SENDER and not self.heard_all and len(self._early) < MAX_EARLY:
             self._early.append(message)  # its roster has yet to say so
             return EARLY, 0
-        if not reason and self._is_too_much(envelope):
+        named = place is not None and self._names_sender(place)
+        if not (reason or named) and self._is_too_much(envelope.sender, envelope.ch):
             reason = TOO_MANY
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
             here = self.context()
         what = Decision(Do.DROP, reason) if reason else decide(envelope, here)
+        if what.do is Do.RUN and (busy := self.worker.no_room(envelope.sender)):
+            what = Decision(Do.REFUSE, busy)
+        if what.do is Do.REFUSE and not self._may_refuse(envelope):
+            what = Decision(Do.DROP, what.reason)  # its sender hears how many there were
         row = 0
         if what.do not in (Do.HEAR, Do.DROP):
             note, content = "" if what.do is Do.WAKE else what.reason, message.payload.decode()
@@ -3257,17 +3361,43 @@ class Node:
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
 
-    def _is_too_much(self, envelope: Envelope) -> bool:
-        """Has its sender said too much?  It is told so once; its heartbeats do not count."""
-        name, now = envelope.sender, self.loop.clock()
-        if CHANNELS[envelope.ch].wake is Wake.NEVER or self.limits.allow(name, now):
+    def _is_too_much(self, name: str, ch: str) -> bool:
+        """Has it said too much?  It is told so once, and at the end how much was refused."""
+        now = self.loop.clock()
+        if ch == "heartbeat":
+            return not self._beats.allow(name, now)
+        if self.limits.allow(name, now):
             return False
         self.counts["refused"] += 1
         if self.limits.refuse(name, now):
             rate = f"more than {self.config.node.sender_rate:g} messages a second"
             text = f"{self.name}: {rate} came from {name}: what is too much is refused"
-            self.send(Envelope.new(self.name, name, "alert", text, corr=envelope.exchange))
+            self.send(Envelope.new(self.name, name, "alert", text))
+        self._count_refusal(name, now)
         return True
+
+    def _may_refuse(self, envelope: Envelope) -> bool:
+        """May its sender be told of it by itself?  Else it is counted."""
+        name, now = envelope.sender, self.loop.clock()
+        name = self.members.node_of(name) or name
+        if not CHANNELS[envelope.ch].handler or self._refusals.allow(name, now):
+            return True
+        self._count_refusal(name, now)
+        return False
+
+    def _count_refusal(self, name: str, now: float) -> None:
+        if not self._refusals.refusing:
+            self.loop.after(REFUSALS_TOLD, self._tell_refusals)
+        self._refusals.refuse(name, now)
+
+    def _tell_refusals(self) -> None:
+        for name, times in self._refusals.quiet(self.loop.clock()):
+            text = (
+                f"{self.name}: {times} more messages from {name} were refused, as it sent too many"
+            )
+            self.send(Envelope.new(self.name, name, "alert", text))
+        if self._refusals.refusing:
+            self.loop.after(REFUSALS_TOLD, self._tell_refusals)
 
     def _take_note(self, envelope: Envelope) -> None:
         """What a new message means to those who wait, whatever is done with it."""
@@ -3341,7 +3471,7 @@ class Node:
             case Do.HEAR:
                 self.members.hear(envelope)
             case Do.REFUSE:
-                self.refuse(envelope, what.reason)
+                self._refuse(envelope, what.reason)
             case Do.NOTE | Do.DROP:
                 pass
             case _:
@@ -3401,6 +3531,11 @@ class Node:
             self.send(receipt, RECEIPT_NOTE + what)
 
     def refuse(self, envelope: Envelope, reason: str) -> None:
+        """Tell the sender that it was not done, if it may be told of one more."""
+        if self._may_refuse(envelope):
+            self._refuse(envelope, reason)
+
+    def _refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if its message may cause an answer at all."""
         if CHANNELS[envelope.ch].handler:
             what = envelope.action or "message"
@@ -3533,6 +3668,7 @@ class Node:
 
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
+NO_ROOM = f"busy: {MAX_RUNS_WAITING} messages wait for handlers"
 MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
@@ -3685,17 +3821,27 @@ class HandlerQueue:
 
     def put(self, run: HandlerRun) -> HandlerRun | None:
         """Wait in line; who must go where that is too long: the last one of whoever has most."""
-        sender, full = run.envelope.sender, len(self) >= MAX_RUNS_WAITING
-        most = max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
-        if full and self._lengths.get(sender, 0) >= self._lengths[most]:
+        sender = run.envelope.sender
+        if self.is_full_for(sender):
             return run
-        gone = self._take(self._last_of(most)) if full else None
+        gone = self._take(self._last_of(self._most)) if self._most else None
         place = len(self)
         if self._lengths.keys() - {sender}:
             place = fair_place([one.envelope.sender for one in self._waiting], sender)
         self._waiting.insert(place, run)
         self._lengths[sender] = self._lengths.get(sender, 0) + 1
         return gone
+
+    @property
+    def _most(self) -> str:
+        """Who has most in line, where that is too long; else nobody."""
+        full = len(self) >= MAX_RUNS_WAITING
+        return max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
+
+    def is_full_for(self, sender: str) -> bool:
+        """Is there no room, and has nobody more in line than this one?"""
+        most = self._most
+        return bool(most) and self._lengths.get(sender, 0) >= self._lengths[most]
 
     def take(self) -> HandlerRun | None:
         """The next one that may run now; give its action back with done()."""
@@ -3883,6 +4029,9 @@ class Work(Worker):
 
     # -- handlers --
 
+    def no_room(self, sender: str) -> str:
+        return NO_ROOM if self._queue.is_full_for(sender) else ""
+
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         task = self._journal.add_task(row, until=until)
         self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
@@ -3907,7 +4056,7 @@ class Work(Worker):
             self._log.warning("not run", action=run.action, why="too many handlers wait")
         else:
             self._journal.remove_task(run.task)
-            self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
+            self._node.refuse(run.envelope, NO_ROOM)
 
     def _run_handlers(self) -> None:
         while run := self._queue.take():
@@ -4223,7 +4372,7 @@ class Daemon:
         if self.work.look_for_handlers():
             self._presence.publish_roster()
         if self.node.connected:
-            self._presence.beat()
+            self._presence.beat_when_due()
             self.node.members.check(self.loop.clock())
 
     # -- the broker --
@@ -6923,13 +7072,17 @@ def is_locked(*files: Path) -> bool:
 # state and roster.  A loss is logged by everyone, and announced by one.  Knows no connection:
 # whatever is to be said goes through what it is given for that.
 
-MAX_MEMBERS = 5000  # nodes and agents
+MAX_MEMBERS = 20_000  # nodes and agents
+MAX_BEATS = 10  # heartbeats a second, of all nodes together
+MAX_RENEWALS = 2  # states a second that say nothing new
+BEAT_GROWTH = 1.5  # by this the pause between two may grow at once
+MAX_KNOWN = 50  # peers that a state names
 MAX_AGENTS = 100  # of one node
 MAX_FETCH = 100  # nodes whose documents are asked for at once
 CLAIM_TIME = 60.0  # seconds in which a node may speak up that still owns agents, as we remember
 MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
-MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
+MAX_DOCUMENTS = 24 * KIB * KIB  # bytes of all that are kept
 PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
@@ -7106,6 +7259,7 @@ class Members:
         `fetch` asks the broker for the documents of these, which come as all others do.
         """
         self.presence: Presence | None = None  # what this node shows of itself, if it does
+        self.on_change: Callable[[], object] = lambda: None  # somebody is not as before
         self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
         self._loop, self._log = loop, log
         self._send, self._probe, self._fetch = send, probe, fetch
@@ -7140,6 +7294,7 @@ class Members:
         )
         if news:
             self._log.info(news.value, peer=envelope.sender)
+            self.on_change()
         first = news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0
         if first and self._limit.allow("back", self._loop.clock()):
             text = f"{envelope.sender} is back"
@@ -7162,6 +7317,7 @@ class Members:
         own = kind == "roster" or content.get("daemon_node", name) == name  # no agent's
         if not own and self._checked_hive:
             return  # from before: nobody can write it any more
+        before = self.document(name, kind)
         self._keep(name, kind, payload if content else b"")
         if own and content and name in self._members:
             self._members[name].is_node = True
@@ -7170,6 +7326,8 @@ class Members:
             self._agents.take(name, content, keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
+        if any(content.get(k) != before.get(k) for k in {*content, *before} - {*PASSING}):
+            self.on_change()
 
     def _forget(self, name: str) -> None:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
@@ -7178,6 +7336,7 @@ class Members:
             self._agents.take(name, {}, self._keeper)
             self._size -= len(member.documents.pop("state", b""))
             self._log.info("peer is forgotten", peer=name)
+            self.on_change()
         if member and member.documents:
             self._members[name] = Member()  # its roster goes by itself
             self._members[name].documents = member.documents
@@ -7336,7 +7495,9 @@ class Members:
         if len(self._members) > MAX_MEMBERS:
             known = self._members.items()
             dead = (one for one, each in known if each.status is not MemberStatus.ALIVE)
-            gone = self._members.pop(next(dead, name))
+            gone = self._members.pop(lost := next(dead, name))
+            if lost == name and self._limit.allow("full", self._loop.clock()):
+                self._log.error("too many members: not known here", peer=name, most=MAX_MEMBERS)
             self._size -= sum(map(len, gone.documents.values()))
         return member
 
@@ -7379,6 +7540,7 @@ class Members:
         if member is None or member.status is not MemberStatus.ALIVE:
             return False
         member.status, member.failed = status, failed
+        self.on_change()
         return True
 
     def failed_since(self, now: float) -> list[str]:
@@ -7585,6 +7747,7 @@ class Presence:
         self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
         self._seq = 0
+        self.interval = config.heartbeat.interval  # seconds until the next heartbeat
         self._beaten = self._shown_at = float("-inf")
         self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
 
@@ -7593,6 +7756,25 @@ class Presence:
         self._shown_at = float("-inf")
         self.publish_roster()
         self.beat()
+
+    def beat_when_due(self) -> None:
+        """To be called at every interval of the configuration: a large hive beats more slowly."""
+        own, silence = self._own.interval, self._loop.clock() - self._beaten
+        if self.interval <= own or silence + 0.9 * own >= self.interval:  # the next one is late
+            self.beat()
+
+    def _paced(self) -> float:
+        """Seconds until the next heartbeat: all nodes together send MAX_BEATS a second at most.
+
+        It grows slowly: should one be lost on the way, the next is in time by the word before.
+        """
+        fair = (len(self._known()) + 1) / MAX_BEATS
+        return min(max(self._own.interval, fair), self.interval * BEAT_GROWTH)
+
+    @property
+    def _renewal(self) -> float:
+        """By which interval a state is judged: what needs no heartbeat to know is no hurry."""
+        return max(self.interval, (len(self._known()) + 1) / MAX_RENEWALS)
 
     def answer(self, boot: str) -> None:
         """Our own heartbeat; or another daemon asks whether our name is taken."""
@@ -7606,12 +7788,13 @@ class Presence:
         all heartbeats that may be missed.  So it is renewed one heartbeat before that.
         """
         now = self._beaten = self._loop.clock()
+        self.interval = self._paced()
         topic = self._topics.to(EVERYONE, "heartbeat")
         self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
         states = self._states("online")
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
-        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
-        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
+        due = self._shown_at + self._renewal * (self._own.miss_threshold - 1)
+        if news != self._shown or now + 0.9 * self.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
             self._publish_states(states)
 
@@ -7633,7 +7816,7 @@ class Presence:
             "node_id": self._node,
             "uptime_s": round(self._loop.clock() - self._started, 1),
             "load_1m": load_1m(),
-            "interval": self._own.interval,
+            "interval": self.interval,
             "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
             "boot": self._instance,
             "seq": self._seq,
@@ -7649,7 +7832,7 @@ class Presence:
             "status": "degraded" if status == "online" and own.trouble else status,
             "last_seen": int(time.time()),
             "uptime_s": round(self._loop.clock() - self._started, 1),
-            "known_peers": self._known(),
+            "known_peers": self._known()[:MAX_KNOWN],
             "daemon_node": self._node,
             "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),
@@ -7657,7 +7840,7 @@ class Presence:
             "waiting": own.waiting,
             "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
             "instance": self._instance,
-            "interval": self._own.interval,
+            "interval": self._renewal,
             "miss_threshold": self._own.miss_threshold,
             "host": socket.gethostname(),
             "counters": self._counts,
@@ -10392,9 +10575,8 @@ class MqttClient:
         self._protocol = settings.protocol
         self._inflight: dict[int, OutgoingMessage] = {}  # by packet id: not acknowledged yet
         self._held: dict[str, OutgoingMessage] = {}  # past the outbox, until the window opens
-        self._last = 0  # the number of the last message that was taken from the outbox
-        self._again = 0  # up to this number they were acknowledged once, but perhaps not saved
-        self._suspects = 0  # up to this number one by one: the broker hung up at one of them
+        self._again = set[int]()  # by number: acknowledged once, but perhaps not saved
+        self._suspects = set[int]()  # the broker hung up at one of them: all go one by one
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
@@ -10435,7 +10617,7 @@ class MqttClient:
         reason, 0 for success, or -1 where it never got it.  It has no `id` the second time.
         """
         self._outbox, self._published, self._address = outbox, published, address
-        self._again = outbox.requeue(time.time() - RESEND_WITHIN)
+        self._again |= outbox.requeue(time.time() - RESEND_WITHIN)
 
     def open(self, listener: ClientListener) -> None:
         """Begin to connect; `listener` hears of everything from now on."""
@@ -10478,17 +10660,12 @@ class MqttClient:
         """Send what is next in the outbox.  To be called when that is committed."""
         if self._outbox and self._connection and self._connection.up:
             self._outbox.saved_before = self._connection.heard - UNSAVED_SECONDS
-            under_way = sum(1 for message in self._inflight.values() if message.n)
             room = self._room()
-            if self._last < self._suspects:
+            if self._suspects:
                 room = min(room, 1 - len(self._inflight))
-            if room > 0 and self._outbox.outbox_size > under_way:
-                for message in self._outbox.next_outgoing(self._last, room):
-                    topic = self._address(message.topic)
-                    if topic is None:
-                        break
-                    self._last = message.n
-                    self._send(message, topic)
+            if room > 0 and self._outbox.has_outgoing:
+                for message in self._outbox.next_outgoing(room, self._address):
+                    self._send(message, self._address(message.topic) or "")
         self._finish_if_idle()
 
     def _room(self) -> int:
@@ -10518,7 +10695,9 @@ class MqttClient:
         self._hang_ups.pop(message.n or message.topic, None)
         if self._outbox and message.n:
             self._outbox.dequeue(message, acknowledged=code == 0)
-            if message.n <= self._again:
+            self._suspects.discard(message.n)
+            if message.n in self._again:
+                self._again.remove(message.n)
                 message = message.replace(id=None)  # that was told when it was first sent
         message.done(code, words)
         self._published(message, code, words)
@@ -10623,8 +10802,7 @@ class MqttClient:
         self._inflight.clear()
         self._held.clear()
         if self._outbox:
-            again = self._outbox.requeue(connection.heard - UNSAVED_SECONDS)
-            self._again, self._last = max(self._again, again), 0
+            self._again |= self._outbox.requeue(connection.heard - UNSAVED_SECONDS)
         if self._listener is None:
             return
         no_v5 = connection.v5 and (code == UNSUPPORTED_PROTOCOL or connection.hung_up)
@@ -10644,8 +10822,7 @@ class MqttClient:
         for key in under_way:
             self._hang_ups[key] = self._hang_ups.get(key, 0) + 1
         sent = [message for message in under_way.values() if message.n]
-        if sent:
-            self._suspects = max(self._suspects, sent[-1].n)
+        self._suspects.update(message.n for message in sent)
         sizes = {key: PacketLimit.size(one.topic, one.payload) for key, one in under_way.items()}
         key, size = max(sizes.items(), key=lambda item: item[1])
         often = self._hang_ups[key] >= (MAX_HANG_UPS if connection.v5 else LARGE_HANG_UPS)
@@ -11200,6 +11377,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: b
     return "\n".join(map(line, (header, *rows))) + "\n"
 
 
+REASONS = {
+    "connection lost": "its connection died",
+    "lost": "it has fallen silent",
+}
+
+
 class StatusRow(Value):
     """A node, or one of its agents."""
 
@@ -11222,6 +11405,18 @@ class StatusRow(Value):
     @property
     def alive(self) -> bool:
         return self.status in ALIVE
+
+    @property
+    def condition(self) -> str:
+        """Its status, in which one that has stopped is told from one that is lost."""
+        return condition_of(self.status, self.reason)
+
+    @property
+    def why(self) -> str:
+        """The reason for that in words, where it does not go without saying."""
+        if self.condition == "stopped":
+            return ""
+        return REASONS.get(self.reason or "", self.reason or "")
 
 
 def status_row(
@@ -11276,6 +11471,52 @@ def status_summary(rows: Sequence[StatusRow]) -> str:
     known = [*reversed(TROUBLE_FIRST), *sorted({*nodes} - {*TROUBLE_FIRST})]
     counts = ", ".join(f"{nodes.count(one)} {one}" for one in known if one in nodes)
     return f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}: {counts}"
+
+
+def status_words(rows: Sequence[StatusRow], now: float) -> str:
+    """How the nodes are, on one line; when those that are gone were last seen, and why one is."""
+    order = ("online", "degraded", "stale", "stopped", "lost")
+    nodes = {one: [row for row in rows if row.is_node and row.condition == one] for one in order}
+    others = len([row for row in rows if row.is_node]) - sum(map(len, nodes.values()))
+    words = [f"{others} unknown"] if others else []
+    for one, found in nodes.items():
+        seen = max((row.last_seen or 0 for row in found if not row.alive), default=0)
+        last = f"{', the last' if found[1:] else ''} since {short_time(seen, now)}" if seen else ""
+        why = f": {found[0].why}" if one == "lost" and len(found) == 1 else ""
+        words += [f"{len(found)} {one}{last}{why}"] if found else []
+    return ", ".join(words) or "no node yet"
+
+
+def short_time(at: float, now: float) -> str:
+    """A moment, by this machine's clock; with its day where that is not long ago."""
+    return time.strftime("%H:%M" if now - at < 43200 else "%m-%d %H:%M", time.localtime(at))
+
+
+def status_screen(
+    rows: Sequence[StatusRow], head: Sequence[str], foot: str, height: int, colour: bool
+) -> list[str]:
+    """The lines of a screen, which cuts what is too long; a reason stands below its node."""
+    cells = [
+        (
+            row.name,
+            row.condition,
+            "-" if row.age_s is None else f"{for_people(row.age_s)} ago",
+            for_people(row.uptime_s) if row.alive else "-",
+            "-" if row.load_1m is None else f"{row.load_1m:.2f}",
+            ", ".join(f"{name} {health}" for name, health in row.agents.items()),
+        )
+        for row in rows
+    ]
+    header = ("NAME", "STATUS", "SEEN", "UPTIME", "LOAD", "AGENTS")
+    title, *lines = format_table(header, cells, colour).splitlines()
+    body = [*head, "", title]
+    for row, line in zip(rows, lines, strict=True):
+        body += [line, *([f"  {row.why}"] if row.why else [])]
+    if len(body) > (room := max(height - 2, 2)):
+        body[room - 1 :] = [
+            f"and {len(body) - room + 1} lines more: make it higher, or: hive status"
+        ]
+    return [*body, *[""] * (room - len(body)), "", foot]
 
 
 def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
@@ -11969,7 +12210,7 @@ class ReplyCollector:
         self.outstanding = {envelope.to}  # who has not answered
         self.refused = False  # did an alert come?
         self.states: dict[str, dict[str, Any]] = {}
-        self._envelope, self._heartbeat = envelope, heartbeat
+        self._envelope, self._heartbeat, self._answers = envelope, heartbeat, 0
 
     def expect(self, states: dict[str, dict[str, Any]]) -> None:
         """These are the nodes and agents; from all, whoever is online and hears it shall answer."""
@@ -11987,6 +12228,12 @@ class ReplyCollector:
         """All but those whose state says that they have none: they would answer nothing."""
         return {name for name in names if self.states[name].get("oc") != {}}
 
+    def waiting(self) -> str:
+        """For whom, and how many have answered."""
+        names, more = sorted(self.outstanding)[:5], ", ..." if len(self.outstanding) > 5 else ""
+        answered = f" ({self._answers} answered)" if self._envelope.to == EVERYONE else ""
+        return f"waiting for {', '.join(names)}{more}{answered}"
+
     def rows(self) -> list[StatusRow]:
         return status_rows(self.states, self._heartbeat, time.time())
 
@@ -11996,6 +12243,7 @@ class ReplyCollector:
             return False
         if answer.reply_to not in (None, self._envelope.id):
             return False  # it answers an earlier message of the exchange
+        self._answers += 1
         self.refused |= answer.ch == "alert"
         agent = self.states.get(answer.sender, {})  # or a node, or not known
         node = str(agent.get("daemon_node", answer.sender))
@@ -12090,6 +12338,250 @@ class NodeRemoval:
                 raise broker_fault(self._mqtt, f"no answer in {PATIENCE:.2g} s")
             self._loop.step()
         timer.cancel()
+
+
+# ---- Watch: what a terminal shows meanwhile ----------------------------------------------
+#
+# While something goes on: the state of all nodes as it changes, and a line of progress.  What is
+# no terminal gets lines, and no progress.  However it ends, the terminal is as it was.
+
+WATCH_GAP = 0.2  # seconds between two looks, however much changes
+WATCH_EVERY = (
+    1.0,
+    30.0,
+)  # seconds until the next look where nothing does: a heartbeat, within these
+SCREEN = (80, 24)  # columns and lines of a terminal that does not say
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """Can lines that are written there be taken back?"""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class StatusFeed:
+    """How all nodes are, as this node's daemon tells it; the daemon may go and come."""
+
+    def __init__(self, config: Config) -> None:
+        self.rows: list[StatusRow] = []  # the nodes
+        self.node, self.broker = config.node.id, "no broker"
+        self.fault = ""  # why what is known is old
+        self.at = self.due = 0.0  # when it was so, Unix seconds; the next look, monotonic
+        self.control: ControlClient | None = None
+        self._config = config
+
+    def look(self) -> None:
+        """Ask the daemon, which tells of the next change then; raises HiveError."""
+        self.due = time.monotonic() + WATCH_EVERY[0]
+        self.control = self.control or connect_to_daemon(self._config)
+        if not self.control:
+            none = f"no daemon of {self.node} runs on this machine (hive daemon)"
+            self.fault = self.fault or f"{none}; waiting for it"
+            return
+        try:
+            said = self.control.ask({"do": "watch"})
+        except DaemonError as error:
+            return self._lose(error)
+        if "error" in said:
+            raise HiveError(
+                f"the daemon of {self.node}: {said['error']}; is it of another version?"
+            )
+        self.broker, self.fault = said["broker"], str(said["fault"])
+        if said["complete"]:  # a broker that stops lets all seem lost
+            self.at = time.time()
+            rows = status_rows(said["states"], self._config.heartbeat, self.at)
+            self.rows = [row for row in rows if row.is_node]
+        low, high = WATCH_EVERY
+        self.due = time.monotonic() + min(max(low, self._config.heartbeat.interval), high)
+
+    def hear(self) -> None:
+        """The daemon has said something: that there is news, or its last word."""
+        try:
+            while self.control and self.control.receive(0.0):
+                self.due = min(self.due, time.monotonic() + WATCH_GAP)
+        except DaemonError as error:
+            self._lose(error)
+
+    def _lose(self, why: DaemonError) -> None:
+        self.close()
+        self.control, self.fault = None, f"{why}; waiting for it"
+
+    def close(self) -> None:
+        if self.control:
+            self.control.close()
+
+
+class StatusLines:
+    """For a pipe: a line for each node, and for whatever changes from then on."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def show(self, feed: StatusFeed) -> None:
+        now = {"": feed.fault or f"the daemon of {feed.node} is there, and the broker"}
+        for row in feed.rows:
+            why = f": {row.why}" if row.why and row.status != "stale" else ""
+            now[row.name] = f"{row.name}: {row.condition}{why}"
+        gone = {name: f"{name}: forgotten" for name in self._known.keys() - now.keys()}
+        for name, words in (now | gone).items():
+            if self._known.get(name) != words:
+                print(clock_time(time.time()), words, flush=True)
+        self._known = now
+
+
+class StatusScreen:
+    """For a terminal: its other screen, drawn anew each time; after this it is as it was."""
+
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+        self._modes: list[Any] = []  # of the keyboard, before
+        self._keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
+
+    def open(self) -> None:
+        import termios
+
+        if self._keys >= 0:
+            self._modes = termios.tcgetattr(self._keys)
+            silent = [*self._modes]
+            silent[3] &= ~(termios.ICANON | termios.ECHO)
+            termios.tcsetattr(self._keys, termios.TCSADRAIN, silent)
+        self._write("\033[?1049h\033[?25l\033[?7l")  # other screen, no cursor, no wrapping
+
+    def close(self) -> None:
+        import termios
+
+        with contextlib.suppress(OSError, termios.error):
+            self._write("\033[?7h\033[?25h\033[?1049l")
+        if self._modes:
+            with contextlib.suppress(OSError, termios.error):
+                termios.tcsetattr(self._keys, termios.TCSADRAIN, self._modes)
+
+    def suspend(self) -> None:
+        """Ctrl-Z: the shell's turn, until it lets us go on."""
+        self.close()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.open()
+
+    def show(self, feed: StatusFeed) -> None:
+        try:
+            size = os.get_terminal_size(sys.stdout.fileno())
+        except OSError:
+            size = os.terminal_size((0, 0))
+        import textwrap
+
+        now, old = time.time(), bool(feed.fault and feed.rows)
+        words = f"as of {short_time(feed.at, now)}: " * old + status_words(feed.rows, now)
+        head = [words, *textwrap.wrap(printable(feed.fault, 300), size.columns or SCREEN[0])]
+        foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
+        passed = now - feed.at
+        rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
+        lines = status_screen(rows, head, foot, size.lines or SCREEN[1], self._colour)
+        self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
+
+    def leaves(self) -> bool:
+        """Something was typed: was it q?"""
+        typed = os.read(self._keys, 1024)
+        if not typed:
+            self._keys = -1  # nobody types any more
+        return b"q" in typed.lower()
+
+    @property
+    def keys(self) -> list[int]:
+        return [self._keys] if self._keys >= 0 else []
+
+    @staticmethod
+    def _write(said: str) -> None:
+        sys.stdout.write(said)
+        sys.stdout.flush()
+
+
+def watch_status(config: Config, colour: bool) -> None:
+    """Show how all nodes are, and whatever changes, until q, a signal, or HiveError."""
+    import select
+
+    feed, lines = StatusFeed(config), StatusLines()
+    screen = StatusScreen(colour) if is_terminal(sys.stdout) else None
+    woken, waker = nonblocking_pair()
+
+    def end(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    with woken, waker, contextlib.ExitStack() as ending:
+        ending.callback(feed.close)
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGHUP, end)
+        if screen:
+            signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+            ending.callback(signal.set_wakeup_fd, -1)
+            signal.signal(signal.SIGWINCH, lambda *_: None)
+            signal.signal(signal.SIGTSTP, lambda *_: screen.suspend())
+            ending.callback(screen.close)
+            screen.open()
+        while True:
+            if time.monotonic() >= feed.due:
+                feed.look()
+            (screen or lines).show(feed)
+            wait = min(feed.due - time.monotonic(), 1.0 if screen else WATCH_EVERY[1])
+            keys = screen.keys if screen else []
+            files: list[Any] = [woken, *keys, *([feed.control] if feed.control else [])]
+            ready = select.select(files, [], [], max(wait, 0.0))[0]
+            if feed.control in ready:
+                feed.hear()
+            if screen and {*keys} & {*ready} and screen.leaves():
+                return
+            if woken in ready:
+                woken.recv(4096)
+
+
+class Progress:
+    """What is waited for, and since when: on a terminal, from the second second on, until it ends.
+
+    Others write to the terminal while it is `hidden`.  Drawn by SIGALRM, which interrupts no call.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._began, self._shown, self._hides = time.monotonic(), False, False
+
+    def __enter__(self) -> Self:
+        if is_terminal(sys.stderr):
+            signal.signal(signal.SIGALRM, lambda *_: self._draw())
+            signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        self._erase()
+
+    def check(self, name: str) -> None:
+        self.what = f"checking {name}"
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        self._erase()
+        self._hides = True
+        try:
+            yield
+        finally:
+            self._hides = False
+
+    def _draw(self) -> None:
+        import shutil
+
+        if self._hides:
+            return
+        self._shown = True
+        line = f"{self.what}, {for_people(time.monotonic() - self._began)}"
+        self._write(printable(line, max(shutil.get_terminal_size().columns - 1, 20)))
+
+    def _erase(self) -> None:
+        if self._shown:
+            self._shown = False
+            self._write("")
+
+    @staticmethod
+    def _write(line: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"\r{line}\033[K".encode())
 
 
 # ---- Setup: a hive.toml for this machine -------------------------------------------------
@@ -12979,6 +13471,32 @@ def check_nodes(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.WARN, what, todo)
 
 
+def check_hosting(context: DoctorContext) -> Iterator[Finding]:
+    """Where this machine carries the hive: its address, its certificate, who keeps it running."""
+    host, now = Host(context.config.state_dir), time.time()
+    settings = host.settings()
+    if settings is None:
+        return
+    days, running, keeper = host.days_left(now), host.service_pid(), supervisor()
+    findings = []
+    try:
+        settings.bind(0)
+        if not (running and host.broker_pid()):
+            findings.append((Level.FAIL, f"Mosquitto for this hive does not run; see {host.log}"))
+    except OSError as error:
+        findings.append((Level.FAIL, f"{settings.listen}: {reason_of(error)}"))
+    if days < RENEWAL / 86400 - 1:
+        level = Level.WARN if days > 0 else Level.FAIL
+        findings.append((level, f"its certificate holds {days} days, and was not renewed"))
+    if unnamed := host.unnamed(settings):
+        findings.append((Level.FAIL, f"its certificate does not name {', '.join(unnamed)}"))
+    if keeper == NOT_KEPT:
+        findings.append((Level.WARN, f"Mosquitto for this hive {keeper}"))
+    yield from (Finding(level, what, HOST_AGAIN) for level, what in findings)
+    if not findings:
+        yield Finding(Level.OK, f"Mosquitto {keeper}; its certificate holds {days} days")
+
+
 class Check(Value):
     """One thing to look at, and what must be well before."""
 
@@ -12995,6 +13513,7 @@ CHECKS = (
     Check("handlers", check_handlers, ("config",)),
     Check("daemon", check_daemon, ("config",)),
     Check("agents", check_agents, ("config",)),
+    Check("hosting", check_hosting, ("config",)),
     Check("broker", check_broker, ("paho", "config")),
     Check("subscribe", check_subscribing, ("broker",)),
     Check("publish", check_publishing, ("subscribe",)),
@@ -13006,12 +13525,18 @@ CHECKS = (
 )
 
 
-def examine(load: Callable[[], Config], now: float) -> Iterator[tuple[str, Finding]]:
-    """Every check with what it finds, as soon as that is known; `load` reads the configuration."""
+def examine(
+    load: Callable[[], Config], now: float, begin: Callable[[str], object]
+) -> Iterator[tuple[str, Finding]]:
+    """Every check with what it finds, as soon as that is known; `load` reads the configuration.
+
+    Calls `begin` with the name of each that begins.
+    """
     failed: dict[str, str] = {}  # check: whose fault it is
     with contextlib.ExitStack() as ending:
         context = DoctorContext(load, now, ending)
         for check in CHECKS:
+            begin(check.name)
             cause = next((failed[one] for one in check.needs if one in failed), None)
             if cause:
                 failed[check.name] = cause
@@ -13474,9 +13999,21 @@ class HostSettings(Value):
         return not is_address(self.listen) or bool(re.fullmatch("[0.:]+", self.listen))
 
     @property
+    def reached_at(self) -> list[str]:
+        """What its certificate names, besides this machine for itself."""
+        return [*self.names, *([] if self.everywhere else [self.listen])]
+
+    @property
     def own(self) -> str:
         """How this machine's own node finds it."""
         return LOCALHOST if self.everywhere else self.listen
+
+    def bind(self, port: int) -> None:
+        """Try whether this machine has that address, and the port is free; raises OSError."""
+        where = "" if self.everywhere else self.listen
+        with socket.socket(socket.AF_INET6 if ":" in where else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((where, port))
 
 
 class Host:
@@ -13488,6 +14025,7 @@ class Host:
         self.conf, self.authority = self.folder / "mosquitto.conf", self.folder / "ca.pem"
         self._passwords, self._invited = self.folder / "passwords", self.folder / "invited.json"
         self._settings, self._pid = self.folder / "host.json", self.folder / "mosquitto.pid"
+        self.log = self.folder / "host.log"  # of its service, where no supervisor has it
         self.broker_lock, self.service_lock = (
             self.folder / "mosquitto.lock",
             self.folder / "service.lock",
@@ -13563,9 +14101,7 @@ class Host:
     def _certify(self, settings: HostSettings, now: float) -> bool:
         """The authority once; the server's certificate for these names, as long as it holds."""
         words = {"PREFIX": settings.prefix[:50], "CN": settings.own[:64]}
-        words["SUBJECT_NAMES"] = subject_names(
-            [*settings.names, *([] if settings.everywhere else [settings.listen])]
-        )
+        words["SUBJECT_NAMES"] = subject_names(settings.reached_at)
         request, names = self.folder / "openssl.cnf", self.folder / "server.names"
         made = not self.authority.exists()
         if made:
@@ -13612,6 +14148,22 @@ class Host:
             ssl.cert_time_to_seconds(line.partition("=")[2]) for line in said.splitlines()
         )
         return float(ends) if begins <= now + LOCK_PATIENCE else 0.0  # may be newer than now
+
+    def days_left(self, now: float) -> int:
+        """Whole days until the first of its certificates ends; 0 where one does not hold now."""
+        ends = min(self._ends(file, now) for file in (self._server, self.authority))
+        return max(0, int((ends - now) // 86400))
+
+    def unnamed(self, settings: HostSettings) -> list[str]:
+        """How peers call this machine, though its certificate does not."""
+        import ipaddress
+
+        def plain(name: str) -> object:
+            return ipaddress.ip_address(name) if is_address(name) else name.lower()
+
+        said = openssl("x509", "-noout", "-text", "-in", str(self._server))
+        named = {plain(one) for one in re.findall(r"(?:DNS|IP Address):([^\s,]+)", said)}
+        return [name for name in settings.reached_at if plain(name) not in named]
 
     def renew(self, now: float) -> None:
         """Renew the server's certificate if it is about to end."""
@@ -13681,13 +14233,22 @@ class Host:
             self._write_members({**self.members(), name: hashed})
         return self.reload()
 
-    def expel(self, name: str) -> bool:
-        """Whoever has this name is out; was it a member?"""
+    def shut_out(self, name: str) -> bool:
+        """Whoever has this name is out, by a password that nobody knows; was it a member?"""
         with self.lock():
             members = self.members()
-            found = members.pop(name, None)
+            if name not in members:
+                return False
+            members[name] = password_hash(new_password(), os.urandom(12))
             self._write_members(members)
-        return found is not None
+        return True
+
+    def expel(self, name: str) -> None:
+        """The name may be given to another: nothing is left of who had it."""
+        with self.lock():
+            members = self.members()
+            members.pop(name, None)
+            self._write_members(members)
 
     def end_invitations(self, now: float) -> list[str]:
         """Who did not come in time is out."""
@@ -14000,7 +14561,7 @@ def launchd_agent(command: Sequence[str], log: Path) -> str:
 
 def start_supervised(host: Host, command: Sequence[str]) -> str:
     """Start it so that it runs from now on, as well as that goes here; how."""
-    home, log = home_folder(), host.folder / "host.log"
+    home, log = home_folder(), host.log
     if succeeds("systemctl", "--user", "show-environment"):
         unit = home / ".config" / "systemd" / "user" / "hive-host.service"
         write_privately({unit: systemd_unit(command)}, force=True)
@@ -14021,6 +14582,20 @@ def start_supervised(host: Host, command: Sequence[str]) -> str:
         raise HiveError(f"launchd does not start {agent}; see {log}")
     start_detached(command, log)
     return "in the background, as no systemd or launchd is here; after a reboot say this again"
+
+
+NOT_KEPT = "would not be started again after a reboot"
+
+
+def supervisor() -> str:
+    """Who keeps it running, in words."""
+    if succeeds("systemctl", "--user", "show-environment"):
+        kept = succeeds("systemctl", "--user", "is-enabled", "--quiet", "hive-host")
+        return "is kept running by systemd" if kept else NOT_KEPT
+    if sys.platform == "darwin":
+        kept = succeeds("launchctl", "print", f"gui/{os.getuid()}/ai.hive.host")
+        return "is kept running by launchd" if kept else NOT_KEPT
+    return f"runs in the background; after a reboot say {HOST_AGAIN}"
 
 
 def start_detached(command: Sequence[str], log: Path) -> None:
@@ -14344,7 +14919,6 @@ MAX_UNWRITTEN = 1024 * KIB  # bytes that a client may leave unread until it is n
 LAST_ANSWERS = 1.0  # seconds that a client has to read them when it has ended its input
 MAX_OUTCOME = 40 * KIB  # bytes of text; of 300,000 characters Claude Code makes a file
 MAX_SHOWN_NODES, MAX_SHOWN_SESSIONS = 60, 40  # the latter of each node
-MAX_INBOX_PAGE = 50  # messages
 MCP_CUT = " [cut by hive]"
 UNVOUCHED = "Nobody vouches for the senders: any member of this hive can write any name"
 
@@ -14376,6 +14950,10 @@ class Wait(Value):
     exchange: str = ""  # whose answers it takes from the inbox
     every: float = 0.0
     close: Callable[[], None] = do_nothing
+
+
+NOTHING_NEW = Outcome("Nothing new in your inbox.")
+PLAIN_MAIL = {"note": "", "question": ""}  # of an answer that its question need not explain
 
 
 class Argument(RequestField):
@@ -14610,7 +15188,7 @@ class McpTools:
     def messages(self, limit: int, exchange: str = "") -> tuple[list[dict[str, Any]], int]:
         """What is unread and not handed out, and how many more there are; raises HiveError."""
         asked = {"exchange": exchange} if exchange else {}
-        limit += len(self.handed_out)
+        limit = min(limit + len(self.handed_out), MAX_MAIL)
         agent = self.link.agent if self.link.attach() else ""
         said = self.link.ask(do="inbox", agent=agent, limit=limit, **asked)
         found = [one for one in said["messages"] if one["task"] not in self.handed_out]
@@ -14625,19 +15203,19 @@ class McpTools:
 
     def mark(self, tasks: Collection[int], how: str) -> None:
         """They were told, or read: the daemon shall know.  Raises HiveError."""
-        if tasks:
-            self.link.ask(do="mark", agent=self.link.agent, tasks=[*tasks], **{"as": how})
-            self.handed_out -= {*tasks}
+        while some := [*tasks][:MAX_MAIL]:
+            self.link.ask(do="mark", agent=self.link.agent, tasks=some, **{"as": how})
+            self.handed_out -= {*some}
+            tasks = {*tasks} - {*some}
 
     def read_inbox(self, given: dict[str, Any]) -> Outcome | Wait:
         def look() -> Outcome | None:
             found, more = self.unclaimed(given["limit"])
             return self.shown(found, more) if found else None
 
-        nothing = Outcome("Nothing new in your inbox.")
-        if (found := look()) or not given["wait_seconds"]:
-            return found or nothing
-        return Wait(given["wait_seconds"], look, lambda: nothing, "no message yet")
+        if given["wait_seconds"]:
+            return Wait(given["wait_seconds"], look, lambda: NOTHING_NEW, "no message yet")
+        return look() or NOTHING_NEW
 
     def shown(self, found: Sequence[Mapping[str, Any]], more: int) -> Outcome:
         """Messages as a model reads them, as many as have room; the rest stays unread."""
@@ -14659,15 +15237,15 @@ class McpTools:
         return Outcome("\n".join(texts), tasks=tuple(tasks))
 
     def reply(self, given: dict[str, Any]) -> Outcome | Wait:
-        original, id = self.found(given["id"]), self.exchange_of(given["id"])
-        agent = self.link.agent
-        mine = [row for row in id if row["event"] == "out" and row["from"] == agent]
-        if original.sender == agent:
-            raise UsageError(f"{original.id}: that is your own message")
-        for row in mine:
-            if (row["envelope"] or {}).get("replyTo") == original.id:
-                at = clock_time(row["time"])
-                raise UsageError(f"{original.id}: answered at {at}; use send_message for more")
+        original, agent = self.found(given["id"]), self.link.agent
+        if original.sender == agent or not CHANNELS[original.ch].handler:
+            what = "your own message" if original.sender == agent else "an answer, or news"
+            raise UsageError(f"{original.id}: that is {what}; go on with send_message or ask")
+        for row in self.exchange_of(original.id):
+            answered = (row["envelope"] or {}).get("replyTo") == original.id
+            if row["event"] == "out" and row["from"] == agent and answered:
+                when = f"answered already ({clock_time(row['time'])})"
+                raise UsageError(f"{original.id}: {when}; go on with send_message or ask")
         ch = "alert" if given["failed"] else "response"
         return self.sent(original.reply(agent, given["text"], ch=ch))
 
@@ -14681,18 +15259,27 @@ class McpTools:
         envelope = self.addressed(given, action=given["action"])
         if not self.link.attach():
             return self.ask_without_daemon(envelope, given["wait_seconds"])
+        wait = self.answers(envelope, given["wait_seconds"])
         self.link.ask(do="send", envelope=envelope.document())
-        return self.answers(envelope, given["wait_seconds"])
+        return wait
 
     def wait_answer(self, given: dict[str, Any]) -> Outcome | Wait:
-        return self.answers(self.found(given["id"]), given["wait_seconds"])
+        envelope = self.found(given["id"])
+        if envelope.sender not in (self.link.agent, self.link.config.node.id):
+            raise UsageError(f"{envelope.id}: not a message of yours; to answer it: reply")
+        return self.answers(envelope, given["wait_seconds"])
 
     def addressed(self, given: Mapping[str, Any], **more: Any) -> Envelope:
-        """A new message, to somebody whom the daemon knows; raises UsageError."""
-        if self.link.attach():
-            self.check_recipient(given["to"], more.get("action"))
-        sender = self.link.agent if self.link.attach() else self.link.config.node.id
-        made = Envelope.new(sender, given["to"], "command", given["text"], **more)
+        """A new message, to somebody whom the daemon knows; raises HiveError."""
+        to, action, here = given["to"], more.get("action"), self.link.attach()
+        if target := Target.find(to):
+            if not target.one:
+                raise UsageError(f"to: {to} is several; say one name, all, any or any:TAG")
+            to = named_targets(to, action, self.members("targets", to=to, action=action))[0]
+        elif here:
+            self.check_recipient(to, action)
+        sender = self.link.agent if here else self.link.config.node.id
+        made = Envelope.new(sender, to, "command", given["text"], **more)
         return made.replace(extra={RECEIPTS: True})
 
     def check_recipient(self, to: str, action: str | None) -> None:
@@ -14711,7 +15298,8 @@ class McpTools:
         if action and action not in offers:
             near = did_you_mean(action, offers) or f"it offers {', '.join(offers) or 'none'}"
             raise UsageError(f"action: {known[to]} has no action {action}; {near}")
-        if not action and roster.get("agents") == [] and not roster.get("sessions"):
+        alone = roster.get("agents") == [] and not roster.get("sessions")
+        if to == known[to] and alone and not action:
             what = f"ask with an action of its ({', '.join(offers)})" if offers else "nor an action"
             raise UsageError(f"to: {to} has no agent that could read this; {what}")
 
@@ -14745,37 +15333,65 @@ class McpTools:
         wait = PUBLISHED_SOON if answer["connected"] else 0.0
         return Wait(wait, look, lambda: later, "not taken by the broker yet", close=close)
 
-    def answers(self, envelope: Envelope, patience: float) -> Outcome | Wait:
-        """The answers to a message of ours, when all have come, or what there is by then."""
-        states = self.link.ask(do="states")["states"] if envelope.to == EVERYONE else {}
-        heartbeat = self.link.config.heartbeat
+    def answers(self, envelope: Envelope, patience: float) -> Wait:
+        """The answers to a message of ours, when all have come, or what there is by then.
+
+        Raises NoReplyError where nobody would answer.
+        """
+        expected, nodes = {envelope.to}, dict[str, str]()
+        if envelope.to == EVERYONE:
+            rosters = self.link.ask(do="roster")["rosters"]
+            expected = self.hearers(rosters, envelope.action)
+            nodes = members_by_name(rosters)
 
         def collect(last: bool) -> Outcome | None:
-            replies = ReplyCollector(envelope, heartbeat)
-            if envelope.to == EVERYONE:
-                replies.expect(states)
+            replies = ReplyCollector(envelope, self.link.config.heartbeat)
+            replies.outstanding = {*expected}
             rows = self.exchange_of(envelope.id)
-            came = [one for one in rows if one["event"] == "in" and one["envelope"]]
-            found = [one for one in came if replies.take(Envelope.check(one["envelope"]))]
-            if replies.outstanding and not last:
-                return None
-            waiting, _ = self.messages(MAX_INBOX_PAGE, envelope.exchange)
-            tasks = {one["envelope"]["id"]: one["task"] for one in waiting}
-            blank = {"note": "", "question": "", "task": 0}
-            shown = self.shown([{**blank, "envelope": one["envelope"]} for one in found], 0)
-            missing = still_missing(envelope, sorted(replies.outstanding), rows)
-            text = "\n".join([*([shown.text] if found else []), *([missing] if missing else [])])
-            read = tuple(tasks[one["id"]] for one in found if one["id"] in tasks)
-            return Outcome(text, replies.refused and not replies.outstanding, read)
+            came = [row["envelope"] for row in rows if row["event"] == "in" and row["envelope"]]
+            found = [one for one in came if replies.take(Envelope.check(one))]
+            replies.outstanding -= {nodes.get(one["from"], "") for one in found}
+            done = last or not replies.outstanding
+            return self.collected(envelope, rows, found, replies) if done else None
 
         def look() -> Outcome | None:
             return collect(last=False)
 
         def give_up() -> Outcome:
-            return collect(last=True) or Outcome("")
+            return collect(last=True) or NOTHING_NEW
 
         about = f"no answer from {envelope.to} yet"
         return Wait(patience, look, give_up, about, exchange=envelope.exchange)
+
+    def hearers(self, rosters: Mapping[str, Mapping[str, Any]], action: str | None) -> set[str]:
+        """The nodes that may answer a message to all; raises NoReplyError."""
+        rows = status_rows(
+            self.link.ask(do="states")["states"], self.link.config.heartbeat, time.time()
+        )
+        online = {row.name for row in rows if row.is_node and row.alive}
+        agents = {one: names_in(rosters.get(one, {}), "agents", "sessions") for one in online}
+        hears = {one for one in online if action or agents[one] - {self.link.agent}}
+        if not hears:
+            raise NoReplyError("nobody else is online who could answer; see list_agents")
+        return hears
+
+    def collected(
+        self,
+        envelope: Envelope,
+        rows: Sequence[Mapping[str, Any]],
+        found: Sequence[Mapping[str, Any]],
+        replies: ReplyCollector,
+    ) -> Outcome:
+        """What came and what did not; what came need not be read in the inbox too."""
+        waiting, _ = self.messages(MAX_MAIL, envelope.exchange)
+        tasks = {one["envelope"]["id"]: one["task"] for one in waiting}
+        answers = [
+            {**PLAIN_MAIL, "envelope": one, "task": tasks.get(one["id"], 0)} for one in found
+        ]
+        shown, silent = self.shown(answers, 0), sorted(replies.outstanding)
+        parts = [shown.text if found else "", still_missing(envelope, silent, rows)]
+        read = tuple(filter(None, shown.tasks))
+        return Outcome("\n".join(filter(None, parts)), replies.refused and not silent, read)
 
     def ask_without_daemon(self, envelope: Envelope, patience: float) -> Outcome | Wait:
         """The same in this process; whoever answers later finds nobody."""
@@ -14796,9 +15412,7 @@ class McpTools:
         def look() -> Outcome | None:
             while said := control.receive(0.01):
                 if "answer" in said and replies.take(Envelope.check(said["answer"])):
-                    found.append(
-                        {"envelope": said["answer"], "note": "", "question": "", "task": 0}
-                    )
+                    found.append({**PLAIN_MAIL, "envelope": said["answer"], "task": 0})
                 if lost := said_of(envelope, said):
                     return lost
             return None if replies.outstanding else outcome()
@@ -14816,7 +15430,7 @@ class McpTools:
     def list_agents(self, given: dict[str, Any]) -> Outcome | Wait:
         here = self.link.attach()
         config = self.link.config
-        said, states = (self.members(config, do) for do in ("roster", "states"))
+        said, states = (self.members(do) for do in ("roster", "states"))
         rows = status_rows(states["states"], config.heartbeat, time.time())
         me = self.link.agent if here else ""
         lines = [f"You are {me}, an agent of {config.node.id}."] if me else []
@@ -14830,11 +15444,12 @@ class McpTools:
             lines.append(f"and {len(more)} more nodes")
         return Outcome(cut("\n".join(lines or ["Nobody is there yet."]), MAX_OUTCOME, MCP_CUT))
 
-    def members(self, config: Config, do: str) -> dict[str, Any]:
+    def members(self, do: str, **more: object) -> dict[str, Any]:
+        """What the daemon knows of all, or else the broker."""
         if self.link.attach():
-            return self.link.ask(do=do)
-        with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
-            return control.ask({"do": do})
+            return self.link.ask(do=do, **more)
+        with contextlib.closing(InProcessNode(self.link.config, PATIENCE)) as control:
+            return control.ask({"do": do, **more})
 
     def show_exchange(self, given: dict[str, Any]) -> Outcome | Wait:
         rows = self.exchange_of(given["id"])
@@ -14861,12 +15476,12 @@ class McpTools:
 
 
 def members_by_name(rosters: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The node of each name that can be written to; an inbox that waits is one too."""
-    found: dict[str, str] = {}
-    for node, roster in rosters.items():
-        for key in ("agents", "sessions", "away"):
-            names = roster.get(key)
-            found |= {str(one): node for one in names} if isinstance(names, list | dict) else {}
+    """The node of each name that can be written to: of a session that is away too."""
+    found = {
+        name: node
+        for node, roster in rosters.items()
+        for name in names_in(roster, "agents", "sessions", "away")
+    }
     return found | {node: node for node in rosters}
 
 
@@ -14906,15 +15521,17 @@ def said_of(envelope: Envelope, said: Mapping[str, Any]) -> Outcome | None:
     return Outcome(f"Not sent to {to}: {nobody if code == NO_SUBSCRIBERS else words}", True)
 
 
-def still_missing(envelope: Envelope, silent: Sequence[str], rows: Sequence[Any]) -> str:
+def still_missing(
+    envelope: Envelope, silent: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> str:
     """Who has not answered, and what is known of the message there."""
     if not silent:
         return ""
-    said = [row for row in rows if row["event"] == "in" and row["ch"] == "status"]
-    told = dict.fromkeys(f"{row['from']}: {printable(row_text(row), 80)}" for row in said)
-    known = f" ({'; '.join(told)})" if told else ""
-    later = "The answer comes to your inbox; or wait on: wait_answer"
-    return f"No answer from {', '.join(silent)} yet{known}. {later} with id {envelope.id}."
+    about = [row for row in rows if (row["envelope"] or {}).get("replyTo") == envelope.id]
+    told = [row for row in about if row["event"] == "in" and row["ch"] == "status"]
+    known = "; ".join(f"{row['from']}: {printable(row_text(row), 80)}" for row in told[-10:])
+    later = f"The answer comes to your inbox; or wait on: wait_answer with id {envelope.id}."
+    return f"No answer from {', '.join(silent)} yet{f' ({known})' if known else ''}. {later}"
 
 
 class McpFault(HiveError):
@@ -15245,7 +15862,7 @@ class McpServer:
     def _push(self) -> None:
         """Put what no call takes into the live program, if it offers a way; raises HiveError."""
         way = next((one for one in PUSHES.values() if one.offered(self)), None)
-        found, more = self.tools.unclaimed(MAX_INBOX_PAGE) if way else ([], 0)
+        found, more = self.tools.unclaimed(MAX_MAIL) if way else ([], 0)
         if way and found:
             shown = self.tools.shown(found, more)
             with contextlib.suppress(OSError):  # not taken: the next news tries again
@@ -15269,7 +15886,9 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
 
 SERVER_INFO = {"name": "hive", "title": "hive", "version": __version__}
 RECIPIENT = Argument.string(
-    'agent or node name from list_agents, or "all"', recipient_name, required=True
+    'agent or node name from list_agents, or "all"; "any": whoever can do it',
+    destination,
+    required=True,
 )
 MESSAGE_ID = partial(Argument.string, check=identifier, required=True)
 WAITS = Argument.number(0, MAX_WAIT, DEFAULT_WAIT)
@@ -15331,7 +15950,7 @@ TOOLS = {
         " They count as read afterwards. wait_seconds waits for the next one.",
         {
             "wait_seconds": Argument.number(0, MAX_WAIT, 0),
-            "limit": Argument.number(1, MAX_INBOX_PAGE, 10),
+            "limit": Argument.number(1, MAX_MAIL, 10),
         },
     ),
     "reply": Tool(
@@ -15371,15 +15990,15 @@ COMMANDS: dict[str, Command] = {}
 
 
 def as_type(check: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a check serve as argparse's type=."""
+    """Make a check serve as argparse's type=; whoever wants to know which it is finds it there."""
+    return partial(converted, check)
 
-    def convert(said: str) -> Any:
-        try:
-            return check(said)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
-    return convert
+def converted(check: Callable[[Any], Any], said: str) -> Any:
+    try:
+        return check(said)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
 
 def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
@@ -15486,7 +16105,7 @@ def terminal_width() -> int:
 
 
 def colourful(stream: IO[str]) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 def ttl_seconds(said: str) -> int:
@@ -15704,7 +16323,8 @@ def send_and_wait(
     ends = time.monotonic() + (wait or 0.0)
     patience = max(wait, MIN_PATIENCE) if wait else PATIENCE
     request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
-    control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
+    with Progress("handing it over"):
+        control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
     with contextlib.closing(control):
         if said.get("away"):
             what = f"{envelope.to} is away: its node keeps the message for it"
@@ -15767,15 +16387,18 @@ def print_replies(
             replies.expect(ask_members(control, {"do": "states"}, ends)["states"])
         if not connected:
             print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
-        while replies.outstanding and (left := ends - time.monotonic()) > 0:
-            said = control.receive(left) or {}
-            if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
-                why = explain_no_reply(control, replies)
-                topic = said.get("topic") or config.topics.of(envelope)
-                raise NoReplyError(f"nobody listens on {topic}{why}")
-            answer = Envelope.check(said["answer"]) if "answer" in said else None
-            if answer and replies.take(answer):
-                write_answer(answer, args.as_json, label=envelope.to == EVERYONE)
+        with Progress(replies.waiting()) as progress:
+            while replies.outstanding and (left := ends - time.monotonic()) > 0:
+                said = control.receive(left) or {}
+                if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
+                    why = explain_no_reply(control, replies)
+                    topic = said.get("topic") or config.topics.of(envelope)
+                    raise NoReplyError(f"nobody listens on {topic}{why}")
+                answer = Envelope.check(said["answer"]) if "answer" in said else None
+                if answer and replies.take(answer):
+                    with progress.hidden():
+                        write_answer(answer, args.as_json, label=envelope.to == EVERYONE)
+                    progress.what = replies.waiting()
     except DaemonError as error:
         raise HiveError(
             f"{error}; it has {envelope.id}, and tells the agent of the answer"
@@ -15809,7 +16432,8 @@ def send_to_group(
     with contextlib.closing(control):
         if args.wait:
             replies = GroupReplies(args.wait)
-            collect_replies(config, replies, envelopes, args, control, hand_in)
+            with Progress("") as progress:
+                collect_replies(config, replies, envelopes, args, control, hand_in, progress)
             return say_replies(replies, away, args.as_json)
         for envelope in envelopes:
             say_sent(config, envelope, args, control, hand_in(envelope))
@@ -15825,6 +16449,7 @@ def collect_replies(
     args: argparse.Namespace,
     control: Control,
     hand_in: Callable[[Envelope], bool],
+    progress: Progress,
 ) -> None:
     """Send, so many at once, and print the answers until all have come or are late."""
     pending = deque(envelopes)
@@ -15835,12 +16460,14 @@ def collect_replies(
                     what = f"queued {pending[0].id} for {pending[0].to}"
                     print(f"hive: {what}, no broker at the moment", file=sys.stderr)
                 replies.sent(pending.popleft(), time.monotonic())
+            progress.what = f"waiting for {len(replies) + len(pending)} of {len(envelopes)}"
             said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS:
                 replies.unheard(said.get("id"))
             answer = Envelope.check(said["answer"]) if "answer" in said else None
             if answer and replies.take(answer):
-                write_answer(answer, args.as_json, label=True)
+                with progress.hidden():
+                    write_answer(answer, args.as_json, label=True)
             replies.expire(time.monotonic())
     except DaemonError as error:
         rest = f"{len(pending)} were not sent" if pending else "all were sent"
@@ -16069,12 +16696,18 @@ ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not t
 @subcommand(
     ASK_BROKER,
     option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
+    option("--watch", "-w", action="store_true", help="go on with what changes, until q or Ctrl-C"),
     AS_JSON,
     examples="hive.py status --json | jq '.[] | select(.status != \"online\")'",
 )
 def command_status(args: argparse.Namespace) -> int:
     """Show how every node and agent is."""
     config = config_of(args)
+    if args.watch:
+        if args.check or args.direct or args.as_json:
+            raise UsageError("status: --watch goes with neither --check, --direct nor --json")
+        watch_status(config, colourful(sys.stdout))
+        return Exit.DONE
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
     senders = "checked" if config.checked else "not checked"
@@ -16155,12 +16788,22 @@ def command_forget(args: argparse.Namespace) -> int:
 
 def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
     """What the daemon knows of all nodes, or the broker."""
-    control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
+    with Progress("asking who is there"):
+        control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
     with contextlib.closing(control):
         if said["hive"] == hive_of(config):
             return ask_members(control, {"do": do}, time.monotonic() + STARTING, said)
     with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
         return control.ask({"do": do})  # the daemon's is another hive
+
+
+def names_that_are_known(config: Config) -> list[str]:
+    """Nodes and agents, as the daemon has them; none where that is not told at once."""
+    control = connect_to_daemon(config, 1.0)
+    if control is None:
+        return []
+    with contextlib.closing(control):
+        return ["all", *sorted(control.ask({"do": "states"}).get("states", {}))]
 
 
 def say_of_members(
@@ -16362,12 +17005,16 @@ def command_doctor(args: argparse.Namespace) -> int:
     """Check that everything is as it must be, a line for each thing; exit 1 on a fail."""
     load = partial(resolve_config, getattr(args, "config", None), overrides_of(args))
     rows, failed = [], False
-    for check, finding in examine(load, time.monotonic()):
-        level = finding.level.name.lower()
-        rows.append({"check": check, "level": level, "what": finding.what, "todo": finding.todo})
-        failed |= finding.level is Level.FAIL
-        if not args.as_json:
-            print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
+    with Progress("checking") as progress:
+        for check, finding in examine(load, time.monotonic(), progress.check):
+            level = finding.level.name.lower()
+            rows.append(
+                {"check": check, "level": level, "what": finding.what, "todo": finding.todo}
+            )
+            failed |= finding.level is Level.FAIL
+            if not args.as_json:
+                with progress.hidden():
+                    print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
     if args.as_json:
         print(json.dumps(rows, indent=2))
     return Exit.REFUSED if failed else Exit.DONE
@@ -16497,19 +17144,15 @@ def host_settings(
 
 def check_address(settings: HostSettings) -> None:
     """Can anything listen there?  Raises HiveError."""
-    where = "" if settings.everywhere else settings.listen
-    family = socket.AF_INET6 if ":" in where else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((where, settings.port))
+        settings.bind(settings.port)
     except OSError as error:
         hint = {
             errno.EADDRINUSE: "another program listens there; take another --port",
             errno.EADDRNOTAVAIL: "this machine has no such address; see: ip address",
             errno.EACCES: "ports below 1024 are root's; take another --port",
         }.get(error.errno or 0, "")
-        address = f"{where or '*'}:{settings.port}"
+        address = f"{'*' if settings.everywhere else settings.listen}:{settings.port}"
         raise HiveError(f"{address}: {reason_of(error)}" + (f"; {hint}" if hint else "")) from None
 
 
@@ -16537,14 +17180,15 @@ def start_service(host: Host, file: Path, config: Config, changed: bool) -> None
         how = start_supervised(host, host_command(file, config))
     mqtt = host.login(config.node.id)
     until = time.monotonic() + START_PATIENCE
-    while True:
-        try:
-            JoinRequest(mqtt, config.topics.prefix).ask(b"")
-            break
-        except BrokerError as error:
-            if time.monotonic() > until:
-                raise BrokerError(f"{error}; see also {host.folder}/host.log") from None
-        time.sleep(0.05)
+    with Progress(f"waiting for Mosquitto at {place}"):
+        while True:
+            try:
+                JoinRequest(mqtt, config.topics.prefix).ask(b"")
+                break
+            except BrokerError as error:
+                if time.monotonic() > until:
+                    raise BrokerError(f"{error}; see also {host.log}") from None
+            time.sleep(0.05)
     print(f"Mosquitto listens at {place}: {how}")
 
 
@@ -16628,8 +17272,9 @@ def empty_embedded(config: Config, file: Path) -> None:
     daemon = subprocess.Popen(command, stdin=no, stdout=no, stderr=no)
     until = time.monotonic() + EMBEDDED_PATIENCE
     try:
-        while (left := waiting_at_embedded(config)) and time.monotonic() < until:
-            time.sleep(0.05)
+        with Progress(f"fetching {waiting} messages from the embedded broker"):
+            while (left := waiting_at_embedded(config)) and time.monotonic() < until:
+                time.sleep(0.05)
     finally:
         daemon.terminate()
         try:
@@ -16645,10 +17290,13 @@ def show_tests(file: Path) -> int:
     """Test the broker as doctor does, and print that; the exit code."""
     shown = ("config", "broker", "subscribe", "publish", "receive", "clock", "nodes")
     failed = False
-    for check, finding in examine(partial(load_config, str(file)), time.monotonic()):
-        if check in shown:
-            failed |= finding.level is Level.FAIL
-            print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
+    with Progress("checking") as progress:
+        load = partial(load_config, str(file))
+        for check, finding in examine(load, time.monotonic(), progress.check):
+            if check in shown:
+                failed |= finding.level is Level.FAIL
+                with progress.hidden():
+                    print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
     return Exit.REFUSED if failed else Exit.DONE
 
 
@@ -16663,7 +17311,8 @@ hive.py invite mini | ssh mini python3 hive join -""",
 def command_invite(args: argparse.Namespace) -> int:
     """Let a machine join the hive that this one carries: print a line, good for an hour."""
     config = config_of(args)
-    invitation = make_invitation(Host(config.state_dir), args.name, time.time())
+    with Progress(f"inviting {args.name}"):
+        invitation = make_invitation(Host(config.state_dir), args.name, time.time())
     print(invitation.line(), flush=True)
     until = time.strftime("%H:%M", time.localtime(invitation.until))
     for note in (
@@ -16686,10 +17335,11 @@ def command_join(args: argparse.Namespace) -> int:
     file = config_place(args)
     refuse_to_join(file, args.force)
     invitation = Invitation.parse(invitation_line(args.line))
-    host = first_reachable(invitation.hosts, invitation.port)
     pending = file.with_name(f"{file.name}.joining")
-    with invited_settings(invitation, host) as mqtt:
-        password = new_secret_at(mqtt, invitation.prefix, pending)
+    with Progress(f"asking {' or '.join(invitation.hosts)} to let {invitation.name} in"):
+        host = first_reachable(invitation.hosts, invitation.port)
+        with invited_settings(invitation, host) as mqtt:
+            password = new_secret_at(mqtt, invitation.prefix, pending)
     files = joined_files(invitation, host, file, password)
     replaced = file.exists()
     if replaced:
@@ -16768,7 +17418,7 @@ def command_expel(args: argparse.Namespace) -> int:
     mqtt, me = host.login(HOST_USER), config.node.id
     if args.name == me:
         raise UsageError(f"{me} is this machine's own node, which carries the hive")
-    was_member = host.expel(args.name)
+    was_member = host.shut_out(args.name)
     if not host.reload():
         out = f"{args.name} has no password any more" if was_member else "nothing is changed"
         raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")
@@ -16776,12 +17426,13 @@ def command_expel(args: argparse.Namespace) -> int:
     if not was_member and not removed:
         there = ", ".join(name for name in host.members() if name != HOST_USER)
         raise HiveError(f"{args.name} is not in this hive; there are: {there}")
-    print(f"expelled: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     text = f"{args.name} was expelled from this hive by {me}"
     told = Envelope.new(me, EVERYONE, "status", text, urgency="later")
     request = {"do": "send", "envelope": told.document(), "wait": False}
     control, _ = ask_or_bypass(config, request, "queued", False)
     control.close()
+    host.expel(args.name)  # last: until then all of it can be said again
+    print(f"expelled: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     return Exit.DONE
 
 
@@ -16904,6 +17555,152 @@ def command_help(args: argparse.Namespace) -> int:
     else:
         near = did_you_mean(args.topic, (*TOPICS, *COMMANDS)) or "see: hive help"
         raise UsageError(f"help: there is no topic or command {quoted(args.topic)}; {near}")
+    return Exit.DONE
+
+
+BASH = """\
+# hive(1) for bash, made by: hive completion bash
+_hive() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command= words= i
+  for ((i = 1; i < COMP_CWORD; i++)); do
+    case ${{COMP_WORDS[i]}} in
+      {common}) ((i++)) ;;
+      -*) ;;
+      *) command=${{COMP_WORDS[i]}}; break ;;
+    esac
+  done
+  case $command,$before in
+{values}
+    *) case $command in
+{words}
+    esac ;;
+  esac
+  case $words in *NAMES*) words=${{words/NAMES/$(hive completion names 2>/dev/null)}} ;; esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _hive hive hive-cli
+"""
+ZSH = """\
+#compdef hive hive-cli
+# hive(1) for zsh, made by: hive completion zsh
+_hive_names() {{ compadd -- ${{(f)"$(hive completion names 2>/dev/null)"}} }}
+_hive() {{
+  local context state line
+  local -a common=({common}) commands=({names})
+  _arguments -C $common '1:command:->command' '*::argument:->argument'
+  case $state,$line[1] in
+    command,*) _describe command commands ;;
+{cases}
+  esac
+}}
+if [ "$funcstack[1]" = _hive ]; then _hive "$@"; else compdef _hive hive hive-cli; fi
+"""
+FISH = """\
+# hive(1) for fish, made by: hive completion fish
+complete -c hive-cli -w hive
+complete -c hive -f
+"""
+
+
+class Completion(Value):
+    """An option or an argument of a command; both words and description are safe in quotes."""
+
+    flags: Sequence[str]  # none: it is an argument
+    about: str
+    label: str  # of its value
+    value: str  # what that may be: words, NAMES, FILES, a blank for anything; nothing: it has none
+
+    @classmethod
+    def of(cls, flags: Sequence[str], how: Mapping[str, Any]) -> Completion:
+        action = argparse.ArgumentParser(add_help=False).add_argument(*flags, **how)
+        check = action.type.args[0] if isinstance(action.type, partial) else None
+        value = "" if action.nargs == 0 else " "
+        if action.choices or action.metavar == "TOPIC":
+            value = " ".join(action.choices or (*TOPICS, *COMMANDS))
+        elif check in (node_name, recipient_name, destination):
+            value = "NAMES"
+        elif check is file_path or action.metavar == "FILE":
+            value = "FILES"
+        label = re.sub(r"\W+", " ", str(action.metavar or action.dest).lower())
+        return cls(action.option_strings, unquoted(action.help or ""), label, value)
+
+
+def unquoted(said: str) -> str:
+    """What means the same between single quotes, whatever the shell."""
+    return said.replace("\\", "").replace("'", "\u2019")
+
+
+def bash_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    common = [flag for one in commands[""] for flag in one.flags]
+    values, words = [], []
+    for name, options in commands.items():
+        for one in options:
+            if one.flags and one.value:
+                flags = "|".join(f"{name or '*'},{flag}" for flag in one.flags)
+                value = one.value.replace("FILES", "").strip()  # bash looks for files by itself
+                values.append(f'    {flags}) words="{value}" ;;')
+        own = [word for one in options for word in one.flags or [one.value]]
+        words.append(
+            f'      "{name}") words="{" ".join([*own, *(common if name else COMMANDS)])}" ;;'
+        )
+    return BASH.format(common="|".join(common), values="\n".join(values), words="\n".join(words))
+
+
+def zsh_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    known = {"NAMES": "_hive_names", "FILES": "_files", " ": " "}
+
+    def specs(options: Sequence[Completion]) -> str:
+        found, place = [], 0
+        for one in options:
+            takes = f":{one.label}:{known.get(one.value, f'({one.value})')}" if one.value else ""
+            about = re.sub(r"[][:]", r"\\\g<0>", one.about)
+            place += not one.flags
+            found += [f"'{flag}[{about}]{takes}'" for flag in one.flags] or [f"'{place}{takes}'"]
+        return " ".join(found)
+
+    names = [f"'{name}:{about_command(name)}'" for name in COMMANDS]
+    cases = [
+        f"    argument,{name}) _arguments $common {specs(commands[name])} ;;" for name in COMMANDS
+    ]
+    return ZSH.format(common=specs(commands[""]), names=" ".join(names), cases="\n".join(cases))
+
+
+def fish_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    lines = [f"-n __fish_use_subcommand -a {name} -d '{about_command(name)}'" for name in COMMANDS]
+    for name, options in commands.items():
+        where = f"-n '__fish_seen_subcommand_from {name}' " if name else ""
+        for one in options:
+            value = one.value.replace("NAMES", "(hive completion names 2>/dev/null)").strip()
+            takes = "-r -F" if value == "FILES" else f"-x -a '{value}'" if one.value else ""
+            flags = " ".join(f"-{'l' if f[:2] == '--' else 's'} {f.lstrip('-')}" for f in one.flags)
+            lines.append(f"{where}{flags} {takes if flags else takes[3:]} -d '{one.about}'")
+    return FISH + "".join(f"complete -c hive {line}\n" for line in lines)
+
+
+def about_command(name: str) -> str:
+    return unquoted(docstring(COMMANDS[name].run).strip())
+
+
+@subcommand(
+    option(
+        "what",
+        choices=("bash", "zsh", "fish", "names"),
+        metavar="SHELL",
+        help="bash, zsh or fish; names: those that it may offer",
+    ),
+    examples="""hive.py completion bash >~/.local/share/bash-completion/completions/hive
+hive.py completion fish >~/.config/fish/completions/hive.fish""",
+)
+def command_completion(args: argparse.Namespace) -> int:
+    """Print what lets a shell complete the words of hive; make install does it too."""
+    if args.what == "names":
+        for name in names_that_are_known(config_of(args)):
+            print(name)
+        return Exit.DONE
+    of_all = {"": COMMON_OPTIONS, **{name: one.options for name, one in COMMANDS.items()}}
+    commands = {name: [Completion.of(*one) for one in options] for name, options in of_all.items()}
+    make = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}[args.what]
+    print(make(commands), end="")
     return Exit.DONE
 
 
