@@ -63,12 +63,12 @@ tokens; only what needs judgment wakes an agent.
 #           Help        topics that are longer than a --help, and where they lie
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Web         a page that shows the hive, served to this user's browsers
-#                       <- Stream, Journal, Control, Requests, Process, Database,
-#                       Members, Output, Client, Setup, Doctor
+#                       <- Stream, Journal, Control, Process, Database, Members,
+#                       Output, Client, Setup, Doctor
 #           Vendors     what each program of coding agents needs: entry, hooks, a way to tell it
 #                       <- Process, Output, Setup, Mcp
 #           Commands    one function for each subcommand, its options beside it <- *
-#           Main        arguments in, exit code out <- Members, Commands, Help
+#           Main        arguments in, exit code out <- Routing, Members, Commands, Help
 
 from __future__ import annotations
 
@@ -3693,7 +3693,7 @@ class Node:
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
 NO_ROOM = f"busy: {MAX_RUNS_WAITING} messages wait for handlers"
-MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
+MAX_COUNTED_ACTIONS = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
 
@@ -4110,7 +4110,7 @@ class Work(Worker):
         self._queue.done(run.action)
         self._node.counts["runs"] += 1
         self._node.counts["failures"] += not result.ok
-        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED
+        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED_ACTIONS
         action = run.action if known else "other"
         self._runs[action, "ok" if result.ok else "failed"] += 1
         self._seconds[action] = self._seconds.get(action, 0.0) + result.seconds
