@@ -2018,7 +2018,11 @@ def spare_path(direct: Path) -> Path:
     import hashlib
 
     digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
-    return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
+    return short_folder() / digest
+
+
+def short_folder() -> Path:
+    return SHORT_PLACE / f"hive-{os.geteuid()}"
 
 
 def shortened_socket_path(direct: Path) -> Path:
@@ -2034,7 +2038,8 @@ def control_socket_path(config: Config) -> Path:
 def control_socket_paths(config: Config) -> Iterator[Path]:
     """There, or else where a daemon opens it that cannot write to its state directory."""
     yield control_socket_path(config)
-    yield spare_path(config.state_dir / "door")
+    if short_folder().exists():  # else nothing is there, and hashlib takes 4 MB
+        yield spare_path(config.state_dir / "door")
 
 
 def directory_objection(file: Path) -> str | None:
