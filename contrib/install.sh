@@ -261,6 +261,22 @@ start_or_say_how() {
 
 # ---- Uninstall ---------------------------------------------------------------------------
 
+# The unit that `hive host` wrote, if it runs what is installed here.  The hive's data stay.
+drop_host() {
+  case $(uname -s) in
+    Darwin) host=$HOME/Library/LaunchAgents/ai.hive.host.plist ;;
+    *) host=$HOME/.config/systemd/user/hive-host.service ;;
+  esac
+  if ! grep -qs 'lib/hive/hive' "$DESTDIR$host"; then return; fi
+  if [ -z "$DESTDIR" ]; then
+    case $host in
+      *.plist) launchctl bootout "gui/$me/ai.hive.host" ;;
+      *.service) systemctl --user disable --now hive-host ;;
+    esac >/dev/null 2>&1 && say stopped hive-host
+  fi
+  drop "$host"
+}
+
 uninstall() {
   folders=$(cat "$DESTDIR$lib/folders" 2>/dev/null || true)
   if [ -n "$unit" ] && [ -e "$DESTDIR$unit" ]; then
@@ -271,6 +287,7 @@ uninstall() {
     fi
     drop "$unit"
   fi
+  drop_host
   for name in hive hive-cli; do
     if ours "$name"; then drop "$bin/$name"; fi
   done
