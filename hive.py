@@ -15289,7 +15289,7 @@ class McpTools:
     def unclaimed(self, limit: int) -> tuple[list[dict[str, Any]], int]:
         """The same, but for the answers that calls wait for."""
         awaited = self._awaited()
-        found, more = self.messages(limit + len(awaited))
+        found, more = self.messages(MAX_MAIL if awaited else limit)
         rest = [one for one in found if one["envelope"].get("corr") not in awaited]
         return rest[:limit], more + len(rest[limit:])
 
@@ -15430,17 +15430,17 @@ class McpTools:
 
         Raises NoReplyError where nobody would answer.
         """
-        expected, nodes = {envelope.to}, dict[str, str]()
-        if envelope.to == EVERYONE:
-            rosters = self.link.ask(do="roster")["rosters"]
-            expected = self.hearers(rosters, envelope.action)
-            nodes = members_by_name(rosters)
+        to, rosters = envelope.to, self.link.ask(do="roster")["rosters"]
+        expected = self.hearers(rosters, envelope.action) if to == EVERYONE else {to}
+        nodes = members_by_name(rosters)
 
         def collect(last: bool) -> Outcome | None:
             replies = ReplyCollector(envelope, self.link.config.heartbeat)
             replies.outstanding = {*expected}
             rows = self.exchange_of(envelope.id)
             came = [row["envelope"] for row in rows if row["event"] == "in" and row["envelope"]]
+            if to != EVERYONE:  # another may have read the question, and answer in its place
+                came = [one for one in came if one_node(nodes, to, one["from"])]
             found = [one for one in came if replies.take(Envelope.check(one))]
             replies.outstanding -= {nodes.get(one["from"], "") for one in found}
             done = last or not replies.outstanding
@@ -15452,7 +15452,7 @@ class McpTools:
         def give_up() -> Outcome:
             return collect(last=True) or NOTHING_NEW
 
-        about = f"no answer from {envelope.to} yet"
+        about = f"no answer from {to} yet"
         return Wait(patience, look, give_up, about, exchange=envelope.exchange)
 
     def hearers(self, rosters: Mapping[str, Mapping[str, Any]], action: str | None) -> set[str]:
@@ -15575,6 +15575,11 @@ def members_by_name(rosters: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         for name in names_in(roster, "agents", "sessions", "away")
     }
     return found | {node: node for node in rosters}
+
+
+def one_node(nodes: Mapping[str, str], *names: str) -> bool:
+    """Are these a node and agents of it?"""
+    return len({nodes.get(name, name) for name in names}) == 1
 
 
 def member_lines(row: StatusRow, roster: Mapping[str, Any], me: str) -> list[str]:
