@@ -2097,7 +2097,11 @@ def spare_path(direct: Path) -> Path:
     import hashlib
 
     digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
-    return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
+    return short_folder() / digest
+
+
+def short_folder() -> Path:
+    return SHORT_PLACE / f"hive-{os.geteuid()}"
 
 
 def shortened_socket_path(direct: Path) -> Path:
@@ -2113,7 +2117,8 @@ def control_socket_path(config: Config) -> Path:
 def control_socket_paths(config: Config) -> Iterator[Path]:
     """There, or else where a daemon opens it that cannot write to its state directory."""
     yield control_socket_path(config)
-    yield spare_path(config.state_dir / "door")
+    if short_folder().exists():  # else nothing is there, and hashlib takes 4 MB
+        yield spare_path(config.state_dir / "door")
 
 
 def directory_objection(file: Path) -> str | None:
@@ -15288,7 +15293,7 @@ class McpTools:
     def unclaimed(self, limit: int) -> tuple[list[dict[str, Any]], int]:
         """The same, but for the answers that calls wait for."""
         awaited = self._awaited()
-        found, more = self.messages(limit + len(awaited))
+        found, more = self.messages(MAX_MAIL if awaited else limit)
         rest = [one for one in found if one["envelope"].get("corr") not in awaited]
         return rest[:limit], more + len(rest[limit:])
 
@@ -15413,17 +15418,17 @@ class McpTools:
 
         Raises NoReplyError where nobody would answer.
         """
-        expected, nodes = {envelope.to}, dict[str, str]()
-        if envelope.to == EVERYONE:
-            rosters = self.link.ask(do="roster")["rosters"]
-            expected = self.hearers(rosters, envelope.action)
-            nodes = members_by_name(rosters)
+        to, rosters = envelope.to, self.link.ask(do="roster")["rosters"]
+        expected = self.hearers(rosters, envelope.action) if to == EVERYONE else {to}
+        nodes = members_by_name(rosters)
 
         def collect(last: bool) -> Outcome | None:
             replies = ReplyCollector(envelope, self.link.config.heartbeat)
             replies.outstanding = {*expected}
             rows = self.exchange_of(envelope.id)
             came = [row["envelope"] for row in rows if row["event"] == "in" and row["envelope"]]
+            if to != EVERYONE:  # another may have read the question, and answer in its place
+                came = [one for one in came if one_node(nodes, to, one["from"])]
             found = [one for one in came if replies.take(Envelope.check(one))]
             replies.outstanding -= {nodes.get(one["from"], "") for one in found}
             done = last or not replies.outstanding
@@ -15435,7 +15440,7 @@ class McpTools:
         def give_up() -> Outcome:
             return collect(last=True) or NOTHING_NEW
 
-        about = f"no answer from {envelope.to} yet"
+        about = f"no answer from {to} yet"
         return Wait(patience, look, give_up, about, exchange=envelope.exchange)
 
     def hearers(self, rosters: Mapping[str, Mapping[str, Any]], action: str | None) -> set[str]:
@@ -15558,6 +15563,11 @@ def members_by_name(rosters: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         for name in names_in(roster, "agents", "sessions", "away")
     }
     return found | {node: node for node in rosters}
+
+
+def one_node(nodes: Mapping[str, str], *names: str) -> bool:
+    """Are these a node and agents of it?"""
+    return len({nodes.get(name, name) for name in names}) == 1
 
 
 def member_lines(row: StatusRow, roster: Mapping[str, Any], me: str) -> list[str]:
