@@ -1203,9 +1203,9 @@ def test_whatever_a_reply_is_made_of_it_can_be_sent(loop: hive.Loop, stand_in_of
     [
         (printed(payloads("half"), status="timeout"), "the turn ended with 'timeout'"),
         (printed(payloads("half"), status=["x"]), "the turn ended with ['x']"),
-        ("", "the turn ended with None"),
-        ("no JSON at all", "the turn ended with None"),
-        ("{" * 100_000, "the turn ended with None"),
+        ("", f"the turn ended with {hive.NO_JSON}"),
+        ("no JSON at all", f"the turn ended with {hive.NO_JSON}"),
+        ("{" * 100_000, f"the turn ended with {hive.NO_JSON}"),
     ],
 )
 def test_a_turn_that_ended_badly_is_not_run_again(
