@@ -6470,7 +6470,7 @@ def chat_call(instance: InstanceConfig, port: int, event: SystemEvent) -> Gatewa
         gateway_token(instance, home_folder()) or "",
         "token",
         {"model": f"openclaw/{instance.agent}", "messages": [message]},
-        "gateway.http.endpoints.chatCompletions is not enabled there",
+        "chatCompletions is not enabled there",
         instance.agent_timeout,
         {"x-openclaw-session-key": key},
         turn=True,
