@@ -16630,29 +16630,24 @@ def row_view(row: Mapping[str, Any], room: int) -> dict[str, Any]:
 def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A node's agents, and what is known of the sessions among them."""
     health, sessions = state.get("oc"), roster.get("sessions")
-    known: dict[str, Any] = sessions if isinstance(sessions, dict) else {}
-    said = health.items() if isinstance(health, dict) else ()
-    told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+    works: dict[str, Any] = sessions if isinstance(sessions, dict) else {}
+    said = {**(health if isinstance(health, dict) else {}), **dict.fromkeys(works, WELL)}
     found = []
-    for name, one in [*said][:MAX_AGENTS]:
-        one = {"status": one} if isinstance(one, str) else one if isinstance(one, dict) else {}
-        more = known.get(name)
-        one = {**(more if isinstance(more, dict) else {}), **one}
-        words = {key: printable(one[key], 300) for key in told if one.get(key)}
-        since = bounded_number(one.get("since"), 1, MAX_TS)
-        found.append({"name": printable(name), **words, **({"since": since} if since else {})})
-    return found
+    for name in [*said.keys() - names_in(roster, "away")][: 2 * MAX_AGENTS]:
+        one = {"status": said[name]} if isinstance(said[name], str) else said[name]
+        all = [how for how in (works.get(name), one) if isinstance(how, dict)]
+        facts = {key: value for how in all for key, value in how.items()}
+        told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+        words = {key: printable(facts[key], 300) for key in told if facts.get(key)}
+        since = bounded_number(facts.get("since"), 1, MAX_TS)
+        found.append({"name": printable(name), **words, "since": since})
+    return sorted(found, key=lambda agent: str(agent["name"]))
 
 
 def node_view(
     row: StatusRow, state: Mapping[str, Any], roster: Mapping[str, Any], changed: float
 ) -> dict[str, Any]:
     """What a page shows of a node, whatever it said itself; what changes all the time is coarse."""
-
-    def numbers(of: object) -> dict[str, float | None]:
-        pairs = [*of.items()][:20] if isinstance(of, dict) else []
-        return {printable(key): bounded_number(value, 0, 2**53) for key, value in pairs}
-
     handlers, schedule = roster.get("handlers"), roster.get("schedule")
     entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
     return {
@@ -16666,8 +16661,9 @@ def node_view(
         "host": printable(state["host"]) if state.get("host") else None,
         "system": printable(roster["system"]) if roster.get("system") else None,
         "agents": agent_views(state, roster),
-        "work": numbers({key: state.get(key) for key in ("running", "waiting", "outbox")}),
-        "counters": numbers(state.get("counters")),
+        "running": bounded_number(state.get("running"), 0, 1e6),
+        "queued": bounded_number(state.get("waiting"), 0, 1e6),
+        "outbox": bounded_number(state.get("outbox"), 0, 1e6),
         "handlers": [printable(x) for x in handlers[:100]] if isinstance(handlers, list) else [],
         "schedule": [
             {
@@ -16985,19 +16981,15 @@ class WebServer:
         host, origin = said.get("host", ""), said.get("origin")
         if re.sub(":[0-9]+$", "", host) not in WEB_HOSTS:
             raise HttpFault(403, "this is no name of this machine's own; open the link as it was")
-        if request.method == "POST" or origin:
-            if origin != f"http://{host}":
-                raise HttpFault(403, "only this page itself may ask that")
-        elif request.path != "/" and said.get("sec-fetch-site", "none") not in (
-            "none",
-            "same-origin",
-        ):
+        link = request.path == "/" and "key" in request.query  # from wherever it was printed
+        ours = said.get("sec-fetch-site", "none") in ("none", "same-origin") or link
+        if not ours or ((origin or request.method == "POST") and origin != f"http://{host}"):
             raise HttpFault(403, "only this page itself may ask that")
         cookies = [one.strip().partition("=") for one in said.get("cookie", "").split(";")]
         given = next((value for name, _, value in cookies if name == self._cookie), "")
         bearer = said.get("authorization", "").removeprefix("Bearer ")
         shown = [(given, self._secret), (bearer, self._key)]
-        shown += [(request.query.get("key", ""), self._key)] if request.path == "/" else []
+        shown += [(request.query["key"], self._key)] if link else []
         if not any([hmac.compare_digest(one.encode(), right.encode()) for one, right in shown]):
             raise HttpFault(403, "open the link that this prints on the machine itself: hive web")
 
@@ -17035,6 +17027,17 @@ class WebServer:
         if given.get("before", "").isdecimal():
             filters["before"] = int(given["before"])
         JournalSearch(self.asker, filters, given.get("text", ""), connection.answer).go_on()
+
+    def metrics(self, connection: WebConnection, given: Mapping[str, str]) -> None:
+        """For Prometheus, which shows the key as a bearer's token."""
+
+        def answered(answer: dict[str, Any]) -> None:
+            if "metrics" not in answer:
+                return connection.answer(answer)
+            text = metrics_text(answer).encode()
+            connection.write(200, text, "text/plain; version=0.0.4; charset=utf-8")
+
+        self.asker.ask({"do": "metrics"}, answered)
 
     def exchange(self, connection: WebConnection, given: Mapping[str, str]) -> None:
         after = int(given["after"]) if given.get("after", "").isdecimal() else 0
@@ -17204,6 +17207,7 @@ WEB_ROUTES: dict[tuple[str, str], tuple[Callable[..., None], bool]] = {
     ("GET", "/events"): (WebServer.events, False),
     ("GET", "/log"): (WebServer.log, False),
     ("GET", "/exchange"): (WebServer.exchange, False),
+    ("GET", "/metrics"): (WebServer.metrics, False),
     ("POST", "/doctor"): (WebServer.doctor, False),
     ("POST", "/send"): (WebServer.send, True),
     ("POST", "/reply"): (WebServer.reply, True),
@@ -17656,9 +17660,10 @@ const scheduleLine = ({ action, when, ok, last, next }) => {
       && stamp(last || next)));
 };
 const nodeCard = (tag) => (node, beats, ping) => {
-  const word = how(node), alive = ["online", "degraded"].includes(node.status), { work } = node;
-  const busy = [work.running && `${work.running} running`, work.waiting && `${work.waiting} queued`,
-    work.outbox && `${work.outbox} in its outbox`].filter(Boolean).join(", ") || "idle";
+  const word = how(node), alive = ["online", "degraded"].includes(node.status);
+  const work = { running: "running", queued: "queued", outbox: "in the outbox" };
+  const busy = Object.keys(work).filter((key) => node[key])
+    .map((key) => `${node[key]} ${work[key]}`).join(", ") || "idle";
   const does = node.handlers.slice(0, 6).join(", "), more = node.handlers.length - 6;
   const changes = (text, click) => !hive.readOnly && el("button.quiet", click, text);
   return el(`${tag}.node.card.${word}`,

@@ -147,10 +147,11 @@ def test_systemd_has_nothing_to_say_about_the_systems_unit(machine: Machine) -> 
     assert complaints(machine, str(system_unit(machine))) == []
 
 
-def test_systemd_has_nothing_to_say_about_the_brokers_unit(installed: Machine) -> None:
-    unit = (ROOT / "units/systemd/hive-broker.service").read_text()
+@pytest.mark.parametrize("name", ["hive-broker", "hive-web"])
+def test_systemd_has_nothing_to_say_about_other_units(name: str, installed: Machine) -> None:
+    unit = (ROOT / f"units/systemd/{name}.service").read_text()
     put = installed.put(
-        ".config/systemd/user/hive-broker.service",
+        f".config/systemd/user/{name}.service",
         unit.replace("@BINDIR@", str(installed.home / ".local/bin").replace("%", "%%")),
     )
     assert complaints(installed, "--user", str(put)) == []
@@ -211,14 +212,15 @@ def test_on_a_mac_launchd_gets_its_plist(tmp_path: Path) -> None:
     assert not mac.inside(mac.home / USER_UNIT).exists()
 
 
-def test_the_plist_passes_a_plist_checker() -> None:
-    file = str(ROOT / "units/launchd/ai.hive.daemon.plist")
+@pytest.mark.parametrize("name", ["ai.hive.daemon", "ai.hive.web"])
+def test_the_plist_passes_a_plist_checker(name: str) -> None:
+    file = str(ROOT / f"units/launchd/{name}.plist")
     if need("plutil", "plistutil") == "plutil":
         subprocess.run(["plutil", "-lint", file], check=True)
     else:  # 2.2.0 ends with 0 whatever it found
         done = subprocess.run(["plistutil", "-i", file], capture_output=True, check=True)
         assert b"ERROR" not in done.stderr
-        assert b"ai.hive.daemon" in done.stdout
+        assert name.encode() in done.stdout
 
 
 # ---- make install, make uninstall --------------------------------------------------------
