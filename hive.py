@@ -59,7 +59,7 @@ tokens; only what needs judgment wakes an agent.
 
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Commands    one function for each subcommand, its options beside it <- *
-#           Main        arguments in, exit code out <- Members, Commands, Help
+#           Main        arguments in, exit code out <- Routing, Members, Commands, Help
 
 from __future__ import annotations
 
