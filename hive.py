@@ -3690,7 +3690,7 @@ class Node:
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
 NO_ROOM = f"busy: {MAX_RUNS_WAITING} messages wait for handlers"
-MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
+MAX_COUNTED_ACTIONS = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
 
@@ -4107,7 +4107,7 @@ class Work(Worker):
         self._queue.done(run.action)
         self._node.counts["runs"] += 1
         self._node.counts["failures"] += not result.ok
-        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED
+        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED_ACTIONS
         action = run.action if known else "other"
         self._runs[action, "ok" if result.ok else "failed"] += 1
         self._seconds[action] = self._seconds.get(action, 0.0) + result.seconds
