@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, ROOT, Hive, eventually, missing
-from test_watch import Terminal
+from test_watch import Terminal, at_the_door
 
 import hive as module
 
@@ -106,6 +106,13 @@ def test_it_knows_names_where_the_daemon_does(shell: str, hive: Hive, home: Path
 def test_no_name_is_offered_and_nothing_said_where_no_daemon_runs(home: Path) -> None:
     assert bash(home, "hive send --to ") == set()
     assert run(home, "hive", "completion", "names") == ""
+
+
+def test_what_is_no_name_never_gets_to_a_shell(hive: Hive) -> None:
+    """A shell would run what bash's compgen finds in it."""
+    states: dict[str, dict[str, str]] = {"$(touch x)": {}, "`id`": {}, "beta": {}, "a b": {}}
+    with at_the_door(hive, "alpha", {"states": states}):
+        assert hive.cli("alpha", "completion", "names").stdout == "all\nbeta\n"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
