@@ -63,8 +63,8 @@ tokens; only what needs judgment wakes an agent.
 #           Help        topics that are longer than a --help, and where they lie
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Web         a page that shows the hive, served to this user's browsers
-#                       <- Stream, Journal, Control, Requests, Process, Database,
-#                       Members, Output, Client, Setup, Doctor
+#                       <- Stream, Journal, Control, Process, Database, Members, Output,
+#                       Client, Setup, Doctor
 #           Vendors     what each program of coding agents needs: entry, hooks, a way to tell it
 #                       <- Process, Output, Setup, Mcp
 #           Commands    one function for each subcommand, its options beside it <- *
@@ -1352,7 +1352,7 @@ UNSAVED_SECONDS = 4.0  # in which a crash of the broker may lose what it has ack
 MAX_ROWS = 100  # that are read at once
 MIN_ID_PREFIX = 4  # characters that may stand for an id
 SHOWN_TEXT = 200  # characters of a text that is shown beside what is not finished
-MAX_COUNTED = 20_000  # of the last messages, when it is asked who writes to whom ...
+MAX_TRAFFIC = 20_000  # of the last messages, when it is asked who writes to whom ...
 MAX_PAIRS = 1000  # ... and how many pairs of them are told
 MAX_MEANINGS = 5  # of such a beginning that are listed
 PRUNE_STEP = 500  # rows that are forgotten at once
@@ -1654,7 +1654,7 @@ class Journal:
         rows = self._database.read(
             f"SELECT sender, recipient, count(DISTINCT id), max(time) FROM ({latest} LIMIT ?)"
             " WHERE time >= ? GROUP BY sender, recipient ORDER BY 3 DESC LIMIT ?",
-            (Event.DID.value, MAX_COUNTED, since, MAX_PAIRS),
+            (Event.DID.value, MAX_TRAFFIC, since, MAX_PAIRS),
         )
         return [(sender, to, number, last) for sender, to, number, last in rows]
 
