@@ -165,13 +165,15 @@ dovecot:
 	    apt-get install -y -qq --no-install-recommends dovecot-imapd; } >/dev/null || true; \
 	else echo "Dovecot is missing: tests of check-email will be skipped (apt-get install dovecot-imapd)"; fi
 
-# systemd-analyze and plistutil for tests/test_units.py, openssl, pgrep, groff; ip for three machines.
+# systemd-analyze and plistutil for tests/test_units.py, openssl, pgrep, groff, mandoc, shells that
+# complete; ip for three machines.
 checkers:
 	@missing=; \
 	command -v systemd-analyze >/dev/null || missing="systemd"; \
 	command -v openssl >/dev/null || missing="$$missing openssl"; \
 	command -v pgrep >/dev/null || missing="$$missing procps"; \
 	command -v groff >/dev/null || missing="$$missing groff-base"; \
+	for one in mandoc zsh fish; do command -v $$one >/dev/null || missing="$$missing $$one"; done; \
 	[ "$$(uname)" != Linux ] || command -v ip >/dev/null || missing="$$missing iproute2"; \
 	command -v plutil >/dev/null || command -v plistutil >/dev/null || missing="$$missing libplist-utils"; \
 	if [ -z "$$missing" ] || ! command -v apt-get >/dev/null; then :; \

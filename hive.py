@@ -3698,7 +3698,7 @@ class Node:
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
 NO_ROOM = f"busy: {MAX_RUNS_WAITING} messages wait for handlers"
-MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
+MAX_COUNTED_ACTIONS = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
 
@@ -4115,7 +4115,7 @@ class Work(Worker):
         self._queue.done(run.action)
         self._node.counts["runs"] += 1
         self._node.counts["failures"] += not result.ok
-        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED
+        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED_ACTIONS
         action = run.action if known else "other"
         self._runs[action, "ok" if result.ok else "failed"] += 1
         self._seconds[action] = self._seconds.get(action, 0.0) + result.seconds
@@ -12716,10 +12716,7 @@ class NodeRemoval:
 # no terminal gets lines, and no progress.  However it ends, the terminal is as it was.
 
 WATCH_GAP = 0.2  # seconds between two looks, however much changes
-WATCH_EVERY = (
-    1.0,
-    30.0,
-)  # seconds until the next look where nothing does: a heartbeat, within these
+WATCH_EVERY = 30.0  # at most, where nothing does; else a heartbeat
 SCREEN = (80, 24)  # columns and lines of a terminal that does not say
 
 
@@ -12741,7 +12738,7 @@ class StatusFeed:
 
     def look(self) -> None:
         """Ask the daemon, which tells of the next change then; raises HiveError."""
-        self.due = time.monotonic() + WATCH_EVERY[0]
+        self.due = time.monotonic() + 1.0
         self.control = self.control or connect_to_daemon(self._config)
         if not self.control:
             none = f"no daemon of {self.node} runs on this machine (hive daemon)"
@@ -12752,16 +12749,14 @@ class StatusFeed:
         except DaemonError as error:
             return self._lose(error)
         if "error" in said:
-            raise HiveError(
-                f"the daemon of {self.node}: {said['error']}; is it of another version?"
-            )
+            why = f"{said['error']}; is it of another version?"
+            raise HiveError(f"the daemon of {self.node}: {why}")
         self.broker, self.fault = said["broker"], str(said["fault"])
         if said["complete"]:  # a broker that stops lets all seem lost
             self.at = time.time()
             rows = status_rows(said["states"], self._config.heartbeat, self.at)
             self.rows = [row for row in rows if row.is_node]
-        low, high = WATCH_EVERY
-        self.due = time.monotonic() + min(max(low, self._config.heartbeat.interval), high)
+        self.due += min(self._config.heartbeat.interval, WATCH_EVERY)
 
     def hear(self) -> None:
         """The daemon has said something: that there is news, or its last word."""
@@ -12803,17 +12798,17 @@ class StatusScreen:
 
     def __init__(self, colour: bool) -> None:
         self._colour = colour
+        self.keys = [sys.stdin.fileno()] if sys.stdin.isatty() else []
         self._modes: list[Any] = []  # of the keyboard, before
-        self._keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
 
     def open(self) -> None:
         import termios
 
-        if self._keys >= 0:
-            self._modes = termios.tcgetattr(self._keys)
+        for keys in self.keys:
+            self._modes = termios.tcgetattr(keys)
             silent = [*self._modes]
             silent[3] &= ~(termios.ICANON | termios.ECHO)
-            termios.tcsetattr(self._keys, termios.TCSADRAIN, silent)
+            termios.tcsetattr(keys, termios.TCSADRAIN, silent)
         self._write("\033[?1049h\033[?25l\033[?7l")  # other screen, no cursor, no wrapping
 
     def close(self) -> None:
@@ -12823,7 +12818,7 @@ class StatusScreen:
             self._write("\033[?7h\033[?25h\033[?1049l")
         if self._modes:
             with contextlib.suppress(OSError, termios.error):
-                termios.tcsetattr(self._keys, termios.TCSADRAIN, self._modes)
+                termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, self._modes)
 
     def suspend(self) -> None:
         """Ctrl-Z: the shell's turn, until it lets us go on."""
@@ -12832,31 +12827,27 @@ class StatusScreen:
         self.open()
 
     def show(self, feed: StatusFeed) -> None:
-        try:
-            size = os.get_terminal_size(sys.stdout.fileno())
-        except OSError:
-            size = os.terminal_size((0, 0))
         import textwrap
 
+        try:
+            width, height = os.get_terminal_size(sys.stdout.fileno())
+        except OSError:
+            width = height = 0
         now, old = time.time(), bool(feed.fault and feed.rows)
         words = f"as of {short_time(feed.at, now)}: " * old + status_words(feed.rows, now)
-        head = [words, *textwrap.wrap(printable(feed.fault, 300), size.columns or SCREEN[0])]
+        head = [words, *textwrap.wrap(printable(feed.fault, 300), width or SCREEN[0])]
         foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
         passed = now - feed.at
         rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
-        lines = status_screen(rows, head, foot, size.lines or SCREEN[1], self._colour)
+        lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
 
     def leaves(self) -> bool:
         """Something was typed: was it q?"""
-        typed = os.read(self._keys, 1024)
+        typed = os.read(self.keys[0], 1024)
         if not typed:
-            self._keys = -1  # nobody types any more
+            self.keys = []  # nobody types any more
         return b"q" in typed.lower()
-
-    @property
-    def keys(self) -> list[int]:
-        return [self._keys] if self._keys >= 0 else []
 
     @staticmethod
     def _write(said: str) -> None:
@@ -12890,16 +12881,16 @@ def watch_status(config: Config, colour: bool) -> None:
             if time.monotonic() >= feed.due:
                 feed.look()
             (screen or lines).show(feed)
-            wait = min(feed.due - time.monotonic(), 1.0 if screen else WATCH_EVERY[1])
+            wait = min(feed.due - time.monotonic(), 1.0 if screen else WATCH_EVERY)
             keys = screen.keys if screen else []
             files: list[Any] = [woken, *keys, *([feed.control] if feed.control else [])]
-            ready = select.select(files, [], [], max(wait, 0.0))[0]
-            if feed.control in ready:
-                feed.hear()
-            if screen and {*keys} & {*ready} and screen.leaves():
-                return
-            if woken in ready:
-                woken.recv(4096)
+            for ready in select.select(files, [], [], max(wait, 0.0))[0]:
+                if ready is feed.control:
+                    feed.hear()
+                elif ready is woken:
+                    woken.recv(4096)
+                elif screen and screen.leaves():
+                    return
 
 
 class Progress:
@@ -12911,15 +12902,17 @@ class Progress:
     def __init__(self, what: str) -> None:
         self.what = what
         self._began, self._shown, self._hides = time.monotonic(), False, False
+        self._active = is_terminal(sys.stderr)
 
     def __enter__(self) -> Self:
-        if is_terminal(sys.stderr):
+        if self._active:
             signal.signal(signal.SIGALRM, lambda *_: self._draw())
             signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        if self._active:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
         self._erase()
 
     def check(self, name: str) -> None:
@@ -19475,7 +19468,8 @@ def names_that_are_known(config: Config) -> list[str]:
     if control is None:
         return []
     with contextlib.closing(control):
-        return ["all", *sorted(control.ask({"do": "states"}).get("states", {}))]
+        known = control.ask({"do": "states"}).get("states", {})
+    return ["all", *sorted(name for name in known if NAME.fullmatch(name))]  # a shell expands them
 
 
 def say_of_members(
