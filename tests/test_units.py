@@ -147,6 +147,12 @@ def test_systemd_has_nothing_to_say_about_the_systems_unit(machine: Machine) -> 
     assert complaints(machine, str(system_unit(machine))) == []
 
 
+def test_systemd_has_nothing_to_say_about_the_pages_unit(installed: Machine) -> None:
+    unit = installed.home / USER_UNIT.replace("daemon", "web")
+    assert complaints(installed, "--user", str(unit)) == []
+    assert "StandardOutput=null" in unit.read_text()  # it prints a link that is a secret
+
+
 def test_systemd_has_nothing_to_say_about_the_brokers_unit(installed: Machine) -> None:
     unit = (ROOT / "units/systemd/hive-broker.service").read_text()
     put = installed.put(
@@ -185,7 +191,8 @@ def test_a_users_unit_has_nothing_that_only_root_can_apply(installed: Machine) -
 
 
 def test_the_units_are_filled_in(installed: Machine, machine: Machine) -> None:
-    for unit in (installed.home / USER_UNIT, system_unit(machine)):
+    of_user = installed.home / USER_UNIT
+    for unit in (of_user, of_user.with_name("hive-web.service"), system_unit(machine)):
         lines = [line for line in unit.read_text().splitlines() if not line.startswith("#")]
         assert not [line for line in lines if "@" in line.replace("@system-service", "")]
 
@@ -208,17 +215,21 @@ def test_on_a_mac_launchd_gets_its_plist(tmp_path: Path) -> None:
     assert job["KeepAlive"] == {"SuccessfulExit": False}
     assert job["Umask"] == 0o077
     assert Path(job["StandardErrorPath"]).parent == mac.home / "Library/Logs"
+    page = plistlib.loads(mac.inside(mac.home / PLIST.replace("daemon", "web")).read_bytes())
+    assert page["ProgramArguments"] == [f"{mac.home}/.local/bin/hive", "web"]
+    assert (page["Label"], "StandardOutPath" in page) == ("ai.hive.web", False)
     assert not mac.inside(mac.home / USER_UNIT).exists()
 
 
-def test_the_plist_passes_a_plist_checker() -> None:
-    file = str(ROOT / "units/launchd/ai.hive.daemon.plist")
+@pytest.mark.parametrize("name", ["daemon", "web"])
+def test_the_plist_passes_a_plist_checker(name: str) -> None:
+    file = str(ROOT / f"units/launchd/ai.hive.{name}.plist")
     if need("plutil", "plistutil") == "plutil":
         subprocess.run(["plutil", "-lint", file], check=True)
     else:  # 2.2.0 ends with 0 whatever it found
         done = subprocess.run(["plistutil", "-i", file], capture_output=True, check=True)
         assert b"ERROR" not in done.stderr
-        assert b"ai.hive.daemon" in done.stdout
+        assert f"ai.hive.{name}".encode() in done.stdout
 
 
 # ---- make install, make uninstall --------------------------------------------------------
@@ -364,6 +375,7 @@ def test_another_program_called_hive_is_not_touched(machine: Machine) -> None:
             [
                 "systemctl --user daemon-reload",
                 "systemctl --user stop hive-daemon",
+                "systemctl --user try-restart hive-web",
                 "systemctl --user enable --now hive-daemon",
             ],
         ),
@@ -372,6 +384,7 @@ def test_another_program_called_hive_is_not_touched(machine: Machine) -> None:
             PLIST,
             [
                 "launchctl bootout gui/ME/ai.hive.daemon",
+                "launchctl kickstart -k gui/ME/ai.hive.web",
                 "launchctl print gui/ME/ai.hive.daemon",
                 "launchctl bootstrap gui/ME HOME/Library/LaunchAgents/ai.hive.daemon.plist",
             ],
