@@ -285,9 +285,11 @@ remove_unit() {
   each=$(unit_of "$1")
   if [ -z "$each" ] || [ ! -e "$DESTDIR$each" ]; then return; fi
   if reachable; then
-    stop "$1"
+    case $each in
+      *.plist) launchctl bootout "$job.$1" ;;
+      *.service) systemctl "$manager" disable --now "hive-$1" ;;
+    esac >/dev/null 2>&1 || true
     say stopped "hive-$1"
-    case $each in *.service) systemctl "$manager" disable "hive-$1" || true ;; esac
   fi
   drop "$each"
 }
@@ -296,8 +298,10 @@ uninstall() {
   folders=$(cat "$DESTDIR$lib/folders" 2>/dev/null || true)
   remove_unit web
   remove_unit daemon
-  # By hive host, for a program that is no longer here.
-  if [ "$for" = user ] && grep -qs 'lib/hive/hive' "$(unit_of host)"; then remove_unit host; fi
+  ( # What hive host wrote for you, if it runs what goes.  The hive's data stay.
+    for=user manager=--user
+    if grep -qs 'lib/hive/hive' "$DESTDIR$(unit_of host)"; then remove_unit host; fi
+  )
   for name in hive hive-cli; do
     if ours "$name"; then drop "$bin/$name"; fi
   done
