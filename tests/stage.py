@@ -114,7 +114,7 @@ class Stage:
                 "load_1m": chance.choice((0.1, 0.4, 1.7)),
             },
             **{"oc": agents, "host": f"{name}.lan", "instance": "x"},
-            "work": {"running": int(i % 7 == 2), "queued": 0, "outbox": 0},
+            "running": int(i % 7 == 2),
         }
         roster: dict[str, Any] = {
             **{"node": name, "agents": ["main"] if "main" in agents else [], "version": "0.2.0"},
