@@ -65,6 +65,8 @@ tokens; only what needs judgment wakes an agent.
 #           Web         a page that shows the hive, served to this user's browsers
 #                       <- Stream, Journal, Control, Requests, Process, Database,
 #                       Members, Output, Client, Setup, Doctor
+#           Vendors     what each program of coding agents needs: entry, hooks, a way to tell it
+#                       <- Process, Output, Setup, Mcp
 #           Commands    one function for each subcommand, its options beside it <- *
 #           Main        arguments in, exit code out <- Members, Commands, Help
 
@@ -14994,6 +14996,8 @@ PARSE_ERROR, INVALID_REQUEST, NO_SUCH_METHOD, INVALID_PARAMS, INTERNAL_ERROR = (
 )
 UNSUPPORTED_VERSION = -32022
 MAX_WAITING_CALLS = 32
+PUSH_GAP = 1.0  # seconds between two pushes: what comes meanwhile goes together
+PUSH_AGAIN = 30.0  # seconds until what no way took is tried again
 MAX_WAIT = 280  # seconds; Codex gives a call up after 300
 DEFAULT_WAIT = 45  # OpenCode after 60
 PROGRESS_INTERVAL = 5.0  # seconds between two signs that a call still waits
@@ -15098,14 +15102,10 @@ class Tool(Value):
         }
 
 
-class Push(Value):
-    """One way to put new mail into a live program, so that its model works on it now."""
-
-    offered: Callable[[McpServer], bool]
-    send: Callable[[McpServer, str], None]  # raises OSError where it was not taken
-
-
-PUSHES: dict[str, Push] = {}  # the first one that is offered is used, and no other
+# The ways to put new mail into a live program, so that its model works on it now.  Each gives what
+# does that (it waits, and says whether that was taken; OSError: it was not), or None where this
+# program has no such way.  The first that takes it is used, and no other.
+PUSHES: dict[str, Callable[[McpServer], Callable[[str], bool] | None]] = {}
 
 
 def session_name(client: str, directory: str) -> str:
@@ -15305,23 +15305,7 @@ class McpTools:
         return look() or NOTHING_NEW
 
     def shown(self, found: Sequence[Mapping[str, Any]], more: int) -> Outcome:
-        """Messages as a model reads them, as many as have room; the rest stays unread."""
-        texts, tasks = list[str](), list[int]()
-        room, asks = MAX_OUTCOME, False
-        for one in found:
-            envelope = Envelope.check(one["envelope"])
-            event = PendingEvent(envelope, True, 0.0, one["note"], one["question"], one["task"])
-            text = event_text(event)
-            if texts and len(text.encode()) > room:
-                break
-            room -= len(text.encode())
-            asks |= CHANNELS[envelope.ch].handler
-            texts.append(text)
-            tasks.append(one["task"])
-        texts.append(mail_footer(self.link.senders, asks))
-        if more := more + len(found) - len(tasks):
-            texts.append(f"[hive] {more} more unread: call read_inbox again.")
-        return Outcome("\n".join(texts), tasks=tuple(tasks))
+        return shown_mail(found, more, self.link.senders)
 
     def reply(self, given: dict[str, Any]) -> Outcome | Wait:
         original, agent = self.found(given["id"]), self.link.agent
@@ -15591,6 +15575,26 @@ def member_lines(row: StatusRow, roster: Mapping[str, Any], me: str) -> list[str
     return lines
 
 
+def shown_mail(found: Sequence[Mapping[str, Any]], more: int, senders: str) -> Outcome:
+    """Messages as a model reads them, as many as have room; the rest stays unread."""
+    texts, tasks = list[str](), list[int]()
+    room, asks = MAX_OUTCOME, False
+    for one in found:
+        envelope = Envelope.check(one["envelope"])
+        event = PendingEvent(envelope, True, 0.0, one["note"], one["question"], one["task"])
+        text = event_text(event)
+        if texts and len(text.encode()) > room:
+            break
+        room -= len(text.encode())
+        asks |= CHANNELS[envelope.ch].handler
+        texts.append(text)
+        tasks.append(one["task"])
+    texts.append(mail_footer(senders, asks))
+    if more := more + len(found) - len(tasks):
+        texts.append(f"[hive] {more} more unread: call read_inbox again.")
+    return Outcome("\n".join(texts), tasks=tuple(tasks))
+
+
 def mail_footer(senders: str, asks: bool) -> str:
     """What stands below messages; `asks`: one of them may be answered."""
     vouched = "The broker vouches for the senders" if senders == "checked" else UNVOUCHED
@@ -15644,6 +15648,7 @@ class McpServer:
         self, loop: Loop, stdin: int, stdout: int, configure: Callable[[], Config], name: str
     ) -> None:
         """`stdin` and `stdout` are descriptors; `name`: see Attachment."""
+        self.began = time.time()
         self.client: Mapping[str, Any] = {}  # its clientInfo
         self.meta: Mapping[str, Any] = {}  # what its last call said besides
         self.link = Attachment(loop, configure, name, self._expect_news)
@@ -15656,7 +15661,9 @@ class McpServer:
         self._written: deque[tuple[int, tuple[int, ...]]] = (
             deque()
         )  # which are read when it took so many
-        self._unmarked: set[int] = set()  # read, and the daemon does not know yet
+        # What the daemon does not know yet.
+        self._unmarked: dict[str, set[int]] = {"read": set(), "told": set()}
+        self._pushing = False
         self._handshake = False
         self._calls: dict[str | int, Call] = {}
         self._news: Timer | None = None
@@ -15729,7 +15736,7 @@ class McpServer:
             self._sent += size
         self._loop.forget(self._stdout)
         while self._written and self._written[0][0] <= self._sent:
-            self._unmarked |= {*self._written.popleft()[1]}
+            self._unmarked["read"] |= {*self._written.popleft()[1]}
         self._mark()
         if self._ended:
             self._loop.stop()
@@ -15941,20 +15948,77 @@ class McpServer:
 
     def _mark(self) -> None:
         """The client took them: they are read.  If no daemon runs, it hears of that later."""
-        if self._unmarked and self.link.attached:
-            with contextlib.suppress(HiveError):
-                self.tools.mark(self._unmarked, "read")
-                self._unmarked.clear()
+        for how, tasks in self._unmarked.items():
+            if tasks and self.link.attached:
+                with contextlib.suppress(HiveError):
+                    self.tools.mark(tasks, how)
+                    tasks.clear()
 
     def _push(self) -> None:
         """Put what no call takes into the live program, if it offers a way; raises HiveError."""
-        way = next((one for one in PUSHES.values() if one.offered(self)), None)
-        found, more = self.tools.unclaimed(MAX_MAIL) if way else ([], 0)
-        if way and found:
-            shown = self.tools.shown(found, more)
-            with contextlib.suppress(OSError):  # not taken: the next news tries again
-                way.send(self, shown.text)
-                self.tools.mark(shown.tasks, "told")
+        ways = [way for offer in PUSHES.values() if (way := offer(self))]
+        if self._pushing or not ways:
+            return
+        lock = telling_lock(self.link.config, self.link.agent)
+        if lock is None:
+            self._loop.after(PUSH_GAP, self._expect_news)
+            return
+        found, more = self.tools.unclaimed(MAX_MAIL)
+        if not any(map(wakes, found)):
+            return lock.close()
+        shown = self.tools.shown(found, more)
+        self._pushing = True
+        self.tools.handed_out |= {*shown.tasks}
+
+        def pushed(taken: bool) -> None:
+            if taken:
+                self._unmarked["told"] |= {*shown.tasks}
+                self._mark()
+            else:
+                self.tools.handed_out -= {*shown.tasks}
+            lock.close()
+            self._loop.after(PUSH_GAP if taken else PUSH_AGAIN, self._push_again)
+
+        self._in_thread(lambda: push_by(ways, shown.text), pushed)
+
+    def _push_again(self) -> None:
+        self._pushing = False
+        self._expect_news()
+
+    def _in_thread(self, call: Callable[[], bool], done: Callable[[bool], None]) -> None:
+        """For what waits: this goes on meanwhile."""
+        import threading
+
+        def run() -> None:
+            taken = call()
+            self._loop.post(lambda: done(taken))
+
+        threading.Thread(target=run, name="push", daemon=True).start()
+
+
+def push_by(ways: Sequence[Callable[[str], bool]], text: str) -> bool:
+    """Is there one that takes it?"""
+    for way in ways:
+        with contextlib.suppress(OSError, LookupError, TypeError, ValueError):  # odd answers
+            if way(text):
+                return True
+    return False
+
+
+def wakes(unread: Mapping[str, Any]) -> bool:
+    """Is this message of an inbox one to begin a turn for, or does it wait for the next?"""
+    return bool(unread["envelope"].get("urgency") != "later")
+
+
+def telling_lock(config: Config, agent: str, patience: float = 0.0) -> FileLock | None:
+    """Only who has this tells a session of its mail: its server, or a hook of its program.
+
+    None if the other has it; it is held until what was told is marked.
+    """
+    try:
+        return lock_or_spare(config.state_dir / f"telling-{agent}", patience)
+    except OSError:
+        return None
 
 
 def json_rpc_object(line: bytes) -> dict[str, Any]:
@@ -17712,6 +17776,494 @@ go();
 listen();
 </script>
 """
+# ---- Vendors: the programs of coding agents --------------------------------------------------
+#
+# VENDORS is the one table of them: how hive is entered into each and taken out again, and its
+# hooks; below it how a hook is answered, and the ways to tell a live session (rows of PUSHES).
+# All of it was measured on Claude Code 2.1.332, Codex 0.169, Gemini CLI 0.61, OpenCode 1.18 and
+# OpenClaw 2026.9.  Knows nothing of what is told.
+
+VENDOR_DEADLINE = 60.0  # seconds in which a program changes its own configuration
+MAX_SETTINGS = 8 * KIB * KIB  # bytes
+HOOK_TIMEOUT = 10  # seconds that a program waits for a hook
+HOOK_PATIENCE = 2.0  # seconds that a hook waits for the daemon, and for who tells just now
+MAX_HOOK_EVENT = 1024 * KIB  # bytes; it holds what the user typed
+MAX_ANCESTORS = 50
+SOCKET_DEADLINE = 2.0  # seconds
+QUEUE_DEADLINE = 20.0  # seconds; `codex queue` takes 0.1
+SERVED_DEADLINE = 5.0  # seconds for one request to OpenCode
+
+# What a hook may say, by the event that it is called for: one more turn is made of it, by this
+# decision, or ("") the turn that begins has it beside the user's words.
+HOOK_EVENTS = {"Stop": "block", "AfterAgent": "deny", "UserPromptSubmit": "", "BeforeAgent": ""}
+
+
+class SettingsFile(Value):
+    """Where a program keeps something of this user's."""
+
+    folder: str
+    name: str
+    variable: str  # of the environment: another folder
+
+    @property
+    def path(self) -> Path:
+        """The file itself, behind any link."""
+        folder = os.environ.get(self.variable) or self.folder
+        return Path(os.path.realpath(os.path.join(expand_home(folder), self.name)))
+
+
+class Vendor(Value):
+    """One program; words in braces stand for hive's own command line, see vendor_argv()."""
+
+    title: str
+    settings: SettingsFile  # where its MCP servers are
+    place: tuple[str, ...]  # of hive's in there
+    add: str  # the program's own command for that
+    remove: str = ""  # none: the file is changed here
+    kept: str = ""  # a variable that MCP servers must be told
+    hooks: SettingsFile | None = None
+    events: tuple[str, ...] = ()
+    unit: int = 1  # of HOOK_TIMEOUT, in a second
+    note: str = ""  # for the user, when it is in
+
+
+VENDORS = {
+    "claude": Vendor(
+        "Claude Code",
+        SettingsFile("~", ".claude.json", "CLAUDE_CONFIG_DIR"),
+        ("mcpServers", "hive"),
+        add="mcp add -s user hive -- {hive}",
+        remove="mcp remove -s user hive",
+        hooks=SettingsFile("~/.claude", "settings.json", "CLAUDE_CONFIG_DIR"),
+        events=("UserPromptSubmit", "Stop"),
+    ),
+    "codex": Vendor(
+        "Codex",
+        SettingsFile("~/.codex", "config.toml", "CODEX_HOME"),
+        ("mcp_servers", "hive"),
+        add="mcp add hive {kept} -- {hive}",
+        remove="mcp remove hive",
+        kept="CODEX_HOME",
+        hooks=SettingsFile("~/.codex", "hooks.json", "CODEX_HOME"),
+        events=("UserPromptSubmit", "Stop"),
+        note="Codex runs new hooks when you have looked at them: /hooks",
+    ),
+    "gemini": Vendor(
+        "Gemini CLI",
+        SettingsFile("~", ".gemini/settings.json", "GEMINI_CLI_HOME"),
+        ("mcpServers", "hive"),
+        add="mcp add -s user hive {program} -- {arguments}",
+        remove="mcp remove -s user hive",
+        hooks=SettingsFile("~", ".gemini/settings.json", "GEMINI_CLI_HOME"),
+        events=("BeforeAgent", "AfterAgent"),
+        unit=1000,
+    ),
+    "opencode": Vendor(
+        "OpenCode",
+        SettingsFile("~/.config", "opencode/opencode.json", "XDG_CONFIG_HOME"),
+        ("mcp", "hive"),
+        add="mcp add hive -- {hive}",
+        note="started with --port, OpenCode can be told of mail while it runs",
+    ),
+    "openclaw": Vendor(
+        "OpenClaw",
+        SettingsFile("~/.openclaw", "openclaw.json", "OPENCLAW_STATE_DIR"),
+        ("mcp", "servers", "hive"),
+        add="mcp add hive --no-probe --command {program} {flagged}",
+        remove="mcp unset hive",
+    ),
+}
+
+
+# -- into a program's configuration, and out --
+
+
+class Change(Value):
+    """Something to be done, which a person sees before."""
+
+    shown: str
+    make: Callable[[], None]
+
+
+def own_command() -> list[str]:
+    """How other programs start this one, wherever they are."""
+    return [sys.executable, os.path.abspath(sys.argv[0])]
+
+
+def vendor_argv(called: str, template: str, hive: Sequence[str], kept: str = "") -> list[str]:
+    """A program's own command line, which enters the command `hive` or takes it out."""
+    words = {
+        "{hive}": [*hive],
+        "{program}": [*hive[:1]],
+        "{arguments}": [*hive[1:]],
+        "{flagged}": [f"--arg={word}" for word in hive[1:]],
+        "{kept}": ["--env", f"{kept}={os.environ[kept]}"] if os.environ.get(kept) else [],
+    }
+    return [called, *(word for part in template.split() for word in words.get(part, [part]))]
+
+
+def vendor_changes(name: str, server: Sequence[str], hook: Sequence[str]) -> list[Change]:
+    """What is to be done so that hive is in: its server's command, its hooks' if wanted.
+
+    Raises HiveError.
+    """
+    vendor, found = VENDORS[name], entry_in(VENDORS[name])
+    called = vendor_program(name)
+    if hook and not vendor.hooks:
+        raise UsageError(f"--hooks: {vendor.title} has none that hive could use")
+    changes = vendor_removal(name) if found not in (None, [*server]) else []
+    if found != [*server]:
+        argv = vendor_argv(called, vendor.add, server, vendor.kept)
+        changes.append(vendor_call(name, argv))
+    return changes + (hooks_change(vendor, shell_line(hook)) if hook else [])
+
+
+def vendor_removals(name: str) -> list[Change]:
+    """What is to be done so that nothing of hive is in it.  Raises HiveError."""
+    vendor = VENDORS[name]
+    return [
+        *(vendor_removal(name) if entry_in(vendor) is not None else ()),
+        *(hooks_change(vendor, "") if vendor.hooks else ()),
+    ]
+
+
+def vendor_removal(name: str) -> list[Change]:
+    """Take out its entry: by its own command, or from the file."""
+    vendor = VENDORS[name]
+    if vendor.remove:
+        return [vendor_call(name, vendor_argv(vendor_program(name), vendor.remove, ()))]
+    changes = []
+    for file in settings_files(vendor):
+        document = read_settings(file, f"{'.'.join(vendor.place)} is yours to take out")
+        table = nested(document, vendor.place[:-1])
+        if table.pop(vendor.place[-1], None) is not None:
+            changes.append(settings_change(file, document, f"without {'.'.join(vendor.place)}"))
+    return changes
+
+
+def vendor_program(name: str) -> str:
+    file = program_file(name, os.environ)
+    if file is None:
+        title = VENDORS[name].title
+        raise HiveError(f"{title} is not installed: no program called {name} is on your PATH")
+    return str(file)
+
+
+def vendor_call(name: str, argv: Sequence[str]) -> Change:
+    """Have a program change its own configuration."""
+
+    def make() -> None:
+        import subprocess
+
+        said = "no answer in time"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                argv,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=VENDOR_DEADLINE,
+            )
+            if done.returncode == 0:
+                return
+            said = (done.stderr.strip() or done.stdout.strip() or "no word of why").splitlines()[0]
+        raise HiveError(f"{name} did not do it: {printable(said, 200)}")
+
+    return Change(shell_line([name, *argv[1:]]), make)
+
+
+def shell_line(argv: Sequence[str]) -> str:
+    """Words as a shell takes them apart again."""
+    import shlex
+
+    return shlex.join(argv)
+
+
+def settings_files(vendor: Vendor) -> Iterator[Path]:
+    """Where its MCP servers may be; OpenCode reads either name."""
+    for file in (vendor.settings.path, vendor.settings.path.with_suffix(".jsonc")):
+        if file.is_file():
+            yield file
+
+
+def entry_in(vendor: Vendor) -> list[str] | None:
+    """The command that its configuration has for hive; None if none, or it cannot be read here."""
+    for file in settings_files(vendor):
+        with contextlib.suppress(HiveError):
+            entry = nested(read_settings(file, ""), vendor.place)
+            command, more = entry.get("command"), entry.get("args", [])
+            if command:
+                return [*(command if isinstance(command, list) else [command]), *more]
+    return None
+
+
+def nested(document: Mapping[str, Any], place: Sequence[str]) -> dict[str, Any]:
+    """The object at a place in it; a new one where there is none."""
+    found: Any = document
+    for key in place:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def read_settings(file: Path, instead: str) -> dict[str, Any]:
+    """What a file of settings holds, in TOML or JSON; raises HiveError, which says what `instead`.
+
+    JSON with comments or with a key twice could not be written back as it was.
+    """
+    import tomllib
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError
+        return dict(pairs)
+
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(MAX_SETTINGS).decode()
+        if file.suffix == ".toml":
+            return tomllib.loads(text)
+        document = json.loads(text, object_pairs_hook=once) if text.strip() else {}
+        if isinstance(document, dict):
+            return document
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise HiveError(f"{file}: {reason_of(error)}") from None
+    except (ValueError, RecursionError):
+        pass
+    raise HiveError(f"{file}: is no plain JSON and stays as it is; {instead}")
+
+
+def settings_change(file: Path, document: Mapping[str, Any], what: str) -> Change:
+    """Write a file anew; one that is left with nothing in it goes."""
+
+    def make() -> None:
+        if document:
+            text = json.dumps(document, indent=2, ensure_ascii=False)
+            write_privately({file: f"{text}\n"}, force=True)
+        else:
+            file.unlink(missing_ok=True)
+
+    return Change(f"{file}: {what}", make)
+
+
+# -- hooks --
+
+
+def hooks_change(vendor: Vendor, command: str) -> list[Change]:
+    """Let its hooks call `command` and no other hive's; nothing: none of hive's at all."""
+    if vendor.hooks is None:
+        return []
+    file, events = vendor.hooks.path, vendor.events
+    document = read_settings(file, f"its hooks ({', '.join(events)}) are yours to change")
+    hooks = document.get("hooks", {})
+    if not isinstance(hooks, dict) or not all(isinstance(one, list) for one in hooks.values()):
+        raise HiveError(f"{file}: its hooks have a form that hive does not know")
+    handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT * vendor.unit}
+    changed = with_hooks(hooks, events, [{"hooks": [handler]}] if command else [])
+    if changed == hooks:
+        return []
+    document["hooks"] = changed
+    if not changed:
+        del document["hooks"]
+    what = f"{command}, at {' and '.join(events)}" if command else "without hive's hooks"
+    return [settings_change(file, document, what)]
+
+
+def with_hooks(
+    hooks: Mapping[str, list[Any]], events: Collection[str], added: list[Any]
+) -> dict[str, list[Any]]:
+    """A program's hooks, where `added` is all that is hive's, at these events."""
+    changed = {}
+    for event in dict.fromkeys([*hooks, *events]):
+        there, wanted = hooks.get(event, []), added if event in events else []
+        others = [rest for group in there if (rest := without_hive(group))]
+        if wanted and wanted[0] in there and len(others) == len(there) - 1:
+            others, wanted = there, []
+        if others or wanted or there == others:
+            changed[event] = [*others, *wanted]
+    return {event: groups for event, groups in changed.items() if groups or event in hooks}
+
+
+def without_hive(group: Any) -> Any:
+    """One entry of a hook, less the commands that are hive's; None where nothing is left."""
+    handlers = group.get("hooks") if isinstance(group, dict) else None
+    if not isinstance(handlers, list):
+        return group
+    rest = [one for one in handlers if not is_hook_of_hive(one)]
+    return group if len(rest) == len(handlers) else {**group, "hooks": rest} if rest else None
+
+
+def is_hook_of_hive(handler: Any) -> bool:
+    """`.../hive hook` and the like, wherever that hive is."""
+    import shlex
+
+    with contextlib.suppress(AttributeError, TypeError, ValueError):
+        *words, last = shlex.split(handler.get("command"))
+        names = {os.path.basename(word) for word in words[:2]}
+        return last == "hook" and bool(names & {"hive", "hive-cli", "hive.py"})
+    return False
+
+
+def hook_answer(event: str, text: str) -> dict[str, Any]:
+    """What a hook prints, so that the model reads this text."""
+    if decision := HOOK_EVENTS[event]:
+        return {"decision": decision, "reason": text}
+    return {"hookSpecificOutput": {"hookEventName": event, "additionalContext": text}}
+
+
+def session_of_hook(
+    sessions: Sequence[Mapping[str, Any]], directory: str, ancestors: Sequence[int]
+) -> str:
+    """The session whose program has called this hook; nothing where that is not certain.
+
+    Both are children of that program.  Codex has one for all its terminals: then the directory
+    tells them apart.
+    """
+    near: dict[str, int] = {}
+    for one in sessions:
+        parent = parent_process(one["pid"])
+        if parent in ancestors:
+            near[one["agent"]] = ancestors.index(parent)
+    found = [one for one in sessions if near.get(one["agent"]) == min(near.values(), default=-1)]
+    if len(found) > 1:
+        found = [one for one in found if expand_home(one["directory"]) == directory]
+    return str(found[0]["agent"]) if len(found) == 1 else ""
+
+
+def processes_above() -> list[int]:
+    """The processes above this one, the nearest first."""
+    found = [os.getppid()]
+    while found[-1] > 1 and len(found) < MAX_ANCESTORS:
+        found.append(parent_process(found[-1]))
+    return found
+
+
+def parent_process(pid: int) -> int:
+    """Which process started another; 0 where that cannot be known."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        status = Path(f"/proc/{pid}/stat").read_text()  # proc(5)
+        return int(status.rpartition(")")[2].split()[1])
+    with contextlib.suppress(ValueError):
+        return int(process_facts(pid, "ppid=")) if sys.platform != "linux" else 0
+    return 0
+
+
+def process_facts(pid: int, which: str) -> str:
+    """What ps(1) says of a process; nothing where there is none."""
+    import subprocess
+
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        argv = ["ps", "-o", which, "-p", str(pid)]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=2).stdout.strip()
+    return ""
+
+
+# -- into a live session --
+
+
+def claude_inbox(server: McpServer) -> Callable[[str], bool] | None:
+    """Claude Code 2.1.224 and later; it takes this from its own MCP servers alone."""
+    file, token = (os.environ.get(f"CLAUDE_CODE_MESSAGING_{one}") for one in ("SOCKET", "TOKEN"))
+    if not (file and token and is_client(server, "claude")):
+        return None
+
+    def push(text: str) -> bool:
+        """An idle session begins a turn, a busy one reads it after the tool that runs."""
+        said = {"type": "user", "message": {"role": "user", "content": text}}
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(SOCKET_DEADLINE)
+            sock.connect(file)
+            for line in ({"type": "auth", "token": token}, said):
+                sock.sendall(encode_json(line) + b"\n")
+            sock.shutdown(socket.SHUT_WR)
+        return True
+
+    return push
+
+
+def codex_queue(server: McpServer) -> Callable[[str], bool] | None:
+    """Once the model has called a tool of hive's: only then the session's id is known.
+
+    Not for `codex exec`, which ends with its turn: what is queued for it is lost.
+    """
+    turn, thread = server.meta.get("x-codex-turn-metadata"), server.meta.get("threadId")
+    ends = isinstance(turn, dict) and turn.get("turn_trigger") == "exec"
+    if ends or not isinstance(thread, str) or not re.fullmatch(r"[0-9a-f-]{36}", thread):
+        return None
+
+    def push(text: str) -> bool:
+        """An idle session begins a turn within seconds, a busy one after its own."""
+        import subprocess
+
+        argv = ["codex", "queue", "--thread", thread, "--message", text]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=QUEUE_DEADLINE
+            )
+            return done.returncode == 0
+        return False
+
+    return push if is_client(server, "codex") else None
+
+
+def opencode_prompt(server: McpServer) -> Callable[[str], bool] | None:
+    """Where OpenCode was started with a port: a prompt to the session that was used last."""
+    if not is_client(server, "opencode") or not (port := opencode_port()):
+        return None
+
+    def push(text: str) -> bool:
+        ask = partial(ask_opencode, port, os.getcwd())
+        sessions = json.loads(ask("GET", "/session")[1])
+        mine = [one for one in sessions if one["time"]["updated"] >= 1000 * server.began]
+        mine = [one for one in mine if "parentID" not in one]  # no agent below another
+        if not mine:
+            return False
+        last = max(mine, key=lambda one: one["time"]["updated"])
+        body = encode_json({"parts": [{"type": "text", "text": text}]})
+        return ask("POST", f"/session/{last['id']}/prompt_async", body)[0] == 204
+
+    return push
+
+
+@cache
+def opencode_port() -> int:
+    """Where the OpenCode that has started us serves its sessions; 0 if nowhere."""
+    words = process_facts(int(os.environ.get("OPENCODE_PID") or os.getppid()), "args=")
+    found = re.search(r" --port[ =](\d{1,5})\b", words)
+    return int(found[1]) if found else 0
+
+
+def ask_opencode(
+    port: int, directory: str, method: str, path: str, body: bytes | None = None
+) -> tuple[int, bytes]:
+    """One request to its own server, about what it does in this directory.  Raises OSError."""
+    from base64 import b64encode
+    from http.client import HTTPConnection, HTTPException
+    from urllib.parse import urlencode
+
+    headers = {"Content-Type": "application/json"}
+    if password := os.environ.get("OPENCODE_SERVER_PASSWORD"):
+        user = os.environ.get("OPENCODE_SERVER_USERNAME") or "opencode"
+        headers["Authorization"] = f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"
+    connection = HTTPConnection("127.0.0.1", port, timeout=SERVED_DEADLINE)
+    with contextlib.closing(connection):
+        try:
+            where = f"{path}?{urlencode({'directory': directory})}"
+            connection.request(method, where, body, headers)
+            response = connection.getresponse()
+            return response.status, response.read(MAX_SETTINGS)
+        except HTTPException as error:
+            raise OSError(type(error).__name__) from None
+
+
+def is_client(server: McpServer, name: str) -> bool:
+    """Does it serve this program?"""
+    return str(server.client.get("name", "")).lower().startswith(name)
+
+
+PUSHES |= {"inbox": claude_inbox, "queue": codex_queue, "prompt": opencode_prompt}
 
 
 # ---- Commands: one function for each subcommand ------------------------------------------
@@ -18408,13 +18960,23 @@ def read_original(said: str) -> bytes:
         ) from None
 
 
+PROGRAM = {"choices": [*VENDORS], "metavar": "PROGRAM"}
+
+
 @subcommand(
     option("--as", dest="agent", type=node_name, metavar="NAME", help="be this agent, or fail"),
-    examples="""claude mcp add hive -- hive mcp
+    option("--install", **PROGRAM, help=f"enter hive into {', '.join(VENDORS)}"),
+    option("--uninstall", **PROGRAM, help="take out all that is hive's"),
+    option("--hooks", action="store_true", help="hooks too: mail is told where a turn ends"),
+    option("--yes", action="store_true", help="do not ask before something is changed"),
+    examples="""hive.py mcp --install claude
+hive.py mcp --install gemini --hooks --yes
 hive.py mcp --as reviewer""",
 )
 def command_mcp(args: argparse.Namespace) -> int:
     """Serve an agent's program (Claude Code, Codex, ...): MCP on stdin and stdout."""
+    if args.install or args.uninstall:
+        return change_vendor(args)
     start_again()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
@@ -18426,6 +18988,71 @@ def command_mcp(args: argparse.Namespace) -> int:
     with contextlib.closing(Loop(Log("error"))) as loop:
         McpServer(loop, 0, stdout, find, args.agent or "").run()
     return Exit.DONE
+
+
+def change_vendor(args: argparse.Namespace) -> int:
+    """Show what is to be changed in a program's configuration, ask, and do it."""
+    name = args.install or args.uninstall
+    me = own_command()
+    if file := named_config(args):
+        me += ["--config", os.path.abspath(expand_home(file))]
+    if node := vars(args).get("node.id"):
+        me += ["--node", node]
+    if args.install:
+        server = [*me, "mcp", *(("--as", args.agent) if args.agent else ())]
+        changes = vendor_changes(name, server, [*me, "hook"] if args.hooks else [])
+    else:
+        changes = vendor_removals(name)
+    title = VENDORS[name].title
+    if not changes:
+        print(f"{title}: nothing to do, hive is {'in' if args.install else 'not in it'}")
+        return Exit.DONE
+    print(f"{title}: this is to be done:", *(f"  {one.shown}" for one in changes), sep="\n")
+    if not args.yes and not sys.stdin.isatty():
+        raise UsageError("nobody is there to be asked, and nothing was done; --yes does it")
+    if not Prompt(not args.yes).agree("Do it?", True):
+        return Exit.REFUSED
+    for change in changes:
+        change.make()
+    print("done" + (f"; {note}" if args.install and (note := VENDORS[name].note) else ""))
+    return Exit.DONE
+
+
+@subcommand(examples='echo \'{"hook_event_name": "Stop"}\' | hive.py hook')
+def command_hook(args: argparse.Namespace) -> int:
+    """What hooks of agents' programs call (mcp --install ... --hooks): tells of unread mail."""
+    try:
+        answer_hook(read_json_object(read_stdin(MAX_HOOK_EVENT)) or {}, args)
+    except Exception as error:  # whatever it is, the turn of the one who called must go on
+        print(f"hive: hook: {printable(reason_of(error), 200)}", file=sys.stderr)
+    return Exit.DONE
+
+
+def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Print what is unread, in the words of the program that asks; nothing where there is none."""
+    name = event.get("hook_event_name")
+    if name not in HOOK_EVENTS or event.get("stop_hook_active"):
+        return
+    config = resolve_config(getattr(args, "config", None), overrides_of(args))
+    control = connect_to_daemon(config, HOOK_PATIENCE)
+    if control is None:
+        return
+    with contextlib.closing(control):
+        sessions = control.ask({"do": "sessions"}).get("sessions", [])
+        if not any(one["unread"] for one in sessions):
+            return
+        agent = session_of_hook(sessions, str(event.get("cwd")), processes_above())
+        lock = telling_lock(config, agent, HOOK_PATIENCE) if agent else None
+        if lock is None:
+            return
+        with contextlib.closing(lock):
+            said = control.ask({"do": "inbox", "agent": agent, "limit": MAX_MAIL})
+            found = said["messages"]
+            if not (any(map(wakes, found)) if HOOK_EVENTS[name] else found):
+                return
+            shown = shown_mail(found, said["more"], config.mqtt.senders)
+            print(json.dumps(hook_answer(name, shown.text)), flush=True)
+            control.ask({"do": "mark", "agent": agent, "tasks": [*shown.tasks], "as": "told"})
 
 
 ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")
