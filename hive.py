@@ -19,9 +19,13 @@ tokens; only what needs judgment wakes an agent.
 #           Journal     what came, what went, what is still owed and still to be sent <- Database
 #           Control     the socket where commands speak to their daemon
 #                       <- Stream, Process, Handlers
-#           Requests    all that may be asked there, as one table <- Routing, Journal, Members
+#           Sessions    agent programs that are attached there, and their inboxes
+#                       <- Journal, Control, Agent, Members
+#           Requests    all that may be asked there, as one table
+#                       <- Routing, Journal, Control, Sessions, Members
 #           Node        what comes in, what goes out, the end of a turn
-#                       <- Routing, Journal, Requests, Members, Packets, MqttClient, BrokerHost
+#                       <- Routing, Journal, Sessions, Requests, Members, Packets, MqttClient,
+#                       BrokerHost
 #           Work        who runs next, what became of it, what agents say
 #                       <- Routing, Journal, Node, Process, Handlers, Agent, Members
 #           Daemon      wires the above; comes, shows that it is alive, goes
@@ -41,7 +45,8 @@ tokens; only what needs judgment wakes an agent.
 #           MqttClient  connect, come back, publish; alone in importing paho <- Journal
 #           BrokerHost  which broker, and whose turn it is to be one
 #                       <- Control, Database, Packets, Broker
-#   shell   Output      rows to a table or to JSON; returns strings <- Journal, Handlers, Members
+#   shell   Output      rows to a table or to JSON; returns strings
+#                       <- Routing, Journal, Sessions, Handlers, Members
 #           Client      a command asks its daemon, or the same node in its own process <- *
 #           Setup       a hive.toml for this machine, asked for or taken from options
 #                       <- Handlers, Agent, MqttClient
@@ -51,10 +56,9 @@ tokens; only what needs judgment wakes an agent.
 #           Hosting     one that this user runs for a hive, and who may come in
 #                       <- Process, Database, MqttClient, Setup, Mosquitto
 #           Join        one line makes a machine a node of a hive
-#                       <- Journal, Requests, Packets, MqttClient, BrokerHost, Client, Setup,
-#                       Mosquitto, Hosting
+#                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
+#                       Hosting
 #           Help        topics that are longer than a --help, and where they lie
-
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Commands    one function for each subcommand, its options beside it <- *
 #           Main        arguments in, exit code out <- Members, Commands, Help
@@ -164,7 +168,17 @@ def quoted(value: object, limit: int = 60) -> str:
         text = ascii(value)
     except (RecursionError, ValueError):  # nested too deep; an int of more than 4300 digits
         text = f"a {type(value).__name__} too large to show"
+    return cut_end(text, limit)
+
+
+def cut_end(text: str, limit: int) -> str:
+    """At most so many characters of a line, from its begin."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def cut_begin(text: str, limit: int) -> str:
+    """The same, from its end."""
+    return text if len(text) <= limit else "…" + text[len(text) - limit + 1 :]
 
 
 def reason_of(error: BaseException) -> str:
@@ -724,12 +738,16 @@ class Decision(Value):
     now: bool = False  # at once, or with the agent's next heartbeat
 
 
-RECEIPTS = "receipts"
 AWAITED = "somebody waits for it"
 NO_AGENT = "there is no agent to tell"
 SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice to be sure
 SIGN_OF_LIFE = Decision(Do.HEAR)
 OTHER_KIND = "its topic does not say who sent it"
+OTHER_SENDER = "its topic names another sender"
+RECEIPTS = "receipts"  # the field by which a sender asks what becomes of its message
+RECEIVED = "received"  # that, in words; this, or a name with what it was told or has read
+RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
+RECEIPT_NOTE = "receipt: "  # how the note of a row begins that is one
 
 
 TAGGED = "tag:"
@@ -798,30 +816,49 @@ class RoutingContext(Value):
     """What a node knows when a message comes in."""
 
     node: str
-    agents: Sequence[str] = ()  # the first one speaks for the node
+    agents: Sequence[str] = ()  # that are there; the first one speaks for the node
     handlers: Container[str] = ()
     expects: Callable[[str | None], bool] = lambda corr: False  # does somebody wait for it?
     asked: Callable[[str | None], str] = lambda corr: ""  # whom this node did, to begin that
-    allow: Mapping[str, Container[str]] = {}  # who alone may do what, by the rule that says so
+    allow: Mapping[str, Sequence[str]] = {}  # who alone may do what, by the rule that says so
     why_not: Callable[[str], str] = lambda action: ""  # there is a file, but it is no handler
     speaks_for: Callable[[str, str], bool] = lambda node, name: False  # is it that node's agent?
+    absent: Container[str] = ()  # agents whose mail is taken though they are not
 
     def addressed(self, to: str) -> tuple[str, ...]:
         """The agents that a message to this name is for."""
         if to == EVERYONE:
             return tuple(self.agents)
-        return (to,) if to in self.agents else tuple(self.agents[:1])
+        return (to,) if self.has_agent(to) else tuple(self.agents[:1])
+
+    def has_agent(self, name: str) -> bool:
+        return name in self.agents or name in self.absent
 
     def answers(self, envelope: Envelope) -> bool:
         """Is it from whom this node asked: its sender, everyone, or an agent of the same node?"""
-        asked, sender = self.asked(envelope.corr), envelope.sender
+        asked = self.asked(envelope.corr)
+        return asked == EVERYONE or self._are_one(asked, envelope.sender)
+
+    def is_receipt(self, envelope: Envelope) -> bool:
+        """Does the node that was asked say what became of a message?"""
+        asked = self.asked(envelope.reply_to) if RECEIPT.fullmatch(envelope.text) else ""
+        return self._are_one(asked, envelope.sender)
+
+    def _are_one(self, asked: str, sender: str) -> bool:
+        """Is a sender the one that was asked, its node, or its agent?"""
         same = asked and (self.speaks_for(sender, asked) or self.speaks_for(asked, sender))
-        return bool(asked in (sender, EVERYONE) or same)
+        return bool(asked == sender or same)
 
     def denies(self, rule: str, sender: str) -> str:
-        """How a rule keeps a sender from what it is about; nothing where it does not."""
-        denied = rule in self.allow and sender != self.node and sender not in self.allow[rule]
-        return f"{rule} does not name {sender}" if denied else ""
+        """How a rule keeps a sender from what it is about; nothing where it does not.
+
+        Whoever names a node means its agents too.
+        """
+        named = (self.node, *self.allow.get(rule, ()))
+        if rule not in self.allow or sender in named:
+            return ""
+        agent = any(self.speaks_for(node, sender) for node in named)
+        return "" if agent else f"{rule} does not name {sender}"
 
 
 def misplaced(
@@ -836,12 +873,12 @@ def misplaced(
     `checked`: a topic that names no sender could be anybody's.
     """
     to, ch, sender = place or ("", "", "")
-    own_agents = here.agents if to == here.node else ()
-    if ch != envelope.ch or not (to == envelope.to or envelope.to in own_agents):
+    own_agent = to == here.node and here.has_agent(envelope.to)
+    if ch != envelope.ch or not (to == envelope.to or own_agent):
         return "its topic disagrees with to and ch"
     if sender and sender != envelope.sender:  # then it is an agent of that node; those don't beat
         if ch == "heartbeat" or not here.speaks_for(sender, envelope.sender):
-            return "its topic names another sender"
+            return OTHER_SENDER
     elif checked and not sender:
         return OTHER_KIND
     if retained:
@@ -861,7 +898,7 @@ def untimely(envelope: Envelope, now: float) -> str | None:
 def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     """What a node does with an envelope that is in its place, fresh and new."""
     channel = CHANNELS[envelope.ch]
-    if envelope.to not in (here.node, EVERYONE, *here.agents):
+    if envelope.to not in (here.node, EVERYONE) and not here.has_agent(envelope.to):
         return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
         return SIGN_OF_LIFE
@@ -874,13 +911,15 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
-        return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
+        receipt = here.is_receipt(envelope)
+        plain = f"a {channel.name} that is not urgent"
+        return Decision(Do.NOTE, RECEIPT_NOTE + envelope.text if receipt else plain)
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
     missing = f"no handler for action {envelope.action}" if asked else ""
     if asked and (why := here.why_not(envelope.action or "")):
         missing += f" ({quoted(why, 300)[1:-1]})"
-    agents = here.addressed(envelope.to)
+    agents = tuple(one for one in here.addressed(envelope.to) if one != envelope.sender)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
     if any(denied.values()) and (channel.handler or not here.answers(envelope)):
         agents = tuple(one for one in agents if not denied[one])
@@ -923,6 +962,10 @@ def nonblocking_pair() -> tuple[socket.socket, socket.socket]:
     for end in pair:
         end.setblocking(False)
     return pair
+
+
+def do_nothing() -> None:
+    """For whoever only wants a turn to end once more."""
 
 
 class Loop:
@@ -1556,6 +1599,11 @@ class Journal:
         rows = self._database.read("SELECT DISTINCT sender FROM log WHERE id = ?", (id,))
         return sorted(sender for (sender,) in rows)
 
+    def question(self, envelope: Envelope) -> str:
+        """The text of the message of ours that it answers; nothing if it answers none."""
+        entry = self.message(envelope.exchange, Event.SENT) if envelope.corr else None
+        return str(entry["envelope"]["text"]) if entry and entry["envelope"] else ""
+
     def asked(self, exchange: str | None) -> str:
         """To whom the message went with which this node began it; nobody if another one did."""
         question = "SELECT recipient FROM log WHERE id = ? AND event = ?"
@@ -1628,9 +1676,13 @@ class Journal:
 
     def tasks(self) -> list[Task]:
         """All that are not done, in order."""
+        return self._tasks("1")
+
+    def _tasks(self, which: str, *values: object, order: str = "tasks.n") -> list[Task]:
         rows = self._database.read(
             "SELECT content, tasks.n, agent, until, urgent, tasks.note, began"
-            " FROM tasks JOIN log ON log.n = message ORDER BY tasks.n"
+            f" FROM tasks JOIN log ON log.n = message WHERE {which} ORDER BY {order}",
+            values,
         )
         found = []
         for content, n, agent, until, urgent, note, began in rows:
@@ -1639,6 +1691,52 @@ class Journal:
                 task = Task(n, envelope, agent, until, bool(urgent), note, began == 1)
                 found.append(task.replace(accepted=began if began > 1 else 0))
         return found
+
+    # An inbox is the tasks of an agent that reads them itself: `began` is 0 until it was told,
+    # then when that was.
+
+    def inbox(self, agent: str, limit: int, exchange: str = "") -> list[Task]:
+        """The next ones that it was not told, alerts first."""
+        order = f"ch <> 'alert', tasks.n LIMIT {limit}"
+        which = "agent = ? AND began = 0 AND ? IN ('', exchange)"
+        return self._tasks(which, agent, exchange, order=order)
+
+    def unread(self, agent: str) -> int:
+        """How many those are."""
+        number = "SELECT count(*) FROM tasks WHERE agent = ? AND began = 0"
+        return int(self._database.read(number, (agent,))[0][0])
+
+    def tasks_of(self, agent: str, numbers: Sequence[int] | None = None) -> list[Task]:
+        """All in its inbox, or those of them with these numbers."""
+        if numbers is None:
+            return self._tasks("agent = ?", agent)
+        places = ", ".join("?" * len(numbers))
+        return self._tasks(f"agent = ? AND tasks.n IN ({places})", agent, *numbers)
+
+    def tasks_about(self, agent: str, id: str, sender: str) -> list[Task]:
+        """What is in its inbox of a message."""
+        return self._tasks("agent = ? AND id = ? AND sender = ?", agent, id, sender)
+
+    def ended_tasks(self, agents: Collection[str], now: float, told: float) -> list[Task]:
+        """What is in their inboxes, and over: stale, or told before then."""
+        places = ", ".join("?" * len(agents))
+        over = "(began = 0 AND until <= ? OR began > 0 AND began <= ?)"
+        return self._tasks(f"agent IN ({places}) AND {over}", *agents, now, told)
+
+    def doubt_told(self, agent: str, since: float, note: str) -> None:
+        """Nobody knows whether it read what it was told since then: that is unread, with a note."""
+        doubt = "UPDATE tasks SET began = 0, note = ? WHERE agent = ? AND began > ?"
+        self._database.write(doubt, (note, agent, since))
+
+    def crowding_task(self, agent: str) -> Task:
+        """The oldest one in its inbox of whoever has most there."""
+        most = "agent = ? AND began = 0 GROUP BY sender"
+        return self._tasks(most, agent, order="count(*) DESC, min(tasks.n) LIMIT 1")[0]
+
+    def hand_task_over(self, task: int, agent: str, note: str) -> None:
+        """From now on it is for another agent."""
+        change = "UPDATE tasks SET agent = ?, note = ? WHERE n = ?"
+        self._database.write(change, (agent, note, task))
 
     # -- what is still to be sent --
 
@@ -1823,12 +1921,12 @@ class Journal:
         `due` is when the answer is of no use any more.
         """
         rows = self._database.read(
-            "SELECT pending_requests.exchange, recipient, action, time, due, content"
+            "SELECT pending_requests.exchange, sender, recipient, action, time, due, content"
             " FROM pending_requests JOIN log ON log.n = message WHERE ? IS NULL OR due <= ?"
             " ORDER BY message LIMIT ?",
             (due, due, MAX_ROWS),
         )
-        keys = ("id", "to", "action", "asked", "due")
+        keys = ("id", "from", "to", "action", "asked", "due")
         return [
             dict(zip(keys, facts, strict=True)) | {"text": text_of(content)[:SHOWN_TEXT]}
             for *facts, content in rows
@@ -1843,6 +1941,11 @@ class Journal:
                 (since,),
             )
         )
+
+    def askers(self) -> set[str]:
+        """Whose requests those are."""
+        who = "SELECT DISTINCT sender FROM pending_requests JOIN log ON log.n = message"
+        return {sender for (sender,) in self._database.read(who)}
 
     def next_due(self) -> float | None:
         """When the next request is overdue."""
@@ -1952,13 +2055,17 @@ LOG_FILTERS = {  # how --from and the others choose rows
 # A unix socket that only this user can open; one JSON object a line each way.  What peers could
 # forge on the bus cannot be forged here.  Knows no request.
 
-MAX_CONTROL_CONNECTIONS = 100
+MAX_CONTROL_CONNECTIONS = 250  # of sessions, and of commands besides
 MAX_LINE = 4 * MAX_PAYLOAD  # bytes
 MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
 CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
 SHORT_PLACE = Path("/tmp")
-CONTROL_EVENTS = {"published", "answer"}  # in a line that is no answer, but comes when it happens
+CONTROL_EVENTS = {
+    "published",
+    "answer",
+    "mail",
+}  # in a line that is no answer, but comes when it happens
 # Nothing can be made there: a disk that is read-only or full, a folder that is not ours.
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSPC, errno.EDQUOT)
 
@@ -1993,6 +2100,17 @@ def directory_objection(file: Path) -> str | None:
     if file.parent.parent == SHORT_PLACE and file.parent.is_symlink():
         objection = "is a link, which is not hive's"
     return f"{file.parent} {objection}" if objection else None
+
+
+class Requester(Protocol):
+    """Who asks: a connection to the control socket, or the command whose process this is."""
+
+    on_close: list[Callable[[], object]]
+
+    @property
+    def busy(self) -> bool: ...
+    def send(self, document: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class ControlConnection:
@@ -2143,6 +2261,294 @@ class ControlClient:
         self._sock.close()
 
 
+# ---- Sessions: agent programs that are attached, and their inboxes -----------------------
+#
+# A session is an agent that comes and goes with its program, which stays connected meanwhile
+# and reads its messages when it likes.  They wait for its name in the journal: an inbox outlives
+# its session, and the daemon.  Knows no configured agent; sends nothing by itself.
+
+MAX_ATTACHED = 100  # that are attached; and as many names of those that were
+SESSION_FACTS = {"client": 60, "directory": 1000, "branch": 100}  # characters of each
+SHOWN_FACTS = {"client": 40, "directory": 80, "branch": 60}  # in the roster, which has a bound
+MAX_MAIL = 50  # messages that are read, or marked, at once
+SWEEP_INTERVAL = 5.0  # seconds between looks for what is over
+DEAF_TIME = 30.0  # seconds in which a session takes nothing of what it is sent; then it is cut off
+
+
+class AgentSession:
+    """An agent program that is attached, or was."""
+
+    def __init__(self, name: str, facts: Mapping[str, Any], gone: float) -> None:
+        self.name, self.facts, self.pid = name, facts, 0  # SESSION_FACTS, and since when
+        self.requester: Requester | None = None  # its connection, while it is attached
+        self.gone = gone  # when it went, on the loop's clock
+        self.is_open = True  # will its inbox wait for it?
+        self.nudging = False  # will it hear of its mail at the end of this turn?
+        self.deaf: float | None = None  # since when it takes nothing, on the loop's clock
+
+
+def shown_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What others need to know of a session."""
+    short = {key: cut_end(facts[key], most) for key, most in SHOWN_FACTS.items()}
+    directory = cut_begin(facts["directory"], SHOWN_FACTS["directory"])
+    return {**short, "directory": directory, "since": facts["since"]}
+
+
+class Sessions:
+    """Who is attached, who was, and what they have to read."""
+
+    def __init__(
+        self,
+        config: Config,
+        loop: Loop,
+        log: Log,
+        journal: Journal,
+        members: Members,
+        after_commit: Callable[[Callable[[], None]], None],
+        confirm: Callable[[Envelope, str], None],
+        refuse: Callable[[Envelope, str], None],
+    ) -> None:
+        """`confirm` tells a sender what became of its message, if it wants to know that."""
+        self.live: tuple[str, ...] = ()  # the one that is attached longest comes first
+        self.away: tuple[str, ...] = ()  # whose inbox waits for them, or an answer is to come
+        self._node, self._patience = config.node.id, config.node.agent_patience
+        self._configured, self._checked = config.agents.keys(), config.mqtt.senders
+        self._loop, self._log, self._journal, self._members = loop, log, journal, members
+        self._after_commit, self._confirm, self._refuse = after_commit, confirm, refuse
+        self._sessions: dict[str, AgentSession] = {}  # in the order in which they came
+        self._changed = do_nothing
+        self._inherit: Callable[[Task, str], str] = lambda task, note: note
+        self._showing = False  # at the end of this turn, who is there
+        self._sweeping = False
+
+    def start(self, changed: Callable[[], None], inherit: Callable[[Task, str], str]) -> None:
+        """Go on with the inboxes that a daemon left.
+
+        `changed`: who is there; `inherit` finds another agent for a task, or says why not.
+        """
+        self._changed, self._inherit = changed, inherit
+        for name in self._journal.get("sessions"):
+            if name not in self._configured:
+                self._sessions[name] = AgentSession(name, {}, self._loop.clock())
+                self._doubt_told(name)
+        if self._sessions:
+            self._update()
+
+    def __contains__(self, name: object) -> bool:
+        """Is it one that is or was here, so that mail for it may come?"""
+        return name in self._sessions
+
+    def shown(self) -> Mapping[str, Mapping[str, Any]]:
+        """Who is attached, and what it works on; of a directory the end, if it is long."""
+        return {name: shown_facts(self._sessions[name].facts) for name in self.live}
+
+    # -- who comes and goes --
+
+    def attach(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """A session comes, for as long as its connection lasts.  Raises UsageError."""
+        for one in self._sessions.values():
+            if one.requester is requester:
+                raise UsageError(f"this connection is attached already, as {one.name}")
+        if len(self.live) >= MAX_ATTACHED:
+            raise UsageError(f"{MAX_ATTACHED} sessions are attached already; end one of them")
+        name = self._free_name(given["name"], given["exact"])
+        facts = {key: given[key] for key in SESSION_FACTS} | {"since": int(time.time())}
+        self._doubt_told(name)  # it was another program
+        self._sessions.pop(name, None)
+        session = self._sessions[name] = AgentSession(name, facts, self._loop.clock())
+        session.requester, session.pid = requester, given["pid"]
+        requester.on_close.append(partial(self._detach, session))
+        self._log.info("session attached", agent=name, client=facts["client"], pid=session.pid)
+        self._update()
+        unread = self._journal.unread(name)
+        return {"agent": name, "node": self._node, "senders": self._checked, "unread": unread}
+
+    def _detach(self, session: AgentSession) -> None:
+        session.requester, session.gone = None, self._loop.clock()
+        self._doubt_told(session.name)
+        self._log.info("session ended", agent=session.name)
+        self._update()
+
+    def end(self) -> None:
+        """The node is stopping: they are gone for now."""
+        for session in [*self._sessions.values()]:
+            if session.requester:
+                session.requester.close()
+
+    def _doubt_told(self, name: str) -> None:
+        """What a session was told, and has not read for certain, is to be read once more."""
+        self._journal.doubt_told(name, time.time() - FORGETTABLE, UNCERTAIN_NOTE)
+
+    def _free_name(self, wanted: str, exact: bool) -> str:
+        for n in itertools.count(1):
+            name = wanted if n == 1 else f"{wanted[: 62 - len(str(n))]}-{n}"
+            if not (owner := self._owner(name)):
+                return name
+            if exact:
+                raise UsageError(f"{wanted} is {owner}: attach under another name")
+        raise AssertionError("numbers have no end")
+
+    def _owner(self, name: str) -> str:
+        """Who else has this name; nothing if nobody."""
+        if name in self.live:
+            return f"attached already (process {self._sessions[name].pid})"
+        owner = self._members.node_of(name)
+        if name in self._configured:
+            owner = self._node
+        elif owner == self._node != name:
+            return ""  # once a session's, or another agent's that is gone
+        return "a node" if owner == name else f"an agent of {owner}" if owner else ""
+
+    def _update(self) -> None:
+        """Somebody has come or gone: keep it, and show it at the end of this turn."""
+        gone = [one for one in self._sessions.values() if not one.requester]
+        for session in sorted(gone, key=lambda one: (one.is_open, one.gone))[:-MAX_ATTACHED]:
+            self._close(session)
+            del self._sessions[session.name]
+        known, asking = self._sessions.values(), self._journal.askers() if gone else ()
+        self.live = tuple(one.name for one in known if one.requester)
+        gone = [one for one in known if not one.requester]
+        self.away = tuple(one.name for one in gone if one.is_open or one.name in asking)
+        self._journal.put("sessions", dict.fromkeys((*self.live, *self.away), True))
+        if not self._showing:
+            self._showing = True
+            self._after_commit(self._show)
+        if not self._sweeping:
+            self._sweep()
+
+    def _show(self) -> None:
+        self._showing = False
+        self._changed()
+
+    def document(self) -> dict[str, Any]:
+        """Who is attached, for this machine alone."""
+        return {
+            "sessions": [
+                {
+                    "agent": name,
+                    **self._sessions[name].facts,
+                    "pid": self._sessions[name].pid,
+                    "unread": self._journal.unread(name),
+                }
+                for name in self.live
+            ]
+        }
+
+    # -- what they have to read --
+
+    def tell(self, task: Task) -> None:
+        """A message for a session has come, and is in the journal."""
+        session = self._sessions[task.agent]
+        if not session.is_open:
+            return self._pass_on(task)
+        if self._journal.unread(session.name) > MAX_AGENT_QUEUE:
+            too_much = self._journal.crowding_task(session.name)
+            self._give_up(too_much, f"more than {MAX_AGENT_QUEUE} messages wait for it")
+        if session.requester and not session.nudging:
+            session.nudging = True
+            self._after_commit(partial(self._nudge, session))
+
+    def _nudge(self, session: AgentSession) -> None:
+        """Let it know that there is mail, unless it has yet to read that there was before."""
+        session.nudging = False
+        if session.requester and not session.requester.busy:
+            session.requester.send({"mail": self._journal.unread(session.name)})
+
+    def inbox(self, agent: str, limit: int, exchange: str = "") -> dict[str, Any]:
+        """What it was not told yet, as much as fits into one line.  Raises UsageError."""
+        messages: list[dict[str, Any]] = []
+        tasks, size = self._journal.inbox(self._known(agent).name, limit, exchange), 0
+        for task in tasks:
+            size += len(task.envelope.encode())
+            if messages and size > MAX_PAYLOAD:
+                break
+            question = self._journal.question(task.envelope)[:MAX_QUESTION]
+            document = {"task": task.n, "envelope": task.envelope.document(), "note": task.note}
+            messages.append(document | {"question": question, "told": task.accepted})
+        return {"messages": messages, "more": self._journal.unread(agent) - len(messages)}
+
+    def mark(self, agent: str, tasks: Sequence[int], how: str) -> None:
+        """It was told these, or has read them.  Raises UsageError."""
+        for task in self._journal.tasks_of(self._known(agent).name, tasks):
+            if how == "read":
+                self._read(task)
+            elif not task.accepted:
+                self._journal.mark_accepted(task.n, time.time())
+                self._note(task, f"told {agent}", again=task.note == UNCERTAIN_NOTE)
+
+    def answered(self, answer: Envelope) -> None:
+        """An agent has answered a message, so it has read it."""
+        if answer.sender in self.live and answer.reply_to:
+            for task in self._journal.tasks_about(answer.sender, answer.reply_to, answer.to):
+                self._read(task)
+
+    def _known(self, agent: str) -> AgentSession:
+        session = self._sessions.get(agent)
+        if session is None or not session.is_open:
+            there = f"attached: {', '.join(self.live)}" if self.live else "none is attached"
+            raise UsageError(f"no session {agent} here; {there}")
+        return session
+
+    def _remove(self, task: Task) -> None:
+        self._journal.remove_task(task.n)
+        self._after_commit(do_nothing)
+
+    def _read(self, task: Task) -> None:
+        self._remove(task)
+        self._note(task, f"read by {task.agent}")
+
+    def _note(self, task: Task, what: str, again: bool = False) -> None:
+        self._journal.record_result(task.envelope, time.time(), what)
+        if not again:
+            self._confirm(task.envelope, what)
+
+    # -- what nobody reads --
+
+    def _sweep(self) -> None:
+        """Every few seconds, as long as there are sessions: what is over?"""
+        self._sweeping = bool(self._sessions)
+        if not self._sweeping:
+            return
+        self._loop.after(SWEEP_INTERVAL, self._sweep)
+        now, clock = time.time(), self._loop.clock()
+        for task in self._journal.ended_tasks([*self._sessions], now, now - FORGETTABLE):
+            if task.accepted:
+                self._remove(task)
+            else:
+                self._give_up(task, "its time to live was over")
+        for session in [*self._sessions.values()]:
+            if session.requester:
+                self._cut_off_deaf(session, session.requester, clock)
+            elif session.is_open and clock - session.gone >= self._patience:
+                self._close(session)
+                self._update()
+
+    def _cut_off_deaf(self, session: AgentSession, requester: Requester, now: float) -> None:
+        if not requester.busy:
+            session.deaf = None
+        elif session.deaf is None:
+            session.deaf = now
+        elif now - session.deaf >= DEAF_TIME:
+            self._log.warning("session cut off", agent=session.name, why="it reads nothing")
+            requester.close()
+
+    def _close(self, session: AgentSession) -> None:
+        """It does not come back: others get what it has not read."""
+        session.is_open = False
+        for task in self._journal.tasks_of(session.name):
+            self._pass_on(task)
+
+    def _pass_on(self, task: Task) -> None:
+        if why := self._inherit(task, f"for {task.agent}, whose session is gone"):
+            self._give_up(task, why)
+
+    def _give_up(self, task: Task, reason: str) -> None:
+        self._log.warning("session not told", agent=task.agent, id=task.envelope.id, why=reason)
+        self._remove(task)
+        self._journal.record_result(task.envelope, time.time(), f"{task.agent} not told: {reason}")
+        self._refuse(task.envelope, f"agent {task.agent} was not told: {reason}")
+
+
 # ---- Requests: what may be asked of a node, as one table ---------------------------------
 #
 # The one way in for commands, whether they come through the control socket or run the node in
@@ -2198,6 +2604,25 @@ def row_number(value: object) -> int:
     return whole(value, 0, 2**53)
 
 
+def task_numbers(value: object) -> list[int]:
+    """a list of at most 50 numbers"""
+    if not isinstance(value, list) or len(value) > MAX_MAIL:
+        raise ValueError
+    return [row_number(one) for one in value]
+
+
+def fact(limit: int) -> RequestField:
+    """What a session says of itself: one line that is safe to show, cut to `limit` characters."""
+
+    def check(value: object) -> str:
+        """a string"""
+        if not isinstance(value, str):
+            raise ValueError
+        return "".join(c if c.isprintable() else "?" for c in value[:limit])
+
+    return RequestField(check, f"a line of {limit} characters", "")
+
+
 def target_of(value: object) -> Target:
     """any, any:TAG, tag:TAG, or a pattern as in 'web-*'"""
     target = Target.find(value)
@@ -2211,16 +2636,6 @@ def envelope_object(value: object) -> Envelope:
     if not isinstance(value, dict):
         raise ValueError
     return Envelope.check(value)
-
-
-class Requester(Protocol):
-    """Who asks: a connection to the control socket, or the command whose process this is."""
-
-    on_close: list[Callable[[], object]]
-
-    @property
-    def busy(self) -> bool: ...
-    def send(self, document: Mapping[str, Any]) -> None: ...
 
 
 class RequestField(Value):
@@ -2242,10 +2657,6 @@ class RequestField(Value):
         except ValueError:
             what = f"{quoted(value)} is not {docstring(self.check)}"
             raise UsageError(f"{name}: {what}") from None
-
-
-def do_nothing() -> None:
-    """For whoever only wants a turn to end once more."""
 
 
 class Request(Value):
@@ -2277,6 +2688,7 @@ class Requests:
         after_commit: Callable[[Callable[[], None]], None],
         send: Callable[[Envelope], str],
         connection: Callable[[], dict[str, Any]],
+        sessions: Sessions,
         numbers: Callable[[], dict[str, list[list[Any]]]],
     ) -> None:
         """`send` gives why not, or nothing; `connection` tells how the node's one is.
@@ -2284,6 +2696,7 @@ class Requests:
         `numbers` are those of METRICS.
         """
         self._node, self._journal, self._members = node, journal, members
+        self._sessions = sessions
         self._numbers = numbers
         self._after_commit, self._send, self._connection = after_commit, send, connection
         self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
@@ -2311,7 +2724,9 @@ class Requests:
         requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
         answer = {"queued": True, "connected": self._connection()["connected"]}
         if self._for_an_agent(envelope):
-            answer["agentless"] = self._members.document(envelope.to, "roster").get("agents") == []
+            answer["agentless"] = self._members.has_no_agent(envelope.to)
+        answer["away"] = self._members.is_away(envelope.to)
+        self._sessions.answered(envelope)
         self._after_commit(lambda: requester.send(answer))
         return None
 
@@ -2366,13 +2781,28 @@ class Requests:
     def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "node": self._node, "version": __version__}
 
+    def attach(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """A live agent program, for as long as the connection lasts."""
+        return self._sessions.attach(given, requester)
+
+    def sessions(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return self._sessions.document()
+
+    def inbox(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        return self._sessions.inbox(given["agent"], given["limit"], given["exchange"])
+
+    def mark(self, given: Mapping[str, Any], requester: Requester) -> None:
+        """What a session was told, or has read."""
+        self._sessions.mark(given["agent"], given["tasks"], given["as"])
+        self._after_commit(lambda: requester.send({"ok": True}))
+
     def metrics(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {"metrics": self._numbers()}
 
     def _objection(self, given: Mapping[str, Any], requester: Requester) -> str:
         """Why this node does not send it; else who waits for its answers gets them from now on."""
         envelope: Envelope = given["envelope"]
-        if envelope.sender != self._node:
+        if envelope.sender not in (self._node, *self._sessions.live):
             return f"this is the daemon of {self._node}, not of {envelope.sender}"
         if given["wait"]:
             self._listen(envelope.exchange, requester)
@@ -2450,6 +2880,7 @@ BUSY_MEMORY = 600.0  # seconds in which a question that nobody has answered keep
 NO_SUCH_REQUEST = "no such request"
 NOT_KNOWN = "not known here; the last days are: hive log"
 ID_FIELD = RequestField(identifier, "the id of a message, or its beginning", required=True)
+AGENT_FIELD = RequestField(node_name, "the name that it is attached under", required=True)
 ENVELOPE_FIELD = RequestField(envelope_object, "the message", required=True)
 WAIT_FIELD = RequestField(boolean, "hear its answers, as long as the connection lasts", False)
 AFTER_FIELD = RequestField(row_number, "only rows behind this one", 0)
@@ -2473,6 +2904,37 @@ REQUESTS = {
         Requests.read,
         "take note of an answer that a command has read by itself",
         {"envelope": ENVELOPE_FIELD},
+    ),
+    "attach": Request(
+        Requests.attach,
+        "be an agent of this node, for as long as the connection lasts; it hears of its mail",
+        {
+            "name": RequestField(
+                node_name, "its name; with a number where it is taken", required=True
+            ),
+            "exact": RequestField(boolean, "this name or none", False),
+            **{name: fact(limit) for name, limit in SESSION_FACTS.items()},
+            "pid": RequestField(row_number, "its process", 0),
+        },
+    ),
+    "sessions": Request(Requests.sessions, "who is attached"),
+    "inbox": Request(
+        Requests.inbox,
+        "what an attached agent was not told yet, alerts first, then the oldest",
+        {
+            "agent": AGENT_FIELD,
+            "limit": RequestField(integer(1, MAX_MAIL), "how many at most", 10),
+            "exchange": RequestField(identifier, "only of this exchange", ""),
+        },
+    ),
+    "mark": Request(
+        Requests.mark,
+        "an attached agent was told these, or has read them",
+        {
+            "agent": AGENT_FIELD,
+            "tasks": RequestField(task_numbers, "which, as in its inbox", required=True),
+            "as": RequestField(choice("told", "read"), "what became of them", required=True),
+        },
     ),
     "states": Request(Requests.states, "how every node and agent is"),
     "roster": Request(Requests.roster, "what every node can do"),
@@ -2515,6 +2977,8 @@ BEATS = (10, 50)  # of one sender: so many a second, and a burst; what is more i
 REFUSALS = (1, 100)  # told to one sender by themselves: the same; of what is more it hears ...
 REFUSALS_TOLD = 5.0  # ... how many there were, when it has been quiet for so many seconds
 TOO_MANY = "its sender sends too many"
+MAX_EARLY = 1000  # messages that wait until it is heard whose agent sent them
+EARLY = Decision(Do.DROP, "it is decided later")
 
 
 def hive_of(config: Config) -> str:
@@ -2622,6 +3086,7 @@ class Node:
         self.connected = self.stopping = False
         self.heard_all = False  # since it is connected: how all others are
         self._allow = config.allow
+        self._early: list[IncomingMessage] = []  # from names that are not known yet
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
@@ -2634,6 +3099,10 @@ class Node:
         self.members = Members(
             config, loop, log, journal, self.send, self._probe, self._fetch_documents
         )
+        self.sessions = Sessions(
+            *(config, loop, log, journal, self.members),
+            *(self.commit_soon, self.confirm, self.refuse),
+        )
         self._rate_limit = RateLimit()
         self.limits = SenderLimits(config.node.sender_rate, config.node.sender_burst)
         self._beats, self._refusals = SenderLimits(*BEATS), SenderLimits(*REFUSALS)
@@ -2644,6 +3113,7 @@ class Node:
             self.commit_soon,
             self._send_for_command,
             self._connection,
+            self.sessions,
             self.numbers,
         )
         self._committing = False
@@ -2671,11 +3141,15 @@ class Node:
         if not self.heard_all:
             self.commit_soon()  # what had to wait for its address
         self.heard_all, self._seen_broker = True, self.loop.clock()
+        early, self._early = self._early, []
+        for message in early:
+            self.deliver(message)
 
     def on_disconnected(self, mqtt: MqttConfig, reason: str) -> None:
         if self.connected:
             self._seen_broker = self.loop.clock()
         self.connected = self.heard_all = False
+        self._early.clear()  # they were not acknowledged, so they come again
         self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
 
@@ -2774,6 +3248,7 @@ class Node:
     def deliver(self, message: IncomingMessage) -> None:
         if self.stopping:
             return  # not acknowledged: it comes again when this node does
+        self._seen_broker = self.loop.clock()
         meta = self.topics.meta_of(message.topic)
         if meta:
             name, document = meta
@@ -2799,6 +3274,8 @@ class Node:
             self._log_limited("not an envelope", topic=message.topic, why=error)
             return self._settle(message)
         what, row = self._receive(envelope, message, place)
+        if what is EARLY:
+            return
         if row:
             self.commit_soon(message.ack)
         else:
@@ -2828,6 +3305,9 @@ class Node:
             self._note_other_kind(envelope)
         if not reason and message.expires_in is None and envelope.stale(time.time()):
             reason = "its time to live is over"
+        if reason == OTHER_SENDER and not self.heard_all and len(self._early) < MAX_EARLY:
+            self._early.append(message)  # its roster has yet to say so
+            return EARLY, 0
         named = place is not None and self._names_sender(place)
         if not (reason or named) and self._is_too_much(envelope.sender, envelope.ch):
             reason = TOO_MANY
@@ -2903,10 +3383,16 @@ class Node:
             self.journal.resolve_request(envelope.corr)
             self.commit_soon(lambda: self.requests.heard(envelope))
 
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """Those that are there: configured ones, then sessions."""
+        return (*self.worker.agents, *self.sessions.live)
+
     def context(self) -> RoutingContext:
         return RoutingContext(
             node=self.name,
-            agents=self.worker.agents,
+            agents=self.agents,
+            absent=self.sessions,
             handlers=self.worker.handlers,
             expects=self.requests.waits,
             asked=self.journal.asked,
@@ -2917,7 +3403,7 @@ class Node:
 
     def _speaks_for(self, node: str, agent: str) -> bool:
         """Is it an agent of that node?"""
-        own = agent in self.worker.agents
+        own = agent in self.worker.agents or agent in self.sessions
         return (self.name if own else self.members.node_of(agent)) == node
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
@@ -2956,6 +3442,7 @@ class Node:
             case Do.RUN:
                 self.worker.run(envelope, row, until)
             case Do.WAKE:
+                self.confirm(envelope, RECEIVED)
                 self.worker.wake(envelope, row, what, until)
             case Do.HEAR:
                 self.members.hear(envelope)
@@ -2979,20 +3466,20 @@ class Node:
     def tell_own_agents(self, envelope: Envelope, note: str, now: bool = True) -> None:
         """Something that this node itself has to say; at once, or with their next heartbeat."""
         row = self.journal.record(Event.RECEIVED, envelope, time.time(), note)
-        agents = self.context().addressed(self.name)
+        agents = self.context().addressed(envelope.to)
         if row and agents:
             self._perform(Decision(Do.WAKE, note, agents, now), envelope, row, None)
         self.commit_soon()
 
     # -- what goes out --
 
-    def send(self, envelope: Envelope) -> None:
+    def send(self, envelope: Envelope, note: str = "") -> None:
         """Publish an envelope, now or when the broker is back."""
         answer = envelope.reply_to is not None
         if answer and not self.journal.takes_answer(self.topics.of(envelope)):
             fault = f"too much waits for {envelope.to} already"
         else:
-            fault = self._post(envelope)
+            fault = self._post(envelope, note=note)
         if fault:
             self.log.error("not sent", id=envelope.id, ch=envelope.ch, to=envelope.to, why=fault)
 
@@ -3005,10 +3492,19 @@ class Node:
         node: str | None = to
         if not to:
             return topic
-        if self.topics.sender and to != EVERYONE:
-            node = self.name if to in self.worker.agents else self.members.node_of(to)
+        session = to in self.sessions or self.members.is_session(to)  # nobody listens to its name
+        if (self.topics.sender or session) and to != EVERYONE:
+            own = to in self.worker.agents or to in self.sessions
+            node = self.name if own else self.members.node_of(to)
             node = node or (to if self.heard_all else None)
         return node and self.topics.to(node, ch)
+
+    def confirm(self, envelope: Envelope, what: str) -> None:
+        """Give a sender the receipt that it asked for: what became of its message."""
+        wanted = envelope.extra.get(RECEIPTS) is True and envelope.to != EVERYONE
+        if wanted and CHANNELS[envelope.ch].handler:
+            receipt = envelope.reply(self.name, what, ch="status", urgency="later")
+            self.send(receipt, RECEIPT_NOTE + what)
 
     def refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if it may be told of one more."""
@@ -3043,12 +3539,12 @@ class Node:
             self._watch_pending_requests()
         return fault
 
-    def _post(self, envelope: Envelope, ask: bool = False) -> str:
+    def _post(self, envelope: Envelope, ask: bool = False, note: str = "") -> str:
         """Into the journal and the outbox, once; why not, if so."""
         if self.journal.outbox_full:
             return "too much waits for the broker"
         now, payload = time.time(), envelope.encode()
-        row = self.journal.record(Event.SENT, envelope, now, content=payload.decode())
+        row = self.journal.record(Event.SENT, envelope, now, note, payload.decode())
         if row is None:
             return f"{envelope.id} was handed in before"
         until = now + envelope.ttl if envelope.ttl else None
@@ -3057,7 +3553,8 @@ class Node:
             self.journal.add_pending_request(envelope, row)
         facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "to": envelope.to}
         self._outcomes[envelope.ch, "sent"] += 1
-        self.log.info("sent", **facts, corr=envelope.corr)
+        say = self.log.debug if note else self.log.info
+        say("sent", **facts, corr=envelope.corr)
         self.commit_soon()
         return ""
 
@@ -3086,7 +3583,8 @@ class Node:
         if CHANNELS[envelope.ch].handler:
             if not told:
                 text = f"not published to {envelope.to}: {why}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=envelope.exchange)
+                whose, exchange = envelope.sender, envelope.exchange
+                alert = Envelope.new(self.name, whose, "alert", text, corr=exchange)
                 self.tell_own_agents(alert, "it waited for the broker")
             return
         document = {**envelope.document(), "id": new_id(), "ts": int(time.time())}
@@ -3132,7 +3630,7 @@ class Node:
             if not self.requests.waits(request["id"]):
                 asked = f"{now - request['asked']:.0f} s ago"
                 text = f"no answer from {request['to']} to what was asked {asked}"
-                alert = Envelope.new(self.name, self.name, "alert", text, corr=request["id"])
+                alert = Envelope.new(self.name, request["from"], "alert", text, corr=request["id"])
                 self.log.warning("no answer", id=request["id"], to=request["to"])
                 self.tell_own_agents(alert, "its time to live was over")
         self.commit_soon()
@@ -3398,6 +3896,7 @@ class Work(Worker):
             if not one.publish:  # what was before it said so
                 topic = self._config.topics.meta(self._node.name, action)
                 self._journal.enqueue(topic, b"", retain=True)
+        self._node.sessions.start(self._changed, self._inherit)
         self.take_up()
         self._start_schedule()
 
@@ -3433,9 +3932,10 @@ class Work(Worker):
             for name, agent in self._agents.items()
         }
         schedule = [one.document() for one in self._schedule]
+        sessions = self._node.sessions
         return OwnStatus(
             *(health, [*self.handlers], schedule, self.trouble()),
-            *(self.running, len(self._queue)),
+            *(self.running, len(self._queue), sessions.shown(), sessions.away),
         )
 
     def trouble(self) -> str:
@@ -3482,6 +3982,7 @@ class Work(Worker):
         note = UNCERTAIN_NOTE if task.began else task.note
         if task.agent in self._agents:
             self._wake(task, note)
+        if task.agent in self._agents or task.agent in self._node.sessions:
             return
         self._journal.remove_task(task.n)
         if not task.accepted:
@@ -3547,7 +4048,7 @@ class Work(Worker):
             self._loop.after(0, partial(done, ProcessResult(exit=None, fault=objection)))
             return
         agents = self._node.context().addressed(run.envelope.to)
-        agent = self._config.agents[agents[0]] if agents else None
+        agent = self._config.agents.get(agents[0]) if agents else None
         self._log.info("handler started", action=run.action, id=run.envelope.id)
         if run.task:
             self._journal.start_tasks([run.task])
@@ -3698,14 +4199,25 @@ class Work(Worker):
         for agent in what.agents:
             n = self._journal.add_task(row, agent, until, what.now, what.reason)
             task = Task(n, envelope, agent, until, what.now, what.reason, began=False)
-            self._wake(task, what.reason)
+            if agent in self._agents:
+                self._wake(task, what.reason)
+            else:
+                self._node.sessions.tell(task)
+
+    def _inherit(self, task: Task, note: str) -> str:
+        """What a session has not read goes to this node's own agent; why not, if so."""
+        heir = next(iter(self.agents), "")
+        denied = self._node.context().denies(agent_rule(heir), task.envelope.sender)
+        if not heir or denied:
+            return denied or "its session is gone"
+        self._journal.hand_task_over(task.n, heir, note)
+        self._wake(task.replace(agent=heir, accepted=0), note)
+        return ""
 
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        entry = self._journal.message(envelope.exchange, Event.SENT) if envelope.corr else None
-        asked = entry["envelope"] if entry else None
-        question = asked["text"][:MAX_QUESTION] if asked else ""
+        question = self._journal.question(envelope)[:MAX_QUESTION]
         latest = self._loop.clock() + self._config.node.agent_patience
         deadline = min(self._deadline(task.until), latest)
         event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
@@ -3731,6 +4243,8 @@ class Work(Worker):
     ) -> None:
         """It was; its reply, where the method has one, is the answer."""
         self._journal.record_result(event.envelope, time.time(), f"told {agent}")
+        if not event.uncertain:  # else its sender has heard so
+            self._node.confirm(event.envelope, f"told {agent}")
         if event.task and forgettable:
             self._journal.mark_accepted(event.task, time.time())
         elif event.task:
@@ -3834,7 +4348,7 @@ class Daemon:
         if self.work.look_for_handlers():
             self._presence.publish_roster()
         if self.node.connected:
-            self._presence.beat()
+            self._presence.beat_when_due()
             self.node.members.check(self.loop.clock())
 
     # -- the broker --
@@ -3920,6 +4434,7 @@ class Daemon:
         if self.work.busy:
             self.loop.after(0.05, self._leave_when_idle)
             return
+        self.node.sessions.end()
         self.node.commit()
         self._presence.end()
         self._client.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
@@ -6533,13 +7048,17 @@ def is_locked(*files: Path) -> bool:
 # state and roster.  A loss is logged by everyone, and announced by one.  Knows no connection:
 # whatever is to be said goes through what it is given for that.
 
-MAX_MEMBERS = 5000  # nodes and agents
+MAX_MEMBERS = 20_000  # nodes and agents
+MAX_BEATS = 10  # heartbeats a second, of all nodes together
+MAX_RENEWALS = 2  # states a second that say nothing new
+BEAT_GROWTH = 1.5  # by this the pause between two may grow at once
+MAX_KNOWN = 50  # peers that a state names
 MAX_AGENTS = 100  # of one node
 MAX_FETCH = 100  # nodes whose documents are asked for at once
 CLAIM_TIME = 60.0  # seconds in which a node may speak up that still owns agents, as we remember
 MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
-MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
+MAX_DOCUMENTS = 24 * KIB * KIB  # bytes of all that are kept
 PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
@@ -6550,6 +7069,7 @@ MANY_LOST = "lost::many"  # its corr; no name is like that
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
 PASSING = ("last_seen", "uptime_s", "load_1m", "running", "waiting", "counters")  # no news
+WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
 
@@ -6637,6 +7157,13 @@ class Member:
         return self.beats > 1 or bool(self.documents)
 
 
+def names_in(roster: Mapping[str, Any], *keys: str) -> set[str]:
+    """The names in these lists of a roster, as many as count."""
+    lists = [[*roster[key]] for key in keys if isinstance(roster.get(key), list | dict)]
+    names = (one for names in lists for one in names[:MAX_AGENTS])
+    return {one for one in names if isinstance(one, str) and NAME.fullmatch(one)}
+
+
 class AgentNames:
     """Which node each agent belongs to: who had it first keeps it, until that node is gone.
 
@@ -6647,15 +7174,22 @@ class AgentNames:
         self._journal, self._log = journal, log
         known = journal.get("agents").items()
         self._nodes = {agent: node for agent, node in known if isinstance(node, str)}
+        self._sessions = {*journal.get("sessions of all")}  # those of them that are none configured
         self._refused: set[tuple[str, str]] = set()  # what has been logged
 
     def node_of(self, agent: str) -> str | None:
         return self._nodes.get(agent)
 
-    def take(self, node: str, listed: object, keeper: Callable[[str], str | None]) -> None:
+    def is_session(self, agent: str) -> bool:
+        return agent in self._sessions
+
+    def take(
+        self, node: str, roster: Mapping[str, Any], keeper: Callable[[str], str | None]
+    ) -> None:
         """A roster names its agents; `keeper` tells who does not give a name away."""
-        names = listed[:MAX_AGENTS] if isinstance(listed, list) else []
-        agents = {one for one in names if isinstance(one, str) and NAME.fullmatch(one)}
+        agents, sessions = names_in(roster, "agents"), names_in(roster, "sessions", "away")
+        sessions -= agents
+        agents |= sessions
         kept = {one: of for one, of in self._nodes.items() if of != node or one in agents}
         for agent in sorted(agents):
             owner = keeper(agent)
@@ -6666,6 +7200,11 @@ class AgentNames:
         if kept != self._nodes:
             self._nodes = kept
             self._journal.put("agents", kept)
+        before = {one for one in self._sessions if kept.get(one) not in (None, node)}
+        now = before | {one for one in sessions if kept.get(one) == node}
+        if now != self._sessions:
+            self._sessions = now
+            self._journal.put("sessions of all", dict.fromkeys(sorted(now), True))
 
     def claimants(self, agent: str) -> list[str]:
         """Who else lists it, or has."""
@@ -6757,7 +7296,7 @@ class Members:
             self._members[name].is_node = True
         if kind == "roster":
             keeper = self._keeper if name != self._me else lambda agent: self._me
-            self._agents.take(name, content.get("agents"), keeper)
+            self._agents.take(name, content, keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
 
@@ -6765,7 +7304,7 @@ class Members:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
         member = self._members.pop(name, None)
         if member:
-            self._agents.take(name, [], self._keeper)
+            self._agents.take(name, {}, self._keeper)
             self._size -= len(member.documents.pop("state", b""))
             self._log.info("peer is forgotten", peer=name)
         if member and member.documents:
@@ -6822,18 +7361,30 @@ class Members:
                 document["last_seen"] = member.seen
             if member.status is MemberStatus.FAILED and status_of(document) in ALIVE:
                 document |= {"status": "offline", "reason": "lost"}  # our judgement, not its word
+            if kind == "roster" and member.status in (MemberStatus.LEFT, MemberStatus.FAILED):
+                document.pop("sessions", None)
             if document:
                 found[name] = document
         return self._with_agents(found) if kind == "state" else found
 
     def _with_agents(self, states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """In a checked hive agents have no state of their own: their nodes' tell of them."""
+        """Agents may have no state of their own: their nodes' tell of them.
+
+        What a session works on is under "session".
+        """
         agents = {}
         for name, state in states.items():
-            health = state.get("oc")
-            for agent, said in health.items() if isinstance(health, dict) else ():
-                if agent not in states and self.node_of(agent) == name and isinstance(said, dict):
-                    agents[agent] = agent_state(state, agent, said)
+            roster, health = self.document(name, "roster"), state.get("oc")
+            said = dict(health) if isinstance(health, dict) else {}
+            for one in names_in(roster, "sessions", "away"):
+                said.pop(one, None)  # the roster is newer
+            works = roster.get("sessions") if status_of(state) in ALIVE else None
+            works = works if isinstance(works, dict) else {}
+            said |= dict.fromkeys(names_in(roster, "sessions") & works.keys(), WELL)
+            for agent, how in said.items():
+                if agent not in states and self.node_of(agent) == name and isinstance(how, dict):
+                    more = {"session": works[agent]} if agent in works else {}
+                    agents[agent] = agent_state(state, agent, how) | more
         return states | agents
 
     def count(self) -> dict[str, int]:
@@ -6872,6 +7423,19 @@ class Members:
         is_node = name == self._me or (member is not None and member.is_node)
         return name if is_node else self._agents.node_of(name)
 
+    def is_session(self, name: str) -> bool:
+        """Is it an agent that comes and goes, for which nobody listens but its node?"""
+        return self._agents.is_session(name) and self.node_of(name) != name
+
+    def is_away(self, name: str) -> bool:
+        """Is it a session that is gone, and whose mail its node keeps?"""
+        return name in names_in(self.document(self.node_of(name) or "", "roster"), "away")
+
+    def has_no_agent(self, name: str) -> bool:
+        """Is it a node that says so, for which nobody speaks?"""
+        roster = self.document(name, "roster")
+        return roster.get("agents") == [] and not names_in(roster, "sessions")
+
     def contested(self, agent: str) -> str:
         """Between which nodes it is; nothing if only one lists it."""
         others, owner = self._agents.claimants(agent), self.node_of(agent)
@@ -6901,7 +7465,9 @@ class Members:
         if len(self._members) > MAX_MEMBERS:
             known = self._members.items()
             dead = (one for one, each in known if each.status is not MemberStatus.ALIVE)
-            gone = self._members.pop(next(dead, name))
+            gone = self._members.pop(lost := next(dead, name))
+            if lost == name and self._limit.allow("full", self._loop.clock()):
+                self._log.error("too many members: not known here", peer=name, most=MAX_MEMBERS)
             self._size -= sum(map(len, gone.documents.values()))
         return member
 
@@ -7091,6 +7657,8 @@ class OwnStatus(Value):
     trouble: str  # why it is degraded, or nothing
     running: int = 0  # handlers
     waiting: int = 0  # messages for handlers
+    sessions: Mapping[str, Mapping[str, object]] = {}  # who is attached, and what it works on
+    away: Sequence[str] = ()  # sessions that are gone, and whose mail is kept
 
 
 def build() -> str:
@@ -7148,6 +7716,7 @@ class Presence:
         self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
         self._seq = 0
+        self.interval = config.heartbeat.interval  # seconds until the next heartbeat
         self._beaten = self._shown_at = float("-inf")
         self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
 
@@ -7156,6 +7725,25 @@ class Presence:
         self._shown_at = float("-inf")
         self.publish_roster()
         self.beat()
+
+    def beat_when_due(self) -> None:
+        """To be called at every interval of the configuration: a large hive beats more slowly."""
+        own, silence = self._own.interval, self._loop.clock() - self._beaten
+        if self.interval <= own or silence + 0.9 * own >= self.interval:  # the next one is late
+            self.beat()
+
+    def _paced(self) -> float:
+        """Seconds until the next heartbeat: all nodes together send MAX_BEATS a second at most.
+
+        It grows slowly: should one be lost on the way, the next is in time by the word before.
+        """
+        fair = (len(self._known()) + 1) / MAX_BEATS
+        return min(max(self._own.interval, fair), self.interval * BEAT_GROWTH)
+
+    @property
+    def _renewal(self) -> float:
+        """By which interval a state is judged: what needs no heartbeat to know is no hurry."""
+        return max(self.interval, (len(self._known()) + 1) / MAX_RENEWALS)
 
     def answer(self, boot: str) -> None:
         """Our own heartbeat; or another daemon asks whether our name is taken."""
@@ -7169,12 +7757,13 @@ class Presence:
         all heartbeats that may be missed.  So it is renewed one heartbeat before that.
         """
         now = self._beaten = self._loop.clock()
+        self.interval = self._paced()
         topic = self._topics.to(EVERYONE, "heartbeat")
         self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
         states = self._states("online")
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
-        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
-        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
+        due = self._shown_at + self._renewal * (self._own.miss_threshold - 1)
+        if news != self._shown or now + 0.9 * self.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
             self._publish_states(states)
 
@@ -7196,7 +7785,7 @@ class Presence:
             "node_id": self._node,
             "uptime_s": round(self._loop.clock() - self._started, 1),
             "load_1m": load_1m(),
-            "interval": self._own.interval,
+            "interval": self.interval,
             "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
             "boot": self._instance,
             "seq": self._seq,
@@ -7212,15 +7801,15 @@ class Presence:
             "status": "degraded" if status == "online" and own.trouble else status,
             "last_seen": int(time.time()),
             "uptime_s": round(self._loop.clock() - self._started, 1),
-            "known_peers": self._known(),
+            "known_peers": self._known()[:MAX_KNOWN],
             "daemon_node": self._node,
             "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),
             "running": own.running,
             "waiting": own.waiting,
-            "oc": own.agents,
+            "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
             "instance": self._instance,
-            "interval": self._own.interval,
+            "interval": self._renewal,
             "miss_threshold": self._own.miss_threshold,
             "host": socket.gethostname(),
             "counters": self._counts,
@@ -7257,6 +7846,8 @@ class Presence:
             "system": f"{platform.system()} {platform.machine()}",
             "tags": self._tags,
             "agents": [*own.agents],
+            "sessions": own.sessions,
+            "away": own.away,
             "handlers": own.handlers,
             "schedule": own.schedule,
         }
@@ -10707,7 +11298,7 @@ def printable(value: object, limit: int = 60) -> str:
     """One line without anything that could move a cursor, cut to `limit` characters."""
     said = value if isinstance(value, str) else "-" if value is None else str(value)
     said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
-    return said if len(said) <= limit else said[: limit - 1] + "…"
+    return cut_end(said, limit)
 
 
 def for_terminal(text: str) -> str:
@@ -10768,6 +11359,7 @@ class StatusRow(Value):
     age_s: float | None
     version: str | None
     reason: str | None
+    session: Mapping[str, Any] | None  # what it works on, if it is one
 
     @property
     def is_node(self) -> bool:
@@ -10802,6 +11394,7 @@ def status_row(
         age_s=age,
         version=printable(version, 30) if version else None,
         reason=printable(reason, 200) if reason else None,
+        session=session_facts(state["session"]) if "session" in state else None,
     )
 
 
@@ -10832,23 +11425,69 @@ def status_summary(rows: Sequence[StatusRow]) -> str:
 
 
 def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
+    """Nodes and configured agents; sessions have a table of their own."""
+    sessions = {row.name for row in rows if row.session}
     cells = [
         (
             row.name if row.is_node else f"  {row.name}",
             row.status,
-            ", ".join(f"{name} {health}" for name, health in row.agents.items()) or "-"
+            ", ".join(f"{name} {how}" for name, how in row.agents.items() if name not in sessions)
+            or "-"
             if row.is_node
             else row.agents.get(row.name, "-"),
-            "-" if row.load_1m is None else f"{row.load_1m:.2f}",
-            for_people(row.uptime_s) if row.alive else "-",
+            "-" if row.load_1m is None or not row.is_node else f"{row.load_1m:.2f}",
+            for_people(row.uptime_s) if row.alive and row.is_node else "-",
             "-" if row.age_s is None else f"{for_people(row.age_s)} ago",
-            row.version or "-",
+            row.version if row.version and row.is_node else "-",
         )
         for row in rows
+        if not row.session
     ]
     return format_table(
         ("NAME", "STATUS", "AGENTS", "LOAD", "UPTIME", "SEEN", "VERSION"), cells, colour
     )
+
+
+def session_facts(said: object) -> dict[str, Any]:
+    """What a roster tells of a session, whatever it holds."""
+    known = said if isinstance(said, dict) else {}
+    facts = {key: printable(known.get(key) or "-", most) for key, most in SHOWN_FACTS.items()}
+    return facts | {"since": bounded_number(known.get("since"), 1, MAX_TS)}
+
+
+def sessions_table(
+    sessions: Sequence[tuple[str, str, Mapping[str, Any]]], now: float, width: int
+) -> str:
+    """Agent programs that are attached: (name, node, facts); nothing where there are none.
+
+    In `width` columns if that can be: names are not cut, and of a directory the end is kept.
+    """
+    rows = [["SESSION", "NODE", "CLIENT", "DIRECTORY", "BRANCH", "FOR"]]
+    for name, node, facts in sessions:
+        ago = for_people(max(0.0, now - facts["since"])) if facts["since"] else "-"
+        rows.append([name, node, *(facts[key] for key in SESSION_FACTS), ago])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    over = sum(widths) + 2 * (len(widths) - 1) - width
+    for least, *columns in ((12, 3, 4), (12, 2)):  # directory and branch, before the client
+        while over > 0 and max(widths[i] for i in columns) > least:
+            widths[max(columns, key=widths.__getitem__)] -= 1
+            over -= 1
+    for row in rows[1:]:
+        row[3] = cut_begin(row[3], widths[3])
+        row[:] = [printable(cell, most) for cell, most in zip(row, widths, strict=True)]
+    return "\n" + format_table(rows[0], rows[1:], colour=False) if sessions else ""
+
+
+def sessions_in(
+    documents: Mapping[str, Mapping[str, Any]],
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Those that rosters name."""
+    return [
+        (name, node, session_facts(document["sessions"].get(name)))
+        for node, document in sorted(documents.items())
+        if isinstance(document.get("sessions"), dict)
+        for name in sorted(names_in(document, "sessions"))
+    ]
 
 
 def status_notes(rows: Sequence[StatusRow]) -> str:
@@ -10968,9 +11607,10 @@ def log_lines(row: Mapping[str, Any], width: int) -> str:
     """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
 
     The text of an alert goes on below, because its cause stands at the end.  That it was told to
-    an agent is no news; `show` has it.
+    an agent is no news, nor is a receipt; `show` has them.
     """
-    if row["ch"] == "alert" and row["event"] == "did" and str(row["note"]).startswith("told "):
+    told = row["event"] == "did" and str(row["note"]).startswith("told ")
+    if (row["ch"] == "alert" and told) or str(row["note"]).startswith(RECEIPT_NOTE):
         return ""
     first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
     lines, indent = [first[:width]], " " * 4
@@ -10997,6 +11637,11 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     lines = []
     for row in rows:
         action = f", {row['action']}" if row["action"] else ""
+        if str(row["note"]).startswith(RECEIPT_NOTE):
+            if row["event"] == "in":  # of those that we gave we say what was done
+                said = printable(row["note"].removeprefix(RECEIPT_NOTE), MAX_ERROR)
+                lines.append(f"{clock_time(row['time'])} {row['from']}: {said}")
+            continue
         if row["event"] == "did":
             lines.append(f"{clock_time(row['time'])} did: {printable(row['note'], MAX_ERROR)}")
             continue
@@ -11289,11 +11934,11 @@ class InProcessNode:
     def _filters(self, do: str, given: Mapping[str, Any]) -> list[str]:
         """What must be heard to answer a request; raises HiveError where only a daemon can."""
         topics, node = self._config.topics, self._config.node.id
-        rosters = [topics.meta("+", "roster")] if topics.sender else []  # whose each agent is
+        rosters = [topics.meta("+", "roster")]  # whose each agent is
         match do:
             case "send" if given["wait"]:
                 to = given["envelope"].to
-                whose = "+" if to == EVERYONE or rosters else to
+                whose = "+" if to == EVERYONE or topics.sender else to
                 own = [topics.from_anybody(node, ch) for ch in ("response", "alert")]
                 return [*own[0], *own[1], *rosters, topics.meta(whose, "state")]
             case "send":
@@ -13921,7 +14566,6 @@ MAX_UNWRITTEN = 1024 * KIB  # bytes that a client may leave unread until it is n
 LAST_ANSWERS = 1.0  # seconds that a client has to read them when it has ended its input
 MAX_OUTCOME = 40 * KIB  # bytes of text; of 300,000 characters Claude Code makes a file
 MAX_SHOWN_NODES, MAX_SHOWN_SESSIONS = 60, 40  # the latter of each node
-MAX_INBOX_PAGE = 50  # messages
 MCP_CUT = " [cut by hive]"
 UNVOUCHED = "Nobody vouches for the senders: any member of this hive can write any name"
 
@@ -13953,6 +14597,10 @@ class Wait(Value):
     exchange: str = ""  # whose answers it takes from the inbox
     every: float = 0.0
     close: Callable[[], None] = do_nothing
+
+
+NOTHING_NEW = Outcome("Nothing new in your inbox.")
+PLAIN_MAIL = {"note": "", "question": ""}  # of an answer that its question need not explain
 
 
 class Argument(RequestField):
@@ -14187,7 +14835,7 @@ class McpTools:
     def messages(self, limit: int, exchange: str = "") -> tuple[list[dict[str, Any]], int]:
         """What is unread and not handed out, and how many more there are; raises HiveError."""
         asked = {"exchange": exchange} if exchange else {}
-        limit += len(self.handed_out)
+        limit = min(limit + len(self.handed_out), MAX_MAIL)
         agent = self.link.agent if self.link.attach() else ""
         said = self.link.ask(do="inbox", agent=agent, limit=limit, **asked)
         found = [one for one in said["messages"] if one["task"] not in self.handed_out]
@@ -14202,19 +14850,19 @@ class McpTools:
 
     def mark(self, tasks: Collection[int], how: str) -> None:
         """They were told, or read: the daemon shall know.  Raises HiveError."""
-        if tasks:
-            self.link.ask(do="mark", agent=self.link.agent, tasks=[*tasks], **{"as": how})
-            self.handed_out -= {*tasks}
+        while some := [*tasks][:MAX_MAIL]:
+            self.link.ask(do="mark", agent=self.link.agent, tasks=some, **{"as": how})
+            self.handed_out -= {*some}
+            tasks = {*tasks} - {*some}
 
     def read_inbox(self, given: dict[str, Any]) -> Outcome | Wait:
         def look() -> Outcome | None:
             found, more = self.unclaimed(given["limit"])
             return self.shown(found, more) if found else None
 
-        nothing = Outcome("Nothing new in your inbox.")
-        if (found := look()) or not given["wait_seconds"]:
-            return found or nothing
-        return Wait(given["wait_seconds"], look, lambda: nothing, "no message yet")
+        if given["wait_seconds"]:
+            return Wait(given["wait_seconds"], look, lambda: NOTHING_NEW, "no message yet")
+        return look() or NOTHING_NEW
 
     def shown(self, found: Sequence[Mapping[str, Any]], more: int) -> Outcome:
         """Messages as a model reads them, as many as have room; the rest stays unread."""
@@ -14236,15 +14884,15 @@ class McpTools:
         return Outcome("\n".join(texts), tasks=tuple(tasks))
 
     def reply(self, given: dict[str, Any]) -> Outcome | Wait:
-        original, id = self.found(given["id"]), self.exchange_of(given["id"])
-        agent = self.link.agent
-        mine = [row for row in id if row["event"] == "out" and row["from"] == agent]
-        if original.sender == agent:
-            raise UsageError(f"{original.id}: that is your own message")
-        for row in mine:
-            if (row["envelope"] or {}).get("replyTo") == original.id:
-                at = clock_time(row["time"])
-                raise UsageError(f"{original.id}: answered at {at}; use send_message for more")
+        original, agent = self.found(given["id"]), self.link.agent
+        if original.sender == agent or not CHANNELS[original.ch].handler:
+            what = "your own message" if original.sender == agent else "an answer, or news"
+            raise UsageError(f"{original.id}: that is {what}; go on with send_message or ask")
+        for row in self.exchange_of(original.id):
+            answered = (row["envelope"] or {}).get("replyTo") == original.id
+            if row["event"] == "out" and row["from"] == agent and answered:
+                when = f"answered already ({clock_time(row['time'])})"
+                raise UsageError(f"{original.id}: {when}; go on with send_message or ask")
         ch = "alert" if given["failed"] else "response"
         return self.sent(original.reply(agent, given["text"], ch=ch))
 
@@ -14258,18 +14906,27 @@ class McpTools:
         envelope = self.addressed(given, action=given["action"])
         if not self.link.attach():
             return self.ask_without_daemon(envelope, given["wait_seconds"])
+        wait = self.answers(envelope, given["wait_seconds"])
         self.link.ask(do="send", envelope=envelope.document())
-        return self.answers(envelope, given["wait_seconds"])
+        return wait
 
     def wait_answer(self, given: dict[str, Any]) -> Outcome | Wait:
-        return self.answers(self.found(given["id"]), given["wait_seconds"])
+        envelope = self.found(given["id"])
+        if envelope.sender not in (self.link.agent, self.link.config.node.id):
+            raise UsageError(f"{envelope.id}: not a message of yours; to answer it: reply")
+        return self.answers(envelope, given["wait_seconds"])
 
     def addressed(self, given: Mapping[str, Any], **more: Any) -> Envelope:
-        """A new message, to somebody whom the daemon knows; raises UsageError."""
-        if self.link.attach():
-            self.check_recipient(given["to"], more.get("action"))
-        sender = self.link.agent if self.link.attach() else self.link.config.node.id
-        made = Envelope.new(sender, given["to"], "command", given["text"], **more)
+        """A new message, to somebody whom the daemon knows; raises HiveError."""
+        to, action, here = given["to"], more.get("action"), self.link.attach()
+        if target := Target.find(to):
+            if not target.one:
+                raise UsageError(f"to: {to} is several; say one name, all, any or any:TAG")
+            to = named_targets(to, action, self.members("targets", to=to, action=action))[0]
+        elif here:
+            self.check_recipient(to, action)
+        sender = self.link.agent if here else self.link.config.node.id
+        made = Envelope.new(sender, to, "command", given["text"], **more)
         return made.replace(extra={RECEIPTS: True})
 
     def check_recipient(self, to: str, action: str | None) -> None:
@@ -14288,7 +14945,8 @@ class McpTools:
         if action and action not in offers:
             near = did_you_mean(action, offers) or f"it offers {', '.join(offers) or 'none'}"
             raise UsageError(f"action: {known[to]} has no action {action}; {near}")
-        if not action and roster.get("agents") == [] and not roster.get("sessions"):
+        alone = roster.get("agents") == [] and not roster.get("sessions")
+        if to == known[to] and alone and not action:
             what = f"ask with an action of its ({', '.join(offers)})" if offers else "nor an action"
             raise UsageError(f"to: {to} has no agent that could read this; {what}")
 
@@ -14322,37 +14980,65 @@ class McpTools:
         wait = PUBLISHED_SOON if answer["connected"] else 0.0
         return Wait(wait, look, lambda: later, "not taken by the broker yet", close=close)
 
-    def answers(self, envelope: Envelope, patience: float) -> Outcome | Wait:
-        """The answers to a message of ours, when all have come, or what there is by then."""
-        states = self.link.ask(do="states")["states"] if envelope.to == EVERYONE else {}
-        heartbeat = self.link.config.heartbeat
+    def answers(self, envelope: Envelope, patience: float) -> Wait:
+        """The answers to a message of ours, when all have come, or what there is by then.
+
+        Raises NoReplyError where nobody would answer.
+        """
+        expected, nodes = {envelope.to}, dict[str, str]()
+        if envelope.to == EVERYONE:
+            rosters = self.link.ask(do="roster")["rosters"]
+            expected = self.hearers(rosters, envelope.action)
+            nodes = members_by_name(rosters)
 
         def collect(last: bool) -> Outcome | None:
-            replies = ReplyCollector(envelope, heartbeat)
-            if envelope.to == EVERYONE:
-                replies.expect(states)
+            replies = ReplyCollector(envelope, self.link.config.heartbeat)
+            replies.outstanding = {*expected}
             rows = self.exchange_of(envelope.id)
-            came = [one for one in rows if one["event"] == "in" and one["envelope"]]
-            found = [one for one in came if replies.take(Envelope.check(one["envelope"]))]
-            if replies.outstanding and not last:
-                return None
-            waiting, _ = self.messages(MAX_INBOX_PAGE, envelope.exchange)
-            tasks = {one["envelope"]["id"]: one["task"] for one in waiting}
-            blank = {"note": "", "question": "", "task": 0}
-            shown = self.shown([{**blank, "envelope": one["envelope"]} for one in found], 0)
-            missing = still_missing(envelope, sorted(replies.outstanding), rows)
-            text = "\n".join([*([shown.text] if found else []), *([missing] if missing else [])])
-            read = tuple(tasks[one["id"]] for one in found if one["id"] in tasks)
-            return Outcome(text, replies.refused and not replies.outstanding, read)
+            came = [row["envelope"] for row in rows if row["event"] == "in" and row["envelope"]]
+            found = [one for one in came if replies.take(Envelope.check(one))]
+            replies.outstanding -= {nodes.get(one["from"], "") for one in found}
+            done = last or not replies.outstanding
+            return self.collected(envelope, rows, found, replies) if done else None
 
         def look() -> Outcome | None:
             return collect(last=False)
 
         def give_up() -> Outcome:
-            return collect(last=True) or Outcome("")
+            return collect(last=True) or NOTHING_NEW
 
         about = f"no answer from {envelope.to} yet"
         return Wait(patience, look, give_up, about, exchange=envelope.exchange)
+
+    def hearers(self, rosters: Mapping[str, Mapping[str, Any]], action: str | None) -> set[str]:
+        """The nodes that may answer a message to all; raises NoReplyError."""
+        rows = status_rows(
+            self.link.ask(do="states")["states"], self.link.config.heartbeat, time.time()
+        )
+        online = {row.name for row in rows if row.is_node and row.alive}
+        agents = {one: names_in(rosters.get(one, {}), "agents", "sessions") for one in online}
+        hears = {one for one in online if action or agents[one] - {self.link.agent}}
+        if not hears:
+            raise NoReplyError("nobody else is online who could answer; see list_agents")
+        return hears
+
+    def collected(
+        self,
+        envelope: Envelope,
+        rows: Sequence[Mapping[str, Any]],
+        found: Sequence[Mapping[str, Any]],
+        replies: ReplyCollector,
+    ) -> Outcome:
+        """What came and what did not; what came need not be read in the inbox too."""
+        waiting, _ = self.messages(MAX_MAIL, envelope.exchange)
+        tasks = {one["envelope"]["id"]: one["task"] for one in waiting}
+        answers = [
+            {**PLAIN_MAIL, "envelope": one, "task": tasks.get(one["id"], 0)} for one in found
+        ]
+        shown, silent = self.shown(answers, 0), sorted(replies.outstanding)
+        parts = [shown.text if found else "", still_missing(envelope, silent, rows)]
+        read = tuple(filter(None, shown.tasks))
+        return Outcome("\n".join(filter(None, parts)), replies.refused and not silent, read)
 
     def ask_without_daemon(self, envelope: Envelope, patience: float) -> Outcome | Wait:
         """The same in this process; whoever answers later finds nobody."""
@@ -14373,9 +15059,7 @@ class McpTools:
         def look() -> Outcome | None:
             while said := control.receive(0.01):
                 if "answer" in said and replies.take(Envelope.check(said["answer"])):
-                    found.append(
-                        {"envelope": said["answer"], "note": "", "question": "", "task": 0}
-                    )
+                    found.append({**PLAIN_MAIL, "envelope": said["answer"], "task": 0})
                 if lost := said_of(envelope, said):
                     return lost
             return None if replies.outstanding else outcome()
@@ -14393,7 +15077,7 @@ class McpTools:
     def list_agents(self, given: dict[str, Any]) -> Outcome | Wait:
         here = self.link.attach()
         config = self.link.config
-        said, states = (self.members(config, do) for do in ("roster", "states"))
+        said, states = (self.members(do) for do in ("roster", "states"))
         rows = status_rows(states["states"], config.heartbeat, time.time())
         me = self.link.agent if here else ""
         lines = [f"You are {me}, an agent of {config.node.id}."] if me else []
@@ -14407,11 +15091,12 @@ class McpTools:
             lines.append(f"and {len(more)} more nodes")
         return Outcome(cut("\n".join(lines or ["Nobody is there yet."]), MAX_OUTCOME, MCP_CUT))
 
-    def members(self, config: Config, do: str) -> dict[str, Any]:
+    def members(self, do: str, **more: object) -> dict[str, Any]:
+        """What the daemon knows of all, or else the broker."""
         if self.link.attach():
-            return self.link.ask(do=do)
-        with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
-            return control.ask({"do": do})
+            return self.link.ask(do=do, **more)
+        with contextlib.closing(InProcessNode(self.link.config, PATIENCE)) as control:
+            return control.ask({"do": do, **more})
 
     def show_exchange(self, given: dict[str, Any]) -> Outcome | Wait:
         rows = self.exchange_of(given["id"])
@@ -14438,12 +15123,12 @@ class McpTools:
 
 
 def members_by_name(rosters: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The node of each name that can be written to; an inbox that waits is one too."""
-    found: dict[str, str] = {}
-    for node, roster in rosters.items():
-        for key in ("agents", "sessions", "away"):
-            names = roster.get(key)
-            found |= {str(one): node for one in names} if isinstance(names, list | dict) else {}
+    """The node of each name that can be written to: of a session that is away too."""
+    found = {
+        name: node
+        for node, roster in rosters.items()
+        for name in names_in(roster, "agents", "sessions", "away")
+    }
     return found | {node: node for node in rosters}
 
 
@@ -14483,15 +15168,17 @@ def said_of(envelope: Envelope, said: Mapping[str, Any]) -> Outcome | None:
     return Outcome(f"Not sent to {to}: {nobody if code == NO_SUBSCRIBERS else words}", True)
 
 
-def still_missing(envelope: Envelope, silent: Sequence[str], rows: Sequence[Any]) -> str:
+def still_missing(
+    envelope: Envelope, silent: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> str:
     """Who has not answered, and what is known of the message there."""
     if not silent:
         return ""
-    said = [row for row in rows if row["event"] == "in" and row["ch"] == "status"]
-    told = dict.fromkeys(f"{row['from']}: {printable(row_text(row), 80)}" for row in said)
-    known = f" ({'; '.join(told)})" if told else ""
-    later = "The answer comes to your inbox; or wait on: wait_answer"
-    return f"No answer from {', '.join(silent)} yet{known}. {later} with id {envelope.id}."
+    about = [row for row in rows if (row["envelope"] or {}).get("replyTo") == envelope.id]
+    told = [row for row in about if row["event"] == "in" and row["ch"] == "status"]
+    known = "; ".join(f"{row['from']}: {printable(row_text(row), 80)}" for row in told[-10:])
+    later = f"The answer comes to your inbox; or wait on: wait_answer with id {envelope.id}."
+    return f"No answer from {', '.join(silent)} yet{f' ({known})' if known else ''}. {later}"
 
 
 class McpFault(HiveError):
@@ -14822,7 +15509,7 @@ class McpServer:
     def _push(self) -> None:
         """Put what no call takes into the live program, if it offers a way; raises HiveError."""
         way = next((one for one in PUSHES.values() if one.offered(self)), None)
-        found, more = self.tools.unclaimed(MAX_INBOX_PAGE) if way else ([], 0)
+        found, more = self.tools.unclaimed(MAX_MAIL) if way else ([], 0)
         if way and found:
             shown = self.tools.shown(found, more)
             with contextlib.suppress(OSError):  # not taken: the next news tries again
@@ -14846,7 +15533,9 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
 
 SERVER_INFO = {"name": "hive", "title": "hive", "version": __version__}
 RECIPIENT = Argument.string(
-    'agent or node name from list_agents, or "all"', recipient_name, required=True
+    'agent or node name from list_agents, or "all"; "any": whoever can do it',
+    destination,
+    required=True,
 )
 MESSAGE_ID = partial(Argument.string, check=identifier, required=True)
 WAITS = Argument.number(0, MAX_WAIT, DEFAULT_WAIT)
@@ -14908,7 +15597,7 @@ TOOLS = {
         " They count as read afterwards. wait_seconds waits for the next one.",
         {
             "wait_seconds": Argument.number(0, MAX_WAIT, 0),
-            "limit": Argument.number(1, MAX_INBOX_PAGE, 10),
+            "limit": Argument.number(1, MAX_MAIL, 10),
         },
     ),
     "reply": Tool(
@@ -15054,6 +15743,12 @@ def write_answer(answer: Envelope, as_json: bool, label: bool) -> None:
 def json_text(document: str) -> str:
     """JSON for stdout; for a terminal with escapes for whatever could move its cursor."""
     return escape_unprintable(document) if sys.stdout.isatty() else document
+
+
+def terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
 
 
 def colourful(stream: IO[str]) -> bool:
@@ -15208,6 +15903,8 @@ def command_send(args: argparse.Namespace) -> int:
         ttl=args.ttl,
         corr=args.corr and known_exchange(config, args.corr),
     )
+    if CHANNELS[args.ch].handler and not args.action and args.to != EVERYONE:
+        envelope = envelope.replace(extra={RECEIPTS: True})
     if target is None:
         return send_and_wait(config, envelope, args, args.wait)
     names, away = find_targets(config, args)
@@ -15275,6 +15972,9 @@ def send_and_wait(
     request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
     control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
     with contextlib.closing(control):
+        if said.get("away"):
+            what = f"{envelope.to} is away: its node keeps the message for it"
+            print(f"hive: {what}", file=sys.stderr)
         if wait is None:
             code = say_sent(config, envelope, args, control, said["connected"])
             if said.get("agentless"):
@@ -15535,8 +16235,6 @@ hive.py log --from beta --since 2h --json""",
 )
 def command_log(args: argparse.Namespace) -> int:
     """Show what this node received, sent and did, a line each, newest last."""
-    import shutil
-
     config = config_of(args)
     said = {"ch": args.ch, "from": args.sender, "to": args.to, "action": args.action}
     filters = {name: value for name, value in (said | {"corr": args.corr}).items() if value}
@@ -15544,7 +16242,7 @@ def command_log(args: argparse.Namespace) -> int:
     if args.since:
         filters["since"], request["last"] = time.time() - args.since, 0
 
-    width = shutil.get_terminal_size().columns
+    width = terminal_width()
 
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
@@ -15568,10 +16266,7 @@ def command_pending(args: argparse.Namespace) -> int:
     if args.as_json:
         print(json.dumps(document, indent=2))
     else:
-        import shutil
-
-        width = shutil.get_terminal_size().columns
-        print(pending_table(document, time.time(), width), end="")
+        print(pending_table(document, time.time(), terminal_width()), end="")
     return Exit.DONE
 
 
@@ -15654,8 +16349,12 @@ def command_status(args: argparse.Namespace) -> int:
     if args.as_json and (rows or not said["fault"]):
         print(json.dumps([{**vars(row), "senders": senders} for row in rows], indent=2))
     elif rows:
-        table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
-        print(f"{status_summary(rows)}; senders: {senders}\n\n{table}", end="")
+        sessions = [(row.name, row.node, row.session) for row in rows if row.session]
+        many = f", {len(sessions)} session{'s'[: len(sessions) != 1]}" if sessions else ""
+        print(f"{status_summary(rows)}{many}; senders: {senders}\n")
+        print(status_table(rows, colourful(sys.stdout)), end="")
+        print(sessions_table(sessions, time.time(), terminal_width()), end="")
+        print(status_notes(rows), end="")
     return say_of_members(config, args, said, bool(rows))
 
 
@@ -15699,6 +16398,7 @@ def command_roster(args: argparse.Namespace) -> int:
         print(json.dumps(sorted(rosters.values(), key=str), indent=2))
     elif rosters:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
+        print(sessions_table(sessions_in(rosters), time.time(), terminal_width()), end="")
         print(schedule_lines(rosters, time.time()), end="")
     return say_of_members(config, args, said, bool(rosters))
 

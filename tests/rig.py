@@ -34,6 +34,7 @@ class Wire:
         self.will = will
         self.published: list[hive.OutgoingMessage] = []
         self.echoes: list[hive.OutgoingMessage] = []
+        self.hangs = False
         self.unacknowledged: list[hive.OutgoingMessage] = []
         self.probes: list[Callable[[bool], None]] = []
         self.fetched: list[list[str]] = []
@@ -69,7 +70,7 @@ class Wire:
     def send(self, message: hive.OutgoingMessage) -> None:
         self.published.append(message)
         self.unacknowledged.append(message)
-        if "/all/" in message.topic:
+        if "/all/" in message.topic and not self.hangs:
             self.echoes.append(message)
 
     def acknowledge(self, message: hive.OutgoingMessage, code: int, words: str) -> None:
@@ -206,7 +207,7 @@ class Rig:
 
     # What comes in
 
-    def ask(self, client: hive.ControlClient, **request: object) -> dict[str, Any]:
+    def ask(self, client: hive.ControlClient, /, **request: object) -> dict[str, Any]:
         """What a command on this machine is told at the door."""
         answers: list[dict[str, Any]] = []
         asking = threading.Thread(target=lambda: answers.append(client.ask(request)))

@@ -499,6 +499,7 @@ def test_a_message_in_the_wrong_place_or_time_is_dropped(
     topic, retained = given.pop("topic", None), given.pop("retained", False)
     envelope = hive.Envelope.new("alpha", given.pop("to", "beta"), ch, **given)
     topic = (topic or f"hive/{envelope.to}/{ch}").replace("CH", ch)
+    rig.node.node.all_heard()
     rig.hand_in(topic, envelope.encode(), retained)
     rig.turn()
     assert rig.started() == []
