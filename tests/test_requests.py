@@ -587,7 +587,8 @@ def test_an_envelope_with_nonsense_in_any_field_is_answered(rig: Rig, do: str) -
         ),
         (
             {"do": "log", "filters": {"colour": 1}},
-            "filters: {'colour': 1} is not an object of ch, from, to, action, corr, since",
+            "filters: {'colour': 1} is not an object of ch, from, to, node, action, corr, since,"
+            " before",
         ),
         ({"id": "m-1"}, "no such request: None"),
         ({"do": "dance", "id": "m-1"}, "no such request: 'dance'"),
