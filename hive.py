@@ -45,8 +45,11 @@ tokens; only what needs judgment wakes an agent.
 #           MqttClient  connect, come back, publish; alone in importing paho <- Journal
 #           BrokerHost  which broker, and whose turn it is to be one
 #                       <- Control, Database, Packets, Broker
-#   shell   Output      rows to a table or to JSON; returns strings <- Journal, Handlers, Members
+#   shell   Output      rows to a table or to JSON; returns strings
+#                       <- Routing, Journal, Sessions, Handlers, Members
 #           Client      a command asks its daemon, or the same node in its own process <- *
+#           Watch       what a terminal shows meanwhile: all nodes as they change, a line of
+#                       progress <- Control, Output, Client
 #           Setup       a hive.toml for this machine, asked for or taken from options
 #                       <- Handlers, Agent, MqttClient
 #           Doctor      is everything as it must be: one small check after the other <- *
@@ -59,6 +62,9 @@ tokens; only what needs judgment wakes an agent.
 #                       Hosting
 #           Help        topics that are longer than a --help, and where they lie
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
+#           Web         a page that shows the hive, served to this user's browsers
+#                       <- Stream, Journal, Control, Requests, Process, Database,
+#                       Members, Output, Client, Setup, Doctor
 #           Vendors     what each program of coding agents needs: entry, hooks, a way to tell it
 #                       <- Process, Output, Setup, Mcp
 #           Commands    one function for each subcommand, its options beside it <- *
@@ -169,7 +175,17 @@ def quoted(value: object, limit: int = 60) -> str:
         text = ascii(value)
     except (RecursionError, ValueError):  # nested too deep; an int of more than 4300 digits
         text = f"a {type(value).__name__} too large to show"
+    return cut_end(text, limit)
+
+
+def cut_end(text: str, limit: int) -> str:
+    """At most so many characters of a line, from its begin."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def cut_begin(text: str, limit: int) -> str:
+    """The same, from its end."""
+    return text if len(text) <= limit else "…" + text[len(text) - limit + 1 :]
 
 
 def reason_of(error: BaseException) -> str:
@@ -735,10 +751,10 @@ SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice 
 SIGN_OF_LIFE = Decision(Do.HEAR)
 OTHER_KIND = "its topic does not say who sent it"
 OTHER_SENDER = "its topic names another sender"
-# What became of a message whose sender asks for that by RECEIPTS: true, in a text for people.
-RECEIPTS, RECEIVED = "receipts", "received"
+RECEIPTS = "receipts"  # the field by which a sender asks what becomes of its message
+RECEIVED = "received"  # that, in words; this, or a name with what it was told or has read
 RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
-RECEIPT_NOTE = "a receipt"
+RECEIPT_NOTE = "receipt: "  # how the note of a row begins that is one
 
 
 TAGGED = "tag:"
@@ -846,8 +862,10 @@ class RoutingContext(Value):
         Whoever names a node means its agents too.
         """
         named = (self.node, *self.allow.get(rule, ()))
-        one_of = sender in named or any(self.speaks_for(node, sender) for node in named)
-        return "" if one_of or rule not in self.allow else f"{rule} does not name {sender}"
+        if rule not in self.allow or sender in named:
+            return ""
+        agent = any(self.speaks_for(node, sender) for node in named)
+        return "" if agent else f"{rule} does not name {sender}"
 
 
 def misplaced(
@@ -900,14 +918,15 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.NOTE, AWAITED)
     asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
+        receipt = here.is_receipt(envelope)
         plain = f"a {channel.name} that is not urgent"
-        return Decision(Do.NOTE, RECEIPT_NOTE if here.is_receipt(envelope) else plain)
+        return Decision(Do.NOTE, RECEIPT_NOTE + envelope.text if receipt else plain)
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
     missing = f"no handler for action {envelope.action}" if asked else ""
     if asked and (why := here.why_not(envelope.action or "")):
         missing += f" ({quoted(why, 300)[1:-1]})"
-    agents = here.addressed(envelope.to)
+    agents = tuple(one for one in here.addressed(envelope.to) if one != envelope.sender)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
     if any(denied.values()) and (channel.handler or not here.answers(envelope)):
         agents = tuple(one for one in agents if not denied[one])
@@ -1321,8 +1340,8 @@ def unix_listener(file: Path) -> socket.socket:
 #
 # What this node received, sent and did in the last days: rows that are written once.  Beside
 # them what is not finished: tasks, requests, and the outbox, which alone decides what is sent
-# next.  Times are Unix seconds, which outlive a restart.  One daemon is its only user; it is
-# read with its help.
+# next: one of each topic in turn, so that no pile delays what is for others.  Times are Unix
+# seconds, which outlive a restart.  One daemon is its only user; it is read with its help.
 
 MAX_PENDING_REQUESTS = 10_000  # that nobody has answered
 MAX_OUTBOX = 10_000  # messages that wait for the broker
@@ -1333,6 +1352,8 @@ UNSAVED_SECONDS = 4.0  # in which a crash of the broker may lose what it has ack
 MAX_ROWS = 100  # that are read at once
 MIN_ID_PREFIX = 4  # characters that may stand for an id
 SHOWN_TEXT = 200  # characters of a text that is shown beside what is not finished
+MAX_COUNTED = 20_000  # of the last messages, when it is asked who writes to whom ...
+MAX_PAIRS = 1000  # ... and how many pairs of them are told
 MAX_MEANINGS = 5  # of such a beginning that are listed
 PRUNE_STEP = 500  # rows that are forgotten at once
 SIZE_OF_ID = KIB  # bytes of max_mb for each id that is remembered longer: an eighth of it in all
@@ -1627,6 +1648,16 @@ class Journal:
         question = f"SELECT {ROW} FROM log WHERE {where} ORDER BY n LIMIT {MAX_ROWS}"
         return self._entries(question, values)
 
+    def traffic(self, since: float) -> list[tuple[str, str, int, float]]:
+        """Who wrote to whom, how many messages, and the last one's time; most of them first."""
+        latest = "SELECT id, time, sender, recipient FROM log WHERE event != ? ORDER BY n DESC"
+        rows = self._database.read(
+            f"SELECT sender, recipient, count(DISTINCT id), max(time) FROM ({latest} LIMIT ?)"
+            " WHERE time >= ? GROUP BY sender, recipient ORDER BY 3 DESC LIMIT ?",
+            (Event.DID.value, MAX_COUNTED, since, MAX_PAIRS),
+        )
+        return [(sender, to, number, last) for sender, to, number, last in rows]
+
     # -- what is still to be done --
 
     def add_task(
@@ -1683,10 +1714,11 @@ class Journal:
     # An inbox is the tasks of an agent that reads them itself: `began` is 0 until it was told,
     # then when that was.
 
-    def inbox(self, agent: str, limit: int) -> list[Task]:
+    def inbox(self, agent: str, limit: int, exchange: str = "") -> list[Task]:
         """The next ones that it was not told, alerts first."""
         order = f"ch <> 'alert', tasks.n LIMIT {limit}"
-        return self._tasks("agent = ? AND began = 0", agent, order=order)
+        which = "agent = ? AND began = 0 AND ? IN ('', exchange)"
+        return self._tasks(which, agent, exchange, order=order)
 
     def unread(self, agent: str) -> int:
         """How many those are."""
@@ -1728,15 +1760,18 @@ class Journal:
     # -- what is still to be sent --
 
     def _count_outbox(self) -> None:
-        content = "length(coalesce(payload, CAST(content AS BLOB), x''))"
-        groups = self._database.read(
-            f"SELECT topic, count(*), ifnull(sum({content}), 0) FROM outbox"
-            " LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL GROUP BY topic"
-        )
-        self._outbox = {topic: (int(number), int(size)) for topic, number, size in groups}
-        self.outbox_size = sum(number for number, _ in self._outbox.values())
-        self._outbox_bytes = sum(size for _, size in self._outbox.values())
-        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not taken yet
+        self._outbox: dict[str, tuple[int, int]] = {}  # by topic: how many messages, and bytes
+        self.outbox_size = self._outbox_bytes = 0
+        self._waiting: dict[str, deque[int]] = {}  # by topic: those that are not under way
+        self._turns = deque[str]()  # these topics, in the order in which their turn comes
+        self._latest: dict[str, OutgoingMessage] = {}  # by topic: retained, and not under way
+        for n, topic, size in self._database.read(
+            "SELECT outbox.n, topic, length(coalesce(payload, CAST(content AS BLOB), x''))"
+            " FROM outbox LEFT JOIN log ON log.n = message WHERE acknowledged_at IS NULL"
+            " ORDER BY outbox.n"
+        ):
+            self._count_out(topic, 1, size)
+            self._line_up(n, topic)
         rows = self._database.read("SELECT count(acknowledged_at) FROM outbox")
         self._acknowledged = int(rows[0][0])
 
@@ -1748,6 +1783,13 @@ class Journal:
             del self._outbox[topic]
         self.outbox_size += number
         self._outbox_bytes += size
+
+    def _line_up(self, n: int, topic: str) -> None:
+        """It waits behind all that is for the same topic."""
+        if topic not in self._waiting:
+            self._waiting[topic] = deque()
+            self._turns.append(topic)
+        self._waiting[topic].append(n)
 
     @property
     def outbox_full(self) -> bool:
@@ -1770,18 +1812,20 @@ class Journal:
         retain: bool = False,
         message: int | None = None,
         until: float | None = None,
-    ) -> None:
-        """Put something into the outbox, behind all that is there; it is of use `until` then.
+    ) -> int:
+        """Put something into the outbox, where it is of use `until` then; its number.
 
         The payload of a message is the content of its row, where that is kept.
         """
         own = payload if message is None or self.full else None
-        self._database.write(
+        n = self._database.insert(
             "INSERT INTO outbox (message, topic, payload, retain, until) VALUES (?, ?, ?, ?, ?)",
             (message, topic, own, retain, until),
         )
         self._count_out(topic, 1, len(payload))
+        self._line_up(n or 0, topic)
         self._size += len(own or b"")
+        return n or 0
 
     def keep_latest(self, topic: str, payload: bytes) -> None:
         """Put what is to be retained into the outbox, or in the place of what waits there."""
@@ -1792,19 +1836,47 @@ class Journal:
             self._size += len(payload)
             self._latest[topic] = before.replace(payload=payload)
             return
-        self.enqueue(topic, payload, retain=True)
-        n = int(self._database.read("SELECT max(n) FROM outbox")[0][0])
+        n = self.enqueue(topic, payload, retain=True)
         self._latest[topic] = OutgoingMessage(topic, payload, n=n)
 
-    def next_outgoing(self, after: int, limit: int) -> list[OutgoingMessage]:
-        """The next that wait for the broker, in order."""
+    @property
+    def has_outgoing(self) -> bool:
+        """Does anything wait for the broker that is not under way?"""
+        return bool(self._turns)
+
+    def next_outgoing(self, limit: int, sendable: Callable[[str], object]) -> list[OutgoingMessage]:
+        """The next for the broker, which are under way now; `sendable` tells which topics may be.
+
+        On each topic they are in order.
+        """
+        numbers, passed = list[int](), 0
+        while len(numbers) < limit and passed < len(self._turns):
+            topic = self._turns.popleft()
+            passed += 1
+            if sendable(topic):
+                numbers.append(self._waiting[topic].popleft())
+                self._latest.pop(topic, None)
+                passed = 0
+            if self._waiting[topic]:
+                self._turns.append(topic)
+            else:
+                del self._waiting[topic]
+        found = self._outgoing(f"outbox.n IN ({', '.join('?' * len(numbers))})", *numbers)
+        if len(found) < len(numbers):  # the file was damaged, and this is another one
+            self._count_outbox()
+            return []
+        return sorted(found, key=lambda message: numbers.index(message.n))
+
+    def unacknowledged(self, limit: int) -> list[OutgoingMessage]:
+        """The oldest that the broker has not taken yet, whether they are under way or not."""
+        return self._outgoing("acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?", limit)
+
+    def _outgoing(self, which: str, *values: int) -> list[OutgoingMessage]:
         rows = self._database.read(
             "SELECT outbox.n, id, topic, coalesce(payload, CAST(content AS BLOB), x''), retain,"
-            " until FROM outbox LEFT JOIN log ON log.n = message"
-            " WHERE outbox.n > ? AND acknowledged_at IS NULL ORDER BY outbox.n LIMIT ?",
-            (after, limit),
+            f" until FROM outbox LEFT JOIN log ON log.n = message WHERE {which}",
+            values,
         )
-        self._latest.clear()  # these are under way
         return [
             OutgoingMessage(topic, payload, retain=bool(retain), until=until, n=n, id=id)
             for n, id, topic, payload, retain, until in rows
@@ -1829,21 +1901,21 @@ class Journal:
         forget = "DELETE FROM outbox WHERE acknowledged_at < ?"
         self._acknowledged -= self._database.write(forget, (before,))
 
-    def requeue(self, since: float) -> int:
-        """Send again what was acknowledged since then; the number of the last such message.
+    def requeue(self, since: float) -> set[int]:
+        """Send again what was under way, or was acknowledged since then; the numbers of those.
 
         Nobody can tell whether the broker died.  Receivers drop ids that they have seen, so
         nothing is acted upon twice.
         """
-        if not self._acknowledged:
-            return 0
-        self.forget_acknowledged(since)
-        newest = "SELECT ifnull(max(n), 0) FROM outbox WHERE acknowledged_at IS NOT NULL"
-        last = int(self._database.read(newest)[0][0])
+        if self._acknowledged:
+            self.forget_acknowledged(since)
+        elif self.outbox_size == sum(map(len, self._waiting.values())):
+            return set()
+        rows = self._database.read("SELECT n FROM outbox WHERE acknowledged_at IS NOT NULL")
         again = "UPDATE outbox SET acknowledged_at = NULL WHERE acknowledged_at IS NOT NULL"
         self._database.write(again)
         self._count_outbox()
-        return last
+        return {n for (n,) in rows}
 
     # -- what was asked --
 
@@ -1888,6 +1960,11 @@ class Journal:
                 (since,),
             )
         )
+
+    def askers(self) -> set[str]:
+        """Whose requests those are."""
+        who = "SELECT DISTINCT sender FROM pending_requests JOIN log ON log.n = message"
+        return {sender for (sender,) in self._database.read(who)}
 
     def next_due(self) -> float | None:
         """When the next request is overdue."""
@@ -1983,6 +2060,8 @@ FINISHED = (  # nothing is still to be done with these rows
     " AND n NOT IN (SELECT message FROM outbox WHERE message IS NOT NULL)"
 )
 LOG_FILTERS = {  # how --from and the others choose rows
+    "before": "n < ?",
+    "node": "? IN (sender, recipient)",
     "ch": "ch = ?",
     "from": "sender = ?",
     "to": "recipient = ?",
@@ -2007,6 +2086,7 @@ CONTROL_EVENTS = {
     "published",
     "answer",
     "mail",
+    "changed",
 }  # in a line that is no answer, but comes when it happens
 # Nothing can be made there: a disk that is read-only or full, a folder that is not ours.
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSPC, errno.EDQUOT)
@@ -2210,7 +2290,8 @@ class ControlClient:
 # its session, and the daemon.  Knows no configured agent; sends nothing by itself.
 
 MAX_ATTACHED = 100  # that are attached; and as many names of those that were
-SESSION_FACTS = {"client": 60, "directory": 200, "branch": 100}  # characters of each
+SESSION_FACTS = {"client": 60, "directory": 1000, "branch": 100}  # characters of each
+SHOWN_FACTS = {"client": 40, "directory": 80, "branch": 60}  # in the roster, which has a bound
 MAX_MAIL = 50  # messages that are read, or marked, at once
 SWEEP_INTERVAL = 5.0  # seconds between looks for what is over
 DEAF_TIME = 30.0  # seconds in which a session takes nothing of what it is sent; then it is cut off
@@ -2226,6 +2307,13 @@ class AgentSession:
         self.is_open = True  # will its inbox wait for it?
         self.nudging = False  # will it hear of its mail at the end of this turn?
         self.deaf: float | None = None  # since when it takes nothing, on the loop's clock
+
+
+def shown_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What others need to know of a session."""
+    short = {key: cut_end(facts[key], most) for key, most in SHOWN_FACTS.items()}
+    directory = cut_begin(facts["directory"], SHOWN_FACTS["directory"])
+    return {**short, "directory": directory, "since": facts["since"]}
 
 
 class Sessions:
@@ -2244,7 +2332,7 @@ class Sessions:
     ) -> None:
         """`confirm` tells a sender what became of its message, if it wants to know that."""
         self.live: tuple[str, ...] = ()  # the one that is attached longest comes first
-        self.away: tuple[str, ...] = ()  # whose inbox waits for them
+        self.away: tuple[str, ...] = ()  # whose inbox waits for them, or an answer is to come
         self._node, self._patience = config.node.id, config.node.agent_patience
         self._configured, self._checked = config.agents.keys(), config.mqtt.senders
         self._loop, self._log, self._journal, self._members = loop, log, journal, members
@@ -2261,9 +2349,9 @@ class Sessions:
         `changed`: who is there; `inherit` finds another agent for a task, or says why not.
         """
         self._changed, self._inherit = changed, inherit
-        for name, facts in self._journal.get("sessions").items():
-            if name not in self._configured and isinstance(facts, dict):
-                self._sessions[name] = AgentSession(name, facts, self._loop.clock())
+        for name in self._journal.get("sessions"):
+            if name not in self._configured:
+                self._sessions[name] = AgentSession(name, {}, self._loop.clock())
                 self._doubt_told(name)
         if self._sessions:
             self._update()
@@ -2273,8 +2361,8 @@ class Sessions:
         return name in self._sessions
 
     def shown(self) -> Mapping[str, Mapping[str, Any]]:
-        """Who is attached, and what it works on."""
-        return {name: self._sessions[name].facts for name in self.live}
+        """Who is attached, and what it works on; of a directory the end, if it is long."""
+        return {name: shown_facts(self._sessions[name].facts) for name in self.live}
 
     # -- who comes and goes --
 
@@ -2302,6 +2390,12 @@ class Sessions:
         self._doubt_told(session.name)
         self._log.info("session ended", agent=session.name)
         self._update()
+
+    def end(self) -> None:
+        """The node is stopping: they are gone for now."""
+        for session in [*self._sessions.values()]:
+            if session.requester:
+                session.requester.close()
 
     def _doubt_told(self, name: str) -> None:
         """What a session was told, and has not read for certain, is to be read once more."""
@@ -2333,10 +2427,11 @@ class Sessions:
         for session in sorted(gone, key=lambda one: (one.is_open, one.gone))[:-MAX_ATTACHED]:
             self._close(session)
             del self._sessions[session.name]
-        known = self._sessions.values()
+        known, asking = self._sessions.values(), self._journal.askers() if gone else ()
         self.live = tuple(one.name for one in known if one.requester)
-        self.away = tuple(one.name for one in known if not one.requester and one.is_open)
-        self._journal.put("sessions", {one.name: one.facts for one in known if one.is_open})
+        gone = [one for one in known if not one.requester]
+        self.away = tuple(one.name for one in gone if one.is_open or one.name in asking)
+        self._journal.put("sessions", dict.fromkeys((*self.live, *self.away), True))
         if not self._showing:
             self._showing = True
             self._after_commit(self._show)
@@ -2381,10 +2476,10 @@ class Sessions:
         if session.requester and not session.requester.busy:
             session.requester.send({"mail": self._journal.unread(session.name)})
 
-    def inbox(self, agent: str, limit: int) -> dict[str, Any]:
+    def inbox(self, agent: str, limit: int, exchange: str = "") -> dict[str, Any]:
         """What it was not told yet, as much as fits into one line.  Raises UsageError."""
         messages: list[dict[str, Any]] = []
-        tasks, size = self._journal.inbox(self._known(agent).name, limit), 0
+        tasks, size = self._journal.inbox(self._known(agent).name, limit, exchange), 0
         for task in tasks:
             size += len(task.envelope.encode())
             if messages and size > MAX_PAYLOAD:
@@ -2505,7 +2600,7 @@ def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, An
             "id": one.id,
             "text": text_of(one.payload)[:SHOWN_TEXT],
         }
-        for one in journal.next_outgoing(0, MAX_ROWS)
+        for one in journal.unacknowledged(MAX_ROWS)
     ]
     return {
         "questions": journal.pending_requests(),
@@ -2516,12 +2611,12 @@ def pending_document(journal: Journal, given: Mapping[str, Any]) -> dict[str, An
 
 
 def log_filters(value: object) -> dict[str, Any]:
-    """an object of ch, from, to, action, corr, since"""
+    """an object of ch, from, to, node, action, corr, since, before"""
     if not isinstance(value, dict) or not value.keys() <= LOG_FILTERS.keys():
         raise ValueError
-    for said in value.values():
+    for name, said in value.items():
         word = isinstance(said, str) and (NAME.fullmatch(said) or ID.fullmatch(said))
-        if not word and bounded_number(said, 0, MAX_TS) is None:
+        if not word and bounded_number(said, 0, 2**53 if name == "before" else MAX_TS) is None:
             raise ValueError
     return value
 
@@ -2629,6 +2724,7 @@ class Requests:
         self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
         self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
+        self._watchers: dict[Requester, bool] = {}  # is it to be told of the next change?
 
     def handle(self, said: Mapping[str, Any], requester: Requester) -> dict[str, Any] | None:
         """Answer one request; None if that comes later."""
@@ -2694,6 +2790,13 @@ class Requests:
     def states(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "states": self._members.documents("state")}
 
+    def watch(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """The states; when they change it is told so, once, and may ask again when it likes."""
+        if requester not in self._watchers:
+            requester.on_close.append(lambda: self._watchers.pop(requester, None))
+        self._watchers[requester] = True
+        return self.states(given, requester)
+
     def roster(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "rosters": self._members.documents("roster")}
 
@@ -2704,6 +2807,10 @@ class Requests:
         names, away = given["to"].choose(known, given["action"], self._node)
         absent = {one.name: {"status": one.status, "age": one.age} for one in away}
         return {**self._connection(), "names": names, "away": absent}
+
+    def history(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        traffic = self._journal.traffic(time.time() - 60 * MINUTES)
+        return {"nodes": self._members.history(), "traffic": traffic}
 
     def doctor(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         return {**self._connection(), "node": self._node, "version": __version__}
@@ -2716,7 +2823,7 @@ class Requests:
         return self._sessions.document()
 
     def inbox(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
-        return self._sessions.inbox(given["agent"], given["limit"])
+        return self._sessions.inbox(given["agent"], given["limit"], given["exchange"])
 
     def mark(self, given: Mapping[str, Any], requester: Requester) -> None:
         """What a session was told, or has read."""
@@ -2763,6 +2870,12 @@ class Requests:
     def waits(self, exchange: str | None) -> bool:
         """Does somebody wait for the answers of this exchange?"""
         return exchange in self._listeners
+
+    def note_change(self) -> None:
+        """A member or the broker is not as it was: whoever watches may want to see it."""
+        for requester in [one for one, waits in self._watchers.items() if waits]:
+            self._watchers[requester] = False
+            requester.send({"changed": True})
 
     def show_news(self) -> None:
         """Something was committed: whoever follows the log wants to see it."""
@@ -2851,6 +2964,7 @@ REQUESTS = {
         {
             "agent": AGENT_FIELD,
             "limit": RequestField(integer(1, MAX_MAIL), "how many at most", 10),
+            "exchange": RequestField(identifier, "only of this exchange", ""),
         },
     ),
     "mark": Request(
@@ -2863,6 +2977,7 @@ REQUESTS = {
         },
     ),
     "states": Request(Requests.states, "how every node and agent is"),
+    "watch": Request(Requests.watch, "the same, and a word when that is no longer so"),
     "roster": Request(Requests.roster, "what every node can do"),
     "targets": Request(
         Requests.targets,
@@ -2872,6 +2987,7 @@ REQUESTS = {
             "action": RequestField(action_name, "what they shall do", ""),
         },
     ),
+    "history": Request(Requests.history, "the last hour: heartbeats, load, who wrote to whom"),
     "doctor": Request(Requests.doctor, "is the daemon there, and well?"),
     "metrics": Request(Requests.metrics, "the numbers that metrics_text() makes a page of"),
     "follow": Request(Requests.follow, "what happened, and whatever happens from now", LOG_FIELDS),
@@ -2899,6 +3015,9 @@ MAINTENANCE_INTERVAL = 30.0  # seconds between looks at the journal: too old, to
 MAX_SENDERS = 5000  # whose messages are counted
 MAX_REFUSED = 20  # of whom it is said that they send too much, for ...
 REFUSED_MEMORY = 600.0  # ... so many seconds after their last message that was refused
+BEATS = (10, 50)  # of one sender: so many a second, and a burst; what is more is dropped
+REFUSALS = (1, 100)  # told to one sender by themselves: the same; of what is more it hears ...
+REFUSALS_TOLD = 5.0  # ... how many there were, when it has been quiet for so many seconds
 TOO_MANY = "its sender sends too many"
 MAX_EARLY = 1000  # messages that wait until it is heard whose agent sent them
 EARLY = Decision(Do.DROP, "it is decided later")
@@ -2934,6 +3053,10 @@ class Worker:
 
     def trouble(self) -> str:
         """Why the node is degraded; nothing if it is not."""
+        return ""
+
+    def no_room(self, sender: str) -> str:
+        """Why no more of its messages can wait for handlers; nothing if one can."""
         return ""
 
     def numbers(self) -> dict[str, list[list[Any]]]:
@@ -2974,6 +3097,18 @@ class SenderLimits:
             self._refused[name] = (1 if first else times + 1, now)
         return first and name in self._refused
 
+    def quiet(self, now: float) -> list[tuple[str, int]]:
+        """Who was refused, how often, and is no more: they are forgotten."""
+        past = now - REFUSALS_TOLD
+        gone = [(name, times) for name, (times, last) in self._refused.items() if last <= past]
+        for name, _ in gone:
+            del self._refused[name]
+        return gone
+
+    @property
+    def refusing(self) -> bool:
+        return bool(self._refused)
+
     def trouble(self, now: float) -> list[str]:
         """Who has said too much in the last minutes, in words."""
         for name in [name for name, (_, at) in self._refused.items() if now - at > REFUSED_MEMORY]:
@@ -3012,6 +3147,7 @@ class Node:
         )
         self._rate_limit = RateLimit()
         self.limits = SenderLimits(config.node.sender_rate, config.node.sender_burst)
+        self._beats, self._refusals = SenderLimits(*BEATS), SenderLimits(*REFUSALS)
         self.requests = Requests(
             self.name,
             journal,
@@ -3022,6 +3158,7 @@ class Node:
             self.sessions,
             self.numbers,
         )
+        self.members.on_change = self.requests.note_change
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
         self._overdue: Timer | None = None
@@ -3046,6 +3183,7 @@ class Node:
         """How all others are has been heard by now."""
         if not self.heard_all:
             self.commit_soon()  # what had to wait for its address
+            self.requests.note_change()
         self.heard_all, self._seen_broker = True, self.loop.clock()
         early, self._early = self._early, []
         for message in early:
@@ -3058,6 +3196,7 @@ class Node:
         self._early.clear()  # they were not acknowledged, so they come again
         self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
+        self.requests.note_change()
 
     def _connection(self) -> dict[str, Any]:
         """How this node's way to the broker is, for its commands.
@@ -3154,6 +3293,7 @@ class Node:
     def deliver(self, message: IncomingMessage) -> None:
         if self.stopping:
             return  # not acknowledged: it comes again when this node does
+        self._seen_broker = self.loop.clock()
         meta = self.topics.meta_of(message.topic)
         if meta:
             name, document = meta
@@ -3166,21 +3306,37 @@ class Node:
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
         self.counts["received"] += 1
+        if place and self._names_sender(place) and self._is_too_much(place[2], place[1]):
+            self.counts["dropped"] += 1  # before it has cost anything: no flood delays the others
+            self._outcomes[place[1] if place[1] in CHANNELS else "none", "drop"] += 1
+            self._log_limited("dropped", ch=place[1], from_=place[2], why=TOO_MANY)
+            return self._settle(message)
         try:
             envelope = Envelope.parse(message.payload)
         except EnvelopeError as error:
             self.counts["invalid"] += 1
             self._outcomes["none", "invalid"] += 1
             self._log_limited("not an envelope", topic=message.topic, why=error)
-            return self.commit_soon(message.ack)
+            return self._settle(message)
         what, row = self._receive(envelope, message, place)
         if what is EARLY:
             return
-        if what is SIGN_OF_LIFE:
-            message.ack()  # there is nothing to commit, and no turn is cheaper than none
-        else:
+        if row:
             self.commit_soon(message.ack)
+        else:
+            self._settle(message)
         self._perform(what, envelope, row, self._time_left(envelope, message))
+
+    def _settle(self, message: IncomingMessage) -> None:
+        """Acknowledge what leaves nothing to commit: now, but behind what came before it."""
+        if self._committing:
+            self.commit_soon(message.ack)
+        else:
+            message.ack()
+
+    def _names_sender(self, place: tuple[str, str, str]) -> bool:
+        """Does the topic say who sent it, so that the broker vouches for that?"""
+        return bool(self.topics.sender and place[2])
 
     def _receive(
         self, envelope: Envelope, message: IncomingMessage, place: tuple[str, str, str] | None
@@ -3197,12 +3353,17 @@ class Node:
         if reason == OTHER_SENDER and not self.heard_all and len(self._early) < MAX_EARLY:
             self._early.append(message)  # its roster has yet to say so
             return EARLY, 0
-        if not reason and self._is_too_much(envelope):
+        named = place is not None and self._names_sender(place)
+        if not (reason or named) and self._is_too_much(envelope.sender, envelope.ch):
             reason = TOO_MANY
         if envelope.action and envelope.action not in self.worker.handlers and not reason:
             self.worker.look_again()
             here = self.context()
         what = Decision(Do.DROP, reason) if reason else decide(envelope, here)
+        if what.do is Do.RUN and (busy := self.worker.no_room(envelope.sender)):
+            what = Decision(Do.REFUSE, busy)
+        if what.do is Do.REFUSE and not self._may_refuse(envelope):
+            what = Decision(Do.DROP, what.reason)  # its sender hears how many there were
         row = 0
         if what.do not in (Do.HEAR, Do.DROP):
             note, content = "" if what.do is Do.WAKE else what.reason, message.payload.decode()
@@ -3221,17 +3382,43 @@ class Node:
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
 
-    def _is_too_much(self, envelope: Envelope) -> bool:
-        """Has its sender said too much?  It is told so once; its heartbeats do not count."""
-        name, now = envelope.sender, self.loop.clock()
-        if CHANNELS[envelope.ch].wake is Wake.NEVER or self.limits.allow(name, now):
+    def _is_too_much(self, name: str, ch: str) -> bool:
+        """Has it said too much?  It is told so once, and at the end how much was refused."""
+        now = self.loop.clock()
+        if ch == "heartbeat":
+            return not self._beats.allow(name, now)
+        if self.limits.allow(name, now):
             return False
         self.counts["refused"] += 1
         if self.limits.refuse(name, now):
             rate = f"more than {self.config.node.sender_rate:g} messages a second"
             text = f"{self.name}: {rate} came from {name}: what is too much is refused"
-            self.send(Envelope.new(self.name, name, "alert", text, corr=envelope.exchange))
+            self.send(Envelope.new(self.name, name, "alert", text))
+        self._count_refusal(name, now)
         return True
+
+    def _may_refuse(self, envelope: Envelope) -> bool:
+        """May its sender be told of it by itself?  Else it is counted."""
+        name, now = envelope.sender, self.loop.clock()
+        name = self.members.node_of(name) or name
+        if not CHANNELS[envelope.ch].handler or self._refusals.allow(name, now):
+            return True
+        self._count_refusal(name, now)
+        return False
+
+    def _count_refusal(self, name: str, now: float) -> None:
+        if not self._refusals.refusing:
+            self.loop.after(REFUSALS_TOLD, self._tell_refusals)
+        self._refusals.refuse(name, now)
+
+    def _tell_refusals(self) -> None:
+        for name, times in self._refusals.quiet(self.loop.clock()):
+            text = (
+                f"{self.name}: {times} more messages from {name} were refused, as it sent too many"
+            )
+            self.send(Envelope.new(self.name, name, "alert", text))
+        if self._refusals.refusing:
+            self.loop.after(REFUSALS_TOLD, self._tell_refusals)
 
     def _take_note(self, envelope: Envelope) -> None:
         """What a new message means to those who wait, whatever is done with it."""
@@ -3305,7 +3492,7 @@ class Node:
             case Do.HEAR:
                 self.members.hear(envelope)
             case Do.REFUSE:
-                self.refuse(envelope, what.reason)
+                self._refuse(envelope, what.reason)
             case Do.NOTE | Do.DROP:
                 pass
             case _:
@@ -3362,9 +3549,14 @@ class Node:
         wanted = envelope.extra.get(RECEIPTS) is True and envelope.to != EVERYONE
         if wanted and CHANNELS[envelope.ch].handler:
             receipt = envelope.reply(self.name, what, ch="status", urgency="later")
-            self.send(receipt, RECEIPT_NOTE)
+            self.send(receipt, RECEIPT_NOTE + what)
 
     def refuse(self, envelope: Envelope, reason: str) -> None:
+        """Tell the sender that it was not done, if it may be told of one more."""
+        if self._may_refuse(envelope):
+            self._refuse(envelope, reason)
+
+    def _refuse(self, envelope: Envelope, reason: str) -> None:
         """Tell the sender that it was not done, if its message may cause an answer at all."""
         if CHANNELS[envelope.ch].handler:
             what = envelope.action or "message"
@@ -3497,6 +3689,7 @@ class Node:
 
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
+NO_ROOM = f"busy: {MAX_RUNS_WAITING} messages wait for handlers"
 MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
@@ -3649,17 +3842,27 @@ class HandlerQueue:
 
     def put(self, run: HandlerRun) -> HandlerRun | None:
         """Wait in line; who must go where that is too long: the last one of whoever has most."""
-        sender, full = run.envelope.sender, len(self) >= MAX_RUNS_WAITING
-        most = max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
-        if full and self._lengths.get(sender, 0) >= self._lengths[most]:
+        sender = run.envelope.sender
+        if self.is_full_for(sender):
             return run
-        gone = self._take(self._last_of(most)) if full else None
+        gone = self._take(self._last_of(self._most)) if self._most else None
         place = len(self)
         if self._lengths.keys() - {sender}:
             place = fair_place([one.envelope.sender for one in self._waiting], sender)
         self._waiting.insert(place, run)
         self._lengths[sender] = self._lengths.get(sender, 0) + 1
         return gone
+
+    @property
+    def _most(self) -> str:
+        """Who has most in line, where that is too long; else nobody."""
+        full = len(self) >= MAX_RUNS_WAITING
+        return max(self._lengths, key=lambda name: self._lengths[name]) if full else ""
+
+    def is_full_for(self, sender: str) -> bool:
+        """Is there no room, and has nobody more in line than this one?"""
+        most = self._most
+        return bool(most) and self._lengths.get(sender, 0) >= self._lengths[most]
 
     def take(self) -> HandlerRun | None:
         """The next one that may run now; give its action back with done()."""
@@ -3774,10 +3977,12 @@ class Work(Worker):
             for name, agent in self._agents.items()
         }
         schedule = [one.document() for one in self._schedule]
-        sessions = self._node.sessions
+        sessions, outbox = self._node.sessions, self._journal.outbox_size
         return OwnStatus(
             *(health, [*self.handlers], schedule, self.trouble()),
-            *(self.running, len(self._queue), sessions.shown(), sessions.away),
+            *(self.running, len(self._queue), outbox),
+            sessions=sessions.shown(),
+            away=sessions.away,
         )
 
     def trouble(self) -> str:
@@ -3847,6 +4052,9 @@ class Work(Worker):
 
     # -- handlers --
 
+    def no_room(self, sender: str) -> str:
+        return NO_ROOM if self._queue.is_full_for(sender) else ""
+
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         task = self._journal.add_task(row, until=until)
         self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
@@ -3871,7 +4079,7 @@ class Work(Worker):
             self._log.warning("not run", action=run.action, why="too many handlers wait")
         else:
             self._journal.remove_task(run.task)
-            self._node.refuse(run.envelope, f"busy: {MAX_RUNS_WAITING} messages wait for handlers")
+            self._node.refuse(run.envelope, NO_ROOM)
 
     def _run_handlers(self) -> None:
         while run := self._queue.take():
@@ -4187,7 +4395,7 @@ class Daemon:
         if self.work.look_for_handlers():
             self._presence.publish_roster()
         if self.node.connected:
-            self._presence.beat()
+            self._presence.beat_when_due()
             self.node.members.check(self.loop.clock())
 
     # -- the broker --
@@ -4273,6 +4481,7 @@ class Daemon:
         if self.work.busy:
             self.loop.after(0.05, self._leave_when_idle)
             return
+        self.node.sessions.end()
         self.node.commit()
         self._presence.end()
         self._client.close(self.loop.stop, within=DISCONNECT_TIMEOUT)
@@ -6886,13 +7095,17 @@ def is_locked(*files: Path) -> bool:
 # state and roster.  A loss is logged by everyone, and announced by one.  Knows no connection:
 # whatever is to be said goes through what it is given for that.
 
-MAX_MEMBERS = 5000  # nodes and agents
+MAX_MEMBERS = 20_000  # nodes and agents
+MAX_BEATS = 10  # heartbeats a second, of all nodes together
+MAX_RENEWALS = 2  # states a second that say nothing new
+BEAT_GROWTH = 1.5  # by this the pause between two may grow at once
+MAX_KNOWN = 50  # peers that a state names
 MAX_AGENTS = 100  # of one node
 MAX_FETCH = 100  # nodes whose documents are asked for at once
 CLAIM_TIME = 60.0  # seconds in which a node may speak up that still owns agents, as we remember
 MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
-MAX_DOCUMENTS = 8 * KIB * KIB  # bytes of all that are kept
+MAX_DOCUMENTS = 24 * KIB * KIB  # bytes of all that are kept
 PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
@@ -6902,7 +7115,16 @@ MAX_LOSSES = 30  # that are announced one by one in a minute; of more there is o
 MANY_LOST = "lost::many"  # its corr; no name is like that
 ALIVE = ("online", "degraded")  # what the state of a node says that runs
 SEEN_PRECISION = 1.0  # seconds: `last_seen` is a whole number of them
-PASSING = ("last_seen", "uptime_s", "load_1m", "running", "waiting", "counters")  # no news
+MINUTES = 60  # of heartbeats and load that are remembered
+PASSING = (
+    "last_seen",
+    "uptime_s",
+    "load_1m",
+    "running",
+    "waiting",
+    "outbox",
+    "counters",
+)  # no news
 WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
@@ -6970,6 +7192,37 @@ class MemberEvent(Enum):
     RESTARTED = "peer has restarted"
 
 
+class LastHour:
+    """How many heartbeats came in each minute, and the load that the last of them told."""
+
+    def __init__(self) -> None:
+        from array import array
+
+        self._minute = 0  # the newest, by the clock of those who call
+        self._beats = bytearray(MINUTES)
+        self._loads = array("H", bytes(2 * MINUTES))  # hundredths
+
+    def beat(self, now: float, load: float | None) -> None:
+        """One heartbeat."""
+        self._advance(now)
+        here = self._minute % MINUTES
+        self._beats[here] = min(self._beats[here] + 1, 255)
+        self._loads[here] = min(round(100 * (load or 0.0)), 0xFFFF)
+
+    def document(self, now: float) -> dict[str, list[Any]]:
+        """Both by minutes, the oldest first; no load where there was no heartbeat."""
+        self._advance(now)
+        order = [(self._minute + 1 + i) % MINUTES for i in range(MINUTES)]
+        loads = [self._loads[i] / 100 if self._beats[i] else None for i in order]
+        return {"beats": [self._beats[i] for i in order], "load": loads}
+
+    def _advance(self, now: float) -> None:
+        minute = int(now // 60)
+        for passed in range(max(self._minute + 1, minute - MINUTES + 1), minute + 1):
+            self._beats[passed % MINUTES] = 0
+        self._minute = max(minute, self._minute)
+
+
 class Member:
     """Another node, or an agent of one."""
 
@@ -6984,6 +7237,8 @@ class Member:
         self.is_node = False  # has it spoken for itself, as agents do not?
         self.looks = 0  # of ours, at which it was alive and a document was missing
         self.beats = 0  # heartbeats that were heard
+        self.hour = LastHour()
+        self.changed = 0.0  # Unix seconds, when its state became what it is; 0: before we looked
 
     @property
     def proven(self) -> bool:
@@ -7069,6 +7324,7 @@ class Members:
         `fetch` asks the broker for the documents of these, which come as all others do.
         """
         self.presence: Presence | None = None  # what this node shows of itself, if it does
+        self.on_change: Callable[[], object] = lambda: None  # somebody is not as before
         self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
         self._loop, self._log = loop, log
         self._send, self._probe, self._fetch = send, probe, fetch
@@ -7097,16 +7353,33 @@ class Members:
         if envelope.sender == self._me:
             if self.presence:
                 self.presence.answer(boot)
-            return
+            return self._beat(envelope.sender, said)
         news = self.heartbeat_from(
             envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
         )
+        self._beat(envelope.sender, said)
         if news:
             self._log.info(news.value, peer=envelope.sender)
+            self.on_change()
         first = news is MemberEvent.BACK and self.rank(about=envelope.sender) == 0
         if first and self._limit.allow("back", self._loop.clock()):
             text = f"{envelope.sender} is back"
             self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
+
+    def _beat(self, name: str, said: Mapping[str, Any]) -> None:
+        """For the history of whoever is known."""
+        if name in self._members:
+            load = bounded_number(said.get("load_1m"), 0, 1e6)
+            self._members[name].hour.beat(self._loop.clock(), load)
+
+    def history(self) -> dict[str, dict[str, Any]]:
+        """The last hour of each node, and since when it is as it is."""
+        now = self._loop.clock()
+        return {
+            name: {**member.hour.document(now), "changed": member.changed}
+            for name, member in self._members.items()
+            if member.is_node or name == self._me
+        }
 
     def hear_document(self, name: str, kind: str, message: IncomingMessage) -> None:
         """A state or a roster."""
@@ -7125,6 +7398,13 @@ class Members:
         own = kind == "roster" or content.get("daemon_node", name) == name  # no agent's
         if not own and self._checked_hive:
             return  # from before: nobody can write it any more
+        before = self.document(name, kind)
+        if (
+            before
+            and kind == "state"
+            and any(before.get(key) != content.get(key) for key in ("status", "reason"))
+        ):
+            self._members[name].changed = time.time()
         self._keep(name, kind, payload if content else b"")
         if own and content and name in self._members:
             self._members[name].is_node = True
@@ -7133,6 +7413,8 @@ class Members:
             self._agents.take(name, content, keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
+        if any(content.get(k) != before.get(k) for k in {*content, *before} - {*PASSING}):
+            self.on_change()
 
     def _forget(self, name: str) -> None:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
@@ -7141,6 +7423,7 @@ class Members:
             self._agents.take(name, {}, self._keeper)
             self._size -= len(member.documents.pop("state", b""))
             self._log.info("peer is forgotten", peer=name)
+            self.on_change()
         if member and member.documents:
             self._members[name] = Member()  # its roster goes by itself
             self._members[name].documents = member.documents
@@ -7195,6 +7478,8 @@ class Members:
                 document["last_seen"] = member.seen
             if member.status is MemberStatus.FAILED and status_of(document) in ALIVE:
                 document |= {"status": "offline", "reason": "lost"}  # our judgement, not its word
+            if kind == "roster" and member.status in (MemberStatus.LEFT, MemberStatus.FAILED):
+                document.pop("sessions", None)
             if document:
                 found[name] = document
         return self._with_agents(found) if kind == "state" else found
@@ -7297,7 +7582,9 @@ class Members:
         if len(self._members) > MAX_MEMBERS:
             known = self._members.items()
             dead = (one for one, each in known if each.status is not MemberStatus.ALIVE)
-            gone = self._members.pop(next(dead, name))
+            gone = self._members.pop(lost := next(dead, name))
+            if lost == name and self._limit.allow("full", self._loop.clock()):
+                self._log.error("too many members: not known here", peer=name, most=MAX_MEMBERS)
             self._size -= sum(map(len, gone.documents.values()))
         return member
 
@@ -7340,6 +7627,7 @@ class Members:
         if member is None or member.status is not MemberStatus.ALIVE:
             return False
         member.status, member.failed = status, failed
+        self.on_change()
         return True
 
     def failed_since(self, now: float) -> list[str]:
@@ -7487,6 +7775,7 @@ class OwnStatus(Value):
     trouble: str  # why it is degraded, or nothing
     running: int = 0  # handlers
     waiting: int = 0  # messages for handlers
+    outbox: int = 0  # and for the broker
     sessions: Mapping[str, Mapping[str, object]] = {}  # who is attached, and what it works on
     away: Sequence[str] = ()  # sessions that are gone, and whose mail is kept
 
@@ -7546,6 +7835,7 @@ class Presence:
         self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
         self._seq = 0
+        self.interval = config.heartbeat.interval  # seconds until the next heartbeat
         self._beaten = self._shown_at = float("-inf")
         self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
 
@@ -7554,6 +7844,25 @@ class Presence:
         self._shown_at = float("-inf")
         self.publish_roster()
         self.beat()
+
+    def beat_when_due(self) -> None:
+        """To be called at every interval of the configuration: a large hive beats more slowly."""
+        own, silence = self._own.interval, self._loop.clock() - self._beaten
+        if self.interval <= own or silence + 0.9 * own >= self.interval:  # the next one is late
+            self.beat()
+
+    def _paced(self) -> float:
+        """Seconds until the next heartbeat: all nodes together send MAX_BEATS a second at most.
+
+        It grows slowly: should one be lost on the way, the next is in time by the word before.
+        """
+        fair = (len(self._known()) + 1) / MAX_BEATS
+        return min(max(self._own.interval, fair), self.interval * BEAT_GROWTH)
+
+    @property
+    def _renewal(self) -> float:
+        """By which interval a state is judged: what needs no heartbeat to know is no hurry."""
+        return max(self.interval, (len(self._known()) + 1) / MAX_RENEWALS)
 
     def answer(self, boot: str) -> None:
         """Our own heartbeat; or another daemon asks whether our name is taken."""
@@ -7567,12 +7876,13 @@ class Presence:
         all heartbeats that may be missed.  So it is renewed one heartbeat before that.
         """
         now = self._beaten = self._loop.clock()
+        self.interval = self._paced()
         topic = self._topics.to(EVERYONE, "heartbeat")
         self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
         states = self._states("online")
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
-        due = self._shown_at + self._own.interval * (self._own.miss_threshold - 1)
-        if news != self._shown or now + 0.9 * self._own.interval >= due:  # the next one is late
+        due = self._shown_at + self._renewal * (self._own.miss_threshold - 1)
+        if news != self._shown or now + 0.9 * self.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
             self._publish_states(states)
 
@@ -7594,7 +7904,7 @@ class Presence:
             "node_id": self._node,
             "uptime_s": round(self._loop.clock() - self._started, 1),
             "load_1m": load_1m(),
-            "interval": self._own.interval,
+            "interval": self.interval,
             "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
             "boot": self._instance,
             "seq": self._seq,
@@ -7610,15 +7920,16 @@ class Presence:
             "status": "degraded" if status == "online" and own.trouble else status,
             "last_seen": int(time.time()),
             "uptime_s": round(self._loop.clock() - self._started, 1),
-            "known_peers": self._known(),
+            "known_peers": self._known()[:MAX_KNOWN],
             "daemon_node": self._node,
             "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),
             "running": own.running,
             "waiting": own.waiting,
+            "outbox": own.outbox,
             "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
             "instance": self._instance,
-            "interval": self._own.interval,
+            "interval": self._renewal,
             "miss_threshold": self._own.miss_threshold,
             "host": socket.gethostname(),
             "counters": self._counts,
@@ -10353,9 +10664,8 @@ class MqttClient:
         self._protocol = settings.protocol
         self._inflight: dict[int, OutgoingMessage] = {}  # by packet id: not acknowledged yet
         self._held: dict[str, OutgoingMessage] = {}  # past the outbox, until the window opens
-        self._last = 0  # the number of the last message that was taken from the outbox
-        self._again = 0  # up to this number they were acknowledged once, but perhaps not saved
-        self._suspects = 0  # up to this number one by one: the broker hung up at one of them
+        self._again = set[int]()  # by number: acknowledged once, but perhaps not saved
+        self._suspects = set[int]()  # the broker hung up at one of them: all go one by one
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
@@ -10396,7 +10706,7 @@ class MqttClient:
         reason, 0 for success, or -1 where it never got it.  It has no `id` the second time.
         """
         self._outbox, self._published, self._address = outbox, published, address
-        self._again = outbox.requeue(time.time() - RESEND_WITHIN)
+        self._again |= outbox.requeue(time.time() - RESEND_WITHIN)
 
     def open(self, listener: ClientListener) -> None:
         """Begin to connect; `listener` hears of everything from now on."""
@@ -10439,17 +10749,12 @@ class MqttClient:
         """Send what is next in the outbox.  To be called when that is committed."""
         if self._outbox and self._connection and self._connection.up:
             self._outbox.saved_before = self._connection.heard - UNSAVED_SECONDS
-            under_way = sum(1 for message in self._inflight.values() if message.n)
             room = self._room()
-            if self._last < self._suspects:
+            if self._suspects:
                 room = min(room, 1 - len(self._inflight))
-            if room > 0 and self._outbox.outbox_size > under_way:
-                for message in self._outbox.next_outgoing(self._last, room):
-                    topic = self._address(message.topic)
-                    if topic is None:
-                        break
-                    self._last = message.n
-                    self._send(message, topic)
+            if room > 0 and self._outbox.has_outgoing:
+                for message in self._outbox.next_outgoing(room, self._address):
+                    self._send(message, self._address(message.topic) or "")
         self._finish_if_idle()
 
     def _room(self) -> int:
@@ -10479,7 +10784,9 @@ class MqttClient:
         self._hang_ups.pop(message.n or message.topic, None)
         if self._outbox and message.n:
             self._outbox.dequeue(message, acknowledged=code == 0)
-            if message.n <= self._again:
+            self._suspects.discard(message.n)
+            if message.n in self._again:
+                self._again.remove(message.n)
                 message = message.replace(id=None)  # that was told when it was first sent
         message.done(code, words)
         self._published(message, code, words)
@@ -10584,8 +10891,7 @@ class MqttClient:
         self._inflight.clear()
         self._held.clear()
         if self._outbox:
-            again = self._outbox.requeue(connection.heard - UNSAVED_SECONDS)
-            self._again, self._last = max(self._again, again), 0
+            self._again |= self._outbox.requeue(connection.heard - UNSAVED_SECONDS)
         if self._listener is None:
             return
         no_v5 = connection.v5 and (code == UNSUPPORTED_PROTOCOL or connection.hung_up)
@@ -10605,8 +10911,7 @@ class MqttClient:
         for key in under_way:
             self._hang_ups[key] = self._hang_ups.get(key, 0) + 1
         sent = [message for message in under_way.values() if message.n]
-        if sent:
-            self._suspects = max(self._suspects, sent[-1].n)
+        self._suspects.update(message.n for message in sent)
         sizes = {key: PacketLimit.size(one.topic, one.payload) for key, one in under_way.items()}
         key, size = max(sizes.items(), key=lambda item: item[1])
         often = self._hang_ups[key] >= (MAX_HANG_UPS if connection.v5 else LARGE_HANG_UPS)
@@ -11113,7 +11418,7 @@ def printable(value: object, limit: int = 60) -> str:
     """One line without anything that could move a cursor, cut to `limit` characters."""
     said = value if isinstance(value, str) else "-" if value is None else str(value)
     said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
-    return said if len(said) <= limit else said[: limit - 1] + "…"
+    return cut_end(said, limit)
 
 
 def for_terminal(text: str) -> str:
@@ -11161,6 +11466,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], colour: b
     return "\n".join(map(line, (header, *rows))) + "\n"
 
 
+REASONS = {
+    "connection lost": "its connection died",
+    "lost": "it has fallen silent",
+}
+
+
 class StatusRow(Value):
     """A node, or one of its agents."""
 
@@ -11174,6 +11485,7 @@ class StatusRow(Value):
     age_s: float | None
     version: str | None
     reason: str | None
+    session: Mapping[str, Any] | None  # what it works on, if it is one
 
     @property
     def is_node(self) -> bool:
@@ -11182,6 +11494,18 @@ class StatusRow(Value):
     @property
     def alive(self) -> bool:
         return self.status in ALIVE
+
+    @property
+    def condition(self) -> str:
+        """Its status, in which one that has stopped is told from one that is lost."""
+        return condition_of(self.status, self.reason)
+
+    @property
+    def why(self) -> str:
+        """The reason for that in words, where it does not go without saying."""
+        if self.condition == "stopped":
+            return ""
+        return REASONS.get(self.reason or "", self.reason or "")
 
 
 def status_row(
@@ -11208,6 +11532,7 @@ def status_row(
         age_s=age,
         version=printable(version, 30) if version else None,
         reason=printable(reason, 200) if reason else None,
+        session=session_facts(state["session"]) if "session" in state else None,
     )
 
 
@@ -11237,24 +11562,116 @@ def status_summary(rows: Sequence[StatusRow]) -> str:
     return f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}: {counts}"
 
 
+def status_words(rows: Sequence[StatusRow], now: float) -> str:
+    """How the nodes are, on one line; when those that are gone were last seen, and why one is."""
+    order = ("online", "degraded", "stale", "stopped", "lost")
+    nodes = {one: [row for row in rows if row.is_node and row.condition == one] for one in order}
+    others = len([row for row in rows if row.is_node]) - sum(map(len, nodes.values()))
+    words = [f"{others} unknown"] if others else []
+    for one, found in nodes.items():
+        seen = max((row.last_seen or 0 for row in found if not row.alive), default=0)
+        last = f"{', the last' if found[1:] else ''} since {short_time(seen, now)}" if seen else ""
+        why = f": {found[0].why}" if one == "lost" and len(found) == 1 else ""
+        words += [f"{len(found)} {one}{last}{why}"] if found else []
+    return ", ".join(words) or "no node yet"
+
+
+def short_time(at: float, now: float) -> str:
+    """A moment, by this machine's clock; with its day where that is not long ago."""
+    return time.strftime("%H:%M" if now - at < 43200 else "%m-%d %H:%M", time.localtime(at))
+
+
+def status_screen(
+    rows: Sequence[StatusRow], head: Sequence[str], foot: str, height: int, colour: bool
+) -> list[str]:
+    """The lines of a screen, which cuts what is too long; a reason stands below its node."""
+    cells = [
+        (
+            row.name,
+            row.condition,
+            "-" if row.age_s is None else f"{for_people(row.age_s)} ago",
+            for_people(row.uptime_s) if row.alive else "-",
+            "-" if row.load_1m is None else f"{row.load_1m:.2f}",
+            ", ".join(f"{name} {health}" for name, health in row.agents.items()),
+        )
+        for row in rows
+    ]
+    header = ("NAME", "STATUS", "SEEN", "UPTIME", "LOAD", "AGENTS")
+    title, *lines = format_table(header, cells, colour).splitlines()
+    body = [*head, "", title]
+    for row, line in zip(rows, lines, strict=True):
+        body += [line, *([f"  {row.why}"] if row.why else [])]
+    if len(body) > (room := max(height - 2, 2)):
+        body[room - 1 :] = [
+            f"and {len(body) - room + 1} lines more: make it higher, or: hive status"
+        ]
+    return [*body, *[""] * (room - len(body)), "", foot]
+
+
 def status_table(rows: Sequence[StatusRow], colour: bool) -> str:
+    """Nodes and configured agents; sessions have a table of their own."""
+    sessions = {row.name for row in rows if row.session}
     cells = [
         (
             row.name if row.is_node else f"  {row.name}",
             row.status,
-            ", ".join(f"{name} {health}" for name, health in row.agents.items()) or "-"
+            ", ".join(f"{name} {how}" for name, how in row.agents.items() if name not in sessions)
+            or "-"
             if row.is_node
             else row.agents.get(row.name, "-"),
-            "-" if row.load_1m is None else f"{row.load_1m:.2f}",
-            for_people(row.uptime_s) if row.alive else "-",
+            "-" if row.load_1m is None or not row.is_node else f"{row.load_1m:.2f}",
+            for_people(row.uptime_s) if row.alive and row.is_node else "-",
             "-" if row.age_s is None else f"{for_people(row.age_s)} ago",
-            row.version or "-",
+            row.version if row.version and row.is_node else "-",
         )
         for row in rows
+        if not row.session
     ]
     return format_table(
         ("NAME", "STATUS", "AGENTS", "LOAD", "UPTIME", "SEEN", "VERSION"), cells, colour
     )
+
+
+def session_facts(said: object) -> dict[str, Any]:
+    """What a roster tells of a session, whatever it holds."""
+    known = said if isinstance(said, dict) else {}
+    facts = {key: printable(known.get(key) or "-", most) for key, most in SHOWN_FACTS.items()}
+    return facts | {"since": bounded_number(known.get("since"), 1, MAX_TS)}
+
+
+def sessions_table(
+    sessions: Sequence[tuple[str, str, Mapping[str, Any]]], now: float, width: int
+) -> str:
+    """Agent programs that are attached: (name, node, facts); nothing where there are none.
+
+    In `width` columns if that can be: names are not cut, and of a directory the end is kept.
+    """
+    rows = [["SESSION", "NODE", "CLIENT", "DIRECTORY", "BRANCH", "FOR"]]
+    for name, node, facts in sessions:
+        ago = for_people(max(0.0, now - facts["since"])) if facts["since"] else "-"
+        rows.append([name, node, *(facts[key] for key in SESSION_FACTS), ago])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    over = sum(widths) + 2 * (len(widths) - 1) - width
+    for least, *columns in ((12, 3, 4), (12, 2)):  # directory and branch, before the client
+        while over > 0 and max(widths[i] for i in columns) > least:
+            widths[max(columns, key=widths.__getitem__)] -= 1
+            over -= 1
+    for row in rows[1:]:
+        row[3] = cut_begin(row[3], widths[3])
+        row[:] = [printable(cell, most) for cell, most in zip(row, widths, strict=True)]
+    return "\n" + format_table(rows[0], rows[1:], colour=False) if sessions else ""
+
+
+def sessions_in(
+    documents: Mapping[str, Mapping[str, Any]],
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Those that rosters name."""
+    return [
+        (name, node, session_facts(document["sessions"].get(name)))
+        for node, document in sorted(documents.items())
+        if isinstance(document.get("sessions"), dict)
+        for name in sorted(names_in(document, "sessions"))
+    ]
 
 
 def status_notes(rows: Sequence[StatusRow]) -> str:
@@ -11374,9 +11791,10 @@ def log_lines(row: Mapping[str, Any], width: int) -> str:
     """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
 
     The text of an alert goes on below, because its cause stands at the end.  That it was told to
-    an agent is no news; `show` has it.
+    an agent is no news, nor is a receipt; `show` has them.
     """
-    if row["ch"] == "alert" and row["event"] == "did" and str(row["note"]).startswith("told "):
+    told = row["event"] == "did" and str(row["note"]).startswith("told ")
+    if (row["ch"] == "alert" and told) or str(row["note"]).startswith(RECEIPT_NOTE):
         return ""
     first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
     lines, indent = [first[:width]], " " * 4
@@ -11403,6 +11821,11 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     lines = []
     for row in rows:
         action = f", {row['action']}" if row["action"] else ""
+        if str(row["note"]).startswith(RECEIPT_NOTE):
+            if row["event"] == "in":  # of those that we gave we say what was done
+                said = printable(row["note"].removeprefix(RECEIPT_NOTE), MAX_ERROR)
+                lines.append(f"{clock_time(row['time'])} {row['from']}: {said}")
+            continue
         if row["event"] == "did":
             lines.append(f"{clock_time(row['time'])} did: {printable(row['note'], MAX_ERROR)}")
             continue
@@ -11479,6 +11902,7 @@ def for_due(due: float | None, now: float) -> str:
 PATIENCE = 10.0  # seconds until a command that was given no other time gives up
 MIN_PATIENCE = 2.0  # seconds that it takes to find out, however little it was given
 GOODBYE = 1.0  # seconds
+PUBLISHED_TIMEOUT = 2.0  # seconds that a command waits for the broker, once its daemon has it all
 LOOKING_BACK = 1.0  # seconds that a command may have the lock of a daemon that does not run
 RUNNING = ".running"  # below state_home(): a file for each daemon that runs, which has it locked
 MAX_DAEMONS = 100  # of one user that are looked at
@@ -11876,7 +12300,7 @@ class ReplyCollector:
         self.outstanding = {envelope.to}  # who has not answered
         self.refused = False  # did an alert come?
         self.states: dict[str, dict[str, Any]] = {}
-        self._envelope, self._heartbeat = envelope, heartbeat
+        self._envelope, self._heartbeat, self._answers = envelope, heartbeat, 0
 
     def expect(self, states: dict[str, dict[str, Any]]) -> None:
         """These are the nodes and agents; from all, whoever is online and hears it shall answer."""
@@ -11894,6 +12318,12 @@ class ReplyCollector:
         """All but those whose state says that they have none: they would answer nothing."""
         return {name for name in names if self.states[name].get("oc") != {}}
 
+    def waiting(self) -> str:
+        """For whom, and how many have answered."""
+        names, more = sorted(self.outstanding)[:5], ", ..." if len(self.outstanding) > 5 else ""
+        answered = f" ({self._answers} answered)" if self._envelope.to == EVERYONE else ""
+        return f"waiting for {', '.join(names)}{more}{answered}"
+
     def rows(self) -> list[StatusRow]:
         return status_rows(self.states, self._heartbeat, time.time())
 
@@ -11903,6 +12333,7 @@ class ReplyCollector:
             return False
         if answer.reply_to not in (None, self._envelope.id):
             return False  # it answers an earlier message of the exchange
+        self._answers += 1
         self.refused |= answer.ch == "alert"
         to_all = self._envelope.to == EVERYONE
         self.outstanding.discard(answer.sender if to_all else self._envelope.to)
@@ -11996,6 +12427,250 @@ class NodeRemoval:
                 raise broker_fault(self._mqtt, f"no answer in {PATIENCE:.2g} s")
             self._loop.step()
         timer.cancel()
+
+
+# ---- Watch: what a terminal shows meanwhile ----------------------------------------------
+#
+# While something goes on: the state of all nodes as it changes, and a line of progress.  What is
+# no terminal gets lines, and no progress.  However it ends, the terminal is as it was.
+
+WATCH_GAP = 0.2  # seconds between two looks, however much changes
+WATCH_EVERY = (
+    1.0,
+    30.0,
+)  # seconds until the next look where nothing does: a heartbeat, within these
+SCREEN = (80, 24)  # columns and lines of a terminal that does not say
+
+
+def is_terminal(stream: IO[str]) -> bool:
+    """Can lines that are written there be taken back?"""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class StatusFeed:
+    """How all nodes are, as this node's daemon tells it; the daemon may go and come."""
+
+    def __init__(self, config: Config) -> None:
+        self.rows: list[StatusRow] = []  # the nodes
+        self.node, self.broker = config.node.id, "no broker"
+        self.fault = ""  # why what is known is old
+        self.at = self.due = 0.0  # when it was so, Unix seconds; the next look, monotonic
+        self.control: ControlClient | None = None
+        self._config = config
+
+    def look(self) -> None:
+        """Ask the daemon, which tells of the next change then; raises HiveError."""
+        self.due = time.monotonic() + WATCH_EVERY[0]
+        self.control = self.control or connect_to_daemon(self._config)
+        if not self.control:
+            none = f"no daemon of {self.node} runs on this machine (hive daemon)"
+            self.fault = self.fault or f"{none}; waiting for it"
+            return
+        try:
+            said = self.control.ask({"do": "watch"})
+        except DaemonError as error:
+            return self._lose(error)
+        if "error" in said:
+            raise HiveError(
+                f"the daemon of {self.node}: {said['error']}; is it of another version?"
+            )
+        self.broker, self.fault = said["broker"], str(said["fault"])
+        if said["complete"]:  # a broker that stops lets all seem lost
+            self.at = time.time()
+            rows = status_rows(said["states"], self._config.heartbeat, self.at)
+            self.rows = [row for row in rows if row.is_node]
+        low, high = WATCH_EVERY
+        self.due = time.monotonic() + min(max(low, self._config.heartbeat.interval), high)
+
+    def hear(self) -> None:
+        """The daemon has said something: that there is news, or its last word."""
+        try:
+            while self.control and self.control.receive(0.0):
+                self.due = min(self.due, time.monotonic() + WATCH_GAP)
+        except DaemonError as error:
+            self._lose(error)
+
+    def _lose(self, why: DaemonError) -> None:
+        self.close()
+        self.control, self.fault = None, f"{why}; waiting for it"
+
+    def close(self) -> None:
+        if self.control:
+            self.control.close()
+
+
+class StatusLines:
+    """For a pipe: a line for each node, and for whatever changes from then on."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+
+    def show(self, feed: StatusFeed) -> None:
+        now = {"": feed.fault or f"the daemon of {feed.node} is there, and the broker"}
+        for row in feed.rows:
+            why = f": {row.why}" if row.why and row.status != "stale" else ""
+            now[row.name] = f"{row.name}: {row.condition}{why}"
+        gone = {name: f"{name}: forgotten" for name in self._known.keys() - now.keys()}
+        for name, words in (now | gone).items():
+            if self._known.get(name) != words:
+                print(clock_time(time.time()), words, flush=True)
+        self._known = now
+
+
+class StatusScreen:
+    """For a terminal: its other screen, drawn anew each time; after this it is as it was."""
+
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+        self._modes: list[Any] = []  # of the keyboard, before
+        self._keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
+
+    def open(self) -> None:
+        import termios
+
+        if self._keys >= 0:
+            self._modes = termios.tcgetattr(self._keys)
+            silent = [*self._modes]
+            silent[3] &= ~(termios.ICANON | termios.ECHO)
+            termios.tcsetattr(self._keys, termios.TCSADRAIN, silent)
+        self._write("\033[?1049h\033[?25l\033[?7l")  # other screen, no cursor, no wrapping
+
+    def close(self) -> None:
+        import termios
+
+        with contextlib.suppress(OSError, termios.error):
+            self._write("\033[?7h\033[?25h\033[?1049l")
+        if self._modes:
+            with contextlib.suppress(OSError, termios.error):
+                termios.tcsetattr(self._keys, termios.TCSADRAIN, self._modes)
+
+    def suspend(self) -> None:
+        """Ctrl-Z: the shell's turn, until it lets us go on."""
+        self.close()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.open()
+
+    def show(self, feed: StatusFeed) -> None:
+        try:
+            size = os.get_terminal_size(sys.stdout.fileno())
+        except OSError:
+            size = os.terminal_size((0, 0))
+        import textwrap
+
+        now, old = time.time(), bool(feed.fault and feed.rows)
+        words = f"as of {short_time(feed.at, now)}: " * old + status_words(feed.rows, now)
+        head = [words, *textwrap.wrap(printable(feed.fault, 300), size.columns or SCREEN[0])]
+        foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
+        passed = now - feed.at
+        rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
+        lines = status_screen(rows, head, foot, size.lines or SCREEN[1], self._colour)
+        self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
+
+    def leaves(self) -> bool:
+        """Something was typed: was it q?"""
+        typed = os.read(self._keys, 1024)
+        if not typed:
+            self._keys = -1  # nobody types any more
+        return b"q" in typed.lower()
+
+    @property
+    def keys(self) -> list[int]:
+        return [self._keys] if self._keys >= 0 else []
+
+    @staticmethod
+    def _write(said: str) -> None:
+        sys.stdout.write(said)
+        sys.stdout.flush()
+
+
+def watch_status(config: Config, colour: bool) -> None:
+    """Show how all nodes are, and whatever changes, until q, a signal, or HiveError."""
+    import select
+
+    feed, lines = StatusFeed(config), StatusLines()
+    screen = StatusScreen(colour) if is_terminal(sys.stdout) else None
+    woken, waker = nonblocking_pair()
+
+    def end(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    with woken, waker, contextlib.ExitStack() as ending:
+        ending.callback(feed.close)
+        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGHUP, end)
+        if screen:
+            signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+            ending.callback(signal.set_wakeup_fd, -1)
+            signal.signal(signal.SIGWINCH, lambda *_: None)
+            signal.signal(signal.SIGTSTP, lambda *_: screen.suspend())
+            ending.callback(screen.close)
+            screen.open()
+        while True:
+            if time.monotonic() >= feed.due:
+                feed.look()
+            (screen or lines).show(feed)
+            wait = min(feed.due - time.monotonic(), 1.0 if screen else WATCH_EVERY[1])
+            keys = screen.keys if screen else []
+            files: list[Any] = [woken, *keys, *([feed.control] if feed.control else [])]
+            ready = select.select(files, [], [], max(wait, 0.0))[0]
+            if feed.control in ready:
+                feed.hear()
+            if screen and {*keys} & {*ready} and screen.leaves():
+                return
+            if woken in ready:
+                woken.recv(4096)
+
+
+class Progress:
+    """What is waited for, and since when: on a terminal, from the second second on, until it ends.
+
+    Others write to the terminal while it is `hidden`.  Drawn by SIGALRM, which interrupts no call.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._began, self._shown, self._hides = time.monotonic(), False, False
+
+    def __enter__(self) -> Self:
+        if is_terminal(sys.stderr):
+            signal.signal(signal.SIGALRM, lambda *_: self._draw())
+            signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        self._erase()
+
+    def check(self, name: str) -> None:
+        self.what = f"checking {name}"
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        self._erase()
+        self._hides = True
+        try:
+            yield
+        finally:
+            self._hides = False
+
+    def _draw(self) -> None:
+        import shutil
+
+        if self._hides:
+            return
+        self._shown = True
+        line = f"{self.what}, {for_people(time.monotonic() - self._began)}"
+        self._write(printable(line, max(shutil.get_terminal_size().columns - 1, 20)))
+
+    def _erase(self) -> None:
+        if self._shown:
+            self._shown = False
+            self._write("")
+
+    @staticmethod
+    def _write(line: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"\r{line}\033[K".encode())
 
 
 # ---- Setup: a hive.toml for this machine -------------------------------------------------
@@ -12885,6 +13560,32 @@ def check_nodes(context: DoctorContext) -> Iterator[Finding]:
         yield Finding(Level.WARN, what, todo)
 
 
+def check_hosting(context: DoctorContext) -> Iterator[Finding]:
+    """Where this machine carries the hive: its address, its certificate, who keeps it running."""
+    host, now = Host(context.config.state_dir), time.time()
+    settings = host.settings()
+    if settings is None:
+        return
+    days, running, keeper = host.days_left(now), host.service_pid(), supervisor()
+    findings = []
+    try:
+        settings.bind(0)
+        if not (running and host.broker_pid()):
+            findings.append((Level.FAIL, f"Mosquitto for this hive does not run; see {host.log}"))
+    except OSError as error:
+        findings.append((Level.FAIL, f"{settings.listen}: {reason_of(error)}"))
+    if days < RENEWAL / 86400 - 1:
+        level = Level.WARN if days > 0 else Level.FAIL
+        findings.append((level, f"its certificate holds {days} days, and was not renewed"))
+    if unnamed := host.unnamed(settings):
+        findings.append((Level.FAIL, f"its certificate does not name {', '.join(unnamed)}"))
+    if keeper == NOT_KEPT:
+        findings.append((Level.WARN, f"Mosquitto for this hive {keeper}"))
+    yield from (Finding(level, what, HOST_AGAIN) for level, what in findings)
+    if not findings:
+        yield Finding(Level.OK, f"Mosquitto {keeper}; its certificate holds {days} days")
+
+
 class Check(Value):
     """One thing to look at, and what must be well before."""
 
@@ -12901,6 +13602,7 @@ CHECKS = (
     Check("handlers", check_handlers, ("config",)),
     Check("daemon", check_daemon, ("config",)),
     Check("agents", check_agents, ("config",)),
+    Check("hosting", check_hosting, ("config",)),
     Check("broker", check_broker, ("paho", "config")),
     Check("subscribe", check_subscribing, ("broker",)),
     Check("publish", check_publishing, ("subscribe",)),
@@ -12912,12 +13614,18 @@ CHECKS = (
 )
 
 
-def examine(load: Callable[[], Config], now: float) -> Iterator[tuple[str, Finding]]:
-    """Every check with what it finds, as soon as that is known; `load` reads the configuration."""
+def examine(
+    load: Callable[[], Config], now: float, begin: Callable[[str], object]
+) -> Iterator[tuple[str, Finding]]:
+    """Every check with what it finds, as soon as that is known; `load` reads the configuration.
+
+    Calls `begin` with the name of each that begins.
+    """
     failed: dict[str, str] = {}  # check: whose fault it is
     with contextlib.ExitStack() as ending:
         context = DoctorContext(load, now, ending)
         for check in CHECKS:
+            begin(check.name)
             cause = next((failed[one] for one in check.needs if one in failed), None)
             if cause:
                 failed[check.name] = cause
@@ -13380,9 +14088,21 @@ class HostSettings(Value):
         return not is_address(self.listen) or bool(re.fullmatch("[0.:]+", self.listen))
 
     @property
+    def reached_at(self) -> list[str]:
+        """What its certificate names, besides this machine for itself."""
+        return [*self.names, *([] if self.everywhere else [self.listen])]
+
+    @property
     def own(self) -> str:
         """How this machine's own node finds it."""
         return LOCALHOST if self.everywhere else self.listen
+
+    def bind(self, port: int) -> None:
+        """Try whether this machine has that address, and the port is free; raises OSError."""
+        where = "" if self.everywhere else self.listen
+        with socket.socket(socket.AF_INET6 if ":" in where else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((where, port))
 
 
 class Host:
@@ -13394,6 +14114,7 @@ class Host:
         self.conf, self.authority = self.folder / "mosquitto.conf", self.folder / "ca.pem"
         self._passwords, self._invited = self.folder / "passwords", self.folder / "invited.json"
         self._settings, self._pid = self.folder / "host.json", self.folder / "mosquitto.pid"
+        self.log = self.folder / "host.log"  # of its service, where no supervisor has it
         self.broker_lock, self.service_lock = (
             self.folder / "mosquitto.lock",
             self.folder / "service.lock",
@@ -13469,9 +14190,7 @@ class Host:
     def _certify(self, settings: HostSettings, now: float) -> bool:
         """The authority once; the server's certificate for these names, as long as it holds."""
         words = {"PREFIX": settings.prefix[:50], "CN": settings.own[:64]}
-        words["SUBJECT_NAMES"] = subject_names(
-            [*settings.names, *([] if settings.everywhere else [settings.listen])]
-        )
+        words["SUBJECT_NAMES"] = subject_names(settings.reached_at)
         request, names = self.folder / "openssl.cnf", self.folder / "server.names"
         made = not self.authority.exists()
         if made:
@@ -13518,6 +14237,22 @@ class Host:
             ssl.cert_time_to_seconds(line.partition("=")[2]) for line in said.splitlines()
         )
         return float(ends) if begins <= now + LOCK_PATIENCE else 0.0  # may be newer than now
+
+    def days_left(self, now: float) -> int:
+        """Whole days until the first of its certificates ends; 0 where one does not hold now."""
+        ends = min(self._ends(file, now) for file in (self._server, self.authority))
+        return max(0, int((ends - now) // 86400))
+
+    def unnamed(self, settings: HostSettings) -> list[str]:
+        """How peers call this machine, though its certificate does not."""
+        import ipaddress
+
+        def plain(name: str) -> object:
+            return ipaddress.ip_address(name) if is_address(name) else name.lower()
+
+        said = openssl("x509", "-noout", "-text", "-in", str(self._server))
+        named = {plain(one) for one in re.findall(r"(?:DNS|IP Address):([^\s,]+)", said)}
+        return [name for name in settings.reached_at if plain(name) not in named]
 
     def renew(self, now: float) -> None:
         """Renew the server's certificate if it is about to end."""
@@ -13587,13 +14322,22 @@ class Host:
             self._write_members({**self.members(), name: hashed})
         return self.reload()
 
-    def expel(self, name: str) -> bool:
-        """Whoever has this name is out; was it a member?"""
+    def shut_out(self, name: str) -> bool:
+        """Whoever has this name is out, by a password that nobody knows; was it a member?"""
         with self.lock():
             members = self.members()
-            found = members.pop(name, None)
+            if name not in members:
+                return False
+            members[name] = password_hash(new_password(), os.urandom(12))
             self._write_members(members)
-        return found is not None
+        return True
+
+    def expel(self, name: str) -> None:
+        """The name may be given to another: nothing is left of who had it."""
+        with self.lock():
+            members = self.members()
+            members.pop(name, None)
+            self._write_members(members)
 
     def end_invitations(self, now: float) -> list[str]:
         """Who did not come in time is out."""
@@ -13906,7 +14650,7 @@ def launchd_agent(command: Sequence[str], log: Path) -> str:
 
 def start_supervised(host: Host, command: Sequence[str]) -> str:
     """Start it so that it runs from now on, as well as that goes here; how."""
-    home, log = home_folder(), host.folder / "host.log"
+    home, log = home_folder(), host.log
     if succeeds("systemctl", "--user", "show-environment"):
         unit = home / ".config" / "systemd" / "user" / "hive-host.service"
         write_privately({unit: systemd_unit(command)}, force=True)
@@ -13927,6 +14671,20 @@ def start_supervised(host: Host, command: Sequence[str]) -> str:
         raise HiveError(f"launchd does not start {agent}; see {log}")
     start_detached(command, log)
     return "in the background, as no systemd or launchd is here; after a reboot say this again"
+
+
+NOT_KEPT = "would not be started again after a reboot"
+
+
+def supervisor() -> str:
+    """Who keeps it running, in words."""
+    if succeeds("systemctl", "--user", "show-environment"):
+        kept = succeeds("systemctl", "--user", "is-enabled", "--quiet", "hive-host")
+        return "is kept running by systemd" if kept else NOT_KEPT
+    if sys.platform == "darwin":
+        kept = succeeds("launchctl", "print", f"gui/{os.getuid()}/ai.hive.host")
+        return "is kept running by launchd" if kept else NOT_KEPT
+    return f"runs in the background; after a reboot say {HOST_AGAIN}"
 
 
 def start_detached(command: Sequence[str], log: Path) -> None:
@@ -14252,7 +15010,6 @@ MAX_UNWRITTEN = 1024 * KIB  # bytes that a client may leave unread until it is n
 LAST_ANSWERS = 1.0  # seconds that a client has to read them when it has ended its input
 MAX_OUTCOME = 40 * KIB  # bytes of text; of 300,000 characters Claude Code makes a file
 MAX_SHOWN_NODES, MAX_SHOWN_SESSIONS = 60, 40  # the latter of each node
-MAX_INBOX_PAGE = 50  # messages
 MCP_CUT = " [cut by hive]"
 UNVOUCHED = "Nobody vouches for the senders: any member of this hive can write any name"
 
@@ -14284,6 +15041,10 @@ class Wait(Value):
     exchange: str = ""  # whose answers it takes from the inbox
     every: float = 0.0
     close: Callable[[], None] = do_nothing
+
+
+NOTHING_NEW = Outcome("Nothing new in your inbox.")
+PLAIN_MAIL = {"note": "", "question": ""}  # of an answer that its question need not explain
 
 
 class Argument(RequestField):
@@ -14514,7 +15275,7 @@ class McpTools:
     def messages(self, limit: int, exchange: str = "") -> tuple[list[dict[str, Any]], int]:
         """What is unread and not handed out, and how many more there are; raises HiveError."""
         asked = {"exchange": exchange} if exchange else {}
-        limit += len(self.handed_out)
+        limit = min(limit + len(self.handed_out), MAX_MAIL)
         agent = self.link.agent if self.link.attach() else ""
         said = self.link.ask(do="inbox", agent=agent, limit=limit, **asked)
         found = [one for one in said["messages"] if one["task"] not in self.handed_out]
@@ -14529,33 +15290,33 @@ class McpTools:
 
     def mark(self, tasks: Collection[int], how: str) -> None:
         """They were told, or read: the daemon shall know.  Raises HiveError."""
-        if tasks:
-            self.link.ask(do="mark", agent=self.link.agent, tasks=[*tasks], **{"as": how})
-            self.handed_out -= {*tasks}
+        while some := [*tasks][:MAX_MAIL]:
+            self.link.ask(do="mark", agent=self.link.agent, tasks=some, **{"as": how})
+            self.handed_out -= {*some}
+            tasks = {*tasks} - {*some}
 
     def read_inbox(self, given: dict[str, Any]) -> Outcome | Wait:
         def look() -> Outcome | None:
             found, more = self.unclaimed(given["limit"])
             return self.shown(found, more) if found else None
 
-        nothing = Outcome("Nothing new in your inbox.")
-        if (found := look()) or not given["wait_seconds"]:
-            return found or nothing
-        return Wait(given["wait_seconds"], look, lambda: nothing, "no message yet")
+        if given["wait_seconds"]:
+            return Wait(given["wait_seconds"], look, lambda: NOTHING_NEW, "no message yet")
+        return look() or NOTHING_NEW
 
     def shown(self, found: Sequence[Mapping[str, Any]], more: int) -> Outcome:
         return shown_mail(found, more, self.link.senders)
 
     def reply(self, given: dict[str, Any]) -> Outcome | Wait:
-        original, id = self.found(given["id"]), self.exchange_of(given["id"])
-        agent = self.link.agent
-        mine = [row for row in id if row["event"] == "out" and row["from"] == agent]
-        if original.sender == agent:
-            raise UsageError(f"{original.id}: that is your own message")
-        for row in mine:
-            if (row["envelope"] or {}).get("replyTo") == original.id:
-                at = clock_time(row["time"])
-                raise UsageError(f"{original.id}: answered at {at}; use send_message for more")
+        original, agent = self.found(given["id"]), self.link.agent
+        if original.sender == agent or not CHANNELS[original.ch].handler:
+            what = "your own message" if original.sender == agent else "an answer, or news"
+            raise UsageError(f"{original.id}: that is {what}; go on with send_message or ask")
+        for row in self.exchange_of(original.id):
+            answered = (row["envelope"] or {}).get("replyTo") == original.id
+            if row["event"] == "out" and row["from"] == agent and answered:
+                when = f"answered already ({clock_time(row['time'])})"
+                raise UsageError(f"{original.id}: {when}; go on with send_message or ask")
         ch = "alert" if given["failed"] else "response"
         return self.sent(original.reply(agent, given["text"], ch=ch))
 
@@ -14569,18 +15330,27 @@ class McpTools:
         envelope = self.addressed(given, action=given["action"])
         if not self.link.attach():
             return self.ask_without_daemon(envelope, given["wait_seconds"])
+        wait = self.answers(envelope, given["wait_seconds"])
         self.link.ask(do="send", envelope=envelope.document())
-        return self.answers(envelope, given["wait_seconds"])
+        return wait
 
     def wait_answer(self, given: dict[str, Any]) -> Outcome | Wait:
-        return self.answers(self.found(given["id"]), given["wait_seconds"])
+        envelope = self.found(given["id"])
+        if envelope.sender not in (self.link.agent, self.link.config.node.id):
+            raise UsageError(f"{envelope.id}: not a message of yours; to answer it: reply")
+        return self.answers(envelope, given["wait_seconds"])
 
     def addressed(self, given: Mapping[str, Any], **more: Any) -> Envelope:
-        """A new message, to somebody whom the daemon knows; raises UsageError."""
-        if self.link.attach():
-            self.check_recipient(given["to"], more.get("action"))
-        sender = self.link.agent if self.link.attach() else self.link.config.node.id
-        made = Envelope.new(sender, given["to"], "command", given["text"], **more)
+        """A new message, to somebody whom the daemon knows; raises HiveError."""
+        to, action, here = given["to"], more.get("action"), self.link.attach()
+        if target := Target.find(to):
+            if not target.one:
+                raise UsageError(f"to: {to} is several; say one name, all, any or any:TAG")
+            to = named_targets(to, action, self.members("targets", to=to, action=action))[0]
+        elif here:
+            self.check_recipient(to, action)
+        sender = self.link.agent if here else self.link.config.node.id
+        made = Envelope.new(sender, to, "command", given["text"], **more)
         return made.replace(extra={RECEIPTS: True})
 
     def check_recipient(self, to: str, action: str | None) -> None:
@@ -14599,7 +15369,8 @@ class McpTools:
         if action and action not in offers:
             near = did_you_mean(action, offers) or f"it offers {', '.join(offers) or 'none'}"
             raise UsageError(f"action: {known[to]} has no action {action}; {near}")
-        if not action and roster.get("agents") == [] and not roster.get("sessions"):
+        alone = roster.get("agents") == [] and not roster.get("sessions")
+        if to == known[to] and alone and not action:
             what = f"ask with an action of its ({', '.join(offers)})" if offers else "nor an action"
             raise UsageError(f"to: {to} has no agent that could read this; {what}")
 
@@ -14633,37 +15404,65 @@ class McpTools:
         wait = PUBLISHED_SOON if answer["connected"] else 0.0
         return Wait(wait, look, lambda: later, "not taken by the broker yet", close=close)
 
-    def answers(self, envelope: Envelope, patience: float) -> Outcome | Wait:
-        """The answers to a message of ours, when all have come, or what there is by then."""
-        states = self.link.ask(do="states")["states"] if envelope.to == EVERYONE else {}
-        heartbeat = self.link.config.heartbeat
+    def answers(self, envelope: Envelope, patience: float) -> Wait:
+        """The answers to a message of ours, when all have come, or what there is by then.
+
+        Raises NoReplyError where nobody would answer.
+        """
+        expected, nodes = {envelope.to}, dict[str, str]()
+        if envelope.to == EVERYONE:
+            rosters = self.link.ask(do="roster")["rosters"]
+            expected = self.hearers(rosters, envelope.action)
+            nodes = members_by_name(rosters)
 
         def collect(last: bool) -> Outcome | None:
-            replies = ReplyCollector(envelope, heartbeat)
-            if envelope.to == EVERYONE:
-                replies.expect(states)
+            replies = ReplyCollector(envelope, self.link.config.heartbeat)
+            replies.outstanding = {*expected}
             rows = self.exchange_of(envelope.id)
-            came = [one for one in rows if one["event"] == "in" and one["envelope"]]
-            found = [one for one in came if replies.take(Envelope.check(one["envelope"]))]
-            if replies.outstanding and not last:
-                return None
-            waiting, _ = self.messages(MAX_INBOX_PAGE, envelope.exchange)
-            tasks = {one["envelope"]["id"]: one["task"] for one in waiting}
-            blank = {"note": "", "question": "", "task": 0}
-            shown = self.shown([{**blank, "envelope": one["envelope"]} for one in found], 0)
-            missing = still_missing(envelope, sorted(replies.outstanding), rows)
-            text = "\n".join([*([shown.text] if found else []), *([missing] if missing else [])])
-            read = tuple(tasks[one["id"]] for one in found if one["id"] in tasks)
-            return Outcome(text, replies.refused and not replies.outstanding, read)
+            came = [row["envelope"] for row in rows if row["event"] == "in" and row["envelope"]]
+            found = [one for one in came if replies.take(Envelope.check(one))]
+            replies.outstanding -= {nodes.get(one["from"], "") for one in found}
+            done = last or not replies.outstanding
+            return self.collected(envelope, rows, found, replies) if done else None
 
         def look() -> Outcome | None:
             return collect(last=False)
 
         def give_up() -> Outcome:
-            return collect(last=True) or Outcome("")
+            return collect(last=True) or NOTHING_NEW
 
         about = f"no answer from {envelope.to} yet"
         return Wait(patience, look, give_up, about, exchange=envelope.exchange)
+
+    def hearers(self, rosters: Mapping[str, Mapping[str, Any]], action: str | None) -> set[str]:
+        """The nodes that may answer a message to all; raises NoReplyError."""
+        rows = status_rows(
+            self.link.ask(do="states")["states"], self.link.config.heartbeat, time.time()
+        )
+        online = {row.name for row in rows if row.is_node and row.alive}
+        agents = {one: names_in(rosters.get(one, {}), "agents", "sessions") for one in online}
+        hears = {one for one in online if action or agents[one] - {self.link.agent}}
+        if not hears:
+            raise NoReplyError("nobody else is online who could answer; see list_agents")
+        return hears
+
+    def collected(
+        self,
+        envelope: Envelope,
+        rows: Sequence[Mapping[str, Any]],
+        found: Sequence[Mapping[str, Any]],
+        replies: ReplyCollector,
+    ) -> Outcome:
+        """What came and what did not; what came need not be read in the inbox too."""
+        waiting, _ = self.messages(MAX_MAIL, envelope.exchange)
+        tasks = {one["envelope"]["id"]: one["task"] for one in waiting}
+        answers = [
+            {**PLAIN_MAIL, "envelope": one, "task": tasks.get(one["id"], 0)} for one in found
+        ]
+        shown, silent = self.shown(answers, 0), sorted(replies.outstanding)
+        parts = [shown.text if found else "", still_missing(envelope, silent, rows)]
+        read = tuple(filter(None, shown.tasks))
+        return Outcome("\n".join(filter(None, parts)), replies.refused and not silent, read)
 
     def ask_without_daemon(self, envelope: Envelope, patience: float) -> Outcome | Wait:
         """The same in this process; whoever answers later finds nobody."""
@@ -14684,9 +15483,7 @@ class McpTools:
         def look() -> Outcome | None:
             while said := control.receive(0.01):
                 if "answer" in said and replies.take(Envelope.check(said["answer"])):
-                    found.append(
-                        {"envelope": said["answer"], "note": "", "question": "", "task": 0}
-                    )
+                    found.append({**PLAIN_MAIL, "envelope": said["answer"], "task": 0})
                 if lost := said_of(envelope, said):
                     return lost
             return None if replies.outstanding else outcome()
@@ -14704,7 +15501,7 @@ class McpTools:
     def list_agents(self, given: dict[str, Any]) -> Outcome | Wait:
         here = self.link.attach()
         config = self.link.config
-        said, states = (self.members(config, do) for do in ("roster", "states"))
+        said, states = (self.members(do) for do in ("roster", "states"))
         rows = status_rows(states["states"], config.heartbeat, time.time())
         me = self.link.agent if here else ""
         lines = [f"You are {me}, an agent of {config.node.id}."] if me else []
@@ -14718,11 +15515,12 @@ class McpTools:
             lines.append(f"and {len(more)} more nodes")
         return Outcome(cut("\n".join(lines or ["Nobody is there yet."]), MAX_OUTCOME, MCP_CUT))
 
-    def members(self, config: Config, do: str) -> dict[str, Any]:
+    def members(self, do: str, **more: object) -> dict[str, Any]:
+        """What the daemon knows of all, or else the broker."""
         if self.link.attach():
-            return self.link.ask(do=do)
-        with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
-            return control.ask({"do": do})
+            return self.link.ask(do=do, **more)
+        with contextlib.closing(InProcessNode(self.link.config, PATIENCE)) as control:
+            return control.ask({"do": do, **more})
 
     def show_exchange(self, given: dict[str, Any]) -> Outcome | Wait:
         rows = self.exchange_of(given["id"])
@@ -14749,12 +15547,12 @@ class McpTools:
 
 
 def members_by_name(rosters: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The node of each name that can be written to; an inbox that waits is one too."""
-    found: dict[str, str] = {}
-    for node, roster in rosters.items():
-        for key in ("agents", "sessions", "away"):
-            names = roster.get(key)
-            found |= {str(one): node for one in names} if isinstance(names, list | dict) else {}
+    """The node of each name that can be written to: of a session that is away too."""
+    found = {
+        name: node
+        for node, roster in rosters.items()
+        for name in names_in(roster, "agents", "sessions", "away")
+    }
     return found | {node: node for node in rosters}
 
 
@@ -14814,15 +15612,17 @@ def said_of(envelope: Envelope, said: Mapping[str, Any]) -> Outcome | None:
     return Outcome(f"Not sent to {to}: {nobody if code == NO_SUBSCRIBERS else words}", True)
 
 
-def still_missing(envelope: Envelope, silent: Sequence[str], rows: Sequence[Any]) -> str:
+def still_missing(
+    envelope: Envelope, silent: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> str:
     """Who has not answered, and what is known of the message there."""
     if not silent:
         return ""
-    said = [row for row in rows if row["event"] == "in" and row["ch"] == "status"]
-    told = dict.fromkeys(f"{row['from']}: {printable(row_text(row), 80)}" for row in said)
-    known = f" ({'; '.join(told)})" if told else ""
-    later = "The answer comes to your inbox; or wait on: wait_answer"
-    return f"No answer from {', '.join(silent)} yet{known}. {later} with id {envelope.id}."
+    about = [row for row in rows if (row["envelope"] or {}).get("replyTo") == envelope.id]
+    told = [row for row in about if row["event"] == "in" and row["ch"] == "status"]
+    known = "; ".join(f"{row['from']}: {printable(row_text(row), 80)}" for row in told[-10:])
+    later = f"The answer comes to your inbox; or wait on: wait_answer with id {envelope.id}."
+    return f"No answer from {', '.join(silent)} yet{f' ({known})' if known else ''}. {later}"
 
 
 class McpFault(HiveError):
@@ -15163,7 +15963,7 @@ class McpServer:
         if lock is None:
             self._loop.after(PUSH_GAP, self._expect_news)
             return
-        found, more = self.tools.unclaimed(MAX_INBOX_PAGE)
+        found, more = self.tools.unclaimed(MAX_MAIL)
         if not any(map(wakes, found)):
             return lock.close()
         shown = self.tools.shown(found, more)
@@ -15237,7 +16037,9 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
 
 SERVER_INFO = {"name": "hive", "title": "hive", "version": __version__}
 RECIPIENT = Argument.string(
-    'agent or node name from list_agents, or "all"', recipient_name, required=True
+    'agent or node name from list_agents, or "all"; "any": whoever can do it',
+    destination,
+    required=True,
 )
 MESSAGE_ID = partial(Argument.string, check=identifier, required=True)
 WAITS = Argument.number(0, MAX_WAIT, DEFAULT_WAIT)
@@ -15299,7 +16101,7 @@ TOOLS = {
         " They count as read afterwards. wait_seconds waits for the next one.",
         {
             "wait_seconds": Argument.number(0, MAX_WAIT, 0),
-            "limit": Argument.number(1, MAX_INBOX_PAGE, 10),
+            "limit": Argument.number(1, MAX_MAIL, 10),
         },
     ),
     "reply": Tool(
@@ -15322,6 +16124,1658 @@ TOOLS = {
 }
 
 
+# ---- Web: a page that shows the hive -------------------------------------------------------
+#
+# An HTTP server on loopback for this user's own browsers, in a process of its own: it asks the
+# daemon what any command may ask.  What all pages show is kept once, and a browser that reads
+# slowly is told less often, not more at once.  The page stands at the end, for readers too.
+
+WEB_PORT = 8484
+WEB_ADDRESS = "127.0.0.1"
+WEB_HOSTS = ("127.0.0.1", "localhost", "[::1]")  # what browsers call us, through ssh -L too
+MAX_HEAD = 16 * KIB  # bytes of a request without its body
+MAX_WEB_CONNECTIONS = 100
+MAX_PAGES = 20  # that are open at once
+MAX_LINKS = 40  # to the daemon at once: it has 100, for commands too
+MAX_CHILDREN = 4  # commands at once that are run for a page
+REQUEST_TIME = 20.0  # seconds for a request to come in, and between two
+UNREAD_TIME = 30.0  # seconds in which a browser must have read some of what it was sent
+KEEP_ALIVE = 15.0  # seconds between signs of life to an open page
+MAX_UNSENT = 32 * KIB * KIB  # bytes; the members of the largest hive fit
+LOOKS = {"states": 0.5, "pending": 1.0, "roster": 5.0, "history": 20.0}  # seconds between two
+LOOK_SHARE = 20  # an answer that takes the daemon a second is asked for every 20 seconds
+LIVE_ROWS = 500  # of the journal that are kept for pages that are behind
+SEARCHED_PAGES = 50  # of the journal that one search looks through
+ANSWER_TIME = 600.0  # seconds that the answer to a page's question is waited for
+SHOWN_THREAD = 20_000  # characters of a text in an exchange
+WEB_HEADERS = (
+    "Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY\r\n"
+    "Referrer-Policy: no-referrer\r\nCross-Origin-Opener-Policy: same-origin\r\n"
+    "Cross-Origin-Resource-Policy: same-origin\r\n"
+)
+
+
+class HttpFault(HiveError):
+    """A request that is not done, with the status that says so."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(words)
+        self.status = status
+
+
+class HttpRequest(Value):
+    """One request of a browser (RFC 9112)."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]  # by name in lower case
+    size: int  # bytes of its head
+    length: int  # bytes of its body
+
+    @classmethod
+    def read(cls, data: bytearray) -> Self | None:
+        """The head of the request that begins here; None until all of it is there.
+
+        Raises HttpFault.
+        """
+        end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
+        if end < 0:
+            if len(data) >= MAX_HEAD:
+                raise HttpFault(431, f"more than {MAX_HEAD // KIB} KiB before the body")
+            return None
+        first, *lines = data[:end].decode("latin-1").split("\r\n")
+        asked = re.fullmatch(r"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])", first)
+        pairs = [re.fullmatch(r"([\w!#$%&'*+.^`|~-]+):[ \t]*([^\0\r\n]*?)[ \t]*", x) for x in lines]
+        headers = {pair[1].lower(): pair[2] for pair in pairs if pair}
+        if not asked or len(headers) != len(lines):
+            raise HttpFault(400, "no HTTP request, or a header twice")
+        length = headers.get("content-length", "0")
+        if "transfer-encoding" in headers or not re.fullmatch("[0-9]{1,9}", length):
+            raise HttpFault(400, "a body needs its Content-Length, and nothing else")
+        if int(length) > MAX_PAYLOAD:
+            raise HttpFault(413, f"a body of more than {MAX_PAYLOAD // KIB} KiB")
+        if asked[3] == "0":
+            headers["connection"] = "close"
+        from urllib.parse import parse_qsl
+
+        path, _, query = asked[2].partition("?")
+        return cls(asked[1], path, dict(parse_qsl(query)), headers, end + 4, int(length))
+
+
+def http_response(
+    status: int, body: bytes | None, kind: str, more: str = "", last: bool = False
+) -> bytes:
+    """The head of a response; without a body it is one that never ends."""
+    length = "" if body is None else f"Content-Length: {len(body)}\r\n"
+    ends = "Connection: close\r\n" if last or body is None else ""
+    said = f"HTTP/1.1 {status} {'OK' if status == 200 else 'Refused'}\r\nContent-Type: {kind}\r\n"
+    return f"{said}{length}{ends}{WEB_HEADERS}{more}\r\n".encode()
+
+
+class DaemonLink:
+    """One request to the daemon, and each line that it says to it, without ever waiting."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: Config,
+        request: Mapping[str, object],
+        on_line: Callable[[dict[str, Any]], None],
+        on_end: Callable[[str], None],
+    ) -> None:
+        """`on_end` is told why it ended, unless close() ended it; raises DaemonError."""
+        self._node = config.node.id
+        self._on_line: Callable[[dict[str, Any]], object] = on_line
+        self._on_end: Callable[[str], object] = on_end
+        self._silence = loop.after(CONTROL_TIMEOUT, self._silent)
+        self._stream = Stream(
+            loop, self._connect(config), self._read, self._closed, MAX_UNREAD, MAX_LINE
+        )
+        self._stream.write(encode_json(request) + b"\n")
+
+    def _connect(self, config: Config) -> socket.socket:
+        for file in control_socket_paths(config):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.setblocking(False)
+            try:
+                if not directory_objection(file):
+                    sock.connect(str(file))
+                    return sock
+            except OSError:
+                pass
+            sock.close()
+        self._silence.cancel()
+        raise DaemonError(f"the daemon of {self._node} does not run; start it: hive daemon")
+
+    def _read(self) -> None:
+        while (end := self._stream.input.find(b"\n")) >= 0:
+            self._silence.cancel()
+            line = bytes(self._stream.input[:end])
+            self._stream.consume(end + 1)
+            self._on_line(read_json_object(line) or {})
+
+    def _silent(self) -> None:
+        self._fail("it does not answer")
+
+    def _closed(self) -> None:
+        self._fail("it has ended")
+
+    def _fail(self, why: str) -> None:
+        on_end = self._on_end
+        self.close()
+        on_end(f"the daemon of {self._node}: {why}")
+
+    def close(self) -> None:
+        self._on_line, self._on_end = (lambda line: None), (lambda why: None)
+        self._silence.cancel()
+        self._stream.close()
+
+
+class DaemonAsker:
+    """Asks the daemon, one link for each request."""
+
+    def __init__(self, loop: Loop, config: Config) -> None:
+        self.loop, self._config = loop, config
+        self._links: set[DaemonLink] = set()
+
+    def open(
+        self,
+        request: Mapping[str, object],
+        on_line: Callable[[dict[str, Any]], None],
+        on_end: Callable[[str], None],
+    ) -> Callable[[], None]:
+        """Ask, and hear all that comes of it; what ends that.  Raises DaemonError."""
+        if len(self._links) >= MAX_LINKS:
+            raise DaemonError("too much is asked at once; try again")
+
+        def ended(why: str) -> None:
+            self._links.discard(link)
+            on_end(why)
+
+        def close() -> None:
+            self._links.discard(link)
+            link.close()
+
+        link = DaemonLink(self.loop, self._config, request, on_line, ended)
+        self._links.add(link)
+        return close
+
+    def ask(self, request: Mapping[str, object], then: Callable[[dict[str, Any]], None]) -> None:
+        """`then` gets the answer, or why there is none as its `error`; never within this call."""
+
+        def answered(answer: dict[str, Any]) -> None:
+            close()
+            then(answer)
+
+        try:
+            close = self.open(request, answered, lambda why: then({"error": why, "gone": True}))
+        except DaemonError as error:
+            fault = {"error": str(error), "gone": True}
+            self.loop.after(0, lambda: then(fault))
+
+    def close(self) -> None:
+        for link in self._links:
+            link.close()
+
+
+def row_view(row: Mapping[str, Any], room: int) -> dict[str, Any]:
+    """A row of the journal for a page, with so many characters of its text."""
+    text, facts = row_text(row), {key: row[key] for key in ENTRY}
+    return {**facts, "text": text[:room], "longer": max(0, len(text) - room)}
+
+
+def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A node's agents, and what is known of the sessions among them."""
+    health, sessions = state.get("oc"), roster.get("sessions")
+    known: dict[str, Any] = sessions if isinstance(sessions, dict) else {}
+    said = health.items() if isinstance(health, dict) else ()
+    told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+    found = []
+    for name, one in [*said][:MAX_AGENTS]:
+        one = {"status": one} if isinstance(one, str) else one if isinstance(one, dict) else {}
+        more = known.get(name)
+        one = {**(more if isinstance(more, dict) else {}), **one}
+        words = {key: printable(one[key], 300) for key in told if one.get(key)}
+        since = bounded_number(one.get("since"), 1, MAX_TS)
+        found.append({"name": printable(name), **words, **({"since": since} if since else {})})
+    return found
+
+
+def node_view(
+    row: StatusRow, state: Mapping[str, Any], roster: Mapping[str, Any], changed: float
+) -> dict[str, Any]:
+    """What a page shows of a node, whatever it said itself; what changes all the time is coarse."""
+
+    def numbers(of: object) -> dict[str, float | None]:
+        pairs = [*of.items()][:20] if isinstance(of, dict) else []
+        return {printable(key): bounded_number(value, 0, 2**53) for key, value in pairs}
+
+    handlers, schedule = roster.get("handlers"), roster.get("schedule")
+    entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
+    return {
+        "name": row.name,
+        "status": row.status,
+        "reason": row.reason,
+        "since": changed if row.alive else row.last_seen,
+        "up": row.uptime_s and row.uptime_s // 60 * 60,
+        "load": row.load_1m,
+        "version": row.version,
+        "host": printable(state["host"]) if state.get("host") else None,
+        "system": printable(roster["system"]) if roster.get("system") else None,
+        "agents": agent_views(state, roster),
+        "work": numbers({key: state.get(key) for key in ("running", "waiting", "outbox")}),
+        "counters": numbers(state.get("counters")),
+        "handlers": [printable(x) for x in handlers[:100]] if isinstance(handlers, list) else [],
+        "schedule": [
+            {
+                **{key: printable(one.get(key)) for key in ("action", "when")},
+                **{key: bounded_number(one.get(key), 1, MAX_TS) for key in ("last", "next")},
+                "ok": one.get("ok") if isinstance(one.get("ok"), bool) else None,
+            }
+            for one in entries[:20]
+        ],
+    }
+
+
+class HiveView:
+    """What all pages show, as far as it changes by itself.  Nothing is asked while none is open."""
+
+    def __init__(
+        self, asker: DaemonAsker, config: Config, facts: Mapping[str, Any], news: Callable[[], None]
+    ) -> None:
+        """`facts` go with how the daemon is; `news` is called when there is something new."""
+        self._asker, self._config, self._facts, self._news = asker, config, facts, news
+        self.version = 0  # of all that is shown: each change has one of its own
+        self._events: dict[str, tuple[int, bytes]] = {}  # by what they are about
+        self._rows = deque[tuple[int, bytes]](maxlen=LIVE_ROWS)
+        self._states: dict[str, dict[str, Any]] = {}
+        self._rosters: dict[str, dict[str, Any]] = {}
+        self._changed: dict[str, float] = {}  # since when each node is as it is
+        self._dropped = 0  # version of the last row that is not kept
+        self._last = 0  # row that was seen
+        self._began = 0  # how often; what was asked before is of no use
+        self._unfollow = do_nothing
+
+    def begin(self) -> None:
+        """The first page has been opened."""
+        self._began += 1
+        self._last = 0
+        for do, gap in LOOKS.items():
+            self._look(do, gap, self._began)
+        self._follow(self._began)
+
+    def end(self) -> None:
+        """The last one has been closed."""
+        self._began += 1
+        self._unfollow()
+        self._events.clear()
+        self._rows.clear()
+
+    def since(self, version: int) -> Iterator[bytes]:
+        """What has changed since then, as server-sent events (HTML, 9.2)."""
+        for changed, event in self._events.values():
+            if changed > version:
+                yield event
+        if 0 < version < self._dropped:
+            yield b"event: missed\ndata: {}\n\n"
+        for changed, event in self._rows:
+            if changed > version and version:
+                yield event
+
+    def _say(self, about: str, event: str, document: Mapping[str, Any]) -> None:
+        line = b"event: %b\ndata: %b\n\n" % (event.encode(), encode_json(document))
+        if self._events.get(about, (0, b""))[1] != line:
+            self.version += 1
+            self._events[about] = (self.version, line)
+            self._news()
+
+    def _look(self, do: str, gap: float, began: int) -> None:
+        """Ask for one thing, again and again, and for no more than a share of the daemon's time."""
+        at = self._asker.loop.clock()
+
+        def heard(answer: dict[str, Any]) -> None:
+            if began == self._began:
+                loop = self._asker.loop
+                wait = max(gap, LOOK_SHARE * (loop.clock() - at))
+                loop.after(wait, partial(self._look, do, gap, began))
+                self._take(do, answer)
+
+        if began == self._began:
+            self._asker.ask({"do": do}, heard)
+
+    def _take(self, do: str, answer: dict[str, Any]) -> None:
+        if "error" in answer:
+            if do == "states":
+                said = {"daemon": False, "why": answer["error"], **self._facts}
+                self._say("hive", "hive", said)
+        elif do == "states":
+            self._states = answer["states"]
+            self._show_nodes(answer)
+        elif do == "roster":
+            self._rosters = answer["rosters"]
+        elif do == "history":
+            hours = answer["nodes"]
+            self._changed = {name: hour["changed"] for name, hour in hours.items()}
+            nodes = {name: [hour["beats"], hour["load"]] for name, hour in hours.items()}
+            self._say(do, do, {"nodes": nodes, "traffic": answer["traffic"]})
+        else:
+            self._say(do, do, answer)
+
+    def _show_nodes(self, answer: Mapping[str, Any]) -> None:
+        rows = status_rows(self._states, self._config.heartbeat, time.time())
+        nodes = {row.name: row for row in rows if row.is_node}
+        facts = {key: answer[key] for key in ("connected", "complete", "broker", "fault")}
+        facts |= {"daemon": True, "summary": status_summary(rows), "count": len(nodes)}
+        self._say("hive", "hive", {**facts, **self._facts})
+        for name, row in nodes.items():
+            roster = self._rosters.get(name, {})
+            view = node_view(row, self._states[name], roster, self._changed.get(name, 0.0))
+            self._say(f"node {name}", "node", view)
+        for about in [*self._events]:
+            name = about.removeprefix("node ")
+            if name != about and name not in nodes:
+                self._say(about, "gone", {"name": name})
+                if len(self._events) > 2 * MAX_MEMBERS:
+                    del self._events[about]
+
+    def _follow(self, began: int) -> None:
+        """Hear of each new row, from now on or from where we were."""
+        if began != self._began:
+            return
+        request = {"do": "follow", "after": self._last, "last": 0 if self._last else 1}
+
+        def again(why: str = "") -> None:
+            self._asker.loop.after(LOOKS["states"], partial(self._follow, began))
+
+        try:
+            self._unfollow = self._asker.open(request, self._take_rows, again)
+        except DaemonError:
+            again()
+
+    def _take_rows(self, answer: dict[str, Any]) -> None:
+        for row in answer.get("rows", ()):
+            if self._last:  # else it is the newest there was
+                self.version += 1
+                self._dropped = self._rows[0][0] if len(self._rows) == LIVE_ROWS else 0
+                line = encode_json(row_view(row, SHOWN_TEXT))
+                self._rows.append((self.version, b"event: row\ndata: %b\n\n" % line))
+            self._last = row["n"]
+        self._last = self._last or 1
+        self._news()
+
+
+class WebConnection:
+    """One connection of a browser: a request after the other, or news for as long as it lasts."""
+
+    def __init__(self, server: WebServer, sock: socket.socket) -> None:
+        self.known = False  # has it shown the key?
+        self.shown: int | None = None  # version of what the page shows that is open here
+        self._server = server
+        self._answering = self._last = False
+        self._turn = server.loop.clock()  # since when a request is awaited, or read
+        self._spoken = self._turn  # when a page was last told something
+        self.stream = Stream(
+            *(server.loop, sock, self._serve, self._closed),
+            *(MAX_HEAD + MAX_PAYLOAD, MAX_UNSENT),
+        )
+
+    def _serve(self) -> None:
+        if self.shown is not None:
+            return self.catch_up()
+        if self._answering:
+            return
+        try:
+            request = HttpRequest.read(self.stream.input)
+            if not request:
+                return
+            self._last = request.headers.get("connection", "").lower() == "close"
+            self._server.check(request)  # before its body is waited for
+            self.known = True
+            if len(self.stream.input) < request.size + request.length:
+                return
+            body = bytes(self.stream.input[request.size :][: request.length])
+            self.stream.consume(request.size + request.length)
+            self._answering = True
+            self._server.handle(self, request, body)
+        except HttpFault as fault:
+            self._last = True  # what follows may be anything
+            self.refuse(fault.status, str(fault))
+
+    def refuse(self, status: int, why: str) -> None:
+        self.write(status, encode_json({"error": why}), "application/json")
+
+    def answer(self, document: Mapping[str, Any]) -> None:
+        """Answer with this; an `error` in it is one to the browser too."""
+        if "error" in document:
+            return self.refuse(503 if document.get("gone") else 409, str(document["error"]))
+        self.write(200, encode_json(document), "application/json")
+
+    def write(self, status: int, body: bytes, kind: str, more: str = "") -> None:
+        self._answering, self._turn = False, self._server.loop.clock()
+        self.stream.write(http_response(status, body, kind, more, self._last), body)
+        if self._last:
+            self.stream.end(linger=1.0)
+        elif self.stream.input:
+            self._server.loop.post(self._serve)
+
+    def open_page(self) -> None:
+        """From now on it is told what changes."""
+        self.shown = 0
+        self.stream.write(http_response(200, None, "text/event-stream"))
+
+    def catch_up(self) -> None:
+        """Say what is new, once the last news have been read."""
+        if self.shown is None or self.stream.output_size or not self.stream.is_open:
+            return
+        self.stream.consume(len(self.stream.input))
+        view, now = self._server.view, self._server.loop.clock()
+        if view.version > self.shown:
+            news, self.shown = b"".join(view.since(self.shown)), view.version
+        else:
+            news = b":\n\n" if now - self._spoken >= KEEP_ALIVE else b""
+        self._spoken = now if news else self._spoken
+        self.stream.write(news)
+
+    def check(self, now: float) -> None:
+        """End what has taken too long."""
+        unread = self.stream.output_size and now - self.stream.written_at > UNREAD_TIME
+        waits = self.shown is None and not self._answering and not self.stream.output_size
+        if unread or (waits and now - self._turn > REQUEST_TIME):
+            self.stream.close()
+        else:
+            self.catch_up()
+
+    def _closed(self) -> None:
+        self._server.closed(self)
+
+
+class WebServer:
+    """What browsers may ask, and who may."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: Config,
+        key: str,
+        command: Sequence[str],
+        listener: socket.socket,
+        read_only: bool = False,
+    ) -> None:
+        """`key` is in the link; `command` and a few words more run one of hive's commands."""
+        import hashlib
+        import hmac
+
+        self.loop, self.asker = loop, DaemonAsker(loop, config)
+        self._node, self._key, self._command, self._listener = (
+            config.node.id,
+            key,
+            command,
+            listener,
+        )
+        self._cookie = f"hive-{listener.getsockname()[1]}"  # cookies are for all ports of a host
+        self._secret = hmac.new(key.encode(), b"cookie", hashlib.sha256).hexdigest()
+        self._read_only, self._children = read_only, ChildProcesses(loop)
+        self._page, self._policy = WEB_PAGE.encode(), content_security_policy(WEB_PAGE)
+        self._awaited = deque[Callable[[], None]]()  # ends waiting for an answer
+        self._connections: set[WebConnection] = set()
+        self._telling = False
+        facts = {"me": self._node, "version": __version__, "readOnly": read_only}
+        self.view = HiveView(self.asker, config, facts, self._tell_soon)
+        listener.setblocking(False)
+        loop.watch(listener, selectors.EVENT_READ, self._accept)
+        self._check()
+
+    def close(self) -> None:
+        self._children.kill()
+        self.loop.forget(self._listener)
+        self._listener.close()
+        for connection in [*self._connections]:
+            connection.stream.close()
+        self.asker.close()
+
+    # -- connections --
+
+    @property
+    def _pages(self) -> list[WebConnection]:
+        return [one for one in self._connections if one.shown is not None]
+
+    def _accept(self, events: int) -> None:
+        with contextlib.suppress(OSError):
+            sock, _ = self._listener.accept()
+            strangers = (one for one in self._connections if not one.known)
+            if len(self._connections) >= MAX_WEB_CONNECTIONS:
+                stranger = next(strangers, None)
+                if stranger is None:
+                    return sock.close()
+                stranger.stream.close()
+            self._connections.add(WebConnection(self, sock))
+
+    def closed(self, connection: WebConnection) -> None:
+        """It has gone."""
+        self._connections.discard(connection)
+        if connection.shown is not None and not self._pages:
+            self.view.end()
+
+    def _check(self) -> None:
+        for connection in [*self._connections]:
+            connection.check(self.loop.clock())
+        self.loop.after(KEEP_ALIVE / 3, self._check)
+
+    def _tell_soon(self) -> None:
+        """Tell all pages the news of this turn at its end."""
+        if not self._telling:
+            self._telling = True
+            self.loop.after(0, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = False
+        for page in self._pages:
+            page.catch_up()
+
+    # -- requests --
+
+    def check(self, request: HttpRequest) -> None:
+        """Raise HttpFault unless it comes from a page of ours, or from whoever has the link."""
+        import hmac
+
+        said = request.headers
+        host, origin = said.get("host", ""), said.get("origin")
+        if re.sub(":[0-9]+$", "", host) not in WEB_HOSTS:
+            raise HttpFault(403, "this is no name of this machine's own; open the link as it was")
+        if request.method == "POST" or origin:
+            if origin != f"http://{host}":
+                raise HttpFault(403, "only this page itself may ask that")
+        elif request.path != "/" and said.get("sec-fetch-site", "none") not in (
+            "none",
+            "same-origin",
+        ):
+            raise HttpFault(403, "only this page itself may ask that")
+        cookies = [one.strip().partition("=") for one in said.get("cookie", "").split(";")]
+        given = next((value for name, _, value in cookies if name == self._cookie), "")
+        bearer = said.get("authorization", "").removeprefix("Bearer ")
+        shown = [(given, self._secret), (bearer, self._key)]
+        shown += [(request.query.get("key", ""), self._key)] if request.path == "/" else []
+        if not any([hmac.compare_digest(one.encode(), right.encode()) for one, right in shown]):
+            raise HttpFault(403, "open the link that this prints on the machine itself: hive web")
+
+    def handle(self, connection: WebConnection, request: HttpRequest, body: bytes) -> None:
+        """Answer it; raises HttpFault."""
+        route = WEB_ROUTES.get((request.method, request.path))
+        if not route:
+            raise HttpFault(404, f"there is no {request.method} {quoted(request.path)[1:-1]}")
+        run, changes = route
+        if changes and self._read_only:
+            raise HttpFault(403, "this page is for looking only: it was started with --read-only")
+        if request.method == "GET":
+            return run(self, connection, request.query)
+        if request.headers.get("content-type") != "application/json":
+            raise HttpFault(415, "a body of another type than application/json")
+        run(self, connection, read_json_object(body) or {})
+
+    def page(self, connection: WebConnection, given: Mapping[str, str]) -> None:
+        cookie = f"Set-Cookie: {self._cookie}={self._secret}; HttpOnly; SameSite=Strict; Path=/\r\n"
+        policy = f"Content-Security-Policy: {self._policy}\r\n"
+        connection.write(200, self._page, "text/html; charset=utf-8", cookie + policy)
+
+    def events(self, connection: WebConnection, given: Mapping[str, str]) -> None:
+        pages = len(self._pages)
+        if pages >= MAX_PAGES:
+            raise HttpFault(503, f"{pages} pages are open already; close one")
+        connection.open_page()
+        if not pages:
+            self.view.begin()
+        connection.catch_up()
+
+    def log(self, connection: WebConnection, given: Mapping[str, str]) -> None:
+        """The newest rows first that have all of this in them; `before` is where to go on."""
+        filters: dict[str, Any] = {key: given[key] for key in ("node", "ch") if given.get(key)}
+        if given.get("before", "").isdecimal():
+            filters["before"] = int(given["before"])
+        JournalSearch(self.asker, filters, given.get("text", ""), connection.answer).go_on()
+
+    def exchange(self, connection: WebConnection, given: Mapping[str, str]) -> None:
+        after = int(given["after"]) if given.get("after", "").isdecimal() else 0
+
+        def answered(answer: dict[str, Any]) -> None:
+            if "rows" in answer:
+                answer = {"rows": [row_view(row, SHOWN_THREAD) for row in answer["rows"]]}
+            connection.answer(answer)
+
+        self.asker.ask({"do": "exchange", "id": given.get("id", ""), "after": after}, answered)
+
+    def doctor(self, connection: WebConnection, given: Mapping[str, Any]) -> None:
+        def done(result: ProcessResult) -> None:
+            findings = read_json_object(b'{"findings": %b}' % (result.stdout or b"null")) or {}
+            self._ended(connection, result, findings if findings.get("findings") else None)
+
+        self._run(("doctor", "--json"), done)
+
+    def forget(self, connection: WebConnection, given: Mapping[str, Any]) -> None:
+        name = given_field(node_name, given, "name")
+        self._run(("forget", name), lambda result: self._ended(connection, result))
+
+    def send(self, connection: WebConnection, given: Mapping[str, Any]) -> None:
+        """A message of this node's; with `wait`, its answers are for the page, not for an agent."""
+        try:
+            to, text = given.get("to"), given.get("text")
+            channel, action = given.get("ch") or "command", given.get("action") or None
+            document = {"to": to, "text": text, "ch": channel, "action": action}
+            base = Envelope.new(self._node, EVERYONE, "command", "?").document()
+            envelope = Envelope.check({**base, **document})
+        except EnvelopeError as error:
+            raise HttpFault(400, str(error)) from None
+        self._send(connection, envelope, given.get("wait") is True)
+
+    def reply(self, connection: WebConnection, given: Mapping[str, Any]) -> None:
+        """An answer to a message that this node has received."""
+        text = given_field(message_text, given, "text")
+
+        def found(answer: dict[str, Any]) -> None:
+            if not isinstance(answer.get("envelope"), dict):
+                why = answer.get("error", "the message is kept no longer")
+                return connection.answer({**answer, "error": why})
+            original = Envelope.check(answer["envelope"])
+            self._send(connection, original.reply(self._node, text), False)
+
+        self.asker.ask({"do": "message", "id": given_field(identifier, given, "id")}, found)
+
+    def _send(self, connection: WebConnection, envelope: Envelope, wait: bool) -> None:
+        """Hand it to the daemon, and stay until the broker has it, or until it is answered."""
+        request = {"do": "send", "envelope": envelope.document(), "wait": wait}
+
+        def heard(line: dict[str, Any]) -> None:
+            one = wait and envelope.to != EVERYONE
+            if "queued" in line:
+                known = {"id": envelope.id, "exchange": envelope.exchange}
+                connection.answer({**known, "connected": line["connected"]})
+            elif "error" in line:
+                connection.answer(line)
+            if "error" in line or ("answer" in line and one) or ("published" in line and not wait):
+                close()
+
+        def ended(why: str) -> None:
+            connection.answer({"error": why, "gone": True})
+
+        try:
+            close = self.asker.open(request, heard, ended)
+        except DaemonError as error:
+            return connection.answer({"error": str(error), "gone": True})
+        self.loop.after(ANSWER_TIME if wait else PUBLISHED_TIMEOUT, close)
+        if wait:
+            self._awaited.append(close)
+        if len(self._awaited) > MAX_PAGES:
+            self._awaited.popleft()()  # from now on its answer is for an agent
+
+    def _run(self, words: Sequence[str], done: Callable[[ProcessResult], None]) -> None:
+        """Run a command of hive's, as if it were typed."""
+        if len(self._children) >= MAX_CHILDREN:
+            raise HttpFault(503, "too much is asked at once; try again")
+        spec = ProcessSpec([*self._command, *words], os.environ, deadline=2 * DOCTOR_DEADLINE)
+        self._children.start(spec, done)
+
+    def _ended(
+        self,
+        connection: WebConnection,
+        result: ProcessResult,
+        answer: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Tell what came of it; without an answer, its exit code is one."""
+        said = result.fault or result.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        if answer is None and not result.ok:
+            answer = {"error": said.removeprefix("hive: ") or "it took too long"}
+        connection.answer(answer or {"ok": True})
+
+
+class JournalSearch:
+    """Looks back through the journal in small steps, so that the daemon is never kept busy."""
+
+    def __init__(
+        self,
+        asker: DaemonAsker,
+        filters: dict[str, Any],
+        text: str,
+        then: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._asker, self._filters, self._text, self._then = asker, filters, text.casefold(), then
+        self._found: list[dict[str, Any]] = []  # newest first
+        self._page: list[dict[str, Any]] = []  # what is read of one, oldest first
+        self._pages = 0
+
+    def go_on(self) -> None:
+        """Read the page before, or the rest of one whose texts did not fit into an answer."""
+        request: dict[str, Any] = {"do": "log", "filters": self._filters}
+        request |= {"after": self._page[-1]["n"]} if self._page else {"last": MAX_ROWS}
+        self._asker.ask(request, self._read)
+
+    def _read(self, answer: dict[str, Any]) -> None:
+        if "error" in answer:
+            return self._then(answer)
+        self._page += answer["rows"]
+        if answer["rows"] and len(self._page) < MAX_ROWS:
+            return self.go_on()
+        page, self._page = self._page, []
+        self._pages += 1
+        self._found += [row_view(row, SHOWN_TEXT) for row in reversed(page) if self._matches(row)]
+        if page:
+            self._filters["before"] = page[0]["n"]
+        more = len(page) >= MAX_ROWS
+        if more and len(self._found) < MAX_ROWS and self._pages < SEARCHED_PAGES:
+            return self.go_on()
+        last = {"before": page[0]["n"], "time": page[0]["time"]} if more else {}
+        self._then({"rows": self._found, **last})
+
+    def _matches(self, row: Mapping[str, Any]) -> bool:
+        said = (row["from"], row["to"], row["action"] or "", row["id"] or "", row_text(row))
+        return self._text in "\n".join(said).casefold()
+
+
+def given_field(check: Callable[[object], str], given: Mapping[str, Any], name: str) -> str:
+    """What a page has given, or HttpFault."""
+    try:
+        return check(given.get(name))
+    except ValueError:
+        what = f"{quoted(given.get(name))} is not {docstring(check)}"
+        raise HttpFault(400, f"{name}: {what}") from None
+
+
+def content_security_policy(page: str) -> str:
+    """Nothing from elsewhere, and of scripts and styles only those of the page itself."""
+    import base64
+    import hashlib
+
+    def source(tag: str) -> str:
+        _, _, rest = page.partition(f"<{tag}>")
+        digest = hashlib.sha256(rest.partition(f"</{tag}>")[0].encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {source('script')}; style-src {source('style')};"
+        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
+        " frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+# What is asked: who answers it, and whether that does something.
+WEB_ROUTES: dict[tuple[str, str], tuple[Callable[..., None], bool]] = {
+    ("GET", "/"): (WebServer.page, False),
+    ("GET", "/events"): (WebServer.events, False),
+    ("GET", "/log"): (WebServer.log, False),
+    ("GET", "/exchange"): (WebServer.exchange, False),
+    ("POST", "/doctor"): (WebServer.doctor, False),
+    ("POST", "/send"): (WebServer.send, True),
+    ("POST", "/reply"): (WebServer.reply, True),
+    ("POST", "/forget"): (WebServer.forget, True),
+}
+
+
+class WebService:
+    """The one page of a node: its lock tells others where it is, and keeps its key."""
+
+    def __init__(self, config: Config, port: int) -> None:
+        """Raises BlockingIOError where it is served already, OSError, HiveError."""
+        import secrets
+
+        self.port = port
+        make_private(config.state_dir)
+        self._lock = lock_or_spare(config.state_dir / "web.lock")
+        before = read_json_object(self._lock.before) or {}
+        known = before.get("key")
+        self.key = (
+            known if isinstance(known, str) and ID.fullmatch(known) else secrets.token_hex(16)
+        )
+        self.listener = socket.socket()
+        try:
+            self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.listener.bind((WEB_ADDRESS, port))
+            self.listener.listen(MAX_WEB_CONNECTIONS)
+        except OSError as error:
+            self.close()
+            in_use = error.errno == errno.EADDRINUSE
+            hint = "; another program listens there, take another --port" if in_use else ""
+            raise HiveError(f"{WEB_ADDRESS}:{port}: {reason_of(error)}{hint}") from None
+        self.port = int(self.listener.getsockname()[1])
+        self._lock.write(json.dumps({"port": self.port, "key": self.key}))
+
+    def close(self) -> None:
+        self.listener.close()
+        self._lock.close()
+
+
+def web_link(port: int, key: str) -> str:
+    return f"http://{WEB_ADDRESS}:{port}/?key={key}"
+
+
+def served_link(config: Config) -> str:
+    """The link of the page that is served already."""
+    for file in (config.state_dir / "web.lock", spare_path(config.state_dir / "web.lock")):
+        with contextlib.suppress(OSError, KeyError):
+            said = read_json_object(file.read_bytes()[:MAX_LOCK]) or {}
+            return web_link(int(said["port"]), str(said["key"]))
+    raise HiveError(f"the page of {config.node.id} is being started; say this again")
+
+
+def open_browser(link: str, folder: Path) -> None:
+    """Open a page by a file that leads to it: what is in arguments, others can read."""
+    import webbrowser
+
+    file = folder / "web.html"
+    text = (
+        f'<!DOCTYPE html><meta http-equiv="refresh" content="0; url={link}"><title>hive</title>\n'
+    )
+    write_privately({file: text}, force=True)
+    if not webbrowser.open(file.as_uri()):
+        print("hive: no browser was found here; open the link in one", file=sys.stderr)
+
+
+WEB_PAGE = r"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<title>hive</title>
+<link rel="icon" id="icon" href="data:,">
+<style>
+/* Colours first: they alone differ between light and dark. */
+:root {
+  color-scheme: light dark;
+  --paper: #f7f4ee; --card: #fffefb; --ink: #211d17; --soft: #655d50; --line: #e4ddd0;
+  --honey: #f2a516; --on-honey: #241a05; --accent: #8a5200;
+  --ok: #1c7446; --warn: #8d5a00; --bad: #b3261e; --off: #6a645b;
+  --shade: 0 1px 2px #3a2c1014, 0 6px 18px #3a2c100d;
+}
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #141210; --card: #1f1c18; --ink: #f2ede4; --soft: #b0a797; --line: #383129;
+  --honey: #f7b33b; --accent: #ffc35c;
+  --ok: #67d69a; --warn: #ffc35c; --bad: #ff8a7f; --off: #a39b8f; --shade: 0 1px 2px #0006;
+} }
+/* How somebody is: one word, one colour, and one mark whose shape says it too. */
+.online, .ok { --how: var(--ok) } .degraded, .silent, .warn { --how: var(--warn) }
+.lost, .down, .fail, .alert { --how: var(--bad) } .off, .unknown, .skipped { --how: var(--off) }
+.how { color: var(--how, var(--off)) }
+.mark { width: 1.05em; height: 1.05em; flex: none; fill: var(--how, var(--off)) }
+
+* { box-sizing: border-box; margin: 0 }
+[hidden] { display: none !important }
+body { background: var(--paper); color: var(--ink); min-height: 100vh; overflow-wrap: anywhere;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+h1 { font-size: clamp(1.5rem, 1rem + 2vw, 2.25rem); line-height: 1.2; letter-spacing: -.02em }
+h2 { font-size: 1rem } h2 small { font-weight: 400 }
+ul, ol { list-style: none; padding: 0 }
+time, small { font-variant-numeric: tabular-nums }
+code { font: .9em/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 9px; padding: .4rem .75rem; min-height: 2.5rem }
+button { cursor: pointer }
+button:hover { border-color: var(--honey) }
+.main { background: var(--honey); color: var(--on-honey); border-color: #0000; font-weight: 600 }
+.quiet { border-color: #0000; background: none; color: var(--accent); padding: 0 .5rem }
+:focus-visible { outline: 2px solid var(--honey); outline-offset: 2px }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+.skip:not(:focus) { position: absolute; left: -99rem }
+.soft { color: var(--soft) }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
+  box-shadow: var(--shade) }
+.empty { border: 1px dashed var(--line); border-radius: 14px; padding: 2rem; color: var(--soft);
+  max-width: 46rem; code { display: block; color: var(--ink); margin-top: .75rem } }
+.tools { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
+.line { display: flex; gap: .5rem; align-items: baseline;
+  .mark { align-self: center } .end { margin-left: auto; text-align: right; flex: none } }
+
+body > header { display: flex; align-items: center; gap: .5rem 1.25rem; z-index: 2; top: 0;
+  position: sticky; padding: .6rem clamp(1rem, 3vw, 3rem); background: var(--paper);
+  border-bottom: 1px solid var(--line);
+  > .main { margin-left: auto; flex: none } }
+.brand { display: flex; align-items: center; gap: .5rem; font-weight: 700; min-width: 0; flex: 1;
+  svg { width: 1.7rem; flex: none; fill: var(--honey) }
+  span { flex: none }
+  small { font-weight: 400; overflow: hidden; text-overflow: ellipsis; white-space: nowrap } }
+nav { display: flex; gap: .15rem;
+  a { display: flex; gap: .4rem; padding: .4rem .8rem; border-radius: 9px; color: var(--soft);
+    align-items: center; text-decoration: none }
+  a:hover { color: var(--ink) }
+  [aria-current] { color: var(--ink); background: var(--card); box-shadow: var(--shade) }
+  svg { display: none; width: 1.4rem; fill: none; stroke: currentColor; stroke-width: 1.8 }
+  b { font-size: .75rem; min-width: 1.3rem; text-align: center; color: var(--paper);
+    background: var(--how); border-radius: 1rem; padding-inline: .35rem } }
+#gone { background: var(--bad); color: var(--paper); padding: .6rem clamp(1rem, 3vw, 3rem) }
+main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inline: auto }
+.head { display: flex; flex-wrap: wrap; gap: .75rem 1.5rem; align-items: end; min-height: 4.4rem;
+  margin-bottom: 1.5rem; > :first-child { flex: 1 1 20rem } }
+
+#cards, #tiles { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least, 21rem)), 1fr)) }
+#tiles { --least: 11rem; gap: .5rem;
+  li { content-visibility: auto; contain-intrinsic-size: auto 2.5rem }
+  button { display: flex; gap: .45rem; align-items: center; width: 100%; text-align: left } }
+#others { margin: 2rem 0 .75rem }
+.node { padding: 1rem 1.15rem .4rem; display: grid; gap: .5rem; min-height: 15rem;
+  grid-template-rows: auto auto auto 1fr auto;
+  &:is(.lost, .degraded, .silent) { box-shadow: inset 0 3px var(--how), var(--shade) }
+  h2 { font-size: 1.1rem }
+  footer { margin-inline: -.5rem; border-top: 1px solid var(--line); padding-top: .25rem } }
+.facts { font-size: .9rem; .mark { width: .8em } }
+.hour { width: 100%; height: 2.6rem; display: block; overflow: visible;
+  path { vector-effect: non-scaling-stroke; stroke-width: 2; fill: none; stroke: var(--how) }
+  .load { fill: color-mix(in srgb, var(--honey) 22%, #0000); stroke: var(--honey);
+    stroke-width: 1.5; stroke-linejoin: round } }
+
+.list { overflow: hidden; li + li { border-top: 1px solid var(--line) } }
+.row { display: grid; gap: .1rem 1rem; padding: .55rem 1.15rem; align-items: baseline;
+  grid-template-columns: 6.5rem minmax(8rem, 15rem) 10rem 1fr; color: inherit;
+  text-decoration: none;
+  .text { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+  .kind { font-size: .87rem; color: var(--how, var(--soft)) }
+  &:is(a):hover { background: color-mix(in srgb, var(--honey) 9%, #0000) }
+  &:focus-visible { outline-offset: -2px }
+  &.finding { grid-template-columns: 1.2rem 7rem 1fr;
+    code { display: block; color: var(--accent) } } }
+#log li { content-visibility: auto; contain-intrinsic-size: auto 2.6rem }
+#older { margin: 1rem auto; display: block }
+#waits h2 { margin: 1.5rem 0 .6rem }
+
+#drawing { width: 100%; height: max(20rem, calc(100vh - 17rem)); display: block }
+.cell { cursor: pointer;
+  path { fill: var(--card); stroke: var(--how); stroke-width: 3 }
+  &.online path { stroke: var(--honey);
+    fill: color-mix(in srgb, var(--honey) var(--full), var(--card)) }
+  &.lost path, &.off path { stroke-dasharray: 5 5 }
+  &.me path { stroke: var(--ink); stroke-width: 4 }
+  circle { fill: var(--how); stroke: var(--card); stroke-width: 2.5 }
+  &:hover path { stroke: var(--ink) } }
+#drawing text { text-anchor: middle; fill: var(--ink); font-weight: 600; pointer-events: none;
+  paint-order: stroke; stroke: color-mix(in srgb, var(--card) 60%, #0000); stroke-width: 5;
+  &.how { fill: var(--how) } }
+.comb { fill: none; stroke: var(--line); stroke-width: 1.5 }
+.flow { fill: none; stroke: var(--ink); stroke-linecap: round;
+  &.to-all { stroke-dasharray: 1 8 } }
+.spark { fill: var(--ink); stroke: var(--honey); stroke-width: 4 }
+td, th { text-align: left; padding: .25rem 1.5rem .25rem 0 }
+summary { cursor: pointer; color: var(--accent); padding: .5rem 0 }
+
+dialog { border: 0; border-left: 1px solid var(--line); background: var(--card); color: inherit;
+  width: min(40rem, 100vw); max-width: none; height: 100dvh; max-height: none; padding: 0;
+  margin: 0 0 0 auto; flex-direction: column;
+  &[open] { display: flex; animation: come .18s ease-out }
+  &::backdrop { background: #0007 }
+  > * { padding: 1rem 1.25rem } > * + * { border-top: 1px solid var(--line) }
+  .body { flex: 1; overflow: auto }
+  form.body { display: flex; flex-direction: column; gap: .9rem } h2 { font-size: 1.2rem }
+  label { display: grid; gap: .25rem; color: var(--soft); > * { color: var(--ink) } }
+  textarea { min-height: 6rem; resize: vertical } }
+@keyframes come { from { translate: 2rem; opacity: 0 } }
+#reply { align-items: end; label { flex: 1 } }
+.said { max-width: 88%; margin-bottom: .9rem;
+  p { background: var(--paper); border-radius: 4px 14px 14px; padding: .6rem .9rem;
+    white-space: pre-wrap }
+  &.mine { margin-left: auto;
+    p { background: color-mix(in srgb, var(--honey) 20%, var(--card));
+      border-radius: 14px 4px 14px 14px } }
+  &.alert p { box-shadow: inset 3px 0 var(--bad) } }
+.note { color: var(--soft); font-size: .88rem; margin-bottom: .9rem; padding-left: .75rem;
+  border-left: 2px solid var(--line) }
+#said { position: fixed; inset: auto 0 5.5rem; margin: auto; width: fit-content; max-width: 90vw;
+  background: var(--ink); color: var(--paper); padding: .55rem 1rem; border-radius: 12px;
+  z-index: 3; &:empty { display: none } }
+
+@media (min-width: 52rem) { html { scrollbar-gutter: stable } .brand + nav + .main { flex: none } }
+@media (max-width: 52rem) {
+  main { padding-top: 1.25rem }
+  nav { position: fixed; inset: auto 0 0; background: var(--card); justify-content: space-around;
+    border-top: 1px solid var(--line); padding-bottom: env(safe-area-inset-bottom);
+    a { flex-direction: column; gap: 0; padding: .4rem .2rem; font-size: .75rem; min-width: 4rem;
+      position: relative }
+    [aria-current] { box-shadow: none; color: var(--accent) }
+    svg { display: block } b { position: absolute; top: .1rem; right: .4rem } }
+  .row { grid-template-columns: 1fr auto; padding-inline: 1rem;
+    time:first-child { order: 2 }
+    .kind, .text { order: 3; grid-column: 1 / -1; white-space: normal }
+    .text { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical }
+    &.finding { grid-template-columns: 1.2rem 1fr; div { grid-column: 2 } } }
+  .tools { select { flex: 1; min-width: 0 } input { flex: 1 1 100% } }
+  #drawing { height: min(100vw, calc(100vh - 17rem)) }
+}
+@media (prefers-reduced-motion: reduce) { * { animation: none !important } }
+</style>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<header>
+  <div class="brand"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M8 1.5l4.5 2.6v5.2L8
+    11.9 3.5 9.3V4.1zM16 8.7l4.5 2.6v5.2L16 19.1l-4.5-2.6v-5.2zM7 13l4 2.3v4.6L7 22.2l-4-2.3v-4.6z"
+    /></svg><span>hive</span> <small id="where" class="soft">&nbsp;</small></div>
+  <nav aria-label="Views">
+    <a href="#now"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 12h4l3-8 4 16 3-8h4"/>
+      </svg>Now<b id="count-now" class="lost" hidden></b></a>
+    <a href="#messages"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 5h16v11H9l-5 4z"/>
+      </svg>Messages</a>
+    <a href="#waiting"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 3a9 9 0 100 18 9 9
+      0 000-18v9l5 3"/></svg>Waiting<b id="count-waiting" class="off" hidden></b></a>
+    <a href="#map"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 2l8 5v10l-8 5-8-5V7z"/>
+      </svg>Map</a>
+    <a href="#doctor"><svg viewBox="0 0 24 24" aria-hidden="true"><path
+      d="M9 3h6v6h6v6h-6v6H9v-6H3V9h6z"/></svg>Doctor</a>
+  </nav>
+  <button class="main changes" id="compose">New message</button>
+</header>
+<p id="gone" role="alert" hidden></p>
+<main id="main" tabindex="-1">
+  <section id="view-now" aria-labelledby="headline">
+    <div class="head"><div><h1 id="headline">Looking around …</h1>
+      <p id="summary" class="soft">&nbsp;</p></div>
+      <input id="find" type="search" placeholder="Find a node" aria-label="Find a node" hidden>
+    </div>
+    <ul id="cards" aria-label="Nodes"></ul>
+    <h2 id="others" hidden></h2>
+    <ul id="tiles" aria-labelledby="others"></ul>
+    <div id="alone" class="empty" hidden>No other node has been seen. To bring in a second machine,
+      say here:<code>hive host --listen ADDRESS
+hive invite NAME      # and there what it prints: hive join LINE</code></div>
+  </section>
+  <section id="view-messages" aria-labelledby="h-messages">
+    <div class="head"><div><h1 id="h-messages">Messages</h1>
+      <p id="shown" class="soft">&nbsp;</p></div>
+      <form class="tools" id="filters" role="search">
+        <select id="by-node" aria-label="Node"></select>
+        <select id="by-kind" aria-label="Kind"><option value="">Every kind<option>command
+          <option>response<option>sync<option>status<option>alert</select>
+        <input id="by-text" type="search" aria-label="Text" placeholder="Text, action or id">
+      </form></div>
+    <ol id="log" class="list card" aria-label="Messages, newest first" hidden></ol>
+    <p id="none" class="empty" hidden></p>
+    <button id="older" hidden>Older messages</button>
+  </section>
+  <section id="view-waiting" aria-labelledby="h-waiting">
+    <div class="head"><div><h1 id="h-waiting">Waiting</h1>
+      <p class="soft">What is not answered, not done or not delivered.</p></div></div>
+    <div id="waits"></div>
+    <p id="nothing" class="empty">Nothing waits. What you ask with New message stands here until its
+      answer comes.</p>
+  </section>
+  <section id="view-map" aria-labelledby="h-map">
+    <div class="head"><div><h1 id="h-map">Who speaks to whom</h1>
+      <p class="soft" id="flows">&nbsp;</p></div></div>
+    <svg id="drawing" role="img" aria-labelledby="flows"></svg>
+    <details><summary>The same as a table</summary><table><thead><tr><th>From<th>To<th>Messages
+      <th>Last</thead><tbody id="pairs"></tbody></table></details>
+  </section>
+  <section id="view-doctor" aria-labelledby="h-doctor">
+    <div class="head"><div><h1 id="h-doctor">Doctor</h1><p id="verdict" class="soft"
+      role="status">&nbsp;</p></div><button id="examine">Examine again</button></div>
+    <ul id="findings" class="list card" hidden></ul>
+  </section>
+</main>
+<dialog id="thread" aria-labelledby="thread-title">
+  <div class="line"><h2 id="thread-title">…</h2><button class="quiet end">Close</button>
+  </div>
+  <ol class="body" id="story" tabindex="0" aria-label="The exchange"></ol>
+  <form id="reply" class="line"><label>Your answer<textarea id="answer" required></textarea></label>
+    <button class="main">Reply</button></form>
+</dialog>
+<dialog id="node" aria-labelledby="node-title">
+  <div class="line"><h2 id="node-title">…</h2><button class="quiet end">Close</button>
+  </div>
+  <div class="body" id="node-body"></div>
+</dialog>
+<dialog id="new" aria-labelledby="new-title">
+  <div class="line"><h2 id="new-title">New message</h2><button class="quiet end">Close</button>
+  </div>
+  <form class="body" id="message">
+    <label>To<input id="to" list="names" required autocomplete="off"
+      placeholder="a node, an agent, or all"></label><datalist id="names"></datalist>
+    <label>What shall be done<select id="action"></select></label>
+    <label>Text<textarea id="text" required></textarea></label>
+    <div class="tools"><button class="main" value="ask">Ask, and see the answer here</button>
+      <button value="send">Send; my agent gets the answer</button></div>
+    <p id="fault" class="how fail" role="alert"></p>
+  </form>
+</dialog>
+<p id="said" role="status"></p>
+<script>
+"use strict";
+// Whatever came from a node goes into the page as text, never as markup: el("li.soft", "text").
+const $ = (id) => document.getElementById(id);
+const make = (create) => (name, ...kids) => {
+  const [tag, ...words] = name.split("."), element = create(tag);
+  if (words.length) element.setAttribute("class", words.join(" "));
+  for (const kid of kids.flat(2)) {
+    if (kid instanceof Node || ["string", "number"].includes(typeof kid)) element.append(kid);
+    else if (typeof kid === "function") element.addEventListener("click", kid);
+    else for (const [key, value] of Object.entries(kid || {})) element.setAttribute(key, value);
+  }
+  return element;
+};
+const el = make((tag) => document.createElement(tag));
+const draw = make((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
+const say = (id, words) => { if ($(id).textContent !== words) $(id).textContent = words; };
+const many = (number, one) => `${number} ${one}${number === 1 ? "" : "s"}`;
+
+// A list: what has the same key and the same content stays as it is; else it keeps the focus.
+const list = (parent, items, build) => {
+  const old = new Map([...parent.children].map((child) => [child.key, child]));
+  let at = parent.firstChild;
+  for (const [key, ...of] of items) {
+    const content = JSON.stringify(of), before = old.get(key);
+    let child = before;
+    if (before?.content !== content) {
+      const inside = [...before?.querySelectorAll("a, button") || []];
+      const focus = inside.indexOf(document.activeElement);
+      child = Object.assign(build(...of), { key, content });
+      if (before && before === at) at = child;
+      before?.replaceWith(child);
+      if (focus >= 0) child.querySelectorAll("a, button")[focus]?.focus();
+    }
+    old.delete(key);
+    if (child === at) at = at.nextSibling; else parent.insertBefore(child, at);
+  }
+  for (const child of old.values()) child.remove();
+};
+
+// Times as people say them.
+const span = (seconds) => {
+  const s = Math.max(0, Math.round(seconds));
+  return s < 60 ? `${s} s` : s < 3600 ? `${Math.floor(s / 60)} min`
+    : s < 172800 ? `${Math.floor(s / 3600)} h` : `${Math.floor(s / 86400)} days`;
+};
+const day = (at, form) => new Date(at * 1000).toLocaleDateString("en-GB", form);
+const clock = (at) => {
+  const now = Date.now() / 1000, time = new Date(at * 1000).toTimeString().slice(0, 5);
+  return day(at) === day(now) ? time : day(at) === day(now - 86400) ? `yesterday ${time}`
+    : now - at < 518400 ? `${day(at, { weekday: "short" })} ${time}`
+      : day(at, { day: "numeric", month: "short" });
+};
+const moment = (at) => {
+  const ago = Date.now() / 1000 - at;
+  return ago >= 3600 ? clock(at) : ago >= 5 ? `${span(ago)} ago` : ago > -5 ? "just now"
+    : `in ${span(-ago)}`;
+};
+const stamp = (at, name = "time") => Object.assign(el(name, moment(at)),
+  { at, title: new Date(at * 1000), dateTime: new Date(at * 1000).toISOString() });
+setInterval(() => {
+  for (const one of document.querySelectorAll("time")) {
+    if (one.textContent !== moment(one.at)) one.textContent = moment(one.at);
+  }
+}, 1000);
+
+// What is known, as the server tells it.
+const nodes = new Map(), pings = new Map(), asked = new Set(), MOST = 2000; // messages shown
+let hive = {}, waiting = {}, hour = { nodes: {}, traffic: [] };
+let view = "now", thread = "", messages = [], before = 0;
+
+const RANK = ["lost", "silent", "degraded", "unknown", "off", "online"];
+const how = ({ status, reason }) => status === "stale" ? "silent"
+  : status === "offline" ? (reason?.endsWith("lost") ? "lost" : "off")
+    : RANK.includes(status) ? status : "unknown";
+const reason = (node) => ({ "connection lost": "its connection died", stopped: "it was stopped",
+  lost: "no heartbeat any more" })[node.reason] || node.reason;
+const byName = (a, b) => a.name.localeCompare(b.name, "en", { numeric: true });
+const sorted = () => [...nodes.values()].sort((a, b) =>
+  RANK.indexOf(how(a)) - RANK.indexOf(how(b)) || byName(a, b));
+const home = (name) => nodes.has(name) ? name
+  : [...nodes.values()].find((node) => node.agents.some((agent) => agent.name === name))?.name;
+// Well: a whole hexagon; in trouble: a sign in it; away: its outline.
+const HEXAGON = "M8 0l7 4v8l-7 4-7-4V4z", SIGN = "M7 4v5h2V4zM7 10.5v2h2v-2z";
+const CROSS = "M5.5 4.4L4.4 5.5 6.9 8l-2.5 2.5 1.1 1.1L8 9.1l2.5 2.5 1.1-1.1L9.1 8l2.5-2.5-1.1-1.1"
+  + "L8 6.9z";
+const SHAPES = { online: "", ok: "", degraded: SIGN, silent: SIGN, warn: SIGN, lost: CROSS,
+  down: CROSS, fail: CROSS };
+const mark = (word) => draw(`svg.mark.${word}`, { viewBox: "0 0 16 16", "aria-hidden": true },
+  draw("path", { "fill-rule": "evenodd",
+    d: HEXAGON + (SHAPES[word] ?? "M8 2.3L3 5.1v5.8l5 2.8 5-2.8V5.1z") }));
+
+// ---- Now
+const lastHour = ([beats, loads] = [[], []]) => {
+  const top = Math.max(1, ...loads), begun = beats.findIndex((beat) => beat);
+  const path = { load: "", ok: "", fail: "" };
+  beats.forEach((beat, i) => {
+    if (begun >= 0 && i >= begun) path[beat ? "ok" : "fail"] += `M${i} 23h1`;
+    if (!beat) return;
+    path.load += `${beats[i - 1] ? "" : `M${i} 20`}L${i + .5} ${19 - 18 * loads[i] / top}`;
+    if (!beats[i + 1]) path.load += `L${i + 1} 20z`;
+  });
+  const how = { viewBox: "0 0 60 24", "aria-hidden": true, preserveAspectRatio: "none" };
+  return draw("svg.hour", how, Object.entries(path)
+    .map(([key, d]) => draw(`path.${key}`, { d })));
+};
+const agentLine = (agent) => {
+  const well = agent.status === "ok" || agent.client;
+  const word = agent.status === "down" ? "down" : well ? "ok" : "off";
+  const doing = [agent.client, agent.directory, agent.branch && `on ${agent.branch}`];
+  const wrong = [agent.reason, agent.last_error, agent.retry_at && `next try ${agent.retry_at}`];
+  return el("li.line", mark(word), el("span", el("b", agent.name),
+    el("span.soft", ` ${doing.filter(Boolean).join(" ") || "agent"} `),
+    el("span.how.down", wrong.filter(Boolean).join("; "))),
+  agent.since && stamp(agent.since, "time.end.soft"));
+};
+const scheduleLine = ({ action, when, ok, last, next }) => {
+  const every = when.replace(/^every (\d+)s$/, (_, seconds) => `every ${span(seconds)}`);
+  const word = ok === false ? "fail" : ok ? "ok" : "off";
+  const did = ok === false ? "failed" : last ? "ran" : "runs";
+  return el("li.line", mark(word), el("span", el("b", action), el("span.soft", ` ${every}`)),
+    el(`span.end.${ok === false ? "how.fail" : "soft"}`, `${did} `, (last || next)
+      && stamp(last || next)));
+};
+const nodeCard = (tag) => (node, beats, ping) => {
+  const word = how(node), alive = ["online", "degraded"].includes(node.status), { work } = node;
+  const busy = [work.running && `${work.running} running`, work.waiting && `${work.waiting} queued`,
+    work.outbox && `${work.outbox} in its outbox`].filter(Boolean).join(", ") || "idle";
+  const does = node.handlers.slice(0, 6).join(", "), more = node.handlers.length - 6;
+  const changes = (text, click) => !hive.readOnly && el("button.quiet", click, text);
+  return el(`${tag}.node.card.${word}`,
+    el("div.line", mark(word), el("h2", node.name, node.name === hive.me
+      && el("small.soft", " this machine")), el("span.how.end", word,
+    word !== "online" && node.since ? [" · ", stamp(node.since)] : "")),
+    el(reason(node) ? "p.how" : "p.soft", reason(node)
+      || (node.up === null ? busy : `up ${span(node.up)}, ${busy}`)),
+    el("div", lastHour(beats), el("div.line.soft", el("small", "the last hour"), el("small.end",
+      node.load === null ? "" : `load ${node.load.toFixed(2)}`, ping && `, ${ping}`))),
+    el("ul.facts", node.agents.map(agentLine), node.schedule.map(scheduleLine),
+      alive && reason(node) && el("li.soft", busy),
+      does && el("li.soft", `does ${does}${more > 0 ? ` and ${more} more` : ""}`),
+      el("li.soft", [node.version, node.system].filter(Boolean).join(" · "))),
+    el("footer", alive ? changes("Ask", () => compose(node.name)) : "",
+      alive && node.handlers.includes("ping") && changes("Ping", () => sendPing(node.name)),
+      el("button.quiet", "Messages", () => {
+        $("node").close();
+        $("by-node").value = node.name;
+        location.hash = "messages";
+        load();
+      }), !alive && changes("Forget …", () => forget(node.name))));
+};
+const cardOf = (node) => [node, hour.nodes[node.name], pings.get(node.name), hive.readOnly];
+const headline = () => {
+  const all = sorted(), words = all.map(how), [worst] = words, [first] = all;
+  const count = (word) => words.filter((one) => one === word).length, number = count(worst);
+  const trouble = all.filter((node) => !["online", "off"].includes(how(node)));
+  const counts = RANK.toReversed().filter(count).map((word) => `${count(word)} ${word}`).join(", ");
+  const who = number === 1 ? `${first.name} is` : `${number} nodes are`;
+  const title = trouble.length ? `${who} ${worst}` : all.length === 1 ? `${who} well, and alone`
+    : `All ${all.length} nodes are well`;
+  const since = number === 1 && trouble.length && first.since ? ` since ${clock(first.since)}` : "";
+  const why = number === 1 && trouble.length && reason(first) ? `: ${reason(first)}` : "";
+  return { all, trouble, title, summary: `${counts}${since}${why}.` };
+};
+const showNow = () => {
+  if (!nodes.size) return;
+  const { all, trouble, title, summary } = headline(), few = all.length <= 24;
+  const big = few ? all : trouble.slice(0, 12), rest = all.filter((node) => !big.includes(node));
+  const wanted = $("find").value.trim().toLowerCase();
+  const found = ({ name, host, agents }) =>
+    JSON.stringify([name, host, agents]).toLowerCase().includes(wanted);
+  say("headline", title);
+  say("summary", summary);
+  $("find").hidden = $("others").hidden = few;
+  list($("cards"), big.filter(found).map((node) => [node.name, ...cardOf(node)]), nodeCard("li"));
+  say("others", many(rest.length, trouble.length ? "other" : "node"));
+  list($("tiles"), rest.filter(found).map((node) => [node.name, node.name, how(node), node.load]),
+    (name, word, load) => el("li", el("button", () => openNode(name), mark(word), name,
+      el("span.sr", word), el("small.soft.end", load?.toFixed(2)))));
+  $("alone").hidden = all.length > 1;
+};
+const openNode = (name) => {
+  say("node-title", name);
+  $("node-body").replaceChildren(nodeCard("div")(...cardOf(nodes.get(name))));
+  $("node").showModal();
+};
+
+// ---- Messages
+const receipt = ({ ch, text }) => ch === "status" && /^(received$|told |read )/.test(text);
+const kind = ({ ch, action }) => action ? `${ch} ${action}` : ch;
+const line = (at, who, what, text, id) => {
+  const inside = [at ? stamp(at) : el("span"), el("span", who), what, el("span.text", text)];
+  return el("li", id ? el("a.row", { href: `#${view}/${id}` }, inside) : el("div.row", inside));
+};
+const wanted = () => ["by-node", "by-kind", "by-text"].map((id) => $(id).value);
+const load = async (older) => {
+  const [node, ch, text] = wanted();
+  const query = new URLSearchParams({ node, ch, text, before: older ? before : "" });
+  load.busy = true;
+  const said = await ask(`/log?${query}`);
+  load.busy = false;
+  if (said.error) return tell(said.error);
+  messages = older ? [...messages, ...said.rows] : said.rows;
+  [before, load.until] = [messages.length < MOST && said.before, said.time];
+  paint();
+};
+const takeRow = (row) => {
+  const [name, ch, text] = wanted();
+  const said = [row.from, row.to, row.action, row.id, row.text].join(" ").toLowerCase();
+  if ((name && ![row.from, row.to].includes(name)) || (ch && row.ch !== ch)
+    || !said.includes(text.toLowerCase()) || messages.some((one) => one.n === row.n)) return;
+  messages = [row, ...messages].slice(0, MOST);
+};
+const showMessages = () => {
+  const [name] = wanted(), filtered = wanted().some(Boolean);
+  const names = [...nodes.keys()].sort().map((one) => [one, one, one]);
+  list($("by-node"), [["", "", "Every node"], ...names], (value, words) =>
+    el("option", { value }, words));
+  $("by-node").value = name;
+  const rows = messages.filter((row) => filtered || !receipt(row));
+  list($("log"), rows.map((row) => [row.n, row]), (row) => line(row.time,
+    row.event === "did" ? "done here" : [el("b", row.from), ` → ${row.to}`],
+    el(`span.kind.${row.ch}`, kind(row)), row.text, row.id || row.exchange));
+  $("log").hidden = !rows.length;
+  $("none").hidden = rows.length > 0;
+  $("older").hidden = !before;
+  say("shown", messages.length < MOST ? "Newest first, and live."
+    : `The newest ${MOST}, and live; say what you look for to see older ones.`);
+  say("none", !filtered ? "No message yet. Ask a node something: New message, above." : load.until
+    ? `Nothing like that since ${moment(load.until)}; look further back below.`
+    : "Nothing like that is kept here.");
+};
+const openThread = async (id, again) => {
+  const { rows, error } = await ask(`/exchange?id=${encodeURIComponent(id)}`);
+  if (thread !== id) return;
+  if (!rows?.length) return again || tell(error || "Nothing is known of that any more.");
+  const said = rows.filter((row, i) => row.event === "did"
+    || rows.findIndex((other) => other.id === row.id) === i);
+  const first = said.find((row) => row.event !== "did") || said[0];
+  const did = ["command", "sync"].includes(first.ch) ? "asked" : "told";
+  say("thread-title", `${first.from} ${did} ${first.to}`);
+  list($("story"), said.map((row) => [row.n, row, row.time - said[0].time]), (row, gap) => {
+    const after = gap > .05 ? `, after ${gap < 10 ? `${gap.toFixed(1)} s` : span(gap)}` : "";
+    if (row.event === "did" || receipt(row)) {
+      const who = receipt(row) ? row.from : hive.me;
+      return el("li.note", `${who}: ${row.text} · `, stamp(row.time), after);
+    }
+    return el(`li.said.${row.ch}${row.from === hive.me ? ".mine" : ""}`,
+      el("small.soft", el("b", row.from), ` → ${row.to} · ${kind(row)} · `, stamp(row.time), after),
+      el("p", row.text || "(its text is kept no longer)",
+        row.longer > 0 && ` … ${row.longer} more characters: hive show ${row.id}`));
+  });
+  const last = said.findLast((row) => row.event === "in" && row.from !== hive.me && !receipt(row));
+  $("reply").hidden = !last || hive.readOnly;
+  $("reply").to = last?.id;
+  if (!$("thread").open) $("thread").showModal();
+};
+
+// ---- Waiting
+const alive = (to) => {
+  const node = nodes.get(home(to)), word = node && how(node);
+  return node ? el(`span.kind.${word}`, mark(word), ` ${node.name} is ${word}`)
+    : el("span.kind", to === "all" ? "everybody" : "nobody of this name is known");
+};
+const PARTS = [
+  ["Not answered yet", "questions", (one) => line(one.asked, `asked ${one.to}`, el("span",
+    alive(one.to), one.due && el("span.kind", ", due ", stamp(one.due))), one.text, one.id)],
+  ["To do here", "tasks", (one) => line(one.since, `from ${one.from}`, el("span.kind", one.agent
+    ? `for ${one.agent}` : one.action, one.began && ", begun"), one.text, one.id)],
+  ["Not delivered yet", "outbox", (one) => line(0, one.topic, el("span.kind",
+    many(one.bytes, "byte")), one.text, one.id)],
+];
+const showWaiting = () => {
+  const parts = PARTS.filter(([, key]) => waiting[key]?.length), states = sorted().map(how);
+  list($("waits"), parts.map((part, i) => [part[0], PARTS.indexOf(part), waiting[part[1]], states]),
+    (i, items) => el("section", el("h2", PARTS[i][0]), el("ul.list.card", items.map(PARTS[i][2]))));
+  $("nothing").hidden = parts.length > 0;
+};
+
+// ---- Map: a comb with this node in its middle, a line for who wrote to whom
+const R = 50, CORNERS = [0, 1, 2, 3, 4, 5].map((i) => i * Math.PI / 3)
+  .map((turn) => [R * Math.sin(turn), -R * Math.cos(turn)]);
+const hexagon = (size) => `M${CORNERS.map((corner) => corner.map((x) => x * size)).join("L")}z`;
+const places = new Map();
+const place = (names, pitch) => { // ring after ring around the middle
+  const steps = [[-1, 1], [-1, 0], [0, -1], [1, -1], [1, 0], [0, 1]], cells = [[0, 0]];
+  for (let ring = 1; cells.length < names.length; ring += 1) {
+    let [q, r] = [ring, 0];
+    for (const [right, down] of steps) {
+      for (let i = 0; i < ring; i += 1) { cells.push([q, r]); q += right; r += down; }
+    }
+  }
+  places.clear();
+  names.forEach((name, i) => places.set(name,
+    [pitch * (cells[i][0] + cells[i][1] / 2), pitch * cells[i][1] * Math.sqrt(3) / 2]));
+};
+const way = ([x, y], [u, v]) => { // from rim to rim, bent to its left
+  const far = Math.hypot(u - x, v - y) || 1, dx = (u - x) / far, dy = (v - y) / far;
+  const at = (a, b, along, aside) => [a + dx * along + dy * aside, b + dy * along - dx * aside];
+  return `M${at(x, y, R * .84, 8)}Q${at((x + u) / 2, (y + v) / 2, 0, 8 + far / 7)} ${
+    at(u, v, -R * .84, 8)}`;
+};
+const traffic = () => { // between nodes: what agents say counts for theirs
+  const pairs = new Map();
+  for (const [from, to, number, last] of hour.traffic) {
+    const a = home(from), b = to === "all" ? to : home(to), key = `${a} ${b}`;
+    const [, , before, at] = pairs.get(key) || [a, b, 0, 0];
+    if (a && b && a !== b) pairs.set(key, [a, b, number + before, Math.max(last, at)]);
+  }
+  return [...pairs.values()].sort((a, b) => b[2] - a[2]).slice(0, 500);
+};
+const cell = (node, large) => {
+  const shape = draw("path", { d: hexagon(1) });
+  shape.style.setProperty("--full", `${Math.min(80, 18 + 40 * (node.load || 0))}%`);
+  return draw(`g.cell.${how(node)}${node.name === hive.me ? ".me" : ""}`, () => openNode(node.name),
+    { transform: `translate(${places.get(node.name)})` }, shape,
+    draw("title", `${node.name}: ${how(node)}`), node.agents.slice(0, 6).map((agent, i) =>
+      draw(`circle.${agent.status === "down" ? "down" : "online"}`, draw("title", agent.name),
+        { r: large ? 7 : 9, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
+};
+const label = (node, large) => {
+  const [x, y] = places.get(node.name), word = how(node), well = word === "online";
+  if (!large && well && node.name !== hive.me) return [];
+  const size = large ? Math.min(17, 125 / node.name.length) : 40;
+  return [draw("text", { x, y: y + (well ? 5 : 0), "font-size": size }, node.name),
+    well || !large ? [] : draw(`text.how.${word}`, { x, y: y + 18, "font-size": 12 }, word)].flat();
+};
+const flow = ([from, to, number, last]) => draw(`path.flow.to-${to}`, {
+  d: to === "all" ? hexagon(1.2) : way(places.get(from), places.get(to)),
+  transform: to === "all" ? `translate(${places.get(from)})` : "",
+  "stroke-width": Math.min(8, 1.5 + .8 * Math.log2(number)),
+  opacity: Math.max(.12, .6 - (Date.now() / 1000 - last) / 6000),
+}, draw("title", `${from} → ${to}: ${many(number, "message")}`));
+const comb = (pitch, wide, tall) => { // the empty cells around, which fade away
+  const w = pitch, h = pitch * Math.sqrt(3);
+  const all = [[0, 0], [w, 0], [0, h], [w, h], [w / 2, h / 2]];
+  const box = { x: -4 * wide, y: -4 * tall, width: 8 * wide, height: 8 * tall };
+  return [draw("defs", draw("pattern", { id: "comb", width: w, height: h,
+    patternUnits: "userSpaceOnUse" }, all.map((at) => draw("path.comb", { d: hexagon(.96),
+    transform: `translate(${at})` }))), draw("radialGradient", { id: "fade", cx: 0, cy: 0,
+    r: 1.6 * Math.max(wide, tall), gradientUnits: "userSpaceOnUse" }, draw("stop", { offset: .3,
+    "stop-color": "#fff" }), draw("stop", { offset: 1, "stop-color": "#000" })),
+  draw("mask", { id: "veil" }, draw("rect", box, { fill: "url(#fade)" }))),
+  draw("rect", box, { fill: "url(#comb)", mask: "url(#veil)" })];
+};
+const showMap = () => {
+  const all = [...nodes.values()].sort((a, b) =>
+    (b.name === hive.me) - (a.name === hive.me) || byName(a, b));
+  const number = all.length, large = number <= 61;
+  const pitch = R * Math.sqrt(3) * (number <= 7 ? 1.9 : number <= 19 ? 1.5 : large ? 1.25 : 1.06);
+  place(all.map((node) => node.name), pitch);
+  const [wide, tall] = [0, 1].map((i) =>
+    2 * R + Math.max(pitch, ...[...places.values()].map((at) => Math.abs(at[i]))));
+  const flows = traffic(), total = flows.reduce((sum, one) => sum + one[2], 0);
+  $("drawing").setAttribute("viewBox", `${-wide} ${-tall} ${2 * wide} ${2 * tall}`);
+  $("drawing").replaceChildren(...comb(pitch, wide, tall), ...all.map((node) => cell(node, large)),
+    draw("g", { id: "flowing" }, flows.map(flow)), ...all.flatMap((node) => label(node, large)));
+  say("flows", !total ? "No message in the last hour; the next one lights up." : 
+    `${many(total, "message")} in the last hour, as ${hive.me} saw them: the thicker, the more; a
+    dotted rim is what went to all. The fuller a cell, the higher its load.`);
+  list($("pairs"), flows.map((one) => [`${one[0]} ${one[1]}`, ...one]), (from, to, number, last) =>
+    el("tr", el("td", from), el("td", to), el("td", number), el("td", stamp(last))));
+};
+const lightUp = (row) => {
+  const from = places.get(home(row.from)), to = places.get(home(row.to)), layer = $("flowing");
+  if (view !== "map" || !from || !layer || from === to || layer.lit > 30) return;
+  const spark = to ? draw("circle.spark", { r: 9 }) : draw("path.flow", { d: hexagon(1.2),
+    "stroke-width": 6, transform: `translate(${from})` });
+  if (to) spark.style.offsetPath = `path("${way(from, to)}")`;
+  layer.append(spark);
+  layer.lit = (layer.lit || 0) + 1;
+  spark.animate(to ? { offsetDistance: ["0%", "100%"] } : { opacity: [1, 0] }, { duration: 900,
+    easing: "ease-in-out" }).finished.then(() => { spark.remove(); layer.lit -= 1; });
+};
+
+// ---- Doctor
+const examine = async () => {
+  $("examine").disabled = true;
+  say("verdict", "Looking at everything; that takes up to fifteen seconds …");
+  const { error, findings = [] } = await ask("/doctor", {}), order = ["fail", "warn", "ok", "--"];
+  $("examine").disabled = false;
+  findings.sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
+  const worst = findings[0]?.level, number = findings.filter((one) => one.level === worst).length;
+  say("verdict", error || { fail: `${many(number, "thing")} must be mended.`, ok: "All is well.",
+    warn: `${many(number, "thing")} could be better.` }[worst]);
+  $("findings").hidden = !findings.length;
+  list($("findings"), findings.map((one, i) => [i, one]), ({ check, level, what, todo }) =>
+    el(`li.row.finding.${level}`, mark(level), el("b", check), el("div",
+      el("span.sr", `${level}: `), what, todo && el("code", todo))));
+};
+
+// ---- What one can do
+const ask = (path, body) => fetch(path, body && { method: "POST", body: JSON.stringify(body),
+  headers: { "Content-Type": "application/json" } }).then((answer) => answer.json())
+  .catch(() => ({ error: "hive web does not answer" }));
+const tell = (words) => {
+  say("said", words);
+  clearTimeout(tell.timer);
+  tell.timer = setTimeout(() => say("said", ""), 6000);
+};
+const offerActions = () => list($("action"), [["", "", "let the agent there judge"],
+  ...(nodes.get($("to").value)?.handlers || []).map((name) => [name, name, `run ${name}`])],
+(value, words) => el("option", { value }, words));
+const compose = (name = "") => {
+  const all = [...nodes.values()].flatMap((node) => [node, ...node.agents]);
+  const names = all.map((one) => one.name);
+  list($("names"), ["all", ...new Set(names)].map((one) => [one, one]), (value) =>
+    el("option", { value }));
+  $("to").value = name;
+  say("fault", "");
+  offerActions();
+  $("node").close();
+  $("new").showModal();
+  $(name ? "text" : "to").focus();
+};
+const sendPing = async (name) => {
+  const began = performance.now(), ping = { to: name, action: "ping", text: "ping", wait: true };
+  const { error, exchange } = await ask("/send", ping);
+  if (error) return tell(error);
+  pings.set(exchange, [name, began]).set(name, "pinging …");
+  paint();
+};
+const forget = async (name) => {
+  const sure = confirm(`Forget ${name} and all that it left? If it lives, it comes back.`);
+  if (sure) tell((await ask("/forget", { name })).error || `${name} is forgotten.`);
+};
+const on = (id, event, act) => $(id).addEventListener(event, (given) => {
+  if (event === "submit") given.preventDefault();
+  act(given);
+});
+on("message", "submit", async ({ submitter }) => {
+  const wait = submitter?.value !== "send", to = $("to").value.trim(), text = $("text").value;
+  const { error, id, exchange } = await ask("/send", { to, text, action: $("action").value, wait });
+  if (error) return say("fault", error);
+  if (wait) asked.add(exchange);
+  $("text").value = "";
+  $("new").close();
+  location.hash = `${view}/${id}`;
+});
+on("reply", "submit", async () => {
+  const { error } = await ask("/reply", { id: $("reply").to, text: $("answer").value });
+  if (error) return tell(error);
+  $("answer").value = "";
+});
+on("filters", "submit", () => load());
+on("filters", "input", () => { clearTimeout(load.timer); load.timer = setTimeout(load, 200); });
+on("older", "click", () => load(true));
+on("compose", "click", () => compose());
+on("to", "input", offerActions);
+on("find", "input", () => paint());
+on("examine", "click", examine);
+on("thread", "close", () => { if (thread) location.hash = view; });
+for (const dialog of document.querySelectorAll("dialog")) {
+  dialog.addEventListener("click", ({ target }) => {
+    if (target === dialog || target.matches(".quiet.end")) dialog.close();
+  });
+}
+new IntersectionObserver(([end]) => { if (end.isIntersecting && !load.busy && before) load(true); },
+  { rootMargin: "600px" }).observe($("older"));
+
+// ---- Which view it is, and how it stays true
+const VIEWS = { now: showNow, messages: showMessages, waiting: showWaiting, map: showMap,
+  doctor: () => {} };
+const paint = () => {
+  paint.due ||= requestAnimationFrame(() => { paint.due = 0; VIEWS[view](); });
+};
+const go = () => {
+  const [name, id = ""] = decodeURIComponent(location.hash.slice(1)).split("/");
+  if (name === "main") return $("main").focus();
+  [view, thread] = [VIEWS[name] ? name : "now", id];
+  for (const one of Object.keys(VIEWS)) $(`view-${one}`).hidden = one !== view;
+  for (const link of document.querySelectorAll("nav a")) {
+    link.ariaCurrent = link.hash === `#${view}` ? "page" : null;
+  }
+  if (id) openThread(id); else $("thread").close();
+  if (view === "doctor" && !$("findings").children.length && !$("examine").disabled) examine();
+  VIEWS[view]();
+};
+const frame = () => { // what stands around the views, and in the browser's tab
+  const { title, trouble } = nodes.size ? headline() : { title: "", trouble: [] };
+  const gone = hive.daemon ? (hive.connected ? "" : hive.fault || `No broker at ${hive.broker} yet`)
+    : hive.why, count = { now: trouble.length, waiting: waiting.questions?.length };
+  document.title = `${gone ? "no connection" : trouble.length ? title : hive.me} · hive`;
+  say("where", gone ? hive.me : `${hive.me} at ${hive.broker}`);
+  $("gone").hidden = !gone;
+  say("gone", gone && `${gone}. What you see is from before; this page goes on by itself.`);
+  for (const [id, number] of Object.entries(count)) {
+    $(`count-${id}`).hidden = !number;
+    say(`count-${id}`, `${number}`);
+  }
+  const colour = gone || trouble.some((node) => how(node) === "lost") ? "b3261e" : "f2a516";
+  $("icon").href = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
+    + `<path fill='%23${colour}' d='${HEXAGON}'/></svg>`;
+  $("compose").hidden = hive.readOnly;
+  if (frame.title && frame.title !== title) tell(title);
+  frame.title = title;
+};
+const EVENTS = {
+  hive: (said) => { if (!hive.me) load(); hive = said; },
+  node: (said) => nodes.set(said.name, said),
+  gone: ({ name }) => nodes.delete(name),
+  pending: (said) => { waiting = said; },
+  history: (said) => { hour = said; },
+  missed: () => load(),
+  row: (row) => {
+    const answer = row.event === "in" && row.ch !== "status", ping = pings.get(row.exchange);
+    if (answer && ping) {
+      const took = `answered in ${Math.round(performance.now() - ping[1])} ms`;
+      pings.set(ping[0], row.ch === "response" ? took : row.text.slice(0, 60)).delete(row.exchange);
+    }
+    if (answer && asked.has(row.exchange)) tell(`${row.from} answers: ${row.text.slice(0, 100)}`);
+    if (row.event !== "did") {
+      hour.traffic.push([row.from, row.to, 1, row.time]);
+      lightUp(row);
+    }
+    takeRow(row);
+    if (thread && $("thread").open) openThread(thread, true);
+  },
+};
+const listen = () => {
+  const source = new EventSource("/events");
+  let fresh = true;
+  for (const [event, take] of Object.entries(EVENTS)) {
+    source.addEventListener(event, ({ data }) => {
+      if (fresh) nodes.clear();
+      if (fresh && hive.me) load();
+      fresh = false;
+      take(JSON.parse(data));
+      frame.due ||= setTimeout(() => { frame.due = 0; if (hive.me) frame(); }, 50);
+      paint();
+    });
+  }
+  source.onerror = async () => {
+    source.close();
+    const status = await fetch("/exchange?id=-").then((answer) => answer.status, () => 0);
+    $("gone").hidden = false;
+    say("gone", status === 403 ? "This page's link is good no longer; hive web prints a new one."
+      : "hive web does not answer. Start it again: hive web. This page goes on by itself.");
+    setTimeout(listen, 1000);
+  };
+};
+history.replaceState(null, "", location.pathname + location.hash); // the key is in a cookie now
+addEventListener("hashchange", go);
+go();
+listen();
+</script>
+"""
 # ---- Vendors: the programs of coding agents --------------------------------------------------
 #
 # VENDORS is the one table of them: how hive is entered into each and taken out again, and its
@@ -15847,15 +18301,15 @@ COMMANDS: dict[str, Command] = {}
 
 
 def as_type(check: Callable[[Any], Any]) -> Callable[[str], Any]:
-    """Make a check serve as argparse's type=."""
+    """Make a check serve as argparse's type=; whoever wants to know which it is finds it there."""
+    return partial(converted, check)
 
-    def convert(said: str) -> Any:
-        try:
-            return check(said)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
-    return convert
+def converted(check: Callable[[Any], Any], said: str) -> Any:
+    try:
+        return check(said)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
 
 def option(*flags: str, **how: Any) -> tuple[tuple[str, ...], Mapping[str, Any]]:
@@ -15955,8 +18409,14 @@ def json_text(document: str) -> str:
     return escape_unprintable(document) if sys.stdout.isatty() else document
 
 
+def terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
 def colourful(stream: IO[str]) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")
 
 
 def ttl_seconds(said: str) -> int:
@@ -16107,6 +18567,8 @@ def command_send(args: argparse.Namespace) -> int:
         ttl=args.ttl,
         corr=args.corr and known_exchange(config, args.corr),
     )
+    if CHANNELS[args.ch].handler and not args.action and args.to != EVERYONE:
+        envelope = envelope.replace(extra={RECEIPTS: True})
     if target is None:
         return send_and_wait(config, envelope, args, args.wait)
     names, away = find_targets(config, args)
@@ -16172,8 +18634,12 @@ def send_and_wait(
     ends = time.monotonic() + (wait or 0.0)
     patience = max(wait, MIN_PATIENCE) if wait else PATIENCE
     request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
-    control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
+    with Progress("handing it over"):
+        control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
     with contextlib.closing(control):
+        if said.get("away"):
+            what = f"{envelope.to} is away: its node keeps the message for it"
+            print(f"hive: {what}", file=sys.stderr)
         if wait is None:
             code = say_sent(config, envelope, args, control, said["connected"])
             if said.get("agentless"):
@@ -16181,9 +18647,6 @@ def send_and_wait(
                 print(f"hive: {what}", file=sys.stderr)
             return code
         return print_replies(config, envelope, args, control, said["connected"], ends)
-
-
-PUBLISHED_TIMEOUT = 2.0  # seconds that a command waits for the broker, once its daemon has it all
 
 
 def say_sent(
@@ -16232,15 +18695,18 @@ def print_replies(
             replies.expect(ask_members(control, {"do": "states"}, ends)["states"])
         if not connected:
             print(f"hive: queued {envelope.id}, no broker at the moment", file=sys.stderr)
-        while replies.outstanding and (left := ends - time.monotonic()) > 0:
-            said = control.receive(left) or {}
-            if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
-                why = explain_no_reply(control, replies)
-                topic = said.get("topic") or config.topics.of(envelope)
-                raise NoReplyError(f"nobody listens on {topic}{why}")
-            answer = Envelope.check(said["answer"]) if "answer" in said else None
-            if answer and replies.take(answer):
-                write_answer(answer, args.as_json, label=envelope.to == EVERYONE)
+        with Progress(replies.waiting()) as progress:
+            while replies.outstanding and (left := ends - time.monotonic()) > 0:
+                said = control.receive(left) or {}
+                if reason_code_of(config, said) == NO_SUBSCRIBERS and envelope.to != EVERYONE:
+                    why = explain_no_reply(control, replies)
+                    topic = said.get("topic") or config.topics.of(envelope)
+                    raise NoReplyError(f"nobody listens on {topic}{why}")
+                answer = Envelope.check(said["answer"]) if "answer" in said else None
+                if answer and replies.take(answer):
+                    with progress.hidden():
+                        write_answer(answer, args.as_json, label=envelope.to == EVERYONE)
+                    progress.what = replies.waiting()
     except DaemonError as error:
         raise HiveError(
             f"{error}; it has {envelope.id}, and tells the agent of the answer"
@@ -16274,7 +18740,8 @@ def send_to_group(
     with contextlib.closing(control):
         if args.wait:
             replies = GroupReplies(args.wait)
-            collect_replies(config, replies, envelopes, args, control, hand_in)
+            with Progress("") as progress:
+                collect_replies(config, replies, envelopes, args, control, hand_in, progress)
             return say_replies(replies, away, args.as_json)
         for envelope in envelopes:
             say_sent(config, envelope, args, control, hand_in(envelope))
@@ -16290,6 +18757,7 @@ def collect_replies(
     args: argparse.Namespace,
     control: Control,
     hand_in: Callable[[Envelope], bool],
+    progress: Progress,
 ) -> None:
     """Send, so many at once, and print the answers until all have come or are late."""
     pending = deque(envelopes)
@@ -16300,12 +18768,14 @@ def collect_replies(
                     what = f"queued {pending[0].id} for {pending[0].to}"
                     print(f"hive: {what}, no broker at the moment", file=sys.stderr)
                 replies.sent(pending.popleft(), time.monotonic())
+            progress.what = f"waiting for {len(replies) + len(pending)} of {len(envelopes)}"
             said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS:
                 replies.unheard(said.get("id"))
             answer = Envelope.check(said["answer"]) if "answer" in said else None
             if answer and replies.take(answer):
-                write_answer(answer, args.as_json, label=True)
+                with progress.hidden():
+                    write_answer(answer, args.as_json, label=True)
             replies.expire(time.monotonic())
     except DaemonError as error:
         rest = f"{len(pending)} were not sent" if pending else "all were sent"
@@ -16434,8 +18904,6 @@ hive.py log --from beta --since 2h --json""",
 )
 def command_log(args: argparse.Namespace) -> int:
     """Show what this node received, sent and did, a line each, newest last."""
-    import shutil
-
     config = config_of(args)
     said = {"ch": args.ch, "from": args.sender, "to": args.to, "action": args.action}
     filters = {name: value for name, value in (said | {"corr": args.corr}).items() if value}
@@ -16443,7 +18911,7 @@ def command_log(args: argparse.Namespace) -> int:
     if args.since:
         filters["since"], request["last"] = time.time() - args.since, 0
 
-    width = shutil.get_terminal_size().columns
+    width = terminal_width()
 
     def write(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
@@ -16467,10 +18935,7 @@ def command_pending(args: argparse.Namespace) -> int:
     if args.as_json:
         print(json.dumps(document, indent=2))
     else:
-        import shutil
-
-        width = shutil.get_terminal_size().columns
-        print(pending_table(document, time.time(), width), end="")
+        print(pending_table(document, time.time(), terminal_width()), end="")
     return Exit.DONE
 
 
@@ -16599,7 +19064,7 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
         if lock is None:
             return
         with contextlib.closing(lock):
-            said = control.ask({"do": "inbox", "agent": agent, "limit": MAX_INBOX_PAGE})
+            said = control.ask({"do": "inbox", "agent": agent, "limit": MAX_MAIL})
             found = said["messages"]
             if not (any(map(wakes, found)) if HOOK_EVENTS[name] else found):
                 return
@@ -16614,12 +19079,18 @@ ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not t
 @subcommand(
     ASK_BROKER,
     option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
+    option("--watch", "-w", action="store_true", help="go on with what changes, until q or Ctrl-C"),
     AS_JSON,
     examples="hive.py status --json | jq '.[] | select(.status != \"online\")'",
 )
 def command_status(args: argparse.Namespace) -> int:
     """Show how every node and agent is."""
     config = config_of(args)
+    if args.watch:
+        if args.check or args.direct or args.as_json:
+            raise UsageError("status: --watch goes with neither --check, --direct nor --json")
+        watch_status(config, colourful(sys.stdout))
+        return Exit.DONE
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
     senders = "checked" if config.checked else "not checked"
@@ -16628,8 +19099,12 @@ def command_status(args: argparse.Namespace) -> int:
     if args.as_json and (rows or not said["fault"]):
         print(json.dumps([{**vars(row), "senders": senders} for row in rows], indent=2))
     elif rows:
-        table = status_table(rows, colourful(sys.stdout)) + status_notes(rows)
-        print(f"{status_summary(rows)}; senders: {senders}\n\n{table}", end="")
+        sessions = [(row.name, row.node, row.session) for row in rows if row.session]
+        many = f", {len(sessions)} session{'s'[: len(sessions) != 1]}" if sessions else ""
+        print(f"{status_summary(rows)}{many}; senders: {senders}\n")
+        print(status_table(rows, colourful(sys.stdout)), end="")
+        print(sessions_table(sessions, time.time(), terminal_width()), end="")
+        print(status_notes(rows), end="")
     return say_of_members(config, args, said, bool(rows))
 
 
@@ -16673,6 +19148,7 @@ def command_roster(args: argparse.Namespace) -> int:
         print(json.dumps(sorted(rosters.values(), key=str), indent=2))
     elif rosters:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
+        print(sessions_table(sessions_in(rosters), time.time(), terminal_width()), end="")
         print(schedule_lines(rosters, time.time()), end="")
     return say_of_members(config, args, said, bool(rosters))
 
@@ -16695,12 +19171,22 @@ def command_forget(args: argparse.Namespace) -> int:
 
 def known_members(config: Config, do: str, direct: bool) -> dict[str, Any]:
     """What the daemon knows of all nodes, or the broker."""
-    control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
+    with Progress("asking who is there"):
+        control, said = ask_or_bypass(config, {"do": do}, "complete", direct)
     with contextlib.closing(control):
         if said["hive"] == hive_of(config):
             return ask_members(control, {"do": do}, time.monotonic() + STARTING, said)
     with contextlib.closing(InProcessNode(config, PATIENCE)) as control:
         return control.ask({"do": do})  # the daemon's is another hive
+
+
+def names_that_are_known(config: Config) -> list[str]:
+    """Nodes and agents, as the daemon has them; none where that is not told at once."""
+    control = connect_to_daemon(config, 1.0)
+    if control is None:
+        return []
+    with contextlib.closing(control):
+        return ["all", *sorted(control.ask({"do": "states"}).get("states", {}))]
 
 
 def say_of_members(
@@ -16897,17 +19383,66 @@ def next_commands(file: Path, *commands: str) -> str:
     return "next: " + "      ".join(lines)
 
 
+@subcommand(
+    option("--read-only", action="store_true", help="show everything, and let nothing be done"),
+    option("--open", action="store_true", dest="show", help="open it in this machine's browser"),
+    examples="""hive.py web --open
+hive.py web --port 8485 --read-only
+ssh -L 8484:127.0.0.1:8484 attic     # then open here what `hive web` printed there""",
+)
+def command_web(args: argparse.Namespace) -> int:
+    """Serve a page that shows the hive, to browsers on this machine (--port of the page: 8484)."""
+    start_again()
+    port = vars(args).pop("mqtt.port", None) or WEB_PORT
+    config = config_of(args)
+    log = Log(config.logging.level, config.logging.format)
+    try:
+        service = WebService(config, port)
+    except BlockingIOError:
+        link = served_link(config)
+        print(f"the page of {config.node.id} is served already: {link}")
+        if args.show:
+            open_browser(link, config.state_dir)
+        return Exit.DONE
+    link, loop = web_link(service.port, service.key), Loop(log)
+    with log.never_wait(), contextlib.ExitStack() as ending:
+        ending.callback(service.close)
+        ending.callback(loop.close)
+        command = [sys.executable, str(own_file()), *common_arguments(args)]
+        server = WebServer(loop, config, service.key, command, service.listener, args.read_only)
+        ending.callback(server.close)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.on_signal(number, loop.stop)
+        print(f"the page of {config.node.id}: {link}", flush=True)
+        if args.show:
+            open_browser(link, config.state_dir)
+        loop.run()
+    return Exit.DONE
+
+
+def common_arguments(args: argparse.Namespace) -> Iterator[str]:
+    """What was said of the configuration, for another command."""
+    for flags, how in COMMON_OPTIONS:
+        value = getattr(args, how.get("dest", flags[0].removeprefix("--")), None)
+        if value is not None:
+            yield f"{flags[0]}={value}"
+
+
 @subcommand(AS_JSON, examples="hive.py doctor && hive.py daemon")
 def command_doctor(args: argparse.Namespace) -> int:
     """Check that everything is as it must be, a line for each thing; exit 1 on a fail."""
     load = partial(resolve_config, getattr(args, "config", None), overrides_of(args))
     rows, failed = [], False
-    for check, finding in examine(load, time.monotonic()):
-        level = finding.level.name.lower()
-        rows.append({"check": check, "level": level, "what": finding.what, "todo": finding.todo})
-        failed |= finding.level is Level.FAIL
-        if not args.as_json:
-            print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
+    with Progress("checking") as progress:
+        for check, finding in examine(load, time.monotonic(), progress.check):
+            level = finding.level.name.lower()
+            rows.append(
+                {"check": check, "level": level, "what": finding.what, "todo": finding.todo}
+            )
+            failed |= finding.level is Level.FAIL
+            if not args.as_json:
+                with progress.hidden():
+                    print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
     if args.as_json:
         print(json.dumps(rows, indent=2))
     return Exit.REFUSED if failed else Exit.DONE
@@ -17037,19 +19572,15 @@ def host_settings(
 
 def check_address(settings: HostSettings) -> None:
     """Can anything listen there?  Raises HiveError."""
-    where = "" if settings.everywhere else settings.listen
-    family = socket.AF_INET6 if ":" in where else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((where, settings.port))
+        settings.bind(settings.port)
     except OSError as error:
         hint = {
             errno.EADDRINUSE: "another program listens there; take another --port",
             errno.EADDRNOTAVAIL: "this machine has no such address; see: ip address",
             errno.EACCES: "ports below 1024 are root's; take another --port",
         }.get(error.errno or 0, "")
-        address = f"{where or '*'}:{settings.port}"
+        address = f"{'*' if settings.everywhere else settings.listen}:{settings.port}"
         raise HiveError(f"{address}: {reason_of(error)}" + (f"; {hint}" if hint else "")) from None
 
 
@@ -17077,14 +19608,15 @@ def start_service(host: Host, file: Path, config: Config, changed: bool) -> None
         how = start_supervised(host, host_command(file, config))
     mqtt = host.login(config.node.id)
     until = time.monotonic() + START_PATIENCE
-    while True:
-        try:
-            JoinRequest(mqtt, config.topics.prefix).ask(b"")
-            break
-        except BrokerError as error:
-            if time.monotonic() > until:
-                raise BrokerError(f"{error}; see also {host.folder}/host.log") from None
-        time.sleep(0.05)
+    with Progress(f"waiting for Mosquitto at {place}"):
+        while True:
+            try:
+                JoinRequest(mqtt, config.topics.prefix).ask(b"")
+                break
+            except BrokerError as error:
+                if time.monotonic() > until:
+                    raise BrokerError(f"{error}; see also {host.log}") from None
+            time.sleep(0.05)
     print(f"Mosquitto listens at {place}: {how}")
 
 
@@ -17168,8 +19700,9 @@ def empty_embedded(config: Config, file: Path) -> None:
     daemon = subprocess.Popen(command, stdin=no, stdout=no, stderr=no)
     until = time.monotonic() + EMBEDDED_PATIENCE
     try:
-        while (left := waiting_at_embedded(config)) and time.monotonic() < until:
-            time.sleep(0.05)
+        with Progress(f"fetching {waiting} messages from the embedded broker"):
+            while (left := waiting_at_embedded(config)) and time.monotonic() < until:
+                time.sleep(0.05)
     finally:
         daemon.terminate()
         try:
@@ -17185,10 +19718,13 @@ def show_tests(file: Path) -> int:
     """Test the broker as doctor does, and print that; the exit code."""
     shown = ("config", "broker", "subscribe", "publish", "receive", "clock", "nodes")
     failed = False
-    for check, finding in examine(partial(load_config, str(file)), time.monotonic()):
-        if check in shown:
-            failed |= finding.level is Level.FAIL
-            print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
+    with Progress("checking") as progress:
+        load = partial(load_config, str(file))
+        for check, finding in examine(load, time.monotonic(), progress.check):
+            if check in shown:
+                failed |= finding.level is Level.FAIL
+                with progress.hidden():
+                    print(finding_line(check, finding, colourful(sys.stdout)), flush=True)
     return Exit.REFUSED if failed else Exit.DONE
 
 
@@ -17203,7 +19739,8 @@ hive.py invite mini | ssh mini python3 hive join -""",
 def command_invite(args: argparse.Namespace) -> int:
     """Let a machine join the hive that this one carries: print a line, good for an hour."""
     config = config_of(args)
-    invitation = make_invitation(Host(config.state_dir), args.name, time.time())
+    with Progress(f"inviting {args.name}"):
+        invitation = make_invitation(Host(config.state_dir), args.name, time.time())
     print(invitation.line(), flush=True)
     until = time.strftime("%H:%M", time.localtime(invitation.until))
     for note in (
@@ -17226,10 +19763,11 @@ def command_join(args: argparse.Namespace) -> int:
     file = config_place(args)
     refuse_to_join(file, args.force)
     invitation = Invitation.parse(invitation_line(args.line))
-    host = first_reachable(invitation.hosts, invitation.port)
     pending = file.with_name(f"{file.name}.joining")
-    with invited_settings(invitation, host) as mqtt:
-        password = new_secret_at(mqtt, invitation.prefix, pending)
+    with Progress(f"asking {' or '.join(invitation.hosts)} to let {invitation.name} in"):
+        host = first_reachable(invitation.hosts, invitation.port)
+        with invited_settings(invitation, host) as mqtt:
+            password = new_secret_at(mqtt, invitation.prefix, pending)
     files = joined_files(invitation, host, file, password)
     replaced = file.exists()
     if replaced:
@@ -17308,7 +19846,7 @@ def command_expel(args: argparse.Namespace) -> int:
     mqtt, me = host.login(HOST_USER), config.node.id
     if args.name == me:
         raise UsageError(f"{me} is this machine's own node, which carries the hive")
-    was_member = host.expel(args.name)
+    was_member = host.shut_out(args.name)
     if not host.reload():
         out = f"{args.name} has no password any more" if was_member else "nothing is changed"
         raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")
@@ -17316,12 +19854,13 @@ def command_expel(args: argparse.Namespace) -> int:
     if not was_member and not removed:
         there = ", ".join(name for name in host.members() if name != HOST_USER)
         raise HiveError(f"{args.name} is not in this hive; there are: {there}")
-    print(f"expelled: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     text = f"{args.name} was expelled from this hive by {me}"
     told = Envelope.new(me, EVERYONE, "status", text, urgency="later")
     request = {"do": "send", "envelope": told.document(), "wait": False}
     control, _ = ask_or_bypass(config, request, "queued", False)
     control.close()
+    host.expel(args.name)  # last: until then all of it can be said again
+    print(f"expelled: {args.name} ({removed} document{'' if removed == 1 else 's'})")
     return Exit.DONE
 
 
@@ -17444,6 +19983,152 @@ def command_help(args: argparse.Namespace) -> int:
     else:
         near = did_you_mean(args.topic, (*TOPICS, *COMMANDS)) or "see: hive help"
         raise UsageError(f"help: there is no topic or command {quoted(args.topic)}; {near}")
+    return Exit.DONE
+
+
+BASH = """\
+# hive(1) for bash, made by: hive completion bash
+_hive() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}} command= words= i
+  for ((i = 1; i < COMP_CWORD; i++)); do
+    case ${{COMP_WORDS[i]}} in
+      {common}) ((i++)) ;;
+      -*) ;;
+      *) command=${{COMP_WORDS[i]}}; break ;;
+    esac
+  done
+  case $command,$before in
+{values}
+    *) case $command in
+{words}
+    esac ;;
+  esac
+  case $words in *NAMES*) words=${{words/NAMES/$(hive completion names 2>/dev/null)}} ;; esac
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _hive hive hive-cli
+"""
+ZSH = """\
+#compdef hive hive-cli
+# hive(1) for zsh, made by: hive completion zsh
+_hive_names() {{ compadd -- ${{(f)"$(hive completion names 2>/dev/null)"}} }}
+_hive() {{
+  local context state line
+  local -a common=({common}) commands=({names})
+  _arguments -C $common '1:command:->command' '*::argument:->argument'
+  case $state,$line[1] in
+    command,*) _describe command commands ;;
+{cases}
+  esac
+}}
+if [ "$funcstack[1]" = _hive ]; then _hive "$@"; else compdef _hive hive hive-cli; fi
+"""
+FISH = """\
+# hive(1) for fish, made by: hive completion fish
+complete -c hive-cli -w hive
+complete -c hive -f
+"""
+
+
+class Completion(Value):
+    """An option or an argument of a command; both words and description are safe in quotes."""
+
+    flags: Sequence[str]  # none: it is an argument
+    about: str
+    label: str  # of its value
+    value: str  # what that may be: words, NAMES, FILES, a blank for anything; nothing: it has none
+
+    @classmethod
+    def of(cls, flags: Sequence[str], how: Mapping[str, Any]) -> Completion:
+        action = argparse.ArgumentParser(add_help=False).add_argument(*flags, **how)
+        check = action.type.args[0] if isinstance(action.type, partial) else None
+        value = "" if action.nargs == 0 else " "
+        if action.choices or action.metavar == "TOPIC":
+            value = " ".join(action.choices or (*TOPICS, *COMMANDS))
+        elif check in (node_name, recipient_name, destination):
+            value = "NAMES"
+        elif check is file_path or action.metavar == "FILE":
+            value = "FILES"
+        label = re.sub(r"\W+", " ", str(action.metavar or action.dest).lower())
+        return cls(action.option_strings, unquoted(action.help or ""), label, value)
+
+
+def unquoted(said: str) -> str:
+    """What means the same between single quotes, whatever the shell."""
+    return said.replace("\\", "").replace("'", "\u2019")
+
+
+def bash_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    common = [flag for one in commands[""] for flag in one.flags]
+    values, words = [], []
+    for name, options in commands.items():
+        for one in options:
+            if one.flags and one.value:
+                flags = "|".join(f"{name or '*'},{flag}" for flag in one.flags)
+                value = one.value.replace("FILES", "").strip()  # bash looks for files by itself
+                values.append(f'    {flags}) words="{value}" ;;')
+        own = [word for one in options for word in one.flags or [one.value]]
+        words.append(
+            f'      "{name}") words="{" ".join([*own, *(common if name else COMMANDS)])}" ;;'
+        )
+    return BASH.format(common="|".join(common), values="\n".join(values), words="\n".join(words))
+
+
+def zsh_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    known = {"NAMES": "_hive_names", "FILES": "_files", " ": " "}
+
+    def specs(options: Sequence[Completion]) -> str:
+        found, place = [], 0
+        for one in options:
+            takes = f":{one.label}:{known.get(one.value, f'({one.value})')}" if one.value else ""
+            about = re.sub(r"[][:]", r"\\\g<0>", one.about)
+            place += not one.flags
+            found += [f"'{flag}[{about}]{takes}'" for flag in one.flags] or [f"'{place}{takes}'"]
+        return " ".join(found)
+
+    names = [f"'{name}:{about_command(name)}'" for name in COMMANDS]
+    cases = [
+        f"    argument,{name}) _arguments $common {specs(commands[name])} ;;" for name in COMMANDS
+    ]
+    return ZSH.format(common=specs(commands[""]), names=" ".join(names), cases="\n".join(cases))
+
+
+def fish_completion(commands: Mapping[str, Sequence[Completion]]) -> str:
+    lines = [f"-n __fish_use_subcommand -a {name} -d '{about_command(name)}'" for name in COMMANDS]
+    for name, options in commands.items():
+        where = f"-n '__fish_seen_subcommand_from {name}' " if name else ""
+        for one in options:
+            value = one.value.replace("NAMES", "(hive completion names 2>/dev/null)").strip()
+            takes = "-r -F" if value == "FILES" else f"-x -a '{value}'" if one.value else ""
+            flags = " ".join(f"-{'l' if f[:2] == '--' else 's'} {f.lstrip('-')}" for f in one.flags)
+            lines.append(f"{where}{flags} {takes if flags else takes[3:]} -d '{one.about}'")
+    return FISH + "".join(f"complete -c hive {line}\n" for line in lines)
+
+
+def about_command(name: str) -> str:
+    return unquoted(docstring(COMMANDS[name].run).strip())
+
+
+@subcommand(
+    option(
+        "what",
+        choices=("bash", "zsh", "fish", "names"),
+        metavar="SHELL",
+        help="bash, zsh or fish; names: those that it may offer",
+    ),
+    examples="""hive.py completion bash >~/.local/share/bash-completion/completions/hive
+hive.py completion fish >~/.config/fish/completions/hive.fish""",
+)
+def command_completion(args: argparse.Namespace) -> int:
+    """Print what lets a shell complete the words of hive; make install does it too."""
+    if args.what == "names":
+        for name in names_that_are_known(config_of(args)):
+            print(name)
+        return Exit.DONE
+    of_all = {"": COMMON_OPTIONS, **{name: one.options for name, one in COMMANDS.items()}}
+    commands = {name: [Completion.of(*one) for one in options] for name, options in of_all.items()}
+    make = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}[args.what]
+    print(make(commands), end="")
     return Exit.DONE
 
 

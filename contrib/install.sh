@@ -35,12 +35,17 @@ case $for in
   user) config=$HOME/.config/hive state=$HOME/.local/state/hive folder_mode=700 file_mode=600 ;;
   system) config=/etc/hive state=/var/lib/hive folder_mode=750 file_mode=640 ;;
 esac
-case $(uname -s)-$for in
-  Darwin-user) unit=$HOME/Library/LaunchAgents/ai.hive.daemon.plist ;;
-  Darwin-system) unit= ;;  # launchd's daemons run as root; hive should not
-  *-user) unit=$HOME/.config/systemd/user/hive-daemon.service manager=--user ;;
-  *-system) unit=/etc/systemd/system/hive-daemon.service manager=--system ;;
-esac
+manager=--$for
+# unit_of NAME: where the unit of hive's daemon, or of another program of it, lies.
+unit_of() {
+  case $(uname -s)-$for in
+    Darwin-user) echo "$HOME/Library/LaunchAgents/ai.hive.$1.plist" ;;
+    Darwin-system) ;;  # launchd's daemons run as root; hive should not
+    *-user) echo "$HOME/.config/systemd/user/hive-$1.service" ;;
+    *-system) echo "/etc/systemd/system/hive-$1.service" ;;
+  esac
+}
+unit=$(unit_of daemon)
 
 # ---- Steps: each says what it does -------------------------------------------------------
 
@@ -218,7 +223,7 @@ install_unit() {
 
 # ---- Start and stop ----------------------------------------------------------------------
 
-job=gui/$me/ai.hive.daemon
+job=gui/$me/ai.hive
 
 # Is there somebody to start it?
 reachable() {
@@ -229,16 +234,17 @@ reachable() {
   esac >/dev/null 2>&1
 }
 
+# stop NAME
 stop() {
   case $unit in
-    *.plist) launchctl bootout "$job" ;;
-    *.service) systemctl "$manager" stop hive-daemon ;;
+    *.plist) launchctl bootout "$job.$1" ;;
+    *.service) systemctl "$manager" stop "hive-$1" ;;
   esac >/dev/null 2>&1 || true
 }
 
 start() {
   case $unit in
-    *.plist) launchctl print "$job" >/dev/null 2>&1 || launchctl bootstrap "gui/$me" "$unit" ;;
+    *.plist) launchctl print "$job.daemon" >/dev/null 2>&1 || launchctl bootstrap "gui/$me" "$unit" ;;
     *.service) systemctl "$manager" enable --now hive-daemon ;;
   esac
 }
@@ -251,7 +257,7 @@ start_or_say_how() {
   if [ -z "$START" ]; then
     say next "$how"
   elif reachable; then
-    if [ -n "$changed" ]; then stop; fi
+    if [ -n "$changed" ]; then stop daemon; fi
     start || fail "not started: $how"
     say started "$how"
   else
@@ -261,16 +267,23 @@ start_or_say_how() {
 
 # ---- Uninstall ---------------------------------------------------------------------------
 
+# remove_unit NAME: stop it, and take it out.
+remove_unit() {
+  each=$(unit_of "$1")
+  if [ -z "$each" ] || [ ! -e "$DESTDIR$each" ]; then return; fi
+  if reachable; then
+    stop "$1"
+    say stopped "hive-$1"
+    case $each in *.service) systemctl "$manager" disable "hive-$1" || true ;; esac
+  fi
+  drop "$each"
+}
+
 uninstall() {
   folders=$(cat "$DESTDIR$lib/folders" 2>/dev/null || true)
-  if [ -n "$unit" ] && [ -e "$DESTDIR$unit" ]; then
-    if reachable; then
-      stop
-      say stopped hive-daemon
-      case $unit in *.service) systemctl "$manager" disable hive-daemon || true ;; esac
-    fi
-    drop "$unit"
-  fi
+  remove_unit daemon
+  # By hive host, for a program that is no longer here.
+  if [ "$for" = user ] && grep -qs 'lib/hive/hive' "$(unit_of host)"; then remove_unit host; fi
   for name in hive hive-cli; do
     if ours "$name"; then drop "$bin/$name"; fi
   done

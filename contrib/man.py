@@ -55,7 +55,7 @@ def page(topic: str, source: str) -> str:
         paragraph = "" if made[-1].startswith(".SH") else ".PP\n"
         if block.startswith("## "):
             made.append(f".SH {inline(block[3:].upper())}")
-        elif block.startswith(("```", "|")):
+        elif block.startswith(("```", "|", "    ")):
             lines = re.sub(r"(?m)^```.*\n?", "", block)
             made.append(f"{paragraph}.nf\n{escaped(lines.rstrip())}\n.fi")
         elif item := re.match(r"(-|\d+\.) +", block):

@@ -101,6 +101,11 @@ class Broker:
             )
         eventually("the broker listens", lambda: answers(self.port))
 
+    @property
+    def pid(self) -> int:
+        assert self._process
+        return self._process.pid
+
     def stop(self, number: int = signal.SIGTERM) -> None:
         """End it; Mosquitto forgets a SIGTERM that comes just after it began to listen."""
         if self._process:

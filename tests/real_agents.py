@@ -72,12 +72,6 @@ class Peer(Process):
                     ch, sender, id = found.groups()
                     self._answer(ch, sender, id, json.loads(lines[1]))
 
-    def tool(self, tool: str, **arguments: object) -> str:
-        asked = request(os.urandom(4).hex(), "tools/call", name=tool, arguments=arguments)
-        result = self.ask(asked)["result"]
-        assert not result["isError"], result
-        return str(result["content"][0]["text"])
-
     def _answer(self, ch: str, sender: str, id: str, text: str) -> None:
         self.heard.append((ch, sender, text))
         if text == "write to me":

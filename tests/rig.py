@@ -34,6 +34,7 @@ class Wire:
         self.will = will
         self.published: list[hive.OutgoingMessage] = []
         self.echoes: list[hive.OutgoingMessage] = []
+        self.hangs = False
         self.unacknowledged: list[hive.OutgoingMessage] = []
         self.probes: list[Callable[[bool], None]] = []
         self.fetched: list[list[str]] = []
@@ -50,7 +51,7 @@ class Wire:
         published: Callable[[hive.OutgoingMessage, int, str], None],
         address: Callable[[str], str | None],
     ) -> None:
-        self.outbox, self.told, self.address, self.last = outbox, published, address, 0
+        self.outbox, self.told, self.address = outbox, published, address
 
     def open(self, listener: hive.ClientListener) -> None:
         pass
@@ -60,14 +61,8 @@ class Wire:
             self.send(message)
 
     def send_queued(self) -> None:
-        for message in (
-            self.outbox.next_outgoing(self.last, 1000) if self.outbox and self.up else ()
-        ):
-            topic = self.address(message.topic)
-            if topic is None:
-                break
-            self.last = message.n
-            self.send(message.replace(topic=topic))
+        for message in self.outbox.next_outgoing(1000, self.address) if self.up else ():
+            self.send(message.replace(topic=self.address(message.topic)))
 
     def room(self, topic: str) -> int:
         return self.limit - len(topic)
@@ -75,7 +70,7 @@ class Wire:
     def send(self, message: hive.OutgoingMessage) -> None:
         self.published.append(message)
         self.unacknowledged.append(message)
-        if "/all/" in message.topic:
+        if "/all/" in message.topic and not self.hangs:
             self.echoes.append(message)
 
     def acknowledge(self, message: hive.OutgoingMessage, code: int, words: str) -> None:

@@ -35,7 +35,8 @@ from test_mqtt_client import server
 
 import hive as module
 
-NAMES = [check.name for check in module.CHECKS]
+HOSTING = "hosting"  # which is said only where a hive is carried: test_hosting.py
+NAMES = [check.name for check in module.CHECKS if check.name != HOSTING]
 ASK_BROKER = ["subscribe", "publish", "receive", "clock"]
 Rows = dict[str, dict[str, str]]
 
@@ -46,7 +47,9 @@ def doctor(node: Daemon, *arguments: str) -> Rows:
     assert done.stderr == ""
     rows = json.loads(done.stdout)
     assert done.returncode == any(row["level"] == "fail" for row in rows)
-    assert [*dict.fromkeys(row["check"] for row in rows)] == NAMES
+    assert [
+        name for name in dict.fromkeys(row["check"] for row in rows) if name != HOSTING
+    ] == NAMES
     return {row["check"]: row for row in rows}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import pytest
 from carrier import HERE, Carrier
-from conftest import PATIENCE, eventually, find_program, free_port, missing, need_mosquitto
+from conftest import PATIENCE, ROOT, eventually, find_program, free_port, missing, need_mosquitto
+from paho.mqtt.publish import single
 
 import hive
 
@@ -343,6 +345,126 @@ def test_kill_9_at_any_moment_leaves_nothing_that_cannot_go_on(
     assert all(names) and len(lines) in (2, 3)
     assert alpha.invite().startswith("hive1.")
     assert alpha.run("doctor", code=None).stdout.count("fail") == 0
+
+
+# ---- Two at once, and half of it ---------------------------------------------------------
+
+
+def test_of_two_invitations_at_once_the_last_one_of_a_name_is_good(alpha: Carrier) -> None:
+    alpha.carry()
+    names = ("mini", "mini", "mega")
+    asking = [alpha.start("invite", name, stdout=-1, stderr=-1) for name in names]
+    said = [one.communicate(timeout=2 * PATIENCE) for one in asking]
+    assert [one.returncode for one in asking] == [0, 0, 0], said
+    assert alpha.host.members().keys() == {"@host", "alpha", "mini", "mega"}
+    lines = [hive.Invitation.parse(out.decode().strip()) for out, _ in said]
+    good = [
+        hive.is_password_of(alpha.host.members()[name], line.password)
+        for name, line in zip(names, lines, strict=True)
+    ]
+    assert sorted(good[:2]) == [False, True] and good[2]
+    for line, is_good in zip(lines, good, strict=True):
+        with hive.invited_settings(line, HERE) as account:
+            assert hive.lets_in(account) == is_good
+
+
+def test_expel_killed_at_any_point_is_finished_when_it_is_said_again(alpha: Carrier) -> None:
+    """It dies with SIGKILL where it would call a function, one after the other."""
+    alpha.carry()
+    alpha.daemon()
+    points = ("Host.reload", "NodeRemoval.remove", "ask_or_bypass", "Host.expel")
+    names = [f"mini{number}" for number in range(len(points))]
+    for name, point in zip(names, points, strict=True):
+        alpha.host.invite(name, time.time())
+        password = hive.new_password()
+        chosen = hive.password_hash(password, os.urandom(12))
+        assert alpha.host.accept(name, chosen, time.time())
+        account = alpha.host.login(name).replace(password=password)
+        left = f"hive/meta/{name}/roster", '{"agents": []}', 1, True
+        who, tls = {"username": name, "password": password}, {"ca_certs": account.ca_file}
+        eventually("it is in", lambda account=account: hive.lets_in(account))  # type: ignore[misc]
+        single(*left, hostname=HERE, port=alpha.port, auth=who, tls=tls)  # type: ignore[arg-type]
+        killed = (
+            f"import hive, os\nowner, _, name = 'hive.{point}'.rpartition('.')\n"
+            "setattr(eval(owner), name, lambda *_, **__: os.kill(os.getpid(), 9))\n"
+            f"hive.main(['expel', '{name}'])\n"
+        )
+        environment = alpha.environment | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", killed], env=environment, cwd=alpha.home)
+        assert done.returncode == -signal.SIGKILL and name in alpha.host.members()
+        assert alpha.run("expel", name).stdout.startswith(f"expelled: {name} (")
+        assert not hive.lets_in(account)
+    assert [*alpha.host.members()] == ["@host", "alpha"]
+    said = alpha.run("log", "--json", "--ch", "status").stdout
+    assert all(f"{name} was expelled from this hive by alpha" in said for name in names)
+    assert "nothing of mini3 is kept" in alpha.error("forget", "mini3", code=1)
+
+
+# ---- What doctor says of it --------------------------------------------------------------
+
+
+def hosting_line(alpha: Carrier) -> str:
+    said = alpha.run("doctor", code=None).stdout
+    return "\n".join(line for line in said.splitlines() if " hosting " in line)
+
+
+def test_doctor_tells_how_the_hive_is_carried(alpha: Carrier) -> None:
+    alpha.carry()
+    assert re.fullmatch(
+        r"ok    hosting    Mosquitto runs in the background; after a reboot say hive host;"
+        r" its certificate holds 36[45] days",
+        hosting_line(alpha),
+    )
+    settings = alpha.host.needed_settings()
+    alpha.host._write(
+        alpha.host._settings,
+        hive.encode_json(vars(settings.replace(names=("hive.lan", "10.9.8.7")))).decode(),
+    )
+    line = "fail  hosting    its certificate does not name hive.lan, 10.9.8.7; hive host"
+    assert hosting_line(alpha) == line
+    moved = hive.encode_json(vars(settings.replace(listen="192.0.2.1"))).decode()
+    alpha.host._write(alpha.host._settings, moved)
+    assert hosting_line(alpha).splitlines()[0] == (
+        "fail  hosting    192.0.2.1: Cannot assign requested address; hive host"
+    )
+    alpha.host._write(alpha.host._settings, hive.encode_json(vars(settings)).decode())
+    pid = alpha.host.service_pid()
+    assert pid
+    os.kill(pid, signal.SIGTERM)
+    eventually("it has ended", lambda: not alpha.host.broker_pid())
+    log = alpha.host.log
+    assert hosting_line(alpha) == (
+        f"fail  hosting    Mosquitto for this hive does not run; see {log}; hive host"
+    )
+
+
+def findings(host: hive.Host) -> list[hive.Finding]:
+    """What the check finds, of a hive whose Mosquitto runs."""
+    node = hive.NodeConfig("alpha", state_dir=host.folder.parent)
+    with contextlib.ExitStack() as ending:
+        context = hive.DoctorContext(lambda: hive.Config(node), 0.0, ending)
+        context.config = hive.Config(node)
+        return [*hive.check_hosting(context)]
+
+
+def test_doctor_warns_of_a_certificate_that_ends_and_of_what_a_reboot_ends(
+    prepared: hive.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive.Host, "_holder", lambda self, lock, written: 1)
+    monkeypatch.setattr(hive, "supervisor", lambda: "is kept running by systemd")
+    now = time.time()
+    for days, level, words in (
+        (300, "ok", "is kept running by systemd; its certificate holds 64 days"),
+        (350, "WARN", "its certificate holds 14 days, and was not renewed"),
+        (366, "FAIL", "its certificate holds 0 days, and was not renewed"),
+    ):
+        monkeypatch.setattr(time, "time", lambda days=days: now + days * DAY)
+        (found,) = findings(prepared)
+        assert found.level.name == level.upper() and words in found.what
+    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(hive, "supervisor", lambda: hive.NOT_KEPT)
+    (found,) = findings(prepared)
+    assert found.level is hive.Level.WARN and "after a reboot" in found.what
 
 
 # ---- What is not there -------------------------------------------------------------------

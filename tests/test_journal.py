@@ -411,8 +411,12 @@ def sending(journal: hive.Journal, *ids: str, **fields: Any) -> None:
         journal.enqueue(f"t/{id}", envelope.encode(), message=row)
 
 
+def take(journal: hive.Journal, limit: int) -> list[hive.OutgoingMessage]:
+    return journal.next_outgoing(limit, lambda topic: True)
+
+
 def waiting(journal: hive.Journal) -> list[str | None]:
-    return [one.id for one in journal.next_outgoing(0, 1000)]
+    return [one.id for one in journal.unacknowledged(1000)]
 
 
 def test_the_outbox_keeps_its_order_over_a_restart(open_journal: Open) -> None:
@@ -425,20 +429,21 @@ def test_the_outbox_keeps_its_order_over_a_restart(open_journal: Open) -> None:
     journal.enqueue("meta", b"\0\xff", retain=True)
     journal.close()
     journal = open_journal()
-    found = journal.next_outgoing(0, 100)
+    found = journal.unacknowledged(100)
     assert [one.topic for one in found] == ["t/0", "t/1", "t/2", "t/3", "t/4", "meta"]
     assert [one.payload for one in found] == [*(one.encode() for one in said), b"\0\xff"]
     assert [one.retain for one in found] == [False, True, False, True, False, True]
     assert [one.until for one in found[:2]] == [None, NOW + 1]
     assert [one.id for one in found] == [*(one.id for one in said), None]
     assert journal.outbox_size == 6
-    assert [one.topic for one in journal.next_outgoing(found[1].n, 2)] == ["t/2", "t/3"]
+    assert [one.topic for one in take(journal, 2)] == ["t/0", "t/1"]
+    assert [one.topic for one in take(journal, 2)] == ["t/2", "t/3"]
 
 
 def test_a_message_is_on_the_disk_once(journal: hive.Journal) -> None:
     sending(journal, "a")
     assert journal._database.read("SELECT payload FROM outbox") == [(None,)]
-    assert journal.next_outgoing(0, 1)[0].payload == message("a").encode()
+    assert journal.unacknowledged(1)[0].payload == message("a").encode()
 
 
 def test_what_is_sent_while_no_text_is_kept_goes_out_whole(journal: hive.Journal) -> None:
@@ -446,7 +451,7 @@ def test_what_is_sent_while_no_text_is_kept_goes_out_whole(journal: hive.Journal
     sending(journal, "a")
     row = journal.message("a")
     assert row and row["envelope"] is None
-    assert hive.Envelope.parse(journal.next_outgoing(0, 1)[0].payload).text == "hello"
+    assert hive.Envelope.parse(journal.unacknowledged(1)[0].payload).text == "hello"
 
 
 @pytest.mark.parametrize("acknowledged", [True, False])
@@ -455,19 +460,19 @@ def test_what_the_broker_has_or_never_will_have_waits_no_more(
 ) -> None:
     sending(journal, "a", "b", "c")
     journal.enqueue("meta", b"x")
-    first, second, third, meta = journal.next_outgoing(0, 100)
+    first, second, third, meta = journal.unacknowledged(100)
     for one in (second, meta):
         journal.dequeue(one, acknowledged)
-    assert [one.n for one in journal.next_outgoing(0, 100)] == [first.n, third.n]
+    assert [one.n for one in journal.unacknowledged(100)] == [first.n, third.n]
     assert journal.outbox_size == 2
     journal.enqueue("t", b"y")
-    assert journal.next_outgoing(third.n, 100)[0].n > meta.n, "a number is never given again"
+    assert journal.unacknowledged(100)[-1].n > meta.n, "a number is never given again"
 
 
 def test_what_was_acknowledged_a_moment_ago_is_sent_again_in_order(open_journal: Open) -> None:
     journal = open_journal()
     sending(journal, "a", "b", "c", "d", "e")
-    first, second, third, fourth, _ = journal.next_outgoing(0, 100)
+    first, second, third, fourth, _ = journal.unacknowledged(100)
     journal.dequeue(first, acknowledged=True)
     journal.dequeue(second, acknowledged=False)
     journal.dequeue(third, acknowledged=True)
@@ -475,17 +480,45 @@ def test_what_was_acknowledged_a_moment_ago_is_sent_again_in_order(open_journal:
     eventually("the next moment", lambda: time.time() > moment)
     journal.dequeue(fourth, acknowledged=True)
     assert waiting(journal) == ["e"] and journal.outbox_size == 1
-    assert journal.requeue(since=moment) == fourth.n
+    assert journal.requeue(since=moment) == {fourth.n}
     assert waiting(journal) == ["d", "e"] and journal.outbox_size == 2
     assert count_of(journal, "outbox") == 2, "and what was acknowledged before that is forgotten"
-    assert journal.requeue(since=0) == 0, "nothing was since then"
+    assert journal.requeue(since=0) == set(), "nothing was since then"
+
+
+def test_what_is_for_others_does_not_wait_behind_a_pile(open_journal: Open) -> None:
+    journal = open_journal()
+    for topic, number in (("pile", 100), ("a", 2), ("b", 1)):
+        for text in range(number):
+            journal.enqueue(topic, f"{text}".encode())
+    said = [(one.topic, one.payload) for one in take(journal, 8)]
+    assert said[:5] == [("pile", b"0"), ("a", b"0"), ("b", b"0"), ("pile", b"1"), ("a", b"1")]
+    assert said[5:] == [("pile", b"2"), ("pile", b"3"), ("pile", b"4")], "in order on each topic"
+    journal.enqueue("c", b"own")
+    assert [one.topic for one in take(journal, 2)] == ["pile", "c"]
+    assert len(journal.unacknowledged(1000)) == journal.outbox_size == 104
+    journal.close()
+    journal = open_journal()
+    assert [one.topic for one in take(journal, 4)] == ["pile", "a", "b", "c"]
+    assert journal.requeue(since=0) == set()
+    assert [one.topic for one in take(journal, 4)] == ["pile", "a", "b", "c"], "that was under way"
+
+
+def test_a_topic_that_cannot_be_addressed_yet_holds_up_no_other(journal: hive.Journal) -> None:
+    for topic in ("away", "here", "away", "gone"):
+        journal.enqueue(topic, b"x")
+    found = journal.next_outgoing(10, lambda topic: topic == "here")
+    assert [one.topic for one in found] == ["here"] and journal.has_outgoing
+    assert journal.next_outgoing(10, lambda topic: False) == []
+    assert sorted(one.topic for one in take(journal, 10)) == ["away", "away", "gone"]
+    assert not journal.has_outgoing
 
 
 def test_what_was_acknowledged_is_known_after_a_crash(
     open_journal: Open, child_of: Callable[[str], subprocess.Popen[bytes]]
 ) -> None:
     child = child_of(
-        "take('a'); take('b'); took = journal.next_outgoing(0, 9)\n"
+        "take('a'); take('b'); took = journal.unacknowledged(9)\n"
         "journal.dequeue(took[0], True); journal.commit()\n"
         "journal.dequeue(took[1], True)  # too late\n" + WAIT
     )
@@ -499,7 +532,7 @@ def test_what_was_acknowledged_is_known_after_a_crash(
 
 def test_what_the_broker_has_saved_is_forgotten_with_a_commit(journal: hive.Journal) -> None:
     sending(journal, "a", "b", "c")
-    first, second, _ = journal.next_outgoing(0, 100)
+    first, second, _ = journal.unacknowledged(100)
     for one in (first, second):
         journal.dequeue(one, acknowledged=True)
     assert count_of(journal, "outbox") == 3
@@ -514,7 +547,7 @@ def test_it_says_when_it_is_full(journal: hive.Journal, monkeypatch: pytest.Monk
     assert not journal.outbox_full
     sending(journal, "c")
     assert journal.outbox_full
-    journal.dequeue(journal.next_outgoing(0, 1)[0], acknowledged=True)
+    journal.dequeue(journal.unacknowledged(1)[0], acknowledged=True)
     assert not journal.outbox_full
 
 
@@ -529,7 +562,7 @@ def test_it_is_full_of_bytes_too_and_knows_so_after_a_restart(
     journal.close()
     journal = open_journal()
     assert journal.outbox_full
-    result, _ = journal.next_outgoing(0, 100)
+    result, _ = journal.unacknowledged(100)
     journal.dequeue(result, acknowledged=True)
     assert not journal.outbox_full
     journal.requeue(since=0)
@@ -692,7 +725,7 @@ def test_nothing_that_is_not_finished_is_forgotten(open_journal: Open, bound: st
     assert journal.full == (bound == "size")
     for task in (run, word):
         journal.remove_task(task)
-    (waiting,) = journal.next_outgoing(0, 10)
+    (waiting,) = journal.unacknowledged(10)
     journal.dequeue(waiting, acknowledged=True)
     journal.forget_acknowledged(before=time.time() + 1)
     while journal.prune(NOW + 100):
@@ -783,7 +816,7 @@ def test_answers_leave_room_for_what_the_node_itself_has_to_say(
     journal.close()
     journal = open_journal()
     assert not journal.takes_answer("hive/5/response"), "it knows them after a restart"
-    for message in journal.next_outgoing(0, 10):
+    for message in journal.unacknowledged(10):
         journal.dequeue(message, acknowledged=False)
     assert answers("hive/5/response") == 10
     for _ in range(20):
@@ -805,11 +838,11 @@ def test_of_a_result_only_the_latest_waits(journal: hive.Journal) -> None:
     for payload in (b"1", b"22", b"333"):
         journal.keep_latest("hive/meta/beta/ping", payload)
         journal.keep_latest("hive/meta/beta/other", payload)
-    first, _ = journal.next_outgoing(0, 10)
+    first, _ = take(journal, 10)
     assert (first.payload, first.retain, journal.outbox_size) == (b"333", True, 2)
     journal.keep_latest("hive/meta/beta/ping", b"4444")
-    assert [one.payload for one in journal.next_outgoing(0, 10)] == [b"333", b"333", b"4444"]
-    for one in journal.next_outgoing(0, 10):
+    assert [one.payload for one in journal.unacknowledged(10)] == [b"333", b"333", b"4444"]
+    for one in journal.unacknowledged(10):
         journal.dequeue(one, acknowledged=True)
     assert (journal.outbox_size, journal._outbox_bytes, journal._outbox) == (0, 0, {})
 
@@ -905,7 +938,7 @@ def test_after_damage_while_it_runs_no_number_is_given_twice(
         journal.enqueue("t", b"x")
     journal.close()
     journal = open_journal()
-    last, tasks = journal.next_outgoing(0, 10_000)[-1].n, [task.n for task in journal.tasks()]
+    last, tasks = journal.unacknowledged(10_000)[-1].n, [task.n for task in journal.tasks()]
     file = folder / "journal.sqlite3"
     file.write_bytes(file.read_bytes()[:4096] + b"\xff" * (file.stat().st_size - 4096))
     opened = int(time.time())
@@ -915,9 +948,9 @@ def test_after_damage_while_it_runs_no_number_is_given_twice(
     journal.enqueue("t", b"new")
     journal.commit()
     assert journal.on_disk
-    assert [one.payload for one in journal.next_outgoing(last, 10)] == [b"new"], (
-        "or it waits for ever"
-    )
+    sent = [one for _ in range(3) for one in take(journal, 10)]
+    assert [one.payload for one in sent] == [b"new"] and sent[0].n > last, "or it waits for ever"
+    assert journal.outbox_size == 1
     for task in tasks:  # of the old file, which the daemon still works on
         journal.remove_task(task)
     assert [task.n for task in journal.tasks()] == [owed]
@@ -997,7 +1030,7 @@ def test_a_file_of_the_old_layout_is_taken_over(
         assert [row["envelope"] for row in journal.rows({})] == [asked.document(), owed.document()]
         (task,) = journal.tasks()
         assert (task.envelope, task.agent, task.until, task.began) == (owed, "main", NOW + 60, True)
-        first, second = journal.next_outgoing(0, 10)
+        first, second = journal.unacknowledged(10)
         assert (first.topic, first.payload, first.id) == ("t", asked.encode(), "asked")
         assert (second.topic, second.payload, second.retain) == ("result", b"{}", True)
         assert journal.outbox_size == 2
@@ -1005,9 +1038,9 @@ def test_a_file_of_the_old_layout_is_taken_over(
         assert not is_new(journal, "owed")
         journal.close()
     journal = open_journal()
-    for one in journal.next_outgoing(0, 10):
+    for one in journal.unacknowledged(10):
         journal.dequeue(one, acknowledged=True)
-    assert waiting(journal) == [] and journal.requeue(since=0) == second.n
+    assert waiting(journal) == [] and journal.requeue(since=0) == {first.n, second.n}
     assert waiting(journal) == ["asked", None]
 
 
@@ -1072,7 +1105,7 @@ def owing(journal: hive.Journal, *names: str) -> None:
 
 def assert_owing(journal: hive.Journal, *names: str) -> None:
     assert [task.envelope.id for task in journal.tasks()] == [*names]
-    assert [one.payload.decode() for one in journal.next_outgoing(0, 1000)] == [*names]
+    assert [one.payload.decode() for one in journal.unacknowledged(1000)] == [*names]
     assert all(journal.message(name) for name in names)
     assert not any(is_new(journal, name) for name in names)
 
@@ -1101,10 +1134,10 @@ def test_when_the_disk_is_full_nothing_is_lost_and_all_of_it_goes_back(
     more = [f"m-{i}" for i in range(100)]
     owing(journal, *more)
     assert not journal.on_disk
-    tasks, waiting = journal.tasks(), journal.next_outgoing(0, 1000)
+    tasks, waiting = journal.tasks(), journal.unacknowledged(1000)
     assert_owing(journal, "a", "b", *more)
     journal.return_to_disk()
-    assert journal.on_disk and (journal.tasks(), journal.next_outgoing(0, 1000)) == (tasks, waiting)
+    assert journal.on_disk and (journal.tasks(), journal.unacknowledged(1000)) == (tasks, waiting)
     owing(journal, "after")
     journal.close()
     assert_owing(open_journal(), "a", "b", *more, "after")

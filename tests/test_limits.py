@@ -184,18 +184,20 @@ def test_a_flood_is_a_few_lines_in_the_log_and_leaves_the_node_its_own_word(
     beta.start()
     hive.node("alpha").start()
     messages = 12_000
-    envelopes = [
-        Envelope.new("flood", "beta", "command", "x" * 500, id=f"m-{i}", action="no").encode()
-        for i in range(messages)
-    ]
-    flood(hive.broker.port, f"{hive.prefix}/beta/command", envelopes)
+    kinds = (("command", "no", 3000), ("status", None, messages))  # refused, and kept
+    for ch, action, number in kinds:
+        payloads = [
+            Envelope.new("flood", "beta", ch, "x" * 500, id=f"{ch}-{i}", action=action).encode()
+            for i in range(number)
+        ]
+        flood(hive.broker.port, f"{hive.prefix}/beta/{ch}", payloads)
     largest = 0
 
     def last_one() -> bool:
         nonlocal largest
         files = beta.home.glob("state/journal*")
         largest = max(largest, sum(file.stat().st_size for file in files))
-        return hive.cli("beta", "show", f"m-{messages - 1}", code=None).returncode == 0
+        return hive.cli("beta", "show", f"status-{messages - 1}", code=None).returncode == 0
 
     eventually("it has heard all", last_one)
     hive.cli("beta", "send", "--to", "alpha", "--ch", "status", "--text", "my own word")

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from conftest import PATIENCE, ROOT, Clock, Hive, run_until
+from conftest import (
+    MOSQUITTO,
+    PATIENCE,
+    ROOT,
+    Broker,
+    Clock,
+    Hive,
+    broker_of,
+    eventually,
+    run_until,
+)
+from mcp import Client as RealClient
+from mcp import StdioServerParameters
+from mcp.types import Implementation, TextContent
 
 import hive as hive_py
 from hive import Loop, McpServer
@@ -32,7 +47,7 @@ def request(id: object, method: str, **params: object) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": id, "method": method, "params": params}
 
 
-def call(id: object, tool: str, _meta: object = None, **arguments: object) -> dict[str, Any]:
+def call(id: object, tool: str, _meta: object = None, /, **arguments: object) -> dict[str, Any]:
     meta = {} if _meta is None else {"_meta": _meta}
     return request(id, "tools/call", name=tool, arguments=arguments, **meta)
 
@@ -466,7 +481,7 @@ class Process:
         assert answer.get("id") == document["id"], answer
         return answer
 
-    def tool(self, tool: str, **arguments: object) -> str:
+    def tool(self, tool: str, /, **arguments: object) -> str:
         """What a tool says, which must not fail."""
         result = self.ask(call(os.urandom(4).hex(), tool, **arguments))["result"]
         assert not result["isError"], result
@@ -522,3 +537,220 @@ def test_the_branch_is_read_without_git(tmp_path: Path) -> None:
     assert hive_py.git_branch(str(work)) == "01234567"
     (work / ".git").write_text("nonsense")
     assert hive_py.git_branch(str(work)) == ""
+
+
+# -- two nodes on a real broker --
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hive]:
+    """The nodes alpha and beta, for all tests that do not stop one."""
+    broker = broker_of(MOSQUITTO, tmp_path_factory.mktemp("broker"))
+    hive = Hive(tmp_path_factory.mktemp("two"), broker, "two", interval=0.5)
+    try:
+        for name in ("alpha", "beta"):
+            hive.node(name).handler("ping", "#!/bin/sh\necho pong\n")
+            hive.nodes[name].start()
+        yield hive
+    finally:
+        hive.close()
+        broker.stop()
+
+
+class Sessions:
+    """Servers at the nodes of a hive, that end with the test."""
+
+    def __init__(self, hive: Hive, home: Path) -> None:
+        self.hive, self.home = hive, home
+        self.ending = contextlib.ExitStack()
+
+    def start(self, node: str, name: str) -> Process:
+        """One that is attached, and that all nodes know of."""
+        flags = (f"--config={self.hive.nodes[node].config}", f"--as={name}")
+        made = self.ending.enter_context(Process(self.home, *flags))
+        assert name in made.tool("list_agents")
+        eventually(f"{name} is known", lambda: all(name in one for one in self.known()))
+        return made
+
+    def known(self) -> Iterator[str]:
+        """What each node knows of all."""
+        for node in self.hive.nodes:
+            with contextlib.closing(self.control(node)) as control:
+                for request in ("roster", "states"):
+                    yield json.dumps(control.ask({"do": request}))
+
+    def control(self, node: str) -> hive_py.ControlClient:
+        return hive_py.ControlClient(self.hive.nodes[node].home / "state" / "door", node)
+
+
+@pytest.fixture
+def sessions(two: Hive, tmp_path: Path) -> Iterator[Sessions]:
+    made = Sessions(two, tmp_path)
+    yield made
+    made.ending.close()
+
+
+def id_in(text: str) -> str:
+    found = re.search(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b", text)
+    assert found, text
+    return found[0]
+
+
+async def every_tool(hive: Hive, mode: Literal["auto", "legacy", "2026-07-28"]) -> None:
+    """Two real clients at two nodes: each tool is called, and an answer crosses both."""
+
+    def client(node: str, name: str) -> RealClient:
+        line = hive.command_line(node, "mcp", "--as", name)
+        how = StdioServerParameters(command=line[0], args=line[1:], env=hive.environment)
+        info = Implementation(name="claude-code", version="2.1.332")
+        return RealClient(how, mode=mode, client_info=info)
+
+    async def tool(client: RealClient, name: str, **arguments: object) -> str:
+        result = await client.call_tool(name, arguments)
+        (content,) = result.content
+        assert isinstance(content, TextContent) and not result.is_error, content
+        return content.text
+
+    ada, bob = f"ada-{mode[:4]}", f"bob-{mode[:4]}"
+    async with client("alpha", ada) as one, client("beta", bob) as other:
+        assert one.protocol_version == ("2025-11-25" if mode == "legacy" else "2026-07-28")
+        assert [tool.name for tool in (await one.list_tools()).tools] == NAMES
+        listed = await tool(one, "list_agents")
+        assert f"You are {ada}, an agent of alpha." in listed
+        while ada not in await tool(other, "list_agents"):
+            await asyncio.sleep(0.05)
+        while bob not in await tool(one, "list_agents"):
+            await asyncio.sleep(0.05)
+        assert "pong" in await tool(one, "ask", to="beta", text="x", action="ping")
+
+        asking = asyncio.create_task(tool(one, "ask", to=bob, text="is the backup\ndone?"))
+        inbox = await tool(other, "read_inbox", wait_seconds=20)
+        assert f"[hive] command from {ada} to {bob}" in inbox
+        assert r'"is the backup\ndone?"' in inbox and "tool reply" in inbox
+        question = id_in(inbox)
+        assert "Sent to" in await tool(other, "reply", id=question, text="yes, 6 files")
+        assert '"yes, 6 files"' in await asking
+        assert "Nothing new" in await tool(one, "read_inbox")  # it is settled
+        assert "Nothing new" in await tool(other, "read_inbox")
+
+        sent = await tool(one, "send_message", to=bob, text="thanks", urgent=False)
+        assert '"thanks"' in await tool(other, "read_inbox", wait_seconds=20)
+        while f"read by {bob}" not in (story := await tool(one, "show_exchange", id=id_in(sent))):
+            await asyncio.sleep(0.05)
+        assert "received" in story
+        assert "No answer" in await tool(one, "wait_answer", id=id_in(sent), wait_seconds=0)
+
+
+@pytest.mark.parametrize("mode", ["auto", "legacy", "2026-07-28"])
+def test_the_real_client_calls_every_tool(
+    two: Hive, mode: Literal["auto", "legacy", "2026-07-28"]
+) -> None:
+    asyncio.run(asyncio.wait_for(every_tool(two, mode), PATIENCE))
+
+
+def test_a_burst_is_read_whole_and_each_message_once(sessions: Sessions) -> None:
+    reader, writer = sessions.start("beta", "reader"), sessions.start("alpha", "writer")
+    for n in range(60):
+        text = f"number {n:02}."
+        assert "Sent to" in writer.tool("send_message", to="reader", text=text, urgent=n % 2 > 0)
+    read: list[str] = []
+    while len(read) < 60:
+        # Two at once, as a model may call them.
+        reader.say(call("a", "read_inbox", wait_seconds=20), call("b", "read_inbox", limit=7))
+        for _ in range(2):
+            result = reader.hear()["result"]
+            assert not result["isError"], result
+            read += re.findall(r"number \d\d\.", result["content"][0]["text"])
+    assert sorted(read) == [f"number {n:02}." for n in range(60)]
+    assert "Nothing new" in reader.tool("read_inbox", wait_seconds=1)
+
+
+def test_what_a_killed_server_had_not_handed_out_waits_for_the_next(sessions: Sessions) -> None:
+    writer, first = sessions.start("alpha", "w"), sessions.start("beta", "heir")
+    first.say(call(1, "ask", to="w", text="are you there?", wait_seconds=60))
+    question = id_in(writer.tool("read_inbox", wait_seconds=20))
+    first.process.kill()
+    first.process.wait(PATIENCE)
+    writer.tool("reply", id=question, text="I am")
+    writer.tool("send_message", to="heir", text="one more")
+    heir = sessions.start("beta", "heir")
+    text = heir.tool("read_inbox", wait_seconds=20)
+    while "one more" not in text:
+        text += heir.tool("read_inbox", wait_seconds=20)
+    assert text.count('"I am"') == text.count('"one more"') == 1
+    assert 're: "are you there?"' in text
+
+
+def test_an_answer_to_a_cancelled_question_comes_to_the_inbox(sessions: Sessions) -> None:
+    one, other = sessions.start("alpha", "hasty"), sessions.start("beta", "slow")
+    one.say(call(7, "ask", to="slow", text="how long?"))
+    question = id_in(other.tool("read_inbox", wait_seconds=20))
+    one.say({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 7}})
+    assert one.ask(request(8, "ping"))["result"] == {}
+    other.tool("reply", id=question, text="not long")
+    text = one.tool("read_inbox", wait_seconds=20)  # which no answer to 7 precedes
+    assert '"not long"' in text and 're: "how long?"' in text
+
+
+def test_a_question_survives_a_restart_of_the_daemon(
+    hive_of: Callable[..., Hive], own_broker: Broker, tmp_path: Path
+) -> None:
+    hive = hive_of(own_broker)
+    for name in ("alpha", "beta"):
+        hive.node(name).start()
+    made = Sessions(hive, tmp_path)
+    with made.ending:
+        one, other = made.start("alpha", "one"), made.start("beta", "other")
+        one.say(call(1, "ask", to="other", text="still?", wait_seconds=60))
+        question = id_in(other.tool("read_inbox", wait_seconds=20))
+        hive.nodes["alpha"].stop()
+        assert "Sent to" in other.tool("reply", id=question, text="still")
+        hive.nodes["alpha"].start()
+        answer = one.hear()
+        assert answer["id"] == 1 and '"still"' in answer["result"]["content"][0]["text"]
+        assert "You are one," in one.tool("list_agents")
+        assert "Nothing new" in one.tool("read_inbox")
+
+
+def test_a_recipient_that_is_not_there_is_named_with_the_nearest(sessions: Sessions) -> None:
+    one = sessions.start("alpha", "one")
+
+    def refused(tool: str, /, **arguments: object) -> str:
+        result = one.ask(call(1, tool, **arguments))["result"]
+        assert result["isError"]
+        return str(result["content"][0]["text"])
+
+    assert "did you mean beta?" in refused("send_message", to="betta", text="x")
+    assert "did you mean ping?" in refused("ask", to="beta", text="x", action="pnig")
+    assert "no agent that could read this" in refused("ask", to="beta", text="x")
+    assert "is you" in refused("ask", to="one", text="x")
+    assert "not known here" in refused("reply", id="no-such-id", text="x")
+
+
+def test_all_are_asked_but_not_who_asks(sessions: Sessions) -> None:
+    one = sessions.start("alpha", "curious")
+    refused = one.ask(call(1, "ask", to="all", text="who is there?"))["result"]
+    assert "nobody else is online" in refused["content"][0]["text"]
+    other = sessions.start("beta", "present")
+    one.say(call(2, "ask", to="all", text="who is there?"))
+    question = other.tool("read_inbox", wait_seconds=20)
+    other.tool("reply", id=id_in(question), text="I am")
+    assert '"I am"' in one.hear()["result"]["content"][0]["text"]
+    assert "Nothing new" in one.tool("read_inbox")
+    both = one.tool("ask", to="all", text="x", action="ping", wait_seconds=20)
+    assert both.count('"pong"') == 2
+    assert '"pong"' in one.tool("ask", to="any", text="x", action="ping")
+
+
+def test_no_daemon_is_a_line_that_says_what_works_without(two: Hive, tmp_path: Path) -> None:
+    (tmp_path / "hive.toml").write_text(
+        f'[node]\nid = "gamma"\ntopic_prefix = "{two.prefix}"\nstate_dir = "state"\n'
+        f"[mqtt]\n{two.mqtt}\n"
+    )
+    with Process(tmp_path, f"--config={tmp_path}/hive.toml") as server:
+        listed = server.tool("list_agents")
+        assert "beta: online" in listed and "No daemon runs here" in listed
+        assert '"pong"' in server.tool("ask", to="beta", text="x", action="ping")
+        assert "Sent to beta" in server.tool("send_message", to="beta", text="x")
+        result = server.ask(call(1, "read_inbox"))["result"]
+        assert result["isError"] and "hive daemon" in result["content"][0]["text"]

@@ -540,14 +540,49 @@ def test_the_roster_is_told_again_when_the_handlers_change(rig: Rig) -> None:
     assert handlers() == [["ping"], ["deploy", "ping"], ["ping"]]
 
 
-def test_the_state_of_a_node_that_knows_thousands_is_not_too_large_to_be_kept(rig: Rig) -> None:
-    for number in range(2000):
-        rig.beat(f"a-peer-with-quite-a-long-name-{number}")
+def test_the_state_of_a_node_that_knows_thousands_names_a_few(rig: Rig) -> None:
+    names = [f"a-peer-with-quite-a-long-name-{number}" for number in range(2000)]
+    for name in names:
+        rig.beat(name)
     rig.advance(10)
     payload = [p.payload for p in rig.wire.published if p.topic == "hive/meta/beta/state"][-1]
-    assert len(payload) <= hive.MAX_STATE
+    assert len(payload) <= hive.LONG_STATE
+    state = rig.kept("beta", "state")[-1]
+    assert state["status"] == "online" and state["known_peers"] == sorted(names)[:50]
+
+
+def test_what_is_too_large_for_the_broker_is_shown_without_what_can_be_spared(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.beat("a-peer")
+    monkeypatch.setattr(rig.wire, "room", lambda topic: 300)
+    rig.advance(10)
     state = rig.kept("beta", "state")[-1]
     assert state["status"] == "online" and state["truncated"] and "known_peers" not in state
+
+
+def test_a_large_hive_beats_more_slowly_and_is_in_time_by_its_last_word(rig: Rig) -> None:
+    def declared() -> list[tuple[float, float]]:
+        said = [json.loads(json.loads(one.payload)["text"]) for one in rig.heartbeats()]
+        return [(one["uptime_s"], one["interval"]) for one in said]
+
+    rig.advance(6)
+    assert {interval for _, interval in declared()} == {5.0}
+    for number in range(199):
+        rig.beat(f"peer-{number}", interval=3600)
+    rig.advance(300)
+    beats = declared()
+    assert beats[-1][1] == 20.0  # 200 nodes, 10 heartbeats a second
+    for (before, interval), (after, _) in pairwise(beats):
+        assert after - before <= interval
+        assert after - before > interval - 5.1
+    assert len(beats) < 300 / 20 + 8
+    assert all(after / before <= 1.5 for (_, before), (_, after) in pairwise(beats))
+    for number in range(190):
+        rig.hear_state(f"peer-{number}", status="offline", reason="stopped")
+    rig.advance(30)
+    assert declared()[-1][1] == 5.0
+    assert lost(rig) == []
 
 
 # Many at once

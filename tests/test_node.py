@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Callable
@@ -498,6 +499,7 @@ def test_a_message_in_the_wrong_place_or_time_is_dropped(
     topic, retained = given.pop("topic", None), given.pop("retained", False)
     envelope = hive.Envelope.new("alpha", given.pop("to", "beta"), ch, **given)
     topic = (topic or f"hive/{envelope.to}/{ch}").replace("CH", ch)
+    rig.node.node.all_heard()
     rig.hand_in(topic, envelope.encode(), retained)
     rig.turn()
     assert rig.started() == []
@@ -977,6 +979,8 @@ def test_a_sender_that_sends_too_much_is_refused_counted_and_told_once(
     why = "more than 10 messages a second came from flood: what is too much is refused"
     assert (alert.to, alert.text) == ("flood", f"beta: {why}")
     rig.advance(10)
+    (_, rest) = rig.sent("alert")
+    assert rest.text == "beta: 450 more messages from flood were refused, as it sent too many"
     state = rig.kept("beta", "state")[-1]
     assert state["counters"]["refused"] == 450
     trouble = "flood sends more than 10 messages a second: 450 refused"
@@ -1047,5 +1051,65 @@ def test_one_members_flood_delays_only_itself(rig_of: Callable[..., Rig]) -> Non
     rig.answer_to(asked)
     answered = [one.to for one in rig.sent("response") if one.corr != other.id]
     assert answered.index("gamma") <= 3, "all others of it come later"
-    busy = [one for one in rig.sent("alert") if "busy" in one.text]
-    assert {one.to for one in busy} == {"flood"} and len(busy) >= 500
+    rig.advance(2 * hive.REFUSALS_TOLD)
+    (*busy, rest) = rig.sent("alert")
+    assert {one.to for one in (*busy, rest)} == {"flood"} and all(
+        "busy" in one.text for one in busy
+    )
+    assert len(busy) == hive.REFUSALS[1], "by themselves; for the rest:"
+    (many,) = re.findall(r"^beta: (\d+) more messages from flood were refused", rest.text)
+    assert len(busy) + int(many) >= 500
+    assert rig.answer_to(rig.say("command", "nothing", sender="flood")).ch == "alert", "again"
+
+
+def test_what_is_said_to_one_does_not_wait_behind_what_another_has_asked_for(rig: Rig) -> None:
+    rig.disconnect()
+    for number in range(100):
+        rig.say("command", f"nothing{number}", sender="curious")
+    word = hive.Envelope.new("beta", "gamma", "status", "my own")
+    rig.node.node.send(word)
+    rig.connect()
+    sent = [one.id for one in rig.sent()]
+    assert len(sent) == 101 and sent.index(word.id) == 1
+
+
+def test_in_a_checked_hive_a_flood_is_known_by_its_topic_and_is_not_even_read(
+    rig_of: Callable[..., Rig],
+) -> None:
+    rig = rig_of(level="warning", node=limited())
+    rig.node.node.topics = rig.config.topics.replace(sender="beta")
+    rig.node.node.all_heard()
+    rig.turn()
+    acks = list[str]()
+
+    def hand_in(ch: str, payload: bytes, sender: str = "mallory") -> None:
+        rig.hand_in(f"hive/beta/{ch}/{sender}", payload, ack=lambda: acks.append(sender))
+
+    status = hive.Envelope.new("gamma", "beta", "status", "x", urgency="later")
+    for _ in range(50):
+        hand_in("status", b"rubbish")
+    hand_in("status", status.encode(), "gamma")
+    for number in range(1000):
+        said = hive.Envelope.new(f"agent{number}", "beta", "command", "x", action="ping")
+        hand_in("command", said.encode())
+    assert acks == 50 * ["mallory"], "the others behind what waits for the commit"
+    rig.turn()
+    assert acks[50] == "gamma" and len(acks) == 1051
+    counts = rig.node.node.counts
+    assert (counts["invalid"], counts["refused"], counts["dropped"]) == (50, 1000, 1000)
+    assert rig.journal.message(status.id) and not rig.journal.rows({"ch": "command"})
+    hand_in("command", said.encode())
+    assert len(acks) == 1052, "at once, as nothing is to be committed"
+    rig.advance(2 * hive.REFUSALS_TOLD)
+    first, rest = rig.sent("alert")
+    assert {first.to, rest.to} == {"mallory"} and "more than 10 messages a second" in first.text
+    assert rest.text.startswith("beta: 1001 more messages from mallory were refused")
+
+
+def test_a_flood_of_heartbeats_is_dropped_and_its_sender_lives(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(level="warning", node=limited())
+    for _ in range(hive.BEATS[1] + 500):
+        rig.beat("flood")
+    assert rig.node.node.counts["dropped"] == 500
+    rig.live(60, "flood")
+    assert not rig.events("peer is lost") and rig.node.node.counts["refused"] == 0

@@ -30,6 +30,14 @@ def run(*command: str | Path, home: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_newcomers_environment_has_paho_and_no_tools() -> None:
+    done = subprocess.run(
+        ["make", "-n", "-B", "venv"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    (line,) = [line for line in done.stdout.splitlines() if " pip install " in line]
+    assert line.partition(" pip install ")[2].split()[2:] == ["'paho-mqtt>=2,<3'"]
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `pip install git+https://...#subdirectory=contrib/pip` makes it, of what lies here."""

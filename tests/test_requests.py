@@ -430,6 +430,8 @@ def test_it_is_said_whether_all_states_have_come(rig: Rig, caller: Caller) -> No
 
 def test_a_broker_that_hangs_is_known_by_what_does_not_come_back(rig: Rig, caller: Caller) -> None:
     retain(rig, "beta/state", b'{"status": "online"}', retained=False)
+    rig.turn()
+    rig.wire.hangs = True
     own = rig.config.heartbeat
     rig.clock.now += own.interval * (own.miss_threshold + 1) - 0.5
     assert caller.ask(do="states")["connected"]
@@ -585,7 +587,8 @@ def test_an_envelope_with_nonsense_in_any_field_is_answered(rig: Rig, do: str) -
         ),
         (
             {"do": "log", "filters": {"colour": 1}},
-            "filters: {'colour': 1} is not an object of ch, from, to, action, corr, since",
+            "filters: {'colour': 1} is not an object of ch, from, to, node, action, corr, since,"
+            " before",
         ),
         ({"id": "m-1"}, "no such request: None"),
         ({"do": "dance", "id": "m-1"}, "no such request: 'dance'"),

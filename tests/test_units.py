@@ -394,6 +394,22 @@ def test_start_1_starts_it_and_uninstall_stops_it(
     assert left <= there | {".local/lib/hive"}
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_uninstall_takes_the_unit_of_hive_host_out_if_it_runs_what_goes(
+    machine: Machine, ours: bool
+) -> None:
+    machine.with_paho().make("install")
+    program = f"{machine.home}/.local/lib/hive/hive.py" if ours else "/opt/hive.py"
+    unit = machine.put(
+        ".config/systemd/user/hive-host.service",
+        f"[Service]\nExecStart=python3 '{program}' host --foreground\n",
+    )
+    said = machine.make("uninstall")
+    assert unit.exists() != ours
+    assert ("stopped   hive-host\n" in said) == ours
+    assert ("systemctl --user disable hive-host\n" in machine.told.read_text()) == ours
+
+
 def test_an_update_with_start_1_restarts_what_has_changed(machine: Machine) -> None:
     machine.with_paho().make("install", "START=1")
     for old, restarted in ((False, False), (True, True)):

@@ -1,0 +1,371 @@
+"""Watch: the state of all nodes on a real terminal and in a pipe, and a line of progress."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyte
+import pytest
+from conftest import PATIENCE, Broker, Hive, eventually
+from rig import Rig
+from test_requests import Caller
+
+import hive as module
+
+ENTERED, LEFT = b"\033[?1049h", b"\033[?1049l"
+COLOURS = re.compile(rb"\033\[\d*m")
+
+
+class Terminal:
+    """A command on a terminal of its own; what it shows is read when somebody looks."""
+
+    def __init__(self, line: list[str], environment: dict[str, str], lines: int = 16) -> None:
+        self._ours, self._theirs = pty.openpty()
+        self.screen = pyte.Screen(80, lines)
+        self._stream = pyte.ByteStream(self.screen)
+        self.resize(80, lines)
+        self.modes, self.seen = termios.tcgetattr(self._theirs), b""
+        self.process = subprocess.Popen(
+            line,
+            stdin=self._theirs,
+            stdout=self._theirs,
+            stderr=self._theirs,
+            env={"TERM": "xterm", **environment},
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+
+    def resize(self, columns: int, lines: int) -> None:
+        self.screen.resize(lines, columns)
+        fcntl.ioctl(self._theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def read(self) -> str:
+        """What is on the screen now."""
+        while select.select([self._ours], [], [], 0)[0]:
+            data = os.read(self._ours, 65536)
+            self.seen += data
+            self._stream.feed(data)
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
+
+    def shows(self, *words: str) -> str:
+        """Wait until it does."""
+        try:
+            eventually(f"it shows {words}", lambda: all(word in self.read() for word in words))
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it shows:\n{self.read()}") from None
+        return self.read()
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._ours, keys)
+
+    def ends(self) -> int:
+        """Its exit code, once it is done and has given the terminal back."""
+        code = self.process.wait(PATIENCE)
+        self.read()
+        assert termios.tcgetattr(self._theirs) == self.modes
+        if ENTERED in self.seen:
+            last = self.seen[self.seen.rindex(ENTERED) :]
+            assert last.count(LEFT) == 1 and b"\033[?25h" in last and b"\033[?7h" in last
+        return code
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+        os.close(self._theirs)
+
+
+@pytest.fixture
+def terminal(hive: Hive) -> Iterator[Callable[..., Terminal]]:
+    made: list[Terminal] = []
+
+    def run(node: str, *arguments: str, lines: int = 16, **environment: str) -> Terminal:
+        line = hive.command_line(node, *arguments)
+        made.append(Terminal(line, hive.environment | environment, lines))
+        return made[-1]
+
+    yield run
+    for one in made:
+        one.close()
+
+
+# What the daemon says
+
+
+def test_who_watches_is_told_once_of_what_is_news_until_it_asks_again(rig: Rig) -> None:
+    caller = Caller(rig)
+    rig.hear_state("alpha", retained=True, status="online", last_seen=1)
+    assert caller.ask(do="watch")["states"]["alpha"]["status"] == "online"
+    rig.hear_state("alpha", retained=True, status="online", last_seen=2, uptime_s=5, load_1m=1.0)
+    assert caller.hears_nothing()
+    rig.hear_state("alpha", status="degraded", reason="no journal on disk")
+    assert caller.hear("changed")
+    rig.hear_state("alpha", status="offline", reason="connection lost")
+    assert caller.hears_nothing()
+    assert caller.ask(do="watch")["states"]["alpha"]["reason"] == "connection lost"
+    rig.beat("gamma")
+    assert caller.hear("changed")
+    assert not caller.ask(do="watch")["fault"]
+    rig.disconnect()
+    assert caller.hear("changed")
+    assert caller.ask(do="watch")["fault"]
+    caller.client.close()
+    rig.turn()
+    rig.connect()
+    assert rig.works()
+
+
+# What is shown
+
+
+NOW = 1_800_000_000.0
+
+
+def row(name: str, status: str, reason: str = "", **state: Any) -> dict[str, dict[str, Any]]:
+    state = {"status": status, "last_seen": int(NOW) - 1, "load_1m": 0.5, "uptime_s": 90, **state}
+    return {name: state | ({"reason": reason} if reason else {})}
+
+
+def rows_of(*states: dict[str, dict[str, Any]]) -> list[module.StatusRow]:
+    known = {name: state for one in states for name, state in one.items()}
+    return module.status_rows(known, module.HeartbeatConfig(), NOW)
+
+
+SEEN = int(NOW) - 240
+LOST: dict[str, Any] = {"reason": "connection lost", "last_seen": SEEN}
+AT = time.strftime("%H:%M", time.localtime(SEEN))
+
+
+@pytest.mark.parametrize(
+    ("states", "said"),
+    [
+        ([], "no node yet"),
+        ([row("a", "online"), row("b", "online")], "2 online"),
+        (
+            [row("a", "online"), row("b", "degraded", "x"), row("c", "offline", **LOST)],
+            f"1 online, 1 degraded, 1 lost since {AT}: its connection died",
+        ),
+        (
+            [row("a", "online"), row("b", "offline", **LOST), row("c", "offline", **LOST)],
+            f"1 online, 2 lost, the last since {AT}",
+        ),
+        ([row("a", "offline", "stopped", last_seen=SEEN)], f"1 stopped since {AT}"),
+        ([row("a", "online", last_seen=SEEN)], f"1 stale since {AT}"),
+        ([row("a", "\x1b[2J")], "1 unknown"),
+    ],
+)
+def test_the_summary_is_in_words(states: list[dict[str, Any]], said: str) -> None:
+    assert module.status_words(rows_of(*states), NOW) == said
+
+
+def test_a_screen_has_trouble_first_its_reason_below_and_no_line_too_many() -> None:
+    rows = rows_of(
+        row("alpha", "online", oc={"main": {"status": "ok"}}),
+        row("beta", "degraded", "agent main: it sleeps", oc={"main": {"status": "down"}}),
+        row("gamma", "offline", **LOST),
+    )
+    assert module.status_screen(rows, ["how it is"], "q leaves", 12, False) == [
+        "how it is",
+        "",
+        "NAME   STATUS    SEEN    UPTIME  LOAD  AGENTS",
+        "gamma  lost      4m ago  -       0.50",
+        "  its connection died",
+        "beta   degraded  1s ago  1m 30s  0.50  main down",
+        "  agent main: it sleeps",
+        "alpha  online    1s ago  1m 30s  0.50  main ok",
+        "",
+        "",
+        "",
+        "q leaves",
+    ]
+    small = module.status_screen(rows, ["how it is"], "q leaves", 7, True)
+    assert len(small) == 7 and "and 4 lines more" in small[4]
+    assert "\033[31mlost" in small[3]
+
+
+def test_a_screen_follows_what_happens_and_is_left_as_it_was(
+    hive: Hive, terminal: Callable[..., Terminal]
+) -> None:
+    alpha, beta = hive.node("alpha").start(), hive.node("beta").start()
+    seen = terminal("alpha", "status", "--watch")
+    shown = seen.shows("2 online", "NAME", "alpha ", "beta ", "q leaves")
+    assert max(map(len, shown.splitlines())) <= 80
+    began = time.monotonic()
+    beta.stop(signal.SIGKILL)
+    shown = seen.shows("1 online, 1 lost since ", "\n  its connection died\n")
+    assert time.monotonic() - began < 2
+    assert shown.index("beta ") < shown.index("alpha ")
+    seen.resize(100, 9)
+    os.kill(seen.process.pid, signal.SIGWINCH)
+    assert len(seen.shows("q leaves").splitlines()) == 9
+    alpha.stop(signal.SIGKILL)
+    seen.shows("as of ", "the daemon of alpha: it has ended; waiting for it", "beta ")
+    alpha.start()
+    eventually("all is well", lambda: "the daemon of" not in seen.read())
+    beta.start()
+    seen.shows("2 online")
+    seen.type(b"xq")
+    assert seen.ends() == 0
+    assert COLOURS.search(seen.seen)
+
+
+def test_a_screen_says_that_the_broker_is_away_and_keeps_what_was_known(
+    hive_of: Callable[..., Hive], own_broker: Broker
+) -> None:
+    hive = hive_of(own_broker)
+    hive.node("alpha").start()
+    environment = hive.environment | {"NO_COLOR": "1"}
+    seen = Terminal(hive.command_line("alpha", "status", "-w"), environment)
+    try:
+        seen.shows("1 online", "alpha ")
+        own_broker.stop()
+        seen.shows("as of ", "1 online", f"broker localhost:{own_broker.port}: ", "alpha ")
+        own_broker.start()
+        eventually("it is back", lambda: "as of" not in seen.read())
+        seen.process.send_signal(signal.SIGTERM)
+        assert seen.ends() == 128 + signal.SIGTERM
+        assert not COLOURS.search(seen.seen)
+    finally:
+        seen.close()
+
+
+@pytest.mark.parametrize(("keys", "code"), [(b"\x03", 130), (b"\x1a", None), (b"q", 0)])
+def test_where_no_daemon_runs_it_waits_for_one(
+    hive: Hive, terminal: Callable[..., Terminal], keys: bytes, code: int | None
+) -> None:
+    hive.node("alpha")
+    seen = terminal("alpha", "status", "--watch")
+    seen.shows("no daemon of alpha runs on this machine (hive daemon); waiting for it")
+    seen.type(keys)
+    if code is None:  # Ctrl-Z, and fg
+        _, status = os.waitpid(seen.process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        seen.read()
+        assert seen.seen.endswith(LEFT)
+        seen.process.send_signal(signal.SIGCONT)
+        eventually("it is there again", lambda: seen.read() and seen.seen.count(ENTERED) == 2)
+        seen.type(b"q")
+        code = 0
+    assert seen.ends() == code
+
+
+def test_an_error_is_said_on_the_screen_that_was_there_before(
+    hive: Hive, terminal: Callable[..., Terminal]
+) -> None:
+    """As a daemon of before would: it has no such request."""
+    alpha = hive.node("alpha")
+    door = alpha.home / "state" / "door"
+    door.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        with contextlib.chdir(door.parent):
+            listener.bind("door")
+        listener.listen()
+        seen = terminal("alpha", "status", "--watch")
+        visitor, _ = listener.accept()
+        with visitor:
+            visitor.recv(1000)
+            visitor.sendall(b'{"error": "no such request: \'watch\'"}\n')
+            assert seen.ends() == 1
+    said = "hive: the daemon of alpha: no such request: 'watch'; is it of another version?"
+    after = seen.seen[seen.seen.index(LEFT) :].decode()
+    assert said in " ".join(after.split())
+
+
+def lines_of(process: subprocess.Popen[str], file: Path, *words: str) -> list[str]:
+    """Wait for lines with these words; what each line says, without its time."""
+
+    def found() -> bool:
+        assert process.poll() is None
+        return all(word in file.read_text() for word in words)
+
+    eventually(f"{words} in {file}", found)
+    return [line[15:] for line in file.read_text().splitlines()]
+
+
+def test_in_a_pipe_each_change_is_a_line(hive: Hive, tmp_path: Path) -> None:
+    alpha, beta = hive.node("alpha").start(), hive.node("beta").start()
+    file = tmp_path / "lines"
+    with file.open("w") as out:
+        line = hive.command_line("alpha", "status", "--watch")
+        watching = subprocess.Popen(line, stdout=out, env=hive.environment, text=True)
+    lines_of(watching, file, "beta: online")
+    beta.stop()
+    lines_of(watching, file, "beta: stopped")
+    alpha.stop()
+    lines_of(watching, file, "it has ended; waiting for it")
+    alpha.start()
+    there = "the daemon of alpha is there, and the broker"
+    eventually("again", lambda: file.read_text().count(there) == 2)
+    watching.send_signal(signal.SIGTERM)
+    assert watching.wait(PATIENCE) == 128 + signal.SIGTERM
+    said = [line[15:] for line in file.read_text().splitlines()]
+    assert {*said[:3]} == {there, "alpha: online", "beta: online"}
+    ended = "the daemon of alpha: it has ended; waiting for it"
+    assert said[3:] == ["beta: stopped", ended, there]
+    assert "\033" not in file.read_text()
+
+
+def test_watch_goes_with_nothing_that_ends(hive: Hive) -> None:
+    hive.node("alpha")
+    said = "hive: status: --watch goes with neither --check, --direct nor --json\n"
+    for other in ("--check", "--direct", "--json"):
+        assert hive.cli("alpha", "status", "--watch", other, code=2).stderr == said
+
+
+# Progress
+
+
+def test_a_long_wait_has_a_line_that_goes_with_it(
+    hive: Hive, terminal: Callable[..., Terminal]
+) -> None:
+    alpha = hive.node("alpha")
+    alpha.handler("slow", "#!/bin/sh\nwhile [ ! -e gate ]; do sleep 0.05; done; echo done\n")
+    alpha.start()
+    send = ["send", "--to", "alpha", "--action", "slow", "--text", "x", "--wait", "30"]
+    seen = terminal("alpha", *send)
+    assert seen.shows("alpha, 1s") == "waiting for alpha, 1s"
+    (alpha.handlers / "gate").touch()
+    assert seen.ends() == 0
+    assert seen.read() == "done"
+    (alpha.handlers / "gate").unlink()
+    silent = hive.cli("alpha", *send[:-1], "1.5", code=4)
+    assert silent.stdout == "" and silent.stderr.startswith("hive: no answer from alpha in 1.5 s")
+
+
+def test_what_is_quick_or_told_to_be_simple_shows_none(
+    hive: Hive, terminal: Callable[..., Terminal]
+) -> None:
+    alpha = hive.node("alpha").start()
+    alpha.handler("ping", "#!/bin/sh\nsleep 1.2\necho pong\n")
+    send = ["send", "--to", "alpha", "--action", "ping", "--text", "x", "--wait", "30"]
+    seen = terminal("alpha", *send, TERM="dumb")
+    assert seen.ends() == 0
+    assert seen.seen == b"pong\r\n"
+
+
+def test_a_progress_that_is_hidden_leaves_the_line_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module.Progress, "_write", staticmethod(said.append))
+    progress = module.Progress("waiting")
+    with progress.hidden():
+        progress._draw()
+        assert said == []
+    progress._draw()
+    with progress.hidden():
+        assert said == ["waiting, 0s", ""]
