@@ -561,7 +561,7 @@ def test_codex_is_told_by_its_queue_once_its_session_is_known(
     assert "wake up" in session.hook("Stop")["reason"]
     for trigger in ("exec", "user"):
         meta = {"threadId": thread, "x-codex-turn-metadata": {"turn_trigger": trigger}}
-        session.ask(call(1, "list_agents", _meta=meta))
+        session.ask(call(1, "list_agents", meta))
         send(hive, "codex", f"from a turn of {trigger}")
         if trigger == "exec":
             assert f"turn of {trigger}" in session.tool("read_inbox")
