@@ -2724,7 +2724,8 @@ class Requests:
         self._sessions = sessions
         self._numbers = numbers
         self._after_commit, self._send, self._connection = after_commit, send, connection
-        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
+        # Who wants to know whether an id was published, and how to forget that when it goes.
+        self._senders: dict[str, tuple[Requester, Callable[[], object]]] = {}
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
         self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
         self._watchers: dict[Requester, bool] = {}  # is it to be told of the next change?
@@ -2746,8 +2747,9 @@ class Requests:
         envelope: Envelope = given["envelope"]
         if fault := self._objection(given, requester) or self._send(envelope):
             return {"error": fault}
-        self._senders[envelope.id] = requester
-        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
+        forget = partial(self._senders.pop, envelope.id, None)
+        self._senders[envelope.id] = requester, forget
+        requester.on_close.append(forget)
         answer = {"queued": True, "connected": self._connection()["connected"]}
         if self._for_an_agent(envelope):
             answer["agentless"] = self._members.has_no_agent(envelope.to)
@@ -2859,8 +2861,9 @@ class Requests:
 
     def published(self, message: OutgoingMessage, code: int, words: str) -> bool:
         """The broker has a message, or refused it; is whoever sent it still there?"""
-        requester = self._senders.pop(message.id or "", None)
+        requester, forget = self._senders.pop(message.id or "", (None, do_nothing))
         if requester:
+            requester.on_close.remove(forget)  # it may stay for weeks, and send much
             said = {"published": code, "words": words, "topic": message.topic, "id": message.id}
             requester.send(said)
         return requester is not None
@@ -11790,6 +11793,12 @@ def row_text(row: Mapping[str, Any]) -> str:
     return str(said or row["note"])
 
 
+def receipt_words(row: Mapping[str, Any]) -> str:
+    """What became of a message, if a row tells that as a receipt that counts."""
+    note = str(row["note"])
+    return printable(note.removeprefix(RECEIPT_NOTE), 80) if note.startswith(RECEIPT_NOTE) else ""
+
+
 def log_lines(row: Mapping[str, Any], width: int) -> str:
     """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
 
@@ -11797,7 +11806,7 @@ def log_lines(row: Mapping[str, Any], width: int) -> str:
     an agent is no news, nor is a receipt; `show` has them.
     """
     told = row["event"] == "did" and str(row["note"]).startswith("told ")
-    if (row["ch"] == "alert" and told) or str(row["note"]).startswith(RECEIPT_NOTE):
+    if (row["ch"] == "alert" and told) or receipt_words(row):
         return ""
     first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
     lines, indent = [first[:width]], " " * 4
@@ -11824,10 +11833,9 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     lines = []
     for row in rows:
         action = f", {row['action']}" if row["action"] else ""
-        if str(row["note"]).startswith(RECEIPT_NOTE):
+        if receipt := receipt_words(row):
             if row["event"] == "in":  # of those that we gave we say what was done
-                said = printable(row["note"].removeprefix(RECEIPT_NOTE), MAX_ERROR)
-                lines.append(f"{clock_time(row['time'])} {row['from']}: {said}")
+                lines.append(f"{clock_time(row['time'])} {row['from']}: {receipt}")
             continue
         if row["event"] == "did":
             lines.append(f"{clock_time(row['time'])} did: {printable(row['note'], MAX_ERROR)}")
@@ -15623,8 +15631,8 @@ def still_missing(
     if not silent:
         return ""
     about = [row for row in rows if (row["envelope"] or {}).get("replyTo") == envelope.id]
-    told = [row for row in about if row["event"] == "in" and row["ch"] == "status"]
-    known = "; ".join(f"{row['from']}: {printable(row_text(row), 80)}" for row in told[-10:])
+    told = [row for row in about if row["event"] == "in" and receipt_words(row)]
+    known = "; ".join(f"{row['from']}: {receipt_words(row)}" for row in told[-10:])
     later = f"The answer comes to your inbox; or wait on: wait_answer with id {envelope.id}."
     return f"No answer from {', '.join(silent)} yet{f' ({known})' if known else ''}. {later}"
 
