@@ -7755,14 +7755,16 @@ class Members:
         """The last state or roster of each name; to a state its heartbeats count as well."""
         found = {}
         for name, member in self._members.items():
-            document = read_json_object(member.documents.get(kind, b"")) or {}
+            said = read_json_object(member.documents.get(kind, b"")) or {}
+            document = dict(said)
             seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
             if kind == "state" and document and member.seen > seen:
                 document["last_seen"] = member.seen
             if member.status is MemberStatus.FAILED and status_of(document) in ALIVE:
                 document |= {"status": "offline", "reason": "lost"}  # our judgement, not its word
-            if kind == "roster" and member.status in (MemberStatus.LEFT, MemberStatus.FAILED):
-                document.pop("sessions", None)
+            gone = member.status in (MemberStatus.LEFT, MemberStatus.FAILED)
+            if kind == "roster" and gone and document.pop("sessions", None):
+                document["away"] = sorted(names_in(said, "sessions", "away"))
             if document:
                 found[name] = document
         return self._with_agents(found) if kind == "state" else found

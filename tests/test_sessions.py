@@ -284,6 +284,21 @@ def test_a_hundred_sessions_are_at_work_and_no_more(
     assert rig.works()
 
 
+def test_sessions_of_a_node_that_is_lost_are_away(rig: Rig) -> None:
+    rig.beat("alpha")
+    roster = {"node": "alpha", "agents": [], "sessions": {"worker": {}}, "away": ["old"]}
+    rig.hand_in("hive/meta/alpha/roster", json.dumps(roster).encode(), retained=True)
+    shown = Program(rig)
+    assert shown.ask(do="roster")["rosters"]["alpha"]["sessions"] == {"worker": {}}
+    rig.hear_state("alpha", status="online")
+    assert shown.ask(do="states")["states"]["worker"]["status"] == "online"
+    rig.advance(20)
+    known = shown.ask(do="roster")["rosters"]["alpha"]
+    assert "sessions" not in known and known["away"] == ["old", "worker"]
+    assert "worker" not in shown.ask(do="states")["states"]
+    shown.client.close()
+
+
 # Who is addressed
 
 
