@@ -2097,7 +2097,11 @@ def spare_path(direct: Path) -> Path:
     import hashlib
 
     digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
-    return SHORT_PLACE / f"hive-{os.geteuid()}" / digest
+    return short_folder() / digest
+
+
+def short_folder() -> Path:
+    return SHORT_PLACE / f"hive-{os.geteuid()}"
 
 
 def shortened_socket_path(direct: Path) -> Path:
@@ -2113,7 +2117,8 @@ def control_socket_path(config: Config) -> Path:
 def control_socket_paths(config: Config) -> Iterator[Path]:
     """There, or else where a daemon opens it that cannot write to its state directory."""
     yield control_socket_path(config)
-    yield spare_path(config.state_dir / "door")
+    if short_folder().exists():  # else nothing is there, and hashlib takes 4 MB
+        yield spare_path(config.state_dir / "door")
 
 
 def directory_objection(file: Path) -> str | None:
@@ -2341,7 +2346,7 @@ class Sessions:
         self._changed = do_nothing
         self._inherit: Callable[[Task, str], str] = lambda task, note: note
         self._showing = False  # at the end of this turn, who is there
-        self._sweeping = False
+        self._sweeping = self._ended = False
 
     def start(self, changed: Callable[[], None], inherit: Callable[[Task, str], str]) -> None:
         """Go on with the inboxes that a daemon left.
@@ -2371,6 +2376,8 @@ class Sessions:
         for one in self._sessions.values():
             if one.requester is requester:
                 raise UsageError(f"this connection is attached already, as {one.name}")
+        if self._ended:
+            raise UsageError("the daemon is stopping")
         if len(self.live) >= MAX_ATTACHED:
             raise UsageError(f"{MAX_ATTACHED} sessions are attached already; end one of them")
         name = self._free_name(given["name"], given["exact"])
@@ -2392,7 +2399,8 @@ class Sessions:
         self._update()
 
     def end(self) -> None:
-        """The node is stopping: they are gone for now."""
+        """The node is stopping: they are gone, and nobody comes any more."""
+        self._ended = True
         for session in [*self._sessions.values()]:
             if session.requester:
                 session.requester.close()
@@ -3690,7 +3698,7 @@ class Node:
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
 NO_ROOM = f"busy: {MAX_RUNS_WAITING} messages wait for handlers"
-MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
+MAX_COUNTED_ACTIONS = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
 
@@ -4107,7 +4115,7 @@ class Work(Worker):
         self._queue.done(run.action)
         self._node.counts["runs"] += 1
         self._node.counts["failures"] += not result.ok
-        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED
+        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED_ACTIONS
         action = run.action if known else "other"
         self._runs[action, "ok" if result.ok else "failed"] += 1
         self._seconds[action] = self._seconds.get(action, 0.0) + result.seconds
@@ -12603,8 +12611,9 @@ class ReplyCollector:
             return False  # it answers an earlier message of the exchange
         self._answers += 1
         self.refused |= answer.ch == "alert"
-        to_all = self._envelope.to == EVERYONE
-        self.outstanding.discard(answer.sender if to_all else self._envelope.to)
+        agent = self.states.get(answer.sender, {})  # or a node, or not known
+        node = str(agent.get("daemon_node", answer.sender))
+        self.outstanding.discard(node if self._envelope.to == EVERYONE else self._envelope.to)
         return True
 
 
@@ -12703,10 +12712,7 @@ class NodeRemoval:
 # no terminal gets lines, and no progress.  However it ends, the terminal is as it was.
 
 WATCH_GAP = 0.2  # seconds between two looks, however much changes
-WATCH_EVERY = (
-    1.0,
-    30.0,
-)  # seconds until the next look where nothing does: a heartbeat, within these
+WATCH_EVERY = 30.0  # at most, where nothing does; else a heartbeat
 SCREEN = (80, 24)  # columns and lines of a terminal that does not say
 
 
@@ -12728,7 +12734,7 @@ class StatusFeed:
 
     def look(self) -> None:
         """Ask the daemon, which tells of the next change then; raises HiveError."""
-        self.due = time.monotonic() + WATCH_EVERY[0]
+        self.due = time.monotonic() + 1.0
         self.control = self.control or connect_to_daemon(self._config)
         if not self.control:
             none = f"no daemon of {self.node} runs on this machine (hive daemon)"
@@ -12739,16 +12745,14 @@ class StatusFeed:
         except DaemonError as error:
             return self._lose(error)
         if "error" in said:
-            raise HiveError(
-                f"the daemon of {self.node}: {said['error']}; is it of another version?"
-            )
+            why = f"{said['error']}; is it of another version?"
+            raise HiveError(f"the daemon of {self.node}: {why}")
         self.broker, self.fault = said["broker"], str(said["fault"])
         if said["complete"]:  # a broker that stops lets all seem lost
             self.at = time.time()
             rows = status_rows(said["states"], self._config.heartbeat, self.at)
             self.rows = [row for row in rows if row.is_node]
-        low, high = WATCH_EVERY
-        self.due = time.monotonic() + min(max(low, self._config.heartbeat.interval), high)
+        self.due += min(self._config.heartbeat.interval, WATCH_EVERY)
 
     def hear(self) -> None:
         """The daemon has said something: that there is news, or its last word."""
@@ -12790,17 +12794,17 @@ class StatusScreen:
 
     def __init__(self, colour: bool) -> None:
         self._colour = colour
+        self.keys = [sys.stdin.fileno()] if sys.stdin.isatty() else []
         self._modes: list[Any] = []  # of the keyboard, before
-        self._keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
 
     def open(self) -> None:
         import termios
 
-        if self._keys >= 0:
-            self._modes = termios.tcgetattr(self._keys)
+        for keys in self.keys:
+            self._modes = termios.tcgetattr(keys)
             silent = [*self._modes]
             silent[3] &= ~(termios.ICANON | termios.ECHO)
-            termios.tcsetattr(self._keys, termios.TCSADRAIN, silent)
+            termios.tcsetattr(keys, termios.TCSADRAIN, silent)
         self._write("\033[?1049h\033[?25l\033[?7l")  # other screen, no cursor, no wrapping
 
     def close(self) -> None:
@@ -12810,7 +12814,7 @@ class StatusScreen:
             self._write("\033[?7h\033[?25h\033[?1049l")
         if self._modes:
             with contextlib.suppress(OSError, termios.error):
-                termios.tcsetattr(self._keys, termios.TCSADRAIN, self._modes)
+                termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, self._modes)
 
     def suspend(self) -> None:
         """Ctrl-Z: the shell's turn, until it lets us go on."""
@@ -12819,31 +12823,27 @@ class StatusScreen:
         self.open()
 
     def show(self, feed: StatusFeed) -> None:
-        try:
-            size = os.get_terminal_size(sys.stdout.fileno())
-        except OSError:
-            size = os.terminal_size((0, 0))
         import textwrap
 
+        try:
+            width, height = os.get_terminal_size(sys.stdout.fileno())
+        except OSError:
+            width = height = 0
         now, old = time.time(), bool(feed.fault and feed.rows)
         words = f"as of {short_time(feed.at, now)}: " * old + status_words(feed.rows, now)
-        head = [words, *textwrap.wrap(printable(feed.fault, 300), size.columns or SCREEN[0])]
+        head = [words, *textwrap.wrap(printable(feed.fault, 300), width or SCREEN[0])]
         foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
         passed = now - feed.at
         rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
-        lines = status_screen(rows, head, foot, size.lines or SCREEN[1], self._colour)
+        lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
 
     def leaves(self) -> bool:
         """Something was typed: was it q?"""
-        typed = os.read(self._keys, 1024)
+        typed = os.read(self.keys[0], 1024)
         if not typed:
-            self._keys = -1  # nobody types any more
+            self.keys = []  # nobody types any more
         return b"q" in typed.lower()
-
-    @property
-    def keys(self) -> list[int]:
-        return [self._keys] if self._keys >= 0 else []
 
     @staticmethod
     def _write(said: str) -> None:
@@ -12877,16 +12877,16 @@ def watch_status(config: Config, colour: bool) -> None:
             if time.monotonic() >= feed.due:
                 feed.look()
             (screen or lines).show(feed)
-            wait = min(feed.due - time.monotonic(), 1.0 if screen else WATCH_EVERY[1])
+            wait = min(feed.due - time.monotonic(), 1.0 if screen else WATCH_EVERY)
             keys = screen.keys if screen else []
             files: list[Any] = [woken, *keys, *([feed.control] if feed.control else [])]
-            ready = select.select(files, [], [], max(wait, 0.0))[0]
-            if feed.control in ready:
-                feed.hear()
-            if screen and {*keys} & {*ready} and screen.leaves():
-                return
-            if woken in ready:
-                woken.recv(4096)
+            for ready in select.select(files, [], [], max(wait, 0.0))[0]:
+                if ready is feed.control:
+                    feed.hear()
+                elif ready is woken:
+                    woken.recv(4096)
+                elif screen and screen.leaves():
+                    return
 
 
 class Progress:
@@ -12898,15 +12898,17 @@ class Progress:
     def __init__(self, what: str) -> None:
         self.what = what
         self._began, self._shown, self._hides = time.monotonic(), False, False
+        self._active = is_terminal(sys.stderr)
 
     def __enter__(self) -> Self:
-        if is_terminal(sys.stderr):
+        if self._active:
             signal.signal(signal.SIGALRM, lambda *_: self._draw())
             signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        if self._active:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
         self._erase()
 
     def check(self, name: str) -> None:
@@ -15568,7 +15570,7 @@ class McpTools:
     def unclaimed(self, limit: int) -> tuple[list[dict[str, Any]], int]:
         """The same, but for the answers that calls wait for."""
         awaited = self._awaited()
-        found, more = self.messages(limit + len(awaited))
+        found, more = self.messages(MAX_MAIL if awaited else limit)
         rest = [one for one in found if one["envelope"].get("corr") not in awaited]
         return rest[:limit], more + len(rest[limit:])
 
@@ -15693,17 +15695,17 @@ class McpTools:
 
         Raises NoReplyError where nobody would answer.
         """
-        expected, nodes = {envelope.to}, dict[str, str]()
-        if envelope.to == EVERYONE:
-            rosters = self.link.ask(do="roster")["rosters"]
-            expected = self.hearers(rosters, envelope.action)
-            nodes = members_by_name(rosters)
+        to, rosters = envelope.to, self.link.ask(do="roster")["rosters"]
+        expected = self.hearers(rosters, envelope.action) if to == EVERYONE else {to}
+        nodes = members_by_name(rosters)
 
         def collect(last: bool) -> Outcome | None:
             replies = ReplyCollector(envelope, self.link.config.heartbeat)
             replies.outstanding = {*expected}
             rows = self.exchange_of(envelope.id)
             came = [row["envelope"] for row in rows if row["event"] == "in" and row["envelope"]]
+            if to != EVERYONE:  # another may have read the question, and answer in its place
+                came = [one for one in came if one_node(nodes, to, one["from"])]
             found = [one for one in came if replies.take(Envelope.check(one))]
             replies.outstanding -= {nodes.get(one["from"], "") for one in found}
             done = last or not replies.outstanding
@@ -15715,7 +15717,7 @@ class McpTools:
         def give_up() -> Outcome:
             return collect(last=True) or NOTHING_NEW
 
-        about = f"no answer from {envelope.to} yet"
+        about = f"no answer from {to} yet"
         return Wait(patience, look, give_up, about, exchange=envelope.exchange)
 
     def hearers(self, rosters: Mapping[str, Mapping[str, Any]], action: str | None) -> set[str]:
@@ -15838,6 +15840,11 @@ def members_by_name(rosters: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         for name in names_in(roster, "agents", "sessions", "away")
     }
     return found | {node: node for node in rosters}
+
+
+def one_node(nodes: Mapping[str, str], *names: str) -> bool:
+    """Are these a node and agents of it?"""
+    return len({nodes.get(name, name) for name in names}) == 1
 
 
 def member_lines(row: StatusRow, roster: Mapping[str, Any], me: str) -> list[str]:
@@ -16612,29 +16619,24 @@ def row_view(row: Mapping[str, Any], room: int) -> dict[str, Any]:
 def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A node's agents, and what is known of the sessions among them."""
     health, sessions = state.get("oc"), roster.get("sessions")
-    known: dict[str, Any] = sessions if isinstance(sessions, dict) else {}
-    said = health.items() if isinstance(health, dict) else ()
-    told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+    works: dict[str, Any] = sessions if isinstance(sessions, dict) else {}
+    said = {**(health if isinstance(health, dict) else {}), **dict.fromkeys(works, WELL)}
     found = []
-    for name, one in [*said][:MAX_AGENTS]:
-        one = {"status": one} if isinstance(one, str) else one if isinstance(one, dict) else {}
-        more = known.get(name)
-        one = {**(more if isinstance(more, dict) else {}), **one}
-        words = {key: printable(one[key], 300) for key in told if one.get(key)}
-        since = bounded_number(one.get("since"), 1, MAX_TS)
-        found.append({"name": printable(name), **words, **({"since": since} if since else {})})
-    return found
+    for name in [*said.keys() - names_in(roster, "away")][: 2 * MAX_AGENTS]:
+        one = {"status": said[name]} if isinstance(said[name], str) else said[name]
+        all = [how for how in (works.get(name), one) if isinstance(how, dict)]
+        facts = {key: value for how in all for key, value in how.items()}
+        told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+        words = {key: printable(facts[key], 300) for key in told if facts.get(key)}
+        since = bounded_number(facts.get("since"), 1, MAX_TS)
+        found.append({"name": printable(name), **words, "since": since})
+    return sorted(found, key=lambda agent: str(agent["name"]))
 
 
 def node_view(
     row: StatusRow, state: Mapping[str, Any], roster: Mapping[str, Any], changed: float
 ) -> dict[str, Any]:
     """What a page shows of a node, whatever it said itself; what changes all the time is coarse."""
-
-    def numbers(of: object) -> dict[str, float | None]:
-        pairs = [*of.items()][:20] if isinstance(of, dict) else []
-        return {printable(key): bounded_number(value, 0, 2**53) for key, value in pairs}
-
     handlers, schedule = roster.get("handlers"), roster.get("schedule")
     entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
     return {
@@ -16648,8 +16650,9 @@ def node_view(
         "host": printable(state["host"]) if state.get("host") else None,
         "system": printable(roster["system"]) if roster.get("system") else None,
         "agents": agent_views(state, roster),
-        "work": numbers({key: state.get(key) for key in ("running", "waiting", "outbox")}),
-        "counters": numbers(state.get("counters")),
+        "running": bounded_number(state.get("running"), 0, 1e6),
+        "queued": bounded_number(state.get("waiting"), 0, 1e6),
+        "outbox": bounded_number(state.get("outbox"), 0, 1e6),
         "handlers": [printable(x) for x in handlers[:100]] if isinstance(handlers, list) else [],
         "schedule": [
             {
@@ -16967,19 +16970,15 @@ class WebServer:
         host, origin = said.get("host", ""), said.get("origin")
         if re.sub(":[0-9]+$", "", host) not in WEB_HOSTS:
             raise HttpFault(403, "this is no name of this machine's own; open the link as it was")
-        if request.method == "POST" or origin:
-            if origin != f"http://{host}":
-                raise HttpFault(403, "only this page itself may ask that")
-        elif request.path != "/" and said.get("sec-fetch-site", "none") not in (
-            "none",
-            "same-origin",
-        ):
+        link = request.path == "/" and "key" in request.query  # from wherever it was printed
+        ours = said.get("sec-fetch-site", "none") in ("none", "same-origin") or link
+        if not ours or ((origin or request.method == "POST") and origin != f"http://{host}"):
             raise HttpFault(403, "only this page itself may ask that")
         cookies = [one.strip().partition("=") for one in said.get("cookie", "").split(";")]
         given = next((value for name, _, value in cookies if name == self._cookie), "")
         bearer = said.get("authorization", "").removeprefix("Bearer ")
         shown = [(given, self._secret), (bearer, self._key)]
-        shown += [(request.query.get("key", ""), self._key)] if request.path == "/" else []
+        shown += [(request.query["key"], self._key)] if link else []
         if not any([hmac.compare_digest(one.encode(), right.encode()) for one, right in shown]):
             raise HttpFault(403, "open the link that this prints on the machine itself: hive web")
 
@@ -17017,6 +17016,17 @@ class WebServer:
         if given.get("before", "").isdecimal():
             filters["before"] = int(given["before"])
         JournalSearch(self.asker, filters, given.get("text", ""), connection.answer).go_on()
+
+    def metrics(self, connection: WebConnection, given: Mapping[str, str]) -> None:
+        """For Prometheus, which shows the key as a bearer's token."""
+
+        def answered(answer: dict[str, Any]) -> None:
+            if "metrics" not in answer:
+                return connection.answer(answer)
+            text = metrics_text(answer).encode()
+            connection.write(200, text, "text/plain; version=0.0.4; charset=utf-8")
+
+        self.asker.ask({"do": "metrics"}, answered)
 
     def exchange(self, connection: WebConnection, given: Mapping[str, str]) -> None:
         after = int(given["after"]) if given.get("after", "").isdecimal() else 0
@@ -17186,6 +17196,7 @@ WEB_ROUTES: dict[tuple[str, str], tuple[Callable[..., None], bool]] = {
     ("GET", "/events"): (WebServer.events, False),
     ("GET", "/log"): (WebServer.log, False),
     ("GET", "/exchange"): (WebServer.exchange, False),
+    ("GET", "/metrics"): (WebServer.metrics, False),
     ("POST", "/doctor"): (WebServer.doctor, False),
     ("POST", "/send"): (WebServer.send, True),
     ("POST", "/reply"): (WebServer.reply, True),
@@ -17638,9 +17649,10 @@ const scheduleLine = ({ action, when, ok, last, next }) => {
       && stamp(last || next)));
 };
 const nodeCard = (tag) => (node, beats, ping) => {
-  const word = how(node), alive = ["online", "degraded"].includes(node.status), { work } = node;
-  const busy = [work.running && `${work.running} running`, work.waiting && `${work.waiting} queued`,
-    work.outbox && `${work.outbox} in its outbox`].filter(Boolean).join(", ") || "idle";
+  const word = how(node), alive = ["online", "degraded"].includes(node.status);
+  const work = { running: "running", queued: "queued", outbox: "in the outbox" };
+  const busy = Object.keys(work).filter((key) => node[key])
+    .map((key) => `${node[key]} ${work[key]}`).join(", ") || "idle";
   const does = node.handlers.slice(0, 6).join(", "), more = node.handlers.length - 6;
   const changes = (text, click) => !hive.readOnly && el("button.quiet", click, text);
   return el(`${tag}.node.card.${word}`,
@@ -18216,13 +18228,18 @@ def vendor_removal(name: str) -> list[Change]:
     vendor = VENDORS[name]
     if vendor.remove:
         return [vendor_call(name, vendor_argv(vendor_program(name), vendor.remove, ()))]
-    changes = []
-    for file in settings_files(vendor):
-        document = read_settings(file, f"{'.'.join(vendor.place)} is yours to take out")
-        table = nested(document, vendor.place[:-1])
-        if table.pop(vendor.place[-1], None) is not None:
-            changes.append(settings_change(file, document, f"without {'.'.join(vendor.place)}"))
-    return changes
+    *above, last = vendor.place
+    where = ".".join(vendor.place)
+
+    def edit(document: dict[str, Any]) -> None:
+        nested(document, above).pop(last, None)
+
+    files = settings_files(vendor)
+    return [
+        one
+        for file in files
+        for one in settings_change(file, edit, f"without {where}", f"{where} is yours to take out")
+    ]
 
 
 def vendor_program(name: str) -> str:
@@ -18319,17 +18336,30 @@ def read_settings(file: Path, instead: str) -> dict[str, Any]:
     raise HiveError(f"{file}: is no plain JSON and stays as it is; {instead}")
 
 
-def settings_change(file: Path, document: Mapping[str, Any], what: str) -> Change:
-    """Write a file anew; one that is left with nothing in it goes."""
+def settings_change(
+    file: Path, edit: Callable[[dict[str, Any]], None], what: str, instead: str
+) -> list[Change]:
+    """Edit a file, if that makes a difference.  Raises HiveError, which says what `instead`.
+
+    It is read once more when that is done: the program itself may have written it meanwhile.  What
+    is left with nothing in it goes.
+    """
+
+    def edited() -> tuple[dict[str, Any], bool]:
+        document = read_settings(file, instead)
+        before = json.dumps(document)
+        edit(document)
+        return document, json.dumps(document) != before
 
     def make() -> None:
+        document, _ = edited()
         if document:
             text = json.dumps(document, indent=2, ensure_ascii=False)
             write_privately({file: f"{text}\n"}, force=True)
         else:
             file.unlink(missing_ok=True)
 
-    return Change(f"{file}: {what}", make)
+    return [Change(f"{file}: {what}", make)] if edited()[1] else []
 
 
 # -- hooks --
@@ -18340,19 +18370,19 @@ def hooks_change(vendor: Vendor, command: str) -> list[Change]:
     if vendor.hooks is None:
         return []
     file, events = vendor.hooks.path, vendor.events
-    document = read_settings(file, f"its hooks ({', '.join(events)}) are yours to change")
-    hooks = document.get("hooks", {})
-    if not isinstance(hooks, dict) or not all(isinstance(one, list) for one in hooks.values()):
-        raise HiveError(f"{file}: its hooks have a form that hive does not know")
     handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT * vendor.unit}
-    changed = with_hooks(hooks, events, [{"hooks": [handler]}] if command else [])
-    if changed == hooks:
-        return []
-    document["hooks"] = changed
-    if not changed:
-        del document["hooks"]
+
+    def edit(document: dict[str, Any]) -> None:
+        hooks = document.get("hooks", {})
+        if not isinstance(hooks, dict) or not all(isinstance(one, list) for one in hooks.values()):
+            raise HiveError(f"{file}: its hooks have a form that hive does not know")
+        document["hooks"] = with_hooks(hooks, events, [{"hooks": [handler]}] if command else [])
+        if not document["hooks"]:
+            del document["hooks"]
+
     what = f"{command}, at {' and '.join(events)}" if command else "without hive's hooks"
-    return [settings_change(file, document, what)]
+    instead = f"its hooks ({', '.join(events)}) are yours to change"
+    return settings_change(file, edit, what, instead)
 
 
 def with_hooks(
@@ -19452,7 +19482,8 @@ def names_that_are_known(config: Config) -> list[str]:
     if control is None:
         return []
     with contextlib.closing(control):
-        return ["all", *sorted(control.ask({"do": "states"}).get("states", {}))]
+        known = control.ask({"do": "states"}).get("states", {})
+    return ["all", *sorted(name for name in known if NAME.fullmatch(name))]  # a shell expands them
 
 
 def say_of_members(
