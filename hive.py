@@ -4941,10 +4941,6 @@ class InstanceConfig(ConfigTable):
             raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
         if self.is_program and not self.dir:
             raise ConfigError(f'{where}.dir: missing; via = "{self.via}" works there')
-        said = [key for key in ("dir", "session", "options") if getattr(self, key)]
-        if said and not self.is_program:
-            which = " or ".join(f'"{via}"' for via in PROGRAMS)
-            raise ConfigError(f"{where}.{said[0]}: has no meaning without via = {which}")
         if self.via == "hook" and not self.hook_token:
             raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
 
