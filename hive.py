@@ -3240,6 +3240,7 @@ class Node:
             "hive_connected": self._connection()["connected"],
             "hive_degraded": bool(self.worker.trouble()),
             "hive_reconnects_total": max(0, self._connections - 1),
+            "hive_sessions": len(self.sessions.live),
             "hive_journal_bytes": self.journal.size,
             "hive_journal_on_disk": self.journal.on_disk,
             "process_cpu_seconds_total": time.process_time(),
@@ -3250,8 +3251,9 @@ class Node:
         found["hive_build_info"] = [[*build_info, 1]]
         found["hive_members"] = [[*item] for item in self.members.count().items()]
         found["hive_messages_total"] = [[*which, n] for which, n in self._outcomes.items()]
-        theirs = self.worker.numbers()
+        theirs, sessions = self.worker.numbers(), (*self.sessions.live, *self.sessions.away)
         queues = [["outbox", self.journal.outbox_size], ["questions", self.journal.questions]]
+        queues += [["inboxes", sum(map(self.journal.unread, sessions))]]
         return found | theirs | {"hive_queue_length": queues + theirs.get("hive_queue_length", [])}
 
     def publish(self, message: OutgoingMessage) -> None:
@@ -11986,6 +11988,7 @@ METRICS = {  # Prometheus' names: what they are, and in which unit, is at their 
     "hive_agent_turns_total": Metric(
         "counter", "Calls to an agent that ended.", ("agent", "outcome")
     ),
+    "hive_sessions": Metric("gauge", "Sessions of agents' programs that are attached."),
     "hive_journal_bytes": Metric("gauge", "What the journal holds."),
     "hive_journal_on_disk": Metric("gauge", "0 while it is in memory, as the disk failed."),
     "process_cpu_seconds_total": Metric("counter", "Time on a processor, user and system."),
