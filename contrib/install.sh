@@ -177,6 +177,17 @@ install_help() {
   done
 }
 
+# Where each shell looks for what completes a command's words, below PREFIX/share.
+completions='bash-completion/completions/hive zsh/site-functions/_hive fish/vendor_completions.d/hive.fish'
+
+install_completions() {
+  for place in $completions; do
+    "$python" hive.py completion "${place%%[-/]*}" >"$scratch/completion"
+    folder "$(dirname "$PREFIX/share/$place")" 755
+    put "$scratch/completion" "$PREFIX/share/$place" 644
+  done
+}
+
 install_configuration() {
   folder "$config" "$folder_mode"
   folder "$config/hive-daemon.d" "$folder_mode"
@@ -308,6 +319,9 @@ uninstall() {
   for page in "$DESTDIR$man"/man[17]/hive*.[17]; do
     if grep -qs '^\.\\" From hive,' "$page"; then drop "${page#"$DESTDIR"}"; fi
   done
+  for place in $completions; do
+    if grep -qs 'made by: hive completion' "$DESTDIR$PREFIX/share/$place"; then drop "$PREFIX/share/$place"; fi
+  done
   for name in hive hive-cli hive.py help __pycache__ venv folders; do
     drop "$lib/$name"
   done
@@ -327,6 +341,7 @@ case ${1-} in
     check
     install_programs
     install_help
+    install_completions
     if [ -n "$unit" ]; then
       install_configuration
       install_unit daemon

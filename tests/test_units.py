@@ -217,19 +217,19 @@ def test_on_a_mac_launchd_gets_its_plist(tmp_path: Path) -> None:
     assert Path(job["StandardErrorPath"]).parent == mac.home / "Library/Logs"
     page = plistlib.loads(mac.inside(mac.home / PLIST.replace("daemon", "web")).read_bytes())
     assert page["ProgramArguments"] == [f"{mac.home}/.local/bin/hive", "web"]
-    assert (page["Label"], "StandardOutPath" in page) == ("ai.hive.web", False)
+    assert (page["Label"], page["StandardOutPath"]) == ("ai.hive.web", "/dev/null")
     assert not mac.inside(mac.home / USER_UNIT).exists()
 
 
-@pytest.mark.parametrize("name", ["daemon", "web"])
+@pytest.mark.parametrize("name", ["ai.hive.daemon", "ai.hive.web"])
 def test_the_plist_passes_a_plist_checker(name: str) -> None:
-    file = str(ROOT / f"units/launchd/ai.hive.{name}.plist")
+    file = str(ROOT / f"units/launchd/{name}.plist")
     if need("plutil", "plistutil") == "plutil":
         subprocess.run(["plutil", "-lint", file], check=True)
     else:  # 2.2.0 ends with 0 whatever it found
         done = subprocess.run(["plistutil", "-i", file], capture_output=True, check=True)
         assert b"ERROR" not in done.stderr
-        assert f"ai.hive.{name}".encode() in done.stdout
+        assert name.encode() in done.stdout
 
 
 # ---- make install, make uninstall --------------------------------------------------------
@@ -258,6 +258,18 @@ def test_what_was_installed_has_its_help_also_for_man(installed: Machine) -> Non
     assert shown == (ROOT / "contrib/help/trust.md").read_text()
     pages = installed.home / ".local/share/man/man7"
     assert {page.name for page in pages.iterdir()} == {f"hive-{one}.7" for one in hive.TOPICS}
+
+
+def test_what_was_installed_completes_words_and_has_its_man_page(installed: Machine) -> None:
+    share = installed.home / ".local/share"
+    for place, shell in {
+        "bash-completion/completions/hive": "bash",
+        "zsh/site-functions/_hive": "zsh",
+        "fish/vendor_completions.d/hive.fish": "fish",
+    }.items():
+        done = installed.run(str(installed.home / ".local/bin/hive"), "completion", shell)
+        assert (share / place).read_text() == done.stdout != ""
+    assert [page.name for page in (share / "man/man1").iterdir()] == ["hive.1"]
 
 
 def test_uninstall_leaves_other_peoples_man_pages(machine: Machine) -> None:
