@@ -379,7 +379,7 @@ def live(folder: Path, pictures: Path | None) -> None:
         time.sleep(PACE)
         if pictures and time.monotonic() > began + PAST:
             picture = [PYTHON, str(ROOT / "tests" / "pictures.py"), str(pictures), "--link", link]
-            subprocess.run(picture, check=True)
+            subprocess.run(picture, check=True, umask=0o022)
             return
 
 

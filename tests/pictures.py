@@ -2,7 +2,7 @@
 """Pictures of the page: of a hive with a past (stage.py), or of one that runs.
 
     python tests/pictures.py FOLDER                  # 2, 20 and 500 nodes, all views
-    python tests/pictures.py FOLDER --link LINK      # what `hive web` printed: now, map
+    python tests/pictures.py FOLDER --link LINK      # what `hive web` printed
 
 Written are FOLDER/NODES-VIEW-WIDTH-SCHEME.png, or FOLDER/VIEW-SCHEME.png of a running hive.
 Needs Chromium and playwright.
@@ -95,7 +95,7 @@ def main() -> None:
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         if args.link:
-            for name, picture in pictures(chromium, args.link, ("now", "map"), OF_FEW):
+            for name, picture in pictures(chromium, args.link, ("now",), OF_FEW):
                 (args.folder / f"{name.replace('-1280', '')}.png").write_bytes(picture)
         for number in () if args.link else (2, 20, 500):
             gallery = Gallery(chromium, number)
