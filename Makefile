@@ -2,6 +2,7 @@
 # make test     the tests alone; sets up everything on a fresh machine
 # make demo     what hive does, in ten seconds; KEEP=1 leaves it running, to play with;
 #               LIVE=1 shows three nodes at work, and one in trouble
+# make test-agents     against real Claude Code, Codex, Gemini CLI and OpenCode, from npm (1.5 GB, 70 s)
 # make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
 # make test-web  the page in a real Chromium, with axe-core from npm (Debian's chromium, as root)
 # make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed;
@@ -27,6 +28,9 @@ python := $(VENV)/bin/python
 
 OPENCLAW := .cache/openclaw
 AXE     := .cache/axe
+AGENTS := .cache/agents
+PROGRAMS := node@26.10.0 @anthropic-ai/claude-code@2.1.332 @openai/codex@0.169.0 \
+            @google/gemini-cli@0.61.0 opencode-ai@1.18.33 @modelcontextprotocol/inspector@0.15.0
 RUNTIME := 'paho-mqtt>=2,<3'
 TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1 \
            radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2 hatchling==1.33.0 \
@@ -63,6 +67,10 @@ test-openclaw: $(VENV)/tools mosquitto dovecot $(OPENCLAW)/ready
 test-web: $(VENV)/tools mosquitto chromium $(AXE)/ready
 	$(python) -m pytest -q -rs -s --timeout 120 tests/web_page.py
 
+test-agents: $(VENV)/tools mosquitto tmux $(AGENTS)/ready
+	AGENTS_BIN=$(abspath $(AGENTS))/node_modules/.bin \
+	  $(python) -m pytest -q -rs --timeout 300 tests/real_agents.py tests/real_agents_via.py
+
 bench-openclaw: $(VENV)/tools mosquitto $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin $(python) tests/bench_openclaw.py
 
@@ -70,12 +78,26 @@ bench-openclaw: $(VENV)/tools mosquitto $(OPENCLAW)/ready
 npm:
 	@command -v npm >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq npm >/dev/null; } || \
-	  { echo "npm is missing (apt-get install npm): OpenClaw and axe-core come from there"; exit 1; }
+	  { echo "npm is missing (apt-get install npm): the real programs come from there"; exit 1; }
 
 $(AXE)/ready: | npm
 	@mkdir -p $(AXE) && echo '{"private": true}' >$(AXE)/package.json
 	cd $(AXE) && npm install --loglevel=error --no-fund --no-audit axe-core@4.14.1
 	@touch $@
+
+$(AGENTS)/ready: | npm
+	@mkdir -p $(AGENTS) && echo '{"private": true}' >$(AGENTS)/package.json
+	cd $(AGENTS) && for try in 1 2 3; do \
+	  npm install --loglevel=error --no-fund --no-audit $(PROGRAMS) && break; sleep 5; done
+	for name in claude codex gemini opencode mcp-inspector; do \
+	  test -e $(AGENTS)/node_modules/.bin/$$name || exit 1; done
+	@touch $@
+
+# A terminal for the programs that are to be woken in one.
+tmux:
+	@command -v tmux >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq tmux >/dev/null; } || \
+	  echo "tmux is missing: what needs a terminal will be skipped (apt-get install tmux)"
 
 $(OPENCLAW)/ready: | npm
 	@mkdir -p $(OPENCLAW) && echo '{"private": true}' >$(OPENCLAW)/package.json
@@ -191,4 +213,4 @@ clean:  ## remove what make has made
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
   bench-broker bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean \
-  test-web chromium npm pictures
+  test-web pictures chromium test-agents tmux npm

@@ -18232,13 +18232,18 @@ def vendor_removal(name: str) -> list[Change]:
     vendor = VENDORS[name]
     if vendor.remove:
         return [vendor_call(name, vendor_argv(vendor_program(name), vendor.remove, ()))]
-    changes = []
-    for file in settings_files(vendor):
-        document = read_settings(file, f"{'.'.join(vendor.place)} is yours to take out")
-        table = nested(document, vendor.place[:-1])
-        if table.pop(vendor.place[-1], None) is not None:
-            changes.append(settings_change(file, document, f"without {'.'.join(vendor.place)}"))
-    return changes
+    *above, last = vendor.place
+    where = ".".join(vendor.place)
+
+    def edit(document: dict[str, Any]) -> None:
+        nested(document, above).pop(last, None)
+
+    files = settings_files(vendor)
+    return [
+        one
+        for file in files
+        for one in settings_change(file, edit, f"without {where}", f"{where} is yours to take out")
+    ]
 
 
 def vendor_program(name: str) -> str:
@@ -18335,17 +18340,30 @@ def read_settings(file: Path, instead: str) -> dict[str, Any]:
     raise HiveError(f"{file}: is no plain JSON and stays as it is; {instead}")
 
 
-def settings_change(file: Path, document: Mapping[str, Any], what: str) -> Change:
-    """Write a file anew; one that is left with nothing in it goes."""
+def settings_change(
+    file: Path, edit: Callable[[dict[str, Any]], None], what: str, instead: str
+) -> list[Change]:
+    """Edit a file, if that makes a difference.  Raises HiveError, which says what `instead`.
+
+    It is read once more when that is done: the program itself may have written it meanwhile.  What
+    is left with nothing in it goes.
+    """
+
+    def edited() -> tuple[dict[str, Any], bool]:
+        document = read_settings(file, instead)
+        before = json.dumps(document)
+        edit(document)
+        return document, json.dumps(document) != before
 
     def make() -> None:
+        document, _ = edited()
         if document:
             text = json.dumps(document, indent=2, ensure_ascii=False)
             write_privately({file: f"{text}\n"}, force=True)
         else:
             file.unlink(missing_ok=True)
 
-    return Change(f"{file}: {what}", make)
+    return [Change(f"{file}: {what}", make)] if edited()[1] else []
 
 
 # -- hooks --
@@ -18356,19 +18374,19 @@ def hooks_change(vendor: Vendor, command: str) -> list[Change]:
     if vendor.hooks is None:
         return []
     file, events = vendor.hooks.path, vendor.events
-    document = read_settings(file, f"its hooks ({', '.join(events)}) are yours to change")
-    hooks = document.get("hooks", {})
-    if not isinstance(hooks, dict) or not all(isinstance(one, list) for one in hooks.values()):
-        raise HiveError(f"{file}: its hooks have a form that hive does not know")
     handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT * vendor.unit}
-    changed = with_hooks(hooks, events, [{"hooks": [handler]}] if command else [])
-    if changed == hooks:
-        return []
-    document["hooks"] = changed
-    if not changed:
-        del document["hooks"]
+
+    def edit(document: dict[str, Any]) -> None:
+        hooks = document.get("hooks", {})
+        if not isinstance(hooks, dict) or not all(isinstance(one, list) for one in hooks.values()):
+            raise HiveError(f"{file}: its hooks have a form that hive does not know")
+        document["hooks"] = with_hooks(hooks, events, [{"hooks": [handler]}] if command else [])
+        if not document["hooks"]:
+            del document["hooks"]
+
     what = f"{command}, at {' and '.join(events)}" if command else "without hive's hooks"
-    return [settings_change(file, document, what)]
+    instead = f"its hooks ({', '.join(events)}) are yours to change"
+    return settings_change(file, edit, what, instead)
 
 
 def with_hooks(

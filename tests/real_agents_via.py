@@ -82,7 +82,8 @@ def beta_of(
             "GEMINI_CLI_TRUST_WORKSPACE": "true",
         }
         hive.node("alpha").start()
-        table = {"name": "helper", "via": via, "dir": str(place), "env": [*NAMED]}
+        table: dict[str, object] = {"name": "helper", "via": via, "dir": str(place)}
+        table["env"] = [*NAMED]
         table |= {"options": OPTIONS.get(via, []), **keys}
         lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
         return hive.node("beta", "\n".join(["\n[[oc_instances]]", *lines, ""])).start()

@@ -1,6 +1,7 @@
 """What `make install` puts where, whether systemd and launchd take it, and the example handlers.
 
-No manager of this machine is ever spoken to: systemctl and launchctl are stand-ins.
+No manager of this machine is ever spoken to: systemctl and launchctl are stand-ins, and where they
+are not, systemd is in namespaces of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, missing
+from conftest import ROOT, free_port, missing, need_mosquitto
 
 import hive
 
@@ -202,6 +203,59 @@ def test_a_fault_in_the_configuration_is_not_tried_again(installed: Machine) -> 
     assert f"\nRestartPreventExitStatus={int(hive.Exit.USAGE)}\n" in unit
 
 
+IN_A_PLACE_OF_ITS_OWN = """
+mount --make-rprivate / && mount -t tmpfs none /run && mount -t cgroup2 none /sys/fs/cgroup ||
+  exit 77
+mkdir -p /run/systemd/system "$XDG_RUNTIME_DIR"
+systemd --user >/dev/null 2>&1 &
+until systemctl --user show-environment >/dev/null 2>&1; do sleep 0.05; done
+exec </dev/null
+set -ex
+make -C "$ROOT" install
+hive host --listen 127.0.0.1 --port "$PORT" --node alpha
+make -C "$ROOT" install START=1
+until systemctl --user show hive-daemon -p StatusText | grep "connected to"; do sleep 0.05; done
+systemctl --user reload hive-host hive-daemon
+hive doctor
+systemctl --user show hive-host hive-daemon -p ActiveState -p NRestarts
+make -C "$ROOT" uninstall
+systemctl --user is-active hive-host hive-daemon || ! pgrep -x mosquitto
+"""
+
+
+def test_a_real_systemd_runs_the_daemon_and_the_carried_hive(machine: Machine) -> None:
+    """A user's manager, in namespaces where the system seems to have been booted with it."""
+    need_mosquitto()
+    need("systemctl")
+    if os.geteuid():
+        pytest.skip("only root can have a place of its own for systemd")
+    path = f"{machine.home}/.local/bin:{os.environ['PATH']}:/usr/sbin:/usr/lib/systemd"
+    given = {"PATH": path, "ROOT": str(ROOT), "PYTHON": sys.executable, "PORT": str(free_port())}
+    machine.with_paho().environment = {
+        **{"HOME": str(machine.home), "XDG_RUNTIME_DIR": "/run/user/0"},
+        **given,
+    }
+    place = (
+        "timeout",
+        "90",
+        "unshare",
+        "--mount",
+        "--pid",
+        "--cgroup",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+    )
+    done = machine.run(*place, "sh", "-c", IN_A_PLACE_OF_ITS_OWN)
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        missing("no place of its own for systemd can be had here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "systemd keeps it running" in done.stdout and "started   systemctl" in done.stdout
+    assert re.search("ok +hosting +Mosquitto is kept running by systemd", done.stdout)
+    assert done.stdout.count("NRestarts=0\nActiveState=active\n") == 2, done.stdout
+    assert "stopped   hive-host\n" in done.stdout and "inactive\ninactive\n" in done.stdout
+
+
 # ---- launchd -----------------------------------------------------------------------------
 
 
@@ -258,18 +312,6 @@ def test_what_was_installed_has_its_help_also_for_man(installed: Machine) -> Non
     assert shown == (ROOT / "contrib/help/trust.md").read_text()
     pages = installed.home / ".local/share/man/man7"
     assert {page.name for page in pages.iterdir()} == {f"hive-{one}.7" for one in hive.TOPICS}
-
-
-def test_what_was_installed_completes_words_and_has_its_man_page(installed: Machine) -> None:
-    share = installed.home / ".local/share"
-    for place, shell in {
-        "bash-completion/completions/hive": "bash",
-        "zsh/site-functions/_hive": "zsh",
-        "fish/vendor_completions.d/hive.fish": "fish",
-    }.items():
-        done = installed.run(str(installed.home / ".local/bin/hive"), "completion", shell)
-        assert (share / place).read_text() == done.stdout != ""
-    assert [page.name for page in (share / "man/man1").iterdir()] == ["hive.1"]
 
 
 def test_uninstall_leaves_other_peoples_man_pages(machine: Machine) -> None:
