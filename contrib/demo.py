@@ -21,6 +21,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,7 @@ exit 1
 # Whatever daemon is started here, by whomever: its process id is known at the end.
 HIVE_CLI = """\
 #!/bin/sh
-case " $* " in *" daemon "*) echo $$ >>{pids} ;; esac
+case " $* " in *" daemon "* | *" web "*) echo $$ >>{pids} ;; esac
 XDG_STATE_HOME={folder}
 export XDG_STATE_HOME
 exec {python} {hive_cli} "$@"
@@ -155,8 +156,8 @@ def command_line(pid: int) -> str:
 
 
 def runs(pid: int) -> bool:
-    """Is this still a daemon of the folder, and not another process with its number?"""
-    return bool(re.search(r"hive-cli (.* )?daemon\b", command_line(pid)))
+    """Is this still a daemon or page of the folder, and not another process with its number?"""
+    return bool(re.search(r"hive-cli (.* )?(daemon|web)\b", command_line(pid)))
 
 
 def stop(pid: int) -> None:
@@ -278,6 +279,16 @@ def complain(why: str) -> None:
         print(f"demo: {why[:LONGEST_LINE]}", file=sys.stderr, flush=True)
 
 
+def free_port() -> int:
+    """The page's own, where nobody listens there."""
+    for port in (8484, 0):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", port))
+            return int(sock.getsockname()[1])
+    raise Failed("no port is free for the page")
+
+
 def as_typed_after(folder: Path) -> str:
     return f"cd {shlex.quote(str(folder))} && PATH=$PWD/bin:$PATH"
 
@@ -351,9 +362,13 @@ def live(folder: Path) -> None:
     for node in NODES:
         run(start(node), folder)
     run_until("hive roster --config alpha.toml", r"(?s)alpha.*beta +main.*gamma +watch", folder)
+    page = f"hive web --config alpha.toml --port {free_port()}"
+    run(f"{page} >>web.log 2>&1 &", folder)
+    link = run_until("cat web.log", "http://[^ ]+\n", folder).split()[-1]
     say("Three nodes are at work, and gamma is in trouble. To look at them:", bold=True)
+    say(link)
     say(f"$ {as_typed_after(folder)}")
-    say("$ hive status --config alpha.toml")
+    say("$ hive status --config alpha.toml --watch")
     say("$ hive log --config alpha.toml --follow")
     say("\nCtrl-C ends and removes all of it.")
     for words in itertools.cycle(TRAFFIC):

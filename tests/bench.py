@@ -216,6 +216,97 @@ def idle(daemon: Daemon, seconds: float) -> None:
     )
 
 
+# What a server of the standard library alone must do before it can list a tool.
+BARE_SERVER = """
+import json, os, signal, socket, sys, threading, time
+for line in sys.stdin.buffer:
+    said = json.loads(line)
+    result = {"tools": []} if said["method"] == "tools/list" else {"protocolVersion": "2025-11-25"}
+    print(json.dumps({"jsonrpc": "2.0", "id": said["id"], "result": result}), flush=True)
+"""
+PACKAGE_SERVER = "from mcp.server import MCPServer; MCPServer('bare').run()"
+
+
+class McpServer:
+    """One that runs, and is spoken to line by line."""
+
+    def __init__(self, line: list[str], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+
+    def ask(self, method: str, **params: object) -> str:
+        assert self.process.stdin and self.process.stdout
+        said = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        self.process.stdin.write(json.dumps(said).encode() + b"\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline().decode()
+        assert '"result"' in answer and '"isError":true' not in answer, answer
+        return answer
+
+    def tool(self, name: str, **arguments: object) -> str:
+        return self.ask("tools/call", name=name, arguments=arguments)
+
+    def list_tools(self) -> None:
+        info = {"name": "bench", "version": "1"}
+        hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": info}
+        self.ask("initialize", **hello)
+        self.ask("tools/list")
+
+    @property
+    def cpu(self) -> float:
+        """Milliseconds that it has taken until now (Linux only)."""
+        return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[0]) / 1e6
+
+    @property
+    def resident(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+    def __enter__(self) -> McpServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()  # closes its stdin, which is its end
+
+
+def mcp(hive: Hive, runs: int) -> None:
+    """A session's server: its start beside a bare one's, its calls, its memory (Linux only)."""
+    python = [sys.executable, "-c"]
+    lines = {
+        "bare Python": [*python, BARE_SERVER],
+        "hive mcp": hive.command_line("alpha", "mcp"),
+        "the mcp package": [*python, PACKAGE_SERVER],
+    }
+    took: dict[str, list[float]] = {who: [] for who in lines}
+    for _ in range(max(runs, 15)):
+        for who, line in lines.items():
+            with McpServer(line, hive.environment) as server:
+                server.list_tools()
+                took[who].append(server.cpu)
+    base = statistics.median(took["bare Python"])
+    for who, each in took.items():
+        show(f"MCP: CPU until tools/list, {who}", each, base)
+    with McpServer(hive.command_line("alpha", "mcp"), hive.environment) as server:
+        server.list_tools()
+        server.tool("list_agents")
+        calls: dict[str, dict[str, object]] = {
+            "read_inbox": {},
+            "list_agents": {},
+            "send_message": {"to": "beta-session", "text": "x"},
+            "ask": {"to": "beta", "action": "ping", "text": "x"},
+        }
+        with McpServer(
+            hive.command_line("beta", "mcp", "--as=beta-session"), hive.environment
+        ) as b:
+            b.tool("list_agents")
+            eventually("it is known", lambda: "beta-session" in server.tool("list_agents"))
+            for name, arguments in calls.items():
+                call = partial(server.tool, name, **arguments)
+                show(f"MCP tool call: {name}", [timed(call) for _ in range(50)])
+        print(f"{'MCP server: memory':46} {server.resident:8.1f} MB")
+
+
 def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     commit = sys.argv[2] if len(sys.argv) > 2 else BASE
@@ -235,6 +326,8 @@ def main() -> None:
             processes(hive, runs)
             starts(hive, runs)
             ping_beside_a_sleeper(hive, beta, runs)
+            if Path("/proc").exists():
+                mcp(hive, runs)
             if Path("/proc").exists():
                 idle(alpha, 60.0)
             peers = json.loads(hive.cli("alpha", "status", "--json").stdout)

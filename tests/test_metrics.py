@@ -138,7 +138,7 @@ def test_no_value_of_a_label_can_pass_for_another_line(said: str) -> None:
 def test_many_actions_are_not_many_numbers(
     rig_of: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hive, "MAX_COUNTED", 2)
+    monkeypatch.setattr(hive, "MAX_COUNTED_ACTIONS", 2)
     rig = rig_of(one="true", two="true", three="true")
     for action in ("one", "ping", "two", "three", "one"):
         rig.answer_to(rig.say("command", action))

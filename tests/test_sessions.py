@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,16 @@ def test_nobody_answers_a_question_of_a_session_which_hears_so_itself(
     (said,) = other.texts()
     assert re.fullmatch(r"no answer from alpha to what was asked \d s ago", said)
     assert program.texts() == []
+
+
+def test_an_answer_of_a_session_to_a_message_to_all_is_its_nodes() -> None:
+    asked_all = hive.Envelope.new("alpha", "all", "command", "who is there?")
+    replies = hive.ReplyCollector(asked_all, hive.HeartbeatConfig())
+    now = {"status": "online", "last_seen": int(time.time()), "oc": {"rev": hive.WELL}}
+    session = {**now, "daemon_node": "beta"}
+    replies.expect({"beta": {**now, "daemon_node": "beta"}, "rev": session})
+    assert replies.outstanding == {"beta"}
+    assert replies.take(asked_all.reply("rev", "I am")) and not replies.outstanding
 
 
 # Receipts
