@@ -97,7 +97,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 TYPE_CHECKING = False  # to mypy it is true; others need not import what only mypy reads
@@ -260,8 +260,9 @@ class Value:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         mine = vars(self)
-        mine.update(self.DEFAULTS)
-        mine.update(zip(self.__match_args__, values, strict=False), **named)
+        mine.update(self.DEFAULTS, **named)
+        if values:
+            mine.update(zip(self.__match_args__, values, strict=False))
         if mine.keys() != self.FIELDS.keys() or len(values) > len(mine):
             raise TypeError(f"{type(self).__name__}: its fields are {', '.join(self.FIELDS)}")
 
@@ -530,7 +531,7 @@ class Envelope(Value):
                 values[attribute] = check(value)
             except ValueError:
                 raise EnvelopeError(f"{key}: {quoted(value)} is not {docstring(check)}") from None
-        rest = replace_surrogates(rest)
+        rest = replace_surrogates(rest) if rest else rest
         for key, value in rest.items():
             if not portable({key: value}):
                 raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, or too deep)")
@@ -665,6 +666,15 @@ def topic_prefix(value: object) -> str:
     return value
 
 
+@lru_cache(1000)
+def place_of(prefix: str, topic: str) -> tuple[str, str, str] | None:
+    home = f"{prefix}/"
+    levels = topic.removeprefix(home).split("/")
+    if not topic.startswith(home) or not 2 <= len(levels) <= 3 or levels[0] == "meta":
+        return None
+    return levels[0], levels[1], levels[2] if len(levels) == 3 else ""
+
+
 class Topics(Value):
     """The topics of one hive (protocol, "Topics"), and who publishes there.
 
@@ -690,11 +700,7 @@ class Topics(Value):
 
     def place(self, topic: str) -> tuple[str, str, str] | None:
         """The (recipient, channel, sender) of an envelope's topic; an open one names no sender."""
-        home = f"{self.prefix}/"
-        levels = topic.removeprefix(home).split("/")
-        if not topic.startswith(home) or not 2 <= len(levels) <= 3 or levels[0] == "meta":
-            return None
-        return levels[0], levels[1], levels[2] if len(levels) == 3 else ""
+        return place_of(self.prefix, topic)
 
     def meta(self, name: str, document: str) -> str:
         """Where a state (`state`), a roster (`roster`) or an action's latest result is kept."""
@@ -1425,6 +1431,10 @@ class Event(Enum):
 
 
 ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
+NEW_ROW = (
+    f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+    " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)"
+)
 ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
 
 
@@ -1556,8 +1566,7 @@ class Journal:
         content: str | None,
     ) -> int | None:
         row = self._database.insert(
-            f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
-            " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)",
+            NEW_ROW,
             (
                 *(now, event.value, id, about.ch, about.sender, about.to, about.action),
                 *(about.exchange, note, content, id, about.sender),
@@ -3146,7 +3155,8 @@ class Node:
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
-        self._outcomes = Counter[tuple[str, str]]()  # of messages, by channel
+        self._outcomes = Counter[tuple[str, str | Do]]()  # of messages, by channel
+        self._context_of: tuple[object, ...] = ()
         self._began, self._connections = time.time(), 0
         self.worker = Worker()
         self.members = Members(
@@ -3250,7 +3260,10 @@ class Node:
         found: dict[str, list[list[Any]]] = {name: [[value]] for name, value in one.items()}
         found["hive_build_info"] = [[*build_info, 1]]
         found["hive_members"] = [[*item] for item in self.members.count().items()]
-        found["hive_messages_total"] = [[*which, n] for which, n in self._outcomes.items()]
+        found["hive_messages_total"] = [
+            [ch, of if isinstance(of, str) else of.name.lower(), n]
+            for (ch, of), n in self._outcomes.items()
+        ]
         theirs, sessions = self.worker.numbers(), (*self.sessions.live, *self.sessions.away)
         queues = [["outbox", self.journal.outbox_size], ["questions", self.journal.questions]]
         queues += [["inboxes", sum(map(self.journal.unread, sessions))]]
@@ -3321,7 +3334,7 @@ class Node:
         self.counts["received"] += 1
         if place and self._names_sender(place) and self._is_too_much(place[2], place[1]):
             self.counts["dropped"] += 1  # before it has cost anything: no flood delays the others
-            self._outcomes[place[1] if place[1] in CHANNELS else "none", "drop"] += 1
+            self._outcomes[place[1] if place[1] in CHANNELS else "none", Do.DROP] += 1
             self._log_limited("dropped", ch=place[1], from_=place[2], why=TOO_MANY)
             return self._settle(message)
         try:
@@ -3447,6 +3460,13 @@ class Node:
         return (*self.worker.agents, *self.sessions.live)
 
     def context(self) -> RoutingContext:
+        """What decide() takes; made anew where something in it is another."""
+        parts = (self.worker, self.worker.handlers, self.agents)
+        if parts != self._context_of:
+            self._context_of, self._context = parts, self._make_context()
+        return self._context
+
+    def _make_context(self) -> RoutingContext:
         return RoutingContext(
             node=self.name,
             agents=self.agents,
@@ -3465,13 +3485,15 @@ class Node:
         return (self.name if own else self.members.node_of(agent)) == node
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
-        facts |= {"to": envelope.to, "action": envelope.action}
-        self._outcomes[envelope.ch, "seen" if what == SEEN_BEFORE else what.do.name.lower()] += 1
+        facts: dict[str, object] = {
+            **{"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender},
+            **{"to": envelope.to, "action": envelope.action},
+        }
+        self._outcomes[envelope.ch, "seen" if what is SEEN_BEFORE else what.do] += 1
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
-                quiet = what == SEEN_BEFORE or what.reason == OTHER_KIND  # said otherwise
+                quiet = what is SEEN_BEFORE or what.reason == OTHER_KIND  # said otherwise
                 say = self.log.debug if quiet else self._log_limited
                 say("dropped", **facts, why=what.reason)
             case Do.HEAR:
