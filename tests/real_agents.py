@@ -191,8 +191,9 @@ class Agent:
         return max(map(items_of, [*self.models.requests]), key=len, default=[])
 
     def texts(self) -> list[str]:
-        """All that its model read, whoever said it."""
-        return [*self.results(), *(item.text for item in self.read() if item.kind != "tool")]
+        """All that others said to its model."""
+        others = [item.text for item in self.read() if item.kind not in ("tool", "model")]
+        return self.results() + others
 
     @staticmethod
     def plain(result: str) -> str:
