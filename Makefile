@@ -2,7 +2,9 @@
 # make test     the tests alone; sets up everything on a fresh machine
 # make demo     what hive does, in ten seconds; KEEP=1 leaves it running, to play with;
 #               LIVE=1 shows three nodes at work, and one in trouble
+# make test-agents     against real Claude Code, Codex, Gemini CLI and OpenCode, from npm (1.5 GB, 70 s)
 # make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
+# make test-web  the page in a real Chromium, with axe-core from npm (Debian's chromium, as root)
 # make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed;
 #               and a wheel, for pip and pipx
 # make fuzz     mutated traffic against the embedded broker, for SECONDS=3600 (20 of it in check)
@@ -25,10 +27,14 @@ VENV   := .venv
 python := $(VENV)/bin/python
 
 OPENCLAW := .cache/openclaw
+AXE     := .cache/axe
+AGENTS := .cache/agents
+PROGRAMS := node@26.10.0 @anthropic-ai/claude-code@2.1.332 @openai/codex@0.169.0 \
+            @google/gemini-cli@0.61.0 opencode-ai@1.18.33 @modelcontextprotocol/inspector@0.15.0
 RUNTIME := 'paho-mqtt>=2,<3'
 TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1 \
            radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2 hatchling==1.33.0 \
-           prometheus_client==0.26.0 pyte==0.8.2 mcp==2.3.0
+           prometheus_client==0.26.0 pyte==0.8.2 mcp==2.3.0 playwright==1.65.2
 
 SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py contrib/man.py \
            contrib/handlers/sentinel.py contrib/handlers/check-email contrib/handlers/check-calendar \
@@ -51,17 +57,49 @@ test: $(VENV)/tools mosquitto dovecot checkers
 demo: $(VENV)/ready
 	@$(python) contrib/demo.py $(if $(KEEP),--keep) $(if $(LIVE),--live)
 
+pictures: $(VENV)/tools chromium  ## the README's, of the page of such a live demo
+	$(python) contrib/demo.py --live --pictures contrib/pictures
+
 test-openclaw: $(VENV)/tools mosquitto dovecot $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin \
 	  $(python) -m pytest -q --timeout 300 tests/real_openclaw.py
 
+test-web: $(VENV)/tools mosquitto chromium $(AXE)/ready
+	$(python) -m pytest -q -rs -s --timeout 120 tests/web_page.py
+
+test-agents: $(VENV)/tools mosquitto tmux $(AGENTS)/ready
+	AGENTS_BIN=$(abspath $(AGENTS))/node_modules/.bin \
+	  $(python) -m pytest -q -rs --timeout 300 tests/real_agents.py tests/real_agents_via.py
+
 bench-openclaw: $(VENV)/tools mosquitto $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin $(python) tests/bench_openclaw.py
 
-$(OPENCLAW)/ready:
+# Not a file: what comes from there is.
+npm:
 	@command -v npm >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq npm >/dev/null; } || \
-	  { echo "npm is missing (apt-get install npm): OpenClaw comes from there"; exit 1; }
+	  { echo "npm is missing (apt-get install npm): the real programs come from there"; exit 1; }
+
+$(AXE)/ready: | npm
+	@mkdir -p $(AXE) && echo '{"private": true}' >$(AXE)/package.json
+	cd $(AXE) && npm install --loglevel=error --no-fund --no-audit axe-core@4.14.1
+	@touch $@
+
+$(AGENTS)/ready: | npm
+	@mkdir -p $(AGENTS) && echo '{"private": true}' >$(AGENTS)/package.json
+	cd $(AGENTS) && for try in 1 2 3; do \
+	  npm install --loglevel=error --no-fund --no-audit $(PROGRAMS) && break; sleep 5; done
+	for name in claude codex gemini opencode mcp-inspector; do \
+	  test -e $(AGENTS)/node_modules/.bin/$$name || exit 1; done
+	@touch $@
+
+# A terminal for the programs that are to be woken in one.
+tmux:
+	@command -v tmux >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq tmux >/dev/null; } || \
+	  echo "tmux is missing: what needs a terminal will be skipped (apt-get install tmux)"
+
+$(OPENCLAW)/ready: | npm
 	@mkdir -p $(OPENCLAW) && echo '{"private": true}' >$(OPENCLAW)/package.json
 	cd $(OPENCLAW) && PATH="$$PWD/node_modules/.bin:$$PATH" && \
 	for package in node@26.10.0 openclaw@2026.9.6; do \
@@ -133,6 +171,15 @@ mosquitto:
 	  echo "installing Mosquitto with Homebrew"; brew install --quiet mosquitto >/dev/null || true; \
 	else echo "Mosquitto is missing: tests that need a broker will be skipped (apt-get install mosquitto)"; fi
 
+# A browser for the page; without what it recommends, which is a desktop.
+chromium:
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo "installing Chromium with apt-get"; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } >/dev/null || true; \
+	else echo "Chromium is missing: the page is not looked at (apt-get install chromium)"; fi
+
 # A mail server for check-email, which each test starts for itself.
 dovecot:
 	@PATH="$$PATH:/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"; \
@@ -143,13 +190,15 @@ dovecot:
 	    apt-get install -y -qq --no-install-recommends dovecot-imapd; } >/dev/null || true; \
 	else echo "Dovecot is missing: tests of check-email will be skipped (apt-get install dovecot-imapd)"; fi
 
-# systemd-analyze and plistutil for tests/test_units.py, openssl, pgrep, groff; ip for three machines.
+# systemd-analyze and plistutil for tests/test_units.py, openssl, pgrep, groff, mandoc, shells that
+# complete; ip for three machines.
 checkers:
 	@missing=; \
 	command -v systemd-analyze >/dev/null || missing="systemd"; \
 	command -v openssl >/dev/null || missing="$$missing openssl"; \
 	command -v pgrep >/dev/null || missing="$$missing procps"; \
 	command -v groff >/dev/null || missing="$$missing groff-base"; \
+	for one in mandoc zsh fish; do command -v $$one >/dev/null || missing="$$missing $$one"; done; \
 	[ "$$(uname)" != Linux ] || command -v ip >/dev/null || missing="$$missing iproute2"; \
 	command -v plutil >/dev/null || command -v plistutil >/dev/null || missing="$$missing libplist-utils"; \
 	if [ -z "$$missing" ] || ! command -v apt-get >/dev/null; then :; \
@@ -163,4 +212,5 @@ clean:  ## remove what make has made
 	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
-  bench-broker bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean
+  bench-broker bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean \
+  test-web pictures chromium test-agents tmux npm

@@ -63,12 +63,12 @@ tokens; only what needs judgment wakes an agent.
 #           Help        topics that are longer than a --help, and where they lie
 #           Mcp         an agent's program speaks to its node, in the Model Context Protocol <- *
 #           Web         a page that shows the hive, served to this user's browsers
-#                       <- Stream, Journal, Control, Requests, Process, Database,
-#                       Members, Output, Client, Setup, Doctor
+#                       <- Stream, Journal, Control, Process, Database, Members, Output,
+#                       Client, Setup, Doctor
 #           Vendors     what each program of coding agents needs: entry, hooks, a way to tell it
 #                       <- Process, Output, Setup, Mcp
 #           Commands    one function for each subcommand, its options beside it <- *
-#           Main        arguments in, exit code out <- Members, Commands, Help
+#           Main        arguments in, exit code out <- Routing, Members, Commands, Help
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 TYPE_CHECKING = False  # to mypy it is true; others need not import what only mypy reads
@@ -260,8 +260,9 @@ class Value:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         mine = vars(self)
-        mine.update(self.DEFAULTS)
-        mine.update(zip(self.__match_args__, values, strict=False), **named)
+        mine.update(self.DEFAULTS, **named)
+        if values:
+            mine.update(zip(self.__match_args__, values, strict=False))
         if mine.keys() != self.FIELDS.keys() or len(values) > len(mine):
             raise TypeError(f"{type(self).__name__}: its fields are {', '.join(self.FIELDS)}")
 
@@ -530,7 +531,7 @@ class Envelope(Value):
                 values[attribute] = check(value)
             except ValueError:
                 raise EnvelopeError(f"{key}: {quoted(value)} is not {docstring(check)}") from None
-        rest = replace_surrogates(rest)
+        rest = replace_surrogates(rest) if rest else rest
         for key, value in rest.items():
             if not portable({key: value}):
                 raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, or too deep)")
@@ -665,6 +666,15 @@ def topic_prefix(value: object) -> str:
     return value
 
 
+@lru_cache(1000)
+def place_of(prefix: str, topic: str) -> tuple[str, str, str] | None:
+    home = f"{prefix}/"
+    levels = topic.removeprefix(home).split("/")
+    if not topic.startswith(home) or not 2 <= len(levels) <= 3 or levels[0] == "meta":
+        return None
+    return levels[0], levels[1], levels[2] if len(levels) == 3 else ""
+
+
 class Topics(Value):
     """The topics of one hive (protocol, "Topics"), and who publishes there.
 
@@ -690,11 +700,7 @@ class Topics(Value):
 
     def place(self, topic: str) -> tuple[str, str, str] | None:
         """The (recipient, channel, sender) of an envelope's topic; an open one names no sender."""
-        home = f"{self.prefix}/"
-        levels = topic.removeprefix(home).split("/")
-        if not topic.startswith(home) or not 2 <= len(levels) <= 3 or levels[0] == "meta":
-            return None
-        return levels[0], levels[1], levels[2] if len(levels) == 3 else ""
+        return place_of(self.prefix, topic)
 
     def meta(self, name: str, document: str) -> str:
         """Where a state (`state`), a roster (`roster`) or an action's latest result is kept."""
@@ -1352,7 +1358,7 @@ UNSAVED_SECONDS = 4.0  # in which a crash of the broker may lose what it has ack
 MAX_ROWS = 100  # that are read at once
 MIN_ID_PREFIX = 4  # characters that may stand for an id
 SHOWN_TEXT = 200  # characters of a text that is shown beside what is not finished
-MAX_COUNTED = 20_000  # of the last messages, when it is asked who writes to whom ...
+MAX_TRAFFIC = 20_000  # of the last messages, when it is asked who writes to whom ...
 MAX_PAIRS = 1000  # ... and how many pairs of them are told
 MAX_MEANINGS = 5  # of such a beginning that are listed
 PRUNE_STEP = 500  # rows that are forgotten at once
@@ -1425,6 +1431,10 @@ class Event(Enum):
 
 
 ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
+NEW_ROW = (
+    f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+    " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)"
+)
 ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
 
 
@@ -1556,8 +1566,7 @@ class Journal:
         content: str | None,
     ) -> int | None:
         row = self._database.insert(
-            f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
-            " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)",
+            NEW_ROW,
             (
                 *(now, event.value, id, about.ch, about.sender, about.to, about.action),
                 *(about.exchange, note, content, id, about.sender),
@@ -1654,7 +1663,7 @@ class Journal:
         rows = self._database.read(
             f"SELECT sender, recipient, count(DISTINCT id), max(time) FROM ({latest} LIMIT ?)"
             " WHERE time >= ? GROUP BY sender, recipient ORDER BY 3 DESC LIMIT ?",
-            (Event.DID.value, MAX_COUNTED, since, MAX_PAIRS),
+            (Event.DID.value, MAX_TRAFFIC, since, MAX_PAIRS),
         )
         return [(sender, to, number, last) for sender, to, number, last in rows]
 
@@ -2346,7 +2355,7 @@ class Sessions:
         self._changed = do_nothing
         self._inherit: Callable[[Task, str], str] = lambda task, note: note
         self._showing = False  # at the end of this turn, who is there
-        self._sweeping = False
+        self._sweeping = self._ended = False
 
     def start(self, changed: Callable[[], None], inherit: Callable[[Task, str], str]) -> None:
         """Go on with the inboxes that a daemon left.
@@ -2376,6 +2385,8 @@ class Sessions:
         for one in self._sessions.values():
             if one.requester is requester:
                 raise UsageError(f"this connection is attached already, as {one.name}")
+        if self._ended:
+            raise UsageError("the daemon is stopping")
         if len(self.live) >= MAX_ATTACHED:
             raise UsageError(f"{MAX_ATTACHED} sessions are attached already; end one of them")
         name = self._free_name(given["name"], given["exact"])
@@ -2397,7 +2408,8 @@ class Sessions:
         self._update()
 
     def end(self) -> None:
-        """The node is stopping: they are gone for now."""
+        """The node is stopping: they are gone, and nobody comes any more."""
+        self._ended = True
         for session in [*self._sessions.values()]:
             if session.requester:
                 session.requester.close()
@@ -2726,7 +2738,8 @@ class Requests:
         self._sessions = sessions
         self._numbers = numbers
         self._after_commit, self._send, self._connection = after_commit, send, connection
-        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
+        # Who wants to know whether an id was published, and how to forget that when it goes.
+        self._senders: dict[str, tuple[Requester, Callable[[], object]]] = {}
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
         self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
         self._watchers: dict[Requester, bool] = {}  # is it to be told of the next change?
@@ -2748,8 +2761,9 @@ class Requests:
         envelope: Envelope = given["envelope"]
         if fault := self._objection(given, requester) or self._send(envelope):
             return {"error": fault}
-        self._senders[envelope.id] = requester
-        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
+        forget = partial(self._senders.pop, envelope.id, None)
+        self._senders[envelope.id] = requester, forget
+        requester.on_close.append(forget)
         answer = {"queued": True, "connected": self._connection()["connected"]}
         if self._for_an_agent(envelope):
             answer["agentless"] = self._members.has_no_agent(envelope.to)
@@ -2861,8 +2875,9 @@ class Requests:
 
     def published(self, message: OutgoingMessage, code: int, words: str) -> bool:
         """The broker has a message, or refused it; is whoever sent it still there?"""
-        requester = self._senders.pop(message.id or "", None)
+        requester, forget = self._senders.pop(message.id or "", (None, do_nothing))
         if requester:
+            requester.on_close.remove(forget)  # it may stay for weeks, and send much
             said = {"published": code, "words": words, "topic": message.topic, "id": message.id}
             requester.send(said)
         return requester is not None
@@ -3140,7 +3155,8 @@ class Node:
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
-        self._outcomes = Counter[tuple[str, str]]()  # of messages, by channel
+        self._outcomes = Counter[tuple[str, str | Do]]()  # of messages, by channel
+        self._context_of: tuple[object, ...] = ()
         self._began, self._connections = time.time(), 0
         self.worker = Worker()
         self.members = Members(
@@ -3234,6 +3250,7 @@ class Node:
             "hive_connected": self._connection()["connected"],
             "hive_degraded": bool(self.worker.trouble()),
             "hive_reconnects_total": max(0, self._connections - 1),
+            "hive_sessions": len(self.sessions.live),
             "hive_journal_bytes": self.journal.size,
             "hive_journal_on_disk": self.journal.on_disk,
             "process_cpu_seconds_total": time.process_time(),
@@ -3243,9 +3260,13 @@ class Node:
         found: dict[str, list[list[Any]]] = {name: [[value]] for name, value in one.items()}
         found["hive_build_info"] = [[*build_info, 1]]
         found["hive_members"] = [[*item] for item in self.members.count().items()]
-        found["hive_messages_total"] = [[*which, n] for which, n in self._outcomes.items()]
-        theirs = self.worker.numbers()
+        found["hive_messages_total"] = [
+            [ch, of if isinstance(of, str) else of.name.lower(), n]
+            for (ch, of), n in self._outcomes.items()
+        ]
+        theirs, sessions = self.worker.numbers(), (*self.sessions.live, *self.sessions.away)
         queues = [["outbox", self.journal.outbox_size], ["questions", self.journal.questions]]
+        queues += [["inboxes", sum(map(self.journal.unread, sessions))]]
         return found | theirs | {"hive_queue_length": queues + theirs.get("hive_queue_length", [])}
 
     def publish(self, message: OutgoingMessage) -> None:
@@ -3313,7 +3334,7 @@ class Node:
         self.counts["received"] += 1
         if place and self._names_sender(place) and self._is_too_much(place[2], place[1]):
             self.counts["dropped"] += 1  # before it has cost anything: no flood delays the others
-            self._outcomes[place[1] if place[1] in CHANNELS else "none", "drop"] += 1
+            self._outcomes[place[1] if place[1] in CHANNELS else "none", Do.DROP] += 1
             self._log_limited("dropped", ch=place[1], from_=place[2], why=TOO_MANY)
             return self._settle(message)
         try:
@@ -3439,6 +3460,13 @@ class Node:
         return (*self.worker.agents, *self.sessions.live)
 
     def context(self) -> RoutingContext:
+        """What decide() takes; made anew where something in it is another."""
+        parts = (self.worker, self.worker.handlers, self.agents)
+        if parts != self._context_of:
+            self._context_of, self._context = parts, self._make_context()
+        return self._context
+
+    def _make_context(self) -> RoutingContext:
         return RoutingContext(
             node=self.name,
             agents=self.agents,
@@ -3457,13 +3485,15 @@ class Node:
         return (self.name if own else self.members.node_of(agent)) == node
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
-        facts |= {"to": envelope.to, "action": envelope.action}
-        self._outcomes[envelope.ch, "seen" if what == SEEN_BEFORE else what.do.name.lower()] += 1
+        facts: dict[str, object] = {
+            **{"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender},
+            **{"to": envelope.to, "action": envelope.action},
+        }
+        self._outcomes[envelope.ch, "seen" if what is SEEN_BEFORE else what.do] += 1
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
-                quiet = what == SEEN_BEFORE or what.reason == OTHER_KIND  # said otherwise
+                quiet = what is SEEN_BEFORE or what.reason == OTHER_KIND  # said otherwise
                 say = self.log.debug if quiet else self._log_limited
                 say("dropped", **facts, why=what.reason)
             case Do.HEAR:
@@ -3695,7 +3725,7 @@ class Node:
 LOOK_GAP = 1.0  # seconds between looks for handlers, however many unknown actions come
 MAX_RUNS_WAITING = 1000
 NO_ROOM = f"busy: {MAX_RUNS_WAITING} messages wait for handlers"
-MAX_COUNTED = 100  # actions whose runs are counted by name, after which they are "other"
+MAX_COUNTED_ACTIONS = 100  # actions whose runs are counted by name, after which they are "other"
 FIRST_RUN = 10.0  # seconds after the start, for what has never run
 
 
@@ -4112,7 +4142,7 @@ class Work(Worker):
         self._queue.done(run.action)
         self._node.counts["runs"] += 1
         self._node.counts["failures"] += not result.ok
-        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED
+        known = run.action in self._seconds or len(self._seconds) < MAX_COUNTED_ACTIONS
         action = run.action if known else "other"
         self._runs[action, "ok" if result.ok else "failed"] += 1
         self._seconds[action] = self._seconds.get(action, 0.0) + result.seconds
@@ -4599,15 +4629,20 @@ def http_url(value: object) -> str:
 
 def program(value: object) -> tuple[str, ...]:
     """a program, or a list of it and its first arguments"""
-    words = tuple(plain_string(word) for word in (value if isinstance(value, list) else [value]))
-    if not words or not words[0].strip():
+    said = string_list(value)
+    if not said or not said[0].strip():
         raise ValueError
-    return (expand_home(words[0].strip()), *words[1:])
+    return (expand_home(said[0].strip()), *said[1:])
+
+
+def string_list(value: object) -> tuple[str, ...]:
+    """a string, or a list of strings"""
+    return tuple(plain_string(word) for word in (value if isinstance(value, list) else [value]))
 
 
 def variable_names(value: object) -> tuple[str, ...]:
     """the name of an environment variable, or a list of them"""
-    names = tuple(plain_string(name) for name in (value if isinstance(value, list) else [value]))
+    names = string_list(value)
     if not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) for name in names):
         raise ValueError
     return names
@@ -4849,17 +4884,26 @@ class HeartbeatConfig(ConfigTable):
     miss_threshold: int = setting(3, count, "heartbeats a peer may miss before it counts as lost")
 
 
-VIA = {  # the ways to an OpenClaw agent
+PROGRAMS = {  # agents that run only while they work
+    "claude": "Claude Code",
+    "codex": "Codex",
+    "gemini": "Gemini CLI",
+    "opencode": "OpenCode",
+}
+VIA = {  # the ways to an agent
     "cli": "openclaw system event: the documented one, 7 to 10 s a call",
     "call": "openclaw gateway call wake: the same in about 2 s",
     "hook": "POST /hooks/wake: 5 ms; needs hooks.enabled there and hook_token here",
-    "auto": "the hook if there is a token and it answers, else call, else cli",
+    "auto": "what loses least: chat if it is enabled there, else hook, call, cli",
     "agent": "openclaw agent: runs a turn, and its reply is sent back as the answer",
+    "chat": "POST /v1/chat/completions: the same in 0.3 s; needs that endpoint enabled there",
+    **{via: f"{name}, run in dir: its reply is the answer" for via, name in PROGRAMS.items()},
 }
+LAST_SESSION = "last"
 
 
 class InstanceConfig(ConfigTable):
-    """An agent on this machine: one OpenClaw gateway.  Repeat the table for each."""
+    """An agent on this machine: an OpenClaw gateway, or a program.  Repeat the table for each."""
 
     HEADER, REQUIRED = REPEATED, "name"
 
@@ -4875,7 +4919,7 @@ class InstanceConfig(ConfigTable):
     session_key: str | None = setting(
         None, plain_string, "wake this session instead of the main one", "agent:main:main"
     )
-    via: str = setting("cli", choice(*VIA), "how it is woken; auto: hook, else call, else cli")
+    via: str = setting("cli", choice(*VIA), "how it is woken; auto: chat, hook, call or cli")
     hook_token: str | None = setting(None, secret, "hooks.token of its openclaw.json", "…")
     hook_token_file: Path | None = setting(
         None, file_path, "a file with that in its first line", "hook"
@@ -4883,12 +4927,21 @@ class InstanceConfig(ConfigTable):
     hook_url: str | None = setting(
         None, http_url, "if not its own /hooks/wake", "http://127.0.0.1:18789/hooks/wake"
     )
-    agent: str = setting("main", plain_string, 'whose turn via = "agent" runs')
-    agent_timeout: float = setting(300.0, seconds, "seconds that such a turn, or command, may take")
+    agent: str = setting("main", plain_string, 'whose turn via = "agent" or "chat" runs')
+    agent_timeout: float = setting(300.0, seconds, "seconds that a turn, or command, may take")
+    dir: Path | None = setting(
+        None, file_path, f"where via = {', '.join(PROGRAMS)} works: it may use what is there", "~/x"
+    )
+    session: str | None = setting(
+        None, plain_string, f'and goes on: a session\'s id, or "{LAST_SESSION}"; else anew', "last"
+    )
+    options: tuple[str, ...] = setting(
+        (), string_list, "its arguments besides", ["--model", "opus"]
+    )
     command: tuple[str, ...] | None = setting(
         None,
         program,
-        "any other agent: a program that is run for each message",
+        "where that program is; without via any other, run for each message",
         ["notify", "{text}"],
     )
     env: tuple[str, ...] = setting(
@@ -4898,9 +4951,20 @@ class InstanceConfig(ConfigTable):
         None, node_names, "who may wake it, besides this node; else everyone", ["alpha"]
     )
 
+    @property
+    def is_program(self) -> bool:
+        """Does it run only for a turn?"""
+        return self.via in PROGRAMS
+
+    @property
+    def is_openclaw(self) -> bool:
+        return not (self.command or self.is_program)
+
     def check(self, where: str) -> None:
-        if self.command and self.via != "cli":
+        if self.command and not self.is_program and self.via != "cli":
             raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
+        if self.is_program and not self.dir:
+            raise ConfigError(f'{where}.dir: missing; via = "{self.via}" works there')
         if self.via == "hook" and not self.hook_token:
             raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
 
@@ -6130,8 +6194,9 @@ def answer_to(envelope: Envelope, node: str, result: ProcessResult) -> Envelope:
 #
 # What a peer wrote reaches the agent as one JSON string below a header of hive's own, so it
 # can forge neither a line of hive's nor one of OpenClaw's, which makes every newline a new
-# `System:` line.  What gathers during a call goes together in the next one, and what failed is
-# tried again until it is stale.  Does not publish.
+# `System:` line, nor can it make an agent's program read a file, which @path does.  What gathers
+# during a call goes together in the next one, and what failed is tried again until it is stale.
+# Does not publish.
 
 AGENT_DEADLINE = 60.0  # seconds; `openclaw system event` takes 7 to 10
 HOOK_DEADLINE = 10.0  # seconds; /hooks/wake takes 5 ms
@@ -6141,6 +6206,10 @@ MAX_BODY = 12 * KIB  # bytes of a body; escapes make it six times that
 MAX_EVENT = 96 * KIB  # bytes of all that goes together; an argument has 128 KiB on Linux
 MAX_GROUP = 15  # messages that go together
 MAX_HOOK_ANSWER = 64 * KIB
+MAX_TURN = 4 * MAX_PAYLOAD  # bytes that a program prints of a turn: its tools' output is in it
+MIN_SECRET = 6  # characters of a variable; what is shorter could be any word
+NO_JSON = "no reply that can be read"
+MAX_BEGUN = 5  # turns for one message that may have done a part of it
 MAX_QUESTION = 80  # characters of a question that are told again with its answer
 
 # OpenClaw keeps 20 pending events of a session and loses the oldest beyond; it defers the sixth
@@ -6166,8 +6235,9 @@ OPENCLAW_PORT = 18789  # where a gateway listens unless it is told otherwise
 # exit 0.  A letter that is written as \\u0074 is the same letter in JSON, and no longer the
 # phrase; this is the last letter of its first word, which is never part of an escape itself.
 SWALLOWED = r"(?i)(?<=heartbea)t(?=\W*(?:poll|wake))|(?<=reaso)n(?=\W*periodic)"
+FILE_MARK = "@"  # Claude Code and Gemini CLI put the file that follows into the prompt, unasked
 UNPRINTABLE = (
-    r"[\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    rf"[{FILE_MARK}\x00-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     r"\ufff9-\ufffb]"
 )
 
@@ -6205,6 +6275,7 @@ class PendingEvent(Value):
     note: str = ""  # of hive's own: why it comes here
     question: str = ""  # of this node's own, which it answers
     task: int = 0  # its number in the journal
+    begun: int = 0  # calls for it that may have told it, and did not end well
 
     @property
     def uncertain(self) -> bool:
@@ -6278,53 +6349,260 @@ def next_later_slot(events: Sequence[tuple[float, bool]], now: float) -> float:
     return now if len(pending) < MAX_LATER else pending[-MAX_LATER] + LATER_WINDOW
 
 
+class WakeResult(Value):
+    """What came of one call to wake an agent."""
+
+    why: str = ""  # it was not told; nothing: it was
+    reply: str = ""  # the agent's own words, where the method gives them
+    permanent: bool = False  # trying again would do harm
+    uncertain: bool = False  # it may have been told all the same
+
+
+# What a turn's program prints: the reply, and what went wrong.
+
+
+def openclaw_turn(said: str) -> tuple[str, str]:
+    answer = last_object(said)
+    if answer.get("status") != "ok":
+        return "", quoted(answer["status"]) if "status" in answer else NO_JSON
+    turn = answer.get("result")
+    payloads = turn.get("payloads") if isinstance(turn, dict) else None
+    return "\n".join(texts_in(payloads)), ""
+
+
+def chat_turn(said: str) -> tuple[str, str]:
+    """It is no program, but the answer to a request."""
+    choices = (read_json_object(said) or {}).get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    message = first.get("message") if isinstance(first, dict) else None
+    reply = message.get("content") if isinstance(message, dict) else None
+    return (reply, "") if isinstance(reply, str) else ("", NO_JSON)
+
+
+def claude_turn(said: str) -> tuple[str, str]:
+    answer = last_object(said)
+    reply, how = answer.get("result"), answer.get("subtype")
+    text = reply if isinstance(reply, str) else ""
+    if answer.get("is_error") is not False or how != "success":
+        return "", text or str(how or NO_JSON)
+    return text, ""
+
+
+def codex_turn(said: str) -> tuple[str, str]:
+    reply, fault = "", NO_JSON
+    for event in json_lines(said):
+        item, error = event.get("item"), event.get("error")
+        if event.get("type") == "turn.completed":
+            fault = ""
+        elif event.get("type") == "turn.failed" and isinstance(error, dict):
+            fault = str(error.get("message"))
+        elif isinstance(item, dict) and item.get("type") == "agent_message":
+            reply = str(item.get("text", ""))
+    return reply, fault
+
+
+def gemini_turn(said: str) -> tuple[str, str]:
+    answer = last_object(said)
+    reply, error = answer.get("response"), answer.get("error")
+    if isinstance(error, dict) or not isinstance(reply, str):
+        return "", str(error.get("message")) if isinstance(error, dict) else NO_JSON
+    return reply, ""
+
+
+def opencode_turn(said: str) -> tuple[str, str]:
+    """It prints a line for each part of each step; the last step's text is the reply."""
+    texts, fault = list[str](), NO_JSON
+    for event in json_lines(said):
+        error = event.get("error")
+        match event.get("type"):
+            case "step_start":
+                texts = []
+            case "text":
+                texts += texts_in([event.get("part")])
+            case "step_finish":
+                fault = ""
+            case "error":
+                data = error.get("data") if isinstance(error, dict) else None
+                return "", str(data.get("message") if isinstance(data, dict) else error)
+    return "\n".join(texts), fault
+
+
+def texts_in(parts: object) -> list[str]:
+    """The texts of a list of objects that may have one."""
+    found = (
+        [one.get("text") for one in parts if isinstance(one, dict)]
+        if isinstance(parts, list)
+        else []
+    )
+    return [text for text in found if isinstance(text, str) and text]
+
+
+def json_lines(said: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of which each is a line, below whatever noise."""
+    return filter(None, map(read_json_object, said.splitlines()))
+
+
+def last_object(text: str) -> dict[str, Any]:
+    """The JSON object that a turn prints last, below whatever noise."""
+    for start in itertools.islice(re.finditer(r"^\{", text, re.MULTILINE), 20):
+        if answer := read_json_object(text[start.start() :]):
+            return answer
+    return {}
+
+
+class GatewayCall(Value):
+    """A POST to an OpenClaw gateway."""
+
+    what: str  # in a few words
+    url: str
+    token: str
+    token_key: str  # where that comes from, in hive.toml
+    body: Mapping[str, object]
+    missing: str  # what 404 means
+    deadline: float  # seconds
+    headers: Mapping[str, str] = {}
+    turn: bool = False  # it is answered when that is over, and may have done much till then
+
+    def result(self, status: int, answer: str) -> WakeResult:
+        """What an answer means."""
+        reply, fault = chat_turn(answer) if self.turn else ("", "")
+        taken = self.turn or (read_json_object(answer) or {}).get("ok") is True
+        if status == 200 and taken and not fault:
+            return WakeResult(reply=cut(replace_surrogates(reply), MAX_TEXT, CUT))
+        hints = {401: f"wrong {self.token_key}", 404: self.missing, 429: "too many bad tokens"}
+        hint = f" ({hints[status]})" if status in hints else ""
+        uncertain = self.turn and not 400 <= status < 500
+        return WakeResult(f"{self.what} answered {status}{hint}", uncertain=uncertain)
+
+
+def hook_call(instance: InstanceConfig, port: int, event: SystemEvent) -> GatewayCall:
+    """An event for the agent's next turn."""
+    return GatewayCall(
+        "the hook",
+        instance.hook_url or f"http://127.0.0.1:{port}/hooks/wake",
+        instance.hook_token or "",
+        "hook_token",
+        {"text": event.text, "mode": event.mode},
+        "hooks are not enabled",
+        HOOK_DEADLINE,
+    )
+
+
+NEVER_SILENT = " Say at least a word: NO_REPLY would be taken for a failure."  # HTTP 500
+
+
+def chat_call(instance: InstanceConfig, port: int, event: SystemEvent) -> GatewayCall:
+    """A turn of the agent's main session, or of another that is named."""
+    key = instance.session_key or f"agent:{instance.agent}:main"
+    message = {"role": "user", "content": event.text + NEVER_SILENT}
+    return GatewayCall(
+        "the gateway",
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        gateway_token(instance, home_folder()) or "",
+        "token",
+        {"model": f"openclaw/{instance.agent}", "messages": [message]},
+        "chatCompletions is not enabled there",
+        instance.agent_timeout,
+        {"x-openclaw-session-key": key},
+        turn=True,
+    )
+
+
 class WakeMethod(Value):
     """One method to wake an agent."""
 
     argv: str = ""  # a word in braces stands for any number of words, see wake_command()
     groups: bool = True  # several messages may go together, and OpenClaw's limits hold
-    replies: bool = False  # what it prints is the agent's answer
+    read: Callable[[str], tuple[str, str]] | None = None  # the agent's answer in what it prints
+    stdin: bool = False  # it reads the text there, where no other user sees it
+    session: str = ""  # what makes it go on with a session
+    last: str = ""  # and with the last one
+    call: Callable[[InstanceConfig, int, SystemEvent], GatewayCall] | None = None  # no program
+
+    @property
+    def replies(self) -> bool:
+        """Is what the agent says in its turn its answer?"""
+        return self.read is not None
+
+
+turn_by = partial(WakeMethod, groups=False, stdin=True)
 
 
 WAKE_METHODS = {
-    "cli": WakeMethod("{openclaw} system event --text {text} --mode {mode} {session}"),
+    "cli": WakeMethod("{openclaw} system event --text {text} --mode {mode} {session_key}"),
     "call": WakeMethod("{openclaw} gateway call wake --json --params {params}"),
-    "hook": WakeMethod(),  # a request over HTTP
+    "hook": WakeMethod(call=hook_call),
+    "chat": WakeMethod(call=chat_call, groups=False, read=chat_turn),
     "agent": WakeMethod(
-        "{openclaw} agent --agent {agent} --message {text} --json", groups=False, replies=True
+        "{openclaw} agent --agent {agent} --message {text} --json", groups=False, read=openclaw_turn
+    ),
+    "claude": turn_by(
+        "{program} -p --output-format json {session} {options}",
+        session="--resume {}",
+        last="--continue",
+        read=claude_turn,
+    ),
+    "codex": turn_by(
+        "{program} exec --json {options} {session} -",
+        session="resume {}",
+        last="resume --last",
+        read=codex_turn,
+    ),
+    "gemini": turn_by(
+        "{program} --output-format json {session} {options}",
+        session="--resume {}",
+        last="--resume latest",
+        read=gemini_turn,
+    ),
+    "opencode": turn_by(
+        "{program} run --format json {session} {options}",
+        session="--session {}",
+        last="--continue",
+        read=opencode_turn,
     ),
     "command": WakeMethod("{command}", groups=False),
 }
 
 
-def wake_methods(instance: InstanceConfig) -> tuple[str, ...]:
-    """The methods to try, in order."""
-    if instance.command:
+def wake_methods(instance: InstanceConfig, chat: bool = False) -> tuple[str, ...]:
+    """The methods to try, in order; `chat`: may it be a turn, answered when that is over?
+
+    Of 30 messages at once a gateway gave each its turn that way, and 22 as events; kill -9 is an
+    error there that the caller sees, where an event is gone (measured with OpenClaw 2026.9.6).
+    """
+    if instance.command and not instance.is_program:
         return ("command",)
     if instance.via != "auto":
         return (instance.via,)
-    return ("hook", "call", "cli") if instance.hook_token else ("call", "cli")
+    events = ("hook", "call", "cli") if instance.hook_token else ("call", "cli")
+    return ("chat", *events) if chat else events
 
 
-def wake_argv(instance: InstanceConfig, template: str, event: SystemEvent) -> list[str]:
+def wake_argv(instance: InstanceConfig, method: WakeMethod, event: SystemEvent) -> list[str]:
     """The command line that wakes an agent; {text} and the like stand for themselves in it."""
-    first, profile, session = event.first, instance.profile, instance.session_key
+    first, profile, key = event.first, instance.profile, instance.session_key
     values = {"text": event.text, "mode": event.mode}
     values |= {"id": first.id, "from": first.sender, "ch": first.ch}
-    params = {"mode": event.mode, "text": event.text} | ({"sessionKey": session} if session else {})
-    words = {
+    params = {"mode": event.mode, "text": event.text} | ({"sessionKey": key} if key else {})
+    goes_on = method.last if instance.session == LAST_SESSION else method.session
+    parts = {
         "{openclaw}": [*instance.openclaw_cmd, *(("--profile", profile) if profile else ())],
-        "{session}": ["--session-key", session] if session else [],
+        "{session_key}": ["--session-key", key] if key else [],
         "{params}": [encode_json(params).decode()],
         "{agent}": [instance.agent],
         "{command}": [
             re.sub(r"\{(text|mode|id|from|ch)\}", lambda found: values[found[1]], word)
             for word in instance.command or ()
         ],
+        "{program}": instance.command or [instance.via],
+        "{session}": [word.format(instance.session) for word in goes_on.split()]
+        if instance.session
+        else [],
+        "{options}": instance.options,
         "{text}": [event.text],
         "{mode}": [event.mode],
     }
-    return [word for part in template.split() for word in words.get(part, [part])]
+    return [word for part in method.argv.split() for word in parts.get(part, [part])]
 
 
 def wake_command(
@@ -6336,123 +6614,110 @@ def wake_command(
     OpenClaw 2026.9.6), so it must not be among what is inherited.
     """
     method = WAKE_METHODS[name]
-    argv = wake_argv(instance, method.argv, event)
     environment = {**inherited_environment(os.environ, instance.env), **whose}
     if instance.port:
         environment["OPENCLAW_GATEWAY_PORT"] = str(instance.port)
     if instance.token:
         environment["OPENCLAW_GATEWAY_TOKEN"] = instance.token
-    deadline = AGENT_DEADLINE if method.groups else instance.agent_timeout
-    max_stdout = MAX_PAYLOAD if method.replies else MAX_TEXT
-    return ProcessSpec(argv, environment, deadline, max_stdout=max_stdout)
+    return ProcessSpec(
+        wake_argv(instance, method, event),
+        environment,
+        AGENT_DEADLINE if method.groups else instance.agent_timeout,
+        event.text.encode() if method.stdin else b"",
+        instance.dir,
+        max_stdout=MAX_TURN if method.stdin else MAX_PAYLOAD if method.replies else MAX_TEXT,
+    )
 
 
-class WakeResult(Value):
-    """What came of one call to wake an agent."""
-
-    why: str = ""  # it was not told; nothing: it was
-    reply: str = ""  # the agent's own words, where the method gives them
-    permanent: bool = False  # trying again would do harm
-    uncertain: bool = False  # it may have been told all the same
-
-
-def wake_result(
-    executable: str, instance: InstanceConfig, result: ProcessResult, replies: bool
-) -> WakeResult:
-    """What a program's result means; a secret of the instance is not in it."""
+def wake_result(name: str, instance: InstanceConfig, result: ProcessResult) -> WakeResult:
+    """What the result of a method's program means; a secret of the instance is not in it."""
+    turn = WAKE_METHODS[name].read
+    reply, fault = turn(result.stdout.decode(errors="replace")) if turn else ("", "")
     if not result.ok:
-        why = f"{executable}: {result.fault}" if result.exit is None else failure(result)
-        for hidden in filter(None, (instance.token, instance.hook_token)):
-            why = why.replace(hidden, "***")
+        fault = "" if fault == NO_JSON else fault
+        why = fault or failure(result)
+        if result.exit is None:
+            why, fault = f"{wake_program(instance)}: {result.fault}", ""
+        why = without_secrets(instance, why)
         # A turn that was ended half-way may have done half its work.
-        permanent = replies and result.timed_out
-        why = cut(why.replace("\n", " "), 300)
-        return WakeResult(why, permanent=permanent, uncertain=result.timed_out)
-    if not replies:
-        return WakeResult()
-    answer = last_object(result.stdout.decode(errors="replace"))
-    if answer.get("status") != "ok":
-        return WakeResult(f"the turn ended with {quoted(answer.get('status'))}", permanent=True)
-    turn = answer.get("result")
-    payloads = turn.get("payloads") if isinstance(turn, dict) else None
-    payloads = payloads if isinstance(payloads, list) else []
-    texts = [one.get("text") for one in payloads if isinstance(one, dict)]
-    reply = "\n".join(text for text in texts if isinstance(text, str) and text)
+        permanent, uncertain = bool(turn) and result.timed_out, result.timed_out or bool(fault)
+        return WakeResult(cut(why.replace("\n", " "), 300), "", permanent, uncertain)
+    if turn and (fault or result.truncated):
+        why = f"the turn ended with {cut(fault or 'more than can be read', 200)}"
+        why = without_secrets(instance, why)
+        return WakeResult(why, permanent=True)
     return WakeResult(reply=cut(replace_surrogates(reply), MAX_TEXT, CUT))
 
 
-def last_object(text: str) -> dict[str, Any]:
-    """The JSON object that a turn prints last, below whatever noise."""
-    for start in itertools.islice(re.finditer(r"^\{", text, re.MULTILINE), 20):
-        if answer := read_json_object(text[start.start() :]):
-            return answer
-    return {}
+def wake_program(instance: InstanceConfig) -> str:
+    """What is run to wake it."""
+    own = (instance.via,) if instance.is_program else instance.openclaw_cmd
+    return (instance.command or own)[0]
 
 
-class HookRequest:
-    """One POST /hooks/wake, in a thread of its own because HTTP blocks."""
+def without_secrets(instance: InstanceConfig, said: str) -> str:
+    """A program's own words, which may hold what it was given to prove who it is."""
+    passed = (os.environ.get(name, "") for name in instance.env)
+    longer = (value for value in passed if len(value) >= MIN_SECRET)
+    for hidden in filter(None, (instance.token, instance.hook_token, *longer)):
+        said = said.replace(hidden, "***")
+    return said
 
-    def __init__(
-        self,
-        loop: Loop,
-        instance: InstanceConfig,
-        port: int | None,
-        event: SystemEvent,
-        done: Callable[[WakeResult], None],
-    ) -> None:
+
+class GatewayRequest:
+    """One of those, in a thread of its own because HTTP blocks."""
+
+    def __init__(self, loop: Loop, call: GatewayCall, done: Callable[[WakeResult], None]) -> None:
         import threading
 
-        self._loop, self._done, self._ended = loop, done, False
-        self._url = instance.hook_url or f"http://127.0.0.1:{port or OPENCLAW_PORT}/hooks/wake"
-        self._headers = {
-            "Authorization": f"Bearer {instance.hook_token or ''}",
-            "Content-Type": "application/json",
-        }
-        self._body = encode_json({"text": event.text, "mode": event.mode})
+        self._loop, self._call, self._done = loop, call, done
+        self._ended = self._sent = False
         self._sock: socket.socket | None = None
-        self._timer = loop.after(HOOK_DEADLINE, self._time_out)
-        threading.Thread(target=self._run, name="hook", daemon=True).start()
+        self._timer = loop.after(call.deadline, self._time_out)
+        threading.Thread(target=self._run, name=call.what, daemon=True).start()
 
     def _run(self) -> None:
         """In a thread.  Whatever the server says ends in a WakeResult."""
         import http.client
 
+        what, result = self._call.what, None
         try:
-            why = self._post()
+            result = self._post()
         except http.client.HTTPException as error:
-            why = f"the hook answered no HTTP ({type(error).__name__})"
+            why = f"{what} answered no HTTP ({type(error).__name__})"
         except OSError as error:
-            why = f"the hook: {reason_of(error)}"
+            why = f"{what}: {reason_of(error)}"
         except ValueError:  # its words may hold the token
-            why = "the hook: hook_url or hook_token cannot be sent over HTTP"
-        self._loop.post(lambda: self._end(WakeResult(why)))
+            why = f"{what}: {self._call.token_key}, or its address, cannot be sent over HTTP"
+        end = result or WakeResult(why, uncertain=self._sent and self._call.turn)
+        self._loop.post(lambda: self._end(end))
 
-    def _post(self) -> str:
-        """Send it; why the gateway did not take it."""
+    def _post(self) -> WakeResult:
+        """Send it; what came of that."""
         from http.client import HTTPConnection, HTTPSConnection
         from urllib.parse import urlsplit
 
-        parts = urlsplit(self._url)
+        parts = urlsplit(self._call.url)
         scheme = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-        connection = scheme(parts.hostname or "", parts.port, timeout=2 * HOOK_DEADLINE)
+        connection = scheme(parts.hostname or "", parts.port, timeout=2 * self._call.deadline)
+        headers = {"Authorization": f"Bearer {self._call.token}", **self._call.headers}
         with contextlib.closing(connection):
             connection.connect()
             self._sock = connection.sock  # getresponse() may take it from the connection
             target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
-            connection.request("POST", target, self._body, self._headers)
+            headers["Content-Type"] = "application/json"
+            connection.request("POST", target, encode_json(self._call.body), headers)
+            self._sent = True
             response = connection.getresponse()
-            answer = read_json_object(response.read(MAX_HOOK_ANSWER)) or {}
-        if response.status == 200 and answer.get("ok") is True:
-            return ""
-        hints = {401: "wrong hook_token", 404: "hooks are not enabled", 429: "too many bad tokens"}
-        hint = f" ({hints[response.status]})" if response.status in hints else ""
-        return f"the hook answered {response.status}{hint}"
+            answer = response.read(MAX_PAYLOAD).decode(errors="replace")
+        return self._call.result(response.status, answer)
 
     def _time_out(self) -> None:
         if self._sock:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)  # the thread ends with it
-        self._end(WakeResult(f"the hook: no answer in {HOOK_DEADLINE:g} s", uncertain=True))
+        why = f"{self._call.what}: no answer in {self._call.deadline:g} s"
+        self._end(WakeResult(why, permanent=self._call.turn, uncertain=True))
 
     def _end(self, result: WakeResult) -> None:
         if not self._ended:
@@ -6467,22 +6732,43 @@ def openclaw_file(profile: str | None, home: Path) -> Path:
     return home / (f".openclaw-{profile}" if named else ".openclaw") / "openclaw.json"
 
 
-def gateway_port(instance: InstanceConfig, home: Path) -> int | None:
-    """The local port of an instance's gateway; None if it cannot be known."""
-    if instance.port:
-        return instance.port
-    if instance.command or instance.hook_url:
-        return None
+def gateway_settings(instance: InstanceConfig, home: Path) -> dict[str, Any] | None:
+    """What a profile says of its gateway; None if it cannot be known: it may be JSON5."""
     try:
         content = openclaw_file(instance.profile, home).read_bytes()[:MAX_TEXT]
     except OSError:
         return None
-    gateway = (read_json_object(content) or {}).get("gateway")  # it may be JSON5: not known then
-    if not isinstance(gateway, dict) or gateway.get("mode", "local") != "local":
+    said = (read_json_object(content) or {}).get("gateway")
+    return said if isinstance(said, dict) else None
+
+
+def gateway_port(instance: InstanceConfig, home: Path) -> int | None:
+    """The local port of an instance's gateway; None if it cannot be known."""
+    if instance.port:
+        return instance.port
+    if not instance.is_openclaw or instance.hook_url:
         return None
-    if gateway.get("bind", "loopback") not in ("loopback", "auto", "lan"):
+    said = gateway_settings(instance, home)
+    if said is None or said.get("mode", "local") != "local":
         return None
-    return int(bounded_number(gateway.get("port", OPENCLAW_PORT), 1, 65535) or 0) or None
+    if said.get("bind", "loopback") not in ("loopback", "auto", "lan"):
+        return None
+    return int(bounded_number(said.get("port", OPENCLAW_PORT), 1, 65535) or 0) or None
+
+
+def takes_chat(instance: InstanceConfig, home: Path) -> bool:
+    """Has its gateway the endpoint where a turn can be had, and do we know its token?"""
+    said: Any = gateway_settings(instance, home) if instance.is_openclaw else None
+    for key in ("http", "endpoints", "chatCompletions", "enabled"):
+        said = said.get(key) if isinstance(said, dict) else None
+    return said is True and bool(gateway_token(instance, home))
+
+
+def gateway_token(instance: InstanceConfig, home: Path) -> str | None:
+    """What its gateway wants to hear; None if it cannot be known."""
+    auth = (gateway_settings(instance, home) or {}).get("auth")
+    said = auth.get("token") if isinstance(auth, dict) else None
+    return instance.token or (said if isinstance(said, str) else None)
 
 
 def probe_port(loop: Loop, port: int, done: Callable[[str], None]) -> None:
@@ -6577,6 +6863,7 @@ class Agent:
         self.instance, self.health, self.reason = instance, Health.UNKNOWN, ""
         self._loop, self._log, self._children, self._listener = loop, loop.log, children, listener
         self._port = gateway_port(instance, home_folder())
+        self._chats = takes_chat(instance, home_folder())
         self._probing = False
         self._closed = False  # nothing listens on the gateway's port: a call would be in vain
         self._waiting: deque[PendingEvent] = deque()
@@ -6640,13 +6927,15 @@ class Agent:
             return
         if self._closed:
             return self.probe()  # as soon as the port is open it comes back here
-        methods = wake_methods(self.instance)
+        urgent = any(event.now for event in self._waiting)  # what is not must cost no turn
+        methods = wake_methods(self.instance, self._chats and urgent)
         groups, now = WAKE_METHODS[methods[0]].groups, self._loop.clock()
-        start = max(self._not_before, self._slot(now) if groups else now)
+        paced = groups or WAKE_METHODS[self._method or methods[0]].groups
+        start = max(self._not_before, self._slot(now) if paced else now)
         if start > now:
             self._next_call = self._loop.after(start - now, self._next)
             return
-        self._calling = self._take(groups)
+        self._calling = self._take(groups, methods[0] == "chat")
         self._listener.agent_begins(self._calling)
         self._called_at = now
         self._try(methods)
@@ -6657,9 +6946,11 @@ class Agent:
             return next_slot(self._events, now, self._waiting[0].envelope.ch == "alert")
         return next_later_slot(self._events, now)
 
-    def _take(self, groups: bool) -> list[PendingEvent]:
-        """Take what goes together now."""
-        group = [self._waiting.popleft()]
+    def _take(self, groups: bool, urgent: bool) -> list[PendingEvent]:
+        """Take what goes together now; `urgent`: the first that cannot wait, if there is one."""
+        first = next((one for one in self._waiting if one.now or not urgent), self._waiting[0])
+        self._waiting.remove(first)
+        group = [first]
         size = argument_size(group[0])
         while groups and self._waiting and len(group) < MAX_GROUP:
             size += argument_size(self._waiting[0])
@@ -6678,7 +6969,13 @@ class Agent:
 
         def done(result: WakeResult) -> None:
             if result.uncertain:
-                self._calling = [one.replace(note=UNCERTAIN_NOTE) for one in self._calling]
+                self._calling = [
+                    one.replace(note=UNCERTAIN_NOTE, begun=one.begun + 1) for one in self._calling
+                ]
+                begun = max(one.begun for one in self._calling)
+                result = result.replace(
+                    permanent=result.permanent or (method.replies and begun >= MAX_BEGUN)
+                )
             why = result.why and (first_reason or result.why)
             if why and others and not result.permanent and not self._stopping:
                 self._try(others, why)
@@ -6687,13 +6984,14 @@ class Agent:
 
         ids = ",".join(one.envelope.id for one in self._calling)
         self._log.debug("waking agent", agent=self.instance.name, via=name, ids=ids)
-        if name == "hook":
-            HookRequest(self._loop, self.instance, self._port, event, done)
+        if method.call:
+            call = method.call(self.instance, self._port or OPENCLAW_PORT, event)
+            GatewayRequest(self._loop, call, done)
             return
         spec = wake_command(self.instance, name, event, self._whose)
 
         def ended(result: ProcessResult) -> None:
-            done(wake_result(spec.argv[0], self.instance, result, method.replies))
+            done(wake_result(name, self.instance, result))
 
         self._children.start(spec, ended)
 
@@ -7477,14 +7775,16 @@ class Members:
         """The last state or roster of each name; to a state its heartbeats count as well."""
         found = {}
         for name, member in self._members.items():
-            document = read_json_object(member.documents.get(kind, b"")) or {}
+            said = read_json_object(member.documents.get(kind, b"")) or {}
+            document = dict(said)
             seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
             if kind == "state" and document and member.seen > seen:
                 document["last_seen"] = member.seen
             if member.status is MemberStatus.FAILED and status_of(document) in ALIVE:
                 document |= {"status": "offline", "reason": "lost"}  # our judgement, not its word
-            if kind == "roster" and member.status in (MemberStatus.LEFT, MemberStatus.FAILED):
-                document.pop("sessions", None)
+            gone = member.status in (MemberStatus.LEFT, MemberStatus.FAILED)
+            if kind == "roster" and gone and document.pop("sessions", None):
+                document["away"] = sorted(names_in(said, "sessions", "away"))
             if document:
                 found[name] = document
         return self._with_agents(found) if kind == "state" else found
@@ -11712,6 +12012,7 @@ METRICS = {  # Prometheus' names: what they are, and in which unit, is at their 
     "hive_agent_turns_total": Metric(
         "counter", "Calls to an agent that ended.", ("agent", "outcome")
     ),
+    "hive_sessions": Metric("gauge", "Sessions of agents' programs that are attached."),
     "hive_journal_bytes": Metric("gauge", "What the journal holds."),
     "hive_journal_on_disk": Metric("gauge", "0 while it is in memory, as the disk failed."),
     "process_cpu_seconds_total": Metric("counter", "Time on a processor, user and system."),
@@ -11794,6 +12095,12 @@ def row_text(row: Mapping[str, Any]) -> str:
     return str(said or row["note"])
 
 
+def receipt_words(row: Mapping[str, Any]) -> str:
+    """What became of a message, if a row tells that as a receipt that counts."""
+    note = str(row["note"])
+    return printable(note.removeprefix(RECEIPT_NOTE), 80) if note.startswith(RECEIPT_NOTE) else ""
+
+
 def log_lines(row: Mapping[str, Any], width: int) -> str:
     """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
 
@@ -11801,7 +12108,7 @@ def log_lines(row: Mapping[str, Any], width: int) -> str:
     an agent is no news, nor is a receipt; `show` has them.
     """
     told = row["event"] == "did" and str(row["note"]).startswith("told ")
-    if (row["ch"] == "alert" and told) or str(row["note"]).startswith(RECEIPT_NOTE):
+    if (row["ch"] == "alert" and told) or receipt_words(row):
         return ""
     first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
     lines, indent = [first[:width]], " " * 4
@@ -11828,10 +12135,9 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     lines = []
     for row in rows:
         action = f", {row['action']}" if row["action"] else ""
-        if str(row["note"]).startswith(RECEIPT_NOTE):
+        if receipt := receipt_words(row):
             if row["event"] == "in":  # of those that we gave we say what was done
-                said = printable(row["note"].removeprefix(RECEIPT_NOTE), MAX_ERROR)
-                lines.append(f"{clock_time(row['time'])} {row['from']}: {said}")
+                lines.append(f"{clock_time(row['time'])} {row['from']}: {receipt}")
             continue
         if row["event"] == "did":
             lines.append(f"{clock_time(row['time'])} did: {printable(row['note'], MAX_ERROR)}")
@@ -12342,8 +12648,9 @@ class ReplyCollector:
             return False  # it answers an earlier message of the exchange
         self._answers += 1
         self.refused |= answer.ch == "alert"
-        to_all = self._envelope.to == EVERYONE
-        self.outstanding.discard(answer.sender if to_all else self._envelope.to)
+        agent = self.states.get(answer.sender, {})  # or a node, or not known
+        node = str(agent.get("daemon_node", answer.sender))
+        self.outstanding.discard(node if self._envelope.to == EVERYONE else self._envelope.to)
         return True
 
 
@@ -12442,10 +12749,7 @@ class NodeRemoval:
 # no terminal gets lines, and no progress.  However it ends, the terminal is as it was.
 
 WATCH_GAP = 0.2  # seconds between two looks, however much changes
-WATCH_EVERY = (
-    1.0,
-    30.0,
-)  # seconds until the next look where nothing does: a heartbeat, within these
+WATCH_EVERY = 30.0  # at most, where nothing does; else a heartbeat
 SCREEN = (80, 24)  # columns and lines of a terminal that does not say
 
 
@@ -12467,7 +12771,7 @@ class StatusFeed:
 
     def look(self) -> None:
         """Ask the daemon, which tells of the next change then; raises HiveError."""
-        self.due = time.monotonic() + WATCH_EVERY[0]
+        self.due = time.monotonic() + 1.0
         self.control = self.control or connect_to_daemon(self._config)
         if not self.control:
             none = f"no daemon of {self.node} runs on this machine (hive daemon)"
@@ -12478,16 +12782,14 @@ class StatusFeed:
         except DaemonError as error:
             return self._lose(error)
         if "error" in said:
-            raise HiveError(
-                f"the daemon of {self.node}: {said['error']}; is it of another version?"
-            )
+            why = f"{said['error']}; is it of another version?"
+            raise HiveError(f"the daemon of {self.node}: {why}")
         self.broker, self.fault = said["broker"], str(said["fault"])
         if said["complete"]:  # a broker that stops lets all seem lost
             self.at = time.time()
             rows = status_rows(said["states"], self._config.heartbeat, self.at)
             self.rows = [row for row in rows if row.is_node]
-        low, high = WATCH_EVERY
-        self.due = time.monotonic() + min(max(low, self._config.heartbeat.interval), high)
+        self.due += min(self._config.heartbeat.interval, WATCH_EVERY)
 
     def hear(self) -> None:
         """The daemon has said something: that there is news, or its last word."""
@@ -12529,17 +12831,17 @@ class StatusScreen:
 
     def __init__(self, colour: bool) -> None:
         self._colour = colour
+        self.keys = [sys.stdin.fileno()] if sys.stdin.isatty() else []
         self._modes: list[Any] = []  # of the keyboard, before
-        self._keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
 
     def open(self) -> None:
         import termios
 
-        if self._keys >= 0:
-            self._modes = termios.tcgetattr(self._keys)
+        for keys in self.keys:
+            self._modes = termios.tcgetattr(keys)
             silent = [*self._modes]
             silent[3] &= ~(termios.ICANON | termios.ECHO)
-            termios.tcsetattr(self._keys, termios.TCSADRAIN, silent)
+            termios.tcsetattr(keys, termios.TCSADRAIN, silent)
         self._write("\033[?1049h\033[?25l\033[?7l")  # other screen, no cursor, no wrapping
 
     def close(self) -> None:
@@ -12549,7 +12851,7 @@ class StatusScreen:
             self._write("\033[?7h\033[?25h\033[?1049l")
         if self._modes:
             with contextlib.suppress(OSError, termios.error):
-                termios.tcsetattr(self._keys, termios.TCSADRAIN, self._modes)
+                termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, self._modes)
 
     def suspend(self) -> None:
         """Ctrl-Z: the shell's turn, until it lets us go on."""
@@ -12558,31 +12860,27 @@ class StatusScreen:
         self.open()
 
     def show(self, feed: StatusFeed) -> None:
-        try:
-            size = os.get_terminal_size(sys.stdout.fileno())
-        except OSError:
-            size = os.terminal_size((0, 0))
         import textwrap
 
+        try:
+            width, height = os.get_terminal_size(sys.stdout.fileno())
+        except OSError:
+            width = height = 0
         now, old = time.time(), bool(feed.fault and feed.rows)
         words = f"as of {short_time(feed.at, now)}: " * old + status_words(feed.rows, now)
-        head = [words, *textwrap.wrap(printable(feed.fault, 300), size.columns or SCREEN[0])]
+        head = [words, *textwrap.wrap(printable(feed.fault, 300), width or SCREEN[0])]
         foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
         passed = now - feed.at
         rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
-        lines = status_screen(rows, head, foot, size.lines or SCREEN[1], self._colour)
+        lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
 
     def leaves(self) -> bool:
         """Something was typed: was it q?"""
-        typed = os.read(self._keys, 1024)
+        typed = os.read(self.keys[0], 1024)
         if not typed:
-            self._keys = -1  # nobody types any more
+            self.keys = []  # nobody types any more
         return b"q" in typed.lower()
-
-    @property
-    def keys(self) -> list[int]:
-        return [self._keys] if self._keys >= 0 else []
 
     @staticmethod
     def _write(said: str) -> None:
@@ -12616,16 +12914,16 @@ def watch_status(config: Config, colour: bool) -> None:
             if time.monotonic() >= feed.due:
                 feed.look()
             (screen or lines).show(feed)
-            wait = min(feed.due - time.monotonic(), 1.0 if screen else WATCH_EVERY[1])
+            wait = min(feed.due - time.monotonic(), 1.0 if screen else WATCH_EVERY)
             keys = screen.keys if screen else []
             files: list[Any] = [woken, *keys, *([feed.control] if feed.control else [])]
-            ready = select.select(files, [], [], max(wait, 0.0))[0]
-            if feed.control in ready:
-                feed.hear()
-            if screen and {*keys} & {*ready} and screen.leaves():
-                return
-            if woken in ready:
-                woken.recv(4096)
+            for ready in select.select(files, [], [], max(wait, 0.0))[0]:
+                if ready is feed.control:
+                    feed.hear()
+                elif ready is woken:
+                    woken.recv(4096)
+                elif screen and screen.leaves():
+                    return
 
 
 class Progress:
@@ -12637,15 +12935,17 @@ class Progress:
     def __init__(self, what: str) -> None:
         self.what = what
         self._began, self._shown, self._hides = time.monotonic(), False, False
+        self._active = is_terminal(sys.stderr)
 
     def __enter__(self) -> Self:
-        if is_terminal(sys.stderr):
+        if self._active:
             signal.signal(signal.SIGALRM, lambda *_: self._draw())
             signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
         return self
 
     def __exit__(self, *error: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        if self._active:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
         self._erase()
 
     def check(self, name: str) -> None:
@@ -12832,14 +13132,21 @@ def find_agents(home: Path) -> dict[str, str | None]:
 def choose_agents(
     ask: Prompt, found: Mapping[str, str | None], wanted: Sequence[str] | None
 ) -> list[dict[str, str]]:
-    """The tables of [[oc_instances]]: those that are `wanted`; None: those that are agreed to."""
+    """The tables of [[oc_instances]]: those that are `wanted`; None: those that are agreed to.
+
+    A program is wanted with the folder where it works, as in claude=~/site.
+    """
+    tables = []
     for agent in wanted or ():
-        if agent not in found:
-            there = ", ".join(found) or "none"
+        via, _, folder = agent.partition("=")
+        if via in PROGRAMS and folder:
+            place = os.path.abspath(expand_home(folder))
+            tables.append({"name": via, "via": via, "dir": place})
+        elif agent not in found:
+            there = ", ".join([*found, *(f"{via}=DIR" for via in PROGRAMS)])
             raise UsageError(
                 f"--agent {quoted(agent)}: no such OpenClaw profile; there are: {there}"
             )
-    tables = []
     for agent, profile in found.items():
         question = f"Wake the OpenClaw agent {agent}?"
         if ask.agree(question, True) if wanted is None else agent in wanted:
@@ -13377,6 +13684,8 @@ def check_daemon(context: DoctorContext) -> Iterator[Finding]:
 
 
 def check_agents(context: DoctorContext) -> Iterator[Finding]:
+    import shutil
+
     home = home_folder()
     agents = context.config.oc_instances
     ports = {one.name: gateway_port(one, home) for one in agents}
@@ -13385,7 +13694,8 @@ def check_agents(context: DoctorContext) -> Iterator[Finding]:
         found = agent_finding(one, home, ports[one.name], silent)
         yield found.replace(what=found.what + admitted(context.config, agent_rule(one.name)))
     if not agents:
-        others = ", ".join(find_agents(home))
+        programs = (via for via in PROGRAMS if shutil.which(via))
+        others = ", ".join([*find_agents(home), *programs])
         hint = f"; found here: {others}" if others else ""
         yield Finding(Level.OK, f"none configured, so messages wake nobody{hint}")
 
@@ -13408,8 +13718,10 @@ def agent_finding(
     """How an agent is, as far as one can tell without waking it."""
     import shutil
 
-    command, ways = (one.command or one.openclaw_cmd)[0], wake_methods(one)
-    if set(ways) != {"hook"}:
+    command = wake_program(one)
+    if one.dir and not one.dir.is_dir():
+        return Finding(Level.FAIL, f"{one.name}: no folder {one.dir}", "see [[oc_instances]] dir")
+    if any(WAKE_METHODS[way].argv for way in wake_methods(one)):
         found = shutil.which(command)
         if not found:
             what, todo = f"no program {command}", "install it, or see [[oc_instances]]"
@@ -13417,7 +13729,7 @@ def agent_finding(
         with contextlib.suppress(OSError):
             if fault := first_line_fault(Path(found)):
                 return Finding(Level.FAIL, f"{one.name}: {found}: {fault}", "mend it")
-    if one.command:
+    if not one.is_openclaw:
         return Finding(Level.OK, f"{one.name}: {command} is there; more would wake it")
     file = openclaw_file(one.profile, home)
     if not file.is_file() and not one.hook_url:
@@ -13426,6 +13738,10 @@ def agent_finding(
         return Finding(
             level, f"{one.name}: no {file}", "see [[oc_instances]] profile, or openclaw setup"
         )
+    if one.via == "chat" and file.is_file() and not takes_chat(one, home):
+        what = f"{one.name}: {file} enables no chatCompletions, or has no token that can be read"
+        todo = "set gateway.http.endpoints.chatCompletions.enabled there; token in [[oc_instances]]"
+        return Finding(Level.WARN, what, todo)
     if number is None:
         return Finding(
             Level.OK, f"{one.name}: its gateway's port cannot be known without waking it"
@@ -15631,8 +15947,8 @@ def still_missing(
     if not silent:
         return ""
     about = [row for row in rows if (row["envelope"] or {}).get("replyTo") == envelope.id]
-    told = [row for row in about if row["event"] == "in" and row["ch"] == "status"]
-    known = "; ".join(f"{row['from']}: {printable(row_text(row), 80)}" for row in told[-10:])
+    told = [row for row in about if row["event"] == "in" and receipt_words(row)]
+    known = "; ".join(f"{row['from']}: {receipt_words(row)}" for row in told[-10:])
     later = f"The answer comes to your inbox; or wait on: wait_answer with id {envelope.id}."
     return f"No answer from {', '.join(silent)} yet{f' ({known})' if known else ''}. {later}"
 
@@ -16353,29 +16669,24 @@ def row_view(row: Mapping[str, Any], room: int) -> dict[str, Any]:
 def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A node's agents, and what is known of the sessions among them."""
     health, sessions = state.get("oc"), roster.get("sessions")
-    known: dict[str, Any] = sessions if isinstance(sessions, dict) else {}
-    said = health.items() if isinstance(health, dict) else ()
-    told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+    works: dict[str, Any] = sessions if isinstance(sessions, dict) else {}
+    said = {**(health if isinstance(health, dict) else {}), **dict.fromkeys(works, WELL)}
     found = []
-    for name, one in [*said][:MAX_AGENTS]:
-        one = {"status": one} if isinstance(one, str) else one if isinstance(one, dict) else {}
-        more = known.get(name)
-        one = {**(more if isinstance(more, dict) else {}), **one}
-        words = {key: printable(one[key], 300) for key in told if one.get(key)}
-        since = bounded_number(one.get("since"), 1, MAX_TS)
-        found.append({"name": printable(name), **words, **({"since": since} if since else {})})
-    return found
+    for name in [*said.keys() - names_in(roster, "away")][: 2 * MAX_AGENTS]:
+        one = {"status": said[name]} if isinstance(said[name], str) else said[name]
+        all = [how for how in (works.get(name), one) if isinstance(how, dict)]
+        facts = {key: value for how in all for key, value in how.items()}
+        told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+        words = {key: printable(facts[key], 300) for key in told if facts.get(key)}
+        since = bounded_number(facts.get("since"), 1, MAX_TS)
+        found.append({"name": printable(name), **words, "since": since})
+    return sorted(found, key=lambda agent: str(agent["name"]))
 
 
 def node_view(
     row: StatusRow, state: Mapping[str, Any], roster: Mapping[str, Any], changed: float
 ) -> dict[str, Any]:
     """What a page shows of a node, whatever it said itself; what changes all the time is coarse."""
-
-    def numbers(of: object) -> dict[str, float | None]:
-        pairs = [*of.items()][:20] if isinstance(of, dict) else []
-        return {printable(key): bounded_number(value, 0, 2**53) for key, value in pairs}
-
     handlers, schedule = roster.get("handlers"), roster.get("schedule")
     entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
     return {
@@ -16389,8 +16700,9 @@ def node_view(
         "host": printable(state["host"]) if state.get("host") else None,
         "system": printable(roster["system"]) if roster.get("system") else None,
         "agents": agent_views(state, roster),
-        "work": numbers({key: state.get(key) for key in ("running", "waiting", "outbox")}),
-        "counters": numbers(state.get("counters")),
+        "running": bounded_number(state.get("running"), 0, 1e6),
+        "queued": bounded_number(state.get("waiting"), 0, 1e6),
+        "outbox": bounded_number(state.get("outbox"), 0, 1e6),
         "handlers": [printable(x) for x in handlers[:100]] if isinstance(handlers, list) else [],
         "schedule": [
             {
@@ -16708,19 +17020,15 @@ class WebServer:
         host, origin = said.get("host", ""), said.get("origin")
         if re.sub(":[0-9]+$", "", host) not in WEB_HOSTS:
             raise HttpFault(403, "this is no name of this machine's own; open the link as it was")
-        if request.method == "POST" or origin:
-            if origin != f"http://{host}":
-                raise HttpFault(403, "only this page itself may ask that")
-        elif request.path != "/" and said.get("sec-fetch-site", "none") not in (
-            "none",
-            "same-origin",
-        ):
+        link = request.path == "/" and "key" in request.query  # from wherever it was printed
+        ours = said.get("sec-fetch-site", "none") in ("none", "same-origin") or link
+        if not ours or ((origin or request.method == "POST") and origin != f"http://{host}"):
             raise HttpFault(403, "only this page itself may ask that")
         cookies = [one.strip().partition("=") for one in said.get("cookie", "").split(";")]
         given = next((value for name, _, value in cookies if name == self._cookie), "")
         bearer = said.get("authorization", "").removeprefix("Bearer ")
         shown = [(given, self._secret), (bearer, self._key)]
-        shown += [(request.query.get("key", ""), self._key)] if request.path == "/" else []
+        shown += [(request.query["key"], self._key)] if link else []
         if not any([hmac.compare_digest(one.encode(), right.encode()) for one, right in shown]):
             raise HttpFault(403, "open the link that this prints on the machine itself: hive web")
 
@@ -16758,6 +17066,17 @@ class WebServer:
         if given.get("before", "").isdecimal():
             filters["before"] = int(given["before"])
         JournalSearch(self.asker, filters, given.get("text", ""), connection.answer).go_on()
+
+    def metrics(self, connection: WebConnection, given: Mapping[str, str]) -> None:
+        """For Prometheus, which shows the key as a bearer's token."""
+
+        def answered(answer: dict[str, Any]) -> None:
+            if "metrics" not in answer:
+                return connection.answer(answer)
+            text = metrics_text(answer).encode()
+            connection.write(200, text, "text/plain; version=0.0.4; charset=utf-8")
+
+        self.asker.ask({"do": "metrics"}, answered)
 
     def exchange(self, connection: WebConnection, given: Mapping[str, str]) -> None:
         after = int(given["after"]) if given.get("after", "").isdecimal() else 0
@@ -16927,6 +17246,7 @@ WEB_ROUTES: dict[tuple[str, str], tuple[Callable[..., None], bool]] = {
     ("GET", "/events"): (WebServer.events, False),
     ("GET", "/log"): (WebServer.log, False),
     ("GET", "/exchange"): (WebServer.exchange, False),
+    ("GET", "/metrics"): (WebServer.metrics, False),
     ("POST", "/doctor"): (WebServer.doctor, False),
     ("POST", "/send"): (WebServer.send, True),
     ("POST", "/reply"): (WebServer.reply, True),
@@ -17019,25 +17339,21 @@ WEB_PAGE = r"""<!DOCTYPE html>
 .how { color: var(--how, var(--off)) }
 .mark { width: 1.05em; height: 1.05em; flex: none; fill: var(--how, var(--off)) }
 
-* { box-sizing: border-box; margin: 0 }
-[hidden] { display: none !important }
+* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important }
 body { background: var(--paper); color: var(--ink); min-height: 100vh; overflow-wrap: anywhere;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 h1 { font-size: clamp(1.5rem, 1rem + 2vw, 2.25rem); line-height: 1.2; letter-spacing: -.02em }
-h2 { font-size: 1rem } h2 small { font-weight: 400 }
-ul, ol { list-style: none; padding: 0 }
+h2 { font-size: 1rem } h2 small { font-weight: 400 } ul, ol { list-style: none; padding: 0 }
 time, small { font-variant-numeric: tabular-nums }
 code { font: .9em/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap }
 button, input, select, textarea { font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: 9px; padding: .4rem .75rem; min-height: 2.5rem }
-button { cursor: pointer }
-button:hover { border-color: var(--honey) }
+button { cursor: pointer } button:hover { border-color: var(--honey) }
 .main { background: var(--honey); color: var(--on-honey); border-color: #0000; font-weight: 600 }
 .quiet { border-color: #0000; background: none; color: var(--accent); padding: 0 .5rem }
 :focus-visible { outline: 2px solid var(--honey); outline-offset: 2px }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-.skip:not(:focus) { position: absolute; left: -99rem }
-.soft { color: var(--soft) }
+.skip:not(:focus) { position: absolute; left: -99rem } .soft { color: var(--soft) }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
   box-shadow: var(--shade) }
 .empty { border: 1px dashed var(--line); border-radius: 14px; padding: 2rem; color: var(--soft);
@@ -17095,8 +17411,7 @@ main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inli
   &.finding { grid-template-columns: 1.2rem 7rem 1fr;
     code { display: block; color: var(--accent) } } }
 #log li { content-visibility: auto; contain-intrinsic-size: auto 2.6rem }
-#older { margin: 1rem auto; display: block }
-#waits h2 { margin: 1.5rem 0 .6rem }
+#older { margin: 1rem auto; display: block } #waits h2 { margin: 1.5rem 0 .6rem }
 
 #drawing { width: 100%; height: max(20rem, calc(100vh - 17rem)); display: block }
 .cell { cursor: pointer;
@@ -17110,7 +17425,7 @@ main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inli
 #drawing text { text-anchor: middle; fill: var(--ink); font-weight: 600; pointer-events: none;
   paint-order: stroke; stroke: color-mix(in srgb, var(--card) 60%, #0000); stroke-width: 5;
   &.how { fill: var(--how) } }
-.comb { fill: none; stroke: var(--line); stroke-width: 1.5 }
+#comb path { fill: none; stroke: var(--line); stroke-width: 1.5 }
 .flow { fill: none; stroke: var(--ink); stroke-linecap: round;
   &.to-all { stroke-dasharray: 1 8 } }
 .spark { fill: var(--ink); stroke: var(--honey); stroke-width: 4 }
@@ -17136,13 +17451,13 @@ dialog { border: 0; border-left: 1px solid var(--line); background: var(--card);
     p { background: color-mix(in srgb, var(--honey) 20%, var(--card));
       border-radius: 14px 4px 14px 14px } }
   &.alert p { box-shadow: inset 3px 0 var(--bad) } }
-.note { color: var(--soft); font-size: .88rem; margin-bottom: .9rem; padding-left: .75rem;
-  border-left: 2px solid var(--line) }
+.note { color: var(--soft); font-size: .88rem; padding-left: .75rem;
+  border-left: 2px solid var(--line); + .said { margin-top: .9rem } }
 #said { position: fixed; inset: auto 0 5.5rem; margin: auto; width: fit-content; max-width: 90vw;
   background: var(--ink); color: var(--paper); padding: .55rem 1rem; border-radius: 12px;
   z-index: 3; &:empty { display: none } }
 
-@media (min-width: 52rem) { html { scrollbar-gutter: stable } .brand + nav + .main { flex: none } }
+@media (min-width: 52rem) { html { overflow-y: scroll } }
 @media (max-width: 52rem) {
   main { padding-top: 1.25rem }
   nav { position: fixed; inset: auto 0 0; background: var(--card); justify-content: space-around;
@@ -17218,7 +17533,14 @@ hive invite NAME      # and there what it prints: hive join LINE</code></div>
   <section id="view-map" aria-labelledby="h-map">
     <div class="head"><div><h1 id="h-map">Who speaks to whom</h1>
       <p class="soft" id="flows">&nbsp;</p></div></div>
-    <svg id="drawing" role="img" aria-labelledby="flows"></svg>
+    <svg id="drawing" role="img" aria-labelledby="flows"><defs>
+      <pattern id="comb" patternUnits="userSpaceOnUse"/>
+      <radialGradient id="fade" gradientUnits="userSpaceOnUse" cx="0" cy="0">
+        <stop offset=".3" stop-color="#fff"/><stop offset="1" stop-color="#000"/></radialGradient>
+      <mask id="veil" x="-9999" y="-9999" width="19998" height="19998" maskUnits="userSpaceOnUse">
+        <rect x="-9999" y="-9999" width="19998" height="19998" fill="url(#fade)"/></mask></defs>
+      <rect x="-9999" y="-9999" width="19998" height="19998" fill="url(#comb)" mask="url(#veil)"/>
+      <g id="cells"/><g id="flowing"/><g id="labels"/><g id="sparks"/></svg>
     <details><summary>The same as a table</summary><table><thead><tr><th>From<th>To<th>Messages
       <th>Last</thead><tbody id="pairs"></tbody></table></details>
   </section>
@@ -17379,9 +17701,10 @@ const scheduleLine = ({ action, when, ok, last, next }) => {
       && stamp(last || next)));
 };
 const nodeCard = (tag) => (node, beats, ping) => {
-  const word = how(node), alive = ["online", "degraded"].includes(node.status), { work } = node;
-  const busy = [work.running && `${work.running} running`, work.waiting && `${work.waiting} queued`,
-    work.outbox && `${work.outbox} in its outbox`].filter(Boolean).join(", ") || "idle";
+  const word = how(node), alive = ["online", "degraded"].includes(node.status);
+  const work = { running: "running", queued: "queued", outbox: "in the outbox" };
+  const busy = Object.keys(work).filter((key) => node[key])
+    .map((key) => `${node[key]} ${work[key]}`).join(", ") || "idle";
   const does = node.handlers.slice(0, 6).join(", "), more = node.handlers.length - 6;
   const changes = (text, click) => !hive.readOnly && el("button.quiet", click, text);
   return el(`${tag}.node.card.${word}`,
@@ -17487,9 +17810,17 @@ const showMessages = () => {
     : "Nothing like that is kept here.");
 };
 const openThread = async (id, again) => {
-  const { rows, error } = await ask(`/exchange?id=${encodeURIComponent(id)}`);
-  if (thread !== id) return;
-  if (!rows?.length) return again || tell(error || "Nothing is known of that any more.");
+  const rows = [];
+  for (let more = true; more && rows.length < 500;) {
+    const query = new URLSearchParams({ id, after: rows.at(-1)?.n || 0 });
+    const said = await ask(`/exchange?${query}`);
+    if (thread !== id) return;
+    if (said.error) return again || tell(said.error);
+    rows.push(...said.rows);
+    more = said.rows.length;
+  }
+  if (!rows.length) return again || tell("Nothing is known of that any more.");
+  openThread.exchange = rows[0].exchange;
   const said = rows.filter((row, i) => row.event === "did"
     || rows.findIndex((other) => other.id === row.id) === i);
   const first = said.find((row) => row.event !== "did") || said[0];
@@ -17565,68 +17896,62 @@ const traffic = () => { // between nodes: what agents say counts for theirs
   }
   return [...pairs.values()].sort((a, b) => b[2] - a[2]).slice(0, 500);
 };
-const cell = (node, large) => {
+const cell = (name, word, load, agents, at, large) => {
   const shape = draw("path", { d: hexagon(1) });
-  shape.style.setProperty("--full", `${Math.min(80, 18 + 40 * (node.load || 0))}%`);
-  return draw(`g.cell.${how(node)}${node.name === hive.me ? ".me" : ""}`, () => openNode(node.name),
-    { transform: `translate(${places.get(node.name)})` }, shape,
-    draw("title", `${node.name}: ${how(node)}`), node.agents.slice(0, 6).map((agent, i) =>
-      draw(`circle.${agent.status === "down" ? "down" : "online"}`, draw("title", agent.name),
-        { r: large ? 7 : 9, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
+  shape.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
+  return draw(`g.cell.${word}${name === hive.me ? ".me" : ""}`, () => openNode(name),
+    { transform: `translate(${at})` }, shape, draw("title", `${name}: ${word}`),
+    agents.slice(0, 6).map(({ name: agent, status }, i) => draw(`circle.${status || "unknown"}`,
+      { r: large ? 7 : 9, cx: CORNERS[i][0], cy: CORNERS[i][1] }, draw("title", agent))));
 };
-const label = (node, large) => {
-  const [x, y] = places.get(node.name), word = how(node), well = word === "online";
-  if (!large && well && node.name !== hive.me) return [];
-  const size = large ? Math.min(17, 125 / node.name.length) : 40;
-  return [draw("text", { x, y: y + (well ? 5 : 0), "font-size": size }, node.name),
-    well || !large ? [] : draw(`text.how.${word}`, { x, y: y + 18, "font-size": 12 }, word)].flat();
+const label = (name, word, [x, y], large) => {
+  const well = word === "online", size = large ? Math.min(17, 125 / name.length) : 40;
+  return draw("g", draw("text", { x, y: y + (well ? 5 : 0), "font-size": size }, name),
+    !well && large && draw(`text.how.${word}`, { x, y: y + 18, "font-size": 12 }, word));
 };
-const flow = ([from, to, number, last]) => draw(`path.flow.to-${to}`, {
-  d: to === "all" ? hexagon(1.2) : way(places.get(from), places.get(to)),
-  transform: to === "all" ? `translate(${places.get(from)})` : "",
-  "stroke-width": Math.min(8, 1.5 + .8 * Math.log2(number)),
-  opacity: Math.max(.12, .6 - (Date.now() / 1000 - last) / 6000),
-}, draw("title", `${from} → ${to}: ${many(number, "message")}`));
-const comb = (pitch, wide, tall) => { // the empty cells around, which fade away
-  const w = pitch, h = pitch * Math.sqrt(3);
-  const all = [[0, 0], [w, 0], [0, h], [w, h], [w / 2, h / 2]];
-  const box = { x: -4 * wide, y: -4 * tall, width: 8 * wide, height: 8 * tall };
-  return [draw("defs", draw("pattern", { id: "comb", width: w, height: h,
-    patternUnits: "userSpaceOnUse" }, all.map((at) => draw("path.comb", { d: hexagon(.96),
-    transform: `translate(${at})` }))), draw("radialGradient", { id: "fade", cx: 0, cy: 0,
-    r: 1.6 * Math.max(wide, tall), gradientUnits: "userSpaceOnUse" }, draw("stop", { offset: .3,
-    "stop-color": "#fff" }), draw("stop", { offset: 1, "stop-color": "#000" })),
-  draw("mask", { id: "veil" }, draw("rect", box, { fill: "url(#fade)" }))),
-  draw("rect", box, { fill: "url(#comb)", mask: "url(#veil)" })];
-};
+const flow = (from, to, number, opacity, d, at) => draw(`path.flow.to-${to}`, { d, opacity,
+  transform: `translate(${at})`, "stroke-width": Math.min(8, 1.5 + .8 * Math.log2(number)) },
+draw("title", `${from} → ${to}: ${many(number, "message")}`));
 const showMap = () => {
   const all = [...nodes.values()].sort((a, b) =>
-    (b.name === hive.me) - (a.name === hive.me) || byName(a, b));
-  const number = all.length, large = number <= 61;
-  const pitch = R * Math.sqrt(3) * (number <= 7 ? 1.9 : number <= 19 ? 1.5 : large ? 1.25 : 1.06);
+    (b.name === hive.me) - (a.name === hive.me) || byName(a, b)), large = all.length <= 61;
+  const gap = all.length <= 7 ? 1.9 : all.length <= 19 ? 1.5 : large ? 1.25 : 1.06;
+  const pitch = R * Math.sqrt(3) * gap, flows = traffic();
   place(all.map((node) => node.name), pitch);
   const [wide, tall] = [0, 1].map((i) =>
     2 * R + Math.max(pitch, ...[...places.values()].map((at) => Math.abs(at[i]))));
-  const flows = traffic(), total = flows.reduce((sum, one) => sum + one[2], 0);
+  const [w, h] = [pitch, pitch * Math.sqrt(3)]; // the empty cells around
+  list($("comb"), [[0, 0], [w, 0], [0, h], [w, h], [w / 2, h / 2]].map((at, i) => [i, at]), (at) =>
+    draw("path", { d: hexagon(.96), transform: `translate(${at})` }));
+  for (const [key, value] of [["width", w], ["height", h]]) $("comb").setAttribute(key, value);
+  $("fade").setAttribute("r", 1.6 * Math.max(wide, tall));
   $("drawing").setAttribute("viewBox", `${-wide} ${-tall} ${2 * wide} ${2 * tall}`);
-  $("drawing").replaceChildren(...comb(pitch, wide, tall), ...all.map((node) => cell(node, large)),
-    draw("g", { id: "flowing" }, flows.map(flow)), ...all.flatMap((node) => label(node, large)));
-  say("flows", !total ? "No message in the last hour; the next one lights up." : 
+  list($("cells"), all.map((node) => [node.name, node.name, how(node), node.load || 0, node.agents,
+    places.get(node.name), large]), cell);
+  const named = all.filter((node) => large || how(node) !== "online" || node.name === hive.me);
+  list($("labels"), named.map((node) => [node.name, node.name, how(node), places.get(node.name),
+    large]), label);
+  const old = (last) => Math.max(.1, .6 - (Date.now() / 1000 - last) / 6000).toFixed(1);
+  list($("flowing"), flows.map(([from, to, number, last]) => {
+    const a = places.get(from), b = places.get(to), told = [from, to, number, old(last)];
+    return [`${from} ${to}`, ...told, ...(b ? [way(a, b), [0, 0]] : [hexagon(1.2), a])];
+  }), flow);
+  const total = flows.reduce((sum, one) => sum + one[2], 0);
+  say("flows", !total ? "No message in the last hour; the next one lights up." :
     `${many(total, "message")} in the last hour, as ${hive.me} saw them: the thicker, the more; a
     dotted rim is what went to all. The fuller a cell, the higher its load.`);
   list($("pairs"), flows.map((one) => [`${one[0]} ${one[1]}`, ...one]), (from, to, number, last) =>
     el("tr", el("td", from), el("td", to), el("td", number), el("td", stamp(last))));
 };
 const lightUp = (row) => {
-  const from = places.get(home(row.from)), to = places.get(home(row.to)), layer = $("flowing");
-  if (view !== "map" || !from || !layer || from === to || layer.lit > 30) return;
+  const from = places.get(home(row.from)), to = places.get(home(row.to)), sparks = $("sparks");
+  if (view !== "map" || !from || from === to || sparks.children.length > 30) return;
   const spark = to ? draw("circle.spark", { r: 9 }) : draw("path.flow", { d: hexagon(1.2),
     "stroke-width": 6, transform: `translate(${from})` });
   if (to) spark.style.offsetPath = `path("${way(from, to)}")`;
-  layer.append(spark);
-  layer.lit = (layer.lit || 0) + 1;
+  sparks.append(spark);
   spark.animate(to ? { offsetDistance: ["0%", "100%"] } : { opacity: [1, 0] }, { duration: 900,
-    easing: "ease-in-out" }).finished.then(() => { spark.remove(); layer.lit -= 1; });
+    easing: "ease-in-out" }).finished.then(() => spark.remove());
 };
 
 // ---- Doctor
@@ -17674,6 +17999,7 @@ const sendPing = async (name) => {
   const { error, exchange } = await ask("/send", ping);
   if (error) return tell(error);
   pings.set(exchange, [name, began]).set(name, "pinging …");
+  setTimeout(() => { if (pings.delete(exchange)) pings.set(name, "no answer in 10 s"); }, 1e4);
   paint();
 };
 const forget = async (name) => {
@@ -17770,7 +18096,7 @@ const EVENTS = {
       lightUp(row);
     }
     takeRow(row);
-    if (thread && $("thread").open) openThread(thread, true);
+    if (thread && row.exchange === openThread.exchange) openThread(thread, true);
   },
 };
 const listen = () => {
@@ -17957,13 +18283,18 @@ def vendor_removal(name: str) -> list[Change]:
     vendor = VENDORS[name]
     if vendor.remove:
         return [vendor_call(name, vendor_argv(vendor_program(name), vendor.remove, ()))]
-    changes = []
-    for file in settings_files(vendor):
-        document = read_settings(file, f"{'.'.join(vendor.place)} is yours to take out")
-        table = nested(document, vendor.place[:-1])
-        if table.pop(vendor.place[-1], None) is not None:
-            changes.append(settings_change(file, document, f"without {'.'.join(vendor.place)}"))
-    return changes
+    *above, last = vendor.place
+    where = ".".join(vendor.place)
+
+    def edit(document: dict[str, Any]) -> None:
+        nested(document, above).pop(last, None)
+
+    files = settings_files(vendor)
+    return [
+        one
+        for file in files
+        for one in settings_change(file, edit, f"without {where}", f"{where} is yours to take out")
+    ]
 
 
 def vendor_program(name: str) -> str:
@@ -18060,17 +18391,30 @@ def read_settings(file: Path, instead: str) -> dict[str, Any]:
     raise HiveError(f"{file}: is no plain JSON and stays as it is; {instead}")
 
 
-def settings_change(file: Path, document: Mapping[str, Any], what: str) -> Change:
-    """Write a file anew; one that is left with nothing in it goes."""
+def settings_change(
+    file: Path, edit: Callable[[dict[str, Any]], None], what: str, instead: str
+) -> list[Change]:
+    """Edit a file, if that makes a difference.  Raises HiveError, which says what `instead`.
+
+    It is read once more when that is done: the program itself may have written it meanwhile.  What
+    is left with nothing in it goes.
+    """
+
+    def edited() -> tuple[dict[str, Any], bool]:
+        document = read_settings(file, instead)
+        before = json.dumps(document)
+        edit(document)
+        return document, json.dumps(document) != before
 
     def make() -> None:
+        document, _ = edited()
         if document:
             text = json.dumps(document, indent=2, ensure_ascii=False)
             write_privately({file: f"{text}\n"}, force=True)
         else:
             file.unlink(missing_ok=True)
 
-    return Change(f"{file}: {what}", make)
+    return [Change(f"{file}: {what}", make)] if edited()[1] else []
 
 
 # -- hooks --
@@ -18081,19 +18425,19 @@ def hooks_change(vendor: Vendor, command: str) -> list[Change]:
     if vendor.hooks is None:
         return []
     file, events = vendor.hooks.path, vendor.events
-    document = read_settings(file, f"its hooks ({', '.join(events)}) are yours to change")
-    hooks = document.get("hooks", {})
-    if not isinstance(hooks, dict) or not all(isinstance(one, list) for one in hooks.values()):
-        raise HiveError(f"{file}: its hooks have a form that hive does not know")
     handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT * vendor.unit}
-    changed = with_hooks(hooks, events, [{"hooks": [handler]}] if command else [])
-    if changed == hooks:
-        return []
-    document["hooks"] = changed
-    if not changed:
-        del document["hooks"]
+
+    def edit(document: dict[str, Any]) -> None:
+        hooks = document.get("hooks", {})
+        if not isinstance(hooks, dict) or not all(isinstance(one, list) for one in hooks.values()):
+            raise HiveError(f"{file}: its hooks have a form that hive does not know")
+        document["hooks"] = with_hooks(hooks, events, [{"hooks": [handler]}] if command else [])
+        if not document["hooks"]:
+            del document["hooks"]
+
     what = f"{command}, at {' and '.join(events)}" if command else "without hive's hooks"
-    return [settings_change(file, document, what)]
+    instead = f"its hooks ({', '.join(events)}) are yours to change"
+    return settings_change(file, edit, what, instead)
 
 
 def with_hooks(
@@ -19186,7 +19530,8 @@ def names_that_are_known(config: Config) -> list[str]:
     if control is None:
         return []
     with contextlib.closing(control):
-        return ["all", *sorted(control.ask({"do": "states"}).get("states", {}))]
+        known = control.ask({"do": "states"}).get("states", {})
+    return ["all", *sorted(name for name in known if NAME.fullmatch(name))]  # a shell expands them
 
 
 def say_of_members(
@@ -19316,7 +19661,8 @@ def command_config(args: argparse.Namespace) -> int:
         "--agent",
         action="append",
         metavar="NAME",
-        help="an OpenClaw profile to wake, not all that are found; may be repeated",
+        help="an OpenClaw profile to wake, not all that are found, or claude=DIR (codex, gemini,"
+        " opencode); may be repeated",
     ),
     option("--no-agents", action="store_const", const=[], dest="agent", help="wake none"),
     option("--yes", action="store_true", help="ask nothing: what no option says is the default"),

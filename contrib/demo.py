@@ -21,10 +21,12 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +38,7 @@ LOOK_AGAIN = 0.1  # seconds
 LONGEST_LINE = 400  # characters that say why it failed
 TIME_TO_STOP = 5.0  # seconds; then SIGKILL
 PACE = 1.0  # seconds between two messages of a live one
+PAST = 150.0  # seconds that pictures show
 
 
 class Failed(Exception):
@@ -92,7 +95,7 @@ exit 1
 # Whatever daemon is started here, by whomever: its process id is known at the end.
 HIVE_CLI = """\
 #!/bin/sh
-case " $* " in *" daemon "*) echo $$ >>{pids} ;; esac
+case " $* " in *" daemon "* | *" web "*) echo $$ >>{pids} ;; esac
 XDG_STATE_HOME={folder}
 export XDG_STATE_HOME
 exec {python} {hive_cli} "$@"
@@ -155,8 +158,8 @@ def command_line(pid: int) -> str:
 
 
 def runs(pid: int) -> bool:
-    """Is this still a daemon of the folder, and not another process with its number?"""
-    return bool(re.search(r"hive-cli (.* )?daemon\b", command_line(pid)))
+    """Is this still a daemon or page of the folder, and not another process with its number?"""
+    return bool(re.search(r"hive-cli (.* )?(daemon|web)\b", command_line(pid)))
 
 
 def stop(pid: int) -> None:
@@ -278,6 +281,16 @@ def complain(why: str) -> None:
         print(f"demo: {why[:LONGEST_LINE]}", file=sys.stderr, flush=True)
 
 
+def free_port() -> int:
+    """The page's own, where nobody listens there."""
+    for port in (8484, 0):
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", port))
+            return int(sock.getsockname()[1])
+    raise Failed("no port is free for the page")
+
+
 def as_typed_after(folder: Path) -> str:
     return f"cd {shlex.quote(str(folder))} && PATH=$PWD/bin:$PATH"
 
@@ -344,30 +357,39 @@ def show(folder: Path, keep: bool) -> None:
         say(f"$ sh {shlex.quote(str(folder / 'end'))}")
 
 
-def live(folder: Path) -> None:
-    """Three nodes at work, until a signal comes."""
+def live(folder: Path, pictures: Path | None) -> None:
+    """Three nodes at work, until a signal comes; or until pictures of the page are made."""
     os.umask(0o077)
     furnish(folder)
     for node in NODES:
         run(start(node), folder)
     run_until("hive roster --config alpha.toml", r"(?s)alpha.*beta +main.*gamma +watch", folder)
+    page = f"hive web --config alpha.toml --port {free_port()}"
+    run(f"{page} >>web.log 2>&1 &", folder)
+    link = run_until("cat web.log", "http://[^ ]+\n", folder).split()[-1]
     say("Three nodes are at work, and gamma is in trouble. To look at them:", bold=True)
+    say(link)
     say(f"$ {as_typed_after(folder)}")
-    say("$ hive status --config alpha.toml")
+    say("$ hive status --config alpha.toml --watch")
     say("$ hive log --config alpha.toml --follow")
     say("\nCtrl-C ends and removes all of it.")
+    began = time.monotonic()
     for words in itertools.cycle(TRAFFIC):
         run(f"hive send --config {words}", folder)
         time.sleep(PACE)
+        if pictures and time.monotonic() > began + PAST:
+            picture = [PYTHON, str(ROOT / "tests" / "pictures.py"), str(pictures), "--link", link]
+            subprocess.run(picture, check=True, umask=0o022)
+            return
 
 
 # ---- The keeper: starts the show, and ends it --------------------------------------------
 
 
-def perform(folder: Path, how: str) -> int:
+def perform(folder: Path, how: Sequence[str]) -> int:
     """Show it, in a session of its own; a signal ends that early.  Called with ENDINGS blocked."""
     received: list[int] = []
-    argv = [PYTHON, __file__, "--show", str(folder), *([how] if how else [])]
+    argv = [PYTHON, __file__, "--show", str(folder), *how]
     player = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def on_signal(number: int, frame: object) -> None:
@@ -380,12 +402,12 @@ def perform(folder: Path, how: str) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
     code = player.wait()
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
-    if how == "--keep" and not code and not received:
+    if "--keep" in how and not code and not received:
         return 0
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(player.pid, signal.SIGTERM)  # the command of the moment, and all daemons
     end(folder)
-    if how == "--live" and signal.SIGINT in received:  # that is how one ends it
+    if "--live" in how and signal.SIGINT in received:  # that is how one ends it
         say("\nAll is ended and removed.")
         return 0
     if code < 0:  # else it has said why itself
@@ -393,7 +415,7 @@ def perform(folder: Path, how: str) -> int:
     return 128 + received[0] if received else code and 1
 
 
-def demonstrate(how: str) -> int:
+def demonstrate(how: Sequence[str]) -> int:
     """Once round; the exit code."""
     began = time.monotonic()
     code = perform(new_folder(), how)
@@ -407,13 +429,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Show what hive does; see make demo.")
     parser.add_argument("--keep", action="store_true", help="leave it running")
     parser.add_argument("--live", action="store_true", help="three nodes at work, until Ctrl-C")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="with --live: make some of its page, and end",
+    )
     parser.add_argument("--end", type=Path, metavar="FOLDER", help="end what was left running")
     parser.add_argument("--show", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     signal.pthread_sigmask(signal.SIG_UNBLOCK if args.show else signal.SIG_BLOCK, ENDINGS)
     try:
         if args.show and args.live:
-            live(args.show)
+            live(args.show, args.pictures)
         elif args.show:
             show(args.show, args.keep)
         elif args.end:
@@ -421,7 +449,7 @@ def main() -> int:
                 raise Failed(f"{args.end}: nothing was left running there")
             end(args.end)
         else:
-            return demonstrate("--live" if args.live else "--keep" if args.keep else "")
+            return demonstrate(sys.argv[1:])
     except BrokenPipeError:  # whoever watched has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -180,6 +180,17 @@ install_help() {
   done
 }
 
+# Where each shell looks for what completes a command's words, below PREFIX/share.
+completions='bash-completion/completions/hive zsh/site-functions/_hive fish/vendor_completions.d/hive.fish'
+
+install_completions() {
+  for place in $completions; do
+    "$python" hive.py completion "${place%%[-/]*}" >"$scratch/completion"
+    folder "$(dirname "$PREFIX/share/$place")" 755
+    put "$scratch/completion" "$PREFIX/share/$place" 644
+  done
+}
+
 install_configuration() {
   folder "$config" "$folder_mode"
   folder "$config/hive-daemon.d" "$folder_mode"
@@ -209,19 +220,21 @@ share_configuration() {
     -exec chgrp "$(id -g "$RUN_AS")" {} +
 }
 
+# install_unit NAME
 install_unit() {
-  case $unit in
+  each=$(unit_of "$1")
+  case $each in
     *.plist)
       folder "$HOME/Library/Logs" 755
       sed -e "s|@BINDIR@|$(for_xml "$bin")|g" -e "s|@HOME@|$(for_xml "$HOME")|g" \
-        units/launchd/ai.hive.daemon.plist >"$scratch/unit" ;;
+        "units/launchd/ai.hive.$1.plist" >"$scratch/unit" ;;
     *.service)
       if [ "$for" = user ]; then other=system; else other=user; fi
       sed -e "/^# --- $other only/,/^# --- end/d" -e '/^# --- /d' -e "s|@USER@|$RUN_AS|g" \
-        -e "s|@BINDIR@|$(for_unit "$bin")|g" units/systemd/hive-daemon.service >"$scratch/unit" ;;
+        -e "s|@BINDIR@|$(for_unit "$bin")|g" "units/systemd/hive-$1.service" >"$scratch/unit" ;;
   esac
-  folder "$(dirname "$unit")" 755
-  put "$scratch/unit" "$unit" 644
+  folder "$(dirname "$each")" 755
+  put "$scratch/unit" "$each" 644
 }
 
 # ---- Start and stop ----------------------------------------------------------------------
@@ -245,6 +258,14 @@ stop() {
   esac >/dev/null 2>&1 || true
 }
 
+# Where somebody has started it.
+restart_page() {
+  case $unit in
+    *.plist) launchctl kickstart -k "$job.web" ;;
+    */user/*) systemctl "$manager" try-restart hive-web ;;
+  esac >/dev/null 2>&1 || true
+}
+
 start() {
   case $unit in
     *.plist) launchctl print "$job.daemon" >/dev/null 2>&1 || launchctl bootstrap "gui/$me" "$unit" ;;
@@ -260,7 +281,10 @@ start_or_say_how() {
   if [ -z "$START" ]; then
     say next "$how"
   elif reachable; then
-    if [ -n "$changed" ]; then stop daemon; fi
+    if [ -n "$changed" ]; then
+      stop daemon
+      restart_page
+    fi
     start || fail "not started: $how"
     say started "$how"
   else
@@ -275,23 +299,31 @@ remove_unit() {
   each=$(unit_of "$1")
   if [ -z "$each" ] || [ ! -e "$DESTDIR$each" ]; then return; fi
   if reachable; then
-    stop "$1"
+    case $each in
+      *.plist) launchctl bootout "$job.$1" ;;
+      *.service) systemctl "$manager" disable --now "hive-$1" ;;
+    esac >/dev/null 2>&1 || true
     say stopped "hive-$1"
-    case $each in *.service) systemctl "$manager" disable "hive-$1" || true ;; esac
   fi
   drop "$each"
 }
 
 uninstall() {
   folders=$(cat "$DESTDIR$lib/folders" 2>/dev/null || true)
+  remove_unit web
   remove_unit daemon
-  # By hive host, for a program that is no longer here.
-  if [ "$for" = user ] && grep -qs 'lib/hive/hive' "$(unit_of host)"; then remove_unit host; fi
+  ( # What hive host wrote for you, if it runs what goes.  The hive's data stay.
+    for=user manager=--user
+    if grep -qs 'lib/hive/hive' "$DESTDIR$(unit_of host)"; then remove_unit host; fi
+  )
   for name in hive hive-cli; do
     if ours "$name"; then drop "$bin/$name"; fi
   done
   for page in "$DESTDIR$man"/man[17]/hive*.[17]; do
     if grep -qs '^\.\\" From hive,' "$page"; then drop "${page#"$DESTDIR"}"; fi
+  done
+  for place in $completions; do
+    if grep -qs 'made by: hive completion' "$DESTDIR$PREFIX/share/$place"; then drop "$PREFIX/share/$place"; fi
   done
   for name in hive hive-cli hive.py help __pycache__ venv folders; do
     drop "$lib/$name"
@@ -312,9 +344,11 @@ case ${1-} in
     check
     install_programs
     install_help
+    install_completions
     if [ -n "$unit" ]; then
       install_configuration
-      install_unit
+      install_unit daemon
+      if [ "$for" = user ]; then install_unit web; fi  # a page is for whoever looks at it
       if [ -z "$DESTDIR" ]; then start_or_say_how; fi
     else
       say skipped "launchd: on a Mac hive runs for a user; as that user, without PREFIX: make install"

@@ -1,21 +1,26 @@
 #!/usr/bin/env python3
-"""The topics of `hive help` as man pages, hive-TOPIC(7), into the folder that is named.
+"""hive(1), made from the parser, and the topics of `hive help` as hive-TOPIC(7).
 
     python3 contrib/man.py FOLDER
 
-Reads as much Markdown as contrib/help/ has: a title, headings, paragraphs, lists, and blocks of
-code and tables, which stay as they are.
+Of the topics it reads as much Markdown as contrib/help/ has: a title, headings, paragraphs,
+lists, and blocks of code and tables, which stay as they are.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 HELP = Path(__file__).resolve().parent / "help"
-ORIGIN = '.\\" From hive, which also shows it: hive help {topic}'  # by this uninstall knows it
+ORIGIN = '.\\" From hive, which also shows it: hive {shows}'  # by this uninstall knows it
+
+sys.path.insert(0, str(HELP.parent.parent))
+sys.dont_write_bytecode = True  # who installs may not be whose checkout it is
+import hive  # noqa: E402
 
 
 def escaped(text: str) -> str:
@@ -46,7 +51,7 @@ def page(topic: str, source: str) -> str:
     title, body = source.split("\n", 1)
     about = title.partition(": ")[2]
     made = [
-        ORIGIN.format(topic=topic),
+        ORIGIN.format(shows=f"help {topic}"),
         f'.TH HIVE\\-{topic.upper()} 7 "" hive "hive help"',
         f".SH NAME\nhive\\-{topic} \\- {inline(about)}",
         ".SH DESCRIPTION",
@@ -66,8 +71,60 @@ def page(topic: str, source: str) -> str:
     return "\n".join(made) + "\n"
 
 
+def option(flags: Iterable[str], how: Mapping[str, Any]) -> str:
+    """One option or argument, and what it is for."""
+    action = hive.Parser(add_help=False).add_argument(*flags, **how)
+    value = action.metavar or "|".join(action.choices or ()) or action.dest.upper()
+    takes = "" if action.nargs == 0 else f"\\fI{escaped(str(value))}\\fP"
+    names = ", ".join(f"\\fB{escaped(flag)}\\fP" for flag in action.option_strings)
+    return f".TP\n{names}{' ' if names and takes else ''}{takes}\n{inline(action.help or '')}"
+
+
+def command(name: str, one: hive.Command) -> str:
+    """One command, with its options and examples."""
+    made = [f".SS hive {name}", inline(hive.docstring(one.run))]
+    made += [option(*each) for each in one.options]
+    if one.examples:
+        examples = one.examples.replace("hive.py ", "hive ")
+        made.append(f".PP\n.RS\n.nf\n{escaped(examples)}\n.fi\n.RE")
+    return "\n".join(made)
+
+
+def first_page() -> str:
+    """hive(1)."""
+    title, *about = (hive.__doc__ or "").strip().split("\n\n")
+    codes = re.findall(r"(?m)^\| (\d+) +\| (.*?) *\|$", (HELP / "protocol.md").read_text("utf-8"))
+    topics = [f"\\fBhive\\-{topic}\\fP(7)" for topic in hive.TOPICS]
+    made = [
+        ORIGIN.format(shows="--help"),
+        f'.TH HIVE 1 "" "hive {hive.__version__}" hive',
+        f".SH NAME\nhive \\- {inline(title.removeprefix('hive: ').rstrip('.'))}",
+        ".SH SYNOPSIS\n.B hive\n.I COMMAND\n[\\fIOPTION\\fP ...]",
+        ".SH DESCRIPTION",
+        "\n.PP\n".join(map(inline, about)),
+        ".SH COMMANDS",
+        *(command(name, one) for name, one in hive.COMMANDS.items()),
+        ".SH OPTIONS\nOf every command, before or after its name:",
+        *(option(*each) for each in hive.COMMON_OPTIONS),
+        ".SH EXIT STATUS",
+        *(f".TP\n{code}\n{inline(meaning)}" for code, meaning in codes),
+        ".SH ENVIRONMENT",
+        ".TP\n.B HIVE_CONFIG\nthe hive.toml to read",
+        ".TP\n.B HIVE_NODE\nwhich node is meant, where several run",
+        ".TP\n.B NO_COLOR\nno colours, whatever it is",
+        ".SH FILES",
+        *(
+            f".TP\n.I {escaped(place)}\nread where no other is named"
+            for place in hive.CONFIG_PLACES
+        ),
+        f".SH SEE ALSO\n{', '.join(topics)}",
+    ]
+    return "\n".join(made) + "\n"
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
+    (folder / "hive.1").write_text(first_page(), "utf-8")
     for file in sorted(HELP.glob("*.md")):
         made = page(file.stem, file.read_text("utf-8"))
         (folder / f"hive-{file.stem}.7").write_text(made, "utf-8")

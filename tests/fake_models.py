@@ -3,6 +3,7 @@
 The newest user text may hold `@@CALL tool {json}@@`, any number of times: those tools are called
 one after the other, then the results are said back.  A tool's name is the client's own:
 mcp__hive__ask (Claude Code), mcp__hive::ask (Codex), mcp_hive_ask (Gemini), hive_ask (OpenCode).
+In the json $ID stands for the id that a result gave last.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import itertools
 import json
 import re
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 ORDER = re.compile(r"@@CALL (\S+) (\{.*?\})@@", re.S)
 TEXTS = ("text", "input_text", "output_text")
+KINDS = {"user": "user", "tool": "tool", "assistant": "model"}  # by role
 NUMBERS = itertools.count(1)
 Json = dict[str, Any]
 
@@ -25,7 +26,7 @@ Json = dict[str, Any]
 class Item(NamedTuple):
     """One piece of what a model is given."""
 
-    kind: str  # "user", "tool" for a result, "other"
+    kind: str  # "user", "tool" for a result, "model" for what it said itself, "other"
     text: str
 
 
@@ -56,7 +57,8 @@ def next_turn(items: list[Item]) -> Turn:
             results.append(item.text)
     if len(results) < len(orders):
         tool, arguments = orders[len(results)]
-        return Turn("", tool, json.loads(arguments))
+        ids = re.findall(r"\bid[ =]([0-9a-f-]{36})", "\n".join(item.text for item in items))
+        return Turn("", tool, json.loads(arguments.replace("$ID", ids[-1] if ids else "")))
     return Turn("DONE " + " || ".join(results))
 
 
@@ -72,7 +74,7 @@ def items_of(body: Json) -> list[Item]:
 def message_items(body: Json) -> Iterator[Item]:
     """Anthropic's messages and OpenAI's chat completions."""
     for message in body.get("messages", []):
-        kind = {"user": "user", "tool": "tool"}.get(message["role"], "other")
+        kind = KINDS.get(message["role"], "other")
         content = message.get("content")
         for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             if part.get("type") == "tool_result":
@@ -90,8 +92,7 @@ def responses_items(body: Json) -> Iterator[Item]:
             output = output if isinstance(output, str | list) else json.dumps(output)
             yield Item("tool", text_of(output))
         elif one.get("type", "message") == "message":
-            kind = "user" if one.get("role") == "user" else "other"
-            yield Item(kind, text_of(one.get("content")))
+            yield Item(KINDS.get(str(one.get("role")), "other"), text_of(one.get("content")))
 
 
 def gemini_items(body: Json) -> Iterator[Item]:
@@ -176,6 +177,8 @@ class FakeModels:
 
     def __init__(self) -> None:
         self.requests: list[Json] = []  # the bodies, of those in which a model may act
+        self.calls = 0
+        self.before_call: Callable[[int], None] = lambda number: None  # before a tool is called
         models = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -240,9 +243,9 @@ class FakeModels:
             return Turn('{"title": "fake", "reasoning": "x", "next_speaker": "user"}')
         self.requests.append(body)
         turn = next_turn(items_of(body))
-        if turn.tool == "sleep":  # a model that thinks for a while
-            time.sleep(turn.arguments["seconds"])
-            return Turn("DONE sleeping")
+        if turn.tool:
+            self.calls += 1
+            self.before_call(self.calls)
         return turn
 
     def close(self) -> None:

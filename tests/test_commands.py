@@ -473,7 +473,8 @@ def test_a_message_is_shown_and_answered_by_its_id(hive: Hive, fast_agent: Path)
     (call,) = calls_of(fast_agent)
     assert f"[cut; all 50004 characters: hive show {id}]" in call["argv"][3]
 
-    (received, told) = json.loads(hive.cli("beta", "show", id, "--json").stdout)
+    rows = json.loads(hive.cli("beta", "show", id, "--json").stdout)
+    (received, told) = (row for row in rows if not row["note"].startswith(module.RECEIPT_NOTE))
     assert (received["envelope"]["text"], received["from"]) == (text, "alpha")
     assert (told["event"], told["note"]) == ("did", "told main")
     story = hive.cli("beta", "show", id).stdout.splitlines()
@@ -576,8 +577,9 @@ def test_direct_means_without_the_daemon(hive: Hive, fast_agent: Path) -> None:
     hive.node("beta", f'[[oc_instances]]\nname = "main"\nopenclaw_cmd = "{fast_agent}"\n').start()
     hive.cli("alpha", "send", "--direct", "--to", "beta", "--text", "x")
     assert alpha.events("sent") == []
-    (row,) = json_lines(hive.cli("alpha", "log", "--json").stdout)
+    row, *receipts = json_lines(hive.cli("alpha", "log", "--json").stdout)
     assert (row["event"], row["to"], row["envelope"]["text"]) == ("out", "beta", "x")
+    assert {one["note"] for one in receipts} <= {"receipt: received", "receipt: told main"}
 
 
 def test_another_nodes_daemon_sends_nothing_in_our_name(hive: Hive) -> None:
@@ -892,7 +894,8 @@ def test_what_is_no_daemon_of_this_version_is_passed_by_and_that_is_said(
         asked = [hive.cli("alpha", command) for command in ("status", "roster")]
     finally:
         daemon.close()
-    assert sent.stderr == f"hive: the daemon of alpha: {why}; sending directly\n"
+    agentless = "hive: beta has no agent: it will refuse a message without --action\n"
+    assert sent.stderr == f"hive: the daemon of alpha: {why}; sending directly\n{agentless}"
     assert sent.stdout.startswith("sent ")
     hive.nodes["beta"].logged("text", text="x")
     for done in asked:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, ROOT, Hive, eventually, missing
-from test_watch import Terminal
+from test_watch import Terminal, at_the_door
 
 import hive as module
 
@@ -108,6 +108,13 @@ def test_no_name_is_offered_and_nothing_said_where_no_daemon_runs(home: Path) ->
     assert run(home, "hive", "completion", "names") == ""
 
 
+def test_what_is_no_name_never_gets_to_a_shell(hive: Hive) -> None:
+    """A shell would run what bash's compgen finds in it."""
+    states: dict[str, dict[str, str]] = {"$(touch x)": {}, "`id`": {}, "beta": {}, "a b": {}}
+    with at_the_door(hive, "alpha", {"states": states}):
+        assert hive.cli("alpha", "completion", "names").stdout == "all\nbeta\n"
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_every_option_is_in_it(shell: str, home: Path) -> None:
     said = run(home, "hive", "completion", shell)
@@ -124,3 +131,37 @@ def test_the_script_has_no_fault(shell: str, home: Path) -> None:
     script = home / "script"
     script.write_text(run(home, "hive", "completion", shell))
     assert run(home, need(shell), "-n", str(script)) == ""
+
+
+# hive(1)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("man")
+    subprocess.run([sys.executable, ROOT / "contrib/man.py", folder], check=True)
+    return folder / "hive.1"
+
+
+def test_the_man_page_has_every_command_option_and_example(page: Path) -> None:
+    line = [need("groff"), "-man", "-Tutf8", "-ww", "-rHY=0", "-rLL=200n", "-P-c", "-P-b", "-P-u"]
+    done = subprocess.run([*line, page], capture_output=True, encoding="utf-8")
+    assert done.stderr == ""
+    shown = " ".join(re.sub("\x1b\\[[0-9;]*m|.\b", "", done.stdout).replace("\u2010", "-").split())
+    for name, command in module.COMMANDS.items():
+        said = shown[shown.index(f" hive {name} ") :]
+        for flags, how in command.options:
+            assert all(flag in said for flag in flags if flag.startswith("-")), flags
+            assert " ".join(str(how["help"]).split()) in said
+        for example in command.examples.splitlines():
+            assert " ".join(example.replace("hive.py ", "hive ").split()) in said
+    for code in module.Exit:
+        assert f" {code.value} " in shown[shown.index("EXIT STATUS") :]
+
+
+def test_another_reader_of_man_pages_has_nothing_to_say_of_it(page: Path) -> None:
+    done = subprocess.run(
+        [need("mandoc"), "-T", "lint", "-W", "warning", page], capture_output=True, encoding="utf-8"
+    )
+    said = [one for one in done.stdout.splitlines() if "missing date" not in one]
+    assert (said, done.stderr) == ([], "")  # the same whoever makes it, so without a date

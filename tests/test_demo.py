@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,8 +173,10 @@ def check_each_line(checkout: Checkout, lines: list[str]) -> None:
 def test_a_live_one_shows_three_nodes_one_in_trouble_until_ctrl_c(checkout: Checkout) -> None:
     process = checkout.script("--live")
     assert process.stdout
-    said = [process.stdout.readline() for _ in range(6)]
+    said = [process.stdout.readline() for _ in range(7)]
     assert said[-1] == "Ctrl-C ends and removes all of it.\n"
+    with urllib.request.urlopen(said[1].strip(), timeout=PATIENCE) as page:
+        assert b"<title>hive</title>" in page.read()
     enter, status, log = COMMAND.findall("".join(said))
 
     def typed(line: str) -> str:
@@ -182,7 +185,9 @@ def test_a_live_one_shows_three_nodes_one_in_trouble_until_ctrl_c(checkout: Chec
     trouble = (
         r"3 nodes: 2 online, 1 degraded(?s:.*)gamma: agent watch: .*backup every 20s is failing"
     )
-    eventually("gamma is in trouble", lambda: re.search(trouble, typed(status)))
+    eventually(
+        "gamma is in trouble", lambda: re.search(trouble, typed(status.removesuffix(" --watch")))
+    )
     traffic = r"I looked: all green(?s:.*)gamma runs(?s:.*)gamma: backup failed"
     eventually("they speak", lambda: re.search(traffic, typed(log.removesuffix(" --follow"))))
     os.killpg(process.pid, signal.SIGINT)

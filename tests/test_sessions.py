@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,21 @@ def test_a_hundred_sessions_are_at_work_and_no_more(
     assert rig.works()
 
 
+def test_sessions_of_a_node_that_is_lost_are_away(rig: Rig) -> None:
+    rig.beat("alpha")
+    roster = {"node": "alpha", "agents": [], "sessions": {"worker": {}}, "away": ["old"]}
+    rig.hand_in("hive/meta/alpha/roster", json.dumps(roster).encode(), retained=True)
+    shown = Program(rig)
+    assert shown.ask(do="roster")["rosters"]["alpha"]["sessions"] == {"worker": {}}
+    rig.hear_state("alpha", status="online")
+    assert shown.ask(do="states")["states"]["worker"]["status"] == "online"
+    rig.advance(20)
+    known = shown.ask(do="roster")["rosters"]["alpha"]
+    assert "sessions" not in known and known["away"] == ["old", "worker"]
+    assert "worker" not in shown.ask(do="states")["states"]
+    shown.client.close()
+
+
 # Who is addressed
 
 
@@ -323,6 +339,16 @@ def test_nobody_answers_a_question_of_a_session_which_hears_so_itself(
     (said,) = other.texts()
     assert re.fullmatch(r"no answer from alpha to what was asked \d s ago", said)
     assert program.texts() == []
+
+
+def test_an_answer_of_a_session_to_a_message_to_all_is_its_nodes() -> None:
+    asked_all = hive.Envelope.new("alpha", "all", "command", "who is there?")
+    replies = hive.ReplyCollector(asked_all, hive.HeartbeatConfig())
+    now = {"status": "online", "last_seen": int(time.time()), "oc": {"rev": hive.WELL}}
+    session = {**now, "daemon_node": "beta"}
+    replies.expect({"beta": {**now, "daemon_node": "beta"}, "rev": session})
+    assert replies.outstanding == {"beta"}
+    assert replies.take(asked_all.reply("rev", "I am")) and not replies.outstanding
 
 
 # Receipts
@@ -500,6 +526,16 @@ def test_a_session_that_reads_nothing_is_cut_off(rig: Rig, program: Program) -> 
     assert rig.events("session cut off", agent="reviewer")
 
 
+def test_a_session_that_sends_for_weeks_leaves_nothing_behind(rig: Rig, program: Program) -> None:
+    requester = rig.node.node.sessions._sessions["reviewer"].requester
+    assert requester
+    before = len(requester.on_close)
+    for i in range(5):
+        program.say(f"{i}")
+    rig.turn()
+    assert len(requester.on_close) == before
+
+
 # Who may
 
 
@@ -603,6 +639,8 @@ def test_sessions_of_two_nodes_write_to_each_other_and_answer(pair: Hive) -> Non
     sent = pair.cli("alpha", "send", "--to", "rev", "--text", "from a command")
     assert sent.stderr == ""
     assert reviewer.next().sender == "alpha"
+    pair.cli("beta", "send", "--to", "rev", "--text", "from the same node")
+    assert reviewer.next().sender == "beta"
     pair.node("gamma")  # where no daemon runs
     pair.cli("gamma", "send", "--to", "rev", "--text", "from elsewhere")
     assert reviewer.next().text == "from elsewhere"

@@ -1,6 +1,7 @@
 """What `make install` puts where, whether systemd and launchd take it, and the example handlers.
 
-No manager of this machine is ever spoken to: systemctl and launchctl are stand-ins.
+No manager of this machine is ever spoken to: systemctl and launchctl are stand-ins, and where they
+are not, systemd is in namespaces of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, missing
+from conftest import ROOT, free_port, missing, need_mosquitto
 
 import hive
 
@@ -147,6 +148,12 @@ def test_systemd_has_nothing_to_say_about_the_systems_unit(machine: Machine) -> 
     assert complaints(machine, str(system_unit(machine))) == []
 
 
+def test_systemd_has_nothing_to_say_about_the_pages_unit(installed: Machine) -> None:
+    unit = installed.home / USER_UNIT.replace("daemon", "web")
+    assert complaints(installed, "--user", str(unit)) == []
+    assert "StandardOutput=null" in unit.read_text()  # it prints a link that is a secret
+
+
 def test_systemd_has_nothing_to_say_about_the_brokers_unit(installed: Machine) -> None:
     unit = (ROOT / "units/systemd/hive-broker.service").read_text()
     put = installed.put(
@@ -185,7 +192,8 @@ def test_a_users_unit_has_nothing_that_only_root_can_apply(installed: Machine) -
 
 
 def test_the_units_are_filled_in(installed: Machine, machine: Machine) -> None:
-    for unit in (installed.home / USER_UNIT, system_unit(machine)):
+    of_user = installed.home / USER_UNIT
+    for unit in (of_user, of_user.with_name("hive-web.service"), system_unit(machine)):
         lines = [line for line in unit.read_text().splitlines() if not line.startswith("#")]
         assert not [line for line in lines if "@" in line.replace("@system-service", "")]
 
@@ -193,6 +201,59 @@ def test_the_units_are_filled_in(installed: Machine, machine: Machine) -> None:
 def test_a_fault_in_the_configuration_is_not_tried_again(installed: Machine) -> None:
     unit = (installed.home / USER_UNIT).read_text()
     assert f"\nRestartPreventExitStatus={int(hive.Exit.USAGE)}\n" in unit
+
+
+IN_A_PLACE_OF_ITS_OWN = """
+mount --make-rprivate / && mount -t tmpfs none /run && mount -t cgroup2 none /sys/fs/cgroup ||
+  exit 77
+mkdir -p /run/systemd/system "$XDG_RUNTIME_DIR"
+systemd --user >/dev/null 2>&1 &
+until systemctl --user show-environment >/dev/null 2>&1; do sleep 0.05; done
+exec </dev/null
+set -ex
+make -C "$ROOT" install
+hive host --listen 127.0.0.1 --port "$PORT" --node alpha
+make -C "$ROOT" install START=1
+until systemctl --user show hive-daemon -p StatusText | grep "connected to"; do sleep 0.05; done
+systemctl --user reload hive-host hive-daemon
+hive doctor
+systemctl --user show hive-host hive-daemon -p ActiveState -p NRestarts
+make -C "$ROOT" uninstall
+systemctl --user is-active hive-host hive-daemon || ! pgrep -x mosquitto
+"""
+
+
+def test_a_real_systemd_runs_the_daemon_and_the_carried_hive(machine: Machine) -> None:
+    """A user's manager, in namespaces where the system seems to have been booted with it."""
+    need_mosquitto()
+    need("systemctl")
+    if os.geteuid():
+        pytest.skip("only root can have a place of its own for systemd")
+    path = f"{machine.home}/.local/bin:{os.environ['PATH']}:/usr/sbin:/usr/lib/systemd"
+    given = {"PATH": path, "ROOT": str(ROOT), "PYTHON": sys.executable, "PORT": str(free_port())}
+    machine.with_paho().environment = {
+        **{"HOME": str(machine.home), "XDG_RUNTIME_DIR": "/run/user/0"},
+        **given,
+    }
+    place = (
+        "timeout",
+        "90",
+        "unshare",
+        "--mount",
+        "--pid",
+        "--cgroup",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+    )
+    done = machine.run(*place, "sh", "-c", IN_A_PLACE_OF_ITS_OWN)
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        missing("no place of its own for systemd can be had here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "systemd keeps it running" in done.stdout and "started   systemctl" in done.stdout
+    assert re.search("ok +hosting +Mosquitto is kept running by systemd", done.stdout)
+    assert done.stdout.count("NRestarts=0\nActiveState=active\n") == 2, done.stdout
+    assert "stopped   hive-host\n" in done.stdout and "inactive\ninactive\n" in done.stdout
 
 
 # ---- launchd -----------------------------------------------------------------------------
@@ -208,17 +269,21 @@ def test_on_a_mac_launchd_gets_its_plist(tmp_path: Path) -> None:
     assert job["KeepAlive"] == {"SuccessfulExit": False}
     assert job["Umask"] == 0o077
     assert Path(job["StandardErrorPath"]).parent == mac.home / "Library/Logs"
+    page = plistlib.loads(mac.inside(mac.home / PLIST.replace("daemon", "web")).read_bytes())
+    assert page["ProgramArguments"] == [f"{mac.home}/.local/bin/hive", "web"]
+    assert (page["Label"], page["StandardOutPath"]) == ("ai.hive.web", "/dev/null")
     assert not mac.inside(mac.home / USER_UNIT).exists()
 
 
-def test_the_plist_passes_a_plist_checker() -> None:
-    file = str(ROOT / "units/launchd/ai.hive.daemon.plist")
+@pytest.mark.parametrize("name", ["ai.hive.daemon", "ai.hive.web"])
+def test_the_plist_passes_a_plist_checker(name: str) -> None:
+    file = str(ROOT / f"units/launchd/{name}.plist")
     if need("plutil", "plistutil") == "plutil":
         subprocess.run(["plutil", "-lint", file], check=True)
     else:  # 2.2.0 ends with 0 whatever it found
         done = subprocess.run(["plistutil", "-i", file], capture_output=True, check=True)
         assert b"ERROR" not in done.stderr
-        assert b"ai.hive.daemon" in done.stdout
+        assert name.encode() in done.stdout
 
 
 # ---- make install, make uninstall --------------------------------------------------------
@@ -364,6 +429,7 @@ def test_another_program_called_hive_is_not_touched(machine: Machine) -> None:
             [
                 "systemctl --user daemon-reload",
                 "systemctl --user stop hive-daemon",
+                "systemctl --user try-restart hive-web",
                 "systemctl --user enable --now hive-daemon",
             ],
         ),
@@ -372,6 +438,7 @@ def test_another_program_called_hive_is_not_touched(machine: Machine) -> None:
             PLIST,
             [
                 "launchctl bootout gui/ME/ai.hive.daemon",
+                "launchctl kickstart -k gui/ME/ai.hive.web",
                 "launchctl print gui/ME/ai.hive.daemon",
                 "launchctl bootstrap gui/ME HOME/Library/LaunchAgents/ai.hive.daemon.plist",
             ],
@@ -394,20 +461,28 @@ def test_start_1_starts_it_and_uninstall_stops_it(
     assert left <= there | {".local/lib/hive"}
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_uninstall_takes_the_unit_of_hive_host_out_if_it_runs_what_goes(
-    machine: Machine, ours: bool
+@pytest.mark.parametrize(
+    ("system", "file", "told"),
+    [
+        ("Linux", ".config/systemd/user/hive-host.service", "systemctl --user disable --now HOST"),
+        ("Darwin", "Library/LaunchAgents/ai.hive.host.plist", "launchctl bootout gui/ME/ai.HOST"),
+    ],
+)
+@pytest.mark.parametrize("here", [True, False], ids=["of this hive", "of another one"])
+def test_uninstall_takes_the_unit_of_a_carried_hive_and_leaves_its_data(
+    tmp_path: Path, system: str, file: str, told: str, here: bool
 ) -> None:
-    machine.with_paho().make("install")
-    program = f"{machine.home}/.local/lib/hive/hive.py" if ours else "/opt/hive.py"
-    unit = machine.put(
-        ".config/systemd/user/hive-host.service",
-        f"[Service]\nExecStart=python3 '{program}' host --foreground\n",
-    )
+    machine = Machine(tmp_path, system)
+    program = machine.home / ".local/lib/hive/hive.py" if here else Path("/src/hive/hive.py")
+    command = ["/usr/bin/python3", str(program), "host", "--foreground"]
+    text = hive.systemd_unit(command)
+    unit = machine.put(file, text if system == "Linux" else hive.launchd_agent(command, tmp_path))
+    data = machine.put(".local/state/hive/alpha/mosquitto/passwords", "")
     said = machine.make("uninstall")
-    assert unit.exists() != ours
-    assert ("stopped   hive-host\n" in said) == ours
-    assert ("systemctl --user disable hive-host\n" in machine.told.read_text()) == ours
+    told = told.replace("ai.HOST", "ai.hive.host").replace("HOST", "hive-host")
+    did = told.replace("ME", str(os.getuid())) in machine.told.read_text()
+    assert (did, unit.exists(), "stopped   hive-host\n" in said) == (here, not here, here)
+    assert data.exists() and f"kept      {machine.home}/.local/state/hive\n" in said
 
 
 def test_an_update_with_start_1_restarts_what_has_changed(machine: Machine) -> None:

@@ -195,13 +195,8 @@ def test_hooks_stand_beside_those_of_others_and_are_taken_out_exactly(
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(THEIRS, indent=2, ensure_ascii=False) + "\n")
     before = file.read_text()
-
-    def foreign() -> dict[str, Any]:
-        """What is in there besides an entry of hive's, which is no hook."""
-        return {k: v for k, v in json.loads(file.read_text()).items() if k != vendor.place[0]}
-
     assert install(name, hooks=True)[-1].startswith(f"{file}: /opt/x/hive --config")
-    after = foreign()
+    after = json.loads(file.read_text())
     handler: dict[str, Any] = {"type": "command", "command": " ".join([*HIVE, "hook"])}
     handler |= {"timeout": 10_000 if name == "gemini" else 10}
     for event in vendor.events:
@@ -213,6 +208,15 @@ def test_hooks_stand_beside_those_of_others_and_are_taken_out_exactly(
     assert oct(file.stat().st_mode & 0o777) == "0o600"
     uninstall(name)
     assert file.read_text() == before
+
+
+def test_what_a_program_writes_into_the_file_of_its_hooks_meanwhile_stays(home: Path) -> None:
+    file = home / ".gemini" / "settings.json"
+    file.parent.mkdir()
+    script = f"#!/bin/sh\necho '{json.dumps({'mcpServers': {'hive': {}}})}' >{file}\n"
+    (home / "bin" / "gemini").write_text(script)
+    install("gemini", hooks=True)
+    assert [*json.loads(file.read_text())] == ["mcpServers", "hooks"]
 
 
 def test_a_file_with_nothing_but_hives_hooks_goes_with_them(home: Path) -> None:
@@ -557,7 +561,7 @@ def test_codex_is_told_by_its_queue_once_its_session_is_known(
     assert "wake up" in session.hook("Stop")["reason"]
     for trigger in ("exec", "user"):
         meta = {"threadId": thread, "x-codex-turn-metadata": {"turn_trigger": trigger}}
-        session.ask(call(1, "list_agents", _meta=meta))
+        session.ask(call(1, "list_agents", meta))
         send(hive, "codex", f"from a turn of {trigger}")
         if trigger == "exec":
             assert f"turn of {trigger}" in session.tool("read_inbox")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -13,6 +14,7 @@ import socket
 import struct
 import subprocess
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,23 +265,38 @@ def test_where_no_daemon_runs_it_waits_for_one(
     assert seen.ends() == code
 
 
+@contextlib.contextmanager
+def at_the_door(hive: Hive, name: str, answer: dict[str, Any]) -> Iterator[None]:
+    """Answer whoever comes to a node's door, as no daemon of this version would."""
+    folder = hive.node(name).home / "state"
+    folder.mkdir(mode=0o700)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            visitor, _ = listener.accept()
+            with visitor:
+                visitor.recv(1000)
+                visitor.sendall(json.dumps(answer).encode() + b"\n")
+                visitor.recv(1000)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        with contextlib.chdir(folder):
+            listener.bind("door")
+        listener.listen()
+        serving = threading.Thread(target=serve)
+        serving.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        serving.join(PATIENCE)
+
+
 def test_an_error_is_said_on_the_screen_that_was_there_before(
     hive: Hive, terminal: Callable[..., Terminal]
 ) -> None:
     """As a daemon of before would: it has no such request."""
-    alpha = hive.node("alpha")
-    door = alpha.home / "state" / "door"
-    door.parent.mkdir(mode=0o700)
-    with socket.socket(socket.AF_UNIX) as listener:
-        with contextlib.chdir(door.parent):
-            listener.bind("door")
-        listener.listen()
+    with at_the_door(hive, "alpha", {"error": "no such request: 'watch'"}):
         seen = terminal("alpha", "status", "--watch")
-        visitor, _ = listener.accept()
-        with visitor:
-            visitor.recv(1000)
-            visitor.sendall(b'{"error": "no such request: \'watch\'"}\n')
-            assert seen.ends() == 1
+        assert seen.ends() == 1
     said = "hive: the daemon of alpha: no such request: 'watch'; is it of another version?"
     after = seen.seen[seen.seen.index(LEFT) :].decode()
     assert said in " ".join(after.split())

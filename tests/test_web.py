@@ -152,7 +152,7 @@ FORBIDDEN: dict[str, dict[str, str]] = {
 
 
 def test_nothing_is_told_to_others(site: Site) -> None:
-    for path in ("/events", "/log", "/exchange?id=x"):
+    for path in ("/", "/events", "/log", "/exchange?id=x"):
         answers = {name: site.ask(path, **headers) for name, headers in FORBIDDEN.items()}
         assert {name: status for name, (status, _, _) in answers.items()} == dict.fromkeys(
             FORBIDDEN, 403
@@ -177,6 +177,10 @@ def test_it_is_reached_through_a_tunnel_from_any_port(site: Site) -> None:
 
 def test_a_script_may_show_the_key_instead(site: Site) -> None:
     assert site.ask("/log", cookie="", authorization=f"Bearer {KEY}")[0] == 200
+
+
+def test_a_link_may_stand_on_another_site(site: Site) -> None:
+    assert site.ask(f"/?key={KEY}", cookie="", sec_fetch_site="cross-site")[0] == 200
 
 
 def test_a_key_in_the_address_opens_the_page_alone(site: Site) -> None:
@@ -212,7 +216,7 @@ def test_the_page_asks_nobody_else_and_runs_nothing_else(site: Site) -> None:
 def test_the_page_is_as_short_as_its_lines_are() -> None:
     lines = hive.WEB_PAGE.splitlines()
     assert max(map(len, lines)) <= 100
-    assert len(lines) <= 820
+    assert len(lines) <= 815
 
 
 # ---- what is asked
@@ -227,7 +231,8 @@ def test_a_page_is_told_of_everything_and_then_of_what_is_new(site: Site) -> Non
     assert (own["me"], own["daemon"], own["connected"]) == ("alpha", True, True)
     nodes = {said["name"]: said for kind, said in events if kind == "node"}
     assert nodes["studio"]["status"] == "offline" and nodes["studio"]["since"] > 0
-    assert nodes["alpha"]["agents"][1]["directory"] == "~/src/hive"
+    works = {agent["name"]: agent.get("directory") for agent in nodes["alpha"]["agents"]}
+    assert works == {"claude-0": "~/src/hive", "main": None}
     hour = next(said for kind, said in events if kind == "history")
     assert len(hour["nodes"]["alpha"][0]) == len(hour["nodes"]["alpha"][1]) == 60
     assert ["alpha", "attic"] in [pair[:2] for pair in hour["traffic"]]
@@ -319,6 +324,13 @@ def test_the_log_is_searched(site: Site) -> None:
     for query, fits in searches.items():
         rows = site.get(f"/log?{query}")["rows"]
         assert rows and all(map(fits, rows)), query
+
+
+def test_prometheus_shows_the_key_and_gets_its_numbers(site: Site) -> None:
+    status, head, body = site.ask("/metrics", cookie="", authorization=f"Bearer {KEY}")
+    assert status == 200 and "text/plain; version=0.0.4" in head
+    assert b"# TYPE hive_" in body
+    assert site.ask("/metrics", cookie="")[0] == 403
 
 
 def test_a_search_ends_and_says_where(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
