@@ -18134,7 +18134,7 @@ listen();
 # All of it was measured on Claude Code 2.1.332, Codex 0.169, Gemini CLI 0.61, OpenCode 1.18 and
 # OpenClaw 2026.9.  Knows nothing of what is told.
 
-VENDOR_DEADLINE = 60.0  # seconds in which a program changes its own configuration
+VENDOR_DEADLINE = 180.0  # seconds in which a program changes its own configuration
 MAX_SETTINGS = 8 * KIB * KIB  # bytes
 HOOK_TIMEOUT = 10  # seconds that a program waits for a hook
 HOOK_PATIENCE = 2.0  # seconds that a hook waits for the daemon, and for who tells just now
