@@ -97,7 +97,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 TYPE_CHECKING = False  # to mypy it is true; others need not import what only mypy reads
@@ -260,8 +260,9 @@ class Value:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         mine = vars(self)
-        mine.update(self.DEFAULTS)
-        mine.update(zip(self.__match_args__, values, strict=False), **named)
+        mine.update(self.DEFAULTS, **named)
+        if values:
+            mine.update(zip(self.__match_args__, values, strict=False))
         if mine.keys() != self.FIELDS.keys() or len(values) > len(mine):
             raise TypeError(f"{type(self).__name__}: its fields are {', '.join(self.FIELDS)}")
 
@@ -530,7 +531,7 @@ class Envelope(Value):
                 values[attribute] = check(value)
             except ValueError:
                 raise EnvelopeError(f"{key}: {quoted(value)} is not {docstring(check)}") from None
-        rest = replace_surrogates(rest)
+        rest = replace_surrogates(rest) if rest else rest
         for key, value in rest.items():
             if not portable({key: value}):
                 raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, or too deep)")
@@ -665,6 +666,15 @@ def topic_prefix(value: object) -> str:
     return value
 
 
+@lru_cache(1000)
+def place_of(prefix: str, topic: str) -> tuple[str, str, str] | None:
+    home = f"{prefix}/"
+    levels = topic.removeprefix(home).split("/")
+    if not topic.startswith(home) or not 2 <= len(levels) <= 3 or levels[0] == "meta":
+        return None
+    return levels[0], levels[1], levels[2] if len(levels) == 3 else ""
+
+
 class Topics(Value):
     """The topics of one hive (protocol, "Topics"), and who publishes there.
 
@@ -690,11 +700,7 @@ class Topics(Value):
 
     def place(self, topic: str) -> tuple[str, str, str] | None:
         """The (recipient, channel, sender) of an envelope's topic; an open one names no sender."""
-        home = f"{self.prefix}/"
-        levels = topic.removeprefix(home).split("/")
-        if not topic.startswith(home) or not 2 <= len(levels) <= 3 or levels[0] == "meta":
-            return None
-        return levels[0], levels[1], levels[2] if len(levels) == 3 else ""
+        return place_of(self.prefix, topic)
 
     def meta(self, name: str, document: str) -> str:
         """Where a state (`state`), a roster (`roster`) or an action's latest result is kept."""
@@ -1425,6 +1431,10 @@ class Event(Enum):
 
 
 ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
+NEW_ROW = (
+    f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+    " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)"
+)
 ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
 
 
@@ -1556,8 +1566,7 @@ class Journal:
         content: str | None,
     ) -> int | None:
         row = self._database.insert(
-            f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
-            " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)",
+            NEW_ROW,
             (
                 *(now, event.value, id, about.ch, about.sender, about.to, about.action),
                 *(about.exchange, note, content, id, about.sender),
@@ -2729,7 +2738,8 @@ class Requests:
         self._sessions = sessions
         self._numbers = numbers
         self._after_commit, self._send, self._connection = after_commit, send, connection
-        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
+        # Who wants to know whether an id was published, and how to forget that when it goes.
+        self._senders: dict[str, tuple[Requester, Callable[[], object]]] = {}
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
         self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
         self._watchers: dict[Requester, bool] = {}  # is it to be told of the next change?
@@ -2751,8 +2761,9 @@ class Requests:
         envelope: Envelope = given["envelope"]
         if fault := self._objection(given, requester) or self._send(envelope):
             return {"error": fault}
-        self._senders[envelope.id] = requester
-        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
+        forget = partial(self._senders.pop, envelope.id, None)
+        self._senders[envelope.id] = requester, forget
+        requester.on_close.append(forget)
         answer = {"queued": True, "connected": self._connection()["connected"]}
         if self._for_an_agent(envelope):
             answer["agentless"] = self._members.has_no_agent(envelope.to)
@@ -2864,8 +2875,9 @@ class Requests:
 
     def published(self, message: OutgoingMessage, code: int, words: str) -> bool:
         """The broker has a message, or refused it; is whoever sent it still there?"""
-        requester = self._senders.pop(message.id or "", None)
+        requester, forget = self._senders.pop(message.id or "", (None, do_nothing))
         if requester:
+            requester.on_close.remove(forget)  # it may stay for weeks, and send much
             said = {"published": code, "words": words, "topic": message.topic, "id": message.id}
             requester.send(said)
         return requester is not None
@@ -3143,7 +3155,8 @@ class Node:
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
-        self._outcomes = Counter[tuple[str, str]]()  # of messages, by channel
+        self._outcomes = Counter[tuple[str, str | Do]]()  # of messages, by channel
+        self._context_of: tuple[object, ...] = ()
         self._began, self._connections = time.time(), 0
         self.worker = Worker()
         self.members = Members(
@@ -3247,7 +3260,10 @@ class Node:
         found: dict[str, list[list[Any]]] = {name: [[value]] for name, value in one.items()}
         found["hive_build_info"] = [[*build_info, 1]]
         found["hive_members"] = [[*item] for item in self.members.count().items()]
-        found["hive_messages_total"] = [[*which, n] for which, n in self._outcomes.items()]
+        found["hive_messages_total"] = [
+            [ch, of if isinstance(of, str) else of.name.lower(), n]
+            for (ch, of), n in self._outcomes.items()
+        ]
         theirs, sessions = self.worker.numbers(), (*self.sessions.live, *self.sessions.away)
         queues = [["outbox", self.journal.outbox_size], ["questions", self.journal.questions]]
         queues += [["inboxes", sum(map(self.journal.unread, sessions))]]
@@ -3318,7 +3334,7 @@ class Node:
         self.counts["received"] += 1
         if place and self._names_sender(place) and self._is_too_much(place[2], place[1]):
             self.counts["dropped"] += 1  # before it has cost anything: no flood delays the others
-            self._outcomes[place[1] if place[1] in CHANNELS else "none", "drop"] += 1
+            self._outcomes[place[1] if place[1] in CHANNELS else "none", Do.DROP] += 1
             self._log_limited("dropped", ch=place[1], from_=place[2], why=TOO_MANY)
             return self._settle(message)
         try:
@@ -3444,6 +3460,13 @@ class Node:
         return (*self.worker.agents, *self.sessions.live)
 
     def context(self) -> RoutingContext:
+        """What decide() takes; made anew where something in it is another."""
+        parts = (self.worker, self.worker.handlers, self.agents)
+        if parts != self._context_of:
+            self._context_of, self._context = parts, self._make_context()
+        return self._context
+
+    def _make_context(self) -> RoutingContext:
         return RoutingContext(
             node=self.name,
             agents=self.agents,
@@ -3462,13 +3485,15 @@ class Node:
         return (self.name if own else self.members.node_of(agent)) == node
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
-        facts |= {"to": envelope.to, "action": envelope.action}
-        self._outcomes[envelope.ch, "seen" if what == SEEN_BEFORE else what.do.name.lower()] += 1
+        facts: dict[str, object] = {
+            **{"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender},
+            **{"to": envelope.to, "action": envelope.action},
+        }
+        self._outcomes[envelope.ch, "seen" if what is SEEN_BEFORE else what.do] += 1
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
-                quiet = what == SEEN_BEFORE or what.reason == OTHER_KIND  # said otherwise
+                quiet = what is SEEN_BEFORE or what.reason == OTHER_KIND  # said otherwise
                 say = self.log.debug if quiet else self._log_limited
                 say("dropped", **facts, why=what.reason)
             case Do.HEAR:
@@ -4940,10 +4965,6 @@ class InstanceConfig(ConfigTable):
             raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
         if self.is_program and not self.dir:
             raise ConfigError(f'{where}.dir: missing; via = "{self.via}" works there')
-        said = [key for key in ("dir", "session", "options") if getattr(self, key)]
-        if said and not self.is_program:
-            which = " or ".join(f'"{via}"' for via in PROGRAMS)
-            raise ConfigError(f"{where}.{said[0]}: has no meaning without via = {which}")
         if self.via == "hook" and not self.hook_token:
             raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
 
@@ -7754,14 +7775,16 @@ class Members:
         """The last state or roster of each name; to a state its heartbeats count as well."""
         found = {}
         for name, member in self._members.items():
-            document = read_json_object(member.documents.get(kind, b"")) or {}
+            said = read_json_object(member.documents.get(kind, b"")) or {}
+            document = dict(said)
             seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
             if kind == "state" and document and member.seen > seen:
                 document["last_seen"] = member.seen
             if member.status is MemberStatus.FAILED and status_of(document) in ALIVE:
                 document |= {"status": "offline", "reason": "lost"}  # our judgement, not its word
-            if kind == "roster" and member.status in (MemberStatus.LEFT, MemberStatus.FAILED):
-                document.pop("sessions", None)
+            gone = member.status in (MemberStatus.LEFT, MemberStatus.FAILED)
+            if kind == "roster" and gone and document.pop("sessions", None):
+                document["away"] = sorted(names_in(said, "sessions", "away"))
             if document:
                 found[name] = document
         return self._with_agents(found) if kind == "state" else found
@@ -12070,6 +12093,12 @@ def row_text(row: Mapping[str, Any]) -> str:
     return str(said or row["note"])
 
 
+def receipt_words(row: Mapping[str, Any]) -> str:
+    """What became of a message, if a row tells that as a receipt that counts."""
+    note = str(row["note"])
+    return printable(note.removeprefix(RECEIPT_NOTE), 80) if note.startswith(RECEIPT_NOTE) else ""
+
+
 def log_lines(row: Mapping[str, Any], width: int) -> str:
     """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
 
@@ -12077,7 +12106,7 @@ def log_lines(row: Mapping[str, Any], width: int) -> str:
     an agent is no news, nor is a receipt; `show` has them.
     """
     told = row["event"] == "did" and str(row["note"]).startswith("told ")
-    if (row["ch"] == "alert" and told) or str(row["note"]).startswith(RECEIPT_NOTE):
+    if (row["ch"] == "alert" and told) or receipt_words(row):
         return ""
     first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
     lines, indent = [first[:width]], " " * 4
@@ -12104,10 +12133,9 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     lines = []
     for row in rows:
         action = f", {row['action']}" if row["action"] else ""
-        if str(row["note"]).startswith(RECEIPT_NOTE):
+        if receipt := receipt_words(row):
             if row["event"] == "in":  # of those that we gave we say what was done
-                said = printable(row["note"].removeprefix(RECEIPT_NOTE), MAX_ERROR)
-                lines.append(f"{clock_time(row['time'])} {row['from']}: {said}")
+                lines.append(f"{clock_time(row['time'])} {row['from']}: {receipt}")
             continue
         if row["event"] == "did":
             lines.append(f"{clock_time(row['time'])} did: {printable(row['note'], MAX_ERROR)}")
@@ -15917,8 +15945,8 @@ def still_missing(
     if not silent:
         return ""
     about = [row for row in rows if (row["envelope"] or {}).get("replyTo") == envelope.id]
-    told = [row for row in about if row["event"] == "in" and row["ch"] == "status"]
-    known = "; ".join(f"{row['from']}: {printable(row_text(row), 80)}" for row in told[-10:])
+    told = [row for row in about if row["event"] == "in" and receipt_words(row)]
+    known = "; ".join(f"{row['from']}: {receipt_words(row)}" for row in told[-10:])
     later = f"The answer comes to your inbox; or wait on: wait_answer with id {envelope.id}."
     return f"No answer from {', '.join(silent)} yet{f' ({known})' if known else ''}. {later}"
 
@@ -17296,25 +17324,21 @@ WEB_PAGE = r"""<!DOCTYPE html>
 .how { color: var(--how, var(--off)) }
 .mark { width: 1.05em; height: 1.05em; flex: none; fill: var(--how, var(--off)) }
 
-* { box-sizing: border-box; margin: 0 }
-[hidden] { display: none !important }
+* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important }
 body { background: var(--paper); color: var(--ink); min-height: 100vh; overflow-wrap: anywhere;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 h1 { font-size: clamp(1.5rem, 1rem + 2vw, 2.25rem); line-height: 1.2; letter-spacing: -.02em }
-h2 { font-size: 1rem } h2 small { font-weight: 400 }
-ul, ol { list-style: none; padding: 0 }
+h2 { font-size: 1rem } h2 small { font-weight: 400 } ul, ol { list-style: none; padding: 0 }
 time, small { font-variant-numeric: tabular-nums }
 code { font: .9em/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap }
 button, input, select, textarea { font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: 9px; padding: .4rem .75rem; min-height: 2.5rem }
-button { cursor: pointer }
-button:hover { border-color: var(--honey) }
+button { cursor: pointer } button:hover { border-color: var(--honey) }
 .main { background: var(--honey); color: var(--on-honey); border-color: #0000; font-weight: 600 }
 .quiet { border-color: #0000; background: none; color: var(--accent); padding: 0 .5rem }
 :focus-visible { outline: 2px solid var(--honey); outline-offset: 2px }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-.skip:not(:focus) { position: absolute; left: -99rem }
-.soft { color: var(--soft) }
+.skip:not(:focus) { position: absolute; left: -99rem } .soft { color: var(--soft) }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
   box-shadow: var(--shade) }
 .empty { border: 1px dashed var(--line); border-radius: 14px; padding: 2rem; color: var(--soft);
@@ -17372,8 +17396,7 @@ main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inli
   &.finding { grid-template-columns: 1.2rem 7rem 1fr;
     code { display: block; color: var(--accent) } } }
 #log li { content-visibility: auto; contain-intrinsic-size: auto 2.6rem }
-#older { margin: 1rem auto; display: block }
-#waits h2 { margin: 1.5rem 0 .6rem }
+#older { margin: 1rem auto; display: block } #waits h2 { margin: 1.5rem 0 .6rem }
 
 #drawing { width: 100%; height: max(20rem, calc(100vh - 17rem)); display: block }
 .cell { cursor: pointer;
@@ -17387,7 +17410,7 @@ main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inli
 #drawing text { text-anchor: middle; fill: var(--ink); font-weight: 600; pointer-events: none;
   paint-order: stroke; stroke: color-mix(in srgb, var(--card) 60%, #0000); stroke-width: 5;
   &.how { fill: var(--how) } }
-.comb { fill: none; stroke: var(--line); stroke-width: 1.5 }
+#comb path { fill: none; stroke: var(--line); stroke-width: 1.5 }
 .flow { fill: none; stroke: var(--ink); stroke-linecap: round;
   &.to-all { stroke-dasharray: 1 8 } }
 .spark { fill: var(--ink); stroke: var(--honey); stroke-width: 4 }
@@ -17413,13 +17436,13 @@ dialog { border: 0; border-left: 1px solid var(--line); background: var(--card);
     p { background: color-mix(in srgb, var(--honey) 20%, var(--card));
       border-radius: 14px 4px 14px 14px } }
   &.alert p { box-shadow: inset 3px 0 var(--bad) } }
-.note { color: var(--soft); font-size: .88rem; margin-bottom: .9rem; padding-left: .75rem;
-  border-left: 2px solid var(--line) }
+.note { color: var(--soft); font-size: .88rem; padding-left: .75rem;
+  border-left: 2px solid var(--line); + .said { margin-top: .9rem } }
 #said { position: fixed; inset: auto 0 5.5rem; margin: auto; width: fit-content; max-width: 90vw;
   background: var(--ink); color: var(--paper); padding: .55rem 1rem; border-radius: 12px;
   z-index: 3; &:empty { display: none } }
 
-@media (min-width: 52rem) { html { scrollbar-gutter: stable } .brand + nav + .main { flex: none } }
+@media (min-width: 52rem) { html { overflow-y: scroll } }
 @media (max-width: 52rem) {
   main { padding-top: 1.25rem }
   nav { position: fixed; inset: auto 0 0; background: var(--card); justify-content: space-around;
@@ -17495,7 +17518,14 @@ hive invite NAME      # and there what it prints: hive join LINE</code></div>
   <section id="view-map" aria-labelledby="h-map">
     <div class="head"><div><h1 id="h-map">Who speaks to whom</h1>
       <p class="soft" id="flows">&nbsp;</p></div></div>
-    <svg id="drawing" role="img" aria-labelledby="flows"></svg>
+    <svg id="drawing" role="img" aria-labelledby="flows"><defs>
+      <pattern id="comb" patternUnits="userSpaceOnUse"/>
+      <radialGradient id="fade" gradientUnits="userSpaceOnUse" cx="0" cy="0">
+        <stop offset=".3" stop-color="#fff"/><stop offset="1" stop-color="#000"/></radialGradient>
+      <mask id="veil" x="-9999" y="-9999" width="19998" height="19998" maskUnits="userSpaceOnUse">
+        <rect x="-9999" y="-9999" width="19998" height="19998" fill="url(#fade)"/></mask></defs>
+      <rect x="-9999" y="-9999" width="19998" height="19998" fill="url(#comb)" mask="url(#veil)"/>
+      <g id="cells"/><g id="flowing"/><g id="labels"/><g id="sparks"/></svg>
     <details><summary>The same as a table</summary><table><thead><tr><th>From<th>To<th>Messages
       <th>Last</thead><tbody id="pairs"></tbody></table></details>
   </section>
@@ -17765,9 +17795,17 @@ const showMessages = () => {
     : "Nothing like that is kept here.");
 };
 const openThread = async (id, again) => {
-  const { rows, error } = await ask(`/exchange?id=${encodeURIComponent(id)}`);
-  if (thread !== id) return;
-  if (!rows?.length) return again || tell(error || "Nothing is known of that any more.");
+  const rows = [];
+  for (let more = true; more && rows.length < 500;) {
+    const query = new URLSearchParams({ id, after: rows.at(-1)?.n || 0 });
+    const said = await ask(`/exchange?${query}`);
+    if (thread !== id) return;
+    if (said.error) return again || tell(said.error);
+    rows.push(...said.rows);
+    more = said.rows.length;
+  }
+  if (!rows.length) return again || tell("Nothing is known of that any more.");
+  openThread.exchange = rows[0].exchange;
   const said = rows.filter((row, i) => row.event === "did"
     || rows.findIndex((other) => other.id === row.id) === i);
   const first = said.find((row) => row.event !== "did") || said[0];
@@ -17843,68 +17881,62 @@ const traffic = () => { // between nodes: what agents say counts for theirs
   }
   return [...pairs.values()].sort((a, b) => b[2] - a[2]).slice(0, 500);
 };
-const cell = (node, large) => {
+const cell = (name, word, load, agents, at, large) => {
   const shape = draw("path", { d: hexagon(1) });
-  shape.style.setProperty("--full", `${Math.min(80, 18 + 40 * (node.load || 0))}%`);
-  return draw(`g.cell.${how(node)}${node.name === hive.me ? ".me" : ""}`, () => openNode(node.name),
-    { transform: `translate(${places.get(node.name)})` }, shape,
-    draw("title", `${node.name}: ${how(node)}`), node.agents.slice(0, 6).map((agent, i) =>
-      draw(`circle.${agent.status === "down" ? "down" : "online"}`, draw("title", agent.name),
-        { r: large ? 7 : 9, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
+  shape.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
+  return draw(`g.cell.${word}${name === hive.me ? ".me" : ""}`, () => openNode(name),
+    { transform: `translate(${at})` }, shape, draw("title", `${name}: ${word}`),
+    agents.slice(0, 6).map(({ name: agent, status }, i) => draw(`circle.${status || "unknown"}`,
+      { r: large ? 7 : 9, cx: CORNERS[i][0], cy: CORNERS[i][1] }, draw("title", agent))));
 };
-const label = (node, large) => {
-  const [x, y] = places.get(node.name), word = how(node), well = word === "online";
-  if (!large && well && node.name !== hive.me) return [];
-  const size = large ? Math.min(17, 125 / node.name.length) : 40;
-  return [draw("text", { x, y: y + (well ? 5 : 0), "font-size": size }, node.name),
-    well || !large ? [] : draw(`text.how.${word}`, { x, y: y + 18, "font-size": 12 }, word)].flat();
+const label = (name, word, [x, y], large) => {
+  const well = word === "online", size = large ? Math.min(17, 125 / name.length) : 40;
+  return draw("g", draw("text", { x, y: y + (well ? 5 : 0), "font-size": size }, name),
+    !well && large && draw(`text.how.${word}`, { x, y: y + 18, "font-size": 12 }, word));
 };
-const flow = ([from, to, number, last]) => draw(`path.flow.to-${to}`, {
-  d: to === "all" ? hexagon(1.2) : way(places.get(from), places.get(to)),
-  transform: to === "all" ? `translate(${places.get(from)})` : "",
-  "stroke-width": Math.min(8, 1.5 + .8 * Math.log2(number)),
-  opacity: Math.max(.12, .6 - (Date.now() / 1000 - last) / 6000),
-}, draw("title", `${from} → ${to}: ${many(number, "message")}`));
-const comb = (pitch, wide, tall) => { // the empty cells around, which fade away
-  const w = pitch, h = pitch * Math.sqrt(3);
-  const all = [[0, 0], [w, 0], [0, h], [w, h], [w / 2, h / 2]];
-  const box = { x: -4 * wide, y: -4 * tall, width: 8 * wide, height: 8 * tall };
-  return [draw("defs", draw("pattern", { id: "comb", width: w, height: h,
-    patternUnits: "userSpaceOnUse" }, all.map((at) => draw("path.comb", { d: hexagon(.96),
-    transform: `translate(${at})` }))), draw("radialGradient", { id: "fade", cx: 0, cy: 0,
-    r: 1.6 * Math.max(wide, tall), gradientUnits: "userSpaceOnUse" }, draw("stop", { offset: .3,
-    "stop-color": "#fff" }), draw("stop", { offset: 1, "stop-color": "#000" })),
-  draw("mask", { id: "veil" }, draw("rect", box, { fill: "url(#fade)" }))),
-  draw("rect", box, { fill: "url(#comb)", mask: "url(#veil)" })];
-};
+const flow = (from, to, number, opacity, d, at) => draw(`path.flow.to-${to}`, { d, opacity,
+  transform: `translate(${at})`, "stroke-width": Math.min(8, 1.5 + .8 * Math.log2(number)) },
+draw("title", `${from} → ${to}: ${many(number, "message")}`));
 const showMap = () => {
   const all = [...nodes.values()].sort((a, b) =>
-    (b.name === hive.me) - (a.name === hive.me) || byName(a, b));
-  const number = all.length, large = number <= 61;
-  const pitch = R * Math.sqrt(3) * (number <= 7 ? 1.9 : number <= 19 ? 1.5 : large ? 1.25 : 1.06);
+    (b.name === hive.me) - (a.name === hive.me) || byName(a, b)), large = all.length <= 61;
+  const gap = all.length <= 7 ? 1.9 : all.length <= 19 ? 1.5 : large ? 1.25 : 1.06;
+  const pitch = R * Math.sqrt(3) * gap, flows = traffic();
   place(all.map((node) => node.name), pitch);
   const [wide, tall] = [0, 1].map((i) =>
     2 * R + Math.max(pitch, ...[...places.values()].map((at) => Math.abs(at[i]))));
-  const flows = traffic(), total = flows.reduce((sum, one) => sum + one[2], 0);
+  const [w, h] = [pitch, pitch * Math.sqrt(3)]; // the empty cells around
+  list($("comb"), [[0, 0], [w, 0], [0, h], [w, h], [w / 2, h / 2]].map((at, i) => [i, at]), (at) =>
+    draw("path", { d: hexagon(.96), transform: `translate(${at})` }));
+  for (const [key, value] of [["width", w], ["height", h]]) $("comb").setAttribute(key, value);
+  $("fade").setAttribute("r", 1.6 * Math.max(wide, tall));
   $("drawing").setAttribute("viewBox", `${-wide} ${-tall} ${2 * wide} ${2 * tall}`);
-  $("drawing").replaceChildren(...comb(pitch, wide, tall), ...all.map((node) => cell(node, large)),
-    draw("g", { id: "flowing" }, flows.map(flow)), ...all.flatMap((node) => label(node, large)));
-  say("flows", !total ? "No message in the last hour; the next one lights up." : 
+  list($("cells"), all.map((node) => [node.name, node.name, how(node), node.load || 0, node.agents,
+    places.get(node.name), large]), cell);
+  const named = all.filter((node) => large || how(node) !== "online" || node.name === hive.me);
+  list($("labels"), named.map((node) => [node.name, node.name, how(node), places.get(node.name),
+    large]), label);
+  const old = (last) => Math.max(.1, .6 - (Date.now() / 1000 - last) / 6000).toFixed(1);
+  list($("flowing"), flows.map(([from, to, number, last]) => {
+    const a = places.get(from), b = places.get(to), told = [from, to, number, old(last)];
+    return [`${from} ${to}`, ...told, ...(b ? [way(a, b), [0, 0]] : [hexagon(1.2), a])];
+  }), flow);
+  const total = flows.reduce((sum, one) => sum + one[2], 0);
+  say("flows", !total ? "No message in the last hour; the next one lights up." :
     `${many(total, "message")} in the last hour, as ${hive.me} saw them: the thicker, the more; a
     dotted rim is what went to all. The fuller a cell, the higher its load.`);
   list($("pairs"), flows.map((one) => [`${one[0]} ${one[1]}`, ...one]), (from, to, number, last) =>
     el("tr", el("td", from), el("td", to), el("td", number), el("td", stamp(last))));
 };
 const lightUp = (row) => {
-  const from = places.get(home(row.from)), to = places.get(home(row.to)), layer = $("flowing");
-  if (view !== "map" || !from || !layer || from === to || layer.lit > 30) return;
+  const from = places.get(home(row.from)), to = places.get(home(row.to)), sparks = $("sparks");
+  if (view !== "map" || !from || from === to || sparks.children.length > 30) return;
   const spark = to ? draw("circle.spark", { r: 9 }) : draw("path.flow", { d: hexagon(1.2),
     "stroke-width": 6, transform: `translate(${from})` });
   if (to) spark.style.offsetPath = `path("${way(from, to)}")`;
-  layer.append(spark);
-  layer.lit = (layer.lit || 0) + 1;
+  sparks.append(spark);
   spark.animate(to ? { offsetDistance: ["0%", "100%"] } : { opacity: [1, 0] }, { duration: 900,
-    easing: "ease-in-out" }).finished.then(() => { spark.remove(); layer.lit -= 1; });
+    easing: "ease-in-out" }).finished.then(() => spark.remove());
 };
 
 // ---- Doctor
@@ -17952,6 +17984,7 @@ const sendPing = async (name) => {
   const { error, exchange } = await ask("/send", ping);
   if (error) return tell(error);
   pings.set(exchange, [name, began]).set(name, "pinging …");
+  setTimeout(() => { if (pings.delete(exchange)) pings.set(name, "no answer in 10 s"); }, 1e4);
   paint();
 };
 const forget = async (name) => {
@@ -18048,7 +18081,7 @@ const EVENTS = {
       lightUp(row);
     }
     takeRow(row);
-    if (thread && $("thread").open) openThread(thread, true);
+    if (thread && row.exchange === openThread.exchange) openThread(thread, true);
   },
 };
 const listen = () => {

@@ -141,6 +141,19 @@ def test_a_message_is_shown_within_a_second(two: Hive, site_of: Callable[..., Si
     assert rows.first.inner_text().endswith("message 2")
 
 
+def test_a_message_lights_up_on_the_map(two: Hive, site_of: Callable[..., Site]) -> None:
+    page = site_of(two.nodes["alpha"]).open("map")
+    expect(page.locator(".cell")).to_have_count(2)
+    expect(page.locator("#flows")).to_contain_text("No message in the last hour")
+    say(two.nodes["beta"], "alpha", "look here")
+    page.locator("#sparks .spark").wait_for(state="attached")
+    page.locator("#sparks .spark").wait_for(state="detached")
+    expect(page.locator("#flowing path")).to_have_count(1)
+    say(two.nodes["beta"], "all", "and everybody")
+    page.locator("#sparks .flow").wait_for(state="attached")
+    expect(page.locator("#pairs tr")).to_have_count(2)
+
+
 def test_a_node_that_is_killed_turns_within_two_seconds(
     two: Hive, site_of: Callable[..., Site]
 ) -> None:
