@@ -11905,7 +11905,7 @@ def status_screen(
     ]
     header = ("NAME", "STATUS", "SEEN", "UPTIME", "LOAD", "AGENTS")
     title, *lines = format_table(header, cells, colour).splitlines()
-    body = [*head, "", title]
+    body = [*head, "", *([title] if rows else [])]
     for row, line in zip(rows, lines, strict=True):
         body += [line, *([f"  {row.why}"] if row.why else [])]
     if len(body) > (room := max(height - 2, 2)):
@@ -12763,7 +12763,7 @@ class StatusFeed:
 
     def __init__(self, config: Config) -> None:
         self.rows: list[StatusRow] = []  # the nodes
-        self.node, self.broker = config.node.id, "no broker"
+        self.node, self.broker = config.node.id, "its broker"
         self.fault = ""  # why what is known is old
         self.at = self.due = 0.0  # when it was so, Unix seconds; the next look, monotonic
         self.control: ControlClient | None = None
