@@ -97,7 +97,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 TYPE_CHECKING = False  # to mypy it is true; others need not import what only mypy reads
@@ -260,8 +260,9 @@ class Value:
 
     def __init__(self, *values: Any, **named: Any) -> None:
         mine = vars(self)
-        mine.update(self.DEFAULTS)
-        mine.update(zip(self.__match_args__, values, strict=False), **named)
+        mine.update(self.DEFAULTS, **named)
+        if values:
+            mine.update(zip(self.__match_args__, values, strict=False))
         if mine.keys() != self.FIELDS.keys() or len(values) > len(mine):
             raise TypeError(f"{type(self).__name__}: its fields are {', '.join(self.FIELDS)}")
 
@@ -530,7 +531,7 @@ class Envelope(Value):
                 values[attribute] = check(value)
             except ValueError:
                 raise EnvelopeError(f"{key}: {quoted(value)} is not {docstring(check)}") from None
-        rest = replace_surrogates(rest)
+        rest = replace_surrogates(rest) if rest else rest
         for key, value in rest.items():
             if not portable({key: value}):
                 raise EnvelopeError(f"{quoted(key)}: no portable JSON (NaN, or too deep)")
@@ -665,6 +666,15 @@ def topic_prefix(value: object) -> str:
     return value
 
 
+@lru_cache(1000)
+def place_of(prefix: str, topic: str) -> tuple[str, str, str] | None:
+    home = f"{prefix}/"
+    levels = topic.removeprefix(home).split("/")
+    if not topic.startswith(home) or not 2 <= len(levels) <= 3 or levels[0] == "meta":
+        return None
+    return levels[0], levels[1], levels[2] if len(levels) == 3 else ""
+
+
 class Topics(Value):
     """The topics of one hive (protocol, "Topics"), and who publishes there.
 
@@ -690,11 +700,7 @@ class Topics(Value):
 
     def place(self, topic: str) -> tuple[str, str, str] | None:
         """The (recipient, channel, sender) of an envelope's topic; an open one names no sender."""
-        home = f"{self.prefix}/"
-        levels = topic.removeprefix(home).split("/")
-        if not topic.startswith(home) or not 2 <= len(levels) <= 3 or levels[0] == "meta":
-            return None
-        return levels[0], levels[1], levels[2] if len(levels) == 3 else ""
+        return place_of(self.prefix, topic)
 
     def meta(self, name: str, document: str) -> str:
         """Where a state (`state`), a roster (`roster`) or an action's latest result is kept."""
@@ -1425,6 +1431,10 @@ class Event(Enum):
 
 
 ROW = "n, time, event, id, ch, sender, recipient, action, exchange, note, content"
+NEW_ROW = (
+    f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+    " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)"
+)
 ENTRY = ("n", "time", "event", "id", "ch", "from", "to", "action", "exchange", "note")
 
 
@@ -1556,8 +1566,7 @@ class Journal:
         content: str | None,
     ) -> int | None:
         row = self._database.insert(
-            f"INSERT OR IGNORE INTO log ({ROW}) SELECT NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
-            " WHERE NOT EXISTS (SELECT 1 FROM seen WHERE id = ? AND sender = ?)",
+            NEW_ROW,
             (
                 *(now, event.value, id, about.ch, about.sender, about.to, about.action),
                 *(about.exchange, note, content, id, about.sender),
@@ -2265,7 +2274,7 @@ class ControlClient:
         while b"\n" not in self._in:
             self._sock.settimeout(None if ends is None else max(0.0, ends - time.monotonic()))
             try:
-                data = self._sock.recv(PIPE_CHUNK)
+                data = self._sock.recv(READ_CHUNK)
             except (TimeoutError, BlockingIOError):
                 return None
             except OSError as error:
@@ -2729,7 +2738,8 @@ class Requests:
         self._sessions = sessions
         self._numbers = numbers
         self._after_commit, self._send, self._connection = after_commit, send, connection
-        self._senders: dict[str, Requester] = {}  # who wants to know whether an id was published
+        # Who wants to know whether an id was published, and how to forget that when it goes.
+        self._senders: dict[str, tuple[Requester, Callable[[], object]]] = {}
         self._listeners: dict[str, list[Requester]] = {}  # who waits for answers, by exchange
         self._followers: dict[Requester, tuple[dict[str, Any], int]] = {}  # filters, last row seen
         self._watchers: dict[Requester, bool] = {}  # is it to be told of the next change?
@@ -2751,8 +2761,9 @@ class Requests:
         envelope: Envelope = given["envelope"]
         if fault := self._objection(given, requester) or self._send(envelope):
             return {"error": fault}
-        self._senders[envelope.id] = requester
-        requester.on_close.append(lambda: self._senders.pop(envelope.id, None))
+        forget = partial(self._senders.pop, envelope.id, None)
+        self._senders[envelope.id] = requester, forget
+        requester.on_close.append(forget)
         answer = {"queued": True, "connected": self._connection()["connected"]}
         if self._for_an_agent(envelope):
             answer["agentless"] = self._members.has_no_agent(envelope.to)
@@ -2864,8 +2875,9 @@ class Requests:
 
     def published(self, message: OutgoingMessage, code: int, words: str) -> bool:
         """The broker has a message, or refused it; is whoever sent it still there?"""
-        requester = self._senders.pop(message.id or "", None)
+        requester, forget = self._senders.pop(message.id or "", (None, do_nothing))
         if requester:
+            requester.on_close.remove(forget)  # it may stay for weeks, and send much
             said = {"published": code, "words": words, "topic": message.topic, "id": message.id}
             requester.send(said)
         return requester is not None
@@ -3143,7 +3155,8 @@ class Node:
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
-        self._outcomes = Counter[tuple[str, str]]()  # of messages, by channel
+        self._outcomes = Counter[tuple[str, str | Do]]()  # of messages, by channel
+        self._context_of: tuple[object, ...] = ()
         self._began, self._connections = time.time(), 0
         self.worker = Worker()
         self.members = Members(
@@ -3237,6 +3250,7 @@ class Node:
             "hive_connected": self._connection()["connected"],
             "hive_degraded": bool(self.worker.trouble()),
             "hive_reconnects_total": max(0, self._connections - 1),
+            "hive_sessions": len(self.sessions.live),
             "hive_journal_bytes": self.journal.size,
             "hive_journal_on_disk": self.journal.on_disk,
             "process_cpu_seconds_total": time.process_time(),
@@ -3246,9 +3260,13 @@ class Node:
         found: dict[str, list[list[Any]]] = {name: [[value]] for name, value in one.items()}
         found["hive_build_info"] = [[*build_info, 1]]
         found["hive_members"] = [[*item] for item in self.members.count().items()]
-        found["hive_messages_total"] = [[*which, n] for which, n in self._outcomes.items()]
-        theirs = self.worker.numbers()
+        found["hive_messages_total"] = [
+            [ch, of if isinstance(of, str) else of.name.lower(), n]
+            for (ch, of), n in self._outcomes.items()
+        ]
+        theirs, sessions = self.worker.numbers(), (*self.sessions.live, *self.sessions.away)
         queues = [["outbox", self.journal.outbox_size], ["questions", self.journal.questions]]
+        queues += [["inboxes", sum(map(self.journal.unread, sessions))]]
         return found | theirs | {"hive_queue_length": queues + theirs.get("hive_queue_length", [])}
 
     def publish(self, message: OutgoingMessage) -> None:
@@ -3316,7 +3334,7 @@ class Node:
         self.counts["received"] += 1
         if place and self._names_sender(place) and self._is_too_much(place[2], place[1]):
             self.counts["dropped"] += 1  # before it has cost anything: no flood delays the others
-            self._outcomes[place[1] if place[1] in CHANNELS else "none", "drop"] += 1
+            self._outcomes[place[1] if place[1] in CHANNELS else "none", Do.DROP] += 1
             self._log_limited("dropped", ch=place[1], from_=place[2], why=TOO_MANY)
             return self._settle(message)
         try:
@@ -3442,6 +3460,13 @@ class Node:
         return (*self.worker.agents, *self.sessions.live)
 
     def context(self) -> RoutingContext:
+        """What decide() takes; made anew where something in it is another."""
+        parts = (self.worker, self.worker.handlers, self.agents)
+        if parts != self._context_of:
+            self._context_of, self._context = parts, self._make_context()
+        return self._context
+
+    def _make_context(self) -> RoutingContext:
         return RoutingContext(
             node=self.name,
             agents=self.agents,
@@ -3460,13 +3485,15 @@ class Node:
         return (self.name if own else self.members.node_of(agent)) == node
 
     def _log_message(self, envelope: Envelope, what: Decision) -> None:
-        facts: dict[str, object] = {"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender}
-        facts |= {"to": envelope.to, "action": envelope.action}
-        self._outcomes[envelope.ch, "seen" if what == SEEN_BEFORE else what.do.name.lower()] += 1
+        facts: dict[str, object] = {
+            **{"id": envelope.id, "ch": envelope.ch, "from_": envelope.sender},
+            **{"to": envelope.to, "action": envelope.action},
+        }
+        self._outcomes[envelope.ch, "seen" if what is SEEN_BEFORE else what.do] += 1
         match what.do:
             case Do.DROP:
                 self.counts["dropped"] += 1
-                quiet = what == SEEN_BEFORE or what.reason == OTHER_KIND  # said otherwise
+                quiet = what is SEEN_BEFORE or what.reason == OTHER_KIND  # said otherwise
                 say = self.log.debug if quiet else self._log_limited
                 say("dropped", **facts, why=what.reason)
             case Do.HEAR:
@@ -4938,10 +4965,6 @@ class InstanceConfig(ConfigTable):
             raise ConfigError(f"{where}.via: has no meaning beside command; leave one of them out")
         if self.is_program and not self.dir:
             raise ConfigError(f'{where}.dir: missing; via = "{self.via}" works there')
-        said = [key for key in ("dir", "session", "options") if getattr(self, key)]
-        if said and not self.is_program:
-            which = " or ".join(f'"{via}"' for via in PROGRAMS)
-            raise ConfigError(f"{where}.{said[0]}: has no meaning without via = {which}")
         if self.via == "hook" and not self.hook_token:
             raise ConfigError(f'{where}.hook_token: missing; via = "hook" needs it')
 
@@ -7752,14 +7775,16 @@ class Members:
         """The last state or roster of each name; to a state its heartbeats count as well."""
         found = {}
         for name, member in self._members.items():
-            document = read_json_object(member.documents.get(kind, b"")) or {}
+            said = read_json_object(member.documents.get(kind, b"")) or {}
+            document = dict(said)
             seen = bounded_number(document.get("last_seen"), 1, MAX_TS) or 0
             if kind == "state" and document and member.seen > seen:
                 document["last_seen"] = member.seen
             if member.status is MemberStatus.FAILED and status_of(document) in ALIVE:
                 document |= {"status": "offline", "reason": "lost"}  # our judgement, not its word
-            if kind == "roster" and member.status in (MemberStatus.LEFT, MemberStatus.FAILED):
-                document.pop("sessions", None)
+            gone = member.status in (MemberStatus.LEFT, MemberStatus.FAILED)
+            if kind == "roster" and gone and document.pop("sessions", None):
+                document["away"] = sorted(names_in(said, "sessions", "away"))
             if document:
                 found[name] = document
         return self._with_agents(found) if kind == "state" else found
@@ -8386,6 +8411,9 @@ class ReasonCode(IntEnum):
     @property
     def words(self) -> str:
         return self.name.lower().replace("_", " ")
+
+
+NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 
 
 def is_failure(reason: int) -> bool:
@@ -10342,7 +10370,6 @@ FIRST_WORDS = {
 }
 SSL_MARKS = re.compile(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
 KEEP_ALIVE_TIMEOUT = 0x8D
-NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
 
@@ -11878,7 +11905,7 @@ def status_screen(
     ]
     header = ("NAME", "STATUS", "SEEN", "UPTIME", "LOAD", "AGENTS")
     title, *lines = format_table(header, cells, colour).splitlines()
-    body = [*head, "", title]
+    body = [*head, "", *([title] if rows else [])]
     for row, line in zip(rows, lines, strict=True):
         body += [line, *([f"  {row.why}"] if row.why else [])]
     if len(body) > (room := max(height - 2, 2)):
@@ -11985,6 +12012,7 @@ METRICS = {  # Prometheus' names: what they are, and in which unit, is at their 
     "hive_agent_turns_total": Metric(
         "counter", "Calls to an agent that ended.", ("agent", "outcome")
     ),
+    "hive_sessions": Metric("gauge", "Sessions of agents' programs that are attached."),
     "hive_journal_bytes": Metric("gauge", "What the journal holds."),
     "hive_journal_on_disk": Metric("gauge", "0 while it is in memory, as the disk failed."),
     "process_cpu_seconds_total": Metric("counter", "Time on a processor, user and system."),
@@ -12067,6 +12095,12 @@ def row_text(row: Mapping[str, Any]) -> str:
     return str(said or row["note"])
 
 
+def receipt_words(row: Mapping[str, Any]) -> str:
+    """What became of a message, if a row tells that as a receipt that counts."""
+    note = str(row["note"])
+    return printable(note.removeprefix(RECEIPT_NOTE), 80) if note.startswith(RECEIPT_NOTE) else ""
+
+
 def log_lines(row: Mapping[str, Any], width: int) -> str:
     """A row of the journal: when, in or out or did, the other side, what; cut to `width`.
 
@@ -12074,7 +12108,7 @@ def log_lines(row: Mapping[str, Any], width: int) -> str:
     an agent is no news, nor is a receipt; `show` has them.
     """
     told = row["event"] == "did" and str(row["note"]).startswith("told ")
-    if (row["ch"] == "alert" and told) or str(row["note"]).startswith(RECEIPT_NOTE):
+    if (row["ch"] == "alert" and told) or receipt_words(row):
         return ""
     first = log_line(row, MAX_ERROR if row["ch"] == "alert" else width)
     lines, indent = [first[:width]], " " * 4
@@ -12101,10 +12135,9 @@ def exchange_story(rows: Sequence[Mapping[str, Any]], terminal: bool) -> str:
     lines = []
     for row in rows:
         action = f", {row['action']}" if row["action"] else ""
-        if str(row["note"]).startswith(RECEIPT_NOTE):
+        if receipt := receipt_words(row):
             if row["event"] == "in":  # of those that we gave we say what was done
-                said = printable(row["note"].removeprefix(RECEIPT_NOTE), MAX_ERROR)
-                lines.append(f"{clock_time(row['time'])} {row['from']}: {said}")
+                lines.append(f"{clock_time(row['time'])} {row['from']}: {receipt}")
             continue
         if row["event"] == "did":
             lines.append(f"{clock_time(row['time'])} did: {printable(row['note'], MAX_ERROR)}")
@@ -12730,7 +12763,7 @@ class StatusFeed:
 
     def __init__(self, config: Config) -> None:
         self.rows: list[StatusRow] = []  # the nodes
-        self.node, self.broker = config.node.id, "no broker"
+        self.node, self.broker = config.node.id, "its broker"
         self.fault = ""  # why what is known is old
         self.at = self.due = 0.0  # when it was so, Unix seconds; the next look, monotonic
         self.control: ControlClient | None = None
@@ -15914,8 +15947,8 @@ def still_missing(
     if not silent:
         return ""
     about = [row for row in rows if (row["envelope"] or {}).get("replyTo") == envelope.id]
-    told = [row for row in about if row["event"] == "in" and row["ch"] == "status"]
-    known = "; ".join(f"{row['from']}: {printable(row_text(row), 80)}" for row in told[-10:])
+    told = [row for row in about if row["event"] == "in" and receipt_words(row)]
+    known = "; ".join(f"{row['from']}: {receipt_words(row)}" for row in told[-10:])
     later = f"The answer comes to your inbox; or wait on: wait_answer with id {envelope.id}."
     return f"No answer from {', '.join(silent)} yet{f' ({known})' if known else ''}. {later}"
 
@@ -16328,6 +16361,19 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
     if "id" in said and (isinstance(id, bool) or not isinstance(id, str | int)):
         raise McpFault(INVALID_REQUEST, f"id: {quoted(id)} is no string and no whole number")
     return said
+
+
+def serve_session(
+    name: str = "", file: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> int:
+    """`hive mcp`, until its client has gone; hive-cli comes here with a part of this file alone."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # whatever else is printed is no part of the protocol
+    with contextlib.closing(Loop(Log("error"))) as loop:
+        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides or {}), name).run()
+    return Exit.DONE
 
 
 SERVER_INFO = {"name": "hive", "title": "hive", "version": __version__}
@@ -18088,7 +18134,7 @@ listen();
 # All of it was measured on Claude Code 2.1.332, Codex 0.169, Gemini CLI 0.61, OpenCode 1.18 and
 # OpenClaw 2026.9.  Knows nothing of what is told.
 
-VENDOR_DEADLINE = 60.0  # seconds in which a program changes its own configuration
+VENDOR_DEADLINE = 180.0  # seconds in which a program changes its own configuration
 MAX_SETTINGS = 8 * KIB * KIB  # bytes
 HOOK_TIMEOUT = 10  # seconds that a program waits for a hook
 HOOK_PATIENCE = 2.0  # seconds that a hook waits for the daemon, and for who tells just now
@@ -19301,16 +19347,9 @@ def command_mcp(args: argparse.Namespace) -> int:
     if args.install or args.uninstall:
         return change_vendor(args)
     start_again()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
     if sys.stdin.isatty():
         print("hive: here an agent's program speaks, not a person; to end: Ctrl-D", file=sys.stderr)
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # whatever else is printed is no part of the protocol
-    find = partial(resolve_config, getattr(args, "config", None), overrides_of(args))
-    with contextlib.closing(Loop(Log("error"))) as loop:
-        McpServer(loop, 0, stdout, find, args.agent or "").run()
-    return Exit.DONE
+    return serve_session(args.agent or "", getattr(args, "config", None), overrides_of(args))
 
 
 def change_vendor(args: argparse.Namespace) -> int:

@@ -5,13 +5,20 @@ python tests/bench_journal.py [RUNS]
 20,000 envelopes of 300 bytes at QoS 1, published faster than anybody reads them: into a daemon
 with its journal on disk, into one that has no disk, and into a bare paho subscriber, in turn and
 on one broker; from the first that arrives to the last.  Then `send` as whole processes.
+
+Where valgrind is installed: how many instructions a message costs the daemon, beside the commit
+before senders were checked.  Nothing else that runs on the machine changes that number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -23,13 +30,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import show, timed
-from conftest import Broker, Daemon, Hive, eventually
+from bench import checkout, show, timed
+from conftest import ROOT, Broker, Daemon, Hive, eventually
 
 import hive
 
 MESSAGES = 20_000
 SIZE = 300  # bytes of an envelope
+BASE = "e452453"  # before senders were checked
+COUNTED = 1500  # messages whose instructions are counted
+SLOWLY = 300.0  # seconds for whatever valgrind runs
 
 SUBSCRIBER = """
 import json, sys, time
@@ -76,12 +86,12 @@ def field(data: bytes) -> bytes:
     return len(data).to_bytes(2, "big") + data
 
 
-def flood_of(topic: str, run: str) -> bytes:
+def flood_of(topic: str, run: str, messages: int = MESSAGES) -> bytes:
     """All packets at once, encoded before the clock runs."""
-    packets = []
-    for number in range(MESSAGES):
+    packets, to = [], topic.split("/")[-2]
+    for number in range(messages):
         envelope = hive.Envelope.new(
-            "flood", "beta", "sync", "x", id=f"{run}-{number}", urgency="later"
+            "flood", to, "sync", "x", id=f"{run}-{number}", urgency="later"
         )
         missing = SIZE - len(envelope.encode())
         payload = envelope.replace(text="x" * (missing + 1)).encode()
@@ -90,14 +100,14 @@ def flood_of(topic: str, run: str) -> bytes:
     return b"".join(packets)
 
 
-def flood(port: int, packets: bytes) -> None:
+def flood(port: int, packets: bytes, messages: int = MESSAGES) -> None:
     """Publish them as fast as the broker takes them; MQTT 3.1.1 knows no window for that."""
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(packet(0x10, field(b"MQTT") + b"\x04\x02\x00\x00" + field(b"flood")))
         sock.recv(4)  # CONNACK
 
         def read() -> None:
-            left = MESSAGES * 4  # bytes of PUBACKs
+            left = messages * 4  # bytes of PUBACKs
             while left > 0 and (data := sock.recv(65536)):
                 left -= len(data)
 
@@ -202,6 +212,52 @@ def sends(hive_: Hive, runs: int) -> None:
         show(what, each, base)
 
 
+def instructions(node: Daemon, messages: int) -> int:
+    """How many a daemon's life takes in which so many messages come."""
+    state, said = node.home / "state", node.home / "valgrind"
+    node.start(wait=False)
+    eventually("it is up", lambda: node.events("connected"), SLOWLY)
+    topic = f"{node.hive.prefix}/{node.name}/sync"
+    flood(node.hive.broker.port, flood_of(topic, "counted", messages), messages)
+
+    def complete() -> bool:
+        with contextlib.closing(sqlite3.connect(state / "journal.sqlite3")) as database:
+            return bool(database.execute("SELECT count(*) = ? FROM log", (messages,)).fetchone()[0])
+
+    eventually("all have arrived", complete, SLOWLY)
+    assert node.process
+    node.process.terminate()
+    node.process.wait(SLOWLY)
+    shutil.rmtree(state)
+    node.log_file.unlink()
+    (counted,) = re.findall(r"I\s+refs:\s+([\d,]+)", said.read_text())
+    return int(counted.replace(",", ""))
+
+
+def count_instructions(folder: Path, broker: Broker) -> None:
+    valgrind = shutil.which("valgrind")
+    if not valgrind:
+        return print("instructions are not counted: apt-get install valgrind")
+    (folder / "base").mkdir(parents=True)
+    trees = {"now": ROOT, BASE: checkout(BASE, folder / "base")}
+    hive_ = Hive(folder, broker, "counted", interval=3600.0)
+    hive_.environment = {k: v for k, v in hive_.environment.items() if not k.startswith("PYTHON")}
+    try:
+        for name, tree in trees.items():
+            if tree:
+                node = hive_.node(name)
+                node.config.write_text(node.config.read_text().replace('"debug"', '"info"'))
+                own = [sys.executable, str(tree / "hive-cli")]
+                subprocess.run([*own, "--version"], env=hive_.environment, capture_output=True)
+                tool = [valgrind, "--tool=cachegrind", "--cache-sim=no"]
+                files = ("--cachegrind-out-file=/dev/null", f"--log-file={node.home}/valgrind")
+                hive_.program = [*tool, *files, *own]
+                each = (instructions(node, COUNTED) - instructions(node, 0)) / COUNTED
+                print(f"instructions for each message, {name:25} {each:8.0f}")
+    finally:
+        hive_.close()
+
+
 def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     with tempfile.TemporaryDirectory() as folder:
@@ -224,6 +280,8 @@ def main() -> None:
             beta.start()
             sends(hive_, max(runs, 11))
             assert json.loads(hive_.cli("alpha", "status", "--json").stdout)
+            hive_.close()
+            count_instructions(Path(folder) / "counted", broker)
         finally:
             hive_.close()
             broker.stop()
