@@ -11904,7 +11904,7 @@ def status_screen(
     ]
     header = ("NAME", "STATUS", "SEEN", "UPTIME", "LOAD", "AGENTS")
     title, *lines = format_table(header, cells, colour).splitlines()
-    body = [*head, "", title]
+    body = [*head, "", *([title] if rows else [])]
     for row, line in zip(rows, lines, strict=True):
         body += [line, *([f"  {row.why}"] if row.why else [])]
     if len(body) > (room := max(height - 2, 2)):
@@ -12762,7 +12762,7 @@ class StatusFeed:
 
     def __init__(self, config: Config) -> None:
         self.rows: list[StatusRow] = []  # the nodes
-        self.node, self.broker = config.node.id, "no broker"
+        self.node, self.broker = config.node.id, "its broker"
         self.fault = ""  # why what is known is old
         self.at = self.due = 0.0  # when it was so, Unix seconds; the next look, monotonic
         self.control: ControlClient | None = None
@@ -18133,7 +18133,7 @@ listen();
 # All of it was measured on Claude Code 2.1.332, Codex 0.169, Gemini CLI 0.61, OpenCode 1.18 and
 # OpenClaw 2026.9.  Knows nothing of what is told.
 
-VENDOR_DEADLINE = 60.0  # seconds in which a program changes its own configuration
+VENDOR_DEADLINE = 180.0  # seconds in which a program changes its own configuration
 MAX_SETTINGS = 8 * KIB * KIB  # bytes
 HOOK_TIMEOUT = 10  # seconds that a program waits for a hook
 HOOK_PATIENCE = 2.0  # seconds that a hook waits for the daemon, and for who tells just now
