@@ -17,8 +17,7 @@ tokens; only what needs judgment wakes an agent.
 #           Loop        files, timers and signals on one selector; one wait
 #           Stream      a connected socket: bytes in, bytes out, both bounded
 #           Journal     what came, what went, what is still owed and still to be sent <- Database
-#           Control     the socket where commands speak to their daemon
-#                       <- Stream, Process, Handlers
+#           Control     the socket where commands speak to their daemon <- Stream, Handlers
 #           Sessions    agent programs that are attached there, and their inboxes
 #                       <- Journal, Control, Agent, Members
 #           Requests    all that may be asked there, as one table
