@@ -6998,7 +6998,8 @@ class Agent:
         group, self._calling = self._calling, []
         self.turns["failed" if result.why else "ok"] += 1
         if not result.why:
-            self._events.append((self._loop.clock(), event.now))
+            if WAKE_METHODS[name].groups:  # a chat's turn leaves waiting events where they are
+                self._events.append((self._loop.clock(), event.now))
             self._succeeded(name, group, result.reply)
         elif result.permanent:
             for one in group:
