@@ -18160,7 +18160,11 @@ class Vendor(Value):
     hooks: SettingsFile | None = None
     events: tuple[str, ...] = ()
     unit: int = 1  # of HOOK_TIMEOUT, in a second
-    note: str = ""  # for the user, when it is in
+    note: str = ""  # for the user, when its hooks are in; where it has none, when it is in
+
+    def told(self, hooks: bool) -> str:
+        """What the user is told when it is done."""
+        return self.note if hooks or not self.hooks else ""
 
 
 VENDORS = {
@@ -18247,7 +18251,7 @@ def vendor_changes(name: str, server: Sequence[str], hook: Sequence[str]) -> lis
     called = vendor_program(name)
     if hook and not vendor.hooks:
         raise UsageError(f"--hooks: {vendor.title} has none that hive could use")
-    changes = vendor_removal(name) if found not in (None, [*server]) else []
+    changes = vendor_removal(name) if found and found != [*server] else []
     if found != [*server]:
         argv = vendor_argv(called, vendor.add, server, vendor.kept)
         changes.append(vendor_call(name, argv))
@@ -18329,14 +18333,18 @@ def settings_files(vendor: Vendor) -> Iterator[Path]:
 
 
 def entry_in(vendor: Vendor) -> list[str] | None:
-    """The command that its configuration has for hive; None if none, or it cannot be read here."""
+    """The command that its configuration has for hive; None if none, [] if that cannot be told."""
+    unread = False
     for file in settings_files(vendor):
-        with contextlib.suppress(HiveError):
+        try:
             entry = nested(read_settings(file, ""), vendor.place)
-            command, more = entry.get("command"), entry.get("args", [])
-            if command:
-                return [*(command if isinstance(command, list) else [command]), *more]
-    return None
+        except HiveError:
+            unread = True
+            continue
+        command, more = entry.get("command"), entry.get("args", [])
+        if command:
+            return [*(command if isinstance(command, list) else [command]), *more]
+    return [] if unread else None
 
 
 def nested(document: Mapping[str, Any], place: Sequence[str]) -> dict[str, Any]:
@@ -19368,7 +19376,7 @@ def change_vendor(args: argparse.Namespace) -> int:
         return Exit.REFUSED
     for change in changes:
         change.make()
-    print("done" + (f"; {note}" if args.install and (note := VENDORS[name].note) else ""))
+    print(f"done; {told}" if args.install and (told := VENDORS[name].told(args.hooks)) else "done")
     return Exit.DONE
 
 
