@@ -2274,7 +2274,7 @@ class ControlClient:
         while b"\n" not in self._in:
             self._sock.settimeout(None if ends is None else max(0.0, ends - time.monotonic()))
             try:
-                data = self._sock.recv(PIPE_CHUNK)
+                data = self._sock.recv(READ_CHUNK)
             except (TimeoutError, BlockingIOError):
                 return None
             except OSError as error:
@@ -8413,6 +8413,9 @@ class ReasonCode(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
+
+
 def is_failure(reason: int) -> bool:
     """Does this reason code mean that something was not done?  Those below 0 are our own."""
     return reason < 0 or reason >= ReasonCode.UNSPECIFIED_ERROR
@@ -10367,7 +10370,6 @@ FIRST_WORDS = {
 }
 SSL_MARKS = re.compile(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
 KEEP_ALIVE_TIMEOUT = 0x8D
-NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
 
@@ -11903,7 +11905,7 @@ def status_screen(
     ]
     header = ("NAME", "STATUS", "SEEN", "UPTIME", "LOAD", "AGENTS")
     title, *lines = format_table(header, cells, colour).splitlines()
-    body = [*head, "", title]
+    body = [*head, "", *([title] if rows else [])]
     for row, line in zip(rows, lines, strict=True):
         body += [line, *([f"  {row.why}"] if row.why else [])]
     if len(body) > (room := max(height - 2, 2)):
@@ -12761,7 +12763,7 @@ class StatusFeed:
 
     def __init__(self, config: Config) -> None:
         self.rows: list[StatusRow] = []  # the nodes
-        self.node, self.broker = config.node.id, "no broker"
+        self.node, self.broker = config.node.id, "its broker"
         self.fault = ""  # why what is known is old
         self.at = self.due = 0.0  # when it was so, Unix seconds; the next look, monotonic
         self.control: ControlClient | None = None
@@ -16361,6 +16363,19 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
     return said
 
 
+def serve_session(
+    name: str = "", file: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> int:
+    """`hive mcp`, until its client has gone; hive-cli comes here with a part of this file alone."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # whatever else is printed is no part of the protocol
+    with contextlib.closing(Loop(Log("error"))) as loop:
+        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides or {}), name).run()
+    return Exit.DONE
+
+
 SERVER_INFO = {"name": "hive", "title": "hive", "version": __version__}
 RECIPIENT = Argument.string(
     'agent or node name from list_agents, or "all"; "any": whoever can do it',
@@ -19340,16 +19355,9 @@ def command_mcp(args: argparse.Namespace) -> int:
     if args.install or args.uninstall:
         return change_vendor(args)
     start_again()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
     if sys.stdin.isatty():
         print("hive: here an agent's program speaks, not a person; to end: Ctrl-D", file=sys.stderr)
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # whatever else is printed is no part of the protocol
-    find = partial(resolve_config, getattr(args, "config", None), overrides_of(args))
-    with contextlib.closing(Loop(Log("error"))) as loop:
-        McpServer(loop, 0, stdout, find, args.agent or "").run()
-    return Exit.DONE
+    return serve_session(args.agent or "", getattr(args, "config", None), overrides_of(args))
 
 
 def change_vendor(args: argparse.Namespace) -> int:

@@ -600,7 +600,8 @@ def test_a_question_is_open_until_it_is_answered(open_journal: Open) -> None:
     assert questions(journal) == ["a", "c"]
     (first, _) = journal.pending_requests()
     assert first.pop("text") == "hello"
-    assert first == {"id": "a", "to": "alpha", "action": "ping", "asked": NOW, "due": None}
+    asked = {"id": "a", "from": "beta", "to": "alpha", "action": "ping", "asked": NOW, "due": None}
+    assert first == asked
 
 
 def test_questions_are_due_when_their_time_to_live_is_over(journal: hive.Journal) -> None:
