@@ -19401,7 +19401,7 @@ def command_hook(args: argparse.Namespace) -> int:
 def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Print what is unread, in the words of the program that asks; nothing where there is none."""
     name = event.get("hook_event_name")
-    if name not in HOOK_EVENTS or event.get("stop_hook_active"):
+    if name not in HOOK_EVENTS or event.get("stop_hook_active") or not mail_may_wait(args):
         return
     config = resolve_config(getattr(args, "config", None), overrides_of(args))
     control = connect_to_daemon(config, HOOK_PATIENCE)
@@ -19409,8 +19409,6 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
         return
     with contextlib.closing(control):
         sessions = control.ask({"do": "sessions"}).get("sessions", [])
-        if not any(one["unread"] for one in sessions):
-            return
         agent = session_of_hook(sessions, str(event.get("cwd")), processes_above())
         lock = telling_lock(config, agent, HOOK_PATIENCE) if agent else None
         if lock is None:
@@ -19423,6 +19421,24 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
             shown = shown_mail(found, said["more"], config.mqtt.senders)
             print(json.dumps(hook_answer(name, shown.text)), flush=True)
             control.ask({"do": "mark", "agent": agent, "tasks": [*shown.tasks], "as": "told"})
+
+
+def mail_may_wait(args: argparse.Namespace) -> bool:
+    """Has any session something to read?  Yes where that takes more than the daemon's own word.
+
+    To read hive.toml would take longer than all else that a hook does.
+    """
+    node, file = vars(args).get("node.id") or os.environ.get("HIVE_NODE"), named_config(args)
+    file = file and os.path.abspath(expand_home(file))
+    unread = []
+    for one in running_daemons():
+        if node in (None, one.node) and file in (None, one.file):
+            with contextlib.suppress(OSError, DaemonError, LookupError):
+                door = shortened_socket_path(one.said["node.state_dir"] / "door")
+                with contextlib.closing(ControlClient(door, one.node, HOOK_PATIENCE)) as control:
+                    rows = control.ask({"do": "sessions"})["sessions"]
+                    unread.append(any(row["unread"] for row in rows))
+    return any(unread) or not unread
 
 
 ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")
