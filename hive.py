@@ -16676,7 +16676,7 @@ def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dic
         one = {"status": said[name]} if isinstance(said[name], str) else said[name]
         all = [how for how in (works.get(name), one) if isinstance(how, dict)]
         facts = {key: value for how in all for key, value in how.items()}
-        told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+        told = ("status", "reason", "client", "directory", "branch")
         words = {key: printable(facts[key], 300) for key in told if facts.get(key)}
         since = bounded_number(facts.get("since"), 1, MAX_TS)
         found.append({"name": printable(name), **words, "since": since})
@@ -17397,6 +17397,7 @@ main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inli
 .facts { font-size: .9rem; .mark { width: .8em } }
 .hour { width: 100%; height: 2.6rem; display: block; overflow: visible;
   path { vector-effect: non-scaling-stroke; stroke-width: 2; fill: none; stroke: var(--how) }
+  .before { stroke: var(--line) }
   .load { fill: color-mix(in srgb, var(--honey) 22%, #0000); stroke: var(--honey);
     stroke-width: 1.5; stroke-linejoin: round } }
 
@@ -17671,9 +17672,9 @@ const mark = (word) => draw(`svg.mark.${word}`, { viewBox: "0 0 16 16", "aria-hi
 // ---- Now
 const lastHour = ([beats, loads] = [[], []]) => {
   const top = Math.max(1, ...loads), begun = beats.findIndex((beat) => beat);
-  const path = { load: "", ok: "", fail: "" };
+  const path = { load: "", ok: "", fail: "", before: "" };
   beats.forEach((beat, i) => {
-    if (begun >= 0 && i >= begun) path[beat ? "ok" : "fail"] += `M${i} 23h1`;
+    path[beat ? "ok" : begun >= 0 && i > begun ? "fail" : "before"] += `M${i} 23h1`;
     if (!beat) return;
     path.load += `${beats[i - 1] ? "" : `M${i} 20`}L${i + .5} ${19 - 18 * loads[i] / top}`;
     if (!beats[i + 1]) path.load += `L${i + 1} 20z`;
@@ -17686,10 +17687,9 @@ const agentLine = (agent) => {
   const well = agent.status === "ok" || agent.client;
   const word = agent.status === "down" ? "down" : well ? "ok" : "off";
   const doing = [agent.client, agent.directory, agent.branch && `on ${agent.branch}`];
-  const wrong = [agent.reason, agent.last_error, agent.retry_at && `next try ${agent.retry_at}`];
   return el("li.line", mark(word), el("span", el("b", agent.name),
     el("span.soft", ` ${doing.filter(Boolean).join(" ") || "agent"} `),
-    el("span.how.down", wrong.filter(Boolean).join("; "))),
+    el("span.how.down", agent.reason || "")),
   agent.since && stamp(agent.since, "time.end.soft"));
 };
 const scheduleLine = ({ action, when, ok, last, next }) => {
