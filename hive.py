@@ -6998,7 +6998,8 @@ class Agent:
         group, self._calling = self._calling, []
         self.turns["failed" if result.why else "ok"] += 1
         if not result.why:
-            self._events.append((self._loop.clock(), event.now))
+            if WAKE_METHODS[name].groups:  # a chat's turn leaves waiting events where they are
+                self._events.append((self._loop.clock(), event.now))
             self._succeeded(name, group, result.reply)
         elif result.permanent:
             for one in group:
@@ -18174,7 +18175,11 @@ class Vendor(Value):
     hooks: SettingsFile | None = None
     events: tuple[str, ...] = ()
     unit: int = 1  # of HOOK_TIMEOUT, in a second
-    note: str = ""  # for the user, when it is in
+    note: str = ""  # for the user, when its hooks are in; where it has none, when it is in
+
+    def told(self, hooks: bool) -> str:
+        """What the user is told when it is done."""
+        return self.note if hooks or not self.hooks else ""
 
 
 VENDORS = {
@@ -18261,7 +18266,7 @@ def vendor_changes(name: str, server: Sequence[str], hook: Sequence[str]) -> lis
     called = vendor_program(name)
     if hook and not vendor.hooks:
         raise UsageError(f"--hooks: {vendor.title} has none that hive could use")
-    changes = vendor_removal(name) if found not in (None, [*server]) else []
+    changes = vendor_removal(name) if found and found != [*server] else []
     if found != [*server]:
         argv = vendor_argv(called, vendor.add, server, vendor.kept)
         changes.append(vendor_call(name, argv))
@@ -18343,14 +18348,18 @@ def settings_files(vendor: Vendor) -> Iterator[Path]:
 
 
 def entry_in(vendor: Vendor) -> list[str] | None:
-    """The command that its configuration has for hive; None if none, or it cannot be read here."""
+    """The command that its configuration has for hive; None if none, [] if that cannot be told."""
+    unread = False
     for file in settings_files(vendor):
-        with contextlib.suppress(HiveError):
+        try:
             entry = nested(read_settings(file, ""), vendor.place)
-            command, more = entry.get("command"), entry.get("args", [])
-            if command:
-                return [*(command if isinstance(command, list) else [command]), *more]
-    return None
+        except HiveError:
+            unread = True
+            continue
+        command, more = entry.get("command"), entry.get("args", [])
+        if command:
+            return [*(command if isinstance(command, list) else [command]), *more]
+    return [] if unread else None
 
 
 def nested(document: Mapping[str, Any], place: Sequence[str]) -> dict[str, Any]:
@@ -19375,7 +19384,7 @@ def change_vendor(args: argparse.Namespace) -> int:
         return Exit.REFUSED
     for change in changes:
         change.make()
-    print("done" + (f"; {note}" if args.install and (note := VENDORS[name].note) else ""))
+    print(f"done; {told}" if args.install and (told := VENDORS[name].told(args.hooks)) else "done")
     return Exit.DONE
 
 
@@ -19392,7 +19401,7 @@ def command_hook(args: argparse.Namespace) -> int:
 def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Print what is unread, in the words of the program that asks; nothing where there is none."""
     name = event.get("hook_event_name")
-    if name not in HOOK_EVENTS or event.get("stop_hook_active"):
+    if name not in HOOK_EVENTS or event.get("stop_hook_active") or not mail_may_wait(args):
         return
     config = resolve_config(getattr(args, "config", None), overrides_of(args))
     control = connect_to_daemon(config, HOOK_PATIENCE)
@@ -19400,8 +19409,6 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
         return
     with contextlib.closing(control):
         sessions = control.ask({"do": "sessions"}).get("sessions", [])
-        if not any(one["unread"] for one in sessions):
-            return
         agent = session_of_hook(sessions, str(event.get("cwd")), processes_above())
         lock = telling_lock(config, agent, HOOK_PATIENCE) if agent else None
         if lock is None:
@@ -19414,6 +19421,24 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
             shown = shown_mail(found, said["more"], config.mqtt.senders)
             print(json.dumps(hook_answer(name, shown.text)), flush=True)
             control.ask({"do": "mark", "agent": agent, "tasks": [*shown.tasks], "as": "told"})
+
+
+def mail_may_wait(args: argparse.Namespace) -> bool:
+    """Has any session something to read?  Yes where that takes more than the daemon's own word.
+
+    To read hive.toml would take longer than all else that a hook does.
+    """
+    node, file = vars(args).get("node.id") or os.environ.get("HIVE_NODE"), named_config(args)
+    file = file and os.path.abspath(expand_home(file))
+    unread = []
+    for one in running_daemons():
+        if node in (None, one.node) and file in (None, one.file):
+            with contextlib.suppress(OSError, DaemonError, LookupError):
+                door = shortened_socket_path(one.said["node.state_dir"] / "door")
+                with contextlib.closing(ControlClient(door, one.node, HOOK_PATIENCE)) as control:
+                    rows = control.ask({"do": "sessions"})["sessions"]
+                    unread.append(any(row["unread"] for row in rows))
+    return any(unread) or not unread
 
 
 ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")
