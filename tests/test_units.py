@@ -314,6 +314,18 @@ def test_what_was_installed_has_its_help_also_for_man(installed: Machine) -> Non
     assert {page.name for page in pages.iterdir()} == {f"hive-{one}.7" for one in hive.TOPICS}
 
 
+def test_what_was_installed_completes_words_and_has_its_man_page(installed: Machine) -> None:
+    share = installed.home / ".local/share"
+    for place, shell in {
+        "bash-completion/completions/hive": "bash",
+        "zsh/site-functions/_hive": "zsh",
+        "fish/vendor_completions.d/hive.fish": "fish",
+    }.items():
+        done = installed.run(str(installed.home / ".local/bin/hive"), "completion", shell)
+        assert (share / place).read_text() == done.stdout != ""
+    assert [page.name for page in (share / "man/man1").iterdir()] == ["hive.1"]
+
+
 def test_uninstall_leaves_other_peoples_man_pages(machine: Machine) -> None:
     machine.package("install")
     theirs = machine.inside(machine.home / ".local/share/man/man7/hive-bees.7")
