@@ -6998,7 +6998,8 @@ class Agent:
         group, self._calling = self._calling, []
         self.turns["failed" if result.why else "ok"] += 1
         if not result.why:
-            self._events.append((self._loop.clock(), event.now))
+            if WAKE_METHODS[name].groups:  # a chat's turn leaves waiting events where they are
+                self._events.append((self._loop.clock(), event.now))
             self._succeeded(name, group, result.reply)
         elif result.permanent:
             for one in group:
@@ -16675,7 +16676,7 @@ def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dic
         one = {"status": said[name]} if isinstance(said[name], str) else said[name]
         all = [how for how in (works.get(name), one) if isinstance(how, dict)]
         facts = {key: value for how in all for key, value in how.items()}
-        told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+        told = ("status", "reason", "client", "directory", "branch")
         words = {key: printable(facts[key], 300) for key in told if facts.get(key)}
         since = bounded_number(facts.get("since"), 1, MAX_TS)
         found.append({"name": printable(name), **words, "since": since})
@@ -17396,6 +17397,7 @@ main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inli
 .facts { font-size: .9rem; .mark { width: .8em } }
 .hour { width: 100%; height: 2.6rem; display: block; overflow: visible;
   path { vector-effect: non-scaling-stroke; stroke-width: 2; fill: none; stroke: var(--how) }
+  .before { stroke: var(--line) }
   .load { fill: color-mix(in srgb, var(--honey) 22%, #0000); stroke: var(--honey);
     stroke-width: 1.5; stroke-linejoin: round } }
 
@@ -17670,9 +17672,9 @@ const mark = (word) => draw(`svg.mark.${word}`, { viewBox: "0 0 16 16", "aria-hi
 // ---- Now
 const lastHour = ([beats, loads] = [[], []]) => {
   const top = Math.max(1, ...loads), begun = beats.findIndex((beat) => beat);
-  const path = { load: "", ok: "", fail: "" };
+  const path = { load: "", ok: "", fail: "", before: "" };
   beats.forEach((beat, i) => {
-    if (begun >= 0 && i >= begun) path[beat ? "ok" : "fail"] += `M${i} 23h1`;
+    path[beat ? "ok" : begun >= 0 && i > begun ? "fail" : "before"] += `M${i} 23h1`;
     if (!beat) return;
     path.load += `${beats[i - 1] ? "" : `M${i} 20`}L${i + .5} ${19 - 18 * loads[i] / top}`;
     if (!beats[i + 1]) path.load += `L${i + 1} 20z`;
@@ -17685,10 +17687,9 @@ const agentLine = (agent) => {
   const well = agent.status === "ok" || agent.client;
   const word = agent.status === "down" ? "down" : well ? "ok" : "off";
   const doing = [agent.client, agent.directory, agent.branch && `on ${agent.branch}`];
-  const wrong = [agent.reason, agent.last_error, agent.retry_at && `next try ${agent.retry_at}`];
   return el("li.line", mark(word), el("span", el("b", agent.name),
     el("span.soft", ` ${doing.filter(Boolean).join(" ") || "agent"} `),
-    el("span.how.down", wrong.filter(Boolean).join("; "))),
+    el("span.how.down", agent.reason || "")),
   agent.since && stamp(agent.since, "time.end.soft"));
 };
 const scheduleLine = ({ action, when, ok, last, next }) => {
@@ -18174,7 +18175,11 @@ class Vendor(Value):
     hooks: SettingsFile | None = None
     events: tuple[str, ...] = ()
     unit: int = 1  # of HOOK_TIMEOUT, in a second
-    note: str = ""  # for the user, when it is in
+    note: str = ""  # for the user, when its hooks are in; where it has none, when it is in
+
+    def told(self, hooks: bool) -> str:
+        """What the user is told when it is done."""
+        return self.note if hooks or not self.hooks else ""
 
 
 VENDORS = {
@@ -18261,7 +18266,7 @@ def vendor_changes(name: str, server: Sequence[str], hook: Sequence[str]) -> lis
     called = vendor_program(name)
     if hook and not vendor.hooks:
         raise UsageError(f"--hooks: {vendor.title} has none that hive could use")
-    changes = vendor_removal(name) if found not in (None, [*server]) else []
+    changes = vendor_removal(name) if found and found != [*server] else []
     if found != [*server]:
         argv = vendor_argv(called, vendor.add, server, vendor.kept)
         changes.append(vendor_call(name, argv))
@@ -18343,14 +18348,18 @@ def settings_files(vendor: Vendor) -> Iterator[Path]:
 
 
 def entry_in(vendor: Vendor) -> list[str] | None:
-    """The command that its configuration has for hive; None if none, or it cannot be read here."""
+    """The command that its configuration has for hive; None if none, [] if that cannot be told."""
+    unread = False
     for file in settings_files(vendor):
-        with contextlib.suppress(HiveError):
+        try:
             entry = nested(read_settings(file, ""), vendor.place)
-            command, more = entry.get("command"), entry.get("args", [])
-            if command:
-                return [*(command if isinstance(command, list) else [command]), *more]
-    return None
+        except HiveError:
+            unread = True
+            continue
+        command, more = entry.get("command"), entry.get("args", [])
+        if command:
+            return [*(command if isinstance(command, list) else [command]), *more]
+    return [] if unread else None
 
 
 def nested(document: Mapping[str, Any], place: Sequence[str]) -> dict[str, Any]:
@@ -19375,7 +19384,7 @@ def change_vendor(args: argparse.Namespace) -> int:
         return Exit.REFUSED
     for change in changes:
         change.make()
-    print("done" + (f"; {note}" if args.install and (note := VENDORS[name].note) else ""))
+    print(f"done; {told}" if args.install and (told := VENDORS[name].told(args.hooks)) else "done")
     return Exit.DONE
 
 
@@ -19392,7 +19401,7 @@ def command_hook(args: argparse.Namespace) -> int:
 def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Print what is unread, in the words of the program that asks; nothing where there is none."""
     name = event.get("hook_event_name")
-    if name not in HOOK_EVENTS or event.get("stop_hook_active"):
+    if name not in HOOK_EVENTS or event.get("stop_hook_active") or not mail_may_wait(args):
         return
     config = resolve_config(getattr(args, "config", None), overrides_of(args))
     control = connect_to_daemon(config, HOOK_PATIENCE)
@@ -19400,8 +19409,6 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
         return
     with contextlib.closing(control):
         sessions = control.ask({"do": "sessions"}).get("sessions", [])
-        if not any(one["unread"] for one in sessions):
-            return
         agent = session_of_hook(sessions, str(event.get("cwd")), processes_above())
         lock = telling_lock(config, agent, HOOK_PATIENCE) if agent else None
         if lock is None:
@@ -19414,6 +19421,24 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
             shown = shown_mail(found, said["more"], config.mqtt.senders)
             print(json.dumps(hook_answer(name, shown.text)), flush=True)
             control.ask({"do": "mark", "agent": agent, "tasks": [*shown.tasks], "as": "told"})
+
+
+def mail_may_wait(args: argparse.Namespace) -> bool:
+    """Has any session something to read?  Yes where that takes more than the daemon's own word.
+
+    To read hive.toml would take longer than all else that a hook does.
+    """
+    node, file = vars(args).get("node.id") or os.environ.get("HIVE_NODE"), named_config(args)
+    file = file and os.path.abspath(expand_home(file))
+    unread = []
+    for one in running_daemons():
+        if node in (None, one.node) and file in (None, one.file):
+            with contextlib.suppress(OSError, DaemonError, LookupError):
+                door = shortened_socket_path(one.said["node.state_dir"] / "door")
+                with contextlib.closing(ControlClient(door, one.node, HOOK_PATIENCE)) as control:
+                    rows = control.ask({"do": "sessions"})["sessions"]
+                    unread.append(any(row["unread"] for row in rows))
+    return any(unread) or not unread
 
 
 ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")
