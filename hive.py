@@ -2229,6 +2229,9 @@ class ControlServer:
         self._file.unlink(missing_ok=True)
 
 
+STOPPING = "the daemon is stopping"  # what it says then to a session, or to who would send
+
+
 class DaemonError(HiveError):
     """This node's daemon does not answer, or not sensibly."""
 
@@ -2385,7 +2388,7 @@ class Sessions:
             if one.requester is requester:
                 raise UsageError(f"this connection is attached already, as {one.name}")
         if self._ended:
-            raise UsageError("the daemon is stopping")
+            raise UsageError(STOPPING)
         if len(self.live) >= MAX_ATTACHED:
             raise UsageError(f"{MAX_ATTACHED} sessions are attached already; end one of them")
         name = self._free_name(given["name"], given["exact"])
@@ -3610,7 +3613,7 @@ class Node:
     def _send_for_command(self, envelope: Envelope) -> str:
         """Send for somebody at the command line, who may expect an answer; why not, if so."""
         if self.stopping:
-            return "the daemon is stopping"
+            return STOPPING
         if self.journal.outbox_full:
             return f"{self.journal.outbox_size} messages wait for the broker already"
         fault = self._post(envelope, ask=CHANNELS[envelope.ch].handler)
@@ -15514,7 +15517,8 @@ class Attachment:
         try:
             answer = control.ask({"do": "attach", **self._introduction()})
             if "agent" not in answer:
-                raise HiveError(str(answer.get("error", "attach: the daemon does not understand")))
+                why = str(answer.get("error", "attach: the daemon does not understand"))
+                raise DaemonError(why) if why == STOPPING else HiveError(why)
         except HiveError:
             self._config = None
             control.close()
@@ -15550,9 +15554,12 @@ class Attachment:
 
     def _ask(self, request: Mapping[str, object]) -> dict[str, Any]:
         if not self.attach() or self._control is None:
-            raise HiveError(NO_DAEMON.format(node=self.config.node.id))
+            raise DaemonError(NO_DAEMON.format(node=self.config.node.id))
         try:
-            return self._control.ask(request)
+            answer = self._control.ask(request)
+            if answer.get("error") == STOPPING:
+                raise DaemonError(STOPPING)
+            return answer
         except DaemonError:
             self._lose()
             raise
@@ -16205,10 +16212,14 @@ class McpServer:
         return tool.run(self.tools, given)
 
     @staticmethod
-    def _guarded(call: Callable[[], Outcome | Wait | None]) -> Outcome | Wait | None:
+    def _guarded(
+        call: Callable[[], Outcome | Wait | None], *passed_on: type[HiveError]
+    ) -> Outcome | Wait | None:
         """What went wrong is an outcome too: the model may know what to do."""
         try:
             return call()
+        except passed_on:
+            raise
         except HiveError as error:
             return Outcome(str(error), failed=True)
 
@@ -16233,7 +16244,8 @@ class McpServer:
         if call.wait.every and call.id in self._calls:
             call.timers["look"] = self._loop.after(call.wait.every, lambda: self._look(call))
         if call.wait.every or self.link.attached:
-            self._finish(call, self._guarded(call.wait.look))
+            with contextlib.suppress(DaemonError):  # it may come back
+                self._finish(call, self._guarded(call.wait.look, DaemonError))
 
     def _due(self, call: Call) -> None:
         self._finish(call, self._guarded(lambda: call.wait.look() or call.wait.give_up()))
