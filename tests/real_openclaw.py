@@ -404,12 +404,14 @@ def test_openclaw_loads_the_skills(gateways: dict[str, Gateway], skill: str) -> 
     ), shown
 
 
-def test_an_agent_sends_by_the_tools_that_hive_gives_it(
+def test_an_agent_asks_by_the_tools_that_hive_gives_it(
     hive_of: Callable[..., Hive], shared_broker: Broker, tmp_path: Path
 ) -> None:
     """No permission to run commands is needed; OpenClaw's model finds them by tool_search."""
     hive, models = hive_of(shared_broker), FakeModels()
-    beta = hive.node("beta").start()
+    beta = hive.node("beta")
+    beta.handler("ping", "#!/bin/sh\necho pong\n")
+    beta.start()
     hive.node("alpha").start()
     claw = Gateway(tmp_path, "green", models)
     environment = {**claw.environment, "OPENCLAW_STATE_DIR": str(tmp_path / ".openclaw-green")}
@@ -417,14 +419,12 @@ def test_an_agent_sends_by_the_tools_that_hive_gives_it(
     subprocess.run(hive.command_line("alpha", *install), env=environment, check=True, timeout=240)
     claw.start()
     try:
-        given = {"to": "beta", "text": "from the agent", "urgent": True}
-        find = f"@@CALL tool_search {json.dumps({'query': 'hive send message'})}@@"
-        call = json.dumps({"id": "hive__send_message", "args": given})
+        given = {"to": "beta", "text": "now", "action": "ping"}
+        find = f"@@CALL tool_search {json.dumps({'query': 'hive ask'})}@@"
+        call = json.dumps({"id": "hive__ask", "args": given})
         claw.run("agent", "--agent", "main", "--message", f"{find} @@CALL tool_call {call}@@")
-        id = beta.logged("received", to="beta", ch="command")["id"]
-        assert "claw -> beta" in hive.cli("beta", "show", id).stdout
-        found, sent = models.read("tool")
-        assert "hive__send_message" in found and "Sent to beta, id" in sent
+        found, answer = models.read("tool")
+        assert "hive__ask" in found and "response from beta to claw" in answer and "pong" in answer
     finally:
         claw.stop()
         models.close()
