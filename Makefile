@@ -57,6 +57,9 @@ test: $(VENV)/tools mosquitto dovecot checkers
 demo: $(VENV)/ready
 	@$(python) contrib/demo.py $(if $(KEEP),--keep) $(if $(LIVE),--live)
 
+pictures: $(VENV)/tools chromium  ## the README's, of the page of such a live demo
+	$(python) contrib/demo.py --live --pictures contrib/pictures
+
 test-openclaw: $(VENV)/tools mosquitto dovecot $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin \
 	  $(python) -m pytest -q --timeout 300 tests/real_openclaw.py
@@ -211,4 +214,4 @@ clean:  ## remove what make has made
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
   bench-broker bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean \
-  test-web chromium test-agents tmux npm
+  test-web pictures chromium test-agents tmux npm

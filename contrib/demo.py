@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +38,7 @@ LOOK_AGAIN = 0.1  # seconds
 LONGEST_LINE = 400  # characters that say why it failed
 TIME_TO_STOP = 5.0  # seconds; then SIGKILL
 PACE = 1.0  # seconds between two messages of a live one
+PAST = 150.0  # seconds that pictures show
 
 
 class Failed(Exception):
@@ -355,8 +357,8 @@ def show(folder: Path, keep: bool) -> None:
         say(f"$ sh {shlex.quote(str(folder / 'end'))}")
 
 
-def live(folder: Path) -> None:
-    """Three nodes at work, until a signal comes."""
+def live(folder: Path, pictures: Path | None) -> None:
+    """Three nodes at work, until a signal comes; or until pictures of the page are made."""
     os.umask(0o077)
     furnish(folder)
     for node in NODES:
@@ -371,18 +373,23 @@ def live(folder: Path) -> None:
     say("$ hive status --config alpha.toml --watch")
     say("$ hive log --config alpha.toml --follow")
     say("\nCtrl-C ends and removes all of it.")
+    began = time.monotonic()
     for words in itertools.cycle(TRAFFIC):
         run(f"hive send --config {words}", folder)
         time.sleep(PACE)
+        if pictures and time.monotonic() > began + PAST:
+            picture = [PYTHON, str(ROOT / "tests" / "pictures.py"), str(pictures), "--link", link]
+            subprocess.run(picture, check=True, umask=0o022)
+            return
 
 
 # ---- The keeper: starts the show, and ends it --------------------------------------------
 
 
-def perform(folder: Path, how: str) -> int:
+def perform(folder: Path, how: Sequence[str]) -> int:
     """Show it, in a session of its own; a signal ends that early.  Called with ENDINGS blocked."""
     received: list[int] = []
-    argv = [PYTHON, __file__, "--show", str(folder), *([how] if how else [])]
+    argv = [PYTHON, __file__, "--show", str(folder), *how]
     player = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def on_signal(number: int, frame: object) -> None:
@@ -395,12 +402,12 @@ def perform(folder: Path, how: str) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
     code = player.wait()
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
-    if how == "--keep" and not code and not received:
+    if "--keep" in how and not code and not received:
         return 0
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(player.pid, signal.SIGTERM)  # the command of the moment, and all daemons
     end(folder)
-    if how == "--live" and signal.SIGINT in received:  # that is how one ends it
+    if "--live" in how and signal.SIGINT in received:  # that is how one ends it
         say("\nAll is ended and removed.")
         return 0
     if code < 0:  # else it has said why itself
@@ -408,7 +415,7 @@ def perform(folder: Path, how: str) -> int:
     return 128 + received[0] if received else code and 1
 
 
-def demonstrate(how: str) -> int:
+def demonstrate(how: Sequence[str]) -> int:
     """Once round; the exit code."""
     began = time.monotonic()
     code = perform(new_folder(), how)
@@ -422,13 +429,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Show what hive does; see make demo.")
     parser.add_argument("--keep", action="store_true", help="leave it running")
     parser.add_argument("--live", action="store_true", help="three nodes at work, until Ctrl-C")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="with --live: make some of its page, and end",
+    )
     parser.add_argument("--end", type=Path, metavar="FOLDER", help="end what was left running")
     parser.add_argument("--show", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     signal.pthread_sigmask(signal.SIG_UNBLOCK if args.show else signal.SIG_BLOCK, ENDINGS)
     try:
         if args.show and args.live:
-            live(args.show)
+            live(args.show, args.pictures)
         elif args.show:
             show(args.show, args.keep)
         elif args.end:
@@ -436,7 +449,7 @@ def main() -> int:
                 raise Failed(f"{args.end}: nothing was left running there")
             end(args.end)
         else:
-            return demonstrate("--live" if args.live else "--keep" if args.keep else "")
+            return demonstrate(sys.argv[1:])
     except BrokenPipeError:  # whoever watched has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE

@@ -90,9 +90,9 @@ def main() -> None:
             gateway.start()
             eventually("the gateway listens", lambda: answers(gateway.port), SLOW)
             hive.node("alpha").start()
-            for via in ("hook", "call", "cli", "agent"):
+            for via in ("chat", "hook", "call", "cli", "agent"):
                 one_by_one(hive, gateway, via, runs)
-            for via in ("hook", "call", "cli"):
+            for via in ("chat", "hook", "call", "cli"):
                 burst(hive, gateway, via, 30)
         finally:
             hive.close()

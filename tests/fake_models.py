@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 ORDER = re.compile(r"@@CALL (\S+) (\{.*?\})@@", re.S)
 TEXTS = ("text", "input_text", "output_text")
+KINDS = {"user": "user", "tool": "tool", "assistant": "model"}  # by role
 NUMBERS = itertools.count(1)
 Json = dict[str, Any]
 
@@ -25,7 +26,7 @@ Json = dict[str, Any]
 class Item(NamedTuple):
     """One piece of what a model is given."""
 
-    kind: str  # "user", "tool" for a result, "other"
+    kind: str  # "user", "tool" for a result, "model" for what it said itself, "other"
     text: str
 
 
@@ -73,7 +74,7 @@ def items_of(body: Json) -> list[Item]:
 def message_items(body: Json) -> Iterator[Item]:
     """Anthropic's messages and OpenAI's chat completions."""
     for message in body.get("messages", []):
-        kind = {"user": "user", "tool": "tool"}.get(message["role"], "other")
+        kind = KINDS.get(message["role"], "other")
         content = message.get("content")
         for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             if part.get("type") == "tool_result":
@@ -91,8 +92,7 @@ def responses_items(body: Json) -> Iterator[Item]:
             output = output if isinstance(output, str | list) else json.dumps(output)
             yield Item("tool", text_of(output))
         elif one.get("type", "message") == "message":
-            kind = "user" if one.get("role") == "user" else "other"
-            yield Item(kind, text_of(one.get("content")))
+            yield Item(KINDS.get(str(one.get("role")), "other"), text_of(one.get("content")))
 
 
 def gemini_items(body: Json) -> Iterator[Item]:

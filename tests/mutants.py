@@ -57,16 +57,17 @@ MORE_TESTS = {
     "Join": "hosting second_machine",
     "Journal": "requests mqtt_client limits",
     "Loop": "service",
-    "Main": "commands",
+    "Main": "commands completion",
     "Mosquitto": "senders hosting",
     "MqttClient": "node connecting limits senders",
-    "Node": "requests mqtt_client limits permissions senders",
+    "Node": "requests mqtt_client limits metrics permissions senders",
+    "Output": "metrics watch",
     "Packets": "broker",
-    "Requests": "control commands",
+    "Requests": "control commands metrics watch",
     "Routing": "permissions node",
     "Setup": "commands join",
     "Stream": "control broker",
-    "Work": "schedule handlers node agent",
+    "Work": "schedule handlers node agent metrics",
 }
 WIDER = ("node", "requests", "control", "commands", "end_to_end")
 SLOWEST_TEST = 60  # seconds: a single test that takes longer has failed

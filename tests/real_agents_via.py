@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import subprocess
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,16 +32,17 @@ OPTIONS = {"codex": ["--skip-git-repo-check"]}
 
 
 class SlowModels(FakeModels):
-    """They may take their time, and say what they were asked."""
+    """They may take their time, and always say the same."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.delay = 0.0
+        self.gate = threading.Event()  # closed, they think for as long as it is
+        self.gate.set()
 
     def turn(self, body: Json) -> Turn:
         turn = super().turn(body)
         if body.get("tools"):
-            time.sleep(self.delay)
+            self.gate.wait(SLOW)
             return Turn("understood")
         return turn
 
@@ -82,8 +83,12 @@ def beta_of(
             "GEMINI_CLI_TRUST_WORKSPACE": "true",
         }
         hive.node("alpha").start()
-        table: dict[str, object] = {"name": "helper", "via": via, "dir": str(place)}
-        table["env"] = [*NAMED]
+        table: dict[str, object] = {
+            "name": "helper",
+            "via": via,
+            "dir": str(place),
+            "env": [*NAMED],
+        }
         table |= {"options": OPTIONS.get(via, []), **keys}
         lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
         return hive.node("beta", "\n".join(["\n[[oc_instances]]", *lines, ""])).start()
@@ -149,7 +154,7 @@ def test_a_session_goes_on_and_a_turn_that_a_crash_ended_is_told_as_that(
     first = ["run"] if via == "opencode" else first
     subprocess.run([via, *first], input=b"the user's own", env=work, cwd=home / "site", check=True)
     assert ask(beta, "the first one") == "understood\n"
-    models.delay = 30.0
+    models.gate.clear()
     asking = subprocess.Popen(
         beta.hive.command_line("alpha", "send", "--to", "helper", "--text", "two", "--wait", "110"),
         env=beta.hive.environment,
@@ -157,7 +162,7 @@ def test_a_session_goes_on_and_a_turn_that_a_crash_ended_is_told_as_that(
     )
     eventually("the second turn begins", lambda: len(models.headers()) == 2, SLOW)
     beta.stop(signal.SIGKILL)
-    models.delay = 0.0
+    models.gate.set()
     beta.start()
     assert asking.communicate(timeout=SLOW)[0] == b"understood\n"
     assert models.headers()[-1].endswith(" (perhaps told before)")

@@ -1733,6 +1733,7 @@ def test_auto_has_what_is_urgent_answered_and_lets_the_rest_wait_for_a_heartbeat
     chat, hook = "/v1/chat/completions", "/hooks/wake"
     assert asked == [(chat, ["a"]), (chat, ["d"]), (hook, ["b", "c"])]
     assert [id for id, _ in stand_in.replied] == ["a", "d"]
+    assert [now for _, now in stand_in.agent._events] == [False]  # no chat makes room for events
 
 
 # What a program is run with

@@ -567,6 +567,7 @@ openclaw_cmd = "openclaw"
 via = "cli"
 agent = "main"
 agent_timeout = 300.0
+options = []
 env = []
 [handlers.sync]
 workers = 1
@@ -705,6 +706,10 @@ def test_more_values_are_held_to_their_kinds(key: str, bad: str) -> None:
         (
             "[[oc_instances]]\nname = 'x'\ncommand = 'y'\nvia = 'call'",
             "oc_instances[0].via: has no meaning beside command; leave one of them out",
+        ),
+        (
+            "[[oc_instances]]\nname = 'x'\nvia = 'claude'",
+            'oc_instances[0].dir: missing; via = "claude" works there',
         ),
         (
             "[[oc_instances]]\nname = 'x'\nvia = 'hook'",

@@ -858,6 +858,17 @@ def test_what_comes_of_publishing_is_said() -> None:
         ({"command": "no-such"}, True, "", "FAIL", "x: no program no-such"),
         ({"command": "true"}, False, "", "OK", "x: true is there; more would wake it"),
         (
+            {"via": "claude", "dir": "/", "command": "true"},
+            *(False, "", "OK", "x: true is there; more would wake it"),
+        ),
+        ({"via": "claude", "dir": "/nowhere"}, False, "", "FAIL", "x: no folder /nowhere"),
+        (
+            {"via": "chat"},
+            *(True, "", "WARN"),
+            "x: HOME/.openclaw/openclaw.json enables no chatCompletions, or has no token"
+            " that can be read",
+        ),
+        (
             {"openclaw_cmd": "no-such", "via": "hook", "hook_token": "t"},
             True,
             "",

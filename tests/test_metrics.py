@@ -99,6 +99,7 @@ def test_queues_members_and_the_broker_are_told_as_they_are_now(rig: Rig) -> Non
         ("questions",): 1,
         ("handlers",): 0,
         ("agents",): 0,
+        ("inboxes",): 0,
     }
     assert now["hive_connected"] == {(): 0} and now["hive_reconnects_total"] == {(): 0}
     rig.connect()
@@ -106,6 +107,21 @@ def test_queues_members_and_the_broker_are_told_as_they_are_now(rig: Rig) -> Non
     assert now["hive_connected"] == {(): 1} and now["hive_reconnects_total"] == {(): 1}
     assert now["hive_queue_length"]["outbox",] == 0
     caller.client.close()
+
+
+def test_sessions_and_what_they_have_not_read_are_counted(rig: Rig) -> None:
+    session = Caller(rig)
+    facts = {"client": "test 1", "directory": "/", "branch": "", "pid": 1}
+    assert session.ask(do="attach", name="reviewer", exact=True, **facts)["unread"] == 0
+    rig.say("command", to="reviewer", text="look at this")
+    now = metrics_of(rig)
+    assert now["hive_sessions"] == {(): 1}
+    assert now["hive_queue_length"]["inboxes",] == 1
+    session.client.close()
+    rig.turn()
+    now = metrics_of(rig)
+    assert now["hive_sessions"] == {(): 0}
+    assert now["hive_queue_length"]["inboxes",] == 1
 
 
 def test_every_number_that_is_declared_is_exported(
@@ -170,6 +186,7 @@ def test_the_dashboard_asks_for_what_is_exported() -> None:
     assert hive.METRICS.keys() - names <= {
         "hive_degraded",  # hive_members has it
         "hive_handlers_running",
+        "hive_sessions",
         "process_start_time_seconds",
     }
     known = {"instance", *(label for metric in hive.METRICS.values() for label in metric.labels)}

@@ -284,6 +284,21 @@ def test_a_hundred_sessions_are_at_work_and_no_more(
     assert rig.works()
 
 
+def test_sessions_of_a_node_that_is_lost_are_away(rig: Rig) -> None:
+    rig.beat("alpha")
+    roster = {"node": "alpha", "agents": [], "sessions": {"worker": {}}, "away": ["old"]}
+    rig.hand_in("hive/meta/alpha/roster", json.dumps(roster).encode(), retained=True)
+    shown = Program(rig)
+    assert shown.ask(do="roster")["rosters"]["alpha"]["sessions"] == {"worker": {}}
+    rig.hear_state("alpha", status="online")
+    assert shown.ask(do="states")["states"]["worker"]["status"] == "online"
+    rig.advance(20)
+    known = shown.ask(do="roster")["rosters"]["alpha"]
+    assert "sessions" not in known and known["away"] == ["old", "worker"]
+    assert "worker" not in shown.ask(do="states")["states"]
+    shown.client.close()
+
+
 # Who is addressed
 
 
@@ -511,6 +526,16 @@ def test_a_session_that_reads_nothing_is_cut_off(rig: Rig, program: Program) -> 
     assert rig.events("session cut off", agent="reviewer")
 
 
+def test_a_session_that_sends_for_weeks_leaves_nothing_behind(rig: Rig, program: Program) -> None:
+    requester = rig.node.node.sessions._sessions["reviewer"].requester
+    assert requester
+    before = len(requester.on_close)
+    for i in range(5):
+        program.say(f"{i}")
+    rig.turn()
+    assert len(requester.on_close) == before
+
+
 # Who may
 
 
@@ -614,6 +639,8 @@ def test_sessions_of_two_nodes_write_to_each_other_and_answer(pair: Hive) -> Non
     sent = pair.cli("alpha", "send", "--to", "rev", "--text", "from a command")
     assert sent.stderr == ""
     assert reviewer.next().sender == "alpha"
+    pair.cli("beta", "send", "--to", "rev", "--text", "from the same node")
+    assert reviewer.next().sender == "beta"
     pair.node("gamma")  # where no daemon runs
     pair.cli("gamma", "send", "--to", "rev", "--text", "from elsewhere")
     assert reviewer.next().text == "from elsewhere"

@@ -358,7 +358,10 @@ def test_a_place_where_nothing_can_be_made_is_one_line(tmp_path: Path) -> None:
 
 def test_a_wrong_option_is_one_line_and_nothing_is_written(tmp_path: Path) -> None:
     for options, words in (
-        (["--agent", "nobody"], "--agent 'nobody': no such OpenClaw profile; there are: none"),
+        (
+            ["--agent", "nobody"],
+            "--agent 'nobody': no such OpenClaw profile; there are: claude=DIR",
+        ),
         (["--node", "a b"], "argument --node: 'a b' is not a name"),
         (["--password-file", "nowhere"], f"mqtt.password_file: {tmp_path}/nowhere: No such file"),
         (["--password-file", "-"], "--password-file -: not one line of text, not empty"),
@@ -459,8 +462,12 @@ def test_of_the_agents_that_are_found_those_are_woken_that_are_wanted() -> None:
     assert hive.choose_agents(nobody, found, None) == everyone
     assert hive.choose_agents(nobody, found, ["b", "main"]) == [everyone[0], everyone[2]]
     assert hive.choose_agents(nobody, found, []) == []
-    with pytest.raises(hive.UsageError, match=r"'c': no such .* profile; there are: main, a, b$"):
+    with pytest.raises(
+        hive.UsageError, match=r"'c': no such .* there are: main, a, b, claude=DIR, "
+    ):
         hive.choose_agents(nobody, found, ["a", "c"])
+    claude = {"name": "claude", "via": "claude", "dir": str(Path("site").absolute())}
+    assert hive.choose_agents(nobody, found, ["claude=site", "a"]) == [claude, everyone[1]]
 
 
 def test_advice_names_what_it_is_about_once() -> None:
