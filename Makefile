@@ -130,7 +130,8 @@ fuzz: $(VENV)/tools  ## another seed each time; SEED=... to choose it
 	$(python) tests/fuzz_broker.py --seconds $(SECONDS) --seed $(or $(SEED),$$(date +%s))
 
 faults: $(VENV)/tools mosquitto  ## what survives which fault, as a table
-	HIVE_FAULTS_TABLE=- $(python) -m pytest -q --timeout 150 tests/test_faults.py
+	HIVE_FAULTS_TABLE=- HIVE_FAULTS_COUNT=$(or $(HIVE_FAULTS_COUNT),1000) \
+	  $(python) -m pytest -q --timeout 150 tests/test_faults.py
 
 brokers: $(VENV)/tools mosquitto  ## BROKERS="nats amqtt" for some of them
 	$(python) tests/brokers.py $(BROKERS)

@@ -618,6 +618,12 @@ def test_a_crowd_that_is_lost_at_once_is_thirty_alerts_and_one_for_the_others(ri
     assert len(last.encode()) < 1000
 
 
+def test_of_a_crowd_that_is_lost_ten_times_thirty_are_in_the_log(rig: Rig) -> None:
+    crowd(rig, 12 * hive.MAX_LOSSES)
+    rig.advance(60)
+    assert len(rig.events("peer is lost")) == 10 * hive.MAX_LOSSES
+
+
 def test_a_crowd_that_goes_on_being_lost_is_one_alert_a_minute(rig: Rig) -> None:
     for number in range(130):
         for name in (f"a-{number}", f"b-{number}", f"c-{number}"):

@@ -310,6 +310,16 @@ def test_who_does_not_read_loses_its_last_words_when_its_time_is_over(peer: Peer
     assert peer.closed == 1 and peer.stream.output_size == 0
 
 
+def test_who_breaks_off_meanwhile_leaves_no_timer_behind(peer: Peer) -> None:
+    peer.write(b"x" * LARGE)
+    peer.stream.end(linger=200)
+    peer.turn()
+    peer.sock.close()
+    peer.turn()
+    assert peer.closed == 1
+    assert not [timer for timer in peer.loop._timers if timer.call]
+
+
 def test_close_may_be_called_from_a_callback(peer: Peer) -> None:
     def close() -> None:
         peer.stream.close()

@@ -285,3 +285,15 @@ def test_what_runs_seldom_does_not_hold_up_what_runs_often(rig_of: Make) -> None
     seldom = hive.ScheduleConfig("check", every=3600.0, text="seldom")
     rig = rig_of(schedule=(*every_second(text="often"), seldom), check="true")
     rig.until("it has run three times", lambda: len(rig.events("handler ended")) >= 3)
+
+
+def test_a_run_that_was_ended_and_may_run_again_has_not_begun(rig_of: Callable[..., Rig]) -> None:
+    settings = {name: hive.HandlerConfig(retry=name == "again") for name in ("again", "once")}
+    rig = rig_of(settings=settings, again=HANGS, once=HANGS)
+    for name in settings:
+        rig.say("command", name)
+    rig.until("both run", lambda: len(rig.events("handler started")) == 2)
+    rig.node.stop()
+    rig.until("it has stopped", lambda: rig.wire.closed, tick=0.5)
+    (left,) = rig.journal.tasks()
+    assert (left.envelope.action, left.began) == ("again", False)
