@@ -17,8 +17,7 @@ tokens; only what needs judgment wakes an agent.
 #           Loop        files, timers and signals on one selector; one wait
 #           Stream      a connected socket: bytes in, bytes out, both bounded
 #           Journal     what came, what went, what is still owed and still to be sent <- Database
-#           Control     the socket where commands speak to their daemon
-#                       <- Stream, Process, Handlers
+#           Control     the socket where commands speak to their daemon <- Stream, Handlers
 #           Sessions    agent programs that are attached there, and their inboxes
 #                       <- Journal, Control, Agent, Members
 #           Requests    all that may be asked there, as one table
@@ -2274,7 +2273,7 @@ class ControlClient:
         while b"\n" not in self._in:
             self._sock.settimeout(None if ends is None else max(0.0, ends - time.monotonic()))
             try:
-                data = self._sock.recv(PIPE_CHUNK)
+                data = self._sock.recv(READ_CHUNK)
             except (TimeoutError, BlockingIOError):
                 return None
             except OSError as error:
@@ -8430,6 +8429,9 @@ class ReasonCode(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
+NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
+
+
 def is_failure(reason: int) -> bool:
     """Does this reason code mean that something was not done?  Those below 0 are our own."""
     return reason < 0 or reason >= ReasonCode.UNSPECIFIED_ERROR
@@ -10384,7 +10386,6 @@ FIRST_WORDS = {
 }
 SSL_MARKS = re.compile(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
 KEEP_ALIVE_TIMEOUT = 0x8D
-NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
 
@@ -11920,7 +11921,7 @@ def status_screen(
     ]
     header = ("NAME", "STATUS", "SEEN", "UPTIME", "LOAD", "AGENTS")
     title, *lines = format_table(header, cells, colour).splitlines()
-    body = [*head, "", title]
+    body = [*head, "", *([title] if rows else [])]
     for row, line in zip(rows, lines, strict=True):
         body += [line, *([f"  {row.why}"] if row.why else [])]
     if len(body) > (room := max(height - 2, 2)):
@@ -12778,7 +12779,7 @@ class StatusFeed:
 
     def __init__(self, config: Config) -> None:
         self.rows: list[StatusRow] = []  # the nodes
-        self.node, self.broker = config.node.id, "no broker"
+        self.node, self.broker = config.node.id, "its broker"
         self.fault = ""  # why what is known is old
         self.at = self.due = 0.0  # when it was so, Unix seconds; the next look, monotonic
         self.control: ControlClient | None = None
@@ -16378,6 +16379,19 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
     return said
 
 
+def serve_session(
+    name: str = "", file: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> int:
+    """`hive mcp`, until its client has gone; hive-cli comes here with a part of this file alone."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # whatever else is printed is no part of the protocol
+    with contextlib.closing(Loop(Log("error"))) as loop:
+        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides or {}), name).run()
+    return Exit.DONE
+
+
 SERVER_INFO = {"name": "hive", "title": "hive", "version": __version__}
 RECIPIENT = Argument.string(
     'agent or node name from list_agents, or "all"; "any": whoever can do it',
@@ -16678,7 +16692,7 @@ def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dic
         one = {"status": said[name]} if isinstance(said[name], str) else said[name]
         all = [how for how in (works.get(name), one) if isinstance(how, dict)]
         facts = {key: value for how in all for key, value in how.items()}
-        told = ("status", "reason", "client", "directory", "branch", "retry_at", "last_error")
+        told = ("status", "reason", "client", "directory", "branch")
         words = {key: printable(facts[key], 300) for key in told if facts.get(key)}
         since = bounded_number(facts.get("since"), 1, MAX_TS)
         found.append({"name": printable(name), **words, "since": since})
@@ -17399,6 +17413,7 @@ main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inli
 .facts { font-size: .9rem; .mark { width: .8em } }
 .hour { width: 100%; height: 2.6rem; display: block; overflow: visible;
   path { vector-effect: non-scaling-stroke; stroke-width: 2; fill: none; stroke: var(--how) }
+  .before { stroke: var(--line) }
   .load { fill: color-mix(in srgb, var(--honey) 22%, #0000); stroke: var(--honey);
     stroke-width: 1.5; stroke-linejoin: round } }
 
@@ -17673,9 +17688,9 @@ const mark = (word) => draw(`svg.mark.${word}`, { viewBox: "0 0 16 16", "aria-hi
 // ---- Now
 const lastHour = ([beats, loads] = [[], []]) => {
   const top = Math.max(1, ...loads), begun = beats.findIndex((beat) => beat);
-  const path = { load: "", ok: "", fail: "" };
+  const path = { load: "", ok: "", fail: "", before: "" };
   beats.forEach((beat, i) => {
-    if (begun >= 0 && i >= begun) path[beat ? "ok" : "fail"] += `M${i} 23h1`;
+    path[beat ? "ok" : begun >= 0 && i > begun ? "fail" : "before"] += `M${i} 23h1`;
     if (!beat) return;
     path.load += `${beats[i - 1] ? "" : `M${i} 20`}L${i + .5} ${19 - 18 * loads[i] / top}`;
     if (!beats[i + 1]) path.load += `L${i + 1} 20z`;
@@ -17688,10 +17703,9 @@ const agentLine = (agent) => {
   const well = agent.status === "ok" || agent.client;
   const word = agent.status === "down" ? "down" : well ? "ok" : "off";
   const doing = [agent.client, agent.directory, agent.branch && `on ${agent.branch}`];
-  const wrong = [agent.reason, agent.last_error, agent.retry_at && `next try ${agent.retry_at}`];
   return el("li.line", mark(word), el("span", el("b", agent.name),
     el("span.soft", ` ${doing.filter(Boolean).join(" ") || "agent"} `),
-    el("span.how.down", wrong.filter(Boolean).join("; "))),
+    el("span.how.down", agent.reason || "")),
   agent.since && stamp(agent.since, "time.end.soft"));
 };
 const scheduleLine = ({ action, when, ok, last, next }) => {
@@ -18136,7 +18150,7 @@ listen();
 # All of it was measured on Claude Code 2.1.332, Codex 0.169, Gemini CLI 0.61, OpenCode 1.18 and
 # OpenClaw 2026.9.  Knows nothing of what is told.
 
-VENDOR_DEADLINE = 60.0  # seconds in which a program changes its own configuration
+VENDOR_DEADLINE = 180.0  # seconds in which a program changes its own configuration
 MAX_SETTINGS = 8 * KIB * KIB  # bytes
 HOOK_TIMEOUT = 10  # seconds that a program waits for a hook
 HOOK_PATIENCE = 2.0  # seconds that a hook waits for the daemon, and for who tells just now
@@ -18177,7 +18191,11 @@ class Vendor(Value):
     hooks: SettingsFile | None = None
     events: tuple[str, ...] = ()
     unit: int = 1  # of HOOK_TIMEOUT, in a second
-    note: str = ""  # for the user, when it is in
+    note: str = ""  # for the user, when its hooks are in; where it has none, when it is in
+
+    def told(self, hooks: bool) -> str:
+        """What the user is told when it is done."""
+        return self.note if hooks or not self.hooks else ""
 
 
 VENDORS = {
@@ -18264,7 +18282,7 @@ def vendor_changes(name: str, server: Sequence[str], hook: Sequence[str]) -> lis
     called = vendor_program(name)
     if hook and not vendor.hooks:
         raise UsageError(f"--hooks: {vendor.title} has none that hive could use")
-    changes = vendor_removal(name) if found not in (None, [*server]) else []
+    changes = vendor_removal(name) if found and found != [*server] else []
     if found != [*server]:
         argv = vendor_argv(called, vendor.add, server, vendor.kept)
         changes.append(vendor_call(name, argv))
@@ -18346,14 +18364,18 @@ def settings_files(vendor: Vendor) -> Iterator[Path]:
 
 
 def entry_in(vendor: Vendor) -> list[str] | None:
-    """The command that its configuration has for hive; None if none, or it cannot be read here."""
+    """The command that its configuration has for hive; None if none, [] if that cannot be told."""
+    unread = False
     for file in settings_files(vendor):
-        with contextlib.suppress(HiveError):
+        try:
             entry = nested(read_settings(file, ""), vendor.place)
-            command, more = entry.get("command"), entry.get("args", [])
-            if command:
-                return [*(command if isinstance(command, list) else [command]), *more]
-    return None
+        except HiveError:
+            unread = True
+            continue
+        command, more = entry.get("command"), entry.get("args", [])
+        if command:
+            return [*(command if isinstance(command, list) else [command]), *more]
+    return [] if unread else None
 
 
 def nested(document: Mapping[str, Any], place: Sequence[str]) -> dict[str, Any]:
@@ -19349,16 +19371,9 @@ def command_mcp(args: argparse.Namespace) -> int:
     if args.install or args.uninstall:
         return change_vendor(args)
     start_again()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
     if sys.stdin.isatty():
         print("hive: here an agent's program speaks, not a person; to end: Ctrl-D", file=sys.stderr)
-    stdout = os.dup(1)
-    os.dup2(2, 1)  # whatever else is printed is no part of the protocol
-    find = partial(resolve_config, getattr(args, "config", None), overrides_of(args))
-    with contextlib.closing(Loop(Log("error"))) as loop:
-        McpServer(loop, 0, stdout, find, args.agent or "").run()
-    return Exit.DONE
+    return serve_session(args.agent or "", getattr(args, "config", None), overrides_of(args))
 
 
 def change_vendor(args: argparse.Namespace) -> int:
@@ -19385,7 +19400,7 @@ def change_vendor(args: argparse.Namespace) -> int:
         return Exit.REFUSED
     for change in changes:
         change.make()
-    print("done" + (f"; {note}" if args.install and (note := VENDORS[name].note) else ""))
+    print(f"done; {told}" if args.install and (told := VENDORS[name].told(args.hooks)) else "done")
     return Exit.DONE
 
 
@@ -19402,7 +19417,7 @@ def command_hook(args: argparse.Namespace) -> int:
 def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
     """Print what is unread, in the words of the program that asks; nothing where there is none."""
     name = event.get("hook_event_name")
-    if name not in HOOK_EVENTS or event.get("stop_hook_active"):
+    if name not in HOOK_EVENTS or event.get("stop_hook_active") or not mail_may_wait(args):
         return
     config = resolve_config(getattr(args, "config", None), overrides_of(args))
     control = connect_to_daemon(config, HOOK_PATIENCE)
@@ -19410,8 +19425,6 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
         return
     with contextlib.closing(control):
         sessions = control.ask({"do": "sessions"}).get("sessions", [])
-        if not any(one["unread"] for one in sessions):
-            return
         agent = session_of_hook(sessions, str(event.get("cwd")), processes_above())
         lock = telling_lock(config, agent, HOOK_PATIENCE) if agent else None
         if lock is None:
@@ -19424,6 +19437,24 @@ def answer_hook(event: Mapping[str, Any], args: argparse.Namespace) -> None:
             shown = shown_mail(found, said["more"], config.mqtt.senders)
             print(json.dumps(hook_answer(name, shown.text)), flush=True)
             control.ask({"do": "mark", "agent": agent, "tasks": [*shown.tasks], "as": "told"})
+
+
+def mail_may_wait(args: argparse.Namespace) -> bool:
+    """Has any session something to read?  Yes where that takes more than the daemon's own word.
+
+    To read hive.toml would take longer than all else that a hook does.
+    """
+    node, file = vars(args).get("node.id") or os.environ.get("HIVE_NODE"), named_config(args)
+    file = file and os.path.abspath(expand_home(file))
+    unread = []
+    for one in running_daemons():
+        if node in (None, one.node) and file in (None, one.file):
+            with contextlib.suppress(OSError, DaemonError, LookupError):
+                door = shortened_socket_path(one.said["node.state_dir"] / "door")
+                with contextlib.closing(ControlClient(door, one.node, HOOK_PATIENCE)) as control:
+                    rows = control.ask({"do": "sessions"})["sessions"]
+                    unread.append(any(row["unread"] for row in rows))
+    return any(unread) or not unread
 
 
 ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")

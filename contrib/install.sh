@@ -162,7 +162,10 @@ install_programs() {
     put "$scratch/$name" "$bin/$name" 755
   done
   # Compiled here, because who may not write there would compile it anew at each call.
-  if [ -z "$DESTDIR" ]; then "$python" -m compileall -q "$lib/hive.py"; fi
+  if [ -z "$DESTDIR" ]; then
+    "$python" -m compileall -q "$lib/hive.py"
+    "$python" "$lib/hive-cli" mcp </dev/null || :  # the part of it that a session loads
+  fi
 }
 
 # What hive help prints, and the same as man pages.

@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, Broker, Daemon, Hive, answers, eventually, free_port
 from dovecot import Dovecot, letter, need_dovecot
 from fake_model import REPLY, FakeModel, texts_of
+from fake_models import FakeModels
 from sentinels import HANDLERS, KIT
 from test_check_email import Mail
 
@@ -28,13 +29,14 @@ SLOW = 120.0  # seconds; a gateway is ready in 11 to 48
 class Gateway:
     """A real OpenClaw gateway with a profile of its own below HOME."""
 
-    def __init__(self, home: Path, profile: str) -> None:
+    def __init__(self, home: Path, profile: str, models: FakeModels | None = None) -> None:
+        """`models`: instead of the one that always says the same."""
         self.home, self.profile, self.model = home, profile, FakeModel()
         self.port, self.token = free_port(), f"token-of-{profile}"
         folder = home / f".openclaw-{profile}"
         folder.mkdir(parents=True)
         provider = {
-            "baseUrl": f"http://127.0.0.1:{self.model.port}/v1",
+            "baseUrl": f"http://127.0.0.1:{(models or self.model).port}/v1",
             "apiKey": "none",
             "api": "openai-completions",
             "models": [{"id": "echo", "name": "echo"}],
@@ -401,3 +403,29 @@ def test_openclaw_loads_the_skills(gateways: dict[str, Gateway], skill: str) -> 
     assert (
         skill in shown and source.read_text().split('description: "')[1].split(",")[0] in shown
     ), shown
+
+
+def test_an_agent_sends_by_the_tools_that_hive_gives_it(
+    hive_of: Callable[..., Hive], shared_broker: Broker, tmp_path: Path
+) -> None:
+    """No permission to run commands is needed; OpenClaw's model finds them by tool_search."""
+    hive, models = hive_of(shared_broker), FakeModels()
+    beta = hive.node("beta").start()
+    hive.node("alpha").start()
+    claw = Gateway(tmp_path, "green", models)
+    environment = {**claw.environment, "OPENCLAW_STATE_DIR": str(tmp_path / ".openclaw-green")}
+    install = ("mcp", "--install", "openclaw", "--as", "claw", "--yes")
+    subprocess.run(hive.command_line("alpha", *install), env=environment, check=True, timeout=240)
+    claw.start()
+    try:
+        given = {"to": "beta", "text": "from the agent", "urgent": True}
+        find = f"@@CALL tool_search {json.dumps({'query': 'hive send message'})}@@"
+        call = json.dumps({"id": "hive__send_message", "args": given})
+        claw.run("agent", "--agent", "main", "--message", f"{find} @@CALL tool_call {call}@@")
+        id = beta.logged("received", to="beta", ch="command")["id"]
+        assert "claw -> beta" in hive.cli("beta", "show", id).stdout
+        found, sent = models.read("tool")
+        assert "hive__send_message" in found and "Sent to beta, id" in sent
+    finally:
+        claw.stop()
+        models.close()

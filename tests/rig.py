@@ -135,6 +135,7 @@ class Rig:
             schedule=tuple(schedule),
         )
         self.clock, self.log, self.acked = Clock(), io.StringIO(), 0
+        self._rows, self._read = list[dict[str, Any]](), 0  # of the log, and up to where
         log = hive.Log(level, "json", self.log)
         self.loop = hive.Loop(log, self.clock)
         self.journal = hive.Journal(self.state_dir, log, 7 * 86400, 64_000_000)
@@ -281,8 +282,14 @@ class Rig:
         return [json.loads(p.payload) for p in self.wire.published if p.topic == topic]
 
     def events(self, event: str = "", **facts: object) -> list[dict[str, Any]]:
-        rows = [json.loads(line) for line in self.log.getvalue().splitlines()]
-        return [row for row in rows if event in ("", row["event"]) and facts.items() <= row.items()]
+        said = self.log.getvalue()
+        self._rows += [json.loads(line) for line in said[self._read :].splitlines()]
+        self._read = len(said)
+        return [
+            row
+            for row in self._rows
+            if event in ("", row["event"]) and facts.items() <= row.items()
+        ]
 
     def started(self) -> list[str]:
         """What was started: handlers and calls of agents."""

@@ -277,6 +277,9 @@ def busy(journal: hive.Journal) -> hive.Journal:
         ({"ch": "command", "from": "node0", "since": NOW + 4}, [6, 9]),
         ({"from": "node1' OR '1'='1"}, []),
         ({"from": None}, []),
+        ({"node": "node1"}, [1, 4, 7]),
+        ({"node": "beta"}, range(10)),
+        ({"node": "all"}, []),
     ],
 )
 def test_rows_are_chosen_by_what_is_asked(
@@ -302,6 +305,33 @@ def test_the_last_rows_can_be_asked_for(
 ) -> None:
     seen = busy.rows({})[after - 1]["n"] if after else 0
     assert [row["id"] for row in busy.rows({}, seen, last)] == [f"m-{i}" for i in expected]
+
+
+def test_rows_are_read_backwards(busy: hive.Journal) -> None:
+    rows = busy.rows({}, last=3)
+    assert [row["id"] for row in busy.rows({"before": rows[0]["n"]}, last=3)] == [
+        "m-4",
+        "m-5",
+        "m-6",
+    ]
+    assert busy.rows({"before": busy.rows({})[0]["n"]}, last=3) == []
+
+
+def test_it_is_counted_who_wrote_to_whom(
+    busy: hive.Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy.record_result(message("m-1"), NOW + 50, "done")  # no message
+    busy.record(Event.SENT, message("m-1", sender="node1"), NOW + 1)  # the same one
+    counted = {(sender, to): (n, round(at - NOW)) for sender, to, n, at in busy.traffic(NOW + 1)}
+    assert counted == {
+        ("node0", "beta"): (3, 9),
+        ("node1", "beta"): (3, 7),
+        ("node2", "beta"): (3, 8),
+    }
+    monkeypatch.setattr(hive, "MAX_PAIRS", 1)
+    assert len(busy.traffic(0)) == 1
+    monkeypatch.setattr(hive, "MAX_TRAFFIC", 2)
+    assert sum(number for *_, number, _ in busy.traffic(0)) == 1
 
 
 def test_the_last_rows_are_the_last_of_those_that_are_chosen(busy: hive.Journal) -> None:
@@ -600,7 +630,8 @@ def test_a_question_is_open_until_it_is_answered(open_journal: Open) -> None:
     assert questions(journal) == ["a", "c"]
     (first, _) = journal.pending_requests()
     assert first.pop("text") == "hello"
-    assert first == {"id": "a", "to": "alpha", "action": "ping", "asked": NOW, "due": None}
+    asked = {"id": "a", "from": "beta", "to": "alpha", "action": "ping", "asked": NOW, "due": None}
+    assert first == asked
 
 
 def test_questions_are_due_when_their_time_to_live_is_over(journal: hive.Journal) -> None:

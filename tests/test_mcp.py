@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -453,12 +454,12 @@ def test_when_nobody_reads_any_more_it_ends(tmp_path: Path) -> None:
 class Process:
     """A server as a program starts it, to which the test speaks line by line."""
 
-    def __init__(self, home: Path, *flags: str, hive: Hive | None = None) -> None:
-        environment = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    def __init__(self, home: Path, *flags: str, python: tuple[str, ...] = ()) -> None:
+        environment = {"HOME": str(home), "PATH": os.environ["PATH"], "TZ": "UTC"}
         self.errors = home / f"stderr-{os.urandom(4).hex()}"
         with self.errors.open("wb") as stderr:
             self.process: Any = subprocess.Popen(
-                [sys.executable, f"{ROOT}/hive-cli", "mcp", *flags],
+                [sys.executable, *python, f"{ROOT}/hive-cli", "mcp", *flags],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -796,6 +797,47 @@ def publish(broker: Broker, topic: str, payload: bytes) -> None:
     assert program
     line = [program, "-p", str(broker.port), "-q", "1", "-t", topic, "-s"]
     subprocess.run(line, input=payload, check=True, timeout=PATIENCE)
+
+
+def test_a_session_loads_no_more_of_the_file_than_it_needs(sessions: Sessions) -> None:
+    """What is left out brings all of it, and argparse with that."""
+    writer = sessions.start("alpha", "writer")
+    config = f"--config={sessions.hive.nodes['beta'].config}"
+    with Process(sessions.home, config, python=("-X", "importtime")) as server:
+        server.ask(request(1, "initialize", **HELLO))
+        server.ask(request(2, "tools/list"))
+        name = re.findall(r"You are ([\w.-]+),", server.tool("list_agents"))[0]
+        sent = id_in(server.tool("send_message", to="writer", text="x"))
+        assert '"pong"' in server.tool("ask", to="alpha", text="x", action="ping")
+        assert "No answer" in server.tool("ask", to="all", text="x", wait_seconds=0)
+        eventually("it is known", lambda: name in writer.tool("list_agents"))
+        writer.tool("send_message", to=name, text="y")
+        server.tool("reply", id=id_in(server.tool("read_inbox", wait_seconds=20)), text="z")
+        assert "out: command" in server.tool("show_exchange", id=sent)
+        assert "No answer" in server.tool("wait_answer", id=sent, wait_seconds=0)
+        assert server.ask(call(3, "ask", to="writr", text="x"))["result"]["isError"]
+        assert re.search(r"\| +json$", server.stderr(), re.M)
+        assert not re.search(r"\| +(argparse|hashlib|sqlite3|paho|ssl)$", server.stderr(), re.M)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_part_of_the_file_that_was_not_compiled_yet_is_compiled(
+    tmp_path: Path, written: bool
+) -> None:
+    for file in ("hive.py", "hive-cli"):
+        shutil.copy(ROOT / file, tmp_path)
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    environment |= {} if written else {"PYTHONDONTWRITEBYTECODE": "1"}
+    line = [sys.executable, f"{tmp_path}/hive-cli", "mcp"]
+    said = json.dumps(request(1, "ping")).encode()
+    for _ in range(2):
+        done = subprocess.run(
+            line, input=said, capture_output=True, check=True, timeout=60, env=environment
+        )
+        assert (json.loads(done.stdout)["result"], done.stderr) == ({}, b"")
+    cache = tmp_path / "__pycache__"
+    kept = [file.name.partition(".")[0] for file in cache.iterdir()] if cache.exists() else []
+    assert kept == (["hive-session"] if written else [])
 
 
 def test_a_name_that_is_said_is_given_or_refused_and_a_made_one_gets_a_number(

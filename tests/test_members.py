@@ -583,3 +583,35 @@ def test_not_more_are_asked_for_at_once_than_fit(
     for _ in range(3):
         hall.members.check(hall.now)
     assert len(hall.fetched) == 3
+
+
+# ---- the last hour -----------------------------------------------------------------------
+
+
+def test_the_last_hour_is_told_minute_by_minute() -> None:
+    hour = hive.LastHour()
+    for second in range(0, 180, 20):
+        hour.beat(36_000 + second, 0.5 + second / 100)
+    told = hour.document(36_179)
+    assert told["beats"] == [0] * 57 + [3, 3, 3]
+    assert told["load"] == [None] * 57 + [0.9, 1.5, 2.1]
+
+
+def test_silence_is_told_and_what_is_older_than_an_hour_is_not() -> None:
+    hour = hive.LastHour()
+    hour.beat(36_000, 1.0)
+    assert hour.document(36_000 + 59 * 60)["beats"] == [1] + [0] * 59
+    assert hour.document(36_000 + 60 * 60)["beats"] == [0] * 60
+    hour.beat(36_000 + 90 * 86_400, None)  # however long nobody looked
+    assert hour.document(36_000 + 90 * 86_400) == {
+        "beats": [0] * 59 + [1],
+        "load": [None] * 59 + [0.0],
+    }
+
+
+def test_an_hour_does_not_grow_however_much_is_said_in_it() -> None:
+    hour = hive.LastHour()
+    for _ in range(1000):
+        hour.beat(36_000, 1e9)
+    told = hour.document(36_000)
+    assert (told["beats"][-1], told["load"][-1]) == (255, 655.35)

@@ -514,3 +514,45 @@ def test_a_node_is_given_a_second_more_than_it_promised(age: float, status: str)
         {"beta": {"status": "online", "last_seen": NOW - age}}, HeartbeatConfig(), NOW
     )
     assert (row[0].status, row[0].age_s) == (status, age)
+
+
+# -- sessions --
+
+
+def test_a_table_of_sessions_reads_like_this_in_80_columns() -> None:
+    rosters: dict[str, dict[str, Any]] = {
+        "alpha": {
+            "sessions": {
+                "claude-site": {
+                    "client": "claude-code 2.1.332",
+                    "directory": "~/src/site",
+                    "branch": "fix-header",
+                    "since": NOW - 720,
+                },
+                "reviewer": {
+                    "client": "codex 0.169.0",
+                    "directory": "/srv/checkouts/of/all/that/there/is/api",
+                    "branch": "feature/all-of-it-once-more",
+                    "since": NOW - 7500,
+                },
+            }
+        },
+        "attic": {"sessions": {}},
+    }
+    table = hive.sessions_table(hive.sessions_in(rosters), NOW, 80)
+    assert table.splitlines() == [
+        "",
+        "SESSION      NODE   CLIENT               DIRECTORY        BRANCH           FOR",
+        "claude-site  alpha  claude-code 2.1.332  ~/src/site       fix-header       12m",
+        "reviewer     alpha  codex 0.169.0        …t/there/is/api  feature/all-of…  2h 5m",
+    ]
+    assert hive.sessions_table([], NOW, 80) == ""
+
+
+@settings(deadline=None)
+@given(st.dictionaries(names, st.dictionaries(st.just("sessions"), json_values)))
+def test_any_sessions_make_harmless_rows(rosters: dict[str, dict[str, Any]]) -> None:
+    sessions = hive.sessions_in(rosters)
+    lines = hive.sessions_table(sessions, NOW, 80).splitlines()
+    assert len(lines) == (len(sessions) + 2 if sessions else 0)
+    assert all(line.isprintable() for line in lines)

@@ -622,3 +622,29 @@ def test_only_what_is_overdue_is_given_up(rig: Rig, caller: Caller) -> None:
     rig.turn()
     assert [row["id"] for row in rig.events("no answer")] == ["m-1"]
     assert [one["id"] for one in caller.ask(do="pending")["questions"]] == ["m-2", "m-3"]
+
+
+def test_the_last_hour_of_every_node_is_told(rig: Rig, caller: Caller) -> None:
+    rig.hear_state("alpha", status="online", last_seen=1)
+    for _ in range(3):
+        rig.beat("alpha", load_1m=0.25)
+    rig.beat("stranger", load_1m=[])
+    told = caller.ask(do="history")
+    assert told["nodes"].keys() == {"alpha", "stranger"}
+    alpha = told["nodes"]["alpha"]
+    assert (alpha["beats"][-1], alpha["load"][-1], alpha["changed"]) == (3, 0.25, 0.0)
+    assert told["nodes"]["stranger"]["load"][-1] == 0.0
+    rig.hear_state("alpha", status="degraded", reason="agent main: gone", last_seen=2)
+    assert caller.ask(do="history")["nodes"]["alpha"]["changed"] > 1e9
+
+
+def test_who_wrote_to_whom_is_counted(rig: Rig, caller: Caller) -> None:
+    for _ in range(3):
+        rig.say("status", urgency="later")
+    rig.say("status", urgency="later", to="all")
+    traffic = {(a, b): (n, last) for a, b, n, last in caller.ask(do="history")["traffic"]}
+    assert {pair: n for pair, (n, _) in traffic.items()} == {
+        ("alpha", "beta"): 3,
+        ("alpha", "all"): 1,
+    }
+    assert all(last > 1e9 for _, last in traffic.values())

@@ -131,6 +131,22 @@ def test_opencode_has_no_command_to_take_it_out_so_the_file_is_changed(home: Pat
     assert json.loads(file.read_text()) == {"theirs": 1, "mcp": {}}
 
 
+@pytest.mark.parametrize("name", ["openclaw", "opencode"])
+def test_a_file_that_only_the_program_can_read_is_left_to_it(home: Path, name: str) -> None:
+    vendor = VENDORS[name]
+    file = vendor.settings.path
+    file.parent.mkdir(parents=True)
+    file.write_text("{/* mine */}")
+    if vendor.remove:
+        uninstall(name)
+        assert calls(home) == [f"{name} {vendor.remove}"]
+    else:
+        with pytest.raises(module.HiveError, match=f"^{file}: .*mcp.hive is yours to take out"):
+            uninstall(name)
+    assert install(name) == [f"{name} {ADDED[name]}"]
+    assert file.read_text() == "{/* mine */}"
+
+
 def test_a_program_that_does_not_do_it_is_quoted(home: Path) -> None:
     (home / "bin" / "gemini").write_text("#!/bin/sh\necho 'no room\nat all' >&2; exit 3\n")
     with pytest.raises(module.HiveError, match=r"^gemini did not do it: no room$"):
@@ -460,7 +476,7 @@ def test_a_hook_with_nothing_to_say_imports_nothing_that_it_does_not_need(
     assert (done.returncode, done.stdout) == (0, "")
     lines = [one.rsplit("|", 1)[-1].strip() for one in done.stderr.splitlines()]
     names = {one.partition(".")[0] for one in lines[lines.index("__future__") :]}
-    assert not names & (BANNED - {"tomllib", "typing"}) and "fcntl" not in names
+    assert not names & BANNED
 
 
 # -- into a live session --
