@@ -3990,8 +3990,10 @@ class Work(Worker):
         return waiting
 
     def end_handlers(self) -> None:
-        """No handler has any more time."""
+        """No handler has any more time, and no agent."""
         self._children.stop()
+        for agent in self._agents.values():
+            agent.end_call()
 
     def kill(self) -> None:
         """Leave nothing running behind."""
@@ -6642,7 +6644,8 @@ def wake_result(name: str, instance: InstanceConfig, result: ProcessResult) -> W
             why, fault = f"{wake_program(instance)}: {result.fault}", ""
         why = without_secrets(instance, why)
         # A turn that was ended half-way may have done half its work.
-        permanent, uncertain = bool(turn) and result.timed_out, result.timed_out or bool(fault)
+        begun = bool(fault) or (bool(turn) and result.cancelled)
+        permanent, uncertain = bool(turn) and result.timed_out, result.timed_out or begun
         return WakeResult(cut(why.replace("\n", " "), 300), "", permanent, uncertain)
     if turn and (fault or result.truncated):
         why = f"the turn ended with {cut(fault or 'more than can be read', 200)}"
@@ -6715,11 +6718,18 @@ class GatewayRequest:
         return self._call.result(response.status, answer)
 
     def _time_out(self) -> None:
+        why = f"{self._call.what}: no answer in {self._call.deadline:g} s"
+        self._hang_up(WakeResult(why, permanent=self._call.turn, uncertain=True))
+
+    def stop(self) -> None:
+        """End it, whatever it has done by now."""
+        self._hang_up(WakeResult(f"{self._call.what}: the node was stopped", uncertain=True))
+
+    def _hang_up(self, result: WakeResult) -> None:
         if self._sock:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)  # the thread ends with it
-        why = f"{self._call.what}: no answer in {self._call.deadline:g} s"
-        self._end(WakeResult(why, permanent=self._call.turn, uncertain=True))
+        self._end(result)
 
     def _end(self, result: WakeResult) -> None:
         if not self._ended:
@@ -6879,6 +6889,7 @@ class Agent:
         self.turns = Counter[str]()  # calls that ended, by how
         self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
         self._method = ""  # the last one that worked
+        self._request: GatewayRequest | None = None  # the last one
         self._stopping = False
 
     @property
@@ -6917,6 +6928,11 @@ class Agent:
             timer.cancel()
         left, self._waiting = [*self._waiting], deque()
         return left
+
+    def end_call(self) -> None:
+        """It has no more time, where it is no child."""
+        if self._request:
+            self._request.stop()
 
     # -- which call is next --
 
@@ -6988,7 +7004,7 @@ class Agent:
         self._log.debug("waking agent", agent=self.instance.name, via=name, ids=ids)
         if method.call:
             call = method.call(self.instance, self._port or OPENCLAW_PORT, event)
-            GatewayRequest(self._loop, call, done)
+            self._request = GatewayRequest(self._loop, call, done)
             return
         spec = wake_command(self.instance, name, event, self._whose)
 

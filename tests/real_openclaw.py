@@ -196,7 +196,8 @@ def test_a_gateway_that_dies_in_a_turn_loses_nothing(
     """Both get their answers, though one turn had begun and one waited for it."""
     blue = gateways["blue"]
     hive = two_nodes(blue.instance(via="chat"))
-    hive.cli("alpha", "send", "--to", "beta", "--text", "warm up", "--wait", "110")
+    hive.cli("alpha", "send", "--to", "beta", "--text", "warm up")
+    eventually("it is warm", lambda: hive.nodes["beta"].events("agent woken"), SLOW)
     texts = [f"{n} of two in a turn" for n in ("first", "second")]
     blue.model.delay = 20.0
     try:

@@ -259,6 +259,22 @@ def test_a_gateway_is_looked_at_before_anybody_writes(rig_of: Make, tmp_path: Pa
     assert rig.node.work.status().trouble == ""
 
 
+def test_a_node_that_stops_waits_for_no_chat_and_tells_it_again_as_one_that_had_begun(
+    rig_of: Make,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        agent = hive.InstanceConfig("main", via="chat", port=silent.getsockname()[1], token="t0")
+        rig = rig_of([agent])
+        rig.say("command")
+        rig.until("it is told", lambda: rig.events("waking agent"))
+        began = rig.clock.now
+        rig.end()
+        assert rig.clock.now - began < 2 * hive.STOP_GRACE
+        rig = rig_of([agent])
+        [task] = rig.journal.tasks()
+        assert task.began
+
+
 def test_an_agent_hears_of_the_question_that_is_answered(
     rig_of: Make, main_agent: hive.InstanceConfig, fast_agent: Path
 ) -> None:
