@@ -2229,9 +2229,6 @@ class ControlServer:
         self._file.unlink(missing_ok=True)
 
 
-STOPPING = "the daemon is stopping"  # what it says then to a session, or to who would send
-
-
 class DaemonError(HiveError):
     """This node's daemon does not answer, or not sensibly."""
 
@@ -2305,6 +2302,7 @@ class ControlClient:
 # and reads its messages when it likes.  They wait for its name in the journal: an inbox outlives
 # its session, and the daemon.  Knows no configured agent; sends nothing by itself.
 
+STOPPING = "the daemon is stopping"  # what it says then to a session, or to who would send
 MAX_ATTACHED = 100  # that are attached; and as many names of those that were
 SESSION_FACTS = {"client": 60, "directory": 1000, "branch": 100}  # characters of each
 SHOWN_FACTS = {"client": 40, "directory": 80, "branch": 60}  # in the roster, which has a bound
