@@ -19784,7 +19784,7 @@ def next_commands(file: Path, *commands: str) -> str:
     option("--open", action="store_true", dest="show", help="open it in this machine's browser"),
     examples="""hive.py web --open
 hive.py web --port 8485 --read-only
-ssh -L 8484:127.0.0.1:8484 attic     # then open here what `hive web` printed there""",
+ssh -L 8484:127.0.0.1:8484 attic   # then open here what web printed there""",
 )
 def command_web(args: argparse.Namespace) -> int:
     """Serve a page that shows the hive, to browsers on this machine (--port of the page: 8484)."""
