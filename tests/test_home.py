@@ -10,7 +10,7 @@ import pytest
 import hive
 from hive import COMMANDS, ConfigError, expand_home, home_folder
 
-NEED_NO_PLACE = {"handler"}
+NEED_NO_PLACE = {"completion", "handler", "help"}
 ARGUMENTS = {
     "send": ["--to=a", "--text=b"],
     "reply": ["--to-msg=abcd", "--text=b"],
@@ -21,6 +21,7 @@ ARGUMENTS = {
     "expel": ["mini"],
     "join": ["hive1.eyJ"],
     "handler": ["list"],
+    "completion": ["bash"],
 }
 
 
@@ -37,7 +38,7 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["no HOME", "HOME="])
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"doctor"}))
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"doctor", "hook", "mcp"}))
 def test_one_line_asks_for_a_home(
     homeless: Path,
     capsys: pytest.CaptureFixture[str],

@@ -476,7 +476,7 @@ def test_who_died_while_the_broker_was_away_is_lost_to_its_peer_and_written_down
     broker.start()
     alpha.logged("peer is lost", peer="beta")
     assert statuses() == ["offline"]  # to alpha
-    assert statuses("--direct") == ["stale"]  # by beta's own last word
+    eventually("it is by its own last word", lambda: statuses("--direct") == ["stale"])
     assert not broker.denied()
 
 
