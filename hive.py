@@ -7443,6 +7443,7 @@ PASSING = (
     "running",
     "waiting",
     "outbox",
+    "interval",
     "counters",
 )  # no news
 WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
@@ -8172,6 +8173,8 @@ class Presence:
         own, silence = self._own.interval, self._loop.clock() - self._beaten
         if self.interval <= own or silence + 0.9 * own >= self.interval:  # the next one is late
             self.beat()
+        else:
+            self._show_states()
 
     def _paced(self) -> float:
         """Seconds until the next heartbeat: all nodes together send MAX_BEATS a second at most.
@@ -8192,16 +8195,20 @@ class Presence:
             self.beat()
 
     def beat(self) -> None:
-        """Show that we are alive, and our state if that is news.
+        """Show that we are alive."""
+        self._beaten = self._loop.clock()
+        self.interval = self._paced()
+        topic = self._topics.to(EVERYONE, "heartbeat")
+        self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
+        self._show_states()
+
+    def _show_states(self) -> None:
+        """Publish our state if it is news, or will soon be too old.
 
         A state is judged by its `last_seen`, by hives of any version: stale if it is older than
         all heartbeats that may be missed.  So it is renewed one heartbeat before that.
         """
-        now = self._beaten = self._loop.clock()
-        self.interval = self._paced()
-        topic = self._topics.to(EVERYONE, "heartbeat")
-        self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
-        states = self._states("online")
+        now, states = self._loop.clock(), self._states("online")
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
         due = self._shown_at + self._renewal * (self._own.miss_threshold - 1)
         if news != self._shown or now + 0.9 * self.interval >= due:  # the next one is late
@@ -8236,13 +8243,13 @@ class Presence:
 
     def _states(self, status: str, reason: str = "") -> list[dict[str, Any]]:
         """The state documents of this node, and of each of its agents."""
-        own = self._status()
+        own, known = self._status(), self._known()
         document: dict[str, Any] = {
             "node_id": self._node,
             "status": "degraded" if status == "online" and own.trouble else status,
             "last_seen": int(time.time()),
             "uptime_s": round(self._loop.clock() - self._started, 1),
-            "known_peers": self._known()[:MAX_KNOWN],
+            "known_peers": known if len(known) <= MAX_KNOWN else [],  # or each would tell of all
             "daemon_node": self._node,
             "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),

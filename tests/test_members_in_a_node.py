@@ -540,15 +540,25 @@ def test_the_roster_is_told_again_when_the_handlers_change(rig: Rig) -> None:
     assert handlers() == [["ping"], ["deploy", "ping"], ["ping"]]
 
 
-def test_the_state_of_a_node_that_knows_thousands_names_a_few(rig: Rig) -> None:
+def test_the_state_of_a_node_that_knows_thousands_names_nobody(
+    rig_of: Callable[..., Rig],
+) -> None:
+    rig = rig_of([hive.InstanceConfig("main", openclaw_cmd=("/no/such/openclaw",))])
     names = [f"a-peer-with-quite-a-long-name-{number}" for number in range(2000)]
     for name in names:
-        rig.beat(name)
+        rig.beat(name, interval=3600)
     rig.advance(10)
     payload = [p.payload for p in rig.wire.published if p.topic == "hive/meta/beta/state"][-1]
     assert len(payload) <= hive.LONG_STATE
     state = rig.kept("beta", "state")[-1]
-    assert state["status"] == "online" and state["known_peers"] == sorted(names)[:50]
+    assert state["status"] == "online" and state["known_peers"] == []
+    before = len(rig.kept("beta", "state"))
+    rig.beat("one-more", interval=3600)
+    rig.advance(20)
+    assert len(rig.kept("beta", "state")) == before  # or each that comes would move all others
+    rig.say("command")
+    rig.advance(6)
+    assert len(rig.kept("beta", "state")) == before + 1  # between two heartbeats
 
 
 def test_what_is_too_large_for_the_broker_is_shown_without_what_can_be_spared(
