@@ -11,6 +11,7 @@
 # make brokers  the end-to-end tests on NATS, RabbitMQ, aedes and amqtt too, as a table
 # make bench    how long things take, beside their peers, in one run
 # make bench-journal  the same for messages a second, and for send
+# make bench-fleet  what 10, 100 and 1000 nodes cost, and how soon a death is noticed
 # make mutants  how tight the tests are: which of N=150 small mistakes in hive.py they find
 # make faults   what survives which fault, counted, as a table
 # make bench-broker   what the embedded broker does, beside Mosquitto
@@ -119,6 +120,9 @@ dist: $(VENV)/ready  ## then: scp dist/hive node: && ssh node python3 hive daemo
 bench: $(VENV)/tools mosquitto  ## RUNS=7, beside commit BASE=8360744
 	$(python) tests/bench.py $(or $(RUNS),7) $(BASE)
 
+bench-fleet: $(VENV)/tools mosquitto  ## Linux only; NODES=10,100
+	$(python) tests/bench_fleet.py $(if $(NODES),--nodes $(NODES))
+
 bench-broker: $(VENV)/tools mosquitto
 	$(python) tests/bench_broker.py
 
@@ -213,5 +217,5 @@ clean:  ## remove what make has made
 	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
-  bench-broker bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean \
+  bench-broker bench-fleet bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean \
   test-web pictures chromium test-agents tmux npm
