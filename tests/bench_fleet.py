@@ -51,7 +51,7 @@ class Node:
         filters = [(f"{name}/+", 1), ("all/+", 1), ("meta/+/state", 0), ("meta/+/roster", 0)]
         roster = {"node": name, "agents": [], "handlers": ["ping"], "version": hive.__version__}
         self.sock.sendall(
-            connect_packet(5, f"hive-{name}", keepalive=7, will=will, session_expiry=60)
+            connect_packet(5, f"hive-{name}", keepalive=120, will=will, session_expiry=60)
             + subscribe_packet(*[(f"{prefix}/{one}", qos) for one, qos in filters])
             + self.document("roster", json.dumps(roster).encode())
         )
@@ -221,6 +221,7 @@ def measure(number: int, seconds: float) -> list[str]:
             frozen = noticed(real[0], real[2], signal.SIGSTOP)
             time.sleep(5)
             alerts = len(real[0].events("sent", ch="alert"))
+            assert others.poll() is None, "the crowd is gone"
             real[2].process.kill()  # type: ignore[union-attr]
             return [
                 str(number),
