@@ -15738,12 +15738,8 @@ class McpTools:
             with contextlib.closing(control):
                 control.ask({"do": "send", "envelope": envelope.document()})
                 return said_of(envelope, control.receive(0.0) or {}) or Outcome(where)
-        self.link.published[id] = {}
-        try:
-            answer = self.link.ask(do="send", envelope=envelope.document())
-        except BaseException:
-            del self.link.published[id]
-            raise
+        answer = self.link.ask(do="send", envelope=envelope.document())
+        self.link.published[id] = {}  # what came meanwhile is heard after this turn
 
         def look() -> Outcome | None:
             said = self.link.published[id]
@@ -18096,7 +18092,8 @@ const frame = () => { // what stands around the views, and in the browser's tab
   const gone = hive.daemon ? (hive.connected ? "" : hive.fault || `No broker at ${hive.broker} yet`)
     : hive.why, count = { now: trouble.length, waiting: waiting.questions?.length };
   document.title = `${gone ? "no connection" : trouble.length ? title : hive.me} · hive`;
-  say("where", gone ? hive.me : `${hive.me} at ${hive.broker}`);
+  const place = hive.broker?.startsWith("/") ? "on this machine's own broker" : `at ${hive.broker}`;
+  say("where", gone ? hive.me : `${hive.me} ${place}`);
   $("gone").hidden = !gone;
   say("gone", gone && `${gone}. What you see is from before; this page goes on by itself.`);
   for (const [id, number] of Object.entries(count)) {
@@ -18160,6 +18157,8 @@ go();
 listen();
 </script>
 """
+
+
 # ---- Vendors: the programs of coding agents --------------------------------------------------
 #
 # VENDORS is the one table of them: how hive is entered into each and taken out again, and its
