@@ -9799,13 +9799,13 @@ def check_listen(settings: BrokerConfig) -> tuple[str, int]:
     if not re.fullmatch(LOOPBACK, host):
         raise ConfigError(
             f"broker.listen: {settings.listen} is not loopback; for other machines use Mosquitto:"
-            " hive.py broker --mosquitto-conf prints its configuration"
+            " hive broker --mosquitto-conf prints its configuration"
         )
     if settings.password is None and not settings.anonymous:
         raise ConfigError(
             f"broker.listen: {settings.listen} needs username and password_file in [broker], or"
             " anonymous = true; for other users than yourself use Mosquitto:"
-            " hive.py broker --mosquitto-conf"
+            " hive broker --mosquitto-conf"
         )
     return "127.0.0.1" if host == "localhost" else host, int(number)
 
@@ -11444,7 +11444,7 @@ LOOK_AGAIN = 1.0  # seconds, where another daemon may be about to host it
 MANY_LOOKS = 3  # with the same result: no daemon takes as long to begin
 NO_BROKER = (
     "no broker: none is named ([mqtt] host), none of your daemons hosts one, and none answers at"
-    f" {LOCALHOST}:{MQTT_PORT}; start one with: hive.py daemon"
+    f" {LOCALHOST}:{MQTT_PORT}; start one with: hive daemon"
 )
 HUNG = "its process hangs, or is stopped; end it, and another daemon of yours takes over"
 HINTS = (  # what is in "transport, protocol, login: reason"; what to try.  The first one counts.
@@ -13347,7 +13347,7 @@ PROBE_PATIENCE = 1.5  # seconds until a message to ourselves must be back
 DOCUMENT_LIFE = 60.0  # seconds that what we leave with the broker lives, if we do not
 CLOCK_PATIENCE = 6.0  # seconds to wait for the nodes that are said to be alive
 CLOCK_TOLERANCE = 5.0  # seconds; a ttl shorter than that is rare
-CHECKED_ACL = "the broker's ACL must be that which hive.py broker --mosquitto-conf prints"
+CHECKED_ACL = "the broker's ACL must be that which hive broker --mosquitto-conf prints"
 LAST_WORD = (
     "let the broker allow QoS 1 and retained messages (Mosquitto: max_qos, retain_available)"
 )
@@ -13598,7 +13598,7 @@ def check_paho(context: DoctorContext) -> Iterator[Finding]:
 
 def check_config(context: DoctorContext) -> Iterator[Finding]:
     context.config = context.load()
-    source = context.config.source or "no file, the defaults hold (hive.py init writes one)"
+    source = context.config.source or "no file, the defaults hold (hive init writes one)"
     yield Finding(Level.OK, f"node {context.config.node.id}: {source}")
 
 
@@ -13687,9 +13687,7 @@ def check_daemon(context: DoctorContext) -> Iterator[Finding]:
     node, file = context.config.node.id, control_socket_path(context.config)
     control = connect_to_daemon(context.config)
     if control is None:
-        yield Finding(
-            Level.WARN, f"{node}'s does not run on this machine", "start it: hive.py daemon"
-        )
+        yield Finding(Level.WARN, f"{node}'s does not run on this machine", "start it: hive daemon")
         return
     answer: dict[str, Any] = {}
     with contextlib.closing(control):
@@ -14208,7 +14206,7 @@ SCRIPT_FILES = f"""
 # == The configuration
 
 put "$etc/mosquitto.conf" 644 <<END
-# Written by the script of hive.py broker --mosquitto-conf: run that again to change it.
+# Written by the script of hive broker --mosquitto-conf: run that again to change it.
 
 {MOSQUITTO_CONF}END
 
@@ -18850,7 +18848,7 @@ def start_again() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-@subcommand(examples="hive.py daemon --node alpha --host broker.lan")
+@subcommand(examples="hive daemon --node alpha --host broker.lan")
 def command_daemon(args: argparse.Namespace) -> int:
     """Run this node, in the foreground, until SIGTERM or Ctrl-C."""
     start_again()
@@ -18935,11 +18933,11 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     option("--parallel", type=count, metavar="N", help="with several nodes: so many at once"),
     DIRECT,
     AS_JSON,
-    examples="""hive.py send --to beta --ch command --text "is the backup done?" --wait 60
-hive.py send --to all --ch sync --action git-sync --text now --wait 20
-hive.py send --to any --action health-check --text x --wait 20
-hive.py send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5
-make report | hive.py send --to beta --ch status --text -""",
+    examples="""hive send --to beta --ch command --text "is the backup done?" --wait 60
+hive send --to all --ch sync --action git-sync --text now --wait 20
+hive send --to any --action health-check --text x --wait 20
+hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5
+make report | hive send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:
     """Send a message to a node, to an agent, to all, or to whoever can do something."""
@@ -19228,8 +19226,8 @@ def explain_no_reply(control: Control, replies: ReplyCollector) -> str:
     option("--text", required=True, help="what to say; - reads it from stdin"),
     DIRECT,
     AS_JSON,
-    examples="""hive.py reply --to-msg 83c8d4fd --text "done, 6 files"
-hive.py reply --to-msg message.json --text -""",
+    examples="""hive reply --to-msg 83c8d4fd --text "done, 6 files"
+hive reply --to-msg message.json --text -""",
 )
 def command_reply(args: argparse.Namespace) -> int:
     """Answer a message; correlation and recipient come from it."""
@@ -19264,7 +19262,7 @@ def known_exchange(config: Config, id: str) -> str:
 @subcommand(
     option("id", type=identifier, metavar="ID", help="the id of any message of it"),
     AS_JSON,
-    examples="hive.py show 83c8d4fd-f072-412d-b526-731db047b231",
+    examples="hive show 83c8d4fd-f072-412d-b526-731db047b231",
 )
 def command_show(args: argparse.Namespace) -> int:
     """Show one exchange whole: question, who got it, what was done, answers."""
@@ -19290,8 +19288,8 @@ def command_show(args: argparse.Namespace) -> int:
     option("--since", type=duration, metavar="AGE", help="not older than this, as in 2h or 30m"),
     option("--lines", "-n", type=count, default=100, help="how many, without --since (100)"),
     AS_JSON,
-    examples="""hive.py log --follow
-hive.py log --from beta --since 2h --json""",
+    examples="""hive log --follow
+hive log --from beta --since 2h --json""",
 )
 def command_log(args: argparse.Namespace) -> int:
     """Show what this node received, sent and did, a line each, newest last."""
@@ -19378,9 +19376,9 @@ PROGRAM = {"choices": [*VENDORS], "metavar": "PROGRAM"}
     option("--uninstall", **PROGRAM, help="take out all that is hive's"),
     option("--hooks", action="store_true", help="hooks too: mail is told where a turn ends"),
     option("--yes", action="store_true", help="do not ask before something is changed"),
-    examples="""hive.py mcp --install claude
-hive.py mcp --install gemini --hooks --yes
-hive.py mcp --as reviewer""",
+    examples="""hive mcp --install claude
+hive mcp --install gemini --hooks --yes
+hive mcp --as reviewer""",
 )
 def command_mcp(args: argparse.Namespace) -> int:
     """Serve an agent's program (Claude Code, Codex, ...): MCP on stdin and stdout."""
@@ -19420,7 +19418,7 @@ def change_vendor(args: argparse.Namespace) -> int:
     return Exit.DONE
 
 
-@subcommand(examples='echo \'{"hook_event_name": "Stop"}\' | hive.py hook')
+@subcommand(examples='echo \'{"hook_event_name": "Stop"}\' | hive hook')
 def command_hook(args: argparse.Namespace) -> int:
     """What hooks of agents' programs call (mcp --install ... --hooks): tells of unread mail."""
     try:
@@ -19481,7 +19479,7 @@ ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not t
     option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
     option("--watch", "-w", action="store_true", help="go on with what changes, until q or Ctrl-C"),
     AS_JSON,
-    examples="hive.py status --json | jq '.[] | select(.status != \"online\")'",
+    examples="hive status --json | jq '.[] | select(.status != \"online\")'",
 )
 def command_status(args: argparse.Namespace) -> int:
     """Show how every node and agent is."""
@@ -19508,7 +19506,7 @@ def command_status(args: argparse.Namespace) -> int:
     return say_of_members(config, args, said, bool(rows))
 
 
-@subcommand(examples="hive.py metrics | grep hive_queue")
+@subcommand(examples="hive metrics | grep hive_queue")
 def command_metrics(args: argparse.Namespace) -> int:
     """Print what the daemon has counted, as Prometheus reads it."""
     config = config_of(args)
@@ -19555,7 +19553,7 @@ def command_roster(args: argparse.Namespace) -> int:
 
 @subcommand(
     option("name", type=node_name, metavar="NAME", help="a node that will not come back"),
-    examples="hive.py forget old-laptop",
+    examples="hive forget old-laptop",
 )
 def command_forget(args: argparse.Namespace) -> int:
     """Remove a node that will not come back from every view, with all that it left behind."""
@@ -19601,7 +19599,7 @@ def say_of_members(
         raise BrokerError(said["fault"] or none_yet)
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
-        start = "start one with: hive.py daemon; or does the broker hide them? hive doctor"
+        start = "start one with: hive daemon; or does the broker hide them? hive doctor"
         print(f"hive: no node has been seen {where} yet; {start}", file=sys.stderr)
     return Exit.DONE
 
@@ -19612,8 +19610,8 @@ def say_of_members(
     option("--text", default="test", help="the text of its message; - reads it from stdin"),
     option("--from", dest="sender", type=node_name, metavar="NAME", help="who it is from"),
     AS_JSON,
-    examples="""hive.py handler list
-hive.py handler test git-sync --text '["~/notes"]'""",
+    examples="""hive handler list
+hive handler test git-sync --text '["~/notes"]'""",
 )
 def command_handler(args: argparse.Namespace) -> int:
     """List this node's handlers, or run one here as the daemon would."""
@@ -19699,7 +19697,7 @@ def run_once(job: ProcessSpec) -> ProcessResult:
 
 @subcommand(
     option("--example", action="store_true", help="print a commented hive.toml with every key"),
-    examples="hive.py config --example > my.toml",
+    examples="hive config --example > my.toml",
 )
 def command_config(args: argparse.Namespace) -> int:
     """Show the configuration in force, and where each key was set; secrets are masked."""
@@ -19723,9 +19721,9 @@ def command_config(args: argparse.Namespace) -> int:
     option("--no-agents", action="store_const", const=[], dest="agent", help="wake none"),
     option("--yes", action="store_true", help="ask nothing: what no option says is the default"),
     option("--force", action="store_true", help="replace a hive.toml that is there"),
-    examples="""hive.py init
-hive.py init --node beta --host broker.lan --tls --username beta
-hive.py init --host broker.lan --username beta --password-file - <password""",
+    examples="""hive init
+hive init --node beta --host broker.lan --tls --username beta
+hive init --host broker.lan --username beta --password-file - <password""",
 )
 def command_init(args: argparse.Namespace) -> int:
     """Write a commented hive.toml for this machine, asking for what no option says."""
@@ -19788,8 +19786,8 @@ def next_commands(file: Path, *commands: str) -> str:
 @subcommand(
     option("--read-only", action="store_true", help="show everything, and let nothing be done"),
     option("--open", action="store_true", dest="show", help="open it in this machine's browser"),
-    examples="""hive.py web --open
-hive.py web --port 8485 --read-only
+    examples="""hive web --open
+hive web --port 8485 --read-only
 ssh -L 8484:127.0.0.1:8484 attic   # then open here what web printed there""",
 )
 def command_web(args: argparse.Namespace) -> int:
@@ -19830,7 +19828,7 @@ def common_arguments(args: argparse.Namespace) -> Iterator[str]:
             yield f"{flags[0]}={value}"
 
 
-@subcommand(AS_JSON, examples="hive.py doctor && hive.py daemon")
+@subcommand(AS_JSON, examples="hive doctor && hive daemon")
 def command_doctor(args: argparse.Namespace) -> int:
     """Check that everything is as it must be, a line for each thing; exit 1 on a fail."""
     load = partial(resolve_config, getattr(args, "config", None), overrides_of(args))
@@ -19867,10 +19865,10 @@ def command_doctor(args: argparse.Namespace) -> int:
         metavar="NODE",
         help="and who may come in there; without any: this node",
     ),
-    examples="""hive.py broker
-hive.py broker --listen 127.0.0.1:1883 --anonymous
-hive.py broker --mosquitto-conf --tls --host alpha.lan alpha beta > setup.sh
-hive.py broker --mosquitto-conf --host 100.64.0.7 alpha beta > setup.sh""",
+    examples="""hive broker
+hive broker --listen 127.0.0.1:1883 --anonymous
+hive broker --mosquitto-conf --tls --host alpha.lan alpha beta > setup.sh
+hive broker --mosquitto-conf --host 100.64.0.7 alpha beta > setup.sh""",
 )
 def command_broker(args: argparse.Namespace) -> int:
     """Run the embedded broker alone, in the foreground; or set up Mosquitto."""
@@ -19918,9 +19916,9 @@ EMBEDDED_PATIENCE = 30.0  # seconds to fetch what the embedded broker has
         help="what peers call this machine, if not that address; may be repeated",
     ),
     option("--foreground", action="store_true", help="only keep Mosquitto running, until SIGTERM"),
-    examples="""hive.py host --listen 192.168.1.5
-hive.py host --listen 0.0.0.0 --name alpha.lan --name 192.168.1.5
-hive.py host             # again: renews what ends, starts what does not run""",
+    examples="""hive host --listen 192.168.1.5
+hive host --listen 0.0.0.0 --name alpha.lan --name 192.168.1.5
+hive host             # again: renews what ends, starts what does not run""",
 )
 def command_host(args: argparse.Namespace) -> int:
     """Carry a hive of several machines: set up Mosquitto here, run it, move this node there."""
@@ -20135,8 +20133,8 @@ NODE_NAME = option("name", type=node_name, metavar="NAME", help="the node's name
 
 @subcommand(
     NODE_NAME,
-    examples="""hive.py invite mini
-hive.py invite mini | ssh mini python3 hive join -""",
+    examples="""hive invite mini
+hive invite mini | ssh mini python3 hive join -""",
 )
 def command_invite(args: argparse.Namespace) -> int:
     """Let a machine join the hive that this one carries: print a line, good for an hour."""
@@ -20156,8 +20154,8 @@ def command_invite(args: argparse.Namespace) -> int:
 @subcommand(
     option("line", metavar="LINE", help="what hive invite printed; - asks for it, or reads it"),
     option("--force", action="store_true", help="replace a broker that hive.toml names already"),
-    examples="""hive.py join -
-hive.py join hive1.eyJob3N0cyI6WyIxOTIuMTY4...""",
+    examples="""hive join -
+hive join hive1.eyJob3N0cyI6WyIxOTIuMTY4...""",
 )
 def command_join(args: argparse.Namespace) -> int:
     """Make this machine a node of a hive, with the line that `hive invite` printed there."""
@@ -20240,7 +20238,7 @@ def invitation_line(said: str) -> str:
     return read_stdin(MAX_INVITATION).decode(errors="replace")
 
 
-@subcommand(NODE_NAME, examples="hive.py expel old-laptop")
+@subcommand(NODE_NAME, examples="hive expel old-laptop")
 def command_expel(args: argparse.Namespace) -> int:
     """Put a node out of the hive that this machine carries: at once, with all that it left."""
     config = config_of(args)
@@ -20518,8 +20516,8 @@ def about_command(name: str) -> str:
         metavar="SHELL",
         help="bash, zsh or fish; names: those that it may offer",
     ),
-    examples="""hive.py completion bash >~/.local/share/bash-completion/completions/hive
-hive.py completion fish >~/.config/fish/completions/hive.fish""",
+    examples="""hive completion bash >~/.local/share/bash-completion/completions/hive
+hive completion fish >~/.config/fish/completions/hive.fish""",
 )
 def command_completion(args: argparse.Namespace) -> int:
     """Print what lets a shell complete the words of hive; make install does it too."""

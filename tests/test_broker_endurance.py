@@ -876,7 +876,7 @@ def test_by_default_it_listens_where_the_session_s_files_are(tmp_path: Path) -> 
     [
         (
             "0.0.0.0:1883",
-            "is not loopback; for other machines use Mosquitto: hive.py broker",
+            "is not loopback; for other machines use Mosquitto: hive broker",
         ),
         ("[::]:1883", "is not loopback"),
         ("example.org:1883", "is not loopback"),

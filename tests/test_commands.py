@@ -427,7 +427,7 @@ def test_a_password_that_others_may_read_is_a_warning(tmp_path: Path) -> None:
 def test_a_hive_without_nodes_says_how_to_start_one(hive: Hive) -> None:
     hive.node("alpha")
     done = hive.cli("alpha", "status")
-    assert done.stdout == "" and "start one with: hive.py daemon" in done.stderr
+    assert done.stdout == "" and "start one with: hive daemon" in done.stderr
     assert json.loads(hive.cli("alpha", "roster", "--json").stdout) == []
 
 
