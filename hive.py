@@ -65,9 +65,19 @@ tokens; only what needs judgment wakes an agent.
 #                       <- Stream, Journal, Control, Process, Database, Members, Output,
 #                       Client, Setup, Doctor
 #           Vendors     what each program of coding agents needs: entry, hooks, a way to tell it
-#                       <- Process, Output, Setup, Mcp
+#                       <- Process, Setup, Mcp
 #           Commands    one function for each subcommand, its options beside it <- *
-#           Main        arguments in, exit code out <- Routing, Members, Commands, Help
+#           Main        arguments in, exit code out <- Routing, Commands, Help
+#
+# hive-cli loads it in these parts, each when something in it is first called, and after those
+# before it.  What one needs of a later one are functions and classes, to call, and constants.
+#
+#   part  Basics Envelope Routing Loop Stream Control Requests Config Log Help Mcp Vendors
+#         Commands Main
+#   part  Output Client
+#   part  Sessions Handlers Agent Members Packets
+#   part  Journal Node Work Daemon Process Database Broker MqttClient BrokerHost
+#   part  Watch Setup Doctor Mosquitto Hosting Join Web
 
 from __future__ import annotations
 
@@ -80,7 +90,6 @@ if gc.isenabled():
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # as python -P does: nothing is imported from beside this file
 
-import argparse
 import atexit
 import contextlib
 import errno
@@ -97,12 +106,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from enum import Enum, IntEnum
 from functools import cache, lru_cache, partial
-from pathlib import Path
+from types import SimpleNamespace
 
 TYPE_CHECKING = False  # to mypy it is true; others need not import what only mypy reads
 if TYPE_CHECKING:
+    import argparse
     import sqlite3
     import subprocess
+    from pathlib import Path
     from ssl import SSLSocket
     from typing import IO, Any, ClassVar, NoReturn, Protocol, Self, TypeVar, dataclass_transform
 
@@ -177,6 +188,13 @@ def quoted(value: object, limit: int = 60) -> str:
     return cut_end(text, limit)
 
 
+def path_of(*parts: str | os.PathLike[str]) -> Path:
+    """A path of these parts; to import pathlib is a tenth of a short command's start."""
+    from pathlib import Path
+
+    return Path(*parts)
+
+
 def cut_end(text: str, limit: int) -> str:
     """At most so many characters of a line, from its begin."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -185,6 +203,32 @@ def cut_end(text: str, limit: int) -> str:
 def cut_begin(text: str, limit: int) -> str:
     """The same, from its end."""
     return text if len(text) <= limit else "…" + text[len(text) - limit + 1 :]
+
+
+def printable(value: object, limit: int = 60) -> str:
+    """One line without anything that could move a cursor, cut to `limit` characters."""
+    said = value if isinstance(value, str) else "-" if value is None else str(value)
+    said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
+    return cut_end(said, limit)
+
+
+def sha256(data: bytes) -> str:
+    """Its hash in hex digits; of Python's own where that can be, as OpenSSL's keeps 4 MB."""
+    for module in ("_sha2", "_sha256"):  # of Python 3.12, and before
+        with contextlib.suppress(ImportError):
+            return str(__import__(module).sha256(data).hexdigest())
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
+
+
+def build() -> str:
+    """The first digits of this file's own hash: copies of one file drift apart."""
+    try:
+        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
+        return sha256(source.encode())[:8]
+    except (OSError, ImportError):
+        return "unknown"
 
 
 def reason_of(error: BaseException) -> str:
@@ -286,10 +330,26 @@ class Value:
         return type(self)(**{**vars(self), **new})
 
 
+class LazyPattern:
+    """A regular expression that is compiled when it is first used, not at each start."""
+
+    def __init__(self, said: str) -> None:
+        self.pattern = said
+
+    def __getattr__(self, name: str) -> Any:
+        method = vars(self)[name] = getattr(re.compile(self.pattern), name)
+        return method
+
+
+def regular(said: str) -> re.Pattern[str]:
+    """What re.compile gives, but later."""
+    return LazyPattern(said)  # type: ignore[return-value]
+
+
 # A check returns what it was given, as it is used, or raises ValueError; its docstring says what
 # it takes.  Envelopes, hive.toml, requests and the command line share them.
 
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE = regular("[\ud800-\udfff]")
 
 
 def plain_string(value: object) -> str:
@@ -378,8 +438,8 @@ MAX_NESTING = 32  # levels of a field that we don't know
 MAX_AGE, MAX_AHEAD = 8 * 86400, 86400  # seconds; of another time is a replay, or a wrong clock
 CUT_SHORT = " [cut by hive: more than the broker takes]"
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
+NAME = regular(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+ID = regular(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
 EVERYONE, ANYONE = "all", "any"
 URGENCIES = ("now", "later")
 
@@ -758,12 +818,12 @@ OTHER_KIND = "its topic does not say who sent it"
 OTHER_SENDER = "its topic names another sender"
 RECEIPTS = "receipts"  # the field by which a sender asks what becomes of its message
 RECEIVED = "received"  # that, in words; this, or a name with what it was told or has read
-RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
+RECEIPT = regular(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
 RECEIPT_NOTE = "receipt: "  # how the note of a row begins that is one
 
 
 TAGGED = "tag:"
-PATTERN = re.compile(r"(?=.*[*?\[])[A-Za-z0-9._*?!\[\]-]{1,63}")
+PATTERN = regular(r"(?=.*[*?\[])[A-Za-z0-9._*?!\[\]-]{1,63}")
 
 
 def destination(value: object) -> str:
@@ -1093,7 +1153,7 @@ class Loop:
             self.log.error(
                 "bug",
                 what=repr(error),
-                at=f"{Path(where.filename).name}:{where.lineno}",
+                at=f"{path_of(where.filename).name}:{where.lineno}",
                 traceback=traceback.format_exc()[-MAX_LOGGED:],
             )
 
@@ -2089,7 +2149,7 @@ MAX_LINE = 4 * MAX_PAYLOAD  # bytes
 MAX_UNREAD = 4 * MAX_LINE  # bytes that a command may leave unread
 CONTROL_TIMEOUT = 5.0  # seconds that a command waits for its daemon's answer
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 104 or 108
-SHORT_PLACE = Path("/tmp")
+SHORT_PLACE = "/tmp"
 CONTROL_EVENTS = {
     "published",
     "answer",
@@ -2102,14 +2162,11 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSPC, errno.EDQUO
 
 def spare_path(direct: Path) -> Path:
     """What stands for this path where that cannot be: in a short folder of this user's alone."""
-    import hashlib
-
-    digest = hashlib.sha256(os.fsencode(direct)).hexdigest()[:16]
-    return short_folder() / digest
+    return short_folder() / sha256(os.fsencode(direct))[:16]
 
 
 def short_folder() -> Path:
-    return SHORT_PLACE / f"hive-{os.geteuid()}"
+    return path_of(SHORT_PLACE, f"hive-{os.geteuid()}")
 
 
 def shortened_socket_path(direct: Path) -> Path:
@@ -2125,14 +2182,14 @@ def control_socket_path(config: Config) -> Path:
 def control_socket_paths(config: Config) -> Iterator[Path]:
     """There, or else where a daemon opens it that cannot write to its state directory."""
     yield control_socket_path(config)
-    if short_folder().exists():  # else nothing is there, and hashlib takes 4 MB
+    if short_folder().exists():
         yield spare_path(config.state_dir / "door")
 
 
 def directory_objection(file: Path) -> str | None:
     """Why what is behind this socket may be somebody else; None if it can't.  Raises OSError."""
     objection = writable_by_others(file.parent.stat())
-    if file.parent.parent == SHORT_PLACE and file.parent.is_symlink():
+    if file.parent.parent == path_of(SHORT_PLACE) and file.parent.is_symlink():
         objection = "is a link, which is not hive's"
     return f"{file.parent} {objection}" if objection else None
 
@@ -4609,16 +4666,16 @@ def home_is_said() -> bool:
 def home_folder() -> Path:
     """This user's; where nobody knows it, one that is never there."""
     try:
-        return Path(expand_home("~"))
+        return path_of(expand_home("~"))
     except ConfigError:
-        return Path("/nonexistent")
+        return path_of("/nonexistent")
 
 
 def file_path(value: object) -> Path:
     """a path, ~ is your home, relative to the folder of hive.toml"""
     if not plain_string(value):
         raise ValueError
-    return Path(expand_home(plain_string(value)))
+    return path_of(expand_home(plain_string(value)))
 
 
 def http_url(value: object) -> str:
@@ -4670,7 +4727,7 @@ def agent_rule(name: str) -> str:
 
 def own_file() -> Path:
     """Where this program lies: hive.py, or the one file that `make dist` puts it into."""
-    file = Path(__file__).resolve()
+    file = path_of(__file__).resolve()
     return file.parent if file.parent.is_file() else file  # a zip is a folder to Python alone
 
 
@@ -4719,7 +4776,7 @@ class ConfigTable(Value):
             except (TypeError, ValueError):
                 what = "the value" if check is secret else quoted(value)
                 raise ConfigError(f"{where}.{key}: {what} is not {docstring(check)}") from None
-            if isinstance(values[key], Path) and base:
+            if isinstance(values[key], os.PathLike) and base:
                 values[key] = base / values[key]
         if cls.REQUIRED and not values.get(cls.REQUIRED):
             example = f"{cls.REQUIRED} = {toml_value(cls.FIELDS[cls.REQUIRED].example)}"
@@ -5111,7 +5168,7 @@ class Config(Value):
 def default_state_dir(name: str) -> Path:
     """Where what outlives a restart is kept, unless hive.toml says so."""
     if os.environ.get("STATE_DIRECTORY"):  # systemd.exec(5): several are joined by colons
-        return Path(os.environ["STATE_DIRECTORY"].partition(":")[0])
+        return path_of(os.environ["STATE_DIRECTORY"].partition(":")[0])
     return state_home() / name
 
 
@@ -5120,7 +5177,7 @@ def state_home() -> Path:
     home = os.environ.get("XDG_STATE_HOME", "")
     if not os.path.isabs(home):  # then it does not count, says the XDG Base Directory spec
         home = expand_home("~/.local/state")
-    return Path(home) / "hive"
+    return path_of(home) / "hive"
 
 
 CONFIG_TABLES: Mapping[str, type[ConfigTable]] = {
@@ -5152,11 +5209,11 @@ def find_config(explicit: str | None) -> Path | None:
         if named:
             if not os.path.isfile(expand_home(named)):
                 raise ConfigError(f"{quoted(named)}: no such file (named by {by})")
-            return Path(expand_home(named))
+            return path_of(expand_home(named))
     for place in CONFIG_PLACES:
         candidate = str(home_folder()) + place[1:] if place[0] == "~" else place
         if os.path.isfile(candidate):  # Path.is_file() raises where a folder is closed to us
-            return Path(candidate)
+            return path_of(candidate)
     return None
 
 
@@ -5339,7 +5396,7 @@ def exposed_secrets(config: Config) -> Iterator[str]:
 
 def toml_value(value: object) -> str:
     """Write a value as TOML; a JSON string is a TOML string too."""
-    if isinstance(value, Path):
+    if isinstance(value, os.PathLike):
         value = str(value)
     if isinstance(value, tuple):
         value = value[0] if len(value) == 1 else list(value)
@@ -5809,9 +5866,9 @@ def first_line_fault(file: Path) -> str:
 def program_file(name: str, environment: Mapping[str, str]) -> Path | None:
     """The file that a command of this name would start; None if there is none."""
     if "/" in name:
-        return Path(name) if os.path.isfile(name) else None
+        return path_of(name) if os.path.isfile(name) else None
     places = environment.get("PATH", os.defpath).split(os.pathsep)
-    found = (Path(place or ".") / name for place in places)
+    found = (path_of(place or ".") / name for place in places)
     return next((file for file in found if os.access(file, os.X_OK) and file.is_file()), None)
 
 
@@ -5979,14 +6036,14 @@ def unsafe_way(file: Path) -> str | None:
 
 def directories_in_path(file: Path) -> Iterator[Path]:
     """Every directory that is looked into to find a file, through symbolic links too."""
-    here, rest = Path("/"), [*reversed(file.absolute().parts[1:])]
+    here, rest = path_of("/"), [*reversed(file.absolute().parts[1:])]
     while rest:
         part = rest.pop()
         yield here
         step = here.parent if part == ".." else here / part
         if part != ".." and step.is_symlink():
-            target = Path(os.readlink(step))
-            here = Path("/") if target.is_absolute() else here
+            target = path_of(os.readlink(step))
+            here = path_of("/") if target.is_absolute() else here
             rest += reversed(target.parts[1:] if target.is_absolute() else target.parts)
         else:
             here = step
@@ -6136,9 +6193,7 @@ def result_value(result: ProcessResult) -> object:
 
 def content_hash(content: bytes) -> str:
     """What is compared in place of the content; nothing for nothing."""
-    import hashlib
-
-    return hashlib.sha256(content).hexdigest() if content.strip() else ""
+    return sha256(content) if content.strip() else ""
 
 
 def failure(result: ProcessResult) -> str:
@@ -7165,7 +7220,7 @@ class Database:
         import sqlite3
 
         self.on_disk = file is not None
-        self._sqlite, self._file, self._tables = sqlite3, file or Path(), tables
+        self._sqlite, self._file, self._tables = sqlite3, file or path_of(), tables
         self._has_file, self._upgrade, self._wal = file is not None, upgrade, wal
         self._log, self._risk = log, risk
         self._uncommitted: list[tuple[str, tuple[object, ...]]] = []  # what commit() makes last
@@ -8101,17 +8156,6 @@ class OwnStatus(Value):
     outbox: int = 0  # and for the broker
     sessions: Mapping[str, Mapping[str, object]] = {}  # who is attached, and what it works on
     away: Sequence[str] = ()  # sessions that are gone, and whose mail is kept
-
-
-def build() -> str:
-    """The first digits of this file's own hash: copies of one file drift apart."""
-    import hashlib
-
-    try:
-        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
-        return hashlib.sha256(source.encode()).hexdigest()[:8]
-    except (OSError, ImportError):
-        return "unknown"
 
 
 def load_1m() -> float | None:
@@ -9788,7 +9832,7 @@ def broker_socket(settings: BrokerConfig) -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     with contextlib.suppress(OSError):
         if runtime and os.stat(runtime).st_uid == os.geteuid():
-            return shortened_socket_path(Path(runtime) / "hive" / "broker")
+            return shortened_socket_path(path_of(runtime) / "hive" / "broker")
     return shortened_socket_path(broker_home(settings) / "broker")
 
 
@@ -10392,7 +10436,7 @@ FIRST_WORDS = {
     **{b"HTTP/": "HTTP", b"<!": "HTTP", b"<h": "HTTP"},  # without a header it is HTTP/0.9
     **{b"SSH-": "SSH", b"AMQP": "AMQP", b"\x15\x03": "TLS"},
 }
-SSL_MARKS = re.compile(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
+SSL_MARKS = regular(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
 KEEP_ALIVE_TIMEOUT = 0x8D
 PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
@@ -10454,6 +10498,7 @@ class Transport(Protocol):
 
 STAND_INS: Mapping[str, Mapping[str, Any]] = {  # what paho names of modules that it rarely needs
     "urllib.request": {},
+    "hashlib": {},
     "ssl": {"SSLWantReadError": (), "SSLWantWriteError": ()},  # `except ():` catches nothing
 }
 
@@ -10472,9 +10517,9 @@ def retry_delay(failures: int, outage: float, chance: float) -> float:
 def load_paho() -> Any:
     """Import paho-mqtt; it takes longer than the rest of hive together.
 
-    It imports urllib.request for websockets, which hive does not use, and ssl, which _make_client
-    hands it where TLS is wanted: a third of the time, and 5 MB.  So almost empty modules stand
-    in for them meanwhile.
+    It imports urllib.request and hashlib for websockets, which hive does not use, and ssl, which
+    _make_client hands it where TLS is wanted: a third of the time, and 9 MB.  So almost empty
+    modules stand in for them meanwhile.
     """
     first = "paho.mqtt.client" not in sys.modules
     absent = [name for name in STAND_INS if first and name not in sys.modules]
@@ -11271,14 +11316,14 @@ def session_id(config: Config) -> str:
     Whoever connects with another's throws it out, and loses what waits for it.  So it ends in what
     only who has the node's password, or its private key, can know.
     """
-    import hmac
-
     key = (config.mqtt.password or "").encode()
     if config.mqtt.key_file and not key:
         with contextlib.suppress(OSError):  # tls_context() says why not
             key = config.mqtt.key_file.read_bytes()
     plain, tag = plain_session_id(config), config.mqtt.senders if config.checked else ""
     if key:  # with the kind of hive in it, whose topics the session's subscriptions are
+        import hmac
+
         tag = hmac.digest(key, f"{config.mqtt.senders} {plain}".encode(), "sha256").hex()[:32]
     return f"{plain}:{tag}" if tag else plain
 
@@ -11569,12 +11614,12 @@ HINTS = (  # what is in "transport, protocol, login: reason"; what to try.  The 
 def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
     """Where this user's broker may listen: where it said itself, then where it should."""
     lock = broker_home(settings) / "broker.sqlite3.lock"
-    for place in (Path, spare_path):
+    for place in (path_of, spare_path):
         with contextlib.suppress(OSError):
             file = place(lock)
             said = b"" if directory_objection(file) else file.read_bytes()[:MAX_LOCK]
             if said.startswith(b"/") and b"\0" not in said:  # a crash may leave anything
-                yield Path(os.fsdecode(said))
+                yield path_of(os.fsdecode(said))
     yield broker_socket(settings)
 
 
@@ -11743,13 +11788,6 @@ TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
 MAX_ALERT_LINES = 6  # of an alert in the log
 ID_SHOWN = 8  # characters of an id, which are enough to ask for it
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
-
-
-def printable(value: object, limit: int = 60) -> str:
-    """One line without anything that could move a cursor, cut to `limit` characters."""
-    said = value if isinstance(value, str) else "-" if value is None else str(value)
-    said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
-    return cut_end(said, limit)
 
 
 def for_terminal(text: str) -> str:
@@ -13060,7 +13098,7 @@ def password_line(value: object) -> str:
 
 def existing_file(value: object) -> Path:
     """a file that is there"""
-    file = Path(os.path.abspath(file_path(value)))
+    file = path_of(os.path.abspath(file_path(value)))
     if not os.path.isfile(file):
         raise ValueError
     return file
@@ -13181,7 +13219,7 @@ def choose_agents(
 def keep_handlers(file: Path, said: dict[str, Any]) -> None:
     """Name the handlers beside hive.py, where a new hive.toml would put them out of sight."""
     folder = setting_of("node.handler_dir").example
-    beside = Path(__file__).resolve().parent / folder
+    beside = path_of(__file__).resolve().parent / folder
     if beside.is_dir() and not (file.parent / folder).is_dir():
         said.setdefault("node.handler_dir", beside)
 
@@ -13327,7 +13365,7 @@ def write_beside(file: Path, content: str, force: bool, undo: contextlib.ExitSta
     refuse_to_write(file, force)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    undo.callback(Path(temporary).unlink, missing_ok=True)
+    undo.callback(path_of(temporary).unlink, missing_ok=True)
     with os.fdopen(descriptor, "wb") as out:  # mkstemp makes it 0600
         out.write(content.encode())
         out.flush()
@@ -13749,7 +13787,7 @@ def agent_finding(
             what, todo = f"no program {command}", "install it, or see [[oc_instances]]"
             return Finding(Level.FAIL, f"{one.name}: {what}", todo)
         with contextlib.suppress(OSError):
-            if fault := first_line_fault(Path(found)):
+            if fault := first_line_fault(path_of(found)):
                 return Finding(Level.FAIL, f"{one.name}: {found}: {fault}", "mend it")
     if not one.is_openclaw:
         return Finding(Level.OK, f"{one.name}: {command} is there; more would wake it")
@@ -14011,7 +14049,7 @@ def finding_line(check: str, finding: Finding, colour: bool) -> str:
 # machine.  It needs no hive there.  What nodes may do follows the topics that nodes and
 # commands use.  Knows neither the network nor this machine's files.
 
-HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+")
+HOST_NAME = regular(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+")
 SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones when they are gone
 
 
@@ -14360,7 +14398,7 @@ PROGRAM_PLACES = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/sbin:/o
 # As mosquitto_passwd makes it: PBKDF2 with SHA-512.  That our passwords are 128 bits of chance
 # makes them safe, and a small count keeps members from burdening the broker with a large one.
 HASH_ROUNDS = 101
-PASSWORD_HASH = re.compile(rf"\$7\${HASH_ROUNDS}\$[A-Za-z0-9+/]{{16}}\$[A-Za-z0-9+/]{{86}}==")
+PASSWORD_HASH = regular(rf"\$7\${HASH_ROUNDS}\$[A-Za-z0-9+/]{{16}}\$[A-Za-z0-9+/]{{86}}==")
 
 
 def new_password() -> str:
@@ -15463,7 +15501,7 @@ def session_name(client: str, directory: str) -> str:
 def git_branch(directory: str) -> str:
     """The branch that is checked out there, or the commit's first digits; no git is run."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        for folder in (Path(directory), *Path(directory).parents):
+        for folder in (path_of(directory), *path_of(directory).parents):
             place = folder / ".git"
             if place.is_file():  # a worktree, or a submodule
                 place = folder / place.read_text()[:4096].split(":", 1)[1].strip()
@@ -18190,7 +18228,7 @@ class SettingsFile(Value):
     def path(self) -> Path:
         """The file itself, behind any link."""
         folder = os.environ.get(self.variable) or self.folder
-        return Path(os.path.realpath(os.path.join(expand_home(folder), self.name)))
+        return path_of(os.path.realpath(os.path.join(expand_home(folder), self.name)))
 
 
 class Vendor(Value):
@@ -18550,7 +18588,7 @@ def processes_above() -> list[int]:
 def parent_process(pid: int) -> int:
     """Which process started another; 0 where that cannot be known."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        status = Path(f"/proc/{pid}/stat").read_text()  # proc(5)
+        status = path_of(f"/proc/{pid}/stat").read_text()  # proc(5)
         return int(status.rpartition(")")[2].split()[1])
     with contextlib.suppress(ValueError):
         return int(process_facts(pid, "ppid=")) if sys.platform != "linux" else 0
@@ -18698,6 +18736,8 @@ def converted(check: Callable[[Any], Any], said: str) -> Any:
     try:
         return check(said)
     except ValueError:
+        import argparse
+
         raise argparse.ArgumentTypeError(f"{quoted(said)} is not {docstring(check)}") from None
 
 
@@ -19710,7 +19750,8 @@ def command_config(args: argparse.Namespace) -> int:
     key_option("mqtt.username"),
     key_option("mqtt.password_file", more="; - takes it from stdin"),
     key_option("mqtt.ca_file", more="; means --tls"),
-    key_option("mqtt.tls", action=argparse.BooleanOptionalAction),
+    key_option("mqtt.tls", action="store_const", const=True),
+    option("--no-tls", dest="mqtt.tls", action="store_const", const=False, help="do not encrypt"),
     option(
         "--agent",
         action="append",
@@ -19728,7 +19769,7 @@ hive init --host broker.lan --username beta --password-file - <password""",
 def command_init(args: argparse.Namespace) -> int:
     """Write a commented hive.toml for this machine, asking for what no option says."""
     place = getattr(args, "config", None) or os.environ.get("HIVE_CONFIG") or USER_CONFIG
-    file = Path(os.path.abspath(expand_home(place)))
+    file = path_of(os.path.abspath(expand_home(place)))
     refuse_to_write(file, args.force)
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
     ask = Prompt(asking=terminal and not args.yes)
@@ -19754,7 +19795,7 @@ def command_init(args: argparse.Namespace) -> int:
 def said_by_options(args: argparse.Namespace, ask: Prompt) -> dict[str, Any]:
     """What the options say, by dotted key; paths are meant from where we are."""
     said = overrides_of(args)
-    if said.get("mqtt.password_file") == Path("-"):
+    if said.get("mqtt.password_file") == path_of("-"):
         del said["mqtt.password_file"]
         password = ask.password("Password there") if ask.asking else read_text("-")
         try:
@@ -19763,7 +19804,9 @@ def said_by_options(args: argparse.Namespace, ask: Prompt) -> dict[str, Any]:
             raise UsageError(f"--password-file -: not {docstring(password_line)}") from None
     if "mqtt.ca_file" in said:
         said.setdefault("mqtt.tls", True)
-    return {k: Path(os.path.abspath(v)) if isinstance(v, Path) else v for k, v in said.items()}
+    return {
+        k: path_of(os.path.abspath(v)) if isinstance(v, os.PathLike) else v for k, v in said.items()
+    }
 
 
 def next_commands(file: Path, *commands: str) -> str:
@@ -19930,7 +19973,7 @@ def command_host(args: argparse.Namespace) -> int:
     file = config_place(args)
     new = named_config(args) and not file.exists()
     config = make_config({}, None, overrides_of(args)) if new else config_of(args)
-    file = Path(config.file or file)
+    file = path_of(config.file or file)
     host = Host(config.state_dir)
     before = host.settings()
     settings = host_settings(before, config, args, port)
@@ -20220,7 +20263,7 @@ def invited_settings(invitation: Invitation, host: str) -> Iterator[MqttConfig]:
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="hive-join-") as folder:
-        ca_file = Path(folder, "ca.pem")
+        ca_file = path_of(folder, "ca.pem")
         ca_file.write_text(invitation.authority())
         yield invitation.settings(host, ca_file)
 
@@ -20277,81 +20320,93 @@ def named_config(args: argparse.Namespace) -> str | None:
 def config_place(args: argparse.Namespace) -> Path:
     """The hive.toml that is meant, whether it is there or not."""
     place = named_config(args) or find_config(None) or USER_CONFIG
-    return Path(os.path.abspath(expand_home(str(place))))
+    return path_of(os.path.abspath(expand_home(str(place))))
 
 
 # ---- Main: arguments in, exit code out ---------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and who asks for the terminal's width for help alone."""
+def parser_type(flags: Sequence[str] = ()) -> type[argparse.ArgumentParser]:
+    """Parsers whose errors are one line; `flags`: every option that may have been meant."""
+    import argparse
 
-    flags: Sequence[str] = ()  # every option that may have been meant
+    class Parser(argparse.ArgumentParser):
+        """It asks for the terminal's width for help alone."""
 
-    def __init__(self, **how: Any) -> None:
-        plain = partial(argparse.RawDescriptionHelpFormatter, width=80)
-        super().__init__(**how, formatter_class=plain, allow_abbrev=False)
+        def __init__(self, **how: Any) -> None:
+            plain = partial(argparse.RawDescriptionHelpFormatter, width=80)
+            super().__init__(**how, formatter_class=plain, allow_abbrev=False)
 
-    def format_help(self) -> str:
-        import shutil
-        import textwrap
+        def format_help(self) -> str:
+            import shutil
+            import textwrap
 
-        self.formatter_class = argparse.RawDescriptionHelpFormatter
-        width = shutil.get_terminal_size().columns
-        paragraphs = (self.description or "").split("\n\n")
-        self.description = "\n\n".join(textwrap.fill(one, width - 2) for one in paragraphs)
-        return super().format_help()
+            self.formatter_class = argparse.RawDescriptionHelpFormatter
+            width = shutil.get_terminal_size().columns
+            paragraphs = (self.description or "").split("\n\n")
+            self.description = "\n\n".join(textwrap.fill(one, width - 2) for one in paragraphs)
+            return super().format_help()
 
-    def print_help(self, file: Any = None) -> None:
-        """argparse's own is silent where that fails."""
-        (file or sys.stdout).write(self.format_help())
+        def print_help(self, file: Any = None) -> None:
+            """argparse's own is silent where that fails."""
+            (file or sys.stdout).write(self.format_help())
 
-    def error(self, message: str) -> NoReturn:
-        near = self._nearest(message)
-        near = f"; {near}" if near else ""
-        self.exit(Exit.USAGE, f"hive: {message}{near}; see: {self.prog} --help\n")
+        def error(self, message: str) -> NoReturn:
+            near = nearest_meant(message, flags)
+            near = f"; {near}" if near else ""
+            self.exit(Exit.USAGE, f"hive: {message}{near}; see: {self.prog} --help\n")
 
-    def _nearest(self, message: str) -> str:
-        """What may have been meant, as far as argparse's words let one tell."""
-        if wrong := re.search(r"invalid choice: (.*) \(choose from (.*)\)", message):
-            return did_you_mean(wrong[1].strip("'"), re.findall(r"[\w.-]+", wrong[2]))
-        if wrong := re.search(r"unrecognized arguments: (--[\w-]+)", message):
-            return did_you_mean(wrong[1], self.flags)
-        return ""
-
-
-def common_options() -> Parser:
-    """Options that may stand before or after the subcommand."""
-    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    group = common.add_argument_group("configuration")
-    for flags, how in COMMON_OPTIONS:
-        group.add_argument(*flags, **how)
-    return common
-
-
-class ShowVersion(argparse.Action):
-    """The version, and the first digits of this file's own hash; worked out only when asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
-        print(f"hive {__version__} ({build()})")
-        parser.exit()
-
-
-def make_parser(only: str = "") -> Parser:
-    """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
     # No catalogue has argparse's words, and error() reads them.
     argparse._ = lambda words: words  # type: ignore[attr-defined]
-    common = common_options()
-    parser = Parser(
+    return Parser
+
+
+def nearest_meant(message: str, flags: Sequence[str]) -> str:
+    """What may have been meant, as far as argparse's words let one tell."""
+    if wrong := re.search(r"invalid choice: (.*) \(choose from (.*)\)", message):
+        return did_you_mean(wrong[1].strip("'"), re.findall(r"[\w.-]+", wrong[2]))
+    if wrong := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+        return did_you_mean(wrong[1], flags)
+    return ""
+
+
+def version_action() -> type[argparse.Action]:
+    import argparse
+
+    class ShowVersion(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+            show_version()
+            parser.exit()
+
+    return ShowVersion
+
+
+def show_version(args: object = None) -> int:
+    """The version, and the first digits of this file's own hash."""
+    print(f"hive {__version__} ({build()})")
+    return Exit.DONE
+
+
+def make_parser(only: str = "") -> argparse.ArgumentParser:
+    """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
+    import argparse
+
+    wanted = [only] if only else [*COMMANDS]
+    options = (*COMMON_OPTIONS, *itertools.chain(*(COMMANDS[name].options for name in wanted)))
+    parser_class = parser_type([flag for flags, _ in options for flag in flags])
+    common = parser_class(add_help=False, argument_default=argparse.SUPPRESS)
+    group = common.add_argument_group("configuration")
+    for flags, how in COMMON_OPTIONS:  # they may stand before or after the subcommand
+        group.add_argument(*flags, **how)
+    parser = parser_class(
         description=__doc__ or dropped_docstrings()[""],
         parents=[common],
         epilog="Each command has --help of its own, with examples; hive help lists more to read.",
     )
-    parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
+    told = version_action()
+    absent = argparse.SUPPRESS
+    parser.add_argument("--version", action=told, nargs=0, default=absent, help="print the version")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    wanted = [only] if only else [*COMMANDS]
-    options = (*COMMON_OPTIONS, *itertools.chain(*(COMMANDS[name].options for name in wanted)))
-    parser.flags = [flag for flags, _ in options for flag in flags]
     for name in wanted:
         one = COMMANDS[name]
         about = docstring(one.run).strip()
@@ -20440,7 +20495,7 @@ class Completion(Value):
 
     @classmethod
     def of(cls, flags: Sequence[str], how: Mapping[str, Any]) -> Completion:
-        action = argparse.ArgumentParser(add_help=False).add_argument(*flags, **how)
+        action = parser_type()(add_help=False).add_argument(*flags, **how)
         check = action.type.args[0] if isinstance(action.type, partial) else None
         value = "" if action.nargs == 0 else " "
         if action.choices or action.metavar == "TOPIC":
@@ -20614,12 +20669,84 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(said: Sequence[str]) -> int:
     """The command that the arguments ask for; raises HiveError, or SystemExit where it is none."""
-    parser = make_parser(command_among(said))
-    if not said:
-        parser.print_help(sys.stderr)
-        return Exit.USAGE
-    args = parser.parse_args(said)
+    args: Any = None
+    with contextlib.suppress(ValueError):
+        args = SimpleNamespace(**plain_arguments(iter(said)))
+    if args is None:
+        parser = make_parser(command_among(said))
+        if not said:
+            parser.print_help(sys.stderr)
+            return Exit.USAGE
+        args = parser.parse_args(said)
     return int(args.run(args))
+
+
+def plain_arguments(words: Iterator[str]) -> dict[str, Any]:
+    """What argparse makes of a plain command line; that itself is an eighth of a short start.
+
+    Plain are a command and options of one value or none.  Raises ValueError where there is more
+    to it, or a fault, of which only argparse can tell.
+    """
+    found: dict[str, Any] = {}
+    known, required = plain_options(COMMON_OPTIONS), set[str]()
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if "run" not in found and word == "--version":
+            return {"run": show_version}
+        if "run" not in found and word in COMMANDS:
+            options = plain_options(COMMANDS[word].options)
+            known |= options
+            defaults = {
+                to: how.get("default", PLAIN_ACTIONS[how.get("action")])
+                for to, how in options.values()
+            }
+            required = {to for to, how in options.values() if how.get("required")}
+            found = defaults | found | {"run": COMMANDS[word].run}
+        elif flag not in known or (equals and not value):
+            raise ValueError
+        else:
+            to, how = known[flag]
+            found[to] = plain_value(how, value, words)
+            required.discard(to)
+    if required or "run" not in found:
+        raise ValueError
+    return found
+
+
+PLAIN_ACTIONS: Mapping[str | None, Any] = {  # and what is not said then
+    None: None,
+    "store_true": False,
+    "store_const": None,
+}
+
+
+def plain_options(
+    options: Iterable[tuple[tuple[str, ...], Mapping[str, Any]]],
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """By its flags: where the value of an option goes, and how; raises ValueError."""
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for flags, how in options:
+        to = how.get("dest") or flags[0].lstrip("-").replace("-", "_")
+        typed = isinstance(how.get("default"), str) and "type" in how
+        if flags[0][0] != "-" or "nargs" in how or typed or how.get("action") not in PLAIN_ACTIONS:
+            raise ValueError
+        found |= {flag: (to, how) for flag in flags}
+    return found
+
+
+def plain_value(how: Mapping[str, Any], value: str, words: Iterator[str]) -> Any:
+    """What an option gets: of the same word, or of the next; raises ValueError."""
+    if action := how.get("action"):
+        if value:
+            raise ValueError
+        return action == "store_true" or how["const"]
+    value = value or next(words, "")
+    if not value or value[0] == "-":
+        raise ValueError
+    read: Any = how["type"].args[0](value) if "type" in how else value
+    if "choices" in how and read not in how["choices"]:
+        raise ValueError
+    return read
 
 
 gc.freeze()

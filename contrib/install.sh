@@ -163,8 +163,7 @@ install_programs() {
   done
   # Compiled here, because who may not write there would compile it anew at each call.
   if [ -z "$DESTDIR" ]; then
-    "$python" -m compileall -q "$lib/hive.py"
-    "$python" "$lib/hive-cli" mcp </dev/null || :  # the part of it that a session loads
+    "$python" "$lib/hive-cli" --version >/dev/null
   fi
 }
 

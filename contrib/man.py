@@ -73,7 +73,7 @@ def page(topic: str, source: str) -> str:
 
 def option(flags: Iterable[str], how: Mapping[str, Any]) -> str:
     """One option or argument, and what it is for."""
-    action = hive.Parser(add_help=False).add_argument(*flags, **how)
+    action = hive.parser_type()(add_help=False).add_argument(*flags, **how)
     value = action.metavar or "|".join(action.choices or ()) or action.dest.upper()
     takes = "" if action.nargs == 0 else f"\\fI{escaped(str(value))}\\fP"
     names = ", ".join(f"\\fB{escaped(flag)}\\fP" for flag in action.option_strings)

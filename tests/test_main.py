@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import marshal
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,102 @@ def test_a_command_finds_all_that_it_is_given_in_a_parser_for_it_alone() -> None
     alone = hive.make_parser(hive.command_among(words)).parse_args(words)
     assert vars(alone) == vars(hive.make_parser().parse_args(words))
     assert (alone.run, vars(alone)["node.id"]) == (hive.command_send, "log")
+
+
+VALUES = ("x", "7", "now", "command", "alpha", "/x", "web-*", "a b", "", "-1", "bash", "claude")
+
+
+@pytest.mark.parametrize("name", hive.COMMANDS)
+def test_what_is_read_without_argparse_is_what_argparse_reads(name: str) -> None:
+    """Each option of each command, with values that it takes and others, before it and after."""
+    options = (*hive.COMMON_OPTIONS, *hive.COMMANDS[name].options)
+    needed = [w for flags, how in options if how.get("required") for w in (flags[0], "alpha")]
+    lines = [[name], [name, *needed], ["--host", "h", name, *needed], [name, *needed, "more"]]
+    for flag in (flag for flags, _ in options for flag in flags):
+        lines += [[name, *needed, flag], [flag, "x", name, *needed], [name, *needed, flag + "="]]
+        for value in VALUES:
+            lines += [[name, *needed, flag, value], [name, flag + "=" + value, *needed]]
+    parser, plain = hive.make_parser(name), 0
+    for words in lines:
+        with contextlib.suppress(ValueError):
+            read = hive.plain_arguments(iter(words))
+            assert read == vars(parser.parse_args(words)), words
+            plain += 1
+    assert plain > 9 or name not in ("daemon", "hook", "log", "mcp", "send", "status")
+
+
+def test_a_version_is_told_without_argparse_where_argparse_would_tell_it() -> None:
+    assert hive.plain_arguments(iter(["--version"])) == {"run": hive.show_version}
+    assert hive.plain_arguments(iter(["--node=x", "--version", "?"])) == {"run": hive.show_version}
+    for words in (["send", "--version"], ["?", "--version"], ["--node", "--version"]):
+        with pytest.raises(ValueError):
+            hive.plain_arguments(iter(words))
+
+
+class Parts:
+    """hive-cli with a copy of hive.py, whose parts it writes down compiled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("hive.py", "hive-cli"):
+            shutil.copy(ROOT / name, folder)
+
+    def run(self, *words: str, python: Sequence[str] = ()) -> str:
+        done = subprocess.run(
+            [sys.executable, *python, self.folder / "hive-cli", *words],
+            env={"HOME": str(self.folder), "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stdout + done.stderr
+
+    def kept(self) -> dict[str, int]:
+        """Each compiled file, and when it was written."""
+        files = (self.folder / "__pycache__").glob("*")
+        return {file.name.removeprefix(TAG): file.stat().st_mtime_ns for file in files}
+
+    def spoil(self, number: int) -> None:
+        """Whoever loads this part hears of it."""
+        file = self.folder / "__pycache__" / f"{TAG}{number}.pyc"
+        code = compile(f"raise SystemExit('part {number} is loaded')", "spoilt", "exec")
+        file.write_bytes(file.read_bytes()[:16] + marshal.dumps(code))
+
+
+TAG = f"hive.{sys.implementation.cache_tag}."
+
+
+def test_hive_cli_compiles_the_parts_once_and_again_where_the_file_has_changed(
+    tmp_path: Path,
+) -> None:
+    parts = Parts(tmp_path)
+    said = parts.run("--version")
+    first = parts.kept()
+    assert [*sorted(first)] == [f"{n}.pyc" for n in range(5)]
+    assert parts.run("--version") == said and parts.kept() == first
+    file = tmp_path / "hive.py"
+    file.write_text(file.read_text().replace('__version__ = "', '__version__ = "9.'))
+    assert "hive 9." in parts.run("--version")
+    assert all(then > first[name] for name, then in parts.kept().items())
+
+
+@pytest.mark.parametrize("how", ["nowhere to write", "told not to"])
+def test_hive_cli_goes_on_where_nothing_can_be_written_down(tmp_path: Path, how: str) -> None:
+    parts = Parts(tmp_path)
+    if how == "nowhere to write":
+        (tmp_path / "__pycache__").write_text("a read-only directory, to root as well")
+    said = parts.run("host", "--listen", "a b", python=["-B"] * (how == "told not to"))
+    assert "is not" in said and hive.docstring(hive.host_address) in said  # of the last part
+
+
+def test_a_command_loads_what_it_calls_and_no_more(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.run("--version")
+    for number in range(1, 5):
+        parts.spoil(number)
+    assert "part" not in parts.run("--version") + parts.run("help", "send")
+    assert parts.run("host", "--listen", "a b") == "part 1 is loaded\n"  # before the last
 
 
 def test_garbage_is_collected_once_the_file_is_read() -> None:

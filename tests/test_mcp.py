@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -800,7 +799,7 @@ def publish(broker: Broker, topic: str, payload: bytes) -> None:
 
 
 def test_a_session_loads_no_more_of_the_file_than_it_needs(sessions: Sessions) -> None:
-    """What is left out brings all of it, and argparse with that."""
+    """Of its parts the first three, of which none imports these."""
     writer = sessions.start("alpha", "writer")
     config = f"--config={sessions.hive.nodes['beta'].config}"
     with Process(sessions.home, config, python=("-X", "importtime")) as server:
@@ -818,26 +817,6 @@ def test_a_session_loads_no_more_of_the_file_than_it_needs(sessions: Sessions) -
         assert server.ask(call(3, "ask", to="writr", text="x"))["result"]["isError"]
         assert re.search(r"\| +json$", server.stderr(), re.M)
         assert not re.search(r"\| +(argparse|hashlib|sqlite3|paho|ssl)$", server.stderr(), re.M)
-
-
-@pytest.mark.parametrize("written", [True, False])
-def test_a_part_of_the_file_that_was_not_compiled_yet_is_compiled(
-    tmp_path: Path, written: bool
-) -> None:
-    for file in ("hive.py", "hive-cli"):
-        shutil.copy(ROOT / file, tmp_path)
-    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    environment |= {} if written else {"PYTHONDONTWRITEBYTECODE": "1"}
-    line = [sys.executable, f"{tmp_path}/hive-cli", "mcp"]
-    said = json.dumps(request(1, "ping")).encode()
-    for _ in range(2):
-        done = subprocess.run(
-            line, input=said, capture_output=True, check=True, timeout=60, env=environment
-        )
-        assert (json.loads(done.stdout)["result"], done.stderr) == ({}, b"")
-    cache = tmp_path / "__pycache__"
-    kept = [file.name.partition(".")[0] for file in cache.iterdir()] if cache.exists() else []
-    assert kept == (["hive-session"] if written else [])
 
 
 def test_a_name_that_is_said_is_given_or_refused_and_a_made_one_gets_a_number(

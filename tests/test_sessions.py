@@ -657,7 +657,7 @@ PROGRAM = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import hive
-client = hive.ControlClient(hive.Path(sys.argv[2]), "beta")
+client = hive.ControlClient(hive.path_of(sys.argv[2]), "beta")
 client.ask({"do": "attach", "name": "rev", "directory": "~/site", "client": "codex 0.169"})
 time.sleep(600)
 """

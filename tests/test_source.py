@@ -73,7 +73,7 @@ ANY = {name for _, name in BANNERS}
 
 def the_map() -> dict[str, set[str]]:
     """What each section may use besides, as the map at the file's head says."""
-    head = SOURCE[SOURCE.index("# The map") : SOURCE.index("from __future__")]
+    head = SOURCE[SOURCE.index("# The map") : SOURCE.index("# hive-cli loads it")]
     lines = re.sub(r"\n# {12,}", " ", head).splitlines()
     rows = [
         found for line in lines if (found := re.match(r"#   .{7} (\w+) +[^<]*(?:<- (.*))?", line))
@@ -107,6 +107,50 @@ def test_every_section_keeps_to_what_the_map_lets_it_use() -> None:
 
 def test_sections_use_each_other_in_no_circle() -> None:
     graphlib.TopologicalSorter(uses()).prepare()  # raises CycleError, which names it
+
+
+def parts() -> dict[str, int]:
+    """The part in which hive-cli loads each section; the file's head comes with the first."""
+    rows = re.findall(r"^#   part  (.*(?:\n# {9}.*)*)", SOURCE, re.M)
+    return {"": 0} | {name: n for n, row in enumerate(rows) for name in re.findall(r"\w+", row)}
+
+
+def test_each_section_is_in_a_part() -> None:
+    named = re.findall(r"^#   part  (.*(?:\n# {9}.*)*)", SOURCE, re.M)
+    assert sorted(re.findall(r"\w+", " ".join(named))) == sorted(name for _, name in BANNERS)
+
+
+def must_be_real(one: ast.AST) -> list[ast.expr]:
+    """Where a stand-in for a class will not do."""
+    match one:
+        case ast.ExceptHandler(type=ast.expr() as kind):
+            return [kind]
+        case ast.ClassDef(bases=bases):
+            return bases
+        case ast.MatchClass(cls=cls):
+            return [cls]
+        case ast.Call(func=ast.Name("isinstance" | "issubclass"), args=[_, kinds]):
+            return [kinds]
+    return []
+
+
+def test_no_part_needs_of_a_later_one_more_than_a_stand_in_can_give() -> None:
+    """Functions and classes are called, or passed on; of constants hive-cli sees that they do."""
+    part_of = parts()
+    made = {
+        node.name: part_of[section(node.lineno)]
+        for node in TREE.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    wrong = [
+        f"{name.id}, line {name.lineno}"
+        for one in ast.walk(TREE)
+        for kind in must_be_real(one)
+        for name in ast.walk(kind)
+        if isinstance(name, ast.Name)
+        and made.get(name.id, 0) > part_of[section(getattr(one, "lineno", name.lineno))]
+    ]
+    assert not wrong
 
 
 def test_every_section_has_tests_of_its_own() -> None:
