@@ -7651,6 +7651,7 @@ class Members:
         self._send, self._probe, self._fetch = send, probe, fetch
         self._agents = AgentNames(journal, log)
         self._members: dict[str, Member] = {}  # in the order in which they last said something
+        self._alive: dict[str, Member] = {}  # those of them that are
         self._size = 0  # bytes of all documents
         self._checked = self._started = loop.clock()
         self._last_failure = self._probed = float("-inf")
@@ -7740,6 +7741,7 @@ class Members:
     def _forget(self, name: str) -> None:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
         member = self._members.pop(name, None)
+        self._alive.pop(name, None)
         if member:
             self._agents.take(name, {}, self._keeper)
             self._size -= len(member.documents.pop("state", b""))
@@ -7924,6 +7926,8 @@ class Members:
         member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
         member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
         member.beats += 1
+        if name in self._members:
+            self._alive[name] = member
         member.boot, member.announced, member.failed = boot or old_boot, False, None
         member.is_node = True
         if before is MemberStatus.FAILED:
@@ -7950,17 +7954,15 @@ class Members:
         if member is None or member.status is not MemberStatus.ALIVE:
             return False
         member.status, member.failed = status, failed
+        del self._alive[name]
         self.on_change()
         return True
 
     def failed_since(self, now: float) -> list[str]:
         """Those who have just missed too many heartbeats; each is named once."""
-        late = [
-            name
-            for name, member in self._members.items()
-            if member.status is MemberStatus.ALIVE
-            and is_overdue(now - member.heard, member.interval, self._own.miss_threshold)
-        ]
+        missed = self._own.miss_threshold
+        late = [one for one, it in self._alive.items() if now - it.heard > it.interval * missed]
+        late.sort(key=lambda one: self._alive[one].heard)
         return [name for name in late if self.mark_failed(name, now)]
 
     def grant_grace(self, now: float) -> None:
@@ -7971,9 +7973,10 @@ class Members:
 
     def doubt_losses(self) -> None:
         """Our own connection has died: whom we have just lost may be well."""
-        for member in self._members.values():
+        for name, member in self._members.items():
             if member.status is MemberStatus.FAILED and not member.announced:
                 member.status, member.failed = MemberStatus.ALIVE, None
+                self._alive[name] = member
 
     def mark_announced(self, corr: str, by: str) -> None:
         """Somebody has told the hive of the loss with this correlation id.
@@ -7981,22 +7984,20 @@ class Members:
         It counts if that one lives and stands before us in the line, or is us; no other can keep
         us silent.
         """
-        before = by < self._me and by in self.alive()
+        before = by < self._me and by in self._alive
         for name, member in self._members.items():
             many = corr == MANY_LOST and member.status is MemberStatus.FAILED
             told = (many or loss_of(name) == corr) and name != by
             if told and (before or by == self._me):
                 member.announced = True
 
-    def alive(self) -> list[str]:
-        """Names of the peers that are alive, in order."""
-        return sorted(
-            name for name, one in self._members.items() if one.status is MemberStatus.ALIVE
-        )
+    def alive(self) -> Collection[str]:
+        """Names of the peers that are alive."""
+        return self._alive.keys()
 
     def rank(self, about: str) -> int:
         """Our place in line to speak for all about one of them: 0 is first."""
-        return sum(name < self._me for name in self.alive() if name != about)
+        return sum(name < self._me for name in self._alive if name != about)
 
     # -- who is missed --
 
@@ -8016,8 +8017,8 @@ class Members:
     def _miss_documents(self) -> None:
         """Ask once for what those who live left where no wildcard finds it: RabbitMQ is so."""
         missed = list[str]()
-        for name, member in self._members.items():
-            if member.status is MemberStatus.ALIVE and len(member.documents) < 2:
+        for name, member in self._alive.items():
+            if len(member.documents) < 2:
                 member.looks += 1
                 if member.looks == 2 and len(missed) < MAX_FETCH:
                     missed.append(name)
@@ -8147,7 +8148,7 @@ class Presence:
         publish: Callable[[OutgoingMessage], None],
         room: Callable[[str], int],
         status: Callable[[], OwnStatus],
-        known: Callable[[], list[str]],
+        known: Callable[[], Collection[str]],
         counts: Mapping[str, int],
     ) -> None:
         """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
@@ -8249,7 +8250,7 @@ class Presence:
             "status": "degraded" if status == "online" and own.trouble else status,
             "last_seen": int(time.time()),
             "uptime_s": round(self._loop.clock() - self._started, 1),
-            "known_peers": known if len(known) <= MAX_KNOWN else [],  # or each would tell of all
+            "known_peers": sorted(known) if len(known) <= MAX_KNOWN else [],  # or all tell of all
             "daemon_node": self._node,
             "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),
