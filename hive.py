@@ -4802,7 +4802,9 @@ class MqttConfig(ConfigTable):
         None, file_path, "a file with the password in its first line", "mqtt-password"
     )
     keepalive: int = setting(
-        30, integer(5, 65535, "whole seconds"), "seconds until a silent connection is checked"
+        6,
+        integer(5, 65535, "whole seconds"),
+        "a node that is silent for 1.5 times so many seconds is lost",
     )
     protocol: str = setting(
         "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused or not answered"
@@ -7430,6 +7432,7 @@ PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to 
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
 DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
+STALL = 5.0  # the same, of one that fell silent before: its network may be back in a moment
 MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with the broker
 MAX_LOSSES = 30  # that are announced one by one in a minute; of more there is one alert for all
 MANY_LOST = "lost::many"  # its corr; no name is like that
@@ -7647,6 +7650,7 @@ class Members:
         self.presence: Presence | None = None  # what this node shows of itself, if it does
         self.on_change: Callable[[], object] = lambda: None  # somebody is not as before
         self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
+        self._patience = 1.5 * config.mqtt.keepalive  # of the broker, with one that is silent
         self._loop, self._log = loop, log
         self._send, self._probe, self._fetch = send, probe, fetch
         self._agents = AgentNames(journal, log)
@@ -7761,7 +7765,8 @@ class Members:
                 self.expect(name, now, seen=seen, interval=interval)
         elif status == "offline" and state.get("reason") == "connection lost":
             if self.mark_failed(name, now):
-                self._lost(name, now, "its connection died")
+                silent = now - self._members[name].heard >= self._patience
+                self._lost(name, now, "its connection died", STALL if silent else DOUBT)
         elif state.get("reason") == "lost":
             pass  # an older hive's judgement, written over what the node itself said
         elif status == "offline" and self.mark_left(name):
@@ -8011,7 +8016,7 @@ class Members:
             names = [name for name in names if self._members[name].proven]
         for name in names[: 10 * MAX_LOSSES]:  # the others are told of with these
             silence = now - self._members[name].heard
-            self._lost(name, now, f"no heartbeat for {silence:.0f} s")
+            self._lost(name, now, f"no heartbeat for {silence:.0f} s", DOUBT)
         self._miss_documents()
 
     def _miss_documents(self) -> None:
@@ -8025,12 +8030,12 @@ class Members:
         if missed:
             self._fetch(missed)
 
-    def _lost(self, name: str, now: float, why: str) -> None:
+    def _lost(self, name: str, now: float, why: str, doubt: float) -> None:
         self._log.warning("peer is lost", peer=name, why=why)
         self._last_failure = now
-        self._consider(name, now, why)
+        self._consider(name, now, why, now + doubt)
 
-    def _consider(self, name: str, failed: float, why: str) -> None:
+    def _consider(self, name: str, failed: float, why: str, quiet: float) -> None:
         """Tell the hive of a loss in our turn, unless somebody did, or it was none.
 
         When a broker stops, everyone seems to die, one after the other, and our own connection
@@ -8040,9 +8045,9 @@ class Members:
         member, now = self._members.get(name), self._loop.clock()
         if self._silent or not member or member.failed != failed or member.announced:
             return
-        again = partial(self._consider, name, failed, why)
+        again = partial(self._consider, name, failed, why, quiet)
         turn = self.rank(about=name) * max(1.0, self._own.interval / 2)
-        quiet, latest = max(failed, self._last_failure) + DOUBT, failed + MAX_DOUBT
+        quiet, latest = max(quiet, self._last_failure + DOUBT), failed + MAX_DOUBT
         if now < min(quiet, latest) + turn:
             self._loop.after(min(quiet, latest) + turn - now, again)
         elif self._probed < quiet and now < latest + turn:
@@ -10367,12 +10372,14 @@ RESEND_WITHIN = 86400.0  # seconds after a crash of ours in which receivers sure
 SESSION_EXPIRY = 7 * 86400  # seconds that the broker keeps what came while we were away
 RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
 SEND_WINDOW = 20  # messages we send before the broker acknowledges one
+GIVE_UP = 2.5  # keepalives without a word of the broker: what it says may wait for TCP meanwhile
 MAX_COLLISIONS = 2  # of our connection with one to the session that we had before
 MAX_HANG_UPS = 5  # of the broker at one message, until it is given up
 LARGE_HANG_UPS = 2  # in MQTT 3.1.1, at one that is larger than any that it has taken
 SURELY_TAKEN = KIB  # bytes of a packet that any broker takes
 LIMIT_MEMORY = 3600.0  # seconds that a limit is believed which the broker has not told
 PUBLISH_OVERHEAD = 20  # bytes of a packet besides topic and payload (MQTT 5, 3.3), at most
+TCP_RTO_MAX_MS = 44  # Linux 6.15; else a network that was away 8 s is used again after 12
 READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
 FIRST_SIZE = 64  # bytes that tell what kind of server it is
@@ -10386,6 +10393,7 @@ WAYS_TO_PAHO = (
 HANG_UP = "the broker closed the connection"
 NO_WELCOME = f"{HANG_UP} at once"
 NO_CONNACK = "no answer (CONNACK) in time"
+NO_PINGRESP = "no answer (PINGRESP) in time"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
 CONNACK = b"\x20"  # its first byte
 PAHO_LACKS = {1: "unsupported protocol version", 0x99: "payload format invalid"}  # in a CONNACK
@@ -10394,7 +10402,6 @@ FIRST_WORDS = {
     **{b"SSH-": "SSH", b"AMQP": "AMQP", b"\x15\x03": "TLS"},
 }
 SSL_MARKS = re.compile(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
-KEEP_ALIVE_TIMEOUT = 0x8D
 PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
 
@@ -10618,6 +10625,8 @@ class MqttConnection:
         self.welcome = self.hung_up = False  # CONNACK has come; it ended before that
         self._refusal: tuple[str, int] | None = None
         self.heard = time.time()  # when the broker last said something
+        self._heard_at = self._said_at = self._loop.clock()  # the same; and when we last did
+        self._keepalive = owner.settings.keepalive
         self.window, self.max_packet = SEND_WINDOW, sys.maxsize
         self._received: deque[paho_client.MQTTMessage] = deque()
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
@@ -10707,6 +10716,9 @@ class MqttConnection:
         else:
             if sock.family != socket.AF_UNIX:  # 0.4 instead of 44 ms a turn
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if sys.platform == "linux":
+                    with contextlib.suppress(OSError):
+                        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 1000)
             acknowledge_at_once(sock)
             self._client.on_socket_register_write = lambda *_: self._watch(write=True)
             self._client.on_socket_unregister_write = lambda *_: self._watch(write=False)
@@ -10740,7 +10752,7 @@ class MqttConnection:
             if events & selectors.EVENT_WRITE:
                 self._client.loop_write()
             if events & selectors.EVENT_READ:
-                self.heard = time.time()
+                self.heard, self._heard_at = time.time(), self._loop.clock()
                 self._read()
         except self._owner.protocol_errors as error:
             if not self._first_fault[0]:
@@ -10766,6 +10778,7 @@ class MqttConnection:
     def _deliver(self, message: paho_client.MQTTMessage) -> None:
         def ack() -> None:
             if message.qos and not self.ended:
+                self._said_at = self._loop.clock()
                 self._client.ack(message.mid, message.qos)
 
         try:
@@ -10804,8 +10817,6 @@ class MqttConnection:
         if flags.is_disconnect_packet_from_server:
             words = f"the broker ended the connection: {code}".lower()
             self._refusal = words + said_besides(properties), code.value
-        elif code.value == KEEP_ALIVE_TIMEOUT:
-            self._refusal = "no answer (PINGRESP) in time", 0
 
     def _on_connect(
         self, client: object, userdata: object, flags: object, code: Any, properties: Any
@@ -10816,6 +10827,7 @@ class MqttConnection:
         self.welcome = True
         self.window = min(SEND_WINDOW, getattr(properties, "ReceiveMaximum", SEND_WINDOW))
         self.max_packet = getattr(properties, "MaximumPacketSize", sys.maxsize)
+        self._keepalive = getattr(properties, "ServerKeepAlive", 0) or self._keepalive
         self._loop.post(self._subscribe)
 
     def _on_subscribe(
@@ -10853,17 +10865,27 @@ class MqttConnection:
             self._owner.connected()
 
     def _tick(self) -> None:
-        """Paho looks here whether a ping is due."""
-        if not self.ended:
-            self._client.loop_misc()
-            self._check()
-            self._timer = self._loop.after(self._owner.settings.keepalive / 4, self._tick)
+        """See that the other end lives, and show it that we do, before it is in doubt.
+
+        It gives us up after 1.5 times the keepalive (MQTT 5, 3.1.2.10).  A ping at half of it
+        leaves as long for a network that stalls; paho's own would come after the whole.
+        """
+        now, pause = self._loop.clock(), self._keepalive / 2
+        if now - self._heard_at >= GIVE_UP * self._keepalive:
+            self.end(NO_PINGRESP)
+        elif not self.ended:
+            if now - self._said_at >= pause:
+                self._said_at = now
+                self._client._send_pingreq()
+                self._check()
+            self._timer = self._loop.after(self._said_at + pause - now, self._tick)
 
     def publish(self, message: OutgoingMessage, expires_in: int | None) -> int:
         """Send it; its packet id, which comes back with the broker's acknowledgement."""
         properties = None
         if self.v5 and expires_in is not None:
             properties = self._properties("PUBLISH", MessageExpiryInterval=expires_in)
+        self._said_at = self._loop.clock()
         sent = self._client.publish(
             message.topic, message.payload, message.qos, message.retain, properties
         )
