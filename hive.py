@@ -381,6 +381,7 @@ CUT_SHORT = " [cut by hive: more than the broker takes]"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
 EVERYONE, ANYONE = "all", "any"
+READ_JOURNAL = "hive.journal"  # the action that each node does itself, for whom its journal is
 URGENCIES = ("now", "later")
 
 
@@ -737,6 +738,7 @@ class Do(Enum):
     WAKE = "say it to agents of this node"
     HEAR = "take it as a sign of life"
     REFUSE = "tell the sender that nothing here can do it"
+    JOURNAL = "it asks for our journal, or is of another's: neither is written into ours"
     NOTE = "only log it"
     DROP = "it should not have come"
 
@@ -756,6 +758,7 @@ SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice 
 SIGN_OF_LIFE = Decision(Do.HEAR)
 OTHER_KIND = "its topic does not say who sent it"
 OTHER_SENDER = "its topic names another sender"
+PRIVATE_MARK = "private"  # the field of a handler's output, and of what is made of it, to say so
 RECEIPTS = "receipts"  # the field by which a sender asks what becomes of its message
 RECEIVED = "received"  # that, in words; this, or a name with what it was told or has read
 RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
@@ -867,7 +870,7 @@ class RoutingContext(Value):
         Whoever names a node means its agents too.
         """
         named = (self.node, *self.allow.get(rule, ()))
-        if rule not in self.allow or sender in named:
+        if sender in named or (rule not in self.allow and rule != SHARE_RULE):
             return ""
         agent = any(self.speaks_for(node, sender) for node in named)
         return "" if agent else f"{rule} does not name {sender}"
@@ -914,6 +917,9 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
         return SIGN_OF_LIFE
+    if envelope.action == READ_JOURNAL and (channel.handler or envelope.ch == "response"):
+        why = here.denies(SHARE_RULE, envelope.sender) if channel.handler else ""
+        return Decision(Do.REFUSE, why) if why else Decision(Do.JOURNAL)
     if channel.handler and envelope.action:
         if why := here.denies(handler_rule(envelope.action), envelope.sender):
             return Decision(Do.REFUSE, why)
@@ -2729,14 +2735,15 @@ class Requests:
         connection: Callable[[], dict[str, Any]],
         sessions: Sessions,
         numbers: Callable[[], dict[str, list[list[Any]]]],
+        ask_for_journal: Callable[[Envelope], str],
     ) -> None:
         """`send` gives why not, or nothing; `connection` tells how the node's one is.
 
-        `numbers` are those of METRICS.
+        `numbers` are those of METRICS; `ask_for_journal` leaves no row.
         """
         self._node, self._journal, self._members = node, journal, members
         self._sessions = sessions
-        self._numbers = numbers
+        self._numbers, self._ask_for_journal = numbers, ask_for_journal
         self._after_commit, self._send, self._connection = after_commit, send, connection
         # Who wants to know whether an id was published, and how to forget that when it goes.
         self._senders: dict[str, tuple[Requester, Callable[[], object]]] = {}
@@ -2826,6 +2833,16 @@ class Requests:
         names, away = given["to"].choose(known, given["action"], self._node)
         absent = {one.name: {"status": one.status, "age": one.age} for one in away}
         return {**self._connection(), "names": names, "away": absent}
+
+    def read_journal(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Ask a node for a page of its journal, which comes as an answer."""
+        exchange, text = given["exchange"], encode_json({one: given[one] for one in PAGE_FIELDS})
+        more = {"action": READ_JOURNAL, "corr": exchange}
+        question = Envelope.new(self._node, given["node"], "command", text.decode(), **more)
+        if requester not in self._listeners.get(exchange, ()):
+            self._listen(exchange, requester)
+        fault = self._ask_for_journal(question)
+        return {"error": fault} if fault else {"id": question.id}
 
     def history(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         traffic = self._journal.traffic(time.time() - 60 * MINUTES)
@@ -2949,6 +2966,11 @@ LOG_FIELDS = {
     "after": AFTER_FIELD,
     "last": RequestField(row_number, "the last so many; 0 is all of them, page by page", 0),
 }
+MAX_HOLD = 60  # seconds that a question for a journal is held until there is news
+PAGE_FIELDS = {
+    **LOG_FIELDS,
+    "hold": RequestField(integer(0, MAX_HOLD), "seconds to wait where there is no news", 0),
+}
 REQUESTS = {
     "send": Request(
         Requests.send,
@@ -3005,6 +3027,15 @@ REQUESTS = {
         {
             "to": RequestField(target_of, "which ones", required=True),
             "action": RequestField(action_name, "what they shall do", ""),
+        },
+    ),
+    "read_journal": Request(
+        Requests.read_journal,
+        "ask a node for a page of its journal; nothing of it is written into ours",
+        {
+            "node": RequestField(node_name, "which one", required=True),
+            "exchange": RequestField(identifier, "what the answers shall have", required=True),
+            **PAGE_FIELDS,
         },
     ),
     "history": Request(Requests.history, "the last hour: heartbeats, load, who wrote to whom"),
@@ -3178,7 +3209,9 @@ class Node:
             self._connection,
             self.sessions,
             self.numbers,
+            self._ask_for_journal,
         )
+        self.shared = SharedJournal(self)
         self.members.on_change = self.requests.note_change
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
@@ -3304,6 +3337,7 @@ class Node:
             call()
         self._client.send_queued()
         self.requests.show_news()
+        self.shared.look_soon()
 
     def _maintain_journal(self) -> None:
         """Now and then, in small steps."""
@@ -3391,7 +3425,7 @@ class Node:
         if what.do is Do.REFUSE and not self._may_refuse(envelope):
             what = Decision(Do.DROP, what.reason)  # its sender hears how many there were
         row = 0
-        if what.do not in (Do.HEAR, Do.DROP):
+        if what.do not in (Do.HEAR, Do.DROP, Do.JOURNAL):
             note, content = "" if what.do is Do.WAKE else what.reason, message.payload.decode()
             row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
             what = what if row else SEEN_BEFORE
@@ -3500,6 +3534,7 @@ class Node:
                 self.log.debug("received", **facts)
             case _:
                 idle = what.do is Do.NOTE and not envelope.urgent  # the journal has it
+                idle = idle or what.do is Do.JOURNAL
                 say = self.log.debug if idle else self.log.info
                 note = what.reason if what.do in (Do.NOTE, Do.REFUSE) else None
                 say("received", **facts, note=note)
@@ -3526,6 +3561,11 @@ class Node:
                 self.worker.wake(envelope, row, what, until)
             case Do.HEAR:
                 self.members.hear(envelope)
+            case Do.JOURNAL if CHANNELS[envelope.ch].handler:
+                asker = self.members.node_of(envelope.sender) or envelope.sender
+                self.shared.ask(envelope, asker)
+            case Do.JOURNAL:
+                self._take_note(envelope)
             case Do.REFUSE:
                 self._refuse(envelope, what.reason)
             case Do.NOTE | Do.DROP:
@@ -3638,6 +3678,16 @@ class Node:
         self.commit_soon()
         return ""
 
+    def _ask_for_journal(self, question: Envelope) -> str:
+        """Ask a node, or this one itself, for its journal; why not, if so."""
+        if question.to == self.name:
+            self.shared.ask(question)
+        elif self.journal.outbox_full:
+            return "too much waits for the broker"
+        else:
+            self.shared.send(question)
+        return ""
+
     def published(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
         self.commit_soon()
@@ -3715,6 +3765,126 @@ class Node:
                 self.tell_own_agents(alert, "its time to live was over")
         self.commit_soon()
         self._watch_pending_requests()
+
+
+MAX_PAGE = 64 * KIB  # bytes of a journal that are shown at once
+MAX_QUESTIONS, MAX_ALL_QUESTIONS = 8, 64  # that wait here, of one node and of all
+MAX_SHARED_TEXT = 1000  # characters
+
+
+class JournalQuestion:
+    """Somebody wants to read on in our journal, and waits for its turn, or for news."""
+
+    def __init__(self, envelope: Envelope, asker: str, given: dict[str, Any], until: float) -> None:
+        """`asker`: a node, or nobody: it is a command of ours.  Answered `until` at the latest."""
+        self.envelope, self.asker, self.given, self.until = envelope, asker, given, until
+        self.seen = -1  # the newest row when it was last looked at
+
+
+class SharedJournal:
+    """Shows this node's journal: by the page, or when there is news.
+
+    Whatever is asked, it takes a twentieth of the daemon's time.  No row is written about it:
+    that one would be news to whoever follows, and so on for ever.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node, self._loop, self._journal = node, node.loop, node.journal
+        self._waiting: list[JournalQuestion] = []
+        self._looking = False  # will it look at one of them soon?
+        self._free = 0.0  # when it may, on the loop's clock
+
+    def ask(self, question: Envelope, asker: str = "") -> None:
+        """Take a question; of too many the oldest is forgotten, and may come again."""
+        said = read_json_object(question.text) or {"last": MAX_ROWS}
+        try:
+            given = {name: one.read(name, said.get(name)) for name, one in PAGE_FIELDS.items()}
+        except UsageError as error:
+            return self._node.refuse(question, str(error))
+        if asker and not given["after"]:
+            self._node.log.info("journal is read", by=question.sender)
+        theirs = [one for one in self._waiting if one.asker == asker]
+        if len(theirs) >= MAX_QUESTIONS or len(self._waiting) >= MAX_ALL_QUESTIONS:
+            self._waiting.remove((theirs or self._waiting)[0])
+        until = self._loop.clock() + given["hold"]
+        self._waiting.append(JournalQuestion(question, asker, given, until))
+        self._loop.after(given["hold"], self.look_soon)
+        self.look_soon()
+
+    def look_soon(self) -> None:
+        """Somebody asks, there may be news, or it was awaited long enough."""
+        if not self._looking and self._ready():
+            self._looking = True
+            self._loop.after(max(0.0, self._free - self._loop.clock()), self._look)
+
+    def _ready(self) -> list[JournalQuestion]:
+        now, newest = self._loop.clock(), self._journal.newest
+        return [one for one in self._waiting if one.seen != newest or one.until <= now]
+
+    def _look(self) -> None:
+        """Answer the next question, or see that there is nothing for it yet."""
+        self._looking, began = False, self._loop.clock()
+        self._journal.commit()  # what a crash could take back is shown to nobody
+        for one in self._ready()[:1]:
+            self._waiting.remove(one)
+            newest = self._journal.newest
+            try:
+                rows = log_page(self._journal, one.given)["rows"]
+                if rows or one.until <= began:
+                    self._answer(one, self._page(rows, newest, one.asker))
+                else:
+                    one.given, one.seen = {**one.given, "after": newest, "last": 0}, newest
+                    self._waiting.append(one)
+            except UsageError as error:
+                self._node.refuse(one.envelope, str(error))
+        self._free = began + 20 * (self._loop.clock() - began)
+        self.look_soon()
+
+    def _page(self, rows: Iterable[Mapping[str, Any]], newest: int, asker: str) -> str:
+        """As many rows as an answer may hold; `after` is where to read on."""
+        page: list[dict[str, Any]] = []
+        texts = self._node.config.journal.share_texts or not asker
+        room = min(self._node.room(self._node.topics.to(asker, "response")), MAX_PAGE) - KIB
+        for row in rows:
+            page.append(shared_row(row, texts, private=not asker))
+            room -= 2 * len(encode_json(page[-1]))  # it is quoted once more on its way
+            if room < 0 and page[1:]:
+                page.pop()
+                break
+        after = page[-1]["n"] if page else newest
+        return encode_json({"rows": page, "after": after, "more": after < newest}).decode()
+
+    def _answer(self, question: JournalQuestion, page: str) -> None:
+        answer = question.envelope.reply(self._node.name, page, action=READ_JOURNAL)
+        if not question.asker:
+            self._node.requests.heard(answer)
+        elif self._journal.takes_answer(self._node.topics.of(answer)):
+            self.send(answer)
+
+    def send(self, envelope: Envelope) -> None:
+        """Send a question or an answer; whoever misses it asks again."""
+        until = time.time() + MAX_HOLD
+        self._journal.enqueue(self._node.topics.of(envelope), envelope.encode(), until=until)
+        self._node.commit_soon()
+
+
+def shared_row(row: Mapping[str, Any], texts: bool, private: bool) -> dict[str, Any]:
+    """A row as others may see it: the beginning of its note, that of its text, or none.
+
+    What a handler called private is shown to those who may see what is `private`.
+    """
+    document, note, shown = row["envelope"], str(row["note"]), None
+    if not note.startswith(RECEIPT_NOTE):
+        note = re.split("[:;(]", note)[0].rstrip()
+    if texts and document and (private or not is_private(document)):
+        shown = {"text": cut_end(document["text"], MAX_SHARED_TEXT)}
+    return {**row, "note": note, "envelope": shown}
+
+
+def is_private(document: Mapping[str, Any]) -> bool:
+    """Does a message hold what a handler called so?  Older nodes do not mark it."""
+    said = read_json_object(document["text"]) or {}
+    return document.get(PRIVATE_MARK) is True or said.get(PRIVATE_MARK) is True
 
 
 # ---- Work: who runs next, what became of it, and what agents say -------------------------
@@ -4166,13 +4336,16 @@ class Work(Worker):
         words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
         self._journal.record_result(envelope, time.time(), words)
         said = document["result"] if isinstance(document["result"], dict) else {}
-        hidden = {"result": {"private": True}} if said.get("private") is True else {}
+        hidden = {PRIVATE_MARK: True} if said.get(PRIVATE_MARK) is True else {}
         if self._handler_config(run.action).publish:
-            self._node.keep_result(envelope, document | hidden)
-        if run.scheduled:
-            self._scheduled_run_ended(run.scheduled, envelope, result, said)
+            self._node.keep_result(envelope, document | ({"result": hidden} if hidden else {}))
         else:
-            self._node.send(answer_to(envelope, self._node.name, result))
+            hidden = {PRIVATE_MARK: True}
+        if run.scheduled:
+            self._scheduled_run_ended(run.scheduled, envelope, result, said, hidden)
+        else:
+            answer = answer_to(envelope, self._node.name, result)
+            self._node.send(answer.replace(extra=hidden))
         if run.task:
             self._journal.remove_task(run.task)
         self._node.commit_soon()
@@ -4252,6 +4425,7 @@ class Work(Worker):
         envelope: Envelope,
         result: ProcessResult,
         said: Mapping[str, object],
+        hidden: Mapping[str, object],
     ) -> None:
         """Write down how it ended; wake the agent if that is news.  One commit has it all.
 
@@ -4274,7 +4448,7 @@ class Work(Worker):
             ch = "status" if result.ok or news else "alert"
             answer = cut(f"{one.config.action} {words}: {text}", MAX_ERROR)
             now = not news or said.get("urgency") != "later"
-            told = envelope.reply(self._node.name, answer, ch=ch)
+            told = envelope.reply(self._node.name, answer, ch=ch).replace(extra=hidden)
             self._node.tell_own_agents(told, "scheduled", now)
 
     # -- agents --
@@ -4660,6 +4834,9 @@ def tag_names(value: object) -> tuple[str, ...]:
     return tuple(tag_name(tag) for tag in (value if isinstance(value, list) else [value]))
 
 
+SHARE_RULE = "[journal] share"
+
+
 def handler_rule(action: str) -> str:
     return f"[handlers.{action}] allow"
 
@@ -5035,6 +5212,10 @@ class JournalConfig(ConfigTable):
 
     keep_days: int = setting(7, count, "days until it is forgotten")
     max_mb: int = setting(64, count, "megabytes of it; beyond, the oldest texts go first")
+    share: tuple[str, ...] = setting(
+        (), node_names, "who may read it with hive log --of; else nobody", ["alpha"]
+    )
+    share_texts: bool = setting(False, boolean, "the texts too, but what a handler calls private")
 
 
 class LoggingConfig(ConfigTable):
@@ -5093,6 +5274,7 @@ class Config(Value):
         """Who alone may run a handler or wake an agent, by the rule that says so."""
         rules = {handler_rule(action): one.allow for action, one in self.handlers.items()}
         rules |= {agent_rule(one.name): one.allow for one in self.oc_instances}
+        rules[SHARE_RULE] = self.journal.share or None  # without a rule it is for nobody
         return {rule: names for rule, names in rules.items() if names is not None}
 
     @property
@@ -5948,6 +6130,8 @@ def objection_to(file: Path) -> str | None:
         action_name(file.name)
         if file.name in META_DOCUMENTS:
             return "this name is taken by a topic of hive's own"
+        if file.name == READ_JOURNAL:
+            return "this is done by hive itself"
         status = file.stat()
         objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
@@ -8158,7 +8342,7 @@ class Presence:
     ) -> None:
         """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
-        self._tags = [*config.node.tags]
+        self._tags, self._shares = [*config.node.tags], bool(config.journal.share)
         self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
         self.build = build()  # of the file as it was when this daemon started
@@ -8267,6 +8451,7 @@ class Presence:
             "interval": self._renewal,
             "miss_threshold": self._own.miss_threshold,
             "host": socket.gethostname(),
+            "shares_journal": self._shares,
             "counters": self._counts,
         }
         state = with_reason(document, reason or own.trouble)
@@ -12173,6 +12358,7 @@ def log_line(row: Mapping[str, Any], width: int) -> str:
     peer = row["to"] if row["event"] == "out" else row["from"]
     id = str(row["id"] or row["exchange"])[:ID_SHOWN]
     when, action = clock_time(row["time"]), f"{row['action']}: " if row["action"] else ""
+    when += f" {row['node']:<10}" if "node" in row else ""
     line = f"{when} {row['event']:<3} {peer:<10} {row['ch']:<8} {id:<8} {action}{row_text(row)}"
     return printable(line, width)
 
@@ -13635,7 +13821,11 @@ def check_files(context: DoctorContext) -> Iterator[Finding]:
     if not kept and not config.mqtt.named:
         kept += check_folder(broker_home(config.broker), "the broker's directory")
     findings += kept
-    well = Finding(Level.OK, f"only you can change them; state is in {config.state_dir}")
+    what, share = f"only you can change them; state is in {config.state_dir}", config.journal
+    if share.share:
+        texts = "with" if share.share_texts else "without"
+        what += f"; the journal there is shown to {', '.join(share.share)}, {texts} texts"
+    well = Finding(Level.OK, what)
     yield from findings or [well]
 
 
@@ -13682,7 +13872,9 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
     if context.config.allow and context.config.mqtt.named and not context.config.checked:
-        what = "allow is about names that anybody may use: this broker does not check senders"
+        kinds = {SHARE_RULE if rule == SHARE_RULE else "allow" for rule in context.config.allow}
+        why = "names that anybody may use: this broker does not check senders"
+        what = f"{' and '.join(sorted(kinds))} is about {why}"
         yield Finding(Level.WARN, what, "see [mqtt] senders")
     for action in context.config.handlers.keys() - found.handlers.keys():
         near = did_you_mean(action, found.handlers)
@@ -19303,19 +19495,32 @@ def command_show(args: argparse.Namespace) -> int:
 
 @subcommand(
     option("--follow", "-f", action="store_true", help="go on with what is new, until Ctrl-C"),
+    option(
+        "--of",
+        type=destination,
+        metavar="NAME",
+        help="the journals of other nodes that share them: a node; all; tag:TAG; 'web-*'",
+    ),
     option("--ch", choices=CHANNELS, help="only this kind"),
     option("--from", dest="sender", type=node_name, metavar="NAME", help="only from this one"),
     option("--to", type=recipient_name, metavar="NAME", help="only to this one"),
     option("--action", type=action_name, help="only with this action"),
     option("--corr", type=identifier, metavar="ID", help="only of this exchange: any id of it"),
     option("--since", type=duration, metavar="AGE", help="not older than this, as in 2h or 30m"),
-    option("--lines", "-n", type=count, default=100, help="how many, without --since (100)"),
+    option(
+        "--lines",
+        "-n",
+        type=count,
+        default=100,
+        help="how many (of each node), without --since (100)",
+    ),
     AS_JSON,
     examples="""hive log --follow
-hive log --from beta --since 2h --json""",
+hive log --from beta --since 2h --json
+hive log --of all --follow""",
 )
 def command_log(args: argparse.Namespace) -> int:
-    """Show what this node received, sent and did, a line each, newest last."""
+    """Show what this node, or others, received, sent and did, a line each, newest last."""
     config = config_of(args)
     said = {"ch": args.ch, "from": args.sender, "to": args.to, "action": args.action}
     filters = {name: value for name, value in (said | {"corr": args.corr}).items() if value}
@@ -19333,6 +19538,8 @@ def command_log(args: argparse.Namespace) -> int:
                 print(lines)
         sys.stdout.flush()
 
+    if args.of:
+        return JournalReader(config, args.of, request, args.follow).run(write)
     if args.follow:
         follow_log(config, request, write)
     else:
@@ -19372,6 +19579,161 @@ def follow_log(
                 raise HiveError(str(said["error"]))
             write((said or {}).get("rows", []))
             said = control.receive(None)
+
+
+LOOK_AT_NODES = 2.0  # seconds between looks for nodes that have come or gone
+SETTLING = 0.2  # seconds in which what several nodes tell of one message is put in order
+
+
+class JournalSource:
+    """How far the journal of one node has been read."""
+
+    def __init__(self, name: str, request: Mapping[str, Any]) -> None:
+        """`request` is `log`'s, for the first page."""
+        self.name, self.request, self.behind = name, {**request}, True  # is there more already?
+        self.rows: deque[dict[str, Any]] = deque()  # that have not been shown
+        self.known = ("", "")  # which run of its daemon that is, and why it need not be asked
+        self.why = ""  # it is not asked
+        self.asked, self.late = "", 0.0  # a question without an answer; when that is overdue
+        self.outcome = Exit.NO_REPLY
+
+    def see(self, run: str, why: str) -> None:
+        """How its node is: this run of it, and why that need not be asked."""
+        if self.known != (run, why):
+            self.known = run, why
+            self.note(why)
+
+    def note(self, why: str) -> None:
+        """Why it is not asked until its node is another than now; or nothing, then it is."""
+        if why or self.why:
+            print(f"hive: {self.name}: {printable(why or 'is back', 300)}", file=sys.stderr)
+        self.why, self.asked = why, ""
+
+    def take(self, answer: Envelope) -> None:
+        """The next rows, if it is that: a node may say anything."""
+        if answer.ch == "alert":
+            self.outcome = min(self.outcome, Exit.REFUSED)
+            return self.note(answer.text.removeprefix(f"{self.name}: "))
+        page = read_json_object(answer.text) or {}
+        rows, low = page.get("rows"), self.request.get("after", 0) + bool(page.get("rows"))
+        after = bounded_number(page.get("after"), low, 2**53)
+        if after is None or not isinstance(rows, list) or not all(map(is_row, rows)):
+            return self.note("its answer makes no sense")
+        keys = (*ENTRY, "envelope")
+        self.rows += ({"node": self.name, **{key: row[key] for key in keys}} for row in rows)
+        self.request |= {"after": int(after), "last": 0}
+        self.behind = bool(rows) and page.get("more") is True
+        self.asked, self.outcome = "", Exit.DONE
+
+
+def is_row(said: object) -> bool:
+    """Is it a row of a journal, as far as that can be seen?"""
+    if not isinstance(said, dict) or bounded_number(said.get("time"), 0, MAX_TS) is None:
+        return False
+    kinds: dict[str, Any] = {**dict.fromkeys(ENTRY, str), "n": int, "time": int | float}
+    kinds |= {"id": str | None, "action": str | None, "envelope": dict | None}
+    return all(isinstance(said.get(key), kind) for key, kind in kinds.items())
+
+
+class JournalReader:
+    """Reads the journals of several nodes as one, in the order of their clocks."""
+
+    def __init__(self, config: Config, of: str, request: Mapping[str, Any], follow: bool) -> None:
+        """`request` is `log`'s.  Raises HiveError where no daemon runs that could ask."""
+        control = connect_to_daemon(config)
+        if control is None:
+            raise HiveError(f"no daemon of {config.node.id} runs on this machine: nobody to ask")
+        self._control, self._config, self._exchange = control, config, new_id()
+        self._of, self._request, self._follow = of, request, follow
+        self._sources: dict[str, JournalSource] = {}
+
+    def run(self, write: Callable[[Sequence[Mapping[str, Any]]], None]) -> int:
+        """Show what there is, and to follow it also what is new, until the daemon ends."""
+        progress, due = Progress("waiting for the journals"), 0.0
+        with contextlib.closing(self._control), contextlib.ExitStack() as ending:
+            if not self._follow:
+                ending.enter_context(progress)
+            while True:
+                with progress.hidden():
+                    if time.monotonic() >= due:
+                        self._look()
+                        due = time.monotonic() + LOOK_AT_NODES
+                    write([*self._rows_in_order()])
+                    if self._all_read() and not self._follow:
+                        return min(one.outcome for one in self._sources.values())
+                    self._ask()
+                self._hear(max(0.0, due - time.monotonic()))
+
+    def _look(self) -> None:
+        """See who is there; whoever has come, gone or begun anew is asked anew, or no more."""
+        request, ends, meant = {"do": "states"}, time.monotonic() + STARTING, {self._of}
+        said = ask_members(self._control, request, ends)
+        if Target.find(self._of):
+            chosen = self._ask_daemon({"do": "targets", "to": self._of})
+            meant = {*chosen["names"], *chosen["away"]}
+        for row in status_rows(said["states"], self._config.heartbeat, time.time()):
+            if row.is_node and (row.name in meant or self._of == EVERYONE):
+                state, source = said["states"][row.name], JournalSource(row.name, self._request)
+                why = self._objection(row, state.get("shares_journal"), said["connected"])
+                self._sources.setdefault(row.name, source).see(str(state.get("instance")), why)
+        if not self._sources:
+            raise HiveError(f"no node is called {self._of}, or has it; who is there: hive roster")
+        if self._request["last"]:  # whoever comes later shows what is new
+            since = {**self._request["filters"], "since": time.time()}
+            self._request = {**self._request, "last": 0, "filters": since}
+
+    def _objection(self, row: StatusRow, shares: object, connected: bool) -> str:
+        """Why a node need not be asked."""
+        if row.name == self._config.node.id:
+            return ""
+        if not connected or not row.alive:
+            return row.condition if connected else "not reached without the broker"
+        if shares is None:
+            return "an older hive, which shows no journal"
+        return "" if shares else f"{SHARE_RULE} names nobody"
+
+    def _ask_daemon(self, request: Mapping[str, object]) -> dict[str, Any]:
+        said = self._control.ask(request)
+        if "error" in said:
+            why = f"{said['error']}; is it of another version?"
+            raise HiveError(f"the daemon of {self._config.node.id}: {why}")
+        return said
+
+    def _ask(self) -> None:
+        """Let each node that has nothing left to be shown go on."""
+        now = time.monotonic()
+        for one in self._sources.values():
+            if one.asked and now >= one.late:
+                print(f"hive: {one.name}: no answer in time", file=sys.stderr)
+                one.asked, one.behind = "", False
+            if not (one.why or one.asked or one.rows) and (one.behind or self._follow):
+                hold = 0 if one.behind else MAX_HOLD
+                said = {"node": one.name, "exchange": self._exchange, "hold": hold}
+                answer = self._ask_daemon({**one.request, **said, "do": "read_journal"})
+                one.asked, one.late = answer["id"], now + hold + PATIENCE
+
+    def _hear(self, within: float) -> None:
+        """Take what comes, and what comes at about the same time."""
+        said = self._control.receive(within)
+        ends = time.monotonic() + (SETTLING if self._follow and self._all_read() else 0.0)
+        while said:
+            answer = Envelope.check(said["answer"]) if "answer" in said else None
+            one = self._sources.get(answer.sender) if answer else None
+            if answer and one and one.asked == answer.reply_to:
+                one.take(answer)
+            said = self._control.receive(max(0.0, ends - time.monotonic()))
+
+    def _all_read(self) -> bool:
+        return not any(one.rows or (one.behind and not one.why) for one in self._sources.values())
+
+    def _rows_in_order(self) -> Iterator[dict[str, Any]]:
+        """Those that nothing earlier can come before, by what is known."""
+        sources = self._sources.values()
+        while not any(one.behind and not (one.rows or one.why) for one in sources):
+            heads = [one.rows for one in sources if one.rows]
+            if not heads:
+                return
+            yield min(heads, key=lambda head: head[0]["time"]).popleft()
 
 
 def read_original(said: str) -> bytes:

@@ -558,6 +558,8 @@ miss_threshold = 3
 [journal]
 keep_days = 7
 max_mb = 64
+share = []
+share_texts = false
 [logging]
 level = "info"
 format = "text"
