@@ -1535,13 +1535,22 @@ class Journal:
         self._database.close()
 
     def put(self, key: str, value: object) -> None:
-        """Keep a JSON value under a key, in place of what was there."""
-        self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+        """Keep a JSON value under a key, in place of what was there; an empty one is nothing."""
+        if value:
+            self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+        else:
+            self._database.write("DELETE FROM settings WHERE key = ?", (key,))
 
     def get(self, key: str) -> dict[str, Any]:
         """What is kept under a key; nothing if nothing is."""
         rows = self._database.read("SELECT value FROM settings WHERE key = ?", (key,))
         return (read_json_object(rows[0][0]) if rows else None) or {}
+
+    def all(self, begin: str) -> dict[str, dict[str, Any]]:
+        """What is kept under each key that begins so."""
+        question = "SELECT key, value FROM settings WHERE substr(key, 1, ?) = ?"
+        rows = self._database.read(question, (len(begin), begin))
+        return {key: read_json_object(value) or {} for key, value in rows}
 
     # -- what happened --
 
@@ -7459,6 +7468,7 @@ PASSING = (
     "counters",
 )  # no news
 WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
+AGENTS_OF = "agents of "  # a key of the journal for each node that has some
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
 
@@ -7594,39 +7604,55 @@ class AgentNames:
 
     def __init__(self, journal: Journal, log: Log) -> None:
         self._journal, self._log = journal, log
-        known = journal.get("agents").items()
-        self._nodes = {agent: node for agent, node in known if isinstance(node, str)}
-        self._sessions = {*journal.get("sessions of all")}  # those of them that are none configured
+        self._nodes = dict[str, str]()  # whose each is
+        self._of = dict[str, dict[str, bool]]()  # node: its agents; is it a session, and no other?
         self._refused: set[tuple[str, str]] = set()  # what has been logged
+        for key, agents in journal.all(AGENTS_OF).items():
+            self._of[key.removeprefix(AGENTS_OF)] = {
+                one: is_ is True for one, is_ in agents.items()
+            }
+        for node, agents in self._of.items():
+            self._nodes |= dict.fromkeys(agents, node)
+        if before := journal.get("agents"):  # as one, up to 0.2.0
+            sessions = journal.get("sessions of all")
+            for node in {*before.values()}:
+                mine = [agent for agent, of in before.items() if of == node]
+                self._keep(str(node), {agent: agent in sessions for agent in mine})
+            journal.put("agents", {})
 
     def node_of(self, agent: str) -> str | None:
         return self._nodes.get(agent)
 
     def is_session(self, agent: str) -> bool:
-        return agent in self._sessions
+        return self._of.get(self._nodes.get(agent, ""), {}).get(agent, False)
 
     def take(
         self, node: str, roster: Mapping[str, Any], keeper: Callable[[str], str | None]
     ) -> None:
         """A roster names its agents; `keeper` tells who does not give a name away."""
         agents, sessions = names_in(roster, "agents"), names_in(roster, "sessions", "away")
-        sessions -= agents
-        agents |= sessions
-        kept = {one: of for one, of in self._nodes.items() if of != node or one in agents}
-        for agent in sorted(agents):
+        before, now = self._of.get(node, {}), dict[str, bool]()
+        room = MAX_MEMBERS - len(self._nodes) + len(before)
+        for agent in sorted(agents | sessions):
             owner = keeper(agent)
             if owner not in (None, node):
                 self._refuse(node, agent, owner)
-            elif len(kept) < MAX_MEMBERS:
-                kept[agent] = node
-        if kept != self._nodes:
-            self._nodes = kept
-            self._journal.put("agents", kept)
-        before = {one for one in self._sessions if kept.get(one) not in (None, node)}
-        now = before | {one for one in sessions if kept.get(one) == node}
-        if now != self._sessions:
-            self._sessions = now
-            self._journal.put("sessions of all", dict.fromkeys(sorted(now), True))
+            elif len(now) < room:
+                now[agent] = agent not in agents
+        for agent in (now.keys() - before.keys()) & self._nodes.keys():  # from one that is gone
+            loser = self._nodes[agent]
+            self._keep(loser, {one: is_ for one, is_ in self._of[loser].items() if one != agent})
+        if now != before:
+            self._keep(node, now)
+
+    def _keep(self, node: str, agents: dict[str, bool]) -> None:
+        """Those of one node: to write down all at each roster takes a large hive minutes."""
+        for agent in self._of.pop(node, {}):
+            del self._nodes[agent]
+        self._nodes |= dict.fromkeys(agents, node)
+        if agents:
+            self._of[node] = agents
+        self._journal.put(AGENTS_OF + node, agents)
 
     def claimants(self, agent: str) -> list[str]:
         """Who else lists it, or has."""
@@ -7795,6 +7821,8 @@ class Members:
             )
             self._size -= size
             del self._members[of].documents[longest]
+            if self._limit.allow("full", self._loop.clock()):
+                self._log.error("too many documents: not known here", peer=of, most=MAX_DOCUMENTS)
 
     def document(self, name: str, kind: str) -> dict[str, Any]:
         """The last state or roster of one name, as it came."""
