@@ -774,6 +774,13 @@ def destination(value: object) -> str:
     return recipient_name(value) if Target.find(value) is None else str(value)
 
 
+def selection(value: object) -> str:
+    """a name, all, tag:TAG, or a pattern as in 'web-*'"""
+    if str(value).partition(":")[0] == ANYONE:
+        raise ValueError
+    return destination(value)
+
+
 class Candidate(Value):
     """A node that a message may be for, as it shows itself."""
 
@@ -805,6 +812,11 @@ class Target(Value):
         if said.startswith(TAGGED):
             return cls(tag=tag_name(tag))
         return cls(pattern=said) if PATTERN.fullmatch(said) else None
+
+    @property
+    def words(self) -> str:
+        """What is said of a node that is meant, or is not."""
+        return f"has the tag {self.tag}" if self.tag else f"is called like {self.pattern}"
 
     def choose(
         self, known: Iterable[Candidate], action: str, asker: str
@@ -1529,13 +1541,22 @@ class Journal:
         self._database.close()
 
     def put(self, key: str, value: object) -> None:
-        """Keep a JSON value under a key, in place of what was there."""
-        self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+        """Keep a JSON value under a key, in place of what was there; an empty one is nothing."""
+        if value:
+            self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+        else:
+            self._database.write("DELETE FROM settings WHERE key = ?", (key,))
 
     def get(self, key: str) -> dict[str, Any]:
         """What is kept under a key; nothing if nothing is."""
         rows = self._database.read("SELECT value FROM settings WHERE key = ?", (key,))
         return (read_json_object(rows[0][0]) if rows else None) or {}
+
+    def all(self, begin: str) -> dict[str, dict[str, Any]]:
+        """What is kept under each key that begins so."""
+        question = "SELECT key, value FROM settings WHERE substr(key, 1, ?) = ?"
+        rows = self._database.read(question, (len(begin), begin))
+        return {key: read_json_object(value) or {} for key, value in rows}
 
     # -- what happened --
 
@@ -7634,6 +7655,7 @@ PASSING = (
     "counters",
 )  # no news
 WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
+AGENTS_OF = "agents of "  # a key of the journal for each node that has some
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
 
@@ -7769,39 +7791,55 @@ class AgentNames:
 
     def __init__(self, journal: Journal, log: Log) -> None:
         self._journal, self._log = journal, log
-        known = journal.get("agents").items()
-        self._nodes = {agent: node for agent, node in known if isinstance(node, str)}
-        self._sessions = {*journal.get("sessions of all")}  # those of them that are none configured
+        self._nodes = dict[str, str]()  # whose each is
+        self._of = dict[str, dict[str, bool]]()  # node: its agents; is it a session, and no other?
         self._refused: set[tuple[str, str]] = set()  # what has been logged
+        for key, agents in journal.all(AGENTS_OF).items():
+            self._of[key.removeprefix(AGENTS_OF)] = {
+                one: is_ is True for one, is_ in agents.items()
+            }
+        for node, agents in self._of.items():
+            self._nodes |= dict.fromkeys(agents, node)
+        if before := journal.get("agents"):  # as one, up to 0.2.0
+            sessions = journal.get("sessions of all")
+            for node in {*before.values()}:
+                mine = [agent for agent, of in before.items() if of == node]
+                self._keep(str(node), {agent: agent in sessions for agent in mine})
+            journal.put("agents", {})
 
     def node_of(self, agent: str) -> str | None:
         return self._nodes.get(agent)
 
     def is_session(self, agent: str) -> bool:
-        return agent in self._sessions
+        return self._of.get(self._nodes.get(agent, ""), {}).get(agent, False)
 
     def take(
         self, node: str, roster: Mapping[str, Any], keeper: Callable[[str], str | None]
     ) -> None:
         """A roster names its agents; `keeper` tells who does not give a name away."""
         agents, sessions = names_in(roster, "agents"), names_in(roster, "sessions", "away")
-        sessions -= agents
-        agents |= sessions
-        kept = {one: of for one, of in self._nodes.items() if of != node or one in agents}
-        for agent in sorted(agents):
+        before, now = self._of.get(node, {}), dict[str, bool]()
+        room = MAX_MEMBERS - len(self._nodes) + len(before)
+        for agent in sorted(agents | sessions):
             owner = keeper(agent)
             if owner not in (None, node):
                 self._refuse(node, agent, owner)
-            elif len(kept) < MAX_MEMBERS:
-                kept[agent] = node
-        if kept != self._nodes:
-            self._nodes = kept
-            self._journal.put("agents", kept)
-        before = {one for one in self._sessions if kept.get(one) not in (None, node)}
-        now = before | {one for one in sessions if kept.get(one) == node}
-        if now != self._sessions:
-            self._sessions = now
-            self._journal.put("sessions of all", dict.fromkeys(sorted(now), True))
+            elif len(now) < room:
+                now[agent] = agent not in agents
+        for agent in (now.keys() - before.keys()) & self._nodes.keys():  # from one that is gone
+            loser = self._nodes[agent]
+            self._keep(loser, {one: is_ for one, is_ in self._of[loser].items() if one != agent})
+        if now != before:
+            self._keep(node, now)
+
+    def _keep(self, node: str, agents: dict[str, bool]) -> None:
+        """Those of one node: to write down all at each roster takes a large hive minutes."""
+        for agent in self._of.pop(node, {}):
+            del self._nodes[agent]
+        self._nodes |= dict.fromkeys(agents, node)
+        if agents:
+            self._of[node] = agents
+        self._journal.put(AGENTS_OF + node, agents)
 
     def claimants(self, agent: str) -> list[str]:
         """Who else lists it, or has."""
@@ -7974,6 +8012,8 @@ class Members:
             )
             self._size -= size
             del self._members[of].documents[longest]
+            if self._limit.allow("full", self._loop.clock()):
+                self._log.error("too many documents: not known here", peer=of, most=MAX_DOCUMENTS)
 
     def document(self, name: str, kind: str) -> dict[str, Any]:
         """The last state or roster of one name, as it came."""
@@ -11948,6 +11988,10 @@ COLOURS = {
     **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
 }
 TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
+CONDITIONS = ("online", "degraded", "stale", "stopped", "lost")
+FEW_NODES = 25  # of more, a view shows who is in trouble, and counts the rest
+MAX_TROUBLED = 10  # nodes that it shows
+MAX_GROUPS = 8  # of versions, of tags, ... that it counts
 MAX_ALERT_LINES = 6  # of an alert in the log
 ID_SHOWN = 8  # characters of an id, which are enough to ask for it
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
@@ -12103,9 +12147,9 @@ def status_summary(rows: Sequence[StatusRow]) -> str:
 
 def status_words(rows: Sequence[StatusRow], now: float) -> str:
     """How the nodes are, on one line; when those that are gone were last seen, and why one is."""
-    order = ("online", "degraded", "stale", "stopped", "lost")
-    nodes = {one: [row for row in rows if row.is_node and row.condition == one] for one in order}
-    others = len([row for row in rows if row.is_node]) - sum(map(len, nodes.values()))
+    found = [row for row in rows if row.is_node]
+    nodes = {one: [row for row in found if row.condition == one] for one in CONDITIONS}
+    others = len(found) - sum(map(len, nodes.values()))
     words = [f"{others} unknown"] if others else []
     for one, found in nodes.items():
         seen = max((row.last_seen or 0 for row in found if not row.alive), default=0)
@@ -12219,6 +12263,74 @@ def status_notes(rows: Sequence[StatusRow]) -> str:
     return "\n" + "".join(notes) if notes else ""
 
 
+def chosen_nodes(
+    nodes: Collection[str],
+    rosters: Mapping[str, Mapping[str, Any]],
+    which: Sequence[str],
+    tag: str | None,
+) -> set[str]:
+    """Whom one of `which` means, or an agent of whom; of those with the tag, where one is said.
+
+    Raises HiveError where nobody is meant by one of them.
+    """
+
+    def meant(target: Target, among: Collection[str]) -> set[str]:
+        found = set()
+        for node in among:
+            roster = rosters.get(node, {})
+            tags = words_in(roster.get("tags"))
+            names = (node, *names_in(roster, "agents", "sessions", "away"))
+            if any(target.means(Candidate(name, tags=tags), "", "") for name in names):
+                found.add(node)
+        if not found:
+            who = "node" if among is nodes else f"node with the tag {tag}"
+            hint = did_you_mean(target.pattern, among) or "what each one is: hive roster"
+            raise HiveError(f"no {who} {target.words}; {hint}")
+        return found
+
+    tagged = meant(Target(tag=tag), nodes) if tag else nodes
+    targets = [Target.find(one) or Target(pattern="*" if one == EVERYONE else one) for one in which]
+    return {node for target in targets or [Target(pattern="*")] for node in meant(target, tagged)}
+
+
+def group_table(facts: Iterable[tuple[str, str, str]]) -> str:
+    """Of (kind, value, condition), as in ("tag", "gpu", "online"): how many nodes share a value.
+
+    With a column for each condition.
+    """
+    kinds = dict[str, dict[str, Counter[str]]]()
+    for kind, value, how in facts:
+        kinds.setdefault(kind, {}).setdefault(value, Counter())[how] += 1
+    said = {how for values in kinds.values() for n in values.values() for how in n if how}
+    columns = [*(one for one in CONDITIONS if one in said), *sorted(said - {*CONDITIONS})]
+    rows = [["", "NODES", *map(str.upper, columns)]]
+    for kind, values in kinds.items():
+        most = sorted(values.items(), key=lambda item: (-item[1].total(), item[0]))
+        for value, n in most[:MAX_GROUPS]:
+            numbers = (n.total(), *(n[one] for one in columns))
+            rows.append([f"{kind} {value}", *(str(one or "-") for one in numbers)])
+        if more := most[MAX_GROUPS:]:
+            rows.append([f"{kind}: {len(more)} more", *[""] * (1 + len(columns))])
+    return format_table(rows[0], rows[1:], colour=False)
+
+
+def status_digest(
+    rows: Sequence[StatusRow], rosters: Mapping[str, Mapping[str, Any]], colour: bool
+) -> str:
+    """A large hive: some of those in trouble, and why; then how many of each kind are how."""
+    nodes = [row for row in rows if row.is_node]
+    wrong = [row for row in nodes if row.status != "online"]
+    wrong.sort(key=lambda row: row.condition == "stopped")  # as a laptop does each evening
+    shown, more = wrong[:MAX_TROUBLED], len(wrong[MAX_TROUBLED:])
+    table = status_table(shown, colour) + status_notes(shown) + "\n" if shown else ""
+    rest = f"and {more} more that are not online\n\n" if more else ""
+    facts = [("version", row.version or "-", row.condition) for row in nodes]
+    for row in nodes:
+        tags = words_in(rosters.get(row.name, {}).get("tags"))
+        facts += [("tag", printable(tag, 40), row.condition) for tag in tags]
+    return f"{table}{rest}{group_table(facts)}\neach node: hive status --all\n"
+
+
 class Metric(Value):
     """One number that monitoring may ask for, or one for each value of its labels."""
 
@@ -12304,7 +12416,7 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
             words_of(document.get("tags")) or "-",
             words_of(document.get("agents")) or "-",
             words_of(document.get("handlers")) or "-",
-            f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})",
+            roster_version(document),
             printable(document.get("system"), 30),
         )
         for name, document in sorted(documents.items())
@@ -12312,6 +12424,21 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
     if all(tags == "-" for _, tags, *_ in rows[1:]):
         rows = [(name, *rest) for name, _, *rest in rows]
     return format_table(rows[0], rows[1:], colour)
+
+
+def roster_version(document: Mapping[str, Any]) -> str:
+    return f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})"
+
+
+def roster_digest(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """A large hive: how many nodes have what."""
+    facts = [("version", roster_version(one), "") for one in documents.values()]
+    for kind, key in (("system", "system"), ("tag", "tags"), ("handler", "handlers")):
+        for one in documents.values():
+            said = one.get(key)
+            words = words_in(said if isinstance(said, list) else [said])
+            facts += [(kind, printable(word, 40), "") for word in words]
+    return f"{group_table(facts)}\neach node: hive roster --all\n"
 
 
 def clock_time(at: object) -> str:
@@ -12780,7 +12907,7 @@ def named_targets(to: str, action: str | None, said: Mapping[str, Any]) -> list[
     """The names in the answer to `targets`; raises HiveError where nobody is meant, or is there."""
     target, away = Target.find(to) or Target(), said["away"]
     can = f" offers {action}" if action else " has an agent"
-    what = f" has the tag {target.tag}" if target.tag else f" is called like {target.pattern}"
+    what = f" {target.words}"
     if target.one:
         what = (f" of tag {target.tag}" if target.tag else "") + can
     if said["names"]:
@@ -12994,7 +13121,9 @@ def is_terminal(stream: IO[str]) -> bool:
 class StatusFeed:
     """How all nodes are, as this node's daemon tells it; the daemon may go and come."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, which: Sequence[str], tag: str | None) -> None:
+        """`which` and `tag` are those that are looked at, as chosen_nodes() has it."""
+        self._which, self._tag = which, tag
         self.rows: list[StatusRow] = []  # the nodes
         self.node, self.broker = config.node.id, "its broker"
         self.fault = ""  # why what is known is old
@@ -13012,6 +13141,8 @@ class StatusFeed:
             return
         try:
             said = self.control.ask({"do": "watch"})
+            chosen = self._which or self._tag
+            rosters = self.control.ask({"do": "roster"})["rosters"] if chosen else {}
         except DaemonError as error:
             return self._lose(error)
         if "error" in said:
@@ -13022,7 +13153,11 @@ class StatusFeed:
             self.at = time.time()
             rows = status_rows(said["states"], self._config.heartbeat, self.at)
             self.rows = [row for row in rows if row.is_node]
+        if chosen and self.rows:
+            names = chosen_nodes([row.name for row in self.rows], rosters, self._which, self._tag)
+            self.rows = [row for row in self.rows if row.name in names]
         self.due += min(self._config.heartbeat.interval, WATCH_EVERY)
+        self.hear()
 
     def hear(self) -> None:
         """The daemon has said something: that there is news, or its last word."""
@@ -13121,11 +13256,11 @@ class StatusScreen:
         sys.stdout.flush()
 
 
-def watch_status(config: Config, colour: bool) -> None:
+def watch_status(config: Config, colour: bool, which: Sequence[str], tag: str | None) -> None:
     """Show how all nodes are, and whatever changes, until q, a signal, or HiveError."""
     import select
 
-    feed, lines = StatusFeed(config), StatusLines()
+    feed, lines = StatusFeed(config, which, tag), StatusLines()
     screen = StatusScreen(colour) if is_terminal(sys.stdout) else None
     woken, waker = nonblocking_pair()
 
@@ -19857,14 +19992,23 @@ def mail_may_wait(args: argparse.Namespace) -> bool:
 
 
 ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")
+WHICH = (
+    option(
+        "which", nargs="*", type=selection, metavar="NAME", help="only these; also tag:TAG, 'web-*'"
+    ),
+    option("--tag", type=tag_name, help="only nodes that have this tag"),
+    option("--all", action="store_true", help=f"each node, in a hive of more than {FEW_NODES} too"),
+)
 
 
 @subcommand(
+    *WHICH,
     ASK_BROKER,
     option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
     option("--watch", "-w", action="store_true", help="go on with what changes, until q or Ctrl-C"),
     AS_JSON,
-    examples="hive status --json | jq '.[] | select(.status != \"online\")'",
+    examples="""hive status 'web-*' --check
+hive status --json | jq '.[] | select(.status != \"online\")'""",
 )
 def command_status(args: argparse.Namespace) -> int:
     """Show how every node and agent is."""
@@ -19872,10 +20016,11 @@ def command_status(args: argparse.Namespace) -> int:
     if args.watch:
         if args.check or args.direct or args.as_json:
             raise UsageError("status: --watch goes with neither --check, --direct nor --json")
-        watch_status(config, colourful(sys.stdout))
+        watch_status(config, colourful(sys.stdout), args.which, args.tag)
         return Exit.DONE
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
+    rows, rosters = chosen_rows(config, args, rows)
     senders = "checked" if config.checked else "not checked"
     if args.check:
         return check_status(config, args, said, rows)
@@ -19885,10 +20030,29 @@ def command_status(args: argparse.Namespace) -> int:
         sessions = [(row.name, row.node, row.session) for row in rows if row.session]
         many = f", {len(sessions)} session{'s'[: len(sessions) != 1]}" if sessions else ""
         print(f"{status_summary(rows)}{many}; senders: {senders}\n")
-        print(status_table(rows, colourful(sys.stdout)), end="")
-        print(sessions_table(sessions, time.time(), terminal_width()), end="")
-        print(status_notes(rows), end="")
+        if is_large(args, rows):
+            print(status_digest(rows, rosters, colourful(sys.stdout)), end="")
+        else:
+            print(status_table(rows, colourful(sys.stdout)), end="")
+            print(sessions_table(sessions, time.time(), terminal_width()), end="")
+            print(status_notes(rows), end="")
     return say_of_members(config, args, said, bool(rows))
+
+
+def is_large(args: argparse.Namespace, rows: Collection[Any]) -> bool:
+    """Are there more nodes than are shown one by one, where nobody asks for that?"""
+    return not args.all and sum(getattr(row, "is_node", True) for row in rows) > FEW_NODES
+
+
+def chosen_rows(
+    config: Config, args: argparse.Namespace, rows: list[StatusRow]
+) -> tuple[list[StatusRow], dict[str, Any]]:
+    """Those that are to be shown, and the rosters where that takes them."""
+    if not rows or not (args.which or args.tag or is_large(args, rows)):
+        return rows, {}
+    rosters = known_members(config, "roster", args.direct)["rosters"]
+    names = chosen_nodes({row.node for row in rows}, rosters, args.which, args.tag)
+    return [row for row in rows if row.node in names], rosters
 
 
 @subcommand(examples="hive metrics | grep hive_queue")
@@ -19921,14 +20085,19 @@ def check_status(
     return Exit.REFUSED if wrong else Exit.DONE
 
 
-@subcommand(ASK_BROKER, AS_JSON)
+@subcommand(*WHICH, ASK_BROKER, AS_JSON, examples="hive roster --tag gpu")
 def command_roster(args: argparse.Namespace) -> int:
     """Show what every node can do: its agents, its handlers, its version."""
     config = config_of(args)
     said = known_members(config, "roster", args.direct)
     rosters = said["rosters"]
+    if rosters:
+        names = chosen_nodes(rosters, rosters, args.which, args.tag)
+        rosters = {name: one for name, one in rosters.items() if name in names}
     if args.as_json and (rosters or not said["fault"]):
         print(json.dumps(sorted(rosters.values(), key=str), indent=2))
+    elif is_large(args, rosters):
+        print(f"{len(rosters)} nodes\n\n{roster_digest(rosters)}", end="")
     elif rosters:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
         print(sessions_table(sessions_in(rosters), time.time(), terminal_width()), end="")
