@@ -55,7 +55,7 @@ tokens; only what needs judgment wakes an agent.
 #           Mosquitto   a configuration of it that serves one hive and nobody else
 #                       <- Packets, MqttClient, Setup
 #           Hosting     one that this user runs for a hive, and who may come in
-#                       <- Process, Database, MqttClient, Setup, Mosquitto
+#                       <- Process, Database, Members, MqttClient, Setup, Mosquitto
 #           Join        one line makes a machine a node of a hive
 #                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
 #                       Hosting
@@ -418,6 +418,7 @@ CHANNELS = {
 }
 PRIVATE = "~"  # how the last level of a topic begins that is no sender's name
 RESERVED = (EVERYONE, ANYONE, "meta", "state", "roster", *CHANNELS)  # no node's name
+NO_NODE = "@"  # how a name begins at the broker that is no node's: the host's, a bridge's
 
 
 def node_name(value: object) -> str:
@@ -710,6 +711,10 @@ class Topics(Value):
         """What a node subscribes to: what is for it, its agents and everyone."""
         names = dict.fromkeys([*names, EVERYONE])
         return [topic for name in names for topic in self.from_anybody(name)]
+
+    def bridge(self, name: str = "+") -> str:
+        """Where a bridge to another site says "1" when it is there, and "0" when it is cut."""
+        return f"{self.prefix}/{EVERYONE}/{name}"
 
     def private(self, name: str, token: str) -> str:
         """A topic of a node's own, for itself; where a daemon hears it, it is not meant.
@@ -3384,6 +3389,10 @@ class Node:
                 self.all_heard()  # our own, which we publish last
             return
         place = self.topics.place(message.topic)
+        if place and place[1].startswith(NO_NODE):
+            if message.payload == b"0" and not message.retained:
+                self._client.send_again()  # the other site's broker may have died
+            return message.ack()
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
         self.counts["received"] += 1
@@ -7634,6 +7643,7 @@ MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
 MAX_DOCUMENTS = 24 * KIB * KIB  # bytes of all that are kept
 PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
+STAMPS = {"state": "last_seen", "roster": "ts"}  # when a document was made, in Unix seconds
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
 DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
@@ -7883,7 +7893,7 @@ class Members:
         self._last_failure = self._probed = float("-inf")
         self._proving: list[Callable[[], None]] = []  # losses that wait for that
         self._silent = False
-        self._limit = RateLimit(MAX_LOSSES)
+        self._limit, self._namesakes = RateLimit(MAX_LOSSES), RateLimit(1)
         self._summary: Timer | None = None  # when those are announced that were too many
         self._summed = float("-inf")  # when that was last done
 
@@ -7899,8 +7909,8 @@ class Members:
         boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
         boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
         if envelope.sender == self._me:
-            if self.presence:
-                self.presence.answer(boot)
+            if self.presence and boot != self.presence.instance:
+                self._hear_namesake(asked=envelope.to == self._me)
             return self._beat(envelope.sender, said)
         news = self.heartbeat_from(
             envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
@@ -7913,6 +7923,14 @@ class Members:
         if first and self._limit.allow("back", self._loop.clock()):
             text = f"{envelope.sender} is back"
             self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
+
+    def _hear_namesake(self, asked: bool) -> None:
+        """Another one asks before it begins; two that run met over a bridge between their sites."""
+        if asked and self.presence:
+            self.presence.answer()
+        elif self._namesakes.allow("", self._loop.clock()):
+            hint = "names are unique in a hive: rename one, or expel it"
+            self._log.error("another node has our name too", name=self._me, hint=hint)
 
     def _beat(self, name: str, said: Mapping[str, Any]) -> None:
         """For the history of whoever is known."""
@@ -7961,6 +7979,8 @@ class Members:
             self._agents.take(name, content, keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
+        if name == self._me and self.presence and not message.retained:
+            self.presence.check_own(kind, content)
         if any(content.get(k) != before.get(k) for k in {*content, *before} - {*PASSING}):
             self.on_change()
 
@@ -8383,7 +8403,7 @@ class Presence:
         """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
         self._tags, self._shares = [*config.node.tags], bool(config.journal.share)
-        self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
+        self._loop, self.instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
         self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
@@ -8391,6 +8411,8 @@ class Presence:
         self.interval = config.heartbeat.interval  # seconds until the next heartbeat
         self._beaten = self._shown_at = float("-inf")
         self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
+        self._stamps: dict[str, object] = {}  # of our documents as they were last published
+        self._wrong = set[str]()  # kinds of them of which another one went round
 
     def begin(self) -> None:
         """The broker is there: show everything."""
@@ -8419,9 +8441,9 @@ class Presence:
         """By which interval a state is judged: what needs no heartbeat to know is no hurry."""
         return max(self.interval, (len(self._known()) + 1) / MAX_RENEWALS)
 
-    def answer(self, boot: str) -> None:
-        """Our own heartbeat; or another daemon asks whether our name is taken."""
-        if boot != self._instance and self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
+    def answer(self) -> None:
+        """Another daemon asks whether our name is taken."""
+        if self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
             self.beat()
 
     def beat(self) -> None:
@@ -8438,12 +8460,25 @@ class Presence:
         A state is judged by its `last_seen`, by hives of any version: stale if it is older than
         all heartbeats that may be missed.  So it is renewed one heartbeat before that.
         """
+        if "roster" in self._wrong:
+            self.publish_roster()
         now, states = self._loop.clock(), self._states("online")
+        if "state" in self._wrong:
+            self._shown = []
+        self._wrong.clear()
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
         due = self._shown_at + self._renewal * (self._own.miss_threshold - 1)
         if news != self._shown or now + 0.9 * self.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
             self._publish_states(states)
+
+    def check_own(self, kind: str, document: Mapping[str, Any]) -> None:
+        """With the next heartbeat say again what we said last, if others hear something older.
+
+        A bridge that is there again brings it, as the other site was told; or our will comes late.
+        """
+        if document.get(STAMPS[kind]) != self._stamps.get(kind):
+            self._wrong.add(kind)
 
     def end(self) -> None:
         """The last words."""
@@ -8465,7 +8500,7 @@ class Presence:
             "load_1m": load_1m(),
             "interval": self.interval,
             "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
-            "boot": self._instance,
+            "boot": self.instance,
             "seq": self._seq,
         }
         text = encode_json(said).decode()
@@ -8487,7 +8522,7 @@ class Presence:
             "waiting": own.waiting,
             "outbox": own.outbox,
             "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
-            "instance": self._instance,
+            "instance": self.instance,
             "interval": self._renewal,
             "miss_threshold": self._own.miss_threshold,
             "host": socket.gethostname(),
@@ -8506,6 +8541,8 @@ class Presence:
     def _publish_document(self, name: str, kind: str, document: Mapping[str, Any]) -> None:
         """Publish it, without what can be spared where all of it is too large."""
         topic = self._topics.meta(name, kind)
+        if name == self._node:
+            self._stamps[kind] = document[STAMPS[kind]]
         room, spared = min(self._room(topic), MAX_STATE), {**document}
         for key in SPARED:
             if len(encode_json(spared)) > room and spared.pop(key, None) is not None:
@@ -10670,6 +10707,7 @@ class Transport(Protocol):
     ) -> None: ...
     def publish(self, message: OutgoingMessage) -> None: ...
     def send_queued(self) -> None: ...
+    def send_again(self) -> None: ...
     def room(self, topic: str) -> int: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
@@ -11244,6 +11282,7 @@ class MqttClient:
         self._inflight: dict[int, OutgoingMessage] = {}  # by packet id: not acknowledged yet
         self._held: dict[str, OutgoingMessage] = {}  # past the outbox, until the window opens
         self._again = set[int]()  # by number: acknowledged once, but perhaps not saved
+        self._doubtful = False  # shall what was acknowledged last be sent again?
         self._suspects = set[int]()  # the broker hung up at one of them: all go one by one
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
@@ -11328,13 +11367,21 @@ class MqttClient:
         """Send what is next in the outbox.  To be called when that is committed."""
         if self._outbox and self._connection and self._connection.up:
             self._outbox.saved_before = self._connection.heard - UNSAVED_SECONDS
-            room = self._room()
+            if self._doubtful and not self._inflight:
+                self._doubtful = False
+                self._again |= self._outbox.requeue(self._outbox.saved_before)
+            room = 0 if self._doubtful else self._room()
             if self._suspects:
                 room = min(room, 1 - len(self._inflight))
             if room > 0 and self._outbox.has_outgoing:
                 for message in self._outbox.next_outgoing(room, self._address):
                     self._send(message, self._address(message.topic) or "")
         self._finish_if_idle()
+
+    def send_again(self) -> None:
+        """What our broker has just handed to another one was lost if that one died."""
+        self._doubtful = True  # until what is under way has come to its end
+        self.send_queued()
 
     def _room(self) -> int:
         """How many messages at QoS 1 the broker takes now."""
@@ -14279,6 +14326,14 @@ def check_hosting(context: DoctorContext) -> Iterator[Finding]:
     yield from (Finding(level, what, HOST_AGAIN) for level, what in findings)
     if not findings:
         yield Finding(Level.OK, f"Mosquitto {keeper}; its certificate holds {days} days")
+    name, account = host.bridge()
+    for site in [*host.sites(), *([name] if account else [])]:
+        where = f"the bridge of {site}" + (f" to {account.address}" if account else "")
+        if bridge_word(host, site) == "1":
+            yield Finding(Level.OK, f"{where} is there")
+        else:
+            todo = "is a broker running there (hive host), and no firewall in between?"
+            yield Finding(Level.WARN, f"{where} is cut", todo)
 
 
 class Check(Value):
@@ -14362,6 +14417,7 @@ def finding_line(check: str, finding: Finding, colour: bool) -> str:
 # commands use.  Knows neither the network nor this machine's files.
 
 HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+")
+HOST_USER = f"{NO_NODE}host"  # what lets nodes in is called at the broker; no node can be
 SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones when they are gone
 
 
@@ -14458,9 +14514,36 @@ autosave_interval 1
 autosave_on_changes false
 
 # A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
-max_queued_messages 0
+# 0 would say the same, but then 2.0 hangs up at each message that it refuses.
+max_queued_messages 1000000000
 persistent_client_expiration @EXPIRY@d
 max_packet_size @MAX_PACKET@
+"""
+BRIDGE_CONF = """
+# The bridge to another site of this hive, where this Mosquitto is known as @NAME@.
+connection @NAME@
+address @HOST@:@PORT@
+remote_username @NAME@
+remote_password @PASSWORD@
+bridge_cafile @AUTHORITY@
+bridge_tls_version tlsv1.2
+# Whoever knew them could end these sessions, and lose what waits in them.
+remote_clientid @ID@
+local_clientid local.@ID@
+# What waits does so on both sides for as long as it is cut.  Not mqttv50: such a bridge of 2.0 asks
+# for no session expiry, and the other side would keep nothing.
+cleansession false
+bridge_protocol_version mqttv311
+# What came over it does not go back, and what is retained stays so.
+try_private true
+keepalive_interval 10
+restart_timeout 1 10
+# "1" and "0" on both sides; nodes then send again what may have died with the other broker.
+notification_topic @NOTICE@
+# All envelopes but those of commands to themselves, which have a level more.
+@TOPICS@
+# What is retained goes over at each new beginning, so that it need not wait.
+topic meta/+/+ both 0 @PREFIX@/ @PREFIX@/
 """
 AUTHORITY_REQUEST = """\
 [req]
@@ -14673,6 +14756,31 @@ def mosquitto_script(setup: MosquittoSetup) -> str:
     return fill_in(text, words, setup.tls)
 
 
+def mosquitto_bridge(prefix: str, name: str, account: MqttConfig) -> str:
+    """What mosquitto.conf says of a bridge to the broker that lets it in with this account."""
+    import hmac
+
+    key = (account.password or "").encode()
+    host, port = account.endpoint
+    words = {
+        **{"NAME": name, "HOST": host, "PORT": str(port), "PASSWORD": account.password or ""},
+        **{"AUTHORITY": str(account.ca_file), "PREFIX": prefix},
+        "ID": hmac.digest(key, f"bridge {name}".encode(), "sha256").hex()[:32],
+        "NOTICE": Topics(prefix).bridge(name),
+        "TOPICS": "\n".join(f"topic +/{ch}/+ both 1 {prefix}/ {prefix}/" for ch in CHANNELS),
+    }
+    return fill_in(BRIDGE_CONF, words, tls=True)
+
+
+def bridge_acl(prefix: str, name: str) -> str:
+    """What another site's Mosquitto may: speak for all of its nodes, and let nobody in here."""
+    topics = Topics(prefix)
+    return (
+        f"user {name}\ntopic deny {prefix}/{HOST_USER}/+/+\ntopic readwrite {prefix}/+/+/+\n"
+        f"topic write {topics.bridge(name)}\n"
+    )
+
+
 def subject_names(hosts: Iterable[str]) -> str:
     """Whom a certificate is for, as subjectAltName has it: these, and who asks on the machine."""
     named = [f"IP:{host}" if is_address(host) else f"DNS:{host}" for host in hosts]
@@ -14694,8 +14802,8 @@ def fill_in(text: str, words: Mapping[str, str], tls: bool) -> str:
 # anew, which ends the sessions of whoever has another password now, or none.  HostService keeps
 # Mosquitto running, and lets in whoever was invited.  Knows neither hive.toml nor a terminal.
 
-HOST_USER = "@host"  # what HostService is called at the broker; no node can be
 INVITATION = 3600.0  # seconds that one is good for
+ECHO = 10.0  # seconds in which a bridge that is there again brings back what was said before
 AUTHORITY_DAYS, SERVER_DAYS = SURE_DAYS, 365  # that certificates hold
 RENEWAL = 30 * 86400.0  # seconds before the end of the server's that it is renewed
 NEW_KEY = ("ecparam", "-name", "prime256v1", "-genkey", "-noout")
@@ -14711,6 +14819,13 @@ PROGRAM_PLACES = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/sbin:/o
 # makes them safe, and a small count keeps members from burdening the broker with a large one.
 HASH_ROUNDS = 101
 PASSWORD_HASH = re.compile(rf"\$7\${HASH_ROUNDS}\$[A-Za-z0-9+/]{{16}}\$[A-Za-z0-9+/]{{86}}==")
+
+
+def member_name(value: object) -> str:
+    """a node's name, or @ and the name of another site, whose Mosquitto it is"""
+    if isinstance(value, str) and value.startswith(NO_NODE) and value != HOST_USER:
+        return NO_NODE + node_name(value.removeprefix(NO_NODE))
+    return node_name(value)
 
 
 def new_password() -> str:
@@ -14809,6 +14924,7 @@ class Host:
         self.conf, self.authority = self.folder / "mosquitto.conf", self.folder / "ca.pem"
         self._passwords, self._invited = self.folder / "passwords", self.folder / "invited.json"
         self._settings, self._pid = self.folder / "host.json", self.folder / "mosquitto.pid"
+        self._bridge, self._acl_file = self.folder / "bridge.json", self.folder / "acl"
         self.log = self.folder / "host.log"  # of its service, where no supervisor has it
         self.broker_lock, self.service_lock = (
             self.folder / "mosquitto.lock",
@@ -14863,9 +14979,7 @@ class Host:
         with self.lock():
             changed = self._certify(settings, now)
             changed |= self._write(self.conf, self._conf(settings))
-            host = Topics(settings.prefix).meta("+", "+")
-            acl = f"{mosquitto_acl(settings.prefix)}\nuser {HOST_USER}\ntopic readwrite {host}\n"
-            changed |= self._write(self.folder / "acl", acl)
+            changed |= self._write(self._acl_file, self._acl(settings.prefix))
             make_private(self.folder / "data")
             for user in (HOST_USER, node):
                 changed |= self._let_in(user)
@@ -14880,7 +14994,18 @@ class Host:
         own = ["# Written by hive host; to change it, say that again.", "", text]
         own += [f"pid_file {self._pid}", "log_type error", "log_type warning"]
         root = ["user root"] if os.geteuid() == 0 else []  # who else could read its files
-        return "\n".join([*own, *root]) + "\n"
+        name, account = self.bridge()
+        over = mosquitto_bridge(settings.prefix, name, account) if account else ""
+        return "\n".join([*own, *root]) + f"\n{over}"
+
+    def _acl(self, prefix: str) -> str:
+        topics, sites = Topics(prefix), self.sites()
+        text = (
+            f"{mosquitto_acl(prefix)}\nuser {HOST_USER}\ntopic readwrite {topics.meta('+', '+')}\n"
+        )
+        if sites or self.bridge()[1]:
+            text += f"# whether a bridge is there\npattern read {topics.bridge()}\n"
+        return "".join([text, *(bridge_acl(prefix, name) for name in sites)])
 
     def _certify(self, settings: HostSettings, now: float) -> bool:
         """The authority once; the server's certificate for these names, as long as it holds."""
@@ -14977,7 +15102,36 @@ class Host:
         return {name: hashed for name, _, hashed in lines}
 
     def _write_members(self, members: Mapping[str, str]) -> bool:
-        return self._write(self._passwords, "".join(f"{n}:{h}\n" for n, h in members.items()))
+        text = "".join(f"{name}:{hashed}\n" for name, hashed in members.items())
+        changed, settings = self._write(self._passwords, text), self.settings()
+        return bool(settings and self._write(self._acl_file, self._acl(settings.prefix))) or changed
+
+    # -- other sites --
+
+    def sites(self) -> list[str]:
+        """The other sites that are bridged to this one."""
+        invited = self.invited(0.0)
+        return [n for n in self.members() if n[:1] == NO_NODE and n not in (HOST_USER, *invited)]
+
+    def bridge(self) -> tuple[str, MqttConfig | None]:
+        """What this site is called where it is bridged to, and how it gets in there."""
+        said = read_json_object(self._read(self._bridge)) or {}
+        with contextlib.suppress(KeyError):
+            host, port, password = str(said["host"]), int(said["port"]), str(said["password"])
+            return str(said["name"]), MqttConfig(
+                host=host, port=port, password=password, tls=True, ca_file=self._bridge_authority
+            )
+        return "", None
+
+    @property
+    def _bridge_authority(self) -> Path:
+        return self.folder / "bridge-ca.pem"
+
+    def set_bridge(self, said: Mapping[str, object], authority: str) -> None:
+        """From the next `prepare` on it is bridged to there; or to nowhere."""
+        with self.lock():
+            self._write(self._bridge_authority, authority)
+            self._write(self._bridge, encode_json(said).decode())
 
     def invited(self, now: float) -> dict[str, dict[str, Any]]:
         """Who was invited and has not joined: until when, and with which password."""
@@ -15108,8 +15262,11 @@ class HostService:
         self._broker: subprocess.Popen[bytes] | None = None
         self._conf, self._said, self._stopping = "", "", False
         self._renewed = self._offset = 0.0  # when that was last seen to; the wall clock's offset
+        self._ended: dict[str, bytes] = {}  # last words of nodes of here that do not run, and ...
+        self._bridged = float("-inf")  # ... when a bridge began, which may bring earlier ones
+        heard = (self._topics.to(HOST_USER, "command"), self._topics.bridge())
         self._client = MqttClient(
-            loop, host.login(HOST_USER), subscriptions=[(self._topics.to(HOST_USER, "command"), 0)]
+            loop, host.login(HOST_USER), subscriptions=[(topic, 0) for topic in heard]
         )
 
     def start(self) -> None:
@@ -15218,7 +15375,11 @@ class HostService:
 
     def deliver(self, message: IncomingMessage) -> None:
         """Who was invited says which password it will have; the topic says who that is."""
-        _, _, name = self._topics.place(message.topic) or ("", "", "")
+        if meta := self._topics.meta_of(message.topic):
+            return self._hear_state(meta[0], message.payload)
+        to, bridge, name = self._topics.place(message.topic) or ("", "", "")
+        if to == EVERYONE:
+            return self._hear_bridge(bridge, message.payload == b"1", message.retained)
         hashed = message.payload[:KIB].decode(errors="replace")
         if not hashed:
             return  # only to see whether anybody is here
@@ -15231,6 +15392,50 @@ class HostService:
         elif self._rate_limit.allow("request", self._loop.clock()):
             self._log.warning("not invited", node=name)
             self._look_after(time.time())  # it may have come too late
+
+    def _hear_bridge(self, name: str, up: bool, earlier: bool) -> None:
+        self._log.info("bridge is there" if up else "bridge is cut", site=name)
+        self._bridged = self._loop.clock() if up and not earlier else float("-inf")
+        self._client.subscribe([(self._topics.meta("+", "state"), 0)])
+
+    def _hear_state(self, name: str, payload: bytes) -> None:
+        """Each side of a bridge that begins sends all that is retained there, also what is old.
+
+        Of a node that runs, it is put right by that; of another one, here, where it had joined.
+        """
+        if status_of(read_json_object(payload) or {}) not in ALIVE:
+            if name in self._ended or name in self._host.members():
+                self._ended[name] = payload
+            return
+        last, began = self._ended.pop(name, None), self._loop.clock() < self._bridged + ECHO
+        for document in ("state",) if last else ("state", "roster"):
+            if last is not None and began:
+                topic = self._topics.meta(name, document)
+                self._client.publish(OutgoingMessage(topic, last, retain=True))
+
+
+def step_until(loop: Loop, within: float, done: Callable[[], object]) -> None:
+    """Let a loop go on until something is done, for so many seconds at most."""
+    timer = loop.after(within, do_nothing)
+    while not done() and loop.clock() < timer.due:
+        loop.step()
+    timer.cancel()
+
+
+def bridge_word(host: Host, name: str) -> str:
+    """What the bridge of a site said last: "1" there, "0" cut; nothing where it never was."""
+    topics, said, ended = Topics(host.needed_settings().prefix, HOST_USER), list[str](), list[str]()
+    loop = Loop(Log("error"))
+    with contextlib.closing(loop):
+        query = RetainedQuery(
+            *(loop, host.login(HOST_USER), [topics.bridge(name)]),
+            topics.private(HOST_USER, new_id()),
+            lambda message: said.append(message.payload[:1].decode(errors="replace")),
+            *(partial(ended.append, ""), ended.append),
+        )
+        step_until(loop, PROBE_TIMEOUT, lambda: ended)
+        query.client.close(do_nothing, within=0.0)
+    return said[-1] if said else ""
 
 
 def end_process(pid: int, lock: Path) -> None:
@@ -15446,7 +15651,7 @@ class Invitation(Value):
 
     hosts: tuple[str, ...] = stated(invitation_hosts)
     port: int = stated(port_number)
-    name: str = stated(node_name)
+    name: str = stated(member_name)
     password: str = stated(hexadecimal, shown=False)
     ca: str = stated(der_certificate)
     prefix: str = stated(topic_prefix)
@@ -15598,14 +15803,6 @@ class JoinRequest:
 
     def _answered(self, code: int, words: str) -> None:
         self._answer, self._words = code, words.lower()
-
-
-def step_until(loop: Loop, within: float, done: Callable[[], object]) -> None:
-    """Let a loop go on until something is done, for so many seconds at most."""
-    timer = loop.after(within, do_nothing)
-    while not done() and loop.clock() < timer.due:
-        loop.step()
-    timer.cancel()
 
 
 def joined_files(invitation: Invitation, host: str, file: Path, password: str) -> dict[Path, str]:
@@ -20469,6 +20666,12 @@ EMBEDDED_PATIENCE = 30.0  # seconds to fetch what the embedded broker has
         metavar="NAME",
         help="what peers call this machine, if not that address; may be repeated",
     ),
+    option(
+        "--bridge",
+        metavar="LINE",
+        help="be one hive with another site: what hive invite @SITE printed there; - reads it,"
+        " none ends it",
+    ),
     option("--foreground", action="store_true", help="only keep Mosquitto running, until SIGTERM"),
     examples="""hive host --listen 192.168.1.5
 hive host --listen 0.0.0.0 --name alpha.lan --name 192.168.1.5
@@ -20497,11 +20700,66 @@ def command_host(args: argparse.Namespace) -> int:
     changed = host.prepare(settings, config.node.id, time.time())
     if args.foreground:
         return serve_hive(host, config)
+    if args.bridge:
+        bridge_over(host, config, args.bridge)
+        changed |= host.prepare(settings, config.node.id, time.time())
     start_service(host, file, config, changed)
     move_over(host, file, config, settings)
+    if args.bridge:
+        await_bridge(host)
     code = show_tests(file)
     print(next_commands(file, "daemon", "invite NAME"), end="")
     return code
+
+
+def bridge_over(host: Host, config: Config, said: str) -> None:
+    """Have the other site let this one's Mosquitto in; raises HiveError."""
+    if said == "none":
+        return host.set_bridge({}, "")
+    invitation = Invitation.parse(invitation_line(said))
+    if not invitation.name.startswith(NO_NODE):
+        raise UsageError(
+            f"this line makes {invitation.name} a node, and bridges no site: hive join -"
+        )
+    if sites := host.sites():
+        raise UsageError(
+            f"host: {sites[0]} is bridged to here, so invite the other one too: a star"
+        )
+    if invitation.prefix != config.topics.prefix:
+        raise UsageError(f"host: the prefix of the hive there is {invitation.prefix}, and not ours")
+    with Progress(f"asking {' or '.join(invitation.hosts)} to let {invitation.name} in"):
+        at = first_reachable(invitation.hosts, invitation.port)
+        with invited_settings(invitation, at) as mqtt:
+            pending = host.folder / "bridge.joining"
+            refuse_namesakes(host, config, mqtt)
+            password = new_secret_at(mqtt, invitation.prefix, pending)
+    account = {"name": invitation.name, "host": at, "port": invitation.port, "password": password}
+    host.set_bridge(account, invitation.authority())
+    pending.unlink(missing_ok=True)
+
+
+def refuse_namesakes(host: Host, config: Config, there: MqttConfig) -> None:
+    """Raise HiveError where a node of here is called like one of there."""
+    visitor = config.replace(mqtt=there, node=config.node.replace(id=there.username))
+    with contextlib.closing(InProcessNode(visitor, PATIENCE)) as control:
+        states = control.ask({"do": "states"})["states"]
+    if both := ", ".join(name for name in host.members() if name in states):
+        todo = "names are unique in a hive: let it join again under another one"
+        raise HiveError(f"{both}: a node of here, and one of there; {todo}")
+
+
+def await_bridge(host: Host) -> None:
+    """Say that it is there; raises BrokerError where it does not come."""
+    name, account = host.bridge()
+    until = time.monotonic() + START_PATIENCE
+    if account is None:
+        return print("no bridge to another site")
+    with Progress(f"waiting for the bridge to {account.address}"):
+        while bridge_word(host, name) != "1":
+            if time.monotonic() > until:
+                raise BrokerError(f"no bridge to {account.address} yet; see also {host.log}")
+            time.sleep(0.2)
+    print(f"bridge to {account.address}: there, as {name}")
 
 
 def host_settings(
@@ -20682,24 +20940,35 @@ def show_tests(file: Path) -> int:
     return Exit.REFUSED if failed else Exit.DONE
 
 
-NODE_NAME = option("name", type=node_name, metavar="NAME", help="the node's name")
+MEMBER_NAME = option("name", type=member_name, metavar="NAME", help="the node's name, or @SITE")
 
 
 @subcommand(
-    NODE_NAME,
+    MEMBER_NAME,
     examples="""hive invite mini
-hive invite mini | ssh mini python3 hive join -""",
+hive invite mini | ssh mini python3 hive join -
+hive invite @office    # all of another site: there, hive host --bridge -""",
 )
 def command_invite(args: argparse.Namespace) -> int:
     """Let a machine join the hive that this one carries: print a line, good for an hour."""
     config = config_of(args)
+    host = Host(config.state_dir)
+    site, elsewhere = args.name.startswith(NO_NODE), host.bridge()[1]
+    if site and elsewhere:
+        hub = f"this site is bridged to {elsewhere.address}: sites are invited there"
+        raise UsageError(f"invite: {hub}, as a star")
+    foreign = (elsewhere or host.sites()) and args.name not in host.members()
+    if foreign and args.name in names_that_are_known(config):
+        raise HiveError(f"{args.name} is in this hive already, at another site; another name")
     with Progress(f"inviting {args.name}"):
-        invitation = make_invitation(Host(config.state_dir), args.name, time.time())
+        invitation = make_invitation(host, args.name, time.time())
     print(invitation.line(), flush=True)
     until = time.strftime("%H:%M", time.localtime(invitation.until))
+    do = "hive host --bridge -" if site else "python3 hive join -"
+    then = "" if site else ", then: python3 hive daemon"
     for note in (
         f"This line is a secret: whoever has it first joins as {args.name}. It is good once, until",
-        f"{until}. On that machine: python3 hive join - (and paste it), then: python3 hive daemon",
+        f"{until}. On that machine: {do} (and paste it){then}",
     ):
         print(note, file=sys.stderr)
     return Exit.DONE
@@ -20717,6 +20986,8 @@ def command_join(args: argparse.Namespace) -> int:
     file = config_place(args)
     refuse_to_join(file, args.force)
     invitation = Invitation.parse(invitation_line(args.line))
+    if invitation.name.startswith(NO_NODE):
+        raise UsageError("this line bridges a site, and makes no node: hive host --bridge -")
     pending = file.with_name(f"{file.name}.joining")
     with Progress(f"asking {' or '.join(invitation.hosts)} to let {invitation.name} in"):
         host = first_reachable(invitation.hosts, invitation.port)
@@ -20792,7 +21063,7 @@ def invitation_line(said: str) -> str:
     return read_stdin(MAX_INVITATION).decode(errors="replace")
 
 
-@subcommand(NODE_NAME, examples="hive expel old-laptop")
+@subcommand(MEMBER_NAME, examples="hive expel old-laptop")
 def command_expel(args: argparse.Namespace) -> int:
     """Put a node out of the hive that this machine carries: at once, with all that it left."""
     config = config_of(args)
@@ -20801,6 +21072,8 @@ def command_expel(args: argparse.Namespace) -> int:
     if args.name == me:
         raise UsageError(f"{me} is this machine's own node, which carries the hive")
     was_member = host.shut_out(args.name)
+    if not was_member and (host.sites() or host.bridge()[1]):
+        raise HiveError(f"{args.name} has not joined here; say this where it has, or forget it")
     if not host.reload():
         out = f"{args.name} has no password any more" if was_member else "nothing is changed"
         raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")
