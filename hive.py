@@ -20537,18 +20537,25 @@ def next_commands(file: Path, *commands: str) -> str:
 @subcommand(
     option("--read-only", action="store_true", help="show everything, and let nothing be done"),
     option("--open", action="store_true", dest="show", help="open it in this machine's browser"),
+    option(
+        "--port",
+        type=port_number,
+        default=WEB_PORT,
+        dest="page_port",
+        metavar="PORT",
+        help=f"the page's own, if not {WEB_PORT}; the broker's goes before: hive --port PORT web",
+    ),
     examples="""hive web --open
 hive web --port 8485 --read-only
 ssh -L 8484:127.0.0.1:8484 attic   # then open here what web printed there""",
 )
 def command_web(args: argparse.Namespace) -> int:
-    """Serve a page that shows the hive, to browsers on this machine (--port of the page: 8484)."""
+    """Serve a page that shows the hive, to browsers on this machine."""
     start_again()
-    port = vars(args).pop("mqtt.port", None) or WEB_PORT
     config = config_of(args)
     log = Log(config.logging.level, config.logging.format)
     try:
-        service = WebService(config, port)
+        service = WebService(config, args.page_port)
     except BlockingIOError:
         link = served_link(config)
         print(f"the page of {config.node.id} is served already: {link}")
@@ -21147,12 +21154,13 @@ class Parser(argparse.ArgumentParser):
         return ""
 
 
-def common_options() -> Parser:
-    """Options that may stand before or after the subcommand."""
+def common_options(own: Container[str] = ()) -> Parser:
+    """Options that may stand before or after the subcommand, without its own namesakes."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("configuration")
     for flags, how in COMMON_OPTIONS:
-        group.add_argument(*flags, **how)
+        if flags[0] not in own:
+            group.add_argument(*flags, **how)
     return common
 
 
@@ -21168,10 +21176,9 @@ def make_parser(only: str = "") -> Parser:
     """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
     # No catalogue has argparse's words, and error() reads them.
     argparse._ = lambda words: words  # type: ignore[attr-defined]
-    common = common_options()
     parser = Parser(
         description=__doc__ or dropped_docstrings()[""],
-        parents=[common],
+        parents=[common_options()],
         epilog="Each command has --help of its own, with examples; hive help lists more to read.",
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
@@ -21184,7 +21191,7 @@ def make_parser(only: str = "") -> Parser:
         about = docstring(one.run).strip()
         sub = commands.add_parser(
             name,
-            parents=[common],
+            parents=[common_options([flag for flags, _ in one.options for flag in flags])],
             help=about,
             description=about,
             epilog=f"examples:\n{indented(one.examples)}" if one.examples else None,
