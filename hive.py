@@ -55,7 +55,7 @@ tokens; only what needs judgment wakes an agent.
 #           Mosquitto   a configuration of it that serves one hive and nobody else
 #                       <- Packets, MqttClient, Setup
 #           Hosting     one that this user runs for a hive, and who may come in
-#                       <- Process, Database, Members, MqttClient, Setup, Mosquitto
+#                       <- Journal, Process, Database, Members, MqttClient, Setup, Mosquitto
 #           Join        one line makes a machine a node of a hive
 #                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
 #                       Hosting
