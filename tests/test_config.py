@@ -542,7 +542,7 @@ sender_rate = 100
 sender_burst = 20000
 state_dir = "HOME/.local/state/hive/box"
 [mqtt]
-keepalive = 30
+keepalive = 6
 protocol = "5"
 tls = false
 senders = "open"

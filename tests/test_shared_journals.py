@@ -237,7 +237,8 @@ def test_a_page_that_nobody_waits_for_any_more_is_no_message(
 
 
 def test_it_is_an_action_of_each_node_itself(rig_of: Callable[..., Rig]) -> None:
-    rig = rig_of(**{READ_JOURNAL: "echo mine"})
+    mine: dict[str, Any] = {READ_JOURNAL: "echo mine"}
+    rig = shared(rig_of, **mine)
     assert rig.events("not a handler")[0]["why"] == "this is done by hive itself"
     assert "refused" in rig.answer_to(ask(rig)).text
 
