@@ -2761,7 +2761,7 @@ class Requests:
         connection: Callable[[], dict[str, Any]],
         sessions: Sessions,
         numbers: Callable[[], dict[str, list[list[Any]]]],
-        ask_for_journal: Callable[[Envelope], str],
+        ask_for_journal: Callable[[Envelope], None],
     ) -> None:
         """`send` gives why not, or nothing; `connection` tells how the node's one is.
 
@@ -2867,8 +2867,8 @@ class Requests:
         question = Envelope.new(self._node, given["node"], "command", text.decode(), **more)
         if requester not in self._listeners.get(exchange, ()):
             self._listen(exchange, requester)
-        fault = self._ask_for_journal(question)
-        return {"error": fault} if fault else {"id": question.id}
+        self._ask_for_journal(question)
+        return {"id": question.id}
 
     def history(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         traffic = self._journal.traffic(time.time() - 60 * MINUTES)
@@ -3235,7 +3235,7 @@ class Node:
             self._connection,
             self.sessions,
             self.numbers,
-            self._ask_for_journal,
+            lambda question: self.shared.send(question),
         )
         self.shared = SharedJournal(self)
         self.members.on_change = self.requests.note_change
@@ -3708,16 +3708,6 @@ class Node:
         self.commit_soon()
         return ""
 
-    def _ask_for_journal(self, question: Envelope) -> str:
-        """Ask a node, or this one itself, for its journal; why not, if so."""
-        if question.to == self.name:
-            self.shared.ask(question)
-        elif self.journal.outbox_full:
-            return "too much waits for the broker"
-        else:
-            self.shared.send(question)
-        return ""
-
     def published(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
         self.commit_soon()
@@ -3886,16 +3876,19 @@ class SharedJournal:
 
     def _answer(self, question: JournalQuestion, page: str) -> None:
         answer = question.envelope.reply(self._node.name, page, action=READ_JOURNAL)
-        if not question.asker:
-            self._node.requests.heard(answer)
-        elif self._journal.takes_answer(self._node.topics.of(answer)):
+        if self._journal.takes_answer(self._node.topics.of(answer)):
             self.send(answer)
 
     def send(self, envelope: Envelope) -> None:
-        """Send a question or an answer; whoever misses it asks again."""
-        until = time.time() + MAX_HOLD
-        self._journal.enqueue(self._node.topics.of(envelope), envelope.encode(), until=until)
-        self._node.commit_soon()
+        """Send a question or an answer, within this node too; whoever misses it asks again."""
+        if envelope.to != self._node.name:
+            topic, until = self._node.topics.of(envelope), time.time() + MAX_HOLD
+            self._journal.enqueue(topic, envelope.encode(), until=until)
+            self._node.commit_soon()
+        elif envelope.ch == "response":
+            self._node.requests.heard(envelope)
+        else:
+            self.ask(envelope)
 
 
 def shared_row(row: Mapping[str, Any], texts: bool, private: bool) -> dict[str, Any]:
