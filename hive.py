@@ -3862,15 +3862,11 @@ class SharedJournal:
 
     def _page(self, rows: Iterable[Mapping[str, Any]], newest: int, asker: str) -> str:
         """As many rows as an answer may hold; `after` is where to read on."""
-        page: list[dict[str, Any]] = []
         texts = self._node.config.journal.share_texts or not asker
         room = min(self._node.room(self._node.topics.to(asker, "response")), MAX_PAGE) - KIB
-        for row in rows:
-            page.append(shared_row(row, texts, private=not asker))
-            room -= 2 * len(encode_json(page[-1]))  # it is quoted once more on its way
-            if room < 0 and page[1:]:
-                page.pop()
-                break
+        page = [shared_row(row, texts, private=not asker) for row in rows]
+        while page[1:] and 2 * len(encode_json(page)) > room:  # it is quoted once more on its way
+            page = page[: len(page) // 2]
         after = page[-1]["n"] if page else newest
         return encode_json({"rows": page, "after": after, "more": after < newest}).decode()
 
