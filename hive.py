@@ -41,7 +41,8 @@ tokens; only what needs judgment wakes an agent.
 #   MQTT    Packets     bytes to packets and back
 #           Broker      a small one of our own, for one user on one machine
 #                       <- Stream, Control, Database, Packets
-#           MqttClient  connect, come back, publish; alone in importing paho <- Journal
+#           MqttClient  connect, come back, publish; alone in importing paho
+#                       <- Journal, Packets
 #           BrokerHost  which broker, and whose turn it is to be one
 #                       <- Control, Database, Packets, Broker
 #   shell   Output      rows to a table or to JSON; returns strings
@@ -103,7 +104,6 @@ TYPE_CHECKING = False  # to mypy it is true; others need not import what only my
 if TYPE_CHECKING:
     import sqlite3
     import subprocess
-    from ssl import SSLSocket
     from typing import IO, Any, ClassVar, NoReturn, Protocol, Self, TypeVar, dataclass_transform
 
     import paho.mqtt.client as paho_client
@@ -10782,11 +10782,11 @@ def lighten_paho() -> None:
 
 
 def paho_errors() -> tuple[type[Exception], ...]:
-    """What paho raises when the broker sends what is no MQTT."""
+    """What is raised when the broker sends what is no MQTT."""
     load_paho()
     from paho.mqtt import MQTTException
 
-    return MQTTException, ValueError, LookupError
+    return MQTTException, MalformedPacket, ValueError, LookupError
 
 
 def tls_context(settings: MqttConfig) -> Any:
@@ -10827,44 +10827,64 @@ def first_fault(first: bytes) -> tuple[str, int]:
 
 
 class ReadAhead:
-    """Many packets for one read(2); paho asks for each byte of a header by itself.
+    """Many packets for one read(2).  PUBLISH is taken apart here, all others by paho.
 
-    Keeps what paho does not tell of: how a server began, and why TLS ended.
+    paho asks for each byte of a header by itself, and needs three times as long for a message.
+    Keeps what it does not tell of: how a server began, and why TLS ended.
     """
 
     def __init__(self, recv: Callable[[int], bytes]) -> None:
-        self._recv, self._data, self._at = recv, b"", 0
+        self._recv, self._data = recv, bytearray()
+        self._at = self._given = 0  # of the data: what was taken, and up to where paho may
+        self._over: OSError | bool = False
         self.first, self.fault = b"", ""
 
-    def __bool__(self) -> bool:
-        """Is there something that the selector does not know of?"""
-        return self._at < len(self._data)
+    def fill(self) -> bool:
+        """Read on; is there perhaps more at once?  paho gets to know what goes wrong."""
+        try:
+            data = self._recv(READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            fault = dial_fault(error, tls=False)
+            self.fault = fault if fault.startswith("TLS") else ""
+            data, self._over = b"", error
+        self._over = self._over or not data
+        self.first = self.first or data[:FIRST_SIZE]
+        del self._data[: self._at]
+        self._data += data
+        self._given, self._at = self._given - self._at, 0
+        return len(data) == READ_SIZE
+
+    def publish(self) -> tuple[int, bytes] | None:
+        """Flags and body of the next packet; None if it is another, or not all there."""
+        if self._at < self._given:
+            return None
+        bounds = packet_bounds(self._data, self._at, sys.maxsize)
+        if bounds is None:
+            return None
+        first, (body, end) = self._data[self._at], bounds
+        if first >> 4 != PacketType.PUBLISH:
+            self._given = end
+            return None
+        self._at = end
+        return first & 15, bytes(self._data[body:end])
+
+    @property
+    def for_paho(self) -> bool:
+        """Is there a whole packet of another kind, or the end?"""
+        return self._at < self._given or bool(self._over)
 
     def recv(self, size: int) -> bytes:
-        """As the socket's; raises what that raises."""
-        if not self:
-            if size >= READ_SIZE:
-                return self._recv(size)
-            try:
-                self._data, self._at = self._recv(READ_SIZE), 0
-            except OSError as error:
-                fault = dial_fault(error, tls=False)
-                self.fault = fault if fault.startswith("TLS") else ""
-                raise
-            self.first = self.first or self._data[:FIRST_SIZE]
-        part = self._data[self._at : self._at + size]
+        """As the socket's, for paho; raises what that has raised."""
+        if self._at >= self._given:
+            if not self._over:
+                raise BlockingIOError
+            if isinstance(self._over, OSError):
+                raise self._over
+        part = bytes(self._data[self._at : min(self._at + size, self._given)])
         self._at += len(part)
         return part
-
-
-def read_ahead(client: paho_client.Client) -> ReadAhead | None:
-    """Make paho read ahead: 1.6 times as many messages a second.  None where it cannot be made."""
-    method = "_sock_recv"  # not public, so it may be gone one day
-    if not hasattr(client, method):
-        return None
-    ahead = ReadAhead(getattr(client, method))
-    vars(client)[method] = ahead.recv
-    return ahead
 
 
 class MqttConnection:
@@ -10880,10 +10900,10 @@ class MqttConnection:
         self._heard_at = self._said_at = self._loop.clock()  # the same; and when we last did
         self._keepalive = owner.settings.keepalive
         self.window, self.max_packet = SEND_WINDOW, sys.maxsize
-        self._received: deque[paho_client.MQTTMessage] = deque()
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
         self._client = self._make_client()
-        self._ahead = read_ahead(self._client)
+        self._ahead = ReadAhead(self._client._sock_recv)
+        vars(self._client)["_sock_recv"] = self._ahead.recv
         self._timer = self._loop.after(DIAL_DEADLINE, lambda: self.end(NO_CONNACK))
         import threading
 
@@ -10921,7 +10941,6 @@ class MqttConnection:
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish
-        client.on_message = lambda client, userdata, message: self._received.append(message)
         # While a thread dials, paho must call nobody.
         client.on_socket_register_write = lambda client, userdata, sock: None
         client.on_socket_unregister_write = lambda client, userdata, sock: None
@@ -11012,35 +11031,40 @@ class MqttConnection:
         self._check()
 
     def _read(self) -> None:
-        until = self._loop.clock() + READ_TURN
+        until, more = self._loop.clock() + READ_TURN, True
         while self._loop.clock() < until:
             sock = self._client.socket()
             if sock is None or self.ended:
                 return
-            self._client.loop_read()
-            while self._acknowledged:
-                self._owner.acknowledged(self, *self._acknowledged.popleft())
-            while self._received:
-                self._deliver(self._received.popleft())
-            if not (self._ahead or has_more(self._client.socket())):
-                acknowledge_at_once(self._client.socket())
+            if published := self._ahead.publish():
+                self._deliver(*published)
+            elif self._ahead.for_paho:
+                self._client.loop_read()
+                while self._acknowledged:
+                    self._owner.acknowledged(self, *self._acknowledged.popleft())
+            elif more:
+                more = self._ahead.fill() or is_pending(sock)
+            else:
+                acknowledge_at_once(sock)
                 return
         self._loop.post(lambda: self._ready(selectors.EVENT_READ))
 
-    def _deliver(self, message: paho_client.MQTTMessage) -> None:
-        def ack() -> None:
-            if message.qos and not self.ended:
-                self._said_at = self._loop.clock()
-                self._client.ack(message.mid, message.qos)
+    def _deliver(self, flags: int, body: bytes) -> None:
+        """A PUBLISH has come (MQTT 5, 3.3)."""
+        if not self.welcome:
+            raise MalformedPacket("a message before CONNACK")
+        qos, reader = flags >> 1 & 3, Reader(body)
+        topic = reader.binary().decode(errors="replace")
+        packet_id = reader.packet_id() if qos else 0
+        properties = reader.properties("PUBLISH") if self.v5 else {}
 
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            topic = "�"
-        expires_in = getattr(message.properties, "MessageExpiryInterval", None)
-        self._owner.received(
-            IncomingMessage(topic, bytes(message.payload), message.retain, expires_in, ack)
-        )
+        def ack() -> None:
+            if qos and not self.ended:
+                self._said_at = self._loop.clock()
+                self._client.ack(packet_id, qos)
+
+        expires_in, payload = properties.get("message_expiry"), reader.take(reader.left)
+        self._owner.received(IncomingMessage(topic, payload, bool(flags & 1), expires_in, ack))
 
     def _check(self) -> None:
         """Has the broker refused something, or paho closed its socket, silently as it does?"""
@@ -11050,14 +11074,14 @@ class MqttConnection:
         elif first:
             self.end(first, code)
         elif self._client.socket() is None:
-            fault = "" if self.welcome or self._ahead is None else self._ahead.fault
+            fault = "" if self.welcome else self._ahead.fault
             self.hung_up = not (self.welcome or fault)
             self.end(fault or (HANG_UP if self.welcome else NO_WELCOME))
 
     @property
     def _first_fault(self) -> tuple[str, int]:
         """What it is that answers, where it did not let us in."""
-        first = b"" if self.welcome or self._ahead is None else self._ahead.first
+        first = b"" if self.welcome else self._ahead.first
         return first_fault(first)
 
     # What paho calls.  An exception here would make it handle the same packet again for ever,
@@ -11183,16 +11207,9 @@ def acknowledge_at_once(sock: Any) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, quickack, 1)
 
 
-def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
-    """Is there more to read at once?  TLS holds back what the selector cannot see."""
-    if sock is None:
-        return False
-    if hasattr(sock, "pending"):
-        return bool(sock.pending())
-    try:
-        return bool(sock.recv(1, socket.MSG_PEEK))
-    except OSError:
-        return False
+def is_pending(sock: Any) -> bool:
+    """Does TLS hold back what the selector cannot see?"""
+    return hasattr(sock, "pending") and bool(sock.pending())
 
 
 def ignore_published(message: OutgoingMessage, code: int, words: str) -> None:
