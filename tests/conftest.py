@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hive import (
     ChildProcesses,
+    ControlClient,
+    DaemonError,
     Database,
     HandlerConfig,
     HeartbeatConfig,
@@ -29,6 +31,8 @@ from hive import (
     Log,
     Loop,
     ScheduleConfig,
+    shortened_socket_path,
+    status_rows,
 )
 
 if TYPE_CHECKING:
@@ -76,6 +80,19 @@ def free_port() -> int:
 def answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def statuses_at(door: Path) -> dict[str, str]:
+    """How all are to the daemon behind this door, as `hive status` would show; {} if it is down.
+
+    To wait for something is not worth ten processes.
+    """
+    with contextlib.suppress(OSError, DaemonError):
+        with contextlib.closing(ControlClient(shortened_socket_path(door), "it")) as control:
+            said = control.ask({"do": "states"})
+        rows = status_rows(said["states"], HeartbeatConfig(), time.time())
+        return {row.name: row.status for row in rows}
+    return {}
 
 
 class Broker:
@@ -227,6 +244,7 @@ class Daemon:
             f'[logging]\nlevel = "debug"\nformat = "json"\n{extra}'
         )
         self.environment: dict[str, str] = {}  # what is different for this one
+        self.state_dir: Path | None = None  # where its configuration does not say "state"
         self.log_file = self.home / "log"
         self._rows, self._read = list[dict[str, Any]](), 0  # of it, and up to which byte
         self.process: subprocess.Popen[bytes] | None = None
@@ -285,6 +303,10 @@ class Daemon:
         return eventually(f"{self.name} logs {event} {facts}", lambda: self.events(event, **facts))[
             -1
         ]
+
+    def statuses(self) -> dict[str, str]:
+        """How all are to it."""
+        return statuses_at((self.state_dir or self.config.with_name("state")) / "door")
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self.process
