@@ -28,6 +28,7 @@ from hive import (
     HandlerConfig,
     HeartbeatConfig,
     InstanceConfig,
+    JournalConfig,
     Log,
     Loop,
     ScheduleConfig,
@@ -506,10 +507,11 @@ def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         node: Mapping[str, Any] | None = None,
         heartbeat: HeartbeatConfig | None = None,
         schedule: Sequence[ScheduleConfig] = (),
+        shared: JournalConfig | None = None,
         **handlers: str,
     ) -> Rig:
         handlers = {"ping": "echo pong", **handlers}
-        given = (handlers, agents, settings or {}, level, heartbeat, schedule)
+        given = (handlers, agents, settings or {}, level, heartbeat, schedule, shared)
         made.append(Rig(tmp_path, *given, **(node or {})))
         return made[-1]
 

@@ -639,7 +639,7 @@ persistence true
 persistence_location $data/
 autosave_interval 1
 autosave_on_changes false
-max_queued_messages 0
+max_queued_messages 1000000000
 persistent_client_expiration 7d
 max_packet_size 1708032"""
 ACL = """\
