@@ -83,17 +83,21 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def statuses_at(door: Path) -> dict[str, str]:
-    """How all are to the daemon behind this door, as `hive status` would show; {} if it is down.
+def states_at(door: Path) -> dict[str, Any]:
+    """How all are to the daemon behind this door; {} if it is down.
 
-    To wait for something is not worth ten processes.
+    For who waits: that is not worth ten processes.
     """
-    with contextlib.suppress(OSError, DaemonError):
-        with contextlib.closing(ControlClient(shortened_socket_path(door), "it")) as control:
-            said = control.ask({"do": "states"})
-        rows = status_rows(said["states"], HeartbeatConfig(), time.time())
-        return {row.name: row.status for row in rows}
+    with contextlib.suppress(OSError, DaemonError), contextlib.ExitStack() as ending:
+        control = ControlClient(shortened_socket_path(door), "it")
+        ending.callback(control.close)
+        return dict(control.ask({"do": "states"})["states"])
     return {}
+
+
+def statuses_of(states: Mapping[str, Any]) -> dict[str, str]:
+    """As `hive status` shows them."""
+    return {row.name: row.status for row in status_rows(states, HeartbeatConfig(), time.time())}
 
 
 class Broker:
@@ -305,9 +309,12 @@ class Daemon:
             -1
         ]
 
+    def states(self) -> dict[str, Any]:
+        """How all are to it, as they say it."""
+        return states_at((self.state_dir or self.config.with_name("state")) / "door")
+
     def statuses(self) -> dict[str, str]:
-        """How all are to it."""
-        return statuses_at((self.state_dir or self.config.with_name("state")) / "door")
+        return statuses_of(self.states())
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self.process
