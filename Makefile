@@ -40,7 +40,7 @@ TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6
 
 SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py contrib/man.py \
            contrib/handlers/sentinel.py contrib/handlers/check-email contrib/handlers/check-calendar \
-           contrib/handlers/check-url
+           contrib/handlers/check-url contrib/pip/hatch_build.py
 SOURCES := hive.py tests $(SCRIPTS)
 
 check: lint types test fuzz-check  ## what every change passes
