@@ -12979,8 +12979,9 @@ def absence(state: Mapping[str, Any]) -> str:
 class GroupReplies:
     """What became of a message that went to each of several nodes."""
 
-    def __init__(self, wait: float) -> None:
+    def __init__(self, wait: float, envelopes: Iterable[Envelope] = ()) -> None:
         """`wait`: seconds that each of them has for its answer."""
+        self.unsent = deque(envelopes)
         self.ok: list[str] = []
         self.failed: list[str] = []
         self.silent: list[str] = []
@@ -12990,6 +12991,11 @@ class GroupReplies:
     def __len__(self) -> int:
         """How many are waited for."""
         return len(self._waiting)
+
+    @property
+    def faulty(self) -> bool:
+        """Has one failed, or kept silent?"""
+        return bool(self.failed or self.silent)
 
     @property
     def ends(self) -> float:
@@ -19484,12 +19490,15 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     ),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
     option("--parallel", type=count, metavar="N", help="with several nodes: so many at once"),
+    option(
+        "--fail-fast", action="store_true", help="and to no more once one failed or kept silent"
+    ),
     DIRECT,
     AS_JSON,
     examples="""hive send --to beta --ch command --text "is the backup done?" --wait 60
 hive send --to all --ch sync --action git-sync --text now --wait 20
 hive send --to any --action health-check --text x --wait 20
-hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5
+hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5 --fail-fast
 make report | hive send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:
@@ -19497,8 +19506,9 @@ def command_send(args: argparse.Namespace) -> int:
     config = config_of(args)
     target = Target.find(args.to)
     group = target is not None and not target.one
-    if args.parallel and not (group and args.wait):
-        raise UsageError("--parallel: of use only with --wait, and to a tag or a pattern")
+    flag = "--parallel" if args.parallel else "--fail-fast" if args.fail_fast else ""
+    if flag and not (group and args.wait):
+        raise UsageError(f"{flag}: of use only with --wait, and to a tag or a pattern")
     envelope = Envelope.new(
         config.node.id,
         EVERYONE if target else args.to,
@@ -19681,9 +19691,14 @@ def send_to_group(
 
     with contextlib.closing(control):
         if args.wait:
-            replies = GroupReplies(args.wait)
+            replies = GroupReplies(args.wait, envelopes)
             with Progress("") as progress:
-                collect_replies(config, replies, envelopes, args, control, hand_in, progress)
+                try:
+                    collect_replies(config, replies, args, control, hand_in, progress)
+                except KeyboardInterrupt:
+                    replies.expire(float("inf"))
+                    say_replies(replies, away, args.as_json)
+                    raise
             return say_replies(replies, away, args.as_json)
         for envelope in envelopes:
             say_sent(config, envelope, args, control, hand_in(envelope))
@@ -19695,22 +19710,22 @@ def send_to_group(
 def collect_replies(
     config: Config,
     replies: GroupReplies,
-    envelopes: Sequence[Envelope],
     args: argparse.Namespace,
     control: Control,
     hand_in: Callable[[Envelope], bool],
     progress: Progress,
 ) -> None:
     """Send, so many at once, and print the answers until all have come or are late."""
-    pending = deque(envelopes)
+    unsent, all_ = replies.unsent, len(replies.unsent)
+    most = args.parallel or (1 if args.fail_fast else all_)
     try:
-        while pending or replies:
-            while pending and len(replies) < (args.parallel or len(envelopes)):
-                if not hand_in(pending[0]):
-                    what = f"queued {pending[0].id} for {pending[0].to}"
+        while replies or (unsent and not (args.fail_fast and replies.faulty)):
+            while unsent and len(replies) < most and not (args.fail_fast and replies.faulty):
+                if not hand_in(unsent[0]):
+                    what = f"queued {unsent[0].id} for {unsent[0].to}"
                     print(f"hive: {what}, no broker at the moment", file=sys.stderr)
-                replies.sent(pending.popleft(), time.monotonic())
-            progress.what = f"waiting for {len(replies) + len(pending)} of {len(envelopes)}"
+                replies.sent(unsent.popleft(), time.monotonic())
+            progress.what = f"waiting for {len(replies) + len(unsent)} of {all_}"
             said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS:
                 replies.unheard(said.get("id"))
@@ -19720,13 +19735,14 @@ def collect_replies(
                     write_answer(answer, args.as_json, label=True)
             replies.expire(time.monotonic())
     except DaemonError as error:
-        rest = f"{len(pending)} were not sent" if pending else "all were sent"
+        rest = f"{len(unsent)} were not sent" if unsent else "all were sent"
         raise HiveError(f"{error}; {rest}; see: hive pending") from None
 
 
 def say_replies(replies: GroupReplies, away: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
     """Sum up what became of a group's messages."""
     without = {"failed": replies.failed, "silent": replies.silent, "away": [*away]}
+    without["unsent"] = [one.to for one in replies.unsent]
     if as_json:
         print(json_text(json.dumps({"ok": replies.ok, **without})))
     else:
