@@ -123,6 +123,7 @@ class Rig:
         level: str,
         heartbeat: hive.HeartbeatConfig | None = None,
         schedule: Sequence[hive.ScheduleConfig] = (),
+        shared: hive.JournalConfig | None = None,
         **node: Any,
     ) -> None:
         self.handler_dir, self.state_dir = home / "hive-daemon.d", home / "state"
@@ -136,6 +137,7 @@ class Rig:
             handlers=settings,
             heartbeat=heartbeat or hive.HeartbeatConfig(),
             schedule=tuple(schedule),
+            journal=shared or hive.JournalConfig(),
         )
         self.clock, self.log, self.acked = Clock(), io.StringIO(), 0
         self._rows, self._read = list[dict[str, Any]](), 0  # of the log, and up to where

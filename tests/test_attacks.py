@@ -210,6 +210,7 @@ class Scene:
             for name in ("main", "private")
         )
         rules = f'{other}allow = ["beta"]\n[handlers.deploy]\nallow = ["beta"]\n'
+        rules += '[journal]\nshare = ["beta"]\nshare_texts = true\n'
         self.alpha, self.beta = self.node("alpha", main + rules), self.node("beta")
         for node in (self.alpha, self.beta):
             node.handler("count", COUNT)
@@ -241,7 +242,7 @@ class Scene:
         file = self.alpha.home / "runs"
         return len(file.read_text().split()) if file.exists() else 0
 
-    def ask(self, node: Daemon, do: str, **more: object) -> dict[str, Any]:
+    def ask(self, node: Daemon, do: str, /, **more: object) -> dict[str, Any]:
         """What a command would ask of a node's daemon, and get; with `wait`, the answer."""
         client = module.connect_to_daemon(module.load_config(str(node.config)), PATIENCE)
         assert client
@@ -445,6 +446,20 @@ def test_what_only_another_may_do_is_refused(scene: Scene) -> None:
 
 
 # ---- To take what is another's -----------------------------------------------------------
+
+
+def test_nobody_reads_a_journal_that_is_not_for_it(scene: Scene) -> None:
+    asked = {"action": module.READ_JOURNAL, "text": '{"last": 100}'}
+    shown = scene.ask(scene.beta, "read_journal", wait=True, node="alpha", exchange="e-1")
+    assert json.loads(shown["answer"]["text"])["rows"]
+    mallory = scene.member()
+    mallory.subscribe(f"{PREFIX}/mallory/+/+", f"{PREFIX}/beta/response/+")
+    for sender, topic in (("beta", "beta"), ("beta", "mallory"), ("mallory", "mallory")):
+        scene.forge(f"alpha/command/{topic}", envelope(sender, "alpha", "command", **asked))
+    scene.fence()
+    (refusal,) = mallory.everything()
+    rule = "[journal] share does not name mallory"
+    assert json.loads(refusal.payload)["text"] == f"alpha: {module.READ_JOURNAL} refused: {rule}"
 
 
 def test_nobody_reads_anothers_mail(scene: Scene) -> None:

@@ -525,6 +525,18 @@ def test_the_command_serves_until_it_is_ended_and_says_where(tmp_path: Path) -> 
     third.communicate(timeout=30)
 
 
+def test_the_port_is_the_pages_and_the_brokers_goes_before() -> None:
+    said = hive.make_parser("web").parse_args(["--port", "1884", "web", "--port", "8485"])
+    assert (vars(said)["mqtt.port"], said.page_port) == (1884, 8485)
+    assert [*hive.common_arguments(said)] == ["--port=1884"]  # for what the page runs
+    alone = hive.make_parser("web").parse_args(["web"])
+    assert ("mqtt.port" in vars(alone), alone.page_port) == (False, hive.WEB_PORT)
+    done = subprocess.run(
+        [sys.executable, f"{ROOT}/hive-cli", "web", "--help"], capture_output=True, text=True
+    )
+    assert done.stdout.count("  --port PORT  ") == 1 and "the page's own" in done.stdout
+
+
 def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
