@@ -4990,6 +4990,9 @@ class MqttConfig(ConfigTable):
     port: int | None = setting(
         None, port_number, "its port, if not 1883 (8883 is usual with TLS)", 8883
     )
+    cluster: tuple[str, ...] = setting(
+        (), string_list, "other hosts of the same broker, where that one does not answer", ["b.lan"]
+    )
     username: str | None = setting(None, plain_string, "who we are to the broker", "alpha")
     password: str | None = setting(
         None, secret, "better in password_file, or keep this file 0600", "…"
@@ -5021,6 +5024,8 @@ class MqttConfig(ConfigTable):
         if bool(self.cert_file) != bool(self.key_file):
             both = f"{where}.cert_file and {where}.key_file"
             raise ConfigError(f"{both}: one is of no use without the other")
+        if self.cluster and not self.host:
+            raise ConfigError(f"{where}.cluster: of no use without {where}.host")
 
     @property
     def named(self) -> bool:
@@ -5035,6 +5040,12 @@ class MqttConfig(ConfigTable):
     @property
     def endpoint(self) -> tuple[str, int]:
         return self.host or LOCALHOST, self.port or MQTT_PORT
+
+    def hosts(self, first: int) -> Iterator[str]:
+        """All that may answer, beginning with one of them."""
+        all_of_them = (self.endpoint[0], *self.cluster)
+        first %= len(all_of_them)
+        return iter(all_of_them[first:] + all_of_them[:first])
 
     @property
     def address(self) -> str:
@@ -10936,7 +10947,6 @@ class MqttConnection:
         if self._owner.will:
             will = self._owner.will
             client.will_set(will.topic, will.payload, will.qos, will.retain)
-        client.connect_async(*settings.endpoint, settings.keepalive, **self._session_options())
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
@@ -10970,12 +10980,17 @@ class MqttConnection:
         return properties
 
     def _dial(self) -> None:
-        """In a thread: DNS, TCP and TLS block."""
-        fault = ""
-        try:
-            self._client.reconnect()
-        except (OSError, ValueError) as error:
-            fault = dial_fault(error, self._owner.settings.tls)
+        """In a thread: DNS, TCP and TLS block.  Of a cluster the first that answers will do."""
+        settings, fault, options = self._owner.settings, "", self._session_options()
+        for host in settings.hosts(self._owner.turn):
+            where = host, settings.endpoint[1], settings.keepalive
+            try:
+                self._client.connect_async(*where, **options)
+                self._client.reconnect()
+                fault = ""
+                break
+            except (OSError, ValueError) as error:
+                fault = dial_fault(error, settings.tls)
         self._loop.post(lambda: self._dialled(fault))
 
     def _dialled(self, fault: str) -> None:
@@ -11293,6 +11308,7 @@ class MqttClient:
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
+        self.turn = 0  # which host of a cluster is asked first
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
         self.former: FormerSession | None = None  # that is being emptied
@@ -11514,6 +11530,7 @@ class MqttClient:
         if connection is not self._connection:
             return
         self._connection = None
+        self.turn += not connection.welcome  # one that answers, and lets nobody in, may be ill
         if self.former:  # was that it?  A broker may take all connections of a user for one
             self._collisions += 1
             self.former.close()
@@ -14823,6 +14840,7 @@ OPENSSL_TIMEOUT = 20.0  # seconds
 LOCK_PATIENCE = 15.0  # seconds that one command waits for another
 HOST_TICK = 30.0  # seconds between looks at invitations and the certificate
 RESTART_PAUSE = 2.0  # seconds, once Mosquitto has ended by itself
+SILENT_BROKER = 30.0  # seconds without an answer after which Mosquitto is killed, and started again
 GLANCE = 1.0  # seconds that somebody may have a lock only to see whether it is free
 BROKER_STOP = 10.0  # seconds that it may take to save all and end
 HOST_AGAIN = "hive host"  # what starts it, and mends it
@@ -15277,9 +15295,11 @@ class HostService:
         self._ended: dict[str, bytes] = {}  # last words of nodes of here that do not run, and ...
         self._bridged = float("-inf")  # ... when a bridge began, which may bring earlier ones
         heard = (self._topics.to(HOST_USER, "command"), self._topics.bridge())
-        self._client = MqttClient(
-            loop, host.login(HOST_USER), subscriptions=[(topic, 0) for topic in heard]
-        )
+        self._silent_since = float("inf")
+        self._client = MqttClient(loop, self._login(), subscriptions=[(one, 0) for one in heard])
+
+    def _login(self) -> MqttConfig:
+        return self._host.login(HOST_USER).replace(keepalive=10)  # a broker that hangs is missed
 
     def start(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -15351,7 +15371,7 @@ class HostService:
 
     def _reread(self) -> None:
         """The files were changed: some of it Mosquitto reads only at its start."""
-        self._client.set_broker(self._host.login(HOST_USER))
+        self._client.set_broker(self._login())
         if self._broker and self._host.conf.read_text() != self._conf:
             self._broker.terminate()
         else:
@@ -15380,10 +15400,19 @@ class HostService:
         go_on()
 
     def on_connected(self) -> None:
+        self._silent_since = float("inf")
         self._log.info("hosting the hive", at=self._client.settings.address)
 
     def on_disconnected(self, reason: str) -> None:
+        """One that runs and answers nobody hangs; 2.0.11 may, after a bridge was cut."""
         self._log.debug("no broker, trying again", why=reason)
+        silent = re.search("timed out|no answer", reason) and self._broker
+        now = self._loop.clock()
+        self._silent_since = min(self._silent_since, now) if silent else float("inf")
+        if self._broker and now - self._silent_since > SILENT_BROKER:
+            self._log.error("Mosquitto answers nobody, and is killed", why=reason)
+            self._silent_since = float("inf")
+            self._broker.kill()
 
     def deliver(self, message: IncomingMessage) -> None:
         """Who was invited says which password it will have; the topic says who that is."""
