@@ -12,6 +12,7 @@
 # make bench    how long things take, beside their peers, in one run
 # make bench-journal  the same for messages a second, and for send
 # make bench-fleet  what 10, 100 and 1000 nodes cost, and how soon a death is noticed
+# make bench-members  the memory of a daemon that knows up to 10,000 others
 # make mutants  how tight the tests are: which of N=150 small mistakes in hive.py they find
 # make faults   what survives which fault, counted, as a table
 # make bench-broker   what the embedded broker does, beside Mosquitto
@@ -123,6 +124,9 @@ bench: $(VENV)/tools mosquitto  ## RUNS=7, beside commit BASE=8360744
 bench-fleet: $(VENV)/tools mosquitto  ## Linux only; NODES=10,100
 	$(python) tests/bench_fleet.py $(if $(NODES),--nodes $(NODES))
 
+bench-members: $(VENV)/tools mosquitto  ## Linux only
+	$(python) tests/bench_members.py
+
 bench-broker: $(VENV)/tools mosquitto
 	$(python) tests/bench_broker.py
 
@@ -217,5 +221,5 @@ clean:  ## remove what make has made
 	rm -rf $(VENV) dist .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
-  bench-broker bench-fleet bench-journal brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean \
+  bench-broker bench-fleet bench-journal bench-members brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean \
   test-web pictures chromium test-agents tmux npm

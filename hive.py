@@ -55,7 +55,7 @@ tokens; only what needs judgment wakes an agent.
 #           Mosquitto   a configuration of it that serves one hive and nobody else
 #                       <- Packets, MqttClient, Setup
 #           Hosting     one that this user runs for a hive, and who may come in
-#                       <- Process, Database, MqttClient, Setup, Mosquitto
+#                       <- Journal, Process, Database, Members, MqttClient, Setup, Mosquitto
 #           Join        one line makes a machine a node of a hive
 #                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
 #                       Hosting
@@ -381,6 +381,7 @@ CUT_SHORT = " [cut by hive: more than the broker takes]"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
 EVERYONE, ANYONE = "all", "any"
+READ_JOURNAL = "hive.journal"  # the action that each node does itself, for whom its journal is
 URGENCIES = ("now", "later")
 
 
@@ -417,6 +418,7 @@ CHANNELS = {
 }
 PRIVATE = "~"  # how the last level of a topic begins that is no sender's name
 RESERVED = (EVERYONE, ANYONE, "meta", "state", "roster", *CHANNELS)  # no node's name
+NO_NODE = "@"  # how a name begins at the broker that is no node's: the host's, a bridge's
 
 
 def node_name(value: object) -> str:
@@ -710,6 +712,10 @@ class Topics(Value):
         names = dict.fromkeys([*names, EVERYONE])
         return [topic for name in names for topic in self.from_anybody(name)]
 
+    def bridge(self, name: str = "+") -> str:
+        """Where a bridge to another site says "1" when it is there, and "0" when it is cut."""
+        return f"{self.prefix}/{EVERYONE}/{name}"
+
     def private(self, name: str, token: str) -> str:
         """A topic of a node's own, for itself; where a daemon hears it, it is not meant.
 
@@ -737,6 +743,7 @@ class Do(Enum):
     WAKE = "say it to agents of this node"
     HEAR = "take it as a sign of life"
     REFUSE = "tell the sender that nothing here can do it"
+    JOURNAL = "it asks for our journal, or is of another's: neither is written into ours"
     NOTE = "only log it"
     DROP = "it should not have come"
 
@@ -756,6 +763,7 @@ SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice 
 SIGN_OF_LIFE = Decision(Do.HEAR)
 OTHER_KIND = "its topic does not say who sent it"
 OTHER_SENDER = "its topic names another sender"
+PRIVATE_MARK = "private"  # the field of a handler's output, and of what is made of it, to say so
 RECEIPTS = "receipts"  # the field by which a sender asks what becomes of its message
 RECEIVED = "received"  # that, in words; this, or a name with what it was told or has read
 RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
@@ -769,6 +777,13 @@ PATTERN = re.compile(r"(?=.*[*?\[])[A-Za-z0-9._*?!\[\]-]{1,63}")
 def destination(value: object) -> str:
     """a name, all, any, any:TAG, tag:TAG, or a pattern as in 'web-*'"""
     return recipient_name(value) if Target.find(value) is None else str(value)
+
+
+def selection(value: object) -> str:
+    """a name, all, tag:TAG, or a pattern as in 'web-*'"""
+    if str(value).partition(":")[0] == ANYONE:
+        raise ValueError
+    return destination(value)
 
 
 class Candidate(Value):
@@ -802,6 +817,11 @@ class Target(Value):
         if said.startswith(TAGGED):
             return cls(tag=tag_name(tag))
         return cls(pattern=said) if PATTERN.fullmatch(said) else None
+
+    @property
+    def words(self) -> str:
+        """What is said of a node that is meant, or is not."""
+        return f"has the tag {self.tag}" if self.tag else f"is called like {self.pattern}"
 
     def choose(
         self, known: Iterable[Candidate], action: str, asker: str
@@ -867,7 +887,7 @@ class RoutingContext(Value):
         Whoever names a node means its agents too.
         """
         named = (self.node, *self.allow.get(rule, ()))
-        if rule not in self.allow or sender in named:
+        if sender in named or (rule not in self.allow and rule != SHARE_RULE):
             return ""
         agent = any(self.speaks_for(node, sender) for node in named)
         return "" if agent else f"{rule} does not name {sender}"
@@ -914,6 +934,9 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
         return SIGN_OF_LIFE
+    if envelope.action == READ_JOURNAL and (channel.handler or envelope.ch == "response"):
+        why = here.denies(SHARE_RULE, envelope.sender) if channel.handler else ""
+        return Decision(Do.REFUSE, why) if why else Decision(Do.JOURNAL)
     if channel.handler and envelope.action:
         if why := here.denies(handler_rule(envelope.action), envelope.sender):
             return Decision(Do.REFUSE, why)
@@ -1523,13 +1546,22 @@ class Journal:
         self._database.close()
 
     def put(self, key: str, value: object) -> None:
-        """Keep a JSON value under a key, in place of what was there."""
-        self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+        """Keep a JSON value under a key, in place of what was there; an empty one is nothing."""
+        if value:
+            self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+        else:
+            self._database.write("DELETE FROM settings WHERE key = ?", (key,))
 
     def get(self, key: str) -> dict[str, Any]:
         """What is kept under a key; nothing if nothing is."""
         rows = self._database.read("SELECT value FROM settings WHERE key = ?", (key,))
         return (read_json_object(rows[0][0]) if rows else None) or {}
+
+    def all(self, begin: str) -> dict[str, dict[str, Any]]:
+        """What is kept under each key that begins so."""
+        question = "SELECT key, value FROM settings WHERE substr(key, 1, ?) = ?"
+        rows = self._database.read(question, (len(begin), begin))
+        return {key: read_json_object(value) or {} for key, value in rows}
 
     # -- what happened --
 
@@ -2729,14 +2761,15 @@ class Requests:
         connection: Callable[[], dict[str, Any]],
         sessions: Sessions,
         numbers: Callable[[], dict[str, list[list[Any]]]],
+        ask_for_journal: Callable[[Envelope], str],
     ) -> None:
         """`send` gives why not, or nothing; `connection` tells how the node's one is.
 
-        `numbers` are those of METRICS.
+        `numbers` are those of METRICS; `ask_for_journal` leaves no row.
         """
         self._node, self._journal, self._members = node, journal, members
         self._sessions = sessions
-        self._numbers = numbers
+        self._numbers, self._ask_for_journal = numbers, ask_for_journal
         self._after_commit, self._send, self._connection = after_commit, send, connection
         # Who wants to know whether an id was published, and how to forget that when it goes.
         self._senders: dict[str, tuple[Requester, Callable[[], object]]] = {}
@@ -2826,6 +2859,16 @@ class Requests:
         names, away = given["to"].choose(known, given["action"], self._node)
         absent = {one.name: {"status": one.status, "age": one.age} for one in away}
         return {**self._connection(), "names": names, "away": absent}
+
+    def read_journal(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Ask a node for a page of its journal, which comes as an answer."""
+        exchange, text = given["exchange"], encode_json({one: given[one] for one in PAGE_FIELDS})
+        more = {"action": READ_JOURNAL, "corr": exchange}
+        question = Envelope.new(self._node, given["node"], "command", text.decode(), **more)
+        if requester not in self._listeners.get(exchange, ()):
+            self._listen(exchange, requester)
+        fault = self._ask_for_journal(question)
+        return {"error": fault} if fault else {"id": question.id}
 
     def history(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         traffic = self._journal.traffic(time.time() - 60 * MINUTES)
@@ -2949,6 +2992,11 @@ LOG_FIELDS = {
     "after": AFTER_FIELD,
     "last": RequestField(row_number, "the last so many; 0 is all of them, page by page", 0),
 }
+MAX_HOLD = 60  # seconds that a question for a journal is held until there is news
+PAGE_FIELDS = {
+    **LOG_FIELDS,
+    "hold": RequestField(integer(0, MAX_HOLD), "seconds to wait where there is no news", 0),
+}
 REQUESTS = {
     "send": Request(
         Requests.send,
@@ -3005,6 +3053,15 @@ REQUESTS = {
         {
             "to": RequestField(target_of, "which ones", required=True),
             "action": RequestField(action_name, "what they shall do", ""),
+        },
+    ),
+    "read_journal": Request(
+        Requests.read_journal,
+        "ask a node for a page of its journal; nothing of it is written into ours",
+        {
+            "node": RequestField(node_name, "which one", required=True),
+            "exchange": RequestField(identifier, "what the answers shall have", required=True),
+            **PAGE_FIELDS,
         },
     ),
     "history": Request(Requests.history, "the last hour: heartbeats, load, who wrote to whom"),
@@ -3178,7 +3235,9 @@ class Node:
             self._connection,
             self.sessions,
             self.numbers,
+            self._ask_for_journal,
         )
+        self.shared = SharedJournal(self)
         self.members.on_change = self.requests.note_change
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
@@ -3304,6 +3363,7 @@ class Node:
             call()
         self._client.send_queued()
         self.requests.show_news()
+        self.shared.look_soon()
 
     def _maintain_journal(self) -> None:
         """Now and then, in small steps."""
@@ -3329,6 +3389,10 @@ class Node:
                 self.all_heard()  # our own, which we publish last
             return
         place = self.topics.place(message.topic)
+        if place and place[1].startswith(NO_NODE):
+            if message.payload == b"0" and not message.retained:
+                self._client.send_again()  # the other site's broker may have died
+            return message.ack()
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
         self.counts["received"] += 1
@@ -3391,7 +3455,7 @@ class Node:
         if what.do is Do.REFUSE and not self._may_refuse(envelope):
             what = Decision(Do.DROP, what.reason)  # its sender hears how many there were
         row = 0
-        if what.do not in (Do.HEAR, Do.DROP):
+        if what.do not in (Do.HEAR, Do.DROP, Do.JOURNAL):
             note, content = "" if what.do is Do.WAKE else what.reason, message.payload.decode()
             row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
             what = what if row else SEEN_BEFORE
@@ -3500,6 +3564,7 @@ class Node:
                 self.log.debug("received", **facts)
             case _:
                 idle = what.do is Do.NOTE and not envelope.urgent  # the journal has it
+                idle = idle or what.do is Do.JOURNAL
                 say = self.log.debug if idle else self.log.info
                 note = what.reason if what.do in (Do.NOTE, Do.REFUSE) else None
                 say("received", **facts, note=note)
@@ -3526,6 +3591,11 @@ class Node:
                 self.worker.wake(envelope, row, what, until)
             case Do.HEAR:
                 self.members.hear(envelope)
+            case Do.JOURNAL if CHANNELS[envelope.ch].handler:
+                asker = self.members.node_of(envelope.sender) or envelope.sender
+                self.shared.ask(envelope, asker)
+            case Do.JOURNAL:
+                self._take_note(envelope)
             case Do.REFUSE:
                 self._refuse(envelope, what.reason)
             case Do.NOTE | Do.DROP:
@@ -3638,6 +3708,16 @@ class Node:
         self.commit_soon()
         return ""
 
+    def _ask_for_journal(self, question: Envelope) -> str:
+        """Ask a node, or this one itself, for its journal; why not, if so."""
+        if question.to == self.name:
+            self.shared.ask(question)
+        elif self.journal.outbox_full:
+            return "too much waits for the broker"
+        else:
+            self.shared.send(question)
+        return ""
+
     def published(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
         self.commit_soon()
@@ -3715,6 +3795,126 @@ class Node:
                 self.tell_own_agents(alert, "its time to live was over")
         self.commit_soon()
         self._watch_pending_requests()
+
+
+MAX_PAGE = 64 * KIB  # bytes of a journal that are shown at once
+MAX_QUESTIONS, MAX_ALL_QUESTIONS = 8, 64  # that wait here, of one node and of all
+MAX_SHARED_TEXT = 1000  # characters
+
+
+class JournalQuestion:
+    """Somebody wants to read on in our journal, and waits for its turn, or for news."""
+
+    def __init__(self, envelope: Envelope, asker: str, given: dict[str, Any], until: float) -> None:
+        """`asker`: a node, or nobody: it is a command of ours.  Answered `until` at the latest."""
+        self.envelope, self.asker, self.given, self.until = envelope, asker, given, until
+        self.seen = -1  # the newest row when it was last looked at
+
+
+class SharedJournal:
+    """Shows this node's journal: by the page, or when there is news.
+
+    Whatever is asked, it takes a twentieth of the daemon's time.  No row is written about it:
+    that one would be news to whoever follows, and so on for ever.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node, self._loop, self._journal = node, node.loop, node.journal
+        self._waiting: list[JournalQuestion] = []
+        self._looking = False  # will it look at one of them soon?
+        self._free = 0.0  # when it may, on the loop's clock
+
+    def ask(self, question: Envelope, asker: str = "") -> None:
+        """Take a question; of too many the oldest is forgotten, and may come again."""
+        said = read_json_object(question.text) or {"last": MAX_ROWS}
+        try:
+            given = {name: one.read(name, said.get(name)) for name, one in PAGE_FIELDS.items()}
+        except UsageError as error:
+            return self._node.refuse(question, str(error))
+        if asker and not given["after"]:
+            self._node.log.info("journal is read", by=question.sender)
+        theirs = [one for one in self._waiting if one.asker == asker]
+        if len(theirs) >= MAX_QUESTIONS or len(self._waiting) >= MAX_ALL_QUESTIONS:
+            self._waiting.remove((theirs or self._waiting)[0])
+        until = self._loop.clock() + given["hold"]
+        self._waiting.append(JournalQuestion(question, asker, given, until))
+        self._loop.after(given["hold"], self.look_soon)
+        self.look_soon()
+
+    def look_soon(self) -> None:
+        """Somebody asks, there may be news, or it was awaited long enough."""
+        if not self._looking and self._ready():
+            self._looking = True
+            self._loop.after(max(0.0, self._free - self._loop.clock()), self._look)
+
+    def _ready(self) -> list[JournalQuestion]:
+        now, newest = self._loop.clock(), self._journal.newest
+        return [one for one in self._waiting if one.seen != newest or one.until <= now]
+
+    def _look(self) -> None:
+        """Answer the next question, or see that there is nothing for it yet."""
+        self._looking, began = False, self._loop.clock()
+        self._journal.commit()  # what a crash could take back is shown to nobody
+        for one in self._ready()[:1]:
+            self._waiting.remove(one)
+            newest = self._journal.newest
+            try:
+                rows = log_page(self._journal, one.given)["rows"]
+                if rows or one.until <= began:
+                    self._answer(one, self._page(rows, newest, one.asker))
+                else:
+                    one.given, one.seen = {**one.given, "after": newest, "last": 0}, newest
+                    self._waiting.append(one)
+            except UsageError as error:
+                self._node.refuse(one.envelope, str(error))
+        self._free = began + 20 * (self._loop.clock() - began)
+        self.look_soon()
+
+    def _page(self, rows: Iterable[Mapping[str, Any]], newest: int, asker: str) -> str:
+        """As many rows as an answer may hold; `after` is where to read on."""
+        page: list[dict[str, Any]] = []
+        texts = self._node.config.journal.share_texts or not asker
+        room = min(self._node.room(self._node.topics.to(asker, "response")), MAX_PAGE) - KIB
+        for row in rows:
+            page.append(shared_row(row, texts, private=not asker))
+            room -= 2 * len(encode_json(page[-1]))  # it is quoted once more on its way
+            if room < 0 and page[1:]:
+                page.pop()
+                break
+        after = page[-1]["n"] if page else newest
+        return encode_json({"rows": page, "after": after, "more": after < newest}).decode()
+
+    def _answer(self, question: JournalQuestion, page: str) -> None:
+        answer = question.envelope.reply(self._node.name, page, action=READ_JOURNAL)
+        if not question.asker:
+            self._node.requests.heard(answer)
+        elif self._journal.takes_answer(self._node.topics.of(answer)):
+            self.send(answer)
+
+    def send(self, envelope: Envelope) -> None:
+        """Send a question or an answer; whoever misses it asks again."""
+        until = time.time() + MAX_HOLD
+        self._journal.enqueue(self._node.topics.of(envelope), envelope.encode(), until=until)
+        self._node.commit_soon()
+
+
+def shared_row(row: Mapping[str, Any], texts: bool, private: bool) -> dict[str, Any]:
+    """A row as others may see it: the beginning of its note, that of its text, or none.
+
+    What a handler called private is shown to those who may see what is `private`.
+    """
+    document, note, shown = row["envelope"], str(row["note"]), None
+    if not note.startswith(RECEIPT_NOTE):
+        note = re.split("[:;(]", note)[0].rstrip()
+    if texts and document and (private or not is_private(document)):
+        shown = {"text": cut_end(document["text"], MAX_SHARED_TEXT)}
+    return {**row, "note": note, "envelope": shown}
+
+
+def is_private(document: Mapping[str, Any]) -> bool:
+    """Does a message hold what a handler called so?  Older nodes do not mark it."""
+    said = read_json_object(document["text"]) or {}
+    return document.get(PRIVATE_MARK) is True or said.get(PRIVATE_MARK) is True
 
 
 # ---- Work: who runs next, what became of it, and what agents say -------------------------
@@ -4167,13 +4367,16 @@ class Work(Worker):
         words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
         self._journal.record_result(envelope, time.time(), words)
         said = document["result"] if isinstance(document["result"], dict) else {}
-        hidden = {"result": {"private": True}} if said.get("private") is True else {}
+        hidden = {PRIVATE_MARK: True} if said.get(PRIVATE_MARK) is True else {}
         if self._handler_config(run.action).publish:
-            self._node.keep_result(envelope, document | hidden)
-        if run.scheduled:
-            self._scheduled_run_ended(run.scheduled, envelope, result, said)
+            self._node.keep_result(envelope, document | ({"result": hidden} if hidden else {}))
         else:
-            self._node.send(answer_to(envelope, self._node.name, result))
+            hidden = {PRIVATE_MARK: True}
+        if run.scheduled:
+            self._scheduled_run_ended(run.scheduled, envelope, result, said, hidden)
+        else:
+            answer = answer_to(envelope, self._node.name, result)
+            self._node.send(answer.replace(extra=hidden))
         if run.task:
             self._journal.remove_task(run.task)
         self._node.commit_soon()
@@ -4253,6 +4456,7 @@ class Work(Worker):
         envelope: Envelope,
         result: ProcessResult,
         said: Mapping[str, object],
+        hidden: Mapping[str, object],
     ) -> None:
         """Write down how it ended; wake the agent if that is news.  One commit has it all.
 
@@ -4275,7 +4479,7 @@ class Work(Worker):
             ch = "status" if result.ok or news else "alert"
             answer = cut(f"{one.config.action} {words}: {text}", MAX_ERROR)
             now = not news or said.get("urgency") != "later"
-            told = envelope.reply(self._node.name, answer, ch=ch)
+            told = envelope.reply(self._node.name, answer, ch=ch).replace(extra=hidden)
             self._node.tell_own_agents(told, "scheduled", now)
 
     # -- agents --
@@ -4661,6 +4865,9 @@ def tag_names(value: object) -> tuple[str, ...]:
     return tuple(tag_name(tag) for tag in (value if isinstance(value, list) else [value]))
 
 
+SHARE_RULE = "[journal] share"
+
+
 def handler_rule(action: str) -> str:
     return f"[handlers.{action}] allow"
 
@@ -4803,7 +5010,9 @@ class MqttConfig(ConfigTable):
         None, file_path, "a file with the password in its first line", "mqtt-password"
     )
     keepalive: int = setting(
-        30, integer(5, 65535, "whole seconds"), "seconds until a silent connection is checked"
+        6,
+        integer(5, 65535, "whole seconds"),
+        "a node that is silent for 1.5 times so many seconds is lost",
     )
     protocol: str = setting(
         "5", choice("5", "3.1.1"), "MQTT version; 3.1.1 is tried where 5 is refused or not answered"
@@ -5034,6 +5243,10 @@ class JournalConfig(ConfigTable):
 
     keep_days: int = setting(7, count, "days until it is forgotten")
     max_mb: int = setting(64, count, "megabytes of it; beyond, the oldest texts go first")
+    share: tuple[str, ...] = setting(
+        (), node_names, "who may read it with hive log --of; else nobody", ["alpha"]
+    )
+    share_texts: bool = setting(False, boolean, "the texts too, but what a handler calls private")
 
 
 class LoggingConfig(ConfigTable):
@@ -5092,6 +5305,7 @@ class Config(Value):
         """Who alone may run a handler or wake an agent, by the rule that says so."""
         rules = {handler_rule(action): one.allow for action, one in self.handlers.items()}
         rules |= {agent_rule(one.name): one.allow for one in self.oc_instances}
+        rules[SHARE_RULE] = self.journal.share or None  # without a rule it is for nobody
         return {rule: names for rule, names in rules.items() if names is not None}
 
     @property
@@ -5947,6 +6161,8 @@ def objection_to(file: Path) -> str | None:
         action_name(file.name)
         if file.name in META_DOCUMENTS:
             return "this name is taken by a topic of hive's own"
+        if file.name == READ_JOURNAL:
+            return "this is done by hive itself"
         status = file.stat()
         objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
@@ -7435,9 +7651,11 @@ MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
 MAX_DOCUMENTS = 24 * KIB * KIB  # bytes of all that are kept
 PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
+STAMPS = {"state": "last_seen", "roster": "ts"}  # when a document was made, in Unix seconds
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
 DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
+STALL = 5.0  # the same, of one that fell silent before: its network may be back in a moment
 MAX_DOUBT = 60.0  # seconds; by then our own connection would have ended with the broker
 MAX_LOSSES = 30  # that are announced one by one in a minute; of more there is one alert for all
 MANY_LOST = "lost::many"  # its corr; no name is like that
@@ -7456,6 +7674,7 @@ PASSING = (
     "counters",
 )  # no news
 WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
+AGENTS_OF = "agents of "  # a key of the journal for each node that has some
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
 
@@ -7591,39 +7810,55 @@ class AgentNames:
 
     def __init__(self, journal: Journal, log: Log) -> None:
         self._journal, self._log = journal, log
-        known = journal.get("agents").items()
-        self._nodes = {agent: node for agent, node in known if isinstance(node, str)}
-        self._sessions = {*journal.get("sessions of all")}  # those of them that are none configured
+        self._nodes = dict[str, str]()  # whose each is
+        self._of = dict[str, dict[str, bool]]()  # node: its agents; is it a session, and no other?
         self._refused: set[tuple[str, str]] = set()  # what has been logged
+        for key, agents in journal.all(AGENTS_OF).items():
+            self._of[key.removeprefix(AGENTS_OF)] = {
+                one: is_ is True for one, is_ in agents.items()
+            }
+        for node, agents in self._of.items():
+            self._nodes |= dict.fromkeys(agents, node)
+        if before := journal.get("agents"):  # as one, up to 0.2.0
+            sessions = journal.get("sessions of all")
+            for node in {*before.values()}:
+                mine = [agent for agent, of in before.items() if of == node]
+                self._keep(str(node), {agent: agent in sessions for agent in mine})
+            journal.put("agents", {})
 
     def node_of(self, agent: str) -> str | None:
         return self._nodes.get(agent)
 
     def is_session(self, agent: str) -> bool:
-        return agent in self._sessions
+        return self._of.get(self._nodes.get(agent, ""), {}).get(agent, False)
 
     def take(
         self, node: str, roster: Mapping[str, Any], keeper: Callable[[str], str | None]
     ) -> None:
         """A roster names its agents; `keeper` tells who does not give a name away."""
         agents, sessions = names_in(roster, "agents"), names_in(roster, "sessions", "away")
-        sessions -= agents
-        agents |= sessions
-        kept = {one: of for one, of in self._nodes.items() if of != node or one in agents}
-        for agent in sorted(agents):
+        before, now = self._of.get(node, {}), dict[str, bool]()
+        room = MAX_MEMBERS - len(self._nodes) + len(before)
+        for agent in sorted(agents | sessions):
             owner = keeper(agent)
             if owner not in (None, node):
                 self._refuse(node, agent, owner)
-            elif len(kept) < MAX_MEMBERS:
-                kept[agent] = node
-        if kept != self._nodes:
-            self._nodes = kept
-            self._journal.put("agents", kept)
-        before = {one for one in self._sessions if kept.get(one) not in (None, node)}
-        now = before | {one for one in sessions if kept.get(one) == node}
-        if now != self._sessions:
-            self._sessions = now
-            self._journal.put("sessions of all", dict.fromkeys(sorted(now), True))
+            elif len(now) < room:
+                now[agent] = agent not in agents
+        for agent in (now.keys() - before.keys()) & self._nodes.keys():  # from one that is gone
+            loser = self._nodes[agent]
+            self._keep(loser, {one: is_ for one, is_ in self._of[loser].items() if one != agent})
+        if now != before:
+            self._keep(node, now)
+
+    def _keep(self, node: str, agents: dict[str, bool]) -> None:
+        """Those of one node: to write down all at each roster takes a large hive minutes."""
+        for agent in self._of.pop(node, {}):
+            del self._nodes[agent]
+        self._nodes |= dict.fromkeys(agents, node)
+        if agents:
+            self._of[node] = agents
+        self._journal.put(AGENTS_OF + node, agents)
 
     def claimants(self, agent: str) -> list[str]:
         """Who else lists it, or has."""
@@ -7656,16 +7891,18 @@ class Members:
         self.presence: Presence | None = None  # what this node shows of itself, if it does
         self.on_change: Callable[[], object] = lambda: None  # somebody is not as before
         self._me, self._own, self._checked_hive = config.node.id, config.heartbeat, config.checked
+        self._patience = 1.5 * config.mqtt.keepalive  # of the broker, with one that is silent
         self._loop, self._log = loop, log
         self._send, self._probe, self._fetch = send, probe, fetch
         self._agents = AgentNames(journal, log)
         self._members: dict[str, Member] = {}  # in the order in which they last said something
+        self._alive: dict[str, Member] = {}  # those of them that are
         self._size = 0  # bytes of all documents
         self._checked = self._started = loop.clock()
         self._last_failure = self._probed = float("-inf")
         self._proving: list[Callable[[], None]] = []  # losses that wait for that
         self._silent = False
-        self._limit = RateLimit(MAX_LOSSES)
+        self._limit, self._namesakes = RateLimit(MAX_LOSSES), RateLimit(1)
         self._summary: Timer | None = None  # when those are announced that were too many
         self._summed = float("-inf")  # when that was last done
 
@@ -7681,8 +7918,10 @@ class Members:
         boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
         boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
         if envelope.sender == self._me:
-            if self.presence:
-                self.presence.answer(boot, said.get("seq"))
+            if self.presence and boot == self.presence.instance:
+                self.presence.hear_own(said.get("seq"))
+            elif self.presence:
+                self._hear_namesake(asked=envelope.to == self._me)
             return self._beat(envelope.sender, said)
         news = self.heartbeat_from(
             envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
@@ -7695,6 +7934,14 @@ class Members:
         if first and self._limit.allow("back", self._loop.clock()):
             text = f"{envelope.sender} is back"
             self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
+
+    def _hear_namesake(self, asked: bool) -> None:
+        """Another one asks before it begins; two that run met over a bridge between their sites."""
+        if asked and self.presence:
+            self.presence.answer()
+        elif self._namesakes.allow("", self._loop.clock()):
+            hint = "names are unique in a hive: rename one, or expel it"
+            self._log.error("another node has our name too", name=self._me, hint=hint)
 
     def _beat(self, name: str, said: Mapping[str, Any]) -> None:
         """For the history of whoever is known."""
@@ -7743,12 +7990,15 @@ class Members:
             self._agents.take(name, content, keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
+        if name == self._me and self.presence and not message.retained:
+            self.presence.check_own(kind, content)
         if any(content.get(k) != before.get(k) for k in {*content, *before} - {*PASSING}):
             self.on_change()
 
     def _forget(self, name: str) -> None:
         """Somebody has removed its state: it will not come back, or else is new when it does."""
         member = self._members.pop(name, None)
+        self._alive.pop(name, None)
         if member:
             self._agents.take(name, {}, self._keeper)
             self._size -= len(member.documents.pop("state", b""))
@@ -7768,7 +8018,8 @@ class Members:
                 self.expect(name, now, seen=seen, interval=interval)
         elif status == "offline" and state.get("reason") == "connection lost":
             if self.mark_failed(name, now):
-                self._lost(name, now, "its connection died")
+                silent = now - self._members[name].heard >= self._patience
+                self._lost(name, now, "its connection died", STALL if silent else DOUBT)
         elif state.get("reason") == "lost":
             pass  # an older hive's judgement, written over what the node itself said
         elif status == "offline" and self.mark_left(name):
@@ -7792,6 +8043,8 @@ class Members:
             )
             self._size -= size
             del self._members[of].documents[longest]
+            if self._limit.allow("full", self._loop.clock()):
+                self._log.error("too many documents: not known here", peer=of, most=MAX_DOCUMENTS)
 
     def document(self, name: str, kind: str) -> dict[str, Any]:
         """The last state or roster of one name, as it came."""
@@ -7933,6 +8186,8 @@ class Members:
         member.interval = min(max(low, interval or self._own.interval), high)  # NaN is low
         member.status, member.heard, member.seen = MemberStatus.ALIVE, now, seen
         member.beats += 1
+        if name in self._members:
+            self._alive[name] = member
         member.boot, member.announced, member.failed = boot or old_boot, False, None
         member.is_node = True
         if before is MemberStatus.FAILED:
@@ -7959,17 +8214,15 @@ class Members:
         if member is None or member.status is not MemberStatus.ALIVE:
             return False
         member.status, member.failed = status, failed
+        del self._alive[name]
         self.on_change()
         return True
 
     def failed_since(self, now: float) -> list[str]:
         """Those who have just missed too many heartbeats; each is named once."""
-        late = [
-            name
-            for name, member in self._members.items()
-            if member.status is MemberStatus.ALIVE
-            and is_overdue(now - member.heard, member.interval, self._own.miss_threshold)
-        ]
+        missed = self._own.miss_threshold
+        late = [one for one, it in self._alive.items() if now - it.heard > it.interval * missed]
+        late.sort(key=lambda one: self._alive[one].heard)
         return [name for name in late if self.mark_failed(name, now)]
 
     def grant_grace(self, now: float) -> None:
@@ -7980,9 +8233,10 @@ class Members:
 
     def doubt_losses(self) -> None:
         """Our own connection has died: whom we have just lost may be well."""
-        for member in self._members.values():
+        for name, member in self._members.items():
             if member.status is MemberStatus.FAILED and not member.announced:
                 member.status, member.failed = MemberStatus.ALIVE, None
+                self._alive[name] = member
 
     def mark_announced(self, corr: str, by: str) -> None:
         """Somebody has told the hive of the loss with this correlation id.
@@ -7990,22 +8244,20 @@ class Members:
         It counts if that one lives and stands before us in the line, or is us; no other can keep
         us silent.
         """
-        before = by < self._me and by in self.alive()
+        before = by < self._me and by in self._alive
         for name, member in self._members.items():
             many = corr == MANY_LOST and member.status is MemberStatus.FAILED
             told = (many or loss_of(name) == corr) and name != by
             if told and (before or by == self._me):
                 member.announced = True
 
-    def alive(self) -> list[str]:
-        """Names of the peers that are alive, in order."""
-        return sorted(
-            name for name, one in self._members.items() if one.status is MemberStatus.ALIVE
-        )
+    def alive(self) -> Collection[str]:
+        """Names of the peers that are alive."""
+        return self._alive.keys()
 
     def rank(self, about: str) -> int:
         """Our place in line to speak for all about one of them: 0 is first."""
-        return sum(name < self._me for name in self.alive() if name != about)
+        return sum(name < self._me for name in self._alive if name != about)
 
     # -- who is missed --
 
@@ -8019,26 +8271,26 @@ class Members:
             names = [name for name in names if self._members[name].proven]
         for name in names[: 10 * MAX_LOSSES]:  # the others are told of with these
             silence = now - self._members[name].heard
-            self._lost(name, now, f"no heartbeat for {silence:.0f} s")
+            self._lost(name, now, f"no heartbeat for {silence:.0f} s", DOUBT)
         self._miss_documents()
 
     def _miss_documents(self) -> None:
         """Ask once for what those who live left where no wildcard finds it: RabbitMQ is so."""
         missed = list[str]()
-        for name, member in self._members.items():
-            if member.status is MemberStatus.ALIVE and len(member.documents) < 2:
+        for name, member in self._alive.items():
+            if len(member.documents) < 2:
                 member.looks += 1
                 if member.looks == 2 and len(missed) < MAX_FETCH:
                     missed.append(name)
         if missed:
             self._fetch(missed)
 
-    def _lost(self, name: str, now: float, why: str) -> None:
+    def _lost(self, name: str, now: float, why: str, doubt: float) -> None:
         self._log.warning("peer is lost", peer=name, why=why)
         self._last_failure = now
-        self._consider(name, now, why)
+        self._consider(name, now, why, now + doubt)
 
-    def _consider(self, name: str, failed: float, why: str) -> None:
+    def _consider(self, name: str, failed: float, why: str, quiet: float) -> None:
         """Tell the hive of a loss in our turn, unless somebody did, or it was none.
 
         When a broker stops, everyone seems to die, one after the other, and our own connection
@@ -8048,9 +8300,9 @@ class Members:
         member, now = self._members.get(name), self._loop.clock()
         if self._silent or not member or member.failed != failed or member.announced:
             return
-        again = partial(self._consider, name, failed, why)
+        again = partial(self._consider, name, failed, why, quiet)
         turn = self.rank(about=name) * max(1.0, self._own.interval / 2)
-        quiet, latest = max(failed, self._last_failure) + DOUBT, failed + MAX_DOUBT
+        quiet, latest = max(quiet, self._last_failure + DOUBT), failed + MAX_DOUBT
         if now < min(quiet, latest) + turn:
             self._loop.after(min(quiet, latest) + turn - now, again)
         elif self._probed < quiet and now < latest + turn:
@@ -8101,7 +8353,7 @@ class Members:
 class OwnStatus(Value):
     """What this node can tell of itself, besides that it is alive."""
 
-    agents: Mapping[str, Mapping[str, str]]  # status and reason of each
+    agents: Mapping[str, Mapping[str, object]]  # status, reason, next try of each
     handlers: Sequence[str]
     schedule: Sequence[Mapping[str, object]]
     trouble: str  # why it is degraded, or nothing
@@ -8156,13 +8408,13 @@ class Presence:
         publish: Callable[[OutgoingMessage], None],
         room: Callable[[str], int],
         status: Callable[[], OwnStatus],
-        known: Callable[[], list[str]],
+        known: Callable[[], Collection[str]],
         counts: Mapping[str, int],
     ) -> None:
         """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
-        self._tags = [*config.node.tags]
-        self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
+        self._tags, self._shares = [*config.node.tags], bool(config.journal.share)
+        self._loop, self.instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
         self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
@@ -8171,6 +8423,8 @@ class Presence:
         self.interval = config.heartbeat.interval  # seconds until the next heartbeat
         self._beaten = self._shown_at = float("-inf")
         self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
+        self._stamps: dict[str, object] = {}  # of our documents as they were last published
+        self._wrong = set[str]()  # kinds of them of which another one went round
 
     def begin(self) -> None:
         """The broker is there: show everything."""
@@ -8199,12 +8453,14 @@ class Presence:
         """By which interval a state is judged: what needs no heartbeat to know is no hurry."""
         return max(self.interval, (len(self._known()) + 1) / MAX_RENEWALS)
 
-    def answer(self, boot: str, seq: object) -> None:
-        """Our own heartbeat is back; or another daemon asks whether our name is taken."""
-        silence = self._loop.clock() - self._beaten
-        if boot == self._instance and seq == self._beat:
-            self._rtt = max(1, round(1000 * silence))
-        elif boot != self._instance and silence >= MIN_BEAT_GAP:
+    def hear_own(self, seq: object) -> None:
+        """A heartbeat of ours has been to the broker, and is back."""
+        if seq == self._beat:
+            self._rtt = max(1, round(1000 * (self._loop.clock() - self._beaten)))
+
+    def answer(self) -> None:
+        """Another daemon asks whether our name is taken."""
+        if self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
             self.beat()
 
     def beat(self) -> None:
@@ -8222,12 +8478,25 @@ class Presence:
         A state is judged by its `last_seen`, by hives of any version: stale if it is older than
         all heartbeats that may be missed.  So it is renewed one heartbeat before that.
         """
+        if "roster" in self._wrong:
+            self.publish_roster()
         now, states = self._loop.clock(), self._states("online")
+        if "state" in self._wrong:
+            self._shown = []
+        self._wrong.clear()
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
         due = self._shown_at + self._renewal * (self._own.miss_threshold - 1)
         if news != self._shown or now + 0.9 * self.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
             self._publish_states(states)
+
+    def check_own(self, kind: str, document: Mapping[str, Any]) -> None:
+        """With the next heartbeat say again what we said last, if others hear something older.
+
+        A bridge that is there again brings it, as the other site was told; or our will comes late.
+        """
+        if document.get(STAMPS[kind]) != self._stamps.get(kind):
+            self._wrong.add(kind)
 
     def end(self) -> None:
         """The last words."""
@@ -8249,7 +8518,7 @@ class Presence:
             "load_1m": load_1m(),
             "interval": self.interval,
             "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
-            "boot": self._instance,
+            "boot": self.instance,
             "seq": self._seq,
         }
         text = encode_json(said).decode()
@@ -8263,7 +8532,7 @@ class Presence:
             "status": "degraded" if status == "online" and own.trouble else status,
             "last_seen": int(time.time()),
             "uptime_s": round(self._loop.clock() - self._started, 1),
-            "known_peers": known if len(known) <= MAX_KNOWN else [],  # or each would tell of all
+            "known_peers": sorted(known) if len(known) <= MAX_KNOWN else [],  # or all tell of all
             "daemon_node": self._node,
             "version": f"{__version__} ({self.build})",
             "load_1m": load_1m(),
@@ -8272,10 +8541,11 @@ class Presence:
             "outbox": own.outbox,
             "rtt_ms": self._rtt,
             "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
-            "instance": self._instance,
+            "instance": self.instance,
             "interval": self._renewal,
             "miss_threshold": self._own.miss_threshold,
             "host": socket.gethostname(),
+            "shares_journal": self._shares,
             "counters": self._counts,
         }
         state = with_reason(document, reason or own.trouble)
@@ -8290,6 +8560,8 @@ class Presence:
     def _publish_document(self, name: str, kind: str, document: Mapping[str, Any]) -> None:
         """Publish it, without what can be spared where all of it is too large."""
         topic = self._topics.meta(name, kind)
+        if name == self._node:
+            self._stamps[kind] = document[STAMPS[kind]]
         room, spared = min(self._room(topic), MAX_STATE), {**document}
         for key in SPARED:
             if len(encode_json(spared)) > room and spared.pop(key, None) is not None:
@@ -10381,12 +10653,14 @@ RESEND_WITHIN = 86400.0  # seconds after a crash of ours in which receivers sure
 SESSION_EXPIRY = 7 * 86400  # seconds that the broker keeps what came while we were away
 RECEIVE_MAXIMUM = 256  # messages the broker may send before we acknowledge one
 SEND_WINDOW = 20  # messages we send before the broker acknowledges one
+GIVE_UP = 2.5  # keepalives without a word of the broker: what it says may wait for TCP meanwhile
 MAX_COLLISIONS = 2  # of our connection with one to the session that we had before
 MAX_HANG_UPS = 5  # of the broker at one message, until it is given up
 LARGE_HANG_UPS = 2  # in MQTT 3.1.1, at one that is larger than any that it has taken
 SURELY_TAKEN = KIB  # bytes of a packet that any broker takes
 LIMIT_MEMORY = 3600.0  # seconds that a limit is believed which the broker has not told
 PUBLISH_OVERHEAD = 20  # bytes of a packet besides topic and payload (MQTT 5, 3.3), at most
+TCP_RTO_MAX_MS = 44  # Linux 6.15; else a network that was away 8 s is used again after 12
 READ_TURN = 0.02  # seconds that are read on at most, so that a flood does not starve the others
 READ_SIZE = 64 * KIB  # bytes that are read at once
 FIRST_SIZE = 64  # bytes that tell what kind of server it is
@@ -10400,6 +10674,7 @@ WAYS_TO_PAHO = (
 HANG_UP = "the broker closed the connection"
 NO_WELCOME = f"{HANG_UP} at once"
 NO_CONNACK = "no answer (CONNACK) in time"
+NO_PINGRESP = "no answer (PINGRESP) in time"
 UNSUPPORTED_PROTOCOL = 0x84  # MQTT 5, 3.2.2.2
 CONNACK = b"\x20"  # its first byte
 PAHO_LACKS = {1: "unsupported protocol version", 0x99: "payload format invalid"}  # in a CONNACK
@@ -10408,7 +10683,6 @@ FIRST_WORDS = {
     **{b"SSH-": "SSH", b"AMQP": "AMQP", b"\x15\x03": "TLS"},
 }
 SSL_MARKS = re.compile(r"^_ssl\.c:\d+: |^\[[^]]*\] | \(_ssl\.c:\d+\)$")  # of no use to a person
-KEEP_ALIVE_TIMEOUT = 0x8D
 PACKET_TOO_LARGE = 0x95  # MQTT 5, 3.14.2.1
 
 
@@ -10452,6 +10726,7 @@ class Transport(Protocol):
     ) -> None: ...
     def publish(self, message: OutgoingMessage) -> None: ...
     def send_queued(self) -> None: ...
+    def send_again(self) -> None: ...
     def room(self, topic: str) -> int: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
@@ -10632,6 +10907,8 @@ class MqttConnection:
         self.welcome = self.hung_up = False  # CONNACK has come; it ended before that
         self._refusal: tuple[str, int] | None = None
         self.heard = time.time()  # when the broker last said something
+        self._heard_at = self._said_at = self._loop.clock()  # the same; and when we last did
+        self._keepalive = owner.settings.keepalive
         self.window, self.max_packet = SEND_WINDOW, sys.maxsize
         self._received: deque[paho_client.MQTTMessage] = deque()
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
@@ -10721,6 +10998,9 @@ class MqttConnection:
         else:
             if sock.family != socket.AF_UNIX:  # 0.4 instead of 44 ms a turn
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if sys.platform == "linux":
+                    with contextlib.suppress(OSError):
+                        sock.setsockopt(socket.IPPROTO_TCP, TCP_RTO_MAX_MS, 1000)
             acknowledge_at_once(sock)
             self._client.on_socket_register_write = lambda *_: self._watch(write=True)
             self._client.on_socket_unregister_write = lambda *_: self._watch(write=False)
@@ -10754,7 +11034,7 @@ class MqttConnection:
             if events & selectors.EVENT_WRITE:
                 self._client.loop_write()
             if events & selectors.EVENT_READ:
-                self.heard = time.time()
+                self.heard, self._heard_at = time.time(), self._loop.clock()
                 self._read()
         except self._owner.protocol_errors as error:
             if not self._first_fault[0]:
@@ -10780,6 +11060,7 @@ class MqttConnection:
     def _deliver(self, message: paho_client.MQTTMessage) -> None:
         def ack() -> None:
             if message.qos and not self.ended:
+                self._said_at = self._loop.clock()
                 self._client.ack(message.mid, message.qos)
 
         try:
@@ -10818,8 +11099,6 @@ class MqttConnection:
         if flags.is_disconnect_packet_from_server:
             words = f"the broker ended the connection: {code}".lower()
             self._refusal = words + said_besides(properties), code.value
-        elif code.value == KEEP_ALIVE_TIMEOUT:
-            self._refusal = "no answer (PINGRESP) in time", 0
 
     def _on_connect(
         self, client: object, userdata: object, flags: object, code: Any, properties: Any
@@ -10830,6 +11109,7 @@ class MqttConnection:
         self.welcome = True
         self.window = min(SEND_WINDOW, getattr(properties, "ReceiveMaximum", SEND_WINDOW))
         self.max_packet = getattr(properties, "MaximumPacketSize", sys.maxsize)
+        self._keepalive = getattr(properties, "ServerKeepAlive", 0) or self._keepalive
         self._loop.post(self._subscribe)
 
     def _on_subscribe(
@@ -10867,17 +11147,27 @@ class MqttConnection:
             self._owner.connected()
 
     def _tick(self) -> None:
-        """Paho looks here whether a ping is due."""
-        if not self.ended:
-            self._client.loop_misc()
-            self._check()
-            self._timer = self._loop.after(self._owner.settings.keepalive / 4, self._tick)
+        """See that the other end lives, and show it that we do, before it is in doubt.
+
+        It gives us up after 1.5 times the keepalive (MQTT 5, 3.1.2.10).  A ping at half of it
+        leaves as long for a network that stalls; paho's own would come after the whole.
+        """
+        now, pause = self._loop.clock(), self._keepalive / 2
+        if now - self._heard_at >= GIVE_UP * self._keepalive:
+            self.end(NO_PINGRESP)
+        elif not self.ended:
+            if now - self._said_at >= pause:
+                self._said_at = now
+                self._client._send_pingreq()
+                self._check()
+            self._timer = self._loop.after(self._said_at + pause - now, self._tick)
 
     def publish(self, message: OutgoingMessage, expires_in: int | None) -> int:
         """Send it; its packet id, which comes back with the broker's acknowledgement."""
         properties = None
         if self.v5 and expires_in is not None:
             properties = self._properties("PUBLISH", MessageExpiryInterval=expires_in)
+        self._said_at = self._loop.clock()
         sent = self._client.publish(
             message.topic, message.payload, message.qos, message.retain, properties
         )
@@ -11011,6 +11301,7 @@ class MqttClient:
         self._inflight: dict[int, OutgoingMessage] = {}  # by packet id: not acknowledged yet
         self._held: dict[str, OutgoingMessage] = {}  # past the outbox, until the window opens
         self._again = set[int]()  # by number: acknowledged once, but perhaps not saved
+        self._doubtful = False  # shall what was acknowledged last be sent again?
         self._suspects = set[int]()  # the broker hung up at one of them: all go one by one
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
@@ -11095,13 +11386,21 @@ class MqttClient:
         """Send what is next in the outbox.  To be called when that is committed."""
         if self._outbox and self._connection and self._connection.up:
             self._outbox.saved_before = self._connection.heard - UNSAVED_SECONDS
-            room = self._room()
+            if self._doubtful and not self._inflight:
+                self._doubtful = False
+                self._again |= self._outbox.requeue(self._outbox.saved_before)
+            room = 0 if self._doubtful else self._room()
             if self._suspects:
                 room = min(room, 1 - len(self._inflight))
             if room > 0 and self._outbox.has_outgoing:
                 for message in self._outbox.next_outgoing(room, self._address):
                     self._send(message, self._address(message.topic) or "")
         self._finish_if_idle()
+
+    def send_again(self) -> None:
+        """What our broker has just handed to another one was lost if that one died."""
+        self._doubtful = True  # until what is under way has come to its end
+        self.send_queued()
 
     def _room(self) -> int:
         """How many messages at QoS 1 the broker takes now."""
@@ -11755,6 +12054,10 @@ COLOURS = {
     **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
 }
 TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
+CONDITIONS = ("online", "degraded", "stale", "stopped", "lost")
+FEW_NODES = 25  # of more, a view shows who is in trouble, and counts the rest
+MAX_TROUBLED = 10  # nodes that it shows
+MAX_GROUPS = 8  # of versions, of tags, ... that it counts
 MAX_ALERT_LINES = 6  # of an alert in the log
 ID_SHOWN = 8  # characters of an id, which are enough to ask for it
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
@@ -11921,9 +12224,9 @@ def status_summary(rows: Sequence[StatusRow]) -> str:
 
 def status_words(rows: Sequence[StatusRow], now: float) -> str:
     """How the nodes are, on one line; when those that are gone were last seen, and why one is."""
-    order = ("online", "degraded", "stale", "stopped", "lost")
-    nodes = {one: [row for row in rows if row.is_node and row.condition == one] for one in order}
-    others = len([row for row in rows if row.is_node]) - sum(map(len, nodes.values()))
+    found = [row for row in rows if row.is_node]
+    nodes = {one: [row for row in found if row.condition == one] for one in CONDITIONS}
+    others = len(found) - sum(map(len, nodes.values()))
     words = [f"{others} unknown"] if others else []
     for one, found in nodes.items():
         seen = max((row.last_seen or 0 for row in found if not row.alive), default=0)
@@ -12037,6 +12340,74 @@ def status_notes(rows: Sequence[StatusRow]) -> str:
     return "\n" + "".join(notes) if notes else ""
 
 
+def chosen_nodes(
+    nodes: Collection[str],
+    rosters: Mapping[str, Mapping[str, Any]],
+    which: Sequence[str],
+    tag: str | None,
+) -> set[str]:
+    """Whom one of `which` means, or an agent of whom; of those with the tag, where one is said.
+
+    Raises HiveError where nobody is meant by one of them.
+    """
+
+    def meant(target: Target, among: Collection[str]) -> set[str]:
+        found = set()
+        for node in among:
+            roster = rosters.get(node, {})
+            tags = words_in(roster.get("tags"))
+            names = (node, *names_in(roster, "agents", "sessions", "away"))
+            if any(target.means(Candidate(name, tags=tags), "", "") for name in names):
+                found.add(node)
+        if not found:
+            who = "node" if among is nodes else f"node with the tag {tag}"
+            hint = did_you_mean(target.pattern, among) or "what each one is: hive roster"
+            raise HiveError(f"no {who} {target.words}; {hint}")
+        return found
+
+    tagged = meant(Target(tag=tag), nodes) if tag else nodes
+    targets = [Target.find(one) or Target(pattern="*" if one == EVERYONE else one) for one in which]
+    return {node for target in targets or [Target(pattern="*")] for node in meant(target, tagged)}
+
+
+def group_table(facts: Iterable[tuple[str, str, str]]) -> str:
+    """Of (kind, value, condition), as in ("tag", "gpu", "online"): how many nodes share a value.
+
+    With a column for each condition.
+    """
+    kinds = dict[str, dict[str, Counter[str]]]()
+    for kind, value, how in facts:
+        kinds.setdefault(kind, {}).setdefault(value, Counter())[how] += 1
+    said = {how for values in kinds.values() for n in values.values() for how in n if how}
+    columns = [*(one for one in CONDITIONS if one in said), *sorted(said - {*CONDITIONS})]
+    rows = [["", "NODES", *map(str.upper, columns)]]
+    for kind, values in kinds.items():
+        most = sorted(values.items(), key=lambda item: (-item[1].total(), item[0]))
+        for value, n in most[:MAX_GROUPS]:
+            numbers = (n.total(), *(n[one] for one in columns))
+            rows.append([f"{kind} {value}", *(str(one or "-") for one in numbers)])
+        if more := most[MAX_GROUPS:]:
+            rows.append([f"{kind}: {len(more)} more", *[""] * (1 + len(columns))])
+    return format_table(rows[0], rows[1:], colour=False)
+
+
+def status_digest(
+    rows: Sequence[StatusRow], rosters: Mapping[str, Mapping[str, Any]], colour: bool
+) -> str:
+    """A large hive: some of those in trouble, and why; then how many of each kind are how."""
+    nodes = [row for row in rows if row.is_node]
+    wrong = [row for row in nodes if row.status != "online"]
+    wrong.sort(key=lambda row: row.condition == "stopped")  # as a laptop does each evening
+    shown, more = wrong[:MAX_TROUBLED], len(wrong[MAX_TROUBLED:])
+    table = status_table(shown, colour) + status_notes(shown) + "\n" if shown else ""
+    rest = f"and {more} more that are not online\n\n" if more else ""
+    facts = [("version", row.version or "-", row.condition) for row in nodes]
+    for row in nodes:
+        tags = words_in(rosters.get(row.name, {}).get("tags"))
+        facts += [("tag", printable(tag, 40), row.condition) for tag in tags]
+    return f"{table}{rest}{group_table(facts)}\neach node: hive status --all\n"
+
+
 class Metric(Value):
     """One number that monitoring may ask for, or one for each value of its labels."""
 
@@ -12122,7 +12493,7 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
             words_of(document.get("tags")) or "-",
             words_of(document.get("agents")) or "-",
             words_of(document.get("handlers")) or "-",
-            f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})",
+            roster_version(document),
             printable(document.get("system"), 30),
         )
         for name, document in sorted(documents.items())
@@ -12130,6 +12501,21 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
     if all(tags == "-" for _, tags, *_ in rows[1:]):
         rows = [(name, *rest) for name, _, *rest in rows]
     return format_table(rows[0], rows[1:], colour)
+
+
+def roster_version(document: Mapping[str, Any]) -> str:
+    return f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})"
+
+
+def roster_digest(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """A large hive: how many nodes have what."""
+    facts = [("version", roster_version(one), "") for one in documents.values()]
+    for kind, key in (("system", "system"), ("tag", "tags"), ("handler", "handlers")):
+        for one in documents.values():
+            said = one.get(key)
+            words = words_in(said if isinstance(said, list) else [said])
+            facts += [(kind, printable(word, 40), "") for word in words]
+    return f"{group_table(facts)}\neach node: hive roster --all\n"
 
 
 def clock_time(at: object) -> str:
@@ -12176,6 +12562,7 @@ def log_line(row: Mapping[str, Any], width: int) -> str:
     peer = row["to"] if row["event"] == "out" else row["from"]
     id = str(row["id"] or row["exchange"])[:ID_SHOWN]
     when, action = clock_time(row["time"]), f"{row['action']}: " if row["action"] else ""
+    when += f" {row['node']:<10}" if "node" in row else ""
     line = f"{when} {row['event']:<3} {peer:<10} {row['ch']:<8} {id:<8} {action}{row_text(row)}"
     return printable(line, width)
 
@@ -12597,7 +12984,7 @@ def named_targets(to: str, action: str | None, said: Mapping[str, Any]) -> list[
     """The names in the answer to `targets`; raises HiveError where nobody is meant, or is there."""
     target, away = Target.find(to) or Target(), said["away"]
     can = f" offers {action}" if action else " has an agent"
-    what = f" has the tag {target.tag}" if target.tag else f" is called like {target.pattern}"
+    what = f" {target.words}"
     if target.one:
         what = (f" of tag {target.tag}" if target.tag else "") + can
     if said["names"]:
@@ -12811,7 +13198,9 @@ def is_terminal(stream: IO[str]) -> bool:
 class StatusFeed:
     """How all nodes are, as this node's daemon tells it; the daemon may go and come."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, which: Sequence[str], tag: str | None) -> None:
+        """`which` and `tag` are those that are looked at, as chosen_nodes() has it."""
+        self._which, self._tag = which, tag
         self.rows: list[StatusRow] = []  # the nodes
         self.node, self.broker = config.node.id, "its broker"
         self.fault = ""  # why what is known is old
@@ -12829,6 +13218,8 @@ class StatusFeed:
             return
         try:
             said = self.control.ask({"do": "watch"})
+            chosen = self._which or self._tag
+            rosters = self.control.ask({"do": "roster"})["rosters"] if chosen else {}
         except DaemonError as error:
             return self._lose(error)
         if "error" in said:
@@ -12839,7 +13230,11 @@ class StatusFeed:
             self.at = time.time()
             rows = status_rows(said["states"], self._config.heartbeat, self.at)
             self.rows = [row for row in rows if row.is_node]
+        if chosen and self.rows:
+            names = chosen_nodes([row.name for row in self.rows], rosters, self._which, self._tag)
+            self.rows = [row for row in self.rows if row.name in names]
         self.due += min(self._config.heartbeat.interval, WATCH_EVERY)
+        self.hear()
 
     def hear(self) -> None:
         """The daemon has said something: that there is news, or its last word."""
@@ -12938,11 +13333,11 @@ class StatusScreen:
         sys.stdout.flush()
 
 
-def watch_status(config: Config, colour: bool) -> None:
+def watch_status(config: Config, colour: bool, which: Sequence[str], tag: str | None) -> None:
     """Show how all nodes are, and whatever changes, until q, a signal, or HiveError."""
     import select
 
-    feed, lines = StatusFeed(config), StatusLines()
+    feed, lines = StatusFeed(config, which, tag), StatusLines()
     screen = StatusScreen(colour) if is_terminal(sys.stdout) else None
     woken, waker = nonblocking_pair()
 
@@ -13638,7 +14033,11 @@ def check_files(context: DoctorContext) -> Iterator[Finding]:
     if not kept and not config.mqtt.named:
         kept += check_folder(broker_home(config.broker), "the broker's directory")
     findings += kept
-    well = Finding(Level.OK, f"only you can change them; state is in {config.state_dir}")
+    what, share = f"only you can change them; state is in {config.state_dir}", config.journal
+    if share.share:
+        texts = "with" if share.share_texts else "without"
+        what += f"; the journal there is shown to {', '.join(share.share)}, {texts} texts"
+    well = Finding(Level.OK, what)
     yield from findings or [well]
 
 
@@ -13685,7 +14084,9 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
     if context.config.allow and context.config.mqtt.named and not context.config.checked:
-        what = "allow is about names that anybody may use: this broker does not check senders"
+        kinds = {SHARE_RULE if rule == SHARE_RULE else "allow" for rule in context.config.allow}
+        why = "names that anybody may use: this broker does not check senders"
+        what = f"{' and '.join(sorted(kinds))} is about {why}"
         yield Finding(Level.WARN, what, "see [mqtt] senders")
     for action in context.config.handlers.keys() - found.handlers.keys():
         near = did_you_mean(action, found.handlers)
@@ -13955,6 +14356,14 @@ def check_hosting(context: DoctorContext) -> Iterator[Finding]:
     yield from (Finding(level, what, HOST_AGAIN) for level, what in findings)
     if not findings:
         yield Finding(Level.OK, f"Mosquitto {keeper}; its certificate holds {days} days")
+    name, account = host.bridge()
+    for site in [*host.sites(), *([name] if account else [])]:
+        where = f"the bridge of {site}" + (f" to {account.address}" if account else "")
+        if bridge_word(host, site) == "1":
+            yield Finding(Level.OK, f"{where} is there")
+        else:
+            todo = "is a broker running there (hive host), and no firewall in between?"
+            yield Finding(Level.WARN, f"{where} is cut", todo)
 
 
 class Check(Value):
@@ -14038,6 +14447,7 @@ def finding_line(check: str, finding: Finding, colour: bool) -> str:
 # commands use.  Knows neither the network nor this machine's files.
 
 HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+")
+HOST_USER = f"{NO_NODE}host"  # what lets nodes in is called at the broker; no node can be
 SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones when they are gone
 
 
@@ -14134,9 +14544,36 @@ autosave_interval 1
 autosave_on_changes false
 
 # A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
-max_queued_messages 0
+# 0 would say the same, but then 2.0 hangs up at each message that it refuses.
+max_queued_messages 1000000000
 persistent_client_expiration @EXPIRY@d
 max_packet_size @MAX_PACKET@
+"""
+BRIDGE_CONF = """
+# The bridge to another site of this hive, where this Mosquitto is known as @NAME@.
+connection @NAME@
+address @HOST@:@PORT@
+remote_username @NAME@
+remote_password @PASSWORD@
+bridge_cafile @AUTHORITY@
+bridge_tls_version tlsv1.2
+# Whoever knew them could end these sessions, and lose what waits in them.
+remote_clientid @ID@
+local_clientid local.@ID@
+# What waits does so on both sides for as long as it is cut.  Not mqttv50: such a bridge of 2.0 asks
+# for no session expiry, and the other side would keep nothing.
+cleansession false
+bridge_protocol_version mqttv311
+# What came over it does not go back, and what is retained stays so.
+try_private true
+keepalive_interval 10
+restart_timeout 1 10
+# "1" and "0" on both sides; nodes then send again what may have died with the other broker.
+notification_topic @NOTICE@
+# All envelopes but those of commands to themselves, which have a level more.
+@TOPICS@
+# What is retained goes over at each new beginning, so that it need not wait.
+topic meta/+/+ both 0 @PREFIX@/ @PREFIX@/
 """
 AUTHORITY_REQUEST = """\
 [req]
@@ -14349,6 +14786,31 @@ def mosquitto_script(setup: MosquittoSetup) -> str:
     return fill_in(text, words, setup.tls)
 
 
+def mosquitto_bridge(prefix: str, name: str, account: MqttConfig) -> str:
+    """What mosquitto.conf says of a bridge to the broker that lets it in with this account."""
+    import hmac
+
+    key = (account.password or "").encode()
+    host, port = account.endpoint
+    words = {
+        **{"NAME": name, "HOST": host, "PORT": str(port), "PASSWORD": account.password or ""},
+        **{"AUTHORITY": str(account.ca_file), "PREFIX": prefix},
+        "ID": hmac.digest(key, f"bridge {name}".encode(), "sha256").hex()[:32],
+        "NOTICE": Topics(prefix).bridge(name),
+        "TOPICS": "\n".join(f"topic +/{ch}/+ both 1 {prefix}/ {prefix}/" for ch in CHANNELS),
+    }
+    return fill_in(BRIDGE_CONF, words, tls=True)
+
+
+def bridge_acl(prefix: str, name: str) -> str:
+    """What another site's Mosquitto may: speak for all of its nodes, and let nobody in here."""
+    topics = Topics(prefix)
+    return (
+        f"user {name}\ntopic deny {prefix}/{HOST_USER}/+/+\ntopic readwrite {prefix}/+/+/+\n"
+        f"topic write {topics.bridge(name)}\n"
+    )
+
+
 def subject_names(hosts: Iterable[str]) -> str:
     """Whom a certificate is for, as subjectAltName has it: these, and who asks on the machine."""
     named = [f"IP:{host}" if is_address(host) else f"DNS:{host}" for host in hosts]
@@ -14370,8 +14832,8 @@ def fill_in(text: str, words: Mapping[str, str], tls: bool) -> str:
 # anew, which ends the sessions of whoever has another password now, or none.  HostService keeps
 # Mosquitto running, and lets in whoever was invited.  Knows neither hive.toml nor a terminal.
 
-HOST_USER = "@host"  # what HostService is called at the broker; no node can be
 INVITATION = 3600.0  # seconds that one is good for
+ECHO = 10.0  # seconds in which a bridge that is there again brings back what was said before
 AUTHORITY_DAYS, SERVER_DAYS = SURE_DAYS, 365  # that certificates hold
 RENEWAL = 30 * 86400.0  # seconds before the end of the server's that it is renewed
 NEW_KEY = ("ecparam", "-name", "prime256v1", "-genkey", "-noout")
@@ -14387,6 +14849,13 @@ PROGRAM_PLACES = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/sbin:/o
 # makes them safe, and a small count keeps members from burdening the broker with a large one.
 HASH_ROUNDS = 101
 PASSWORD_HASH = re.compile(rf"\$7\${HASH_ROUNDS}\$[A-Za-z0-9+/]{{16}}\$[A-Za-z0-9+/]{{86}}==")
+
+
+def member_name(value: object) -> str:
+    """a node's name, or @ and the name of another site, whose Mosquitto it is"""
+    if isinstance(value, str) and value.startswith(NO_NODE) and value != HOST_USER:
+        return NO_NODE + node_name(value.removeprefix(NO_NODE))
+    return node_name(value)
 
 
 def new_password() -> str:
@@ -14485,6 +14954,7 @@ class Host:
         self.conf, self.authority = self.folder / "mosquitto.conf", self.folder / "ca.pem"
         self._passwords, self._invited = self.folder / "passwords", self.folder / "invited.json"
         self._settings, self._pid = self.folder / "host.json", self.folder / "mosquitto.pid"
+        self._bridge, self._acl_file = self.folder / "bridge.json", self.folder / "acl"
         self.log = self.folder / "host.log"  # of its service, where no supervisor has it
         self.broker_lock, self.service_lock = (
             self.folder / "mosquitto.lock",
@@ -14539,9 +15009,7 @@ class Host:
         with self.lock():
             changed = self._certify(settings, now)
             changed |= self._write(self.conf, self._conf(settings))
-            host = Topics(settings.prefix).meta("+", "+")
-            acl = f"{mosquitto_acl(settings.prefix)}\nuser {HOST_USER}\ntopic readwrite {host}\n"
-            changed |= self._write(self.folder / "acl", acl)
+            changed |= self._write(self._acl_file, self._acl(settings.prefix))
             make_private(self.folder / "data")
             for user in (HOST_USER, node):
                 changed |= self._let_in(user)
@@ -14556,7 +15024,18 @@ class Host:
         own = ["# Written by hive host; to change it, say that again.", "", text]
         own += [f"pid_file {self._pid}", "log_type error", "log_type warning"]
         root = ["user root"] if os.geteuid() == 0 else []  # who else could read its files
-        return "\n".join([*own, *root]) + "\n"
+        name, account = self.bridge()
+        over = mosquitto_bridge(settings.prefix, name, account) if account else ""
+        return "\n".join([*own, *root]) + f"\n{over}"
+
+    def _acl(self, prefix: str) -> str:
+        topics, sites = Topics(prefix), self.sites()
+        text = (
+            f"{mosquitto_acl(prefix)}\nuser {HOST_USER}\ntopic readwrite {topics.meta('+', '+')}\n"
+        )
+        if sites or self.bridge()[1]:
+            text += f"# whether a bridge is there\npattern read {topics.bridge()}\n"
+        return "".join([text, *(bridge_acl(prefix, name) for name in sites)])
 
     def _certify(self, settings: HostSettings, now: float) -> bool:
         """The authority once; the server's certificate for these names, as long as it holds."""
@@ -14653,7 +15132,36 @@ class Host:
         return {name: hashed for name, _, hashed in lines}
 
     def _write_members(self, members: Mapping[str, str]) -> bool:
-        return self._write(self._passwords, "".join(f"{n}:{h}\n" for n, h in members.items()))
+        text = "".join(f"{name}:{hashed}\n" for name, hashed in members.items())
+        changed, settings = self._write(self._passwords, text), self.settings()
+        return bool(settings and self._write(self._acl_file, self._acl(settings.prefix))) or changed
+
+    # -- other sites --
+
+    def sites(self) -> list[str]:
+        """The other sites that are bridged to this one."""
+        invited = self.invited(0.0)
+        return [n for n in self.members() if n[:1] == NO_NODE and n not in (HOST_USER, *invited)]
+
+    def bridge(self) -> tuple[str, MqttConfig | None]:
+        """What this site is called where it is bridged to, and how it gets in there."""
+        said = read_json_object(self._read(self._bridge)) or {}
+        with contextlib.suppress(KeyError):
+            host, port, password = str(said["host"]), int(said["port"]), str(said["password"])
+            return str(said["name"]), MqttConfig(
+                host=host, port=port, password=password, tls=True, ca_file=self._bridge_authority
+            )
+        return "", None
+
+    @property
+    def _bridge_authority(self) -> Path:
+        return self.folder / "bridge-ca.pem"
+
+    def set_bridge(self, said: Mapping[str, object], authority: str) -> None:
+        """From the next `prepare` on it is bridged to there; or to nowhere."""
+        with self.lock():
+            self._write(self._bridge_authority, authority)
+            self._write(self._bridge, encode_json(said).decode())
 
     def invited(self, now: float) -> dict[str, dict[str, Any]]:
         """Who was invited and has not joined: until when, and with which password."""
@@ -14784,8 +15292,11 @@ class HostService:
         self._broker: subprocess.Popen[bytes] | None = None
         self._conf, self._said, self._stopping = "", "", False
         self._renewed = self._offset = 0.0  # when that was last seen to; the wall clock's offset
+        self._ended: dict[str, bytes] = {}  # last words of nodes of here that do not run, and ...
+        self._bridged = float("-inf")  # ... when a bridge began, which may bring earlier ones
+        heard = (self._topics.to(HOST_USER, "command"), self._topics.bridge())
         self._client = MqttClient(
-            loop, host.login(HOST_USER), subscriptions=[(self._topics.to(HOST_USER, "command"), 0)]
+            loop, host.login(HOST_USER), subscriptions=[(topic, 0) for topic in heard]
         )
 
     def start(self) -> None:
@@ -14894,7 +15405,11 @@ class HostService:
 
     def deliver(self, message: IncomingMessage) -> None:
         """Who was invited says which password it will have; the topic says who that is."""
-        _, _, name = self._topics.place(message.topic) or ("", "", "")
+        if meta := self._topics.meta_of(message.topic):
+            return self._hear_state(meta[0], message.payload)
+        to, bridge, name = self._topics.place(message.topic) or ("", "", "")
+        if to == EVERYONE:
+            return self._hear_bridge(bridge, message.payload == b"1", message.retained)
         hashed = message.payload[:KIB].decode(errors="replace")
         if not hashed:
             return  # only to see whether anybody is here
@@ -14907,6 +15422,50 @@ class HostService:
         elif self._rate_limit.allow("request", self._loop.clock()):
             self._log.warning("not invited", node=name)
             self._look_after(time.time())  # it may have come too late
+
+    def _hear_bridge(self, name: str, up: bool, earlier: bool) -> None:
+        self._log.info("bridge is there" if up else "bridge is cut", site=name)
+        self._bridged = self._loop.clock() if up and not earlier else float("-inf")
+        self._client.subscribe([(self._topics.meta("+", "state"), 0)])
+
+    def _hear_state(self, name: str, payload: bytes) -> None:
+        """Each side of a bridge that begins sends all that is retained there, also what is old.
+
+        Of a node that runs, it is put right by that; of another one, here, where it had joined.
+        """
+        if status_of(read_json_object(payload) or {}) not in ALIVE:
+            if name in self._ended or name in self._host.members():
+                self._ended[name] = payload
+            return
+        last, began = self._ended.pop(name, None), self._loop.clock() < self._bridged + ECHO
+        for document in ("state",) if last else ("state", "roster"):
+            if last is not None and began:
+                topic = self._topics.meta(name, document)
+                self._client.publish(OutgoingMessage(topic, last, retain=True))
+
+
+def step_until(loop: Loop, within: float, done: Callable[[], object]) -> None:
+    """Let a loop go on until something is done, for so many seconds at most."""
+    timer = loop.after(within, do_nothing)
+    while not done() and loop.clock() < timer.due:
+        loop.step()
+    timer.cancel()
+
+
+def bridge_word(host: Host, name: str) -> str:
+    """What the bridge of a site said last: "1" there, "0" cut; nothing where it never was."""
+    topics, said, ended = Topics(host.needed_settings().prefix, HOST_USER), list[str](), list[str]()
+    loop = Loop(Log("error"))
+    with contextlib.closing(loop):
+        query = RetainedQuery(
+            *(loop, host.login(HOST_USER), [topics.bridge(name)]),
+            topics.private(HOST_USER, new_id()),
+            lambda message: said.append(message.payload[:1].decode(errors="replace")),
+            *(partial(ended.append, ""), ended.append),
+        )
+        step_until(loop, PROBE_TIMEOUT, lambda: ended)
+        query.client.close(do_nothing, within=0.0)
+    return said[-1] if said else ""
 
 
 def end_process(pid: int, lock: Path) -> None:
@@ -15122,7 +15681,7 @@ class Invitation(Value):
 
     hosts: tuple[str, ...] = stated(invitation_hosts)
     port: int = stated(port_number)
-    name: str = stated(node_name)
+    name: str = stated(member_name)
     password: str = stated(hexadecimal, shown=False)
     ca: str = stated(der_certificate)
     prefix: str = stated(topic_prefix)
@@ -15274,14 +15833,6 @@ class JoinRequest:
 
     def _answered(self, code: int, words: str) -> None:
         self._answer, self._words = code, words.lower()
-
-
-def step_until(loop: Loop, within: float, done: Callable[[], object]) -> None:
-    """Let a loop go on until something is done, for so many seconds at most."""
-    timer = loop.after(within, do_nothing)
-    while not done() and loop.clock() < timer.due:
-        loop.step()
-    timer.cancel()
 
 
 def joined_files(invitation: Invitation, host: str, file: Path, password: str) -> dict[Path, str]:
@@ -16744,7 +17295,7 @@ def node_view(
     entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
     return {
         "name": row.name,
-        "how": row.condition if row.status in TROUBLE_FIRST else "unknown",
+        "how": row.condition if row.condition in CONDITIONS else "unknown",
         "why": row.why,
         "since": changed if row.alive else row.last_seen,
         "up": (row.uptime_s or 0) // 60 * 60 if row.alive else None,
@@ -17388,8 +17939,8 @@ WEB_PAGE = r"""<!DOCTYPE html>
 /* How somebody is: one word, one colour, and a hexagon with one sign in it. */
 .online, .ok { --how: var(--ok); --sign: "" }
 .degraded, .stale, .warn { --how: var(--warn); --sign: "!" }
-.lost, .down, .fail, .alert { --how: var(--bad); --sign: "×" }
-.stopped, .unknown, .skipped { --how: var(--off); --sign: "–" }
+.lost, .down, .fail, .alert { --how: var(--bad); --sign: "\D7" }
+.stopped, .unknown, .skipped { --how: var(--off); --sign: "\2013" }
 .how { color: var(--how, var(--off)) }
 .mark { display: inline-grid; place-content: center; flex: none; width: 1.1em; height: 1.2em;
   background: var(--how, var(--honey)); color: var(--card); font: 800 .9em/1 sans-serif;
@@ -19177,19 +19728,32 @@ def command_show(args: argparse.Namespace) -> int:
 
 @subcommand(
     option("--follow", "-f", action="store_true", help="go on with what is new, until Ctrl-C"),
+    option(
+        "--of",
+        type=destination,
+        metavar="NAME",
+        help="the journals of other nodes that share them: a node; all; tag:TAG; 'web-*'",
+    ),
     option("--ch", choices=CHANNELS, help="only this kind"),
     option("--from", dest="sender", type=node_name, metavar="NAME", help="only from this one"),
     option("--to", type=recipient_name, metavar="NAME", help="only to this one"),
     option("--action", type=action_name, help="only with this action"),
     option("--corr", type=identifier, metavar="ID", help="only of this exchange: any id of it"),
     option("--since", type=duration, metavar="AGE", help="not older than this, as in 2h or 30m"),
-    option("--lines", "-n", type=count, default=100, help="how many, without --since (100)"),
+    option(
+        "--lines",
+        "-n",
+        type=count,
+        default=100,
+        help="how many (of each node), without --since (100)",
+    ),
     AS_JSON,
     examples="""hive log --follow
-hive log --from beta --since 2h --json""",
+hive log --from beta --since 2h --json
+hive log --of all --follow""",
 )
 def command_log(args: argparse.Namespace) -> int:
-    """Show what this node received, sent and did, a line each, newest last."""
+    """Show what this node, or others, received, sent and did, a line each, newest last."""
     config = config_of(args)
     said = {"ch": args.ch, "from": args.sender, "to": args.to, "action": args.action}
     filters = {name: value for name, value in (said | {"corr": args.corr}).items() if value}
@@ -19207,6 +19771,8 @@ def command_log(args: argparse.Namespace) -> int:
                 print(lines)
         sys.stdout.flush()
 
+    if args.of:
+        return JournalReader(config, args.of, request, args.follow).run(write)
     if args.follow:
         follow_log(config, request, write)
     else:
@@ -19246,6 +19812,161 @@ def follow_log(
                 raise HiveError(str(said["error"]))
             write((said or {}).get("rows", []))
             said = control.receive(None)
+
+
+LOOK_AT_NODES = 2.0  # seconds between looks for nodes that have come or gone
+SETTLING = 0.2  # seconds in which what several nodes tell of one message is put in order
+
+
+class JournalSource:
+    """How far the journal of one node has been read."""
+
+    def __init__(self, name: str, request: Mapping[str, Any]) -> None:
+        """`request` is `log`'s, for the first page."""
+        self.name, self.request, self.behind = name, {**request}, True  # is there more already?
+        self.rows: deque[dict[str, Any]] = deque()  # that have not been shown
+        self.known = ("", "")  # which run of its daemon that is, and why it need not be asked
+        self.why = ""  # it is not asked
+        self.asked, self.late = "", 0.0  # a question without an answer; when that is overdue
+        self.outcome = Exit.NO_REPLY
+
+    def see(self, run: str, why: str) -> None:
+        """How its node is: this run of it, and why that need not be asked."""
+        if self.known != (run, why):
+            self.known = run, why
+            self.note(why)
+
+    def note(self, why: str) -> None:
+        """Why it is not asked until its node is another than now; or nothing, then it is."""
+        if why or self.why:
+            print(f"hive: {self.name}: {printable(why or 'is back', 300)}", file=sys.stderr)
+        self.why, self.asked = why, ""
+
+    def take(self, answer: Envelope) -> None:
+        """The next rows, if it is that: a node may say anything."""
+        if answer.ch == "alert":
+            self.outcome = min(self.outcome, Exit.REFUSED)
+            return self.note(answer.text.removeprefix(f"{self.name}: "))
+        page = read_json_object(answer.text) or {}
+        rows, low = page.get("rows"), self.request.get("after", 0) + bool(page.get("rows"))
+        after = bounded_number(page.get("after"), low, 2**53)
+        if after is None or not isinstance(rows, list) or not all(map(is_row, rows)):
+            return self.note("its answer makes no sense")
+        keys = (*ENTRY, "envelope")
+        self.rows += ({"node": self.name, **{key: row[key] for key in keys}} for row in rows)
+        self.request |= {"after": int(after), "last": 0}
+        self.behind = bool(rows) and page.get("more") is True
+        self.asked, self.outcome = "", Exit.DONE
+
+
+def is_row(said: object) -> bool:
+    """Is it a row of a journal, as far as that can be seen?"""
+    if not isinstance(said, dict) or bounded_number(said.get("time"), 0, MAX_TS) is None:
+        return False
+    kinds: dict[str, Any] = {**dict.fromkeys(ENTRY, str), "n": int, "time": int | float}
+    kinds |= {"id": str | None, "action": str | None, "envelope": dict | None}
+    return all(isinstance(said.get(key), kind) for key, kind in kinds.items())
+
+
+class JournalReader:
+    """Reads the journals of several nodes as one, in the order of their clocks."""
+
+    def __init__(self, config: Config, of: str, request: Mapping[str, Any], follow: bool) -> None:
+        """`request` is `log`'s.  Raises HiveError where no daemon runs that could ask."""
+        control = connect_to_daemon(config)
+        if control is None:
+            raise HiveError(f"no daemon of {config.node.id} runs on this machine: nobody to ask")
+        self._control, self._config, self._exchange = control, config, new_id()
+        self._of, self._request, self._follow = of, request, follow
+        self._sources: dict[str, JournalSource] = {}
+
+    def run(self, write: Callable[[Sequence[Mapping[str, Any]]], None]) -> int:
+        """Show what there is, and to follow it also what is new, until the daemon ends."""
+        progress, due = Progress("waiting for the journals"), 0.0
+        with contextlib.closing(self._control), contextlib.ExitStack() as ending:
+            if not self._follow:
+                ending.enter_context(progress)
+            while True:
+                with progress.hidden():
+                    if time.monotonic() >= due:
+                        self._look()
+                        due = time.monotonic() + LOOK_AT_NODES
+                    write([*self._rows_in_order()])
+                    if self._all_read() and not self._follow:
+                        return min(one.outcome for one in self._sources.values())
+                    self._ask()
+                self._hear(max(0.0, due - time.monotonic()))
+
+    def _look(self) -> None:
+        """See who is there; whoever has come, gone or begun anew is asked anew, or no more."""
+        request, ends, meant = {"do": "states"}, time.monotonic() + STARTING, {self._of}
+        said = ask_members(self._control, request, ends)
+        if Target.find(self._of):
+            chosen = self._ask_daemon({"do": "targets", "to": self._of})
+            meant = {*chosen["names"], *chosen["away"]}
+        for row in status_rows(said["states"], self._config.heartbeat, time.time()):
+            if row.is_node and (row.name in meant or self._of == EVERYONE):
+                state, source = said["states"][row.name], JournalSource(row.name, self._request)
+                why = self._objection(row, state.get("shares_journal"), said["connected"])
+                self._sources.setdefault(row.name, source).see(str(state.get("instance")), why)
+        if not self._sources:
+            raise HiveError(f"no node is called {self._of}, or has it; who is there: hive roster")
+        if self._request["last"]:  # whoever comes later shows what is new
+            since = {**self._request["filters"], "since": time.time()}
+            self._request = {**self._request, "last": 0, "filters": since}
+
+    def _objection(self, row: StatusRow, shares: object, connected: bool) -> str:
+        """Why a node need not be asked."""
+        if row.name == self._config.node.id:
+            return ""
+        if not connected or not row.alive:
+            return row.condition if connected else "not reached without the broker"
+        if shares is None:
+            return "an older hive, which shows no journal"
+        return "" if shares else f"{SHARE_RULE} names nobody"
+
+    def _ask_daemon(self, request: Mapping[str, object]) -> dict[str, Any]:
+        said = self._control.ask(request)
+        if "error" in said:
+            why = f"{said['error']}; is it of another version?"
+            raise HiveError(f"the daemon of {self._config.node.id}: {why}")
+        return said
+
+    def _ask(self) -> None:
+        """Let each node that has nothing left to be shown go on."""
+        now = time.monotonic()
+        for one in self._sources.values():
+            if one.asked and now >= one.late:
+                print(f"hive: {one.name}: no answer in time", file=sys.stderr)
+                one.asked, one.behind = "", False
+            if not (one.why or one.asked or one.rows) and (one.behind or self._follow):
+                hold = 0 if one.behind else MAX_HOLD
+                said = {"node": one.name, "exchange": self._exchange, "hold": hold}
+                answer = self._ask_daemon({**one.request, **said, "do": "read_journal"})
+                one.asked, one.late = answer["id"], now + hold + PATIENCE
+
+    def _hear(self, within: float) -> None:
+        """Take what comes, and what comes at about the same time."""
+        said = self._control.receive(within)
+        ends = time.monotonic() + (SETTLING if self._follow and self._all_read() else 0.0)
+        while said:
+            answer = Envelope.check(said["answer"]) if "answer" in said else None
+            one = self._sources.get(answer.sender) if answer else None
+            if answer and one and one.asked == answer.reply_to:
+                one.take(answer)
+            said = self._control.receive(max(0.0, ends - time.monotonic()))
+
+    def _all_read(self) -> bool:
+        return not any(one.rows or (one.behind and not one.why) for one in self._sources.values())
+
+    def _rows_in_order(self) -> Iterator[dict[str, Any]]:
+        """Those that nothing earlier can come before, by what is known."""
+        sources = self._sources.values()
+        while not any(one.behind and not (one.rows or one.why) for one in sources):
+            heads = [one.rows for one in sources if one.rows]
+            if not heads:
+                return
+            yield min(heads, key=lambda head: head[0]["time"]).popleft()
 
 
 def read_original(said: str) -> bytes:
@@ -19369,14 +20090,23 @@ def mail_may_wait(args: argparse.Namespace) -> bool:
 
 
 ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")
+WHICH = (
+    option(
+        "which", nargs="*", type=selection, metavar="NAME", help="only these; also tag:TAG, 'web-*'"
+    ),
+    option("--tag", type=tag_name, help="only nodes that have this tag"),
+    option("--all", action="store_true", help=f"each node, in a hive of more than {FEW_NODES} too"),
+)
 
 
 @subcommand(
+    *WHICH,
     ASK_BROKER,
     option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
     option("--watch", "-w", action="store_true", help="go on with what changes, until q or Ctrl-C"),
     AS_JSON,
-    examples="hive status --json | jq '.[] | select(.status != \"online\")'",
+    examples="""hive status 'web-*' --check
+hive status --json | jq '.[] | select(.status != \"online\")'""",
 )
 def command_status(args: argparse.Namespace) -> int:
     """Show how every node and agent is."""
@@ -19384,10 +20114,11 @@ def command_status(args: argparse.Namespace) -> int:
     if args.watch:
         if args.check or args.direct or args.as_json:
             raise UsageError("status: --watch goes with neither --check, --direct nor --json")
-        watch_status(config, colourful(sys.stdout))
+        watch_status(config, colourful(sys.stdout), args.which, args.tag)
         return Exit.DONE
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
+    rows, rosters = chosen_rows(config, args, rows)
     senders = "checked" if config.checked else "not checked"
     if args.check:
         return check_status(config, args, said, rows)
@@ -19397,10 +20128,29 @@ def command_status(args: argparse.Namespace) -> int:
         sessions = [(row.name, row.node, row.session) for row in rows if row.session]
         many = f", {len(sessions)} session{'s'[: len(sessions) != 1]}" if sessions else ""
         print(f"{status_summary(rows)}{many}; senders: {senders}\n")
-        print(status_table(rows, colourful(sys.stdout)), end="")
-        print(sessions_table(sessions, time.time(), terminal_width()), end="")
-        print(status_notes(rows), end="")
+        if is_large(args, rows):
+            print(status_digest(rows, rosters, colourful(sys.stdout)), end="")
+        else:
+            print(status_table(rows, colourful(sys.stdout)), end="")
+            print(sessions_table(sessions, time.time(), terminal_width()), end="")
+            print(status_notes(rows), end="")
     return say_of_members(config, args, said, bool(rows))
+
+
+def is_large(args: argparse.Namespace, rows: Collection[Any]) -> bool:
+    """Are there more nodes than are shown one by one, where nobody asks for that?"""
+    return not args.all and sum(getattr(row, "is_node", True) for row in rows) > FEW_NODES
+
+
+def chosen_rows(
+    config: Config, args: argparse.Namespace, rows: list[StatusRow]
+) -> tuple[list[StatusRow], dict[str, Any]]:
+    """Those that are to be shown, and the rosters where that takes them."""
+    if not rows or not (args.which or args.tag or is_large(args, rows)):
+        return rows, {}
+    rosters = known_members(config, "roster", args.direct)["rosters"]
+    names = chosen_nodes({row.node for row in rows}, rosters, args.which, args.tag)
+    return [row for row in rows if row.node in names], rosters
 
 
 @subcommand(examples="hive metrics | grep hive_queue")
@@ -19433,14 +20183,19 @@ def check_status(
     return Exit.REFUSED if wrong else Exit.DONE
 
 
-@subcommand(ASK_BROKER, AS_JSON)
+@subcommand(*WHICH, ASK_BROKER, AS_JSON, examples="hive roster --tag gpu")
 def command_roster(args: argparse.Namespace) -> int:
     """Show what every node can do: its agents, its handlers, its version."""
     config = config_of(args)
     said = known_members(config, "roster", args.direct)
     rosters = said["rosters"]
+    if rosters:
+        names = chosen_nodes(rosters, rosters, args.which, args.tag)
+        rosters = {name: one for name, one in rosters.items() if name in names}
     if args.as_json and (rosters or not said["fault"]):
         print(json.dumps(sorted(rosters.values(), key=str), indent=2))
+    elif is_large(args, rosters):
+        print(f"{len(rosters)} nodes\n\n{roster_digest(rosters)}", end="")
     elif rosters:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
         print(sessions_table(sessions_in(rosters), time.time(), terminal_width()), end="")
@@ -19819,6 +20574,12 @@ EMBEDDED_PATIENCE = 30.0  # seconds to fetch what the embedded broker has
         metavar="NAME",
         help="what peers call this machine, if not that address; may be repeated",
     ),
+    option(
+        "--bridge",
+        metavar="LINE",
+        help="be one hive with another site: what hive invite @SITE printed there; - reads it,"
+        " none ends it",
+    ),
     option("--foreground", action="store_true", help="only keep Mosquitto running, until SIGTERM"),
     examples="""hive host --listen 192.168.1.5
 hive host --listen 0.0.0.0 --name alpha.lan --name 192.168.1.5
@@ -19847,11 +20608,66 @@ def command_host(args: argparse.Namespace) -> int:
     changed = host.prepare(settings, config.node.id, time.time())
     if args.foreground:
         return serve_hive(host, config)
+    if args.bridge:
+        bridge_over(host, config, args.bridge)
+        changed |= host.prepare(settings, config.node.id, time.time())
     start_service(host, file, config, changed)
     move_over(host, file, config, settings)
+    if args.bridge:
+        await_bridge(host)
     code = show_tests(file)
     print(next_commands(file, "daemon", "invite NAME"), end="")
     return code
+
+
+def bridge_over(host: Host, config: Config, said: str) -> None:
+    """Have the other site let this one's Mosquitto in; raises HiveError."""
+    if said == "none":
+        return host.set_bridge({}, "")
+    invitation = Invitation.parse(invitation_line(said))
+    if not invitation.name.startswith(NO_NODE):
+        raise UsageError(
+            f"this line makes {invitation.name} a node, and bridges no site: hive join -"
+        )
+    if sites := host.sites():
+        raise UsageError(
+            f"host: {sites[0]} is bridged to here, so invite the other one too: a star"
+        )
+    if invitation.prefix != config.topics.prefix:
+        raise UsageError(f"host: the prefix of the hive there is {invitation.prefix}, and not ours")
+    with Progress(f"asking {' or '.join(invitation.hosts)} to let {invitation.name} in"):
+        at = first_reachable(invitation.hosts, invitation.port)
+        with invited_settings(invitation, at) as mqtt:
+            pending = host.folder / "bridge.joining"
+            refuse_namesakes(host, config, mqtt)
+            password = new_secret_at(mqtt, invitation.prefix, pending)
+    account = {"name": invitation.name, "host": at, "port": invitation.port, "password": password}
+    host.set_bridge(account, invitation.authority())
+    pending.unlink(missing_ok=True)
+
+
+def refuse_namesakes(host: Host, config: Config, there: MqttConfig) -> None:
+    """Raise HiveError where a node of here is called like one of there."""
+    visitor = config.replace(mqtt=there, node=config.node.replace(id=there.username))
+    with contextlib.closing(InProcessNode(visitor, PATIENCE)) as control:
+        states = control.ask({"do": "states"})["states"]
+    if both := ", ".join(name for name in host.members() if name in states):
+        todo = "names are unique in a hive: let it join again under another one"
+        raise HiveError(f"{both}: a node of here, and one of there; {todo}")
+
+
+def await_bridge(host: Host) -> None:
+    """Say that it is there; raises BrokerError where it does not come."""
+    name, account = host.bridge()
+    until = time.monotonic() + START_PATIENCE
+    if account is None:
+        return print("no bridge to another site")
+    with Progress(f"waiting for the bridge to {account.address}"):
+        while bridge_word(host, name) != "1":
+            if time.monotonic() > until:
+                raise BrokerError(f"no bridge to {account.address} yet; see also {host.log}")
+            time.sleep(0.2)
+    print(f"bridge to {account.address}: there, as {name}")
 
 
 def host_settings(
@@ -20032,24 +20848,35 @@ def show_tests(file: Path) -> int:
     return Exit.REFUSED if failed else Exit.DONE
 
 
-NODE_NAME = option("name", type=node_name, metavar="NAME", help="the node's name")
+MEMBER_NAME = option("name", type=member_name, metavar="NAME", help="the node's name, or @SITE")
 
 
 @subcommand(
-    NODE_NAME,
+    MEMBER_NAME,
     examples="""hive invite mini
-hive invite mini | ssh mini python3 hive join -""",
+hive invite mini | ssh mini python3 hive join -
+hive invite @office    # all of another site: there, hive host --bridge -""",
 )
 def command_invite(args: argparse.Namespace) -> int:
     """Let a machine join the hive that this one carries: print a line, good for an hour."""
     config = config_of(args)
+    host = Host(config.state_dir)
+    site, elsewhere = args.name.startswith(NO_NODE), host.bridge()[1]
+    if site and elsewhere:
+        hub = f"this site is bridged to {elsewhere.address}: sites are invited there"
+        raise UsageError(f"invite: {hub}, as a star")
+    foreign = (elsewhere or host.sites()) and args.name not in host.members()
+    if foreign and args.name in names_that_are_known(config):
+        raise HiveError(f"{args.name} is in this hive already, at another site; another name")
     with Progress(f"inviting {args.name}"):
-        invitation = make_invitation(Host(config.state_dir), args.name, time.time())
+        invitation = make_invitation(host, args.name, time.time())
     print(invitation.line(), flush=True)
     until = time.strftime("%H:%M", time.localtime(invitation.until))
+    do = "hive host --bridge -" if site else "python3 hive join -"
+    then = "" if site else ", then: python3 hive daemon"
     for note in (
         f"This line is a secret: whoever has it first joins as {args.name}. It is good once, until",
-        f"{until}. On that machine: python3 hive join - (and paste it), then: python3 hive daemon",
+        f"{until}. On that machine: {do} (and paste it){then}",
     ):
         print(note, file=sys.stderr)
     return Exit.DONE
@@ -20067,6 +20894,8 @@ def command_join(args: argparse.Namespace) -> int:
     file = config_place(args)
     refuse_to_join(file, args.force)
     invitation = Invitation.parse(invitation_line(args.line))
+    if invitation.name.startswith(NO_NODE):
+        raise UsageError("this line bridges a site, and makes no node: hive host --bridge -")
     pending = file.with_name(f"{file.name}.joining")
     with Progress(f"asking {' or '.join(invitation.hosts)} to let {invitation.name} in"):
         host = first_reachable(invitation.hosts, invitation.port)
@@ -20142,7 +20971,7 @@ def invitation_line(said: str) -> str:
     return read_stdin(MAX_INVITATION).decode(errors="replace")
 
 
-@subcommand(NODE_NAME, examples="hive expel old-laptop")
+@subcommand(MEMBER_NAME, examples="hive expel old-laptop")
 def command_expel(args: argparse.Namespace) -> int:
     """Put a node out of the hive that this machine carries: at once, with all that it left."""
     config = config_of(args)
@@ -20151,6 +20980,8 @@ def command_expel(args: argparse.Namespace) -> int:
     if args.name == me:
         raise UsageError(f"{me} is this machine's own node, which carries the hive")
     was_member = host.shut_out(args.name)
+    if not was_member and (host.sites() or host.bridge()[1]):
+        raise HiveError(f"{args.name} has not joined here; say this where it has, or forget it")
     if not host.reload():
         out = f"{args.name} has no password any more" if was_member else "nothing is changed"
         raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")

@@ -26,6 +26,7 @@ from hive import (
     HandlerConfig,
     HeartbeatConfig,
     InstanceConfig,
+    JournalConfig,
     Log,
     Loop,
     ScheduleConfig,
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from rig import Rig
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Each worker compiles 45,000 lines of tests, and hundreds of children hive.py: once is enough.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+sys.dont_write_bytecode = False
 
 # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -480,10 +485,11 @@ def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         node: Mapping[str, Any] | None = None,
         heartbeat: HeartbeatConfig | None = None,
         schedule: Sequence[ScheduleConfig] = (),
+        shared: JournalConfig | None = None,
         **handlers: str,
     ) -> Rig:
         handlers = {"ping": "echo pong", **handlers}
-        given = (handlers, agents, settings or {}, level, heartbeat, schedule)
+        given = (handlers, agents, settings or {}, level, heartbeat, schedule, shared)
         made.append(Rig(tmp_path, *given, **(node or {})))
         return made[-1]
 

@@ -116,6 +116,22 @@ def test_a_connection_that_dies_is_told_at_once(rig: Rig) -> None:
     assert len(rig.sent("alert")) == 1
 
 
+def test_one_that_fell_silent_has_a_moment_more_to_come_back(rig: Rig) -> None:
+    """The broker gave it up: a network that stalls, or a machine that is frozen."""
+    for name in ("gamma", "delta"):
+        rig.beat(name, interval=60.0)
+        rig.advance(10)
+        rig.hear_state(name, status="offline", reason="connection lost")
+        rig.advance(4.5)
+        assert lost(rig)[-1] == name, "all may know that at once"
+        assert rig.sent("alert") == []
+        if name == "gamma":
+            rig.beat(name, interval=60.0)
+        rig.advance(2)
+    (alert,) = rig.sent("alert")
+    assert alert.text.startswith("delta is lost: its connection died")
+
+
 def test_a_clean_goodbye_is_no_loss(rig: Rig) -> None:
     rig.beat("gamma")
     rig.turn()

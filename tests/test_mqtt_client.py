@@ -12,12 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from operator import ne
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, cast
 
 import pytest
-from conftest import EMBEDDED, MOSQUITTO, PATIENCE, Broker, find_program, need_mosquitto
+from conftest import EMBEDDED, MOSQUITTO, PATIENCE, Broker, Clock, find_program, need_mosquitto
 
 import hive
 from hive import (
@@ -943,6 +945,49 @@ def test_paho_reads_ahead(loop: Loop, shared_broker: Broker) -> None:
     turn(loop, lambda: len(listener.messages) == 200)
     assert {*taken} == {hive.READ_SIZE} and len(taken) < 300
     closed(loop, client)
+
+
+def test_it_pings_at_half_the_keepalive_and_gives_up_after_two_and_a_half(
+    loop: Loop, clock: Clock
+) -> None:
+    pings, answers = list[float](), True  # when each came
+
+    def behave(client: socket.socket) -> None:
+        client.recv(4096)
+        client.sendall(b"\x20\x03\0\0\0")  # CONNACK
+        while said := client.recv(4096):
+            if said == b"\xc0\0":
+                client.sendall(b"\xd0\0" * answers)
+                pings.append(clock())
+
+    def later(seconds: float) -> None:
+        clock.skipped += seconds
+        for _ in range(3):
+            loop.after(0.02, lambda: None)
+            loop.step()
+
+    with server(behave) as port:
+        client, listener = opened(loop, MqttConfig(port=port, keepalive=600))
+        turn(loop, lambda: listener.ups)
+        while len(pings) < 3:
+            before = [*pings]
+            later(290)
+            assert pings == before
+            later(11)
+            turn(loop, partial(ne, pings, before))
+        later(290)
+        client.publish(OutgoingMessage("t/x", b"x", qos=0))
+        later(290)
+        assert len(pings) == 3, "what is said says enough"
+        answers = False
+        later(20)
+        turn(loop, lambda: len(pings) == 4)
+        later(800)
+        assert not listener.downs
+        later(301)
+        turn(loop, lambda: listener.downs)
+        assert listener.downs == ["no answer (PINGRESP) in time"]
+        closed(loop, client)
 
 
 @pytest.mark.parametrize("how", ["takes it", "closed", "says nothing", "hangs up"])
