@@ -14,6 +14,9 @@ import sqlite3
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -295,6 +298,50 @@ def test_the_link_may_be_anywhere_and_the_page_be_loaded_anew(
     assert page.url == f"http://127.0.0.1:{site.port}/"
     page.reload()
     expect(page.locator(".node")).to_have_count(2)
+
+
+def test_a_real_prometheus_reads_the_numbers_and_understands_the_dashboard(
+    two: Hive, site_of: Callable[..., Site], tmp_path: Path
+) -> None:
+    if not shutil.which("prometheus"):
+        missing("Prometheus is missing (apt-get install prometheus): nobody reads the numbers")
+    site, port = site_of(two.nodes["alpha"]), free_port()
+    help_ = (ROOT / "contrib/help/operation.md").read_text()
+    said = re.search(r"```yaml\n(.*?)```", help_, re.S)
+    assert said
+    config = said[1].replace("KEY", site.link.partition("key=")[2])
+    config = f"global: {{scrape_interval: 1s}}\n{config.replace('8484', str(site.port))}"
+    (tmp_path / "prometheus.yml").write_text(config)
+    ours = ["--config.file=prometheus.yml", "--storage.tsdb.path=data", "--log.level=error"]
+    listen = f"--web.listen-address=127.0.0.1:{port}"
+    process = subprocess.Popen(["prometheus", *ours, listen], cwd=tmp_path)
+
+    def ask(question: str) -> list[Any]:
+        """What it answers; raises where the question makes no sense to it."""
+        query = urllib.parse.urlencode({"query": question})
+        where = f"http://127.0.0.1:{port}/api/v1/query?{query}"
+        with urllib.request.urlopen(where, timeout=10) as answer:
+            return list(json.load(answer)["data"]["result"])
+
+    def is_ready() -> bool:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=10).close()
+            return True
+        return False
+
+    try:
+        eventually("it is there", is_ready)
+        eventually("it has read", lambda: ask('hive_members{state="online"} == 2'))
+        eventually("twice", lambda: ask("sum(rate(hive_messages_total[1m]))"))
+        for panel in json.loads((ROOT / "contrib/grafana.json").read_text())["panels"]:
+            for target in panel["targets"]:
+                question = target["expr"].replace("$instance", ".*")
+                ask(question.replace("$__rate_interval", "1m"))
+        with pytest.raises(urllib.error.HTTPError):
+            ask("sum(")
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 class Foreign(http.server.BaseHTTPRequestHandler):
