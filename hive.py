@@ -12158,10 +12158,10 @@ class StatusRow(Value):
         return REASONS.get(self.reason or "", self.reason or "")
 
     @property
-    def again(self) -> str:
-        """What goes behind that: when its agent is called again."""
+    def again(self) -> list[str]:
+        """What goes below that: when its agent is called again."""
         at = time.localtime(self.next_try or 0)
-        return time.strftime("; next try at %H:%M:%S", at) if self.next_try else ""
+        return [time.strftime("its agent is called again at %H:%M:%S", at)] if self.next_try else []
 
 
 def status_row(
@@ -12260,7 +12260,7 @@ def status_screen(
     title, *lines = format_table(header, cells, colour).splitlines()
     body = [*head, "", *([title] if rows else [])]
     for row, line in zip(rows, lines, strict=True):
-        body += [line, *([f"  {row.why}{row.again}"] if row.why else [])]
+        body += [line, *(f"  {words}" for words in (row.why, *row.again) if words)]
     if len(body) > (room := max(height - 2, 2)):
         body[room - 1 :] = [
             f"and {len(body) - room + 1} lines more: make it higher, or: hive status"
@@ -12336,7 +12336,8 @@ def sessions_in(
 
 def status_notes(rows: Sequence[StatusRow]) -> str:
     """Why nodes are not simply online, a line for each that says so."""
-    notes = [f"{row.name}: {row.reason}{row.again}\n" for row in rows if row.is_node and row.reason]
+    wrong = [row for row in rows if row.is_node and row.reason]
+    notes = [f"{row.name}: {one}\n" for row in wrong for one in (row.reason, *row.again)]
     return "\n" + "".join(notes) if notes else ""
 
 
@@ -13318,6 +13319,7 @@ class StatusScreen:
         passed = now - feed.at
         rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
         lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
+        lines = [line if "\033" in line else cut_end(line, width or SCREEN[0]) for line in lines]
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
 
     def leaves(self) -> bool:

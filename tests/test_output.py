@@ -243,9 +243,10 @@ def test_when_an_agent_is_called_again_stands_behind_the_reason() -> None:
     agents = {"main": {"status": "down", "next_try": NOW + 90}, "odd": {"next_try": [1]}}
     why = {"status": "degraded", "reason": "agent main: refused", "oc": agents}
     rows = status_rows({"a": {**state(), **why}}, HeartbeatConfig(), NOW)
-    said = f"agent main: refused; next try at {time.strftime('%T', time.localtime(NOW + 90))}"
-    assert hive.status_notes(rows) == f"\na: {said}\n"
-    assert f"  {said}" in hive.status_screen(rows, [], "", 24, False)
+    again = f"its agent is called again at {time.strftime('%T', time.localtime(NOW + 90))}"
+    assert hive.status_notes(rows) == f"\na: agent main: refused\na: {again}\n"
+    screen = hive.status_screen(rows, [], "", 24, False)
+    assert screen[3:5] == ["  agent main: refused", f"  {again}"]
     assert rows[0].next_try == NOW + 90
 
 
