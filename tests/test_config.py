@@ -542,7 +542,8 @@ sender_rate = 100
 sender_burst = 20000
 state_dir = "HOME/.local/state/hive/box"
 [mqtt]
-keepalive = 30
+cluster = []
+keepalive = 6
 protocol = "5"
 tls = false
 senders = "open"
@@ -558,6 +559,8 @@ miss_threshold = 3
 [journal]
 keep_days = 7
 max_mb = 64
+share = []
+share_texts = false
 [logging]
 level = "info"
 format = "text"

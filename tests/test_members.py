@@ -50,7 +50,7 @@ def test_a_silent_node_is_lost_once() -> None:
     peers = members("attic")
     lost = [peers.failed_since(now) for now in (100, 115, 115.1, 116, 1000)]
     assert lost == [[], [], ["attic"], [], []]
-    assert peers.alive() == []
+    assert peers.alive() == set()
 
 
 def test_a_node_that_is_heard_is_not_lost() -> None:
@@ -58,7 +58,7 @@ def test_a_node_that_is_heard_is_not_lost() -> None:
     for now in range(105, 1000, 14):
         peers.heartbeat_from("attic", now, seen=1)
         assert peers.failed_since(now + 13) == []
-    assert peers.alive() == ["attic"]
+    assert peers.alive() == {"attic"}
 
 
 def test_a_node_is_judged_by_its_own_interval() -> None:
@@ -103,7 +103,7 @@ def test_a_loss_is_doubted_unless_somebody_announced_it() -> None:
     peers.mark_failed("cellar", 100)
     peers.mark_announced(loss_of("cellar"), "beta")
     peers.doubt_losses()
-    assert peers.alive() == ["attic"]
+    assert peers.alive() == {"attic"}
     assert peers.failed_since(116) == ["attic"]
 
 
@@ -141,7 +141,7 @@ def test_a_node_is_new_once_and_again_after_it_said_goodbye() -> None:
     peers = members()
     assert [peers.heartbeat_from("attic", now, seen=1) for now in (1, 2)] == [MemberEvent.NEW, None]
     assert [peers.mark_left("attic"), peers.mark_left("attic")] == [True, False]
-    assert peers.alive() == [] and peers.failed_since(1000) == []
+    assert peers.alive() == set() and peers.failed_since(1000) == []
     assert peers.heartbeat_from("attic", 1001, seen=1) is MemberEvent.NEW
 
 
@@ -171,7 +171,7 @@ def test_a_node_whose_connection_died_is_lost_once_and_comes_back() -> None:
 def test_a_node_that_died_while_we_were_away_is_lost_after_its_time() -> None:
     peers = members()
     peers.expect("attic", 100, seen=1)
-    assert peers.alive() == ["attic"]
+    assert peers.alive() == {"attic"}
     assert [peers.failed_since(now) for now in (115, 116)] == [[], ["attic"]]
 
 
@@ -180,7 +180,7 @@ def test_a_retained_state_is_no_sign_of_life_of_a_node_we_know() -> None:
     peers.expect("attic", 114, seen=1)
     assert peers.failed_since(116) == ["attic"]
     peers.expect("attic", 117, seen=1)
-    assert peers.alive() == []
+    assert peers.alive() == set()
 
 
 def test_nobody_is_blamed_for_what_we_could_not_hear() -> None:
@@ -218,7 +218,7 @@ def test_strangers_without_end_do_not_grow_the_members() -> None:
     assert peers.member("attic") and peers.member("cellar")  # no stranger throws them out
     peers.failed_since(116.5)
     peers.heartbeat_from("garden", 117, seen=1)  # in the place of one that is gone
-    assert peers.alive() == ["garden"]
+    assert peers.alive() == {"garden"}
     assert peers.member("attic") is None
 
 
@@ -299,7 +299,7 @@ def test_the_last_document_of_each_kind_is_kept(hall: Hall) -> None:
         "main": None,
     }
     assert rosters == {"attic": {"node": "attic", "word": "new"}}
-    assert hall.members.alive() == ["attic"]  # an agent's node speaks for it
+    assert hall.members.alive() == {"attic"}  # an agent's node speaks for it
     hall.hear("attic", "state", b"")
     hall.hear("stranger", "state", b"")
     assert [*hall.members.documents("state")] == ["beta", "main"]
@@ -374,7 +374,55 @@ def test_whoever_is_forgotten_takes_its_documents_along(
     assert [*hall.members.documents("roster")] == ["d", "e"]
 
 
+def test_documents_that_are_too_many_are_dropped_with_a_word(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_DOCUMENTS", 100)
+    for name in ("a", "b", "c"):
+        hall.hear(name, "roster", b'{"node": 1}'.ljust(50))
+    said = {"event": "too many documents: not known here", "peer": "c", "most": 100}
+    assert hall.events("error") == [said]
+
+
 # Whose agents there are
+
+
+def test_a_roster_costs_no_more_in_a_large_hive(hall: Hall) -> None:
+    def kept() -> dict[str, str]:
+        rows = hall.journal._database.read("SELECT key, value FROM settings", ())
+        return {key: value for key, value in rows if str(key).startswith("agents")}
+
+    for n in range(50):
+        hall.beat(f"n{n}")
+        hall.hear(f"n{n}", "roster", {"agents": [f"main-{n}"]})
+    before = kept()
+    hall.hear("n7", "roster", {"agents": ["main-7"], "sessions": {"fix": {}}})
+    differ = {key for key, value in kept().items() if before[key] != value}
+    assert (len(before), differ) == (50, {"agents of n7"})
+    hall.hear("n7", "state", b"")
+    assert kept().keys() == before.keys() - {"agents of n7"}  # what is gone leaves nothing
+
+
+def test_agents_are_remembered_as_they_were_kept_before(hall: Hall) -> None:
+    for _ in range(2):
+        hall.journal.put("agents", {"main": "attic", "fix": "attic", "other": "cellar"})
+        hall.journal.put("sessions of all", {"fix": True})
+        hall.restart()
+        hall.restart()
+        found = {one: hall.members.node_of(one) for one in ("main", "fix", "other")}
+        assert found == {"main": "attic", "fix": "attic", "other": "cellar"}
+        assert [one for one in found if hall.members.is_session(one)] == ["fix"]
+        assert hall.journal.get("agents") == {}
+
+
+def test_an_agent_that_moved_from_a_node_that_is_gone_is_not_kept_for_it(hall: Hall) -> None:
+    hall.beat("attic")
+    hall.hear("attic", "roster", {"agents": ["main", "other"]})
+    hall.members.mark_failed("attic", hall.now)
+    hall.beat("cellar")
+    hall.hear("cellar", "roster", {"agents": ["main"]})
+    hall.restart()
+    assert [hall.members.node_of(one) for one in ("main", "other")] == ["cellar", "attic"]
 
 
 def test_a_roster_speaks_for_its_own_agents_only(hall: Hall) -> None:
@@ -468,15 +516,15 @@ def test_in_a_checked_hive_a_nodes_state_tells_of_its_agents() -> None:
 @pytest.mark.parametrize(
     ("status", "more", "alive", "level", "words"),
     [
-        ("online", {}, ["attic"], "info", None),
-        ("degraded", {}, ["attic"], "info", None),
-        ("offline", {"reason": "stopped"}, [], "info", {"event": "peer has stopped"}),
-        ("offline", {}, [], "info", {"event": "peer has stopped"}),
-        ("offline", {"reason": "lost"}, ["attic"], "info", None),  # another's word on it
+        ("online", {}, {"attic"}, "info", None),
+        ("degraded", {}, {"attic"}, "info", None),
+        ("offline", {"reason": "stopped"}, set(), "info", {"event": "peer has stopped"}),
+        ("offline", {}, set(), "info", {"event": "peer has stopped"}),
+        ("offline", {"reason": "lost"}, {"attic"}, "info", None),  # another's word on it
         (
             "offline",
             {"reason": "connection lost"},
-            [],
+            set(),
             "warning",
             {"event": "peer is lost", "why": "its connection died"},
         ),
@@ -486,7 +534,7 @@ def test_what_a_new_state_of_a_living_peer_means(
     hall: Hall,
     status: str,
     more: dict[str, str],
-    alive: list[str],
+    alive: set[str],
     level: str,
     words: dict[str, str] | None,
 ) -> None:
@@ -502,9 +550,9 @@ def test_a_retained_state_is_no_goodbye_and_no_loss(hall: Hall) -> None:
     hall.beat("attic")
     for reason in ("stopped", "lost", "connection lost"):
         hall.hear("attic", "state", {"status": "offline", "reason": reason}, retained=True)
-    assert hall.members.alive() == ["attic"]
+    assert hall.members.alive() == {"attic"}
     hall.hear("cellar", "state", {"status": "asleep"}, retained=True)
-    assert hall.members.alive() == ["attic"]
+    assert hall.members.alive() == {"attic"}
 
 
 def test_who_comes_goes_and_restarts_is_in_the_log(hall: Hall) -> None:
@@ -545,7 +593,7 @@ def test_who_stops_says_nothing_of_others_any_more(hall: Hall) -> None:
     for _ in range(5):
         hall.advance(5)
         hall.members.check(hall.now)
-    assert hall.sent == [] and hall.members.alive() == []
+    assert hall.sent == [] and hall.members.alive() == set()
 
 
 def test_a_sleep_of_ours_is_nobodys_silence(hall: Hall) -> None:
@@ -553,12 +601,12 @@ def test_a_sleep_of_ours_is_nobodys_silence(hall: Hall) -> None:
     hall.members.check(hall.now)
     hall.now += 1000
     hall.members.check(hall.now)
-    assert hall.members.alive() == ["attic"]
+    assert hall.members.alive() == {"attic"}
     hall.advance(10)
     hall.members.check(hall.now)  # just as late as that: no sleep
     hall.advance(6)
     hall.members.check(hall.now)
-    assert hall.members.alive() == []
+    assert hall.members.alive() == set()
 
 
 def test_whose_documents_do_not_come_is_asked_for_once(hall: Hall) -> None:

@@ -116,6 +116,22 @@ def test_a_connection_that_dies_is_told_at_once(rig: Rig) -> None:
     assert len(rig.sent("alert")) == 1
 
 
+def test_one_that_fell_silent_has_a_moment_more_to_come_back(rig: Rig) -> None:
+    """The broker gave it up: a network that stalls, or a machine that is frozen."""
+    for name in ("gamma", "delta"):
+        rig.beat(name, interval=60.0)
+        rig.advance(10)
+        rig.hear_state(name, status="offline", reason="connection lost")
+        rig.advance(4.5)
+        assert lost(rig)[-1] == name, "all may know that at once"
+        assert rig.sent("alert") == []
+        if name == "gamma":
+            rig.beat(name, interval=60.0)
+        rig.advance(2)
+    (alert,) = rig.sent("alert")
+    assert alert.text.startswith("delta is lost: its connection died")
+
+
 def test_a_clean_goodbye_is_no_loss(rig: Rig) -> None:
     rig.beat("gamma")
     rig.turn()
@@ -410,6 +426,23 @@ def test_a_heartbeat_comes_every_interval(rig: Rig) -> None:
     assert last["oc_instances"] == []
     assert "load_1m" in last
     assert [row["seq"] for row in inner] == sorted({row["seq"] for row in inner})
+
+
+def test_a_state_tells_how_long_a_heartbeat_took_to_the_broker_and_back(rig: Rig) -> None:
+    rig.advance(6)
+    assert rig.kept("beta", "state")[-1]["rtt_ms"] is None, "none has come back"
+    first, last = rig.heartbeats()[0], rig.heartbeats()[-1]
+    rig.clock.now += 0.25
+    for beat in (last, first):  # the first one tells nothing any more
+        rig.hand_in("hive/all/heartbeat", beat.payload, False)
+        rig.turn()
+        rig.clock.now += 0.25
+    states = len(rig.kept("beta", "state"))
+    rig.advance(1)
+    assert len(rig.kept("beta", "state")) == states, "it is no news"
+    rig.advance(10)
+    waited = rig.kept("beta", "state")[-1]["rtt_ms"]
+    assert waited % 500 == 250 and waited <= 1250
 
 
 def test_a_state_that_says_nothing_new_is_published_before_it_seems_stale(rig: Rig) -> None:
