@@ -100,7 +100,6 @@ import json
 import re
 import selectors
 import signal
-import socket
 import stat
 import time
 from collections import Counter, deque
@@ -112,6 +111,7 @@ from types import SimpleNamespace
 TYPE_CHECKING = False  # to mypy it is true; others need not import what only mypy reads
 if TYPE_CHECKING:
     import argparse
+    import socket
     import sqlite3
     import subprocess
     from pathlib import Path
@@ -224,10 +224,10 @@ def sha256(data: bytes) -> str:
 
 def build() -> str:
     """The first digits of this file's own hash: copies of one file drift apart."""
+    file = __file__[:-1] if __file__.endswith(".pyc") else __file__
     try:
-        source = globals()["__loader__"].get_source(__name__)  # it may lie in a zip
-        return sha256(source.encode())[:8]
-    except (OSError, ImportError):
+        return sha256(globals()["__loader__"].get_data(file))[:8]  # it may lie in a zip
+    except OSError:
         return "unknown"
 
 
@@ -1051,12 +1051,12 @@ class Timer:
         return (self.due, self.order) < (other.due, other.order)
 
 
-def nonblocking_pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets that never block."""
-    pair = socket.socketpair()
-    for end in pair:
-        end.setblocking(False)
-    return pair
+def nonblocking_pipe() -> tuple[io.FileIO, io.FileIO]:
+    """Where to read, and where to write; neither ever blocks: it gives None then."""
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        os.set_blocking(end, False)
+    return io.FileIO(reader, "r"), io.FileIO(writer, "w")
 
 
 def do_nothing() -> None:
@@ -1076,9 +1076,9 @@ class Loop:
         self._signals: dict[int, Callable[[], None]] = {}
         self._handlers_before: dict[int, Any] = {}
         self._running = False
-        # Two pairs, so that a crowd of posts leaves room for the byte of a signal.
-        self._wake_reader, self._wake_writer = nonblocking_pair()
-        self._signal_reader, self._signal_writer = nonblocking_pair()
+        # Two pipes, so that a crowd of posts leaves room for the byte of a signal.
+        self._wake_reader, self._wake_writer = nonblocking_pipe()
+        self._signal_reader, self._signal_writer = nonblocking_pipe()
         self.watch(self._wake_reader, selectors.EVENT_READ, self._on_posts)
         self.watch(self._signal_reader, selectors.EVENT_READ, self._on_signals)
 
@@ -1105,8 +1105,8 @@ class Loop:
     def post(self, call: Callable[[], None]) -> None:
         """Call back soon; the one method for other threads."""
         self._posted.append(call)
-        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody cares
-            self._wake_writer.send(b"\0")
+        with contextlib.suppress(ValueError):  # closed: nobody cares; full: it will wake anyway
+            self._wake_writer.write(b"\0")
 
     def on_signal(self, number: int, call: Callable[[], None]) -> None:
         """Call back from the loop, never in the middle of something, when a signal comes."""
@@ -1152,14 +1152,12 @@ class Loop:
             end.close()
 
     def _on_signals(self, events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            for number in sorted(set(self._signal_reader.recv(4096))):
-                if number in self._signals:
-                    self._guard(self._signals[number])
+        for number in sorted(set(self._signal_reader.read(4096) or b"")):
+            if number in self._signals:
+                self._guard(self._signals[number])
 
     def _on_posts(self, events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_reader.recv(4096)
+        self._wake_reader.read(4096)
         for _ in range(len(self._posted)):
             self._guard(self._posted.popleft())
 
@@ -1199,6 +1197,8 @@ class ServiceManager:
         """Say something like READY=1; without systemd it is said to nobody."""
         if not self._address:
             return
+        import socket
+
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
             to.setblocking(False)
             to.sendto("\n".join(assignments).encode(), self._address)
@@ -1309,6 +1309,8 @@ class Stream:
         except OSError:
             return self._abort()
         if self._ending and not self._output:
+            import socket
+
             # It may still be sending: to close now would be a reset, and our last words lost.
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_WR)
@@ -1408,6 +1410,8 @@ def unix_listener(file: Path) -> socket.socket:
 
     Raises OSError, and touches nothing that is no socket.
     """
+    import socket
+
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(file.lstat().st_mode):
             raise FileExistsError(errno.EEXIST, "is no socket, and is left alone")
@@ -2327,6 +2331,8 @@ class ControlClient:
 
     def __init__(self, file: Path, node: str, patience: float = CONTROL_TIMEOUT) -> None:
         """Raises OSError where no daemon answers; `patience`: seconds for each request."""
+        import socket
+
         self._node, self._patience = node, patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.settimeout(patience)
@@ -4930,7 +4936,7 @@ def own_file() -> Path:
 
 def short_host_name() -> str:
     """This machine's name up to the first dot, made fit to be a node's name."""
-    label = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().partition(".")[0])
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", os.uname().nodename.partition(".")[0])
     try:
         return node_name(label.lstrip("._-")[:63])
     except ValueError:
@@ -6996,6 +7002,8 @@ class GatewayRequest:
         self._hang_up(WakeResult(f"{self._call.what}: the node was stopped", uncertain=True))
 
     def _hang_up(self, result: WakeResult) -> None:
+        import socket
+
         if self._sock:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)  # the thread ends with it
@@ -7055,6 +7063,8 @@ def gateway_token(instance: InstanceConfig, home: Path) -> str | None:
 
 def probe_port(loop: Loop, port: int, done: Callable[[str], None]) -> None:
     """Does anything listen on a local port?  Calls `done` with why not, or with nothing."""
+    import socket
+
     sock = socket.socket()
     sock.setblocking(False)
 
@@ -8588,7 +8598,7 @@ class Presence:
             "instance": self.instance,
             "interval": self._renewal,
             "miss_threshold": self._own.miss_threshold,
-            "host": socket.gethostname(),
+            "host": os.uname().nodename,
             "shares_journal": self._shares,
             "counters": self._counts,
         }
@@ -9728,6 +9738,8 @@ class ClientConnection:
     """A connection that has come in, until it goes."""
 
     def __init__(self, broker: Broker, sock: socket.socket, trusted: bool) -> None:
+        import socket
+
         self.session: Session | None = None
         self.version = 0  # not known yet: it would not understand an answer
         self.send_quota, self.max_packet = SEND_QUOTA, NO_PACKET_LIMIT
@@ -10143,6 +10155,8 @@ def check_listen(settings: BrokerConfig) -> tuple[str, int]:
 
 def tcp_listener(settings: BrokerConfig) -> socket.socket:
     """A socket on loopback.  Raises ConfigError, BrokerError."""
+    import socket
+
     host, number = check_listen(settings)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -10256,6 +10270,8 @@ class Broker:
         self.loop.watch(listener, selectors.EVENT_READ, accept)
 
     def _accept(self, listener: socket.socket, trusted: bool, events: int) -> None:
+        import socket
+
         try:
             for _ in range(32):
                 sock, _address = listener.accept()
@@ -11058,6 +11074,8 @@ class MqttConnection:
         self._loop.post(lambda: self._dialled(fault))
 
     def _dialled(self, fault: str) -> None:
+        import socket
+
         sock: Any = self._client.socket()
         if self.ended and sock is not None:
             sock.close()
@@ -11280,6 +11298,8 @@ def acknowledge_at_once(sock: Any) -> None:
     Linux takes the option back by itself (tcp(7)), so it is set after each read; where it is
     missing, nothing is lost but time.
     """
+    import socket
+
     quickack = getattr(socket, "TCP_QUICKACK", None)
     if sock is not None and quickack is not None:
         with contextlib.suppress(OSError):  # a unix socket; closed meanwhile
@@ -11962,6 +11982,8 @@ def embedded_places(settings: BrokerConfig) -> Iterator[Path]:
 
 def embedded_listens(place: Path) -> bool:
     """Does a broker of ours listen there, and of nobody else?"""
+    import socket
+
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(LOCATE_TIMEOUT)
         probe.connect(str(place))
@@ -11971,6 +11993,8 @@ def embedded_listens(place: Path) -> bool:
 
 def speaks_mqtt(host: str, port: int) -> bool:
     """Is what listens there a broker?  Whether it would let us in is another question."""
+    import socket
+
     hello = encode_string("MQTT") + bytes((4, 2, 0, 10)) + encode_string("")  # 3.1.1, clean, 10 s
     try:
         with socket.create_connection((host, port), LOCATE_TIMEOUT) as probe:
@@ -13408,7 +13432,7 @@ def watch_status(config: Config, colour: bool, which: Sequence[str], tag: str | 
 
     feed, lines = StatusFeed(config, which, tag), StatusLines()
     screen = StatusScreen(colour) if is_terminal(sys.stdout) else None
-    woken, waker = nonblocking_pair()
+    woken, waker = nonblocking_pipe()
 
     def end(number: int, frame: object) -> NoReturn:
         sys.exit(128 + number)
@@ -13435,7 +13459,7 @@ def watch_status(config: Config, colour: bool, which: Sequence[str], tag: str | 
                 if ready is feed.control:
                     feed.hear()
                 elif ready is woken:
-                    woken.recv(4096)
+                    woken.read(4096)
                 elif screen and screen.leaves():
                     return
 
@@ -15009,6 +15033,8 @@ class HostSettings(Value):
 
     def bind(self, port: int) -> None:
         """Try whether this machine has that address, and the port is free; raises OSError."""
+        import socket
+
         where = "" if self.everywhere else self.listen
         with socket.socket(socket.AF_INET6 if ":" in where else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -15840,6 +15866,8 @@ def make_invitation(host: Host, name: str, now: float) -> Invitation:
 
 def first_reachable(hosts: Sequence[str], port: int) -> str:
     """The first of them where something listens; raises BrokerError."""
+    import socket
+
     why = []
     for host in hosts:
         try:
@@ -17261,6 +17289,8 @@ class DaemonLink:
         self._stream.write(encode_json(request) + b"\n")
 
     def _connect(self, config: Config) -> socket.socket:
+        import socket
+
         for file in control_socket_paths(config):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
@@ -17948,6 +17978,7 @@ class WebService:
     def __init__(self, config: Config, port: int) -> None:
         """Raises BlockingIOError where it is served already, OSError, HiveError."""
         import secrets
+        import socket
 
         self.port = port
         make_private(config.state_dir)
@@ -19107,6 +19138,8 @@ def claude_inbox(server: McpServer) -> Callable[[str], bool] | None:
 
     def push(text: str) -> bool:
         """An idle session begins a turn, a busy one reads it after the tool that runs."""
+        import socket
+
         said = {"type": "user", "message": {"role": "user", "content": text}}
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(SOCKET_DEADLINE)
@@ -20631,7 +20664,7 @@ def command_broker(args: argparse.Namespace) -> int:
         start_again()
     config = config_of(args, resolve_config if args.mosquitto_conf else load_config)
     if args.mosquitto_conf:
-        setup = mosquitto_setup(config, args.nodes, args.tls, socket.gethostname())
+        setup = mosquitto_setup(config, args.nodes, args.tls, os.uname().nodename)
         print(mosquitto_script(setup), end="")
         return Exit.DONE
     if args.nodes or args.tls:
