@@ -238,8 +238,10 @@ def test_what_only_type_checkers_import_stands_in_annotations_alone() -> None:
             }
         if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING":
             return
-        if isinstance(one, ast.Name) and one.id in known and id(one) not in annotations:
-            yield f"{one.id}, line {one.lineno}"
+        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load) and one.id in known:
+            if id(one) not in annotations:
+                yield f"{one.id}, line {one.lineno}"
+            return
         for child in ast.iter_child_nodes(one):
             yield from used(child, known)
 
