@@ -17165,24 +17165,21 @@ class DaemonLink:
 
     def __init__(
         self,
-        loop: Loop,
-        config: Config,
+        asker: DaemonAsker,
         request: Mapping[str, object],
-        on_line: Callable[[dict[str, Any]], None],
-        on_end: Callable[[str], None],
+        on_line: Callable[[dict[str, Any]], object],
+        on_end: Callable[[str], object],
     ) -> None:
         """`on_end` is told why it ended, unless close() ended it; raises DaemonError."""
-        self._node = config.node.id
-        self._on_line: Callable[[dict[str, Any]], object] = on_line
-        self._on_end: Callable[[str], object] = on_end
-        self._silence = loop.after(CONTROL_TIMEOUT, self._silent)
-        self._stream = Stream(
-            loop, self._connect(config), self._read, self._closed, MAX_UNREAD, MAX_LINE
-        )
+        self._asker, self._on_line, self._on_end = asker, on_line, on_end
+        sock, ended = self._connect(), partial(self._end, "it has ended")
+        self._stream = Stream(asker.loop, sock, self._read, ended, MAX_UNREAD, MAX_LINE)
+        self._silence = asker.loop.after(CONTROL_TIMEOUT, partial(self._end, "it does not answer"))
         self._stream.write(encode_json(request) + b"\n")
+        asker.links.add(self)
 
-    def _connect(self, config: Config) -> socket.socket:
-        for file in control_socket_paths(config):
+    def _connect(self) -> socket.socket:
+        for file in control_socket_paths(self._asker.config):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
             try:
@@ -17192,8 +17189,8 @@ class DaemonLink:
             except OSError:
                 pass
             sock.close()
-        self._silence.cancel()
-        raise DaemonError(f"the daemon of {self._node} does not run; start it: hive daemon")
+        name = self._asker.config.node.id
+        raise DaemonError(f"the daemon of {name} does not run; start it: hive daemon")
 
     def _read(self) -> None:
         while (end := self._stream.input.find(b"\n")) >= 0:
@@ -17202,51 +17199,35 @@ class DaemonLink:
             self._stream.consume(end + 1)
             self._on_line(read_json_object(line) or {})
 
-    def _silent(self) -> None:
-        self._fail("it does not answer")
-
-    def _closed(self) -> None:
-        self._fail("it has ended")
-
-    def _fail(self, why: str) -> None:
+    def _end(self, why: str) -> None:
         on_end = self._on_end
         self.close()
-        on_end(f"the daemon of {self._node}: {why}")
+        on_end(f"the daemon of {self._asker.config.node.id}: {why}")
 
     def close(self) -> None:
         self._on_line, self._on_end = (lambda line: None), (lambda why: None)
         self._silence.cancel()
         self._stream.close()
+        self._asker.links.discard(self)
 
 
 class DaemonAsker:
     """Asks the daemon, one link for each request."""
 
     def __init__(self, loop: Loop, config: Config) -> None:
-        self.loop, self._config = loop, config
-        self._links: set[DaemonLink] = set()
+        self.loop, self.config = loop, config
+        self.links: set[DaemonLink] = set()
 
     def open(
         self,
         request: Mapping[str, object],
-        on_line: Callable[[dict[str, Any]], None],
-        on_end: Callable[[str], None],
+        on_line: Callable[[dict[str, Any]], object],
+        on_end: Callable[[str], object],
     ) -> Callable[[], None]:
         """Ask, and hear all that comes of it; what ends that.  Raises DaemonError."""
-        if len(self._links) >= MAX_LINKS:
+        if len(self.links) >= MAX_LINKS:
             raise DaemonError("too much is asked at once; try again")
-
-        def ended(why: str) -> None:
-            self._links.discard(link)
-            on_end(why)
-
-        def close() -> None:
-            self._links.discard(link)
-            link.close()
-
-        link = DaemonLink(self.loop, self._config, request, on_line, ended)
-        self._links.add(link)
-        return close
+        return DaemonLink(self, request, on_line, on_end).close
 
     def ask(self, request: Mapping[str, object], then: Callable[[dict[str, Any]], None]) -> None:
         """`then` gets the answer, or why there is none as its `error`; never within this call."""
@@ -17255,14 +17236,16 @@ class DaemonAsker:
             close()
             then(answer)
 
+        def failed(why: str) -> None:
+            then({"error": why, "gone": True})
+
         try:
-            close = self.open(request, answered, lambda why: then({"error": why, "gone": True}))
+            close = self.open(request, answered, failed)
         except DaemonError as error:
-            fault = {"error": str(error), "gone": True}
-            self.loop.after(0, lambda: then(fault))
+            self.loop.after(0, partial(failed, str(error)))
 
     def close(self) -> None:
-        for link in self._links:
+        for link in [*self.links]:
             link.close()
 
 
