@@ -41,7 +41,8 @@ tokens; only what needs judgment wakes an agent.
 #   MQTT    Packets     bytes to packets and back
 #           Broker      a small one of our own, for one user on one machine
 #                       <- Stream, Control, Database, Packets
-#           MqttClient  connect, come back, publish; alone in importing paho <- Journal
+#           MqttClient  connect, come back, publish; alone in importing paho
+#                       <- Journal, Packets
 #           BrokerHost  which broker, and whose turn it is to be one
 #                       <- Control, Database, Packets, Broker
 #   shell   Output      rows to a table or to JSON; returns strings
@@ -103,7 +104,6 @@ TYPE_CHECKING = False  # to mypy it is true; others need not import what only my
 if TYPE_CHECKING:
     import sqlite3
     import subprocess
-    from ssl import SSLSocket
     from typing import IO, Any, ClassVar, NoReturn, Protocol, Self, TypeVar, dataclass_transform
 
     import paho.mqtt.client as paho_client
@@ -2761,7 +2761,7 @@ class Requests:
         connection: Callable[[], dict[str, Any]],
         sessions: Sessions,
         numbers: Callable[[], dict[str, list[list[Any]]]],
-        ask_for_journal: Callable[[Envelope], str],
+        ask_for_journal: Callable[[Envelope], None],
     ) -> None:
         """`send` gives why not, or nothing; `connection` tells how the node's one is.
 
@@ -2867,8 +2867,8 @@ class Requests:
         question = Envelope.new(self._node, given["node"], "command", text.decode(), **more)
         if requester not in self._listeners.get(exchange, ()):
             self._listen(exchange, requester)
-        fault = self._ask_for_journal(question)
-        return {"error": fault} if fault else {"id": question.id}
+        self._ask_for_journal(question)
+        return {"id": question.id}
 
     def history(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         traffic = self._journal.traffic(time.time() - 60 * MINUTES)
@@ -3235,7 +3235,7 @@ class Node:
             self._connection,
             self.sessions,
             self.numbers,
-            self._ask_for_journal,
+            lambda question: self.shared.send(question),
         )
         self.shared = SharedJournal(self)
         self.members.on_change = self.requests.note_change
@@ -3708,16 +3708,6 @@ class Node:
         self.commit_soon()
         return ""
 
-    def _ask_for_journal(self, question: Envelope) -> str:
-        """Ask a node, or this one itself, for its journal; why not, if so."""
-        if question.to == self.name:
-            self.shared.ask(question)
-        elif self.journal.outbox_full:
-            return "too much waits for the broker"
-        else:
-            self.shared.send(question)
-        return ""
-
     def published(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
         self.commit_soon()
@@ -3872,30 +3862,29 @@ class SharedJournal:
 
     def _page(self, rows: Iterable[Mapping[str, Any]], newest: int, asker: str) -> str:
         """As many rows as an answer may hold; `after` is where to read on."""
-        page: list[dict[str, Any]] = []
         texts = self._node.config.journal.share_texts or not asker
         room = min(self._node.room(self._node.topics.to(asker, "response")), MAX_PAGE) - KIB
-        for row in rows:
-            page.append(shared_row(row, texts, private=not asker))
-            room -= 2 * len(encode_json(page[-1]))  # it is quoted once more on its way
-            if room < 0 and page[1:]:
-                page.pop()
-                break
+        page = [shared_row(row, texts, private=not asker) for row in rows]
+        while page[1:] and 2 * len(encode_json(page)) > room:  # it is quoted once more on its way
+            page = page[: len(page) // 2]
         after = page[-1]["n"] if page else newest
         return encode_json({"rows": page, "after": after, "more": after < newest}).decode()
 
     def _answer(self, question: JournalQuestion, page: str) -> None:
         answer = question.envelope.reply(self._node.name, page, action=READ_JOURNAL)
-        if not question.asker:
-            self._node.requests.heard(answer)
-        elif self._journal.takes_answer(self._node.topics.of(answer)):
+        if self._journal.takes_answer(self._node.topics.of(answer)):
             self.send(answer)
 
     def send(self, envelope: Envelope) -> None:
-        """Send a question or an answer; whoever misses it asks again."""
-        until = time.time() + MAX_HOLD
-        self._journal.enqueue(self._node.topics.of(envelope), envelope.encode(), until=until)
-        self._node.commit_soon()
+        """Send a question or an answer, within this node too; whoever misses it asks again."""
+        if envelope.to != self._node.name:
+            topic, until = self._node.topics.of(envelope), time.time() + MAX_HOLD
+            self._journal.enqueue(topic, envelope.encode(), until=until)
+            self._node.commit_soon()
+        elif envelope.ch == "response":
+            self._node.requests.heard(envelope)
+        else:
+            self.ask(envelope)
 
 
 def shared_row(row: Mapping[str, Any], texts: bool, private: bool) -> dict[str, Any]:
@@ -5002,6 +4991,9 @@ class MqttConfig(ConfigTable):
     port: int | None = setting(
         None, port_number, "its port, if not 1883 (8883 is usual with TLS)", 8883
     )
+    cluster: tuple[str, ...] = setting(
+        (), string_list, "other hosts of the same broker, where that one does not answer", ["b.lan"]
+    )
     username: str | None = setting(None, plain_string, "who we are to the broker", "alpha")
     password: str | None = setting(
         None, secret, "better in password_file, or keep this file 0600", "…"
@@ -5033,6 +5025,8 @@ class MqttConfig(ConfigTable):
         if bool(self.cert_file) != bool(self.key_file):
             both = f"{where}.cert_file and {where}.key_file"
             raise ConfigError(f"{both}: one is of no use without the other")
+        if self.cluster and not self.host:
+            raise ConfigError(f"{where}.cluster: of no use without {where}.host")
 
     @property
     def named(self) -> bool:
@@ -5047,6 +5041,12 @@ class MqttConfig(ConfigTable):
     @property
     def endpoint(self) -> tuple[str, int]:
         return self.host or LOCALHOST, self.port or MQTT_PORT
+
+    def hosts(self, first: int) -> Iterator[str]:
+        """All that may answer, beginning with one of them."""
+        all_of_them = (self.endpoint[0], *self.cluster)
+        first %= len(all_of_them)
+        return iter(all_of_them[first:] + all_of_them[:first])
 
     @property
     def address(self) -> str:
@@ -10812,11 +10812,11 @@ def lighten_paho() -> None:
 
 
 def paho_errors() -> tuple[type[Exception], ...]:
-    """What paho raises when the broker sends what is no MQTT."""
+    """What is raised when the broker sends what is no MQTT."""
     load_paho()
     from paho.mqtt import MQTTException
 
-    return MQTTException, ValueError, LookupError
+    return MQTTException, MalformedPacket, ValueError, LookupError
 
 
 def tls_context(settings: MqttConfig) -> Any:
@@ -10857,44 +10857,64 @@ def first_fault(first: bytes) -> tuple[str, int]:
 
 
 class ReadAhead:
-    """Many packets for one read(2); paho asks for each byte of a header by itself.
+    """Many packets for one read(2).  PUBLISH is taken apart here, all others by paho.
 
-    Keeps what paho does not tell of: how a server began, and why TLS ended.
+    paho asks for each byte of a header by itself, and needs three times as long for a message.
+    Keeps what it does not tell of: how a server began, and why TLS ended.
     """
 
     def __init__(self, recv: Callable[[int], bytes]) -> None:
-        self._recv, self._data, self._at = recv, b"", 0
+        self._recv, self._data = recv, bytearray()
+        self._at = self._given = 0  # of the data: what was taken, and up to where paho may
+        self._over: OSError | bool = False
         self.first, self.fault = b"", ""
 
-    def __bool__(self) -> bool:
-        """Is there something that the selector does not know of?"""
-        return self._at < len(self._data)
+    def fill(self) -> bool:
+        """Read on; is there perhaps more at once?  paho gets to know what goes wrong."""
+        try:
+            data = self._recv(READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            fault = dial_fault(error, tls=False)
+            self.fault = fault if fault.startswith("TLS") else ""
+            data, self._over = b"", error
+        self._over = self._over or not data
+        self.first = self.first or data[:FIRST_SIZE]
+        del self._data[: self._at]
+        self._data += data
+        self._given, self._at = self._given - self._at, 0
+        return len(data) == READ_SIZE
+
+    def publish(self) -> tuple[int, bytes] | None:
+        """Flags and body of the next packet; None if it is another, or not all there."""
+        if self._at < self._given:
+            return None
+        bounds = packet_bounds(self._data, self._at, sys.maxsize)
+        if bounds is None:
+            return None
+        first, (body, end) = self._data[self._at], bounds
+        if first >> 4 != PacketType.PUBLISH:
+            self._given = end
+            return None
+        self._at = end
+        return first & 15, bytes(self._data[body:end])
+
+    @property
+    def for_paho(self) -> bool:
+        """Is there a whole packet of another kind, or the end?"""
+        return self._at < self._given or bool(self._over)
 
     def recv(self, size: int) -> bytes:
-        """As the socket's; raises what that raises."""
-        if not self:
-            if size >= READ_SIZE:
-                return self._recv(size)
-            try:
-                self._data, self._at = self._recv(READ_SIZE), 0
-            except OSError as error:
-                fault = dial_fault(error, tls=False)
-                self.fault = fault if fault.startswith("TLS") else ""
-                raise
-            self.first = self.first or self._data[:FIRST_SIZE]
-        part = self._data[self._at : self._at + size]
+        """As the socket's, for paho; raises what that has raised."""
+        if self._at >= self._given:
+            if not self._over:
+                raise BlockingIOError
+            if isinstance(self._over, OSError):
+                raise self._over
+        part = bytes(self._data[self._at : min(self._at + size, self._given)])
         self._at += len(part)
         return part
-
-
-def read_ahead(client: paho_client.Client) -> ReadAhead | None:
-    """Make paho read ahead: 1.6 times as many messages a second.  None where it cannot be made."""
-    method = "_sock_recv"  # not public, so it may be gone one day
-    if not hasattr(client, method):
-        return None
-    ahead = ReadAhead(getattr(client, method))
-    vars(client)[method] = ahead.recv
-    return ahead
 
 
 class MqttConnection:
@@ -10910,10 +10930,10 @@ class MqttConnection:
         self._heard_at = self._said_at = self._loop.clock()  # the same; and when we last did
         self._keepalive = owner.settings.keepalive
         self.window, self.max_packet = SEND_WINDOW, sys.maxsize
-        self._received: deque[paho_client.MQTTMessage] = deque()
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
         self._client = self._make_client()
-        self._ahead = read_ahead(self._client)
+        self._ahead = ReadAhead(self._client._sock_recv)
+        vars(self._client)["_sock_recv"] = self._ahead.recv
         self._timer = self._loop.after(DIAL_DEADLINE, lambda: self.end(NO_CONNACK))
         import threading
 
@@ -10946,12 +10966,10 @@ class MqttConnection:
         if self._owner.will:
             will = self._owner.will
             client.will_set(will.topic, will.payload, will.qos, will.retain)
-        client.connect_async(*settings.endpoint, settings.keepalive, **self._session_options())
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish
-        client.on_message = lambda client, userdata, message: self._received.append(message)
         # While a thread dials, paho must call nobody.
         client.on_socket_register_write = lambda client, userdata, sock: None
         client.on_socket_unregister_write = lambda client, userdata, sock: None
@@ -10981,12 +10999,17 @@ class MqttConnection:
         return properties
 
     def _dial(self) -> None:
-        """In a thread: DNS, TCP and TLS block."""
-        fault = ""
-        try:
-            self._client.reconnect()
-        except (OSError, ValueError) as error:
-            fault = dial_fault(error, self._owner.settings.tls)
+        """In a thread: DNS, TCP and TLS block.  Of a cluster the first that answers will do."""
+        settings, fault, options = self._owner.settings, "", self._session_options()
+        for host in settings.hosts(self._owner.turn):
+            where = host, settings.endpoint[1], settings.keepalive
+            try:
+                self._client.connect_async(*where, **options)
+                self._client.reconnect()
+                fault = ""
+                break
+            except (OSError, ValueError) as error:
+                fault = dial_fault(error, settings.tls)
         self._loop.post(lambda: self._dialled(fault))
 
     def _dialled(self, fault: str) -> None:
@@ -11042,35 +11065,40 @@ class MqttConnection:
         self._check()
 
     def _read(self) -> None:
-        until = self._loop.clock() + READ_TURN
+        until, more = self._loop.clock() + READ_TURN, True
         while self._loop.clock() < until:
             sock = self._client.socket()
             if sock is None or self.ended:
                 return
-            self._client.loop_read()
-            while self._acknowledged:
-                self._owner.acknowledged(self, *self._acknowledged.popleft())
-            while self._received:
-                self._deliver(self._received.popleft())
-            if not (self._ahead or has_more(self._client.socket())):
-                acknowledge_at_once(self._client.socket())
+            if published := self._ahead.publish():
+                self._deliver(*published)
+            elif self._ahead.for_paho:
+                self._client.loop_read()
+                while self._acknowledged:
+                    self._owner.acknowledged(self, *self._acknowledged.popleft())
+            elif more:
+                more = self._ahead.fill() or is_pending(sock)
+            else:
+                acknowledge_at_once(sock)
                 return
         self._loop.post(lambda: self._ready(selectors.EVENT_READ))
 
-    def _deliver(self, message: paho_client.MQTTMessage) -> None:
-        def ack() -> None:
-            if message.qos and not self.ended:
-                self._said_at = self._loop.clock()
-                self._client.ack(message.mid, message.qos)
+    def _deliver(self, flags: int, body: bytes) -> None:
+        """A PUBLISH has come (MQTT 5, 3.3)."""
+        if not self.welcome:
+            raise MalformedPacket("a message before CONNACK")
+        qos, reader = flags >> 1 & 3, Reader(body)
+        topic = reader.binary().decode(errors="replace")
+        packet_id = reader.packet_id() if qos else 0
+        properties = reader.properties("PUBLISH") if self.v5 else {}
 
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            topic = "�"
-        expires_in = getattr(message.properties, "MessageExpiryInterval", None)
-        self._owner.received(
-            IncomingMessage(topic, bytes(message.payload), message.retain, expires_in, ack)
-        )
+        def ack() -> None:
+            if qos and not self.ended:
+                self._said_at = self._loop.clock()
+                self._client.ack(packet_id, qos)
+
+        expires_in, payload = properties.get("message_expiry"), reader.take(reader.left)
+        self._owner.received(IncomingMessage(topic, payload, bool(flags & 1), expires_in, ack))
 
     def _check(self) -> None:
         """Has the broker refused something, or paho closed its socket, silently as it does?"""
@@ -11080,14 +11108,14 @@ class MqttConnection:
         elif first:
             self.end(first, code)
         elif self._client.socket() is None:
-            fault = "" if self.welcome or self._ahead is None else self._ahead.fault
+            fault = "" if self.welcome else self._ahead.fault
             self.hung_up = not (self.welcome or fault)
             self.end(fault or (HANG_UP if self.welcome else NO_WELCOME))
 
     @property
     def _first_fault(self) -> tuple[str, int]:
         """What it is that answers, where it did not let us in."""
-        first = b"" if self.welcome or self._ahead is None else self._ahead.first
+        first = b"" if self.welcome else self._ahead.first
         return first_fault(first)
 
     # What paho calls.  An exception here would make it handle the same packet again for ever,
@@ -11213,16 +11241,9 @@ def acknowledge_at_once(sock: Any) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, quickack, 1)
 
 
-def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
-    """Is there more to read at once?  TLS holds back what the selector cannot see."""
-    if sock is None:
-        return False
-    if hasattr(sock, "pending"):
-        return bool(sock.pending())
-    try:
-        return bool(sock.recv(1, socket.MSG_PEEK))
-    except OSError:
-        return False
+def is_pending(sock: Any) -> bool:
+    """Does TLS hold back what the selector cannot see?"""
+    return hasattr(sock, "pending") and bool(sock.pending())
 
 
 def ignore_published(message: OutgoingMessage, code: int, words: str) -> None:
@@ -11306,6 +11327,7 @@ class MqttClient:
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
+        self.turn = 0  # which host of a cluster is asked first
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
         self.former: FormerSession | None = None  # that is being emptied
@@ -11527,6 +11549,7 @@ class MqttClient:
         if connection is not self._connection:
             return
         self._connection = None
+        self.turn += not connection.welcome  # one that answers, and lets nobody in, may be ill
         if self.former:  # was that it?  A broker may take all connections of a user for one
             self._collisions += 1
             self.former.close()
@@ -13004,8 +13027,9 @@ def absence(state: Mapping[str, Any]) -> str:
 class GroupReplies:
     """What became of a message that went to each of several nodes."""
 
-    def __init__(self, wait: float) -> None:
+    def __init__(self, wait: float, envelopes: Iterable[Envelope] = ()) -> None:
         """`wait`: seconds that each of them has for its answer."""
+        self.unsent = deque(envelopes)
         self.ok: list[str] = []
         self.failed: list[str] = []
         self.silent: list[str] = []
@@ -13015,6 +13039,11 @@ class GroupReplies:
     def __len__(self) -> int:
         """How many are waited for."""
         return len(self._waiting)
+
+    @property
+    def faulty(self) -> bool:
+        """Has one failed, or kept silent?"""
+        return bool(self.failed or self.silent)
 
     @property
     def ends(self) -> float:
@@ -14843,6 +14872,7 @@ OPENSSL_TIMEOUT = 20.0  # seconds
 LOCK_PATIENCE = 15.0  # seconds that one command waits for another
 HOST_TICK = 30.0  # seconds between looks at invitations and the certificate
 RESTART_PAUSE = 2.0  # seconds, once Mosquitto has ended by itself
+SILENT_BROKER = 30.0  # seconds without an answer after which Mosquitto is killed, and started again
 GLANCE = 1.0  # seconds that somebody may have a lock only to see whether it is free
 BROKER_STOP = 10.0  # seconds that it may take to save all and end
 HOST_AGAIN = "hive host"  # what starts it, and mends it
@@ -15297,9 +15327,11 @@ class HostService:
         self._ended: dict[str, bytes] = {}  # last words of nodes of here that do not run, and ...
         self._bridged = float("-inf")  # ... when a bridge began, which may bring earlier ones
         heard = (self._topics.to(HOST_USER, "command"), self._topics.bridge())
-        self._client = MqttClient(
-            loop, host.login(HOST_USER), subscriptions=[(topic, 0) for topic in heard]
-        )
+        self._silent_since = float("inf")
+        self._client = MqttClient(loop, self._login(), subscriptions=[(one, 0) for one in heard])
+
+    def _login(self) -> MqttConfig:
+        return self._host.login(HOST_USER).replace(keepalive=10)  # a broker that hangs is missed
 
     def start(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -15371,7 +15403,7 @@ class HostService:
 
     def _reread(self) -> None:
         """The files were changed: some of it Mosquitto reads only at its start."""
-        self._client.set_broker(self._host.login(HOST_USER))
+        self._client.set_broker(self._login())
         if self._broker and self._host.conf.read_text() != self._conf:
             self._broker.terminate()
         else:
@@ -15400,10 +15432,19 @@ class HostService:
         go_on()
 
     def on_connected(self) -> None:
+        self._silent_since = float("inf")
         self._log.info("hosting the hive", at=self._client.settings.address)
 
     def on_disconnected(self, reason: str) -> None:
+        """One that runs and answers nobody hangs; 2.0.11 may, after a bridge was cut."""
         self._log.debug("no broker, trying again", why=reason)
+        silent = re.search("timed out|no answer", reason) and self._broker
+        now = self._loop.clock()
+        self._silent_since = min(self._silent_since, now) if silent else float("inf")
+        if self._broker and now - self._silent_since > SILENT_BROKER:
+            self._log.error("Mosquitto answers nobody, and is killed", why=reason)
+            self._silent_since = float("inf")
+            self._broker.kill()
 
     def deliver(self, message: IncomingMessage) -> None:
         """Who was invited says which password it will have; the topic says who that is."""
@@ -19364,12 +19405,15 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     ),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
     option("--parallel", type=count, metavar="N", help="with several nodes: so many at once"),
+    option(
+        "--fail-fast", action="store_true", help="and to no more once one failed or kept silent"
+    ),
     DIRECT,
     AS_JSON,
     examples="""hive send --to beta --ch command --text "is the backup done?" --wait 60
 hive send --to all --ch sync --action git-sync --text now --wait 20
 hive send --to any --action health-check --text x --wait 20
-hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5
+hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5 --fail-fast
 make report | hive send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:
@@ -19377,8 +19421,9 @@ def command_send(args: argparse.Namespace) -> int:
     config = config_of(args)
     target = Target.find(args.to)
     group = target is not None and not target.one
-    if args.parallel and not (group and args.wait):
-        raise UsageError("--parallel: of use only with --wait, and to a tag or a pattern")
+    flag = "--parallel" if args.parallel else "--fail-fast" if args.fail_fast else ""
+    if flag and not (group and args.wait):
+        raise UsageError(f"{flag}: of use only with --wait, and to a tag or a pattern")
     envelope = Envelope.new(
         config.node.id,
         EVERYONE if target else args.to,
@@ -19561,9 +19606,14 @@ def send_to_group(
 
     with contextlib.closing(control):
         if args.wait:
-            replies = GroupReplies(args.wait)
+            replies = GroupReplies(args.wait, envelopes)
             with Progress("") as progress:
-                collect_replies(config, replies, envelopes, args, control, hand_in, progress)
+                try:
+                    collect_replies(config, replies, args, control, hand_in, progress)
+                except KeyboardInterrupt:
+                    replies.expire(float("inf"))
+                    say_replies(replies, away, args.as_json)
+                    raise
             return say_replies(replies, away, args.as_json)
         for envelope in envelopes:
             say_sent(config, envelope, args, control, hand_in(envelope))
@@ -19575,22 +19625,22 @@ def send_to_group(
 def collect_replies(
     config: Config,
     replies: GroupReplies,
-    envelopes: Sequence[Envelope],
     args: argparse.Namespace,
     control: Control,
     hand_in: Callable[[Envelope], bool],
     progress: Progress,
 ) -> None:
     """Send, so many at once, and print the answers until all have come or are late."""
-    pending = deque(envelopes)
+    unsent, all_ = replies.unsent, len(replies.unsent)
+    most = args.parallel or (1 if args.fail_fast else all_)
     try:
-        while pending or replies:
-            while pending and len(replies) < (args.parallel or len(envelopes)):
-                if not hand_in(pending[0]):
-                    what = f"queued {pending[0].id} for {pending[0].to}"
+        while replies or (unsent and not (args.fail_fast and replies.faulty)):
+            while unsent and len(replies) < most and not (args.fail_fast and replies.faulty):
+                if not hand_in(unsent[0]):
+                    what = f"queued {unsent[0].id} for {unsent[0].to}"
                     print(f"hive: {what}, no broker at the moment", file=sys.stderr)
-                replies.sent(pending.popleft(), time.monotonic())
-            progress.what = f"waiting for {len(replies) + len(pending)} of {len(envelopes)}"
+                replies.sent(unsent.popleft(), time.monotonic())
+            progress.what = f"waiting for {len(replies) + len(unsent)} of {all_}"
             said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS:
                 replies.unheard(said.get("id"))
@@ -19600,13 +19650,14 @@ def collect_replies(
                     write_answer(answer, args.as_json, label=True)
             replies.expire(time.monotonic())
     except DaemonError as error:
-        rest = f"{len(pending)} were not sent" if pending else "all were sent"
+        rest = f"{len(unsent)} were not sent" if unsent else "all were sent"
         raise HiveError(f"{error}; {rest}; see: hive pending") from None
 
 
 def say_replies(replies: GroupReplies, away: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
     """Sum up what became of a group's messages."""
     without = {"failed": replies.failed, "silent": replies.silent, "away": [*away]}
+    without["unsent"] = [one.to for one in replies.unsent]
     if as_json:
         print(json_text(json.dumps({"ok": replies.ok, **without})))
     else:
