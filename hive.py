@@ -17963,7 +17963,7 @@ WEB_PAGE = r"""<!DOCTYPE html>
   --off: light-dark(#6a645b, #a39b8f);
 }
 /* How somebody is: one word, one colour, and a hexagon with one sign in it. */
-.online, .ok { --how: var(--ok); --sign: "" }
+.online, .ok { --how: var(--ok); --sign: "\A0" }
 .degraded, .stale, .warn { --how: var(--warn); --sign: "!" }
 .lost, .down, .fail, .alert { --how: var(--bad); --sign: "\D7" }
 .stopped, .unknown, .skipped { --how: var(--off); --sign: "\2013" }
@@ -17971,7 +17971,7 @@ WEB_PAGE = r"""<!DOCTYPE html>
 .mark { display: inline-grid; place-content: center; flex: none; width: 1.1em; height: 1.2em;
   background: var(--how, var(--honey)); color: var(--card); font: 800 .9em/1 sans-serif;
   clip-path: polygon(50% 0, 100% 25%, 100% 75%, 50% 100%, 0 75%, 0 25%) }
-.mark::after { content: var(--sign, "") }
+.mark::after { content: var(--sign) }
 
 * { box-sizing: border-box; margin: 0 }
 body { background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
@@ -17991,7 +17991,7 @@ button:hover { border-color: var(--honey) }
 .jump:not(:focus) { position: absolute; left: -99rem }
 .soft { color: var(--soft) }
 .card, .empty { background: var(--card); border: 1px solid var(--rule); border-radius: 14px }
-.line { display: flex; flex-wrap: wrap; gap: .1rem .5rem; align-items: center }
+.line { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
 .end { margin-left: auto; white-space: nowrap }
 /* What there is nothing of takes no room, and a word on what to do may stand there instead. */
 [hidden], :is(ul, ol, p, b, h2):empty { display: none !important }
@@ -18012,10 +18012,11 @@ main { padding: 2rem var(--edge) 4rem; max-width: 1800px; margin-inline: auto }
 #head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; min-height: 4.4rem;
   margin-bottom: 1.5rem }
 #head > :first-child { flex: 1 1 20rem }
+#find, #filters > * { flex: 1; max-width: 18rem }
 
 #cards { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
-#cards:has(button.card) { gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)) }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least, 21rem)), 1fr)) }
+#cards:has(button.card) { gap: .5rem; --least: 9.5rem }
 #cards:has(button.card) .node { grid-column: span 2 }
 button.card { width: 100% }
 .node { display: grid; grid-template-rows: auto auto auto 1fr auto; gap: .5rem; min-height: 15rem;
@@ -18058,7 +18059,7 @@ dialog { margin: 0 0 0 auto; padding: 1.25rem; width: min(40rem, 100vw); max-wid
 dialog[open] { display: flex; flex-direction: column }
 .new .for-reply, .reply .for-new, .read form { display: none }
 dialog::backdrop { background: #0007 }
-label { color: var(--soft); margin-bottom: .75rem }
+label { display: block; color: var(--soft); margin-bottom: .75rem }
 label > * { display: block; width: 100%; color: var(--ink) }
 textarea { min-height: 6rem; resize: vertical }
 #story { flex: 1; overflow: auto }
@@ -18160,8 +18161,9 @@ const make = (create) => (name, ...parts) => {
   element.setAttribute("class", words.join(" "));
   for (const part of parts.flat(3)) {
     if (typeof part === "function") element.addEventListener("click", part);
-    else if (part?.constructor !== Object) element.append(...part || part === 0 ? [part] : []);
-    else for (const [key, value] of Object.entries(part)) element.setAttribute(key, value);
+    else if (part?.constructor === Object) {
+      for (const [name, value] of Object.entries(part)) element.setAttribute(name, value);
+    } else if (part || part === 0) element.append(part);
   }
   return element;
 };

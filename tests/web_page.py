@@ -532,6 +532,23 @@ def test_axe_finds_nothing_serious(told: Callable[..., Page]) -> None:
     assert not found, "\n".join(found)
 
 
+def test_a_card_moves_to_its_new_place_unless_one_wants_no_motion(
+    told: Callable[..., Page],
+) -> None:
+    page = told(20)
+    move = """(how) => {
+      Object.assign(nodes.get("tower"), { how });
+      drawAll();
+      return document.getAnimations().map((one) => one.effect.getTiming().duration);
+    }"""
+    assert 300 in page.evaluate(move, "lost")
+    assert page.locator(".node h2").first.inner_text() == "studio"
+    assert page.locator(".node h2").nth(1).inner_text() == "tower"
+    page.emulate_media(reduced_motion="reduce")
+    page.wait_for_function("() => !document.getAnimations().length")
+    assert not any(page.evaluate(move, "online"))
+
+
 def test_nothing_stands_beyond_the_edge(told: Callable[..., Page]) -> None:
     page = told(30)
     for width in (360, 768, 2000):
