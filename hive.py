@@ -18233,7 +18233,7 @@ const sorted = () => [...nodes.values()].sort((a, b) => RANK.indexOf(a.how) - RA
   || a.name.localeCompare(b.name, "en", { numeric: true }));
 const inTrouble = ({ how }) => !["online", "stopped"].includes(how);
 const home = (name) => nodes.has(name) ? name
-  : sorted().find(({ agents }) => agents.some((agent) => agent.name === name))?.name;
+  : [...nodes.values()].find(({ agents }) => agents.some((agent) => agent.name === name))?.name;
 
 // ---- Now
 const lastHour = (beats, loads) => { // load above, heartbeats below
