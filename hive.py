@@ -17317,8 +17317,9 @@ def node_view(
     row: StatusRow, state: Mapping[str, Any], roster: Mapping[str, Any], changed: float
 ) -> dict[str, Any]:
     """What a page shows of a node, whatever it said itself; what changes all the time is coarse."""
-    handlers, schedule = roster.get("handlers"), roster.get("schedule")
-    entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
+    lists = [roster.get("handlers"), roster.get("schedule")]
+    handlers, schedule = ([*one] if isinstance(one, list) else [] for one in lists)
+    numbers = ("running", "waiting", "outbox", "rtt_ms")
     return {
         "name": row.name,
         "how": row.condition if row.condition in CONDITIONS else "unknown",
@@ -17330,18 +17331,16 @@ def node_view(
         "host": printable(state["host"]) if state.get("host") else None,
         "system": printable(roster["system"]) if roster.get("system") else None,
         "agents": agent_views(state, roster),
-        "running": bounded_number(state.get("running"), 0, 1e6),
-        "queued": bounded_number(state.get("waiting"), 0, 1e6),
-        "outbox": bounded_number(state.get("outbox"), 0, 1e6),
-        "rtt": bounded_number(state.get("rtt_ms"), 0, 1e6),
-        "handlers": [printable(x) for x in handlers[:100]] if isinstance(handlers, list) else [],
+        **{key: bounded_number(state.get(key), 0, 1e6) for key in numbers},
+        "handlers": [printable(one) for one in handlers[:100]],
         "schedule": [
             {
                 **{key: printable(one.get(key)) for key in ("action", "when")},
                 **{key: bounded_number(one.get(key), 1, MAX_TS) for key in ("last", "next")},
                 "ok": one.get("ok") if isinstance(one.get("ok"), bool) else None,
             }
-            for one in entries[:20]
+            for one in schedule[:20]
+            if isinstance(one, dict)
         ],
     }
 
@@ -18238,19 +18237,20 @@ const home = (name) => nodes.has(name) ? name
 // ---- Now
 const lastHour = (beats, loads) => { // load above, heartbeats below
   const top = Math.max(1, ...loads), first = beats.findIndex(Boolean);
-  const path = { load: "M-1 20", ok: "", fail: "" };
+  const path = { load: "", ok: "", fail: "" };
   beats.forEach((beat, i) => {
-    path.load += `L${i + .5} ${beat ? 19 - 18 * loads[i] / top : 20}`;
+    if (beat && !beats[i - 1]) path.load += `M${i} 20`;
+    if (beat) path.load += `L${i + .5} ${19 - 18 * loads[i] / top}`;
+    if (beat && !beats[i + 1]) path.load += `L${i + 1} 20z`;
     if (i >= first && first >= 0) path[beat ? "ok" : "fail"] += `M${i} 23h1`;
   });
-  path.load += "L61 20";
   return draw("svg.hour", { viewBox: "0 0 60 24", preserveAspectRatio: "none" },
     Object.entries(path).map(([name, d]) => draw(`path.${name}`, { d })));
 };
 const fact = (how, name, words, when) => el("li.line", mark(how),
   el("span", el("b", name), " ", el("span.soft", words)), el("span.soft.end", when));
 const agentFact = ({ name, status, reason, client, directory, branch, since, next_try: next }) =>
-  fact(status, name, [[client ?? "agent", directory, branch && `on ${branch}`].filter(Boolean)
+  fact(status ?? "unknown", name, [[client ?? "agent", directory, branch && `on ${branch}`].filter(Boolean)
     .join(" "), el("span.how.down", reason && ` ${reason}`, next && [", next try ", stamp(next)])],
   stamp(since));
 const scheduleFact = ({ action, when, ok, last, next }) => {
@@ -18259,9 +18259,9 @@ const scheduleFact = ({ action, when, ok, last, next }) => {
   return fact(how, action, when, el(`span.how.${how}`, did, stamp(last ?? next)));
 };
 const card = (node, beats) => {
-  const { name, how, why, since, up, load, rtt, handlers } = node, alive = up !== null;
+  const { name, how, why, since, up, load, rtt_ms: rtt, handlers } = node, alive = up !== null;
   if (!beats) return el("li", el("button.card.line", mark(how), name, () => find(name)));
-  const busy = ["running", "queued", "outbox"].filter((key) => node[key])
+  const busy = ["running", "waiting", "outbox"].filter((key) => node[key])
     .map((key) => `${node[key]} ${key === "outbox" ? "in the outbox" : key}`);
   const more = handlers.length > 6 ? ` and ${handlers.length - 6} more` : "";
   const act = (words, run) => !hive.readOnly && el("button.quiet", words, run);
@@ -18270,7 +18270,7 @@ const card = (node, beats) => {
       el("span.how.end", how, how !== "online" && [" ", stamp(since)])),
     el(why ? "p.how" : "p.soft", why || [`up ${span(up)}`, ...busy].join(", ")),
     el("div", lastHour(...beats), el("small.soft.line", "the last hour", el("span.end",
-      `load ${load?.toFixed(2)}`, rtt && `, round trip ${rtt} ms`))),
+      load !== null && `load ${load.toFixed(2)} `, rtt !== null && `round trip ${rtt} ms`))),
     el("ul.facts", node.agents.map(agentFact), node.schedule.map(scheduleFact),
       handlers.length > 0 && el("li.soft", `does ${handlers.slice(0, 6).join(", ")}${more}`),
       el("li.soft", [node.version, node.system].filter(Boolean).join(" · "))),
@@ -18406,7 +18406,7 @@ const cell = (name, at, how, load, agents, size) => {
     size && draw("text", { y: 5, "font-size": size }, name),
     size && how !== "online" && draw("text.how", { y: 22 }, how),
     agents.slice(0, 6).map(({ status }, i) =>
-      draw(`circle.${status}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
+      draw(`circle.${status ?? "unknown"}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
   one.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
   return one;
 };
