@@ -17953,7 +17953,8 @@ WEB_PAGE = r"""<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style>
 :root { /* of each colour the light and the dark one */
-  color-scheme: light dark; overflow-y: scroll; --edge: clamp(1rem, 3vw, 3rem);
+  --edge: max(clamp(1rem, 3vw, 3rem), (100vw - 1700px) / 2);
+  color-scheme: light dark; overflow-y: scroll;
   --paper: light-dark(#f7f4ee, #141210); --card: light-dark(#fffefb, #1f1c18);
   --ink: light-dark(#211d17, #f2ede4); --soft: light-dark(#655d50, #b0a797);
   --rule: light-dark(#e4ddd0, #383129); --honey: light-dark(#f2a516, #f7b33b);
@@ -18007,7 +18008,7 @@ nav { display: flex; justify-content: space-between;
   b { padding: .1rem .45rem; border-radius: 1rem; font-size: .75rem; color: var(--paper);
     background: var(--how) } }
 #gone { background: var(--bad); color: var(--paper); padding: .6rem var(--edge) }
-main { padding: 2rem var(--edge) 4rem; max-width: 1800px; margin-inline: auto }
+main { padding: 2rem var(--edge) 4rem }
 #head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; min-height: 4.4rem;
   margin-bottom: 1.5rem }
 #head > :first-child { flex: 1 1 20rem }
@@ -18082,7 +18083,7 @@ textarea { min-height: 6rem; resize: vertical }
 }
 @media (max-width: 52rem) {
   nav, .row > .text { flex: 1 0 100%; order: 1 }
-  nav a { padding-inline: .3rem }
+  nav a { padding-inline: .2rem; font-size: .85rem; white-space: nowrap }
 }
 </style>
 <body>
@@ -18270,7 +18271,8 @@ const card = (node, beats) => {
       el("span.how.end", how, how !== "online" && [" ", stamp(since)])),
     el(why ? "p.how" : "p.soft", why || [`up ${span(up)}`, ...busy].join(", ")),
     el("div", lastHour(...beats), el("small.soft.line", "the last hour", el("span.end",
-      load !== null && `load ${load.toFixed(2)} `, rtt !== null && `round trip ${rtt} ms`))),
+      [load !== null && `load ${load.toFixed(2)}`, rtt !== null && `round trip ${rtt} ms`]
+        .filter(Boolean).join(", ")))),
     el("ul.facts", node.agents.map(agentFact), node.schedule.map(scheduleFact),
       handlers.length > 0 && el("li.soft", `does ${handlers.slice(0, 6).join(", ")}${more}`),
       el("li.soft", [node.version, node.system].filter(Boolean).join(" · "))),

@@ -558,6 +558,8 @@ def test_nothing_stands_beyond_the_edge(told: Callable[..., Page]) -> None:
             page.wait_for_timeout(100)
             wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
             assert wide <= 0, f"{view} at {width} is {wide} pixels too wide"
+        heights = "[...document.querySelectorAll('nav a')].map((one) => one.clientHeight)"
+        assert max(page.evaluate(heights)) < 45, f"a word of the views is broken at {width}"
 
 
 def test_it_is_used_by_keyboard(told: Callable[..., Page]) -> None:
