@@ -56,7 +56,7 @@ tokens; only what needs judgment wakes an agent.
 #           Mosquitto   a configuration of it that serves one hive and nobody else
 #                       <- Packets, MqttClient, Setup
 #           Hosting     one that this user runs for a hive, and who may come in
-#                       <- Process, Database, MqttClient, Setup, Mosquitto
+#                       <- Journal, Process, Database, Members, MqttClient, Setup, Mosquitto
 #           Join        one line makes a machine a node of a hive
 #                       <- Journal, Packets, MqttClient, BrokerHost, Client, Setup, Mosquitto,
 #                       Hosting
@@ -381,6 +381,7 @@ CUT_SHORT = " [cut by hive: more than the broker takes]"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")  # or an option could pass for one
 EVERYONE, ANYONE = "all", "any"
+READ_JOURNAL = "hive.journal"  # the action that each node does itself, for whom its journal is
 URGENCIES = ("now", "later")
 
 
@@ -417,6 +418,7 @@ CHANNELS = {
 }
 PRIVATE = "~"  # how the last level of a topic begins that is no sender's name
 RESERVED = (EVERYONE, ANYONE, "meta", "state", "roster", *CHANNELS)  # no node's name
+NO_NODE = "@"  # how a name begins at the broker that is no node's: the host's, a bridge's
 
 
 def node_name(value: object) -> str:
@@ -710,6 +712,10 @@ class Topics(Value):
         names = dict.fromkeys([*names, EVERYONE])
         return [topic for name in names for topic in self.from_anybody(name)]
 
+    def bridge(self, name: str = "+") -> str:
+        """Where a bridge to another site says "1" when it is there, and "0" when it is cut."""
+        return f"{self.prefix}/{EVERYONE}/{name}"
+
     def private(self, name: str, token: str) -> str:
         """A topic of a node's own, for itself; where a daemon hears it, it is not meant.
 
@@ -737,6 +743,7 @@ class Do(Enum):
     WAKE = "say it to agents of this node"
     HEAR = "take it as a sign of life"
     REFUSE = "tell the sender that nothing here can do it"
+    JOURNAL = "it asks for our journal, or is of another's: neither is written into ours"
     NOTE = "only log it"
     DROP = "it should not have come"
 
@@ -756,6 +763,7 @@ SEEN_BEFORE = Decision(Do.DROP, "seen before")  # nobody's fault: it came twice 
 SIGN_OF_LIFE = Decision(Do.HEAR)
 OTHER_KIND = "its topic does not say who sent it"
 OTHER_SENDER = "its topic names another sender"
+PRIVATE_MARK = "private"  # the field of a handler's output, and of what is made of it, to say so
 RECEIPTS = "receipts"  # the field by which a sender asks what becomes of its message
 RECEIVED = "received"  # that, in words; this, or a name with what it was told or has read
 RECEIPT = re.compile(rf"{RECEIVED}|(told|read by) {NAME.pattern}")
@@ -769,6 +777,13 @@ PATTERN = re.compile(r"(?=.*[*?\[])[A-Za-z0-9._*?!\[\]-]{1,63}")
 def destination(value: object) -> str:
     """a name, all, any, any:TAG, tag:TAG, or a pattern as in 'web-*'"""
     return recipient_name(value) if Target.find(value) is None else str(value)
+
+
+def selection(value: object) -> str:
+    """a name, all, tag:TAG, or a pattern as in 'web-*'"""
+    if str(value).partition(":")[0] == ANYONE:
+        raise ValueError
+    return destination(value)
 
 
 class Candidate(Value):
@@ -802,6 +817,11 @@ class Target(Value):
         if said.startswith(TAGGED):
             return cls(tag=tag_name(tag))
         return cls(pattern=said) if PATTERN.fullmatch(said) else None
+
+    @property
+    def words(self) -> str:
+        """What is said of a node that is meant, or is not."""
+        return f"has the tag {self.tag}" if self.tag else f"is called like {self.pattern}"
 
     def choose(
         self, known: Iterable[Candidate], action: str, asker: str
@@ -867,7 +887,7 @@ class RoutingContext(Value):
         Whoever names a node means its agents too.
         """
         named = (self.node, *self.allow.get(rule, ()))
-        if rule not in self.allow or sender in named:
+        if sender in named or (rule not in self.allow and rule != SHARE_RULE):
             return ""
         agent = any(self.speaks_for(node, sender) for node in named)
         return "" if agent else f"{rule} does not name {sender}"
@@ -914,6 +934,9 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
         return Decision(Do.DROP, "it is for another node")
     if channel.wake is Wake.NEVER:
         return SIGN_OF_LIFE
+    if envelope.action == READ_JOURNAL and (channel.handler or envelope.ch == "response"):
+        why = here.denies(SHARE_RULE, envelope.sender) if channel.handler else ""
+        return Decision(Do.REFUSE, why) if why else Decision(Do.JOURNAL)
     if channel.handler and envelope.action:
         if why := here.denies(handler_rule(envelope.action), envelope.sender):
             return Decision(Do.REFUSE, why)
@@ -1523,13 +1546,22 @@ class Journal:
         self._database.close()
 
     def put(self, key: str, value: object) -> None:
-        """Keep a JSON value under a key, in place of what was there."""
-        self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+        """Keep a JSON value under a key, in place of what was there; an empty one is nothing."""
+        if value:
+            self._database.write("REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+        else:
+            self._database.write("DELETE FROM settings WHERE key = ?", (key,))
 
     def get(self, key: str) -> dict[str, Any]:
         """What is kept under a key; nothing if nothing is."""
         rows = self._database.read("SELECT value FROM settings WHERE key = ?", (key,))
         return (read_json_object(rows[0][0]) if rows else None) or {}
+
+    def all(self, begin: str) -> dict[str, dict[str, Any]]:
+        """What is kept under each key that begins so."""
+        question = "SELECT key, value FROM settings WHERE substr(key, 1, ?) = ?"
+        rows = self._database.read(question, (len(begin), begin))
+        return {key: read_json_object(value) or {} for key, value in rows}
 
     # -- what happened --
 
@@ -2729,14 +2761,15 @@ class Requests:
         connection: Callable[[], dict[str, Any]],
         sessions: Sessions,
         numbers: Callable[[], dict[str, list[list[Any]]]],
+        ask_for_journal: Callable[[Envelope], None],
     ) -> None:
         """`send` gives why not, or nothing; `connection` tells how the node's one is.
 
-        `numbers` are those of METRICS.
+        `numbers` are those of METRICS; `ask_for_journal` leaves no row.
         """
         self._node, self._journal, self._members = node, journal, members
         self._sessions = sessions
-        self._numbers = numbers
+        self._numbers, self._ask_for_journal = numbers, ask_for_journal
         self._after_commit, self._send, self._connection = after_commit, send, connection
         # Who wants to know whether an id was published, and how to forget that when it goes.
         self._senders: dict[str, tuple[Requester, Callable[[], object]]] = {}
@@ -2826,6 +2859,16 @@ class Requests:
         names, away = given["to"].choose(known, given["action"], self._node)
         absent = {one.name: {"status": one.status, "age": one.age} for one in away}
         return {**self._connection(), "names": names, "away": absent}
+
+    def read_journal(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
+        """Ask a node for a page of its journal, which comes as an answer."""
+        exchange, text = given["exchange"], encode_json({one: given[one] for one in PAGE_FIELDS})
+        more = {"action": READ_JOURNAL, "corr": exchange}
+        question = Envelope.new(self._node, given["node"], "command", text.decode(), **more)
+        if requester not in self._listeners.get(exchange, ()):
+            self._listen(exchange, requester)
+        self._ask_for_journal(question)
+        return {"id": question.id}
 
     def history(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         traffic = self._journal.traffic(time.time() - 60 * MINUTES)
@@ -2949,6 +2992,11 @@ LOG_FIELDS = {
     "after": AFTER_FIELD,
     "last": RequestField(row_number, "the last so many; 0 is all of them, page by page", 0),
 }
+MAX_HOLD = 60  # seconds that a question for a journal is held until there is news
+PAGE_FIELDS = {
+    **LOG_FIELDS,
+    "hold": RequestField(integer(0, MAX_HOLD), "seconds to wait where there is no news", 0),
+}
 REQUESTS = {
     "send": Request(
         Requests.send,
@@ -3005,6 +3053,15 @@ REQUESTS = {
         {
             "to": RequestField(target_of, "which ones", required=True),
             "action": RequestField(action_name, "what they shall do", ""),
+        },
+    ),
+    "read_journal": Request(
+        Requests.read_journal,
+        "ask a node for a page of its journal; nothing of it is written into ours",
+        {
+            "node": RequestField(node_name, "which one", required=True),
+            "exchange": RequestField(identifier, "what the answers shall have", required=True),
+            **PAGE_FIELDS,
         },
     ),
     "history": Request(Requests.history, "the last hour: heartbeats, load, who wrote to whom"),
@@ -3178,7 +3235,9 @@ class Node:
             self._connection,
             self.sessions,
             self.numbers,
+            lambda question: self.shared.send(question),
         )
+        self.shared = SharedJournal(self)
         self.members.on_change = self.requests.note_change
         self._committing = False
         self._after_commit: list[Callable[[], None]] = []
@@ -3304,6 +3363,7 @@ class Node:
             call()
         self._client.send_queued()
         self.requests.show_news()
+        self.shared.look_soon()
 
     def _maintain_journal(self) -> None:
         """Now and then, in small steps."""
@@ -3329,6 +3389,10 @@ class Node:
                 self.all_heard()  # our own, which we publish last
             return
         place = self.topics.place(message.topic)
+        if place and place[1].startswith(NO_NODE):
+            if message.payload == b"0" and not message.retained:
+                self._client.send_again()  # the other site's broker may have died
+            return message.ack()
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
         self.counts["received"] += 1
@@ -3391,7 +3455,7 @@ class Node:
         if what.do is Do.REFUSE and not self._may_refuse(envelope):
             what = Decision(Do.DROP, what.reason)  # its sender hears how many there were
         row = 0
-        if what.do not in (Do.HEAR, Do.DROP):
+        if what.do not in (Do.HEAR, Do.DROP, Do.JOURNAL):
             note, content = "" if what.do is Do.WAKE else what.reason, message.payload.decode()
             row = self.journal.record(Event.RECEIVED, envelope, time.time(), note, content) or 0
             what = what if row else SEEN_BEFORE
@@ -3500,6 +3564,7 @@ class Node:
                 self.log.debug("received", **facts)
             case _:
                 idle = what.do is Do.NOTE and not envelope.urgent  # the journal has it
+                idle = idle or what.do is Do.JOURNAL
                 say = self.log.debug if idle else self.log.info
                 note = what.reason if what.do in (Do.NOTE, Do.REFUSE) else None
                 say("received", **facts, note=note)
@@ -3526,6 +3591,11 @@ class Node:
                 self.worker.wake(envelope, row, what, until)
             case Do.HEAR:
                 self.members.hear(envelope)
+            case Do.JOURNAL if CHANNELS[envelope.ch].handler:
+                asker = self.members.node_of(envelope.sender) or envelope.sender
+                self.shared.ask(envelope, asker)
+            case Do.JOURNAL:
+                self._take_note(envelope)
             case Do.REFUSE:
                 self._refuse(envelope, what.reason)
             case Do.NOTE | Do.DROP:
@@ -3715,6 +3785,125 @@ class Node:
                 self.tell_own_agents(alert, "its time to live was over")
         self.commit_soon()
         self._watch_pending_requests()
+
+
+MAX_PAGE = 64 * KIB  # bytes of a journal that are shown at once
+MAX_QUESTIONS, MAX_ALL_QUESTIONS = 8, 64  # that wait here, of one node and of all
+MAX_SHARED_TEXT = 1000  # characters
+
+
+class JournalQuestion:
+    """Somebody wants to read on in our journal, and waits for its turn, or for news."""
+
+    def __init__(self, envelope: Envelope, asker: str, given: dict[str, Any], until: float) -> None:
+        """`asker`: a node, or nobody: it is a command of ours.  Answered `until` at the latest."""
+        self.envelope, self.asker, self.given, self.until = envelope, asker, given, until
+        self.seen = -1  # the newest row when it was last looked at
+
+
+class SharedJournal:
+    """Shows this node's journal: by the page, or when there is news.
+
+    Whatever is asked, it takes a twentieth of the daemon's time.  No row is written about it:
+    that one would be news to whoever follows, and so on for ever.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node, self._loop, self._journal = node, node.loop, node.journal
+        self._waiting: list[JournalQuestion] = []
+        self._looking = False  # will it look at one of them soon?
+        self._free = 0.0  # when it may, on the loop's clock
+
+    def ask(self, question: Envelope, asker: str = "") -> None:
+        """Take a question; of too many the oldest is forgotten, and may come again."""
+        said = read_json_object(question.text) or {"last": MAX_ROWS}
+        try:
+            given = {name: one.read(name, said.get(name)) for name, one in PAGE_FIELDS.items()}
+        except UsageError as error:
+            return self._node.refuse(question, str(error))
+        if asker and not given["after"]:
+            self._node.log.info("journal is read", by=question.sender)
+        theirs = [one for one in self._waiting if one.asker == asker]
+        if len(theirs) >= MAX_QUESTIONS or len(self._waiting) >= MAX_ALL_QUESTIONS:
+            self._waiting.remove((theirs or self._waiting)[0])
+        until = self._loop.clock() + given["hold"]
+        self._waiting.append(JournalQuestion(question, asker, given, until))
+        self._loop.after(given["hold"], self.look_soon)
+        self.look_soon()
+
+    def look_soon(self) -> None:
+        """Somebody asks, there may be news, or it was awaited long enough."""
+        if not self._looking and self._ready():
+            self._looking = True
+            self._loop.after(max(0.0, self._free - self._loop.clock()), self._look)
+
+    def _ready(self) -> list[JournalQuestion]:
+        now, newest = self._loop.clock(), self._journal.newest
+        return [one for one in self._waiting if one.seen != newest or one.until <= now]
+
+    def _look(self) -> None:
+        """Answer the next question, or see that there is nothing for it yet."""
+        self._looking, began = False, self._loop.clock()
+        self._journal.commit()  # what a crash could take back is shown to nobody
+        for one in self._ready()[:1]:
+            self._waiting.remove(one)
+            newest = self._journal.newest
+            try:
+                rows = log_page(self._journal, one.given)["rows"]
+                if rows or one.until <= began:
+                    self._answer(one, self._page(rows, newest, one.asker))
+                else:
+                    one.given, one.seen = {**one.given, "after": newest, "last": 0}, newest
+                    self._waiting.append(one)
+            except UsageError as error:
+                self._node.refuse(one.envelope, str(error))
+        self._free = began + 20 * (self._loop.clock() - began)
+        self.look_soon()
+
+    def _page(self, rows: Iterable[Mapping[str, Any]], newest: int, asker: str) -> str:
+        """As many rows as an answer may hold; `after` is where to read on."""
+        texts = self._node.config.journal.share_texts or not asker
+        room = min(self._node.room(self._node.topics.to(asker, "response")), MAX_PAGE) - KIB
+        page = [shared_row(row, texts, private=not asker) for row in rows]
+        while page[1:] and 2 * len(encode_json(page)) > room:  # it is quoted once more on its way
+            page = page[: len(page) // 2]
+        after = page[-1]["n"] if page else newest
+        return encode_json({"rows": page, "after": after, "more": after < newest}).decode()
+
+    def _answer(self, question: JournalQuestion, page: str) -> None:
+        answer = question.envelope.reply(self._node.name, page, action=READ_JOURNAL)
+        if self._journal.takes_answer(self._node.topics.of(answer)):
+            self.send(answer)
+
+    def send(self, envelope: Envelope) -> None:
+        """Send a question or an answer, within this node too; whoever misses it asks again."""
+        if envelope.to != self._node.name:
+            topic, until = self._node.topics.of(envelope), time.time() + MAX_HOLD
+            self._journal.enqueue(topic, envelope.encode(), until=until)
+            self._node.commit_soon()
+        elif envelope.ch == "response":
+            self._node.requests.heard(envelope)
+        else:
+            self.ask(envelope)
+
+
+def shared_row(row: Mapping[str, Any], texts: bool, private: bool) -> dict[str, Any]:
+    """A row as others may see it: the beginning of its note, that of its text, or none.
+
+    What a handler called private is shown to those who may see what is `private`.
+    """
+    document, note, shown = row["envelope"], str(row["note"]), None
+    if not note.startswith(RECEIPT_NOTE):
+        note = re.split("[:;(]", note)[0].rstrip()
+    if texts and document and (private or not is_private(document)):
+        shown = {"text": cut_end(document["text"], MAX_SHARED_TEXT)}
+    return {**row, "note": note, "envelope": shown}
+
+
+def is_private(document: Mapping[str, Any]) -> bool:
+    """Does a message hold what a handler called so?  Older nodes do not mark it."""
+    said = read_json_object(document["text"]) or {}
+    return document.get(PRIVATE_MARK) is True or said.get(PRIVATE_MARK) is True
 
 
 # ---- Work: who runs next, what became of it, and what agents say -------------------------
@@ -4011,6 +4200,7 @@ class Work(Worker):
         """What there is to tell of it."""
         health = {
             name: {"status": agent.health.value, "reason": agent.reason}
+            | ({"next_try": agent.next_try} if agent.next_try else {})
             for name, agent in self._agents.items()
         }
         schedule = [one.document() for one in self._schedule]
@@ -4166,13 +4356,16 @@ class Work(Worker):
         words = f"{status}, {took} ms" if result.ok else f"{status}: {error}"
         self._journal.record_result(envelope, time.time(), words)
         said = document["result"] if isinstance(document["result"], dict) else {}
-        hidden = {"result": {"private": True}} if said.get("private") is True else {}
+        hidden = {PRIVATE_MARK: True} if said.get(PRIVATE_MARK) is True else {}
         if self._handler_config(run.action).publish:
-            self._node.keep_result(envelope, document | hidden)
-        if run.scheduled:
-            self._scheduled_run_ended(run.scheduled, envelope, result, said)
+            self._node.keep_result(envelope, document | ({"result": hidden} if hidden else {}))
         else:
-            self._node.send(answer_to(envelope, self._node.name, result))
+            hidden = {PRIVATE_MARK: True}
+        if run.scheduled:
+            self._scheduled_run_ended(run.scheduled, envelope, result, said, hidden)
+        else:
+            answer = answer_to(envelope, self._node.name, result)
+            self._node.send(answer.replace(extra=hidden))
         if run.task:
             self._journal.remove_task(run.task)
         self._node.commit_soon()
@@ -4252,6 +4445,7 @@ class Work(Worker):
         envelope: Envelope,
         result: ProcessResult,
         said: Mapping[str, object],
+        hidden: Mapping[str, object],
     ) -> None:
         """Write down how it ended; wake the agent if that is news.  One commit has it all.
 
@@ -4274,7 +4468,7 @@ class Work(Worker):
             ch = "status" if result.ok or news else "alert"
             answer = cut(f"{one.config.action} {words}: {text}", MAX_ERROR)
             now = not news or said.get("urgency") != "later"
-            told = envelope.reply(self._node.name, answer, ch=ch)
+            told = envelope.reply(self._node.name, answer, ch=ch).replace(extra=hidden)
             self._node.tell_own_agents(told, "scheduled", now)
 
     # -- agents --
@@ -4660,6 +4854,9 @@ def tag_names(value: object) -> tuple[str, ...]:
     return tuple(tag_name(tag) for tag in (value if isinstance(value, list) else [value]))
 
 
+SHARE_RULE = "[journal] share"
+
+
 def handler_rule(action: str) -> str:
     return f"[handlers.{action}] allow"
 
@@ -4794,6 +4991,9 @@ class MqttConfig(ConfigTable):
     port: int | None = setting(
         None, port_number, "its port, if not 1883 (8883 is usual with TLS)", 8883
     )
+    cluster: tuple[str, ...] = setting(
+        (), string_list, "other hosts of the same broker, where that one does not answer", ["b.lan"]
+    )
     username: str | None = setting(None, plain_string, "who we are to the broker", "alpha")
     password: str | None = setting(
         None, secret, "better in password_file, or keep this file 0600", "…"
@@ -4825,6 +5025,8 @@ class MqttConfig(ConfigTable):
         if bool(self.cert_file) != bool(self.key_file):
             both = f"{where}.cert_file and {where}.key_file"
             raise ConfigError(f"{both}: one is of no use without the other")
+        if self.cluster and not self.host:
+            raise ConfigError(f"{where}.cluster: of no use without {where}.host")
 
     @property
     def named(self) -> bool:
@@ -4839,6 +5041,12 @@ class MqttConfig(ConfigTable):
     @property
     def endpoint(self) -> tuple[str, int]:
         return self.host or LOCALHOST, self.port or MQTT_PORT
+
+    def hosts(self, first: int) -> Iterator[str]:
+        """All that may answer, beginning with one of them."""
+        all_of_them = (self.endpoint[0], *self.cluster)
+        first %= len(all_of_them)
+        return iter(all_of_them[first:] + all_of_them[:first])
 
     @property
     def address(self) -> str:
@@ -5035,6 +5243,10 @@ class JournalConfig(ConfigTable):
 
     keep_days: int = setting(7, count, "days until it is forgotten")
     max_mb: int = setting(64, count, "megabytes of it; beyond, the oldest texts go first")
+    share: tuple[str, ...] = setting(
+        (), node_names, "who may read it with hive log --of; else nobody", ["alpha"]
+    )
+    share_texts: bool = setting(False, boolean, "the texts too, but what a handler calls private")
 
 
 class LoggingConfig(ConfigTable):
@@ -5093,6 +5305,7 @@ class Config(Value):
         """Who alone may run a handler or wake an agent, by the rule that says so."""
         rules = {handler_rule(action): one.allow for action, one in self.handlers.items()}
         rules |= {agent_rule(one.name): one.allow for one in self.oc_instances}
+        rules[SHARE_RULE] = self.journal.share or None  # without a rule it is for nobody
         return {rule: names for rule, names in rules.items() if names is not None}
 
     @property
@@ -5948,6 +6161,8 @@ def objection_to(file: Path) -> str | None:
         action_name(file.name)
         if file.name in META_DOCUMENTS:
             return "this name is taken by a topic of hive's own"
+        if file.name == READ_JOURNAL:
+            return "this is done by hive itself"
         status = file.stat()
         objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
@@ -6888,6 +7103,7 @@ class Agent:
         self._next_probe: Timer | None = None
         self.turns = Counter[str]()  # calls that ended, by how
         self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
+        self._again_at = 0  # the same in Unix seconds
         self._method = ""  # the last one that worked
         self._request: GatewayRequest | None = None  # the last one
         self._stopping = False
@@ -6896,6 +7112,12 @@ class Agent:
     def calling(self) -> bool:
         """Is a call under way?"""
         return bool(self._calling)
+
+    @property
+    def next_try(self) -> int | None:
+        """Unix seconds of the next call, where the last one failed and its messages wait."""
+        waits = self.health is Health.DOWN and self._waiting and not self._closed
+        return self._again_at if waits and self._not_before else None
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._calling)
@@ -7053,7 +7275,7 @@ class Agent:
         first, longest = AGENT_RETRY
         delay = min(first * 2**self._failures, longest) * random.uniform(0.75, 1.0)
         self._failures = min(self._failures + 1, 20)
-        self._not_before = self._loop.clock() + delay
+        self._not_before, self._again_at = self._loop.clock() + delay, int(time.time() + delay)
 
     def _expire(self) -> None:
         now = self._loop.clock()
@@ -7429,6 +7651,7 @@ MAX_STATE = 64 * KIB  # bytes of a state or a roster
 LONG_STATE = 4 * KIB  # above this it is kept without whom it knows, which grows with the hive
 MAX_DOCUMENTS = 24 * KIB * KIB  # bytes of all that are kept
 PEER_INTERVAL = (0.1, 3600.0)  # seconds; what a peer says of itself is held to this
+STAMPS = {"state": "last_seen", "roster": "ts"}  # when a document was made, in Unix seconds
 MIN_BEAT_GAP = 1.0  # seconds between heartbeats, however often we are asked for one
 NAME_CONFLICT_HEARTBEATS = 1.5  # intervals to wait for a sign of life of a daemon with our name
 DOUBT = 1.5  # seconds between the last loss and the alert: long enough to connect again
@@ -7446,10 +7669,12 @@ PASSING = (
     "running",
     "waiting",
     "outbox",
+    "rtt_ms",
     "interval",
     "counters",
 )  # no news
 WELL = {"status": "ok", "reason": ""}  # how a session is: it is there
+AGENTS_OF = "agents of "  # a key of the journal for each node that has some
 SPARED = ("known_peers", "schedule", "counters", "handlers", "oc")  # of what is too large, in order
 
 
@@ -7585,39 +7810,55 @@ class AgentNames:
 
     def __init__(self, journal: Journal, log: Log) -> None:
         self._journal, self._log = journal, log
-        known = journal.get("agents").items()
-        self._nodes = {agent: node for agent, node in known if isinstance(node, str)}
-        self._sessions = {*journal.get("sessions of all")}  # those of them that are none configured
+        self._nodes = dict[str, str]()  # whose each is
+        self._of = dict[str, dict[str, bool]]()  # node: its agents; is it a session, and no other?
         self._refused: set[tuple[str, str]] = set()  # what has been logged
+        for key, agents in journal.all(AGENTS_OF).items():
+            self._of[key.removeprefix(AGENTS_OF)] = {
+                one: is_ is True for one, is_ in agents.items()
+            }
+        for node, agents in self._of.items():
+            self._nodes |= dict.fromkeys(agents, node)
+        if before := journal.get("agents"):  # as one, up to 0.2.0
+            sessions = journal.get("sessions of all")
+            for node in {*before.values()}:
+                mine = [agent for agent, of in before.items() if of == node]
+                self._keep(str(node), {agent: agent in sessions for agent in mine})
+            journal.put("agents", {})
 
     def node_of(self, agent: str) -> str | None:
         return self._nodes.get(agent)
 
     def is_session(self, agent: str) -> bool:
-        return agent in self._sessions
+        return self._of.get(self._nodes.get(agent, ""), {}).get(agent, False)
 
     def take(
         self, node: str, roster: Mapping[str, Any], keeper: Callable[[str], str | None]
     ) -> None:
         """A roster names its agents; `keeper` tells who does not give a name away."""
         agents, sessions = names_in(roster, "agents"), names_in(roster, "sessions", "away")
-        sessions -= agents
-        agents |= sessions
-        kept = {one: of for one, of in self._nodes.items() if of != node or one in agents}
-        for agent in sorted(agents):
+        before, now = self._of.get(node, {}), dict[str, bool]()
+        room = MAX_MEMBERS - len(self._nodes) + len(before)
+        for agent in sorted(agents | sessions):
             owner = keeper(agent)
             if owner not in (None, node):
                 self._refuse(node, agent, owner)
-            elif len(kept) < MAX_MEMBERS:
-                kept[agent] = node
-        if kept != self._nodes:
-            self._nodes = kept
-            self._journal.put("agents", kept)
-        before = {one for one in self._sessions if kept.get(one) not in (None, node)}
-        now = before | {one for one in sessions if kept.get(one) == node}
-        if now != self._sessions:
-            self._sessions = now
-            self._journal.put("sessions of all", dict.fromkeys(sorted(now), True))
+            elif len(now) < room:
+                now[agent] = agent not in agents
+        for agent in (now.keys() - before.keys()) & self._nodes.keys():  # from one that is gone
+            loser = self._nodes[agent]
+            self._keep(loser, {one: is_ for one, is_ in self._of[loser].items() if one != agent})
+        if now != before:
+            self._keep(node, now)
+
+    def _keep(self, node: str, agents: dict[str, bool]) -> None:
+        """Those of one node: to write down all at each roster takes a large hive minutes."""
+        for agent in self._of.pop(node, {}):
+            del self._nodes[agent]
+        self._nodes |= dict.fromkeys(agents, node)
+        if agents:
+            self._of[node] = agents
+        self._journal.put(AGENTS_OF + node, agents)
 
     def claimants(self, agent: str) -> list[str]:
         """Who else lists it, or has."""
@@ -7661,7 +7902,7 @@ class Members:
         self._last_failure = self._probed = float("-inf")
         self._proving: list[Callable[[], None]] = []  # losses that wait for that
         self._silent = False
-        self._limit = RateLimit(MAX_LOSSES)
+        self._limit, self._namesakes = RateLimit(MAX_LOSSES), RateLimit(1)
         self._summary: Timer | None = None  # when those are announced that were too many
         self._summed = float("-inf")  # when that was last done
 
@@ -7677,8 +7918,10 @@ class Members:
         boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
         boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
         if envelope.sender == self._me:
-            if self.presence:
-                self.presence.answer(boot)
+            if self.presence and boot == self.presence.instance:
+                self.presence.hear_own(said.get("seq"))
+            elif self.presence:
+                self._hear_namesake(asked=envelope.to == self._me)
             return self._beat(envelope.sender, said)
         news = self.heartbeat_from(
             envelope.sender, self._loop.clock(), seen=int(time.time()), interval=interval, boot=boot
@@ -7691,6 +7934,14 @@ class Members:
         if first and self._limit.allow("back", self._loop.clock()):
             text = f"{envelope.sender} is back"
             self._send(Envelope.new(self._me, EVERYONE, "status", text, urgency="later"))
+
+    def _hear_namesake(self, asked: bool) -> None:
+        """Another one asks before it begins; two that run met over a bridge between their sites."""
+        if asked and self.presence:
+            self.presence.answer()
+        elif self._namesakes.allow("", self._loop.clock()):
+            hint = "names are unique in a hive: rename one, or expel it"
+            self._log.error("another node has our name too", name=self._me, hint=hint)
 
     def _beat(self, name: str, said: Mapping[str, Any]) -> None:
         """For the history of whoever is known."""
@@ -7739,6 +7990,8 @@ class Members:
             self._agents.take(name, content, keeper)
         elif own and name != self._me:
             self._hear_state(name, content, message.retained)  # an agent's node speaks for it
+        if name == self._me and self.presence and not message.retained:
+            self.presence.check_own(kind, content)
         if any(content.get(k) != before.get(k) for k in {*content, *before} - {*PASSING}):
             self.on_change()
 
@@ -7790,6 +8043,8 @@ class Members:
             )
             self._size -= size
             del self._members[of].documents[longest]
+            if self._limit.allow("full", self._loop.clock()):
+                self._log.error("too many documents: not known here", peer=of, most=MAX_DOCUMENTS)
 
     def document(self, name: str, kind: str) -> dict[str, Any]:
         """The last state or roster of one name, as it came."""
@@ -8098,7 +8353,7 @@ class Members:
 class OwnStatus(Value):
     """What this node can tell of itself, besides that it is alive."""
 
-    agents: Mapping[str, Mapping[str, str]]  # status and reason of each
+    agents: Mapping[str, Mapping[str, object]]  # status, reason, next try of each
     handlers: Sequence[str]
     schedule: Sequence[Mapping[str, object]]
     trouble: str  # why it is degraded, or nothing
@@ -8158,15 +8413,18 @@ class Presence:
     ) -> None:
         """`room`: bytes of a document; `known`: peers that are alive; `counts`: for the state."""
         self._node, self._topics, self._own = config.node.id, config.topics, config.heartbeat
-        self._tags = [*config.node.tags]
-        self._loop, self._instance, self._publish, self._room = loop, instance, publish, room
+        self._tags, self._shares = [*config.node.tags], bool(config.journal.share)
+        self._loop, self.instance, self._publish, self._room = loop, instance, publish, room
         self._status, self._known, self._counts = status, known, counts
         self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
-        self._seq = 0
+        self._seq = self._beat = 0  # of the last heartbeat; of the last that went to all
+        self._rtt: int | None = None  # milliseconds that it took to the broker and back
         self.interval = config.heartbeat.interval  # seconds until the next heartbeat
         self._beaten = self._shown_at = float("-inf")
         self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
+        self._stamps: dict[str, object] = {}  # of our documents as they were last published
+        self._wrong = set[str]()  # kinds of them of which another one went round
 
     def begin(self) -> None:
         """The broker is there: show everything."""
@@ -8195,9 +8453,14 @@ class Presence:
         """By which interval a state is judged: what needs no heartbeat to know is no hurry."""
         return max(self.interval, (len(self._known()) + 1) / MAX_RENEWALS)
 
-    def answer(self, boot: str) -> None:
-        """Our own heartbeat; or another daemon asks whether our name is taken."""
-        if boot != self._instance and self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
+    def hear_own(self, seq: object) -> None:
+        """A heartbeat of ours has been to the broker, and is back."""
+        if seq == self._beat:
+            self._rtt = max(1, round(1000 * (self._loop.clock() - self._beaten)))
+
+    def answer(self) -> None:
+        """Another daemon asks whether our name is taken."""
+        if self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
             self.beat()
 
     def beat(self) -> None:
@@ -8206,6 +8469,7 @@ class Presence:
         self.interval = self._paced()
         topic = self._topics.to(EVERYONE, "heartbeat")
         self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
+        self._beat = self._seq
         self._show_states()
 
     def _show_states(self) -> None:
@@ -8214,12 +8478,25 @@ class Presence:
         A state is judged by its `last_seen`, by hives of any version: stale if it is older than
         all heartbeats that may be missed.  So it is renewed one heartbeat before that.
         """
+        if "roster" in self._wrong:
+            self.publish_roster()
         now, states = self._loop.clock(), self._states("online")
+        if "state" in self._wrong:
+            self._shown = []
+        self._wrong.clear()
         news = [{k: v for k, v in state.items() if k not in PASSING} for state in states]
         due = self._shown_at + self._renewal * (self._own.miss_threshold - 1)
         if news != self._shown or now + 0.9 * self.interval >= due:  # the next one is late
             self._shown, self._shown_at = news, now
             self._publish_states(states)
+
+    def check_own(self, kind: str, document: Mapping[str, Any]) -> None:
+        """With the next heartbeat say again what we said last, if others hear something older.
+
+        A bridge that is there again brings it, as the other site was told; or our will comes late.
+        """
+        if document.get(STAMPS[kind]) != self._stamps.get(kind):
+            self._wrong.add(kind)
 
     def end(self) -> None:
         """The last words."""
@@ -8241,7 +8518,7 @@ class Presence:
             "load_1m": load_1m(),
             "interval": self.interval,
             "oc_instances": [{"name": name, "status": one["status"]} for name, one in agents],
-            "boot": self._instance,
+            "boot": self.instance,
             "seq": self._seq,
         }
         text = encode_json(said).decode()
@@ -8262,11 +8539,13 @@ class Presence:
             "running": own.running,
             "waiting": own.waiting,
             "outbox": own.outbox,
+            "rtt_ms": self._rtt,
             "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
-            "instance": self._instance,
+            "instance": self.instance,
             "interval": self._renewal,
             "miss_threshold": self._own.miss_threshold,
             "host": socket.gethostname(),
+            "shares_journal": self._shares,
             "counters": self._counts,
         }
         state = with_reason(document, reason or own.trouble)
@@ -8281,6 +8560,8 @@ class Presence:
     def _publish_document(self, name: str, kind: str, document: Mapping[str, Any]) -> None:
         """Publish it, without what can be spared where all of it is too large."""
         topic = self._topics.meta(name, kind)
+        if name == self._node:
+            self._stamps[kind] = document[STAMPS[kind]]
         room, spared = min(self._room(topic), MAX_STATE), {**document}
         for key in SPARED:
             if len(encode_json(spared)) > room and spared.pop(key, None) is not None:
@@ -10445,6 +10726,7 @@ class Transport(Protocol):
     ) -> None: ...
     def publish(self, message: OutgoingMessage) -> None: ...
     def send_queued(self) -> None: ...
+    def send_again(self) -> None: ...
     def room(self, topic: str) -> int: ...
     def close(self, done: Callable[[], None], within: float) -> None: ...
     def probe(self, done: Callable[[bool], None]) -> None: ...
@@ -10684,7 +10966,6 @@ class MqttConnection:
         if self._owner.will:
             will = self._owner.will
             client.will_set(will.topic, will.payload, will.qos, will.retain)
-        client.connect_async(*settings.endpoint, settings.keepalive, **self._session_options())
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
@@ -10718,12 +10999,17 @@ class MqttConnection:
         return properties
 
     def _dial(self) -> None:
-        """In a thread: DNS, TCP and TLS block."""
-        fault = ""
-        try:
-            self._client.reconnect()
-        except (OSError, ValueError) as error:
-            fault = dial_fault(error, self._owner.settings.tls)
+        """In a thread: DNS, TCP and TLS block.  Of a cluster the first that answers will do."""
+        settings, fault, options = self._owner.settings, "", self._session_options()
+        for host in settings.hosts(self._owner.turn):
+            where = host, settings.endpoint[1], settings.keepalive
+            try:
+                self._client.connect_async(*where, **options)
+                self._client.reconnect()
+                fault = ""
+                break
+            except (OSError, ValueError) as error:
+                fault = dial_fault(error, settings.tls)
         self._loop.post(lambda: self._dialled(fault))
 
     def _dialled(self, fault: str) -> None:
@@ -11036,10 +11322,12 @@ class MqttClient:
         self._inflight: dict[int, OutgoingMessage] = {}  # by packet id: not acknowledged yet
         self._held: dict[str, OutgoingMessage] = {}  # past the outbox, until the window opens
         self._again = set[int]()  # by number: acknowledged once, but perhaps not saved
+        self._doubtful = False  # shall what was acknowledged last be sent again?
         self._suspects = set[int]()  # the broker hung up at one of them: all go one by one
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
+        self.turn = 0  # which host of a cluster is asked first
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
         self.former: FormerSession | None = None  # that is being emptied
@@ -11120,13 +11408,21 @@ class MqttClient:
         """Send what is next in the outbox.  To be called when that is committed."""
         if self._outbox and self._connection and self._connection.up:
             self._outbox.saved_before = self._connection.heard - UNSAVED_SECONDS
-            room = self._room()
+            if self._doubtful and not self._inflight:
+                self._doubtful = False
+                self._again |= self._outbox.requeue(self._outbox.saved_before)
+            room = 0 if self._doubtful else self._room()
             if self._suspects:
                 room = min(room, 1 - len(self._inflight))
             if room > 0 and self._outbox.has_outgoing:
                 for message in self._outbox.next_outgoing(room, self._address):
                     self._send(message, self._address(message.topic) or "")
         self._finish_if_idle()
+
+    def send_again(self) -> None:
+        """What our broker has just handed to another one was lost if that one died."""
+        self._doubtful = True  # until what is under way has come to its end
+        self.send_queued()
 
     def _room(self) -> int:
         """How many messages at QoS 1 the broker takes now."""
@@ -11253,6 +11549,7 @@ class MqttClient:
         if connection is not self._connection:
             return
         self._connection = None
+        self.turn += not connection.welcome  # one that answers, and lets nobody in, may be ill
         if self.former:  # was that it?  A broker may take all connections of a user for one
             self._collisions += 1
             self.former.close()
@@ -11780,6 +12077,10 @@ COLOURS = {
     **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
 }
 TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
+CONDITIONS = ("online", "degraded", "stale", "stopped", "lost")
+FEW_NODES = 25  # of more, a view shows who is in trouble, and counts the rest
+MAX_TROUBLED = 10  # nodes that it shows
+MAX_GROUPS = 8  # of versions, of tags, ... that it counts
 MAX_ALERT_LINES = 6  # of an alert in the log
 ID_SHOWN = 8  # characters of an id, which are enough to ask for it
 SECONDS_IN = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
@@ -11857,6 +12158,7 @@ class StatusRow(Value):
     version: str | None
     reason: str | None
     session: Mapping[str, Any] | None  # what it works on, if it is one
+    next_try: float | None = None  # Unix seconds, where one of its agents could not be told
 
     @property
     def is_node(self) -> bool:
@@ -11878,6 +12180,12 @@ class StatusRow(Value):
             return ""
         return REASONS.get(self.reason or "", self.reason or "")
 
+    @property
+    def again(self) -> list[str]:
+        """What goes below that: when its agent is called again."""
+        at = time.localtime(self.next_try or 0)
+        return [time.strftime("its agent is called again at %H:%M:%S", at)] if self.next_try else []
+
 
 def status_row(
     name: str, state: Mapping[str, Any], heartbeat: HeartbeatConfig, now: float
@@ -11885,10 +12193,13 @@ def status_row(
     """Make a row of a state document, whatever it holds."""
     node = state.get("daemon_node")
     status, seen, age = judged(state, heartbeat, now)
+    agents = state["oc"] if isinstance(state.get("oc"), dict) else {}
     health = {
         printable(agent): printable(one.get("status") if isinstance(one, dict) else one, 20)
-        for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
+        for agent, one in agents.items()
     }
+    tries = [one.get("next_try") for one in agents.values() if isinstance(one, dict)]
+    known_tries = filter(None, [bounded_number(one, 1, MAX_TS) for one in tries])
     version, reason = state.get("version"), state.get("reason")
     if status == "stale":
         reason = f"no word for {for_people(age)}" if age else "no word yet"
@@ -11904,6 +12215,7 @@ def status_row(
         version=printable(version, 30) if version else None,
         reason=printable(reason, 200) if reason else None,
         session=session_facts(state["session"]) if "session" in state else None,
+        next_try=min(known_tries, default=None),
     )
 
 
@@ -11935,9 +12247,9 @@ def status_summary(rows: Sequence[StatusRow]) -> str:
 
 def status_words(rows: Sequence[StatusRow], now: float) -> str:
     """How the nodes are, on one line; when those that are gone were last seen, and why one is."""
-    order = ("online", "degraded", "stale", "stopped", "lost")
-    nodes = {one: [row for row in rows if row.is_node and row.condition == one] for one in order}
-    others = len([row for row in rows if row.is_node]) - sum(map(len, nodes.values()))
+    found = [row for row in rows if row.is_node]
+    nodes = {one: [row for row in found if row.condition == one] for one in CONDITIONS}
+    others = len(found) - sum(map(len, nodes.values()))
     words = [f"{others} unknown"] if others else []
     for one, found in nodes.items():
         seen = max((row.last_seen or 0 for row in found if not row.alive), default=0)
@@ -11971,7 +12283,7 @@ def status_screen(
     title, *lines = format_table(header, cells, colour).splitlines()
     body = [*head, "", *([title] if rows else [])]
     for row, line in zip(rows, lines, strict=True):
-        body += [line, *([f"  {row.why}"] if row.why else [])]
+        body += [line, *(f"  {words}" for words in (row.why, *row.again) if words)]
     if len(body) > (room := max(height - 2, 2)):
         body[room - 1 :] = [
             f"and {len(body) - room + 1} lines more: make it higher, or: hive status"
@@ -12047,8 +12359,77 @@ def sessions_in(
 
 def status_notes(rows: Sequence[StatusRow]) -> str:
     """Why nodes are not simply online, a line for each that says so."""
-    notes = [f"{row.name}: {row.reason}\n" for row in rows if row.is_node and row.reason]
+    wrong = [row for row in rows if row.is_node and row.reason]
+    notes = [f"{row.name}: {one}\n" for row in wrong for one in (row.reason, *row.again)]
     return "\n" + "".join(notes) if notes else ""
+
+
+def chosen_nodes(
+    nodes: Collection[str],
+    rosters: Mapping[str, Mapping[str, Any]],
+    which: Sequence[str],
+    tag: str | None,
+) -> set[str]:
+    """Whom one of `which` means, or an agent of whom; of those with the tag, where one is said.
+
+    Raises HiveError where nobody is meant by one of them.
+    """
+
+    def meant(target: Target, among: Collection[str]) -> set[str]:
+        found = set()
+        for node in among:
+            roster = rosters.get(node, {})
+            tags = words_in(roster.get("tags"))
+            names = (node, *names_in(roster, "agents", "sessions", "away"))
+            if any(target.means(Candidate(name, tags=tags), "", "") for name in names):
+                found.add(node)
+        if not found:
+            who = "node" if among is nodes else f"node with the tag {tag}"
+            hint = did_you_mean(target.pattern, among) or "what each one is: hive roster"
+            raise HiveError(f"no {who} {target.words}; {hint}")
+        return found
+
+    tagged = meant(Target(tag=tag), nodes) if tag else nodes
+    targets = [Target.find(one) or Target(pattern="*" if one == EVERYONE else one) for one in which]
+    return {node for target in targets or [Target(pattern="*")] for node in meant(target, tagged)}
+
+
+def group_table(facts: Iterable[tuple[str, str, str]]) -> str:
+    """Of (kind, value, condition), as in ("tag", "gpu", "online"): how many nodes share a value.
+
+    With a column for each condition.
+    """
+    kinds = dict[str, dict[str, Counter[str]]]()
+    for kind, value, how in facts:
+        kinds.setdefault(kind, {}).setdefault(value, Counter())[how] += 1
+    said = {how for values in kinds.values() for n in values.values() for how in n if how}
+    columns = [*(one for one in CONDITIONS if one in said), *sorted(said - {*CONDITIONS})]
+    rows = [["", "NODES", *map(str.upper, columns)]]
+    for kind, values in kinds.items():
+        most = sorted(values.items(), key=lambda item: (-item[1].total(), item[0]))
+        for value, n in most[:MAX_GROUPS]:
+            numbers = (n.total(), *(n[one] for one in columns))
+            rows.append([f"{kind} {value}", *(str(one or "-") for one in numbers)])
+        if more := most[MAX_GROUPS:]:
+            rows.append([f"{kind}: {len(more)} more", *[""] * (1 + len(columns))])
+    return format_table(rows[0], rows[1:], colour=False)
+
+
+def status_digest(
+    rows: Sequence[StatusRow], rosters: Mapping[str, Mapping[str, Any]], colour: bool
+) -> str:
+    """A large hive: some of those in trouble, and why; then how many of each kind are how."""
+    nodes = [row for row in rows if row.is_node]
+    wrong = [row for row in nodes if row.status != "online"]
+    wrong.sort(key=lambda row: row.condition == "stopped")  # as a laptop does each evening
+    shown, more = wrong[:MAX_TROUBLED], len(wrong[MAX_TROUBLED:])
+    table = status_table(shown, colour) + status_notes(shown) + "\n" if shown else ""
+    rest = f"and {more} more that are not online\n\n" if more else ""
+    facts = [("version", row.version or "-", row.condition) for row in nodes]
+    for row in nodes:
+        tags = words_in(rosters.get(row.name, {}).get("tags"))
+        facts += [("tag", printable(tag, 40), row.condition) for tag in tags]
+    return f"{table}{rest}{group_table(facts)}\neach node: hive status --all\n"
 
 
 class Metric(Value):
@@ -12136,7 +12517,7 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
             words_of(document.get("tags")) or "-",
             words_of(document.get("agents")) or "-",
             words_of(document.get("handlers")) or "-",
-            f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})",
+            roster_version(document),
             printable(document.get("system"), 30),
         )
         for name, document in sorted(documents.items())
@@ -12144,6 +12525,21 @@ def roster_table(documents: Mapping[str, Mapping[str, Any]], colour: bool) -> st
     if all(tags == "-" for _, tags, *_ in rows[1:]):
         rows = [(name, *rest) for name, _, *rest in rows]
     return format_table(rows[0], rows[1:], colour)
+
+
+def roster_version(document: Mapping[str, Any]) -> str:
+    return f"{printable(document.get('version'), 20)} ({printable(document.get('build'), 12)})"
+
+
+def roster_digest(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """A large hive: how many nodes have what."""
+    facts = [("version", roster_version(one), "") for one in documents.values()]
+    for kind, key in (("system", "system"), ("tag", "tags"), ("handler", "handlers")):
+        for one in documents.values():
+            said = one.get(key)
+            words = words_in(said if isinstance(said, list) else [said])
+            facts += [(kind, printable(word, 40), "") for word in words]
+    return f"{group_table(facts)}\neach node: hive roster --all\n"
 
 
 def clock_time(at: object) -> str:
@@ -12190,6 +12586,7 @@ def log_line(row: Mapping[str, Any], width: int) -> str:
     peer = row["to"] if row["event"] == "out" else row["from"]
     id = str(row["id"] or row["exchange"])[:ID_SHOWN]
     when, action = clock_time(row["time"]), f"{row['action']}: " if row["action"] else ""
+    when += f" {row['node']:<10}" if "node" in row else ""
     line = f"{when} {row['event']:<3} {peer:<10} {row['ch']:<8} {id:<8} {action}{row_text(row)}"
     return printable(line, width)
 
@@ -12611,7 +13008,7 @@ def named_targets(to: str, action: str | None, said: Mapping[str, Any]) -> list[
     """The names in the answer to `targets`; raises HiveError where nobody is meant, or is there."""
     target, away = Target.find(to) or Target(), said["away"]
     can = f" offers {action}" if action else " has an agent"
-    what = f" has the tag {target.tag}" if target.tag else f" is called like {target.pattern}"
+    what = f" {target.words}"
     if target.one:
         what = (f" of tag {target.tag}" if target.tag else "") + can
     if said["names"]:
@@ -12630,8 +13027,9 @@ def absence(state: Mapping[str, Any]) -> str:
 class GroupReplies:
     """What became of a message that went to each of several nodes."""
 
-    def __init__(self, wait: float) -> None:
+    def __init__(self, wait: float, envelopes: Iterable[Envelope] = ()) -> None:
         """`wait`: seconds that each of them has for its answer."""
+        self.unsent = deque(envelopes)
         self.ok: list[str] = []
         self.failed: list[str] = []
         self.silent: list[str] = []
@@ -12641,6 +13039,11 @@ class GroupReplies:
     def __len__(self) -> int:
         """How many are waited for."""
         return len(self._waiting)
+
+    @property
+    def faulty(self) -> bool:
+        """Has one failed, or kept silent?"""
+        return bool(self.failed or self.silent)
 
     @property
     def ends(self) -> float:
@@ -12825,7 +13228,9 @@ def is_terminal(stream: IO[str]) -> bool:
 class StatusFeed:
     """How all nodes are, as this node's daemon tells it; the daemon may go and come."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, which: Sequence[str], tag: str | None) -> None:
+        """`which` and `tag` are those that are looked at, as chosen_nodes() has it."""
+        self._which, self._tag = which, tag
         self.rows: list[StatusRow] = []  # the nodes
         self.node, self.broker = config.node.id, "its broker"
         self.fault = ""  # why what is known is old
@@ -12843,6 +13248,8 @@ class StatusFeed:
             return
         try:
             said = self.control.ask({"do": "watch"})
+            chosen = self._which or self._tag
+            rosters = self.control.ask({"do": "roster"})["rosters"] if chosen else {}
         except DaemonError as error:
             return self._lose(error)
         if "error" in said:
@@ -12853,7 +13260,11 @@ class StatusFeed:
             self.at = time.time()
             rows = status_rows(said["states"], self._config.heartbeat, self.at)
             self.rows = [row for row in rows if row.is_node]
+        if chosen and self.rows:
+            names = chosen_nodes([row.name for row in self.rows], rosters, self._which, self._tag)
+            self.rows = [row for row in self.rows if row.name in names]
         self.due += min(self._config.heartbeat.interval, WATCH_EVERY)
+        self.hear()
 
     def hear(self) -> None:
         """The daemon has said something: that there is news, or its last word."""
@@ -12937,6 +13348,7 @@ class StatusScreen:
         passed = now - feed.at
         rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
         lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
+        lines = [line if "\033" in line else cut_end(line, width or SCREEN[0]) for line in lines]
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
 
     def leaves(self) -> bool:
@@ -12952,11 +13364,11 @@ class StatusScreen:
         sys.stdout.flush()
 
 
-def watch_status(config: Config, colour: bool) -> None:
+def watch_status(config: Config, colour: bool, which: Sequence[str], tag: str | None) -> None:
     """Show how all nodes are, and whatever changes, until q, a signal, or HiveError."""
     import select
 
-    feed, lines = StatusFeed(config), StatusLines()
+    feed, lines = StatusFeed(config, which, tag), StatusLines()
     screen = StatusScreen(colour) if is_terminal(sys.stdout) else None
     woken, waker = nonblocking_pair()
 
@@ -13652,7 +14064,11 @@ def check_files(context: DoctorContext) -> Iterator[Finding]:
     if not kept and not config.mqtt.named:
         kept += check_folder(broker_home(config.broker), "the broker's directory")
     findings += kept
-    well = Finding(Level.OK, f"only you can change them; state is in {config.state_dir}")
+    what, share = f"only you can change them; state is in {config.state_dir}", config.journal
+    if share.share:
+        texts = "with" if share.share_texts else "without"
+        what += f"; the journal there is shown to {', '.join(share.share)}, {texts} texts"
+    well = Finding(Level.OK, what)
     yield from findings or [well]
 
 
@@ -13699,7 +14115,9 @@ def check_handlers(context: DoctorContext) -> Iterator[Finding]:
     for file, why in found.refused.items():
         yield objected(Level.WARN, f"refused: {said_against(folder / file, why)}")
     if context.config.allow and context.config.mqtt.named and not context.config.checked:
-        what = "allow is about names that anybody may use: this broker does not check senders"
+        kinds = {SHARE_RULE if rule == SHARE_RULE else "allow" for rule in context.config.allow}
+        why = "names that anybody may use: this broker does not check senders"
+        what = f"{' and '.join(sorted(kinds))} is about {why}"
         yield Finding(Level.WARN, what, "see [mqtt] senders")
     for action in context.config.handlers.keys() - found.handlers.keys():
         near = did_you_mean(action, found.handlers)
@@ -13969,6 +14387,14 @@ def check_hosting(context: DoctorContext) -> Iterator[Finding]:
     yield from (Finding(level, what, HOST_AGAIN) for level, what in findings)
     if not findings:
         yield Finding(Level.OK, f"Mosquitto {keeper}; its certificate holds {days} days")
+    name, account = host.bridge()
+    for site in [*host.sites(), *([name] if account else [])]:
+        where = f"the bridge of {site}" + (f" to {account.address}" if account else "")
+        if bridge_word(host, site) == "1":
+            yield Finding(Level.OK, f"{where} is there")
+        else:
+            todo = "is a broker running there (hive host), and no firewall in between?"
+            yield Finding(Level.WARN, f"{where} is cut", todo)
 
 
 class Check(Value):
@@ -14052,6 +14478,7 @@ def finding_line(check: str, finding: Finding, colour: bool) -> str:
 # commands use.  Knows neither the network nor this machine's files.
 
 HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*|[0-9A-Fa-f:]+")
+HOST_USER = f"{NO_NODE}host"  # what lets nodes in is called at the broker; no node can be
 SURE_DAYS = 3650  # days that the certificates hold; the script makes new ones when they are gone
 
 
@@ -14148,9 +14575,36 @@ autosave_interval 1
 autosave_on_changes false
 
 # A full queue drops in silence, so there is no limit but time: hive's sessions end by themselves.
-max_queued_messages 0
+# 0 would say the same, but then 2.0 hangs up at each message that it refuses.
+max_queued_messages 1000000000
 persistent_client_expiration @EXPIRY@d
 max_packet_size @MAX_PACKET@
+"""
+BRIDGE_CONF = """
+# The bridge to another site of this hive, where this Mosquitto is known as @NAME@.
+connection @NAME@
+address @HOST@:@PORT@
+remote_username @NAME@
+remote_password @PASSWORD@
+bridge_cafile @AUTHORITY@
+bridge_tls_version tlsv1.2
+# Whoever knew them could end these sessions, and lose what waits in them.
+remote_clientid @ID@
+local_clientid local.@ID@
+# What waits does so on both sides for as long as it is cut.  Not mqttv50: such a bridge of 2.0 asks
+# for no session expiry, and the other side would keep nothing.
+cleansession false
+bridge_protocol_version mqttv311
+# What came over it does not go back, and what is retained stays so.
+try_private true
+keepalive_interval 10
+restart_timeout 1 10
+# "1" and "0" on both sides; nodes then send again what may have died with the other broker.
+notification_topic @NOTICE@
+# All envelopes but those of commands to themselves, which have a level more.
+@TOPICS@
+# What is retained goes over at each new beginning, so that it need not wait.
+topic meta/+/+ both 0 @PREFIX@/ @PREFIX@/
 """
 AUTHORITY_REQUEST = """\
 [req]
@@ -14363,6 +14817,31 @@ def mosquitto_script(setup: MosquittoSetup) -> str:
     return fill_in(text, words, setup.tls)
 
 
+def mosquitto_bridge(prefix: str, name: str, account: MqttConfig) -> str:
+    """What mosquitto.conf says of a bridge to the broker that lets it in with this account."""
+    import hmac
+
+    key = (account.password or "").encode()
+    host, port = account.endpoint
+    words = {
+        **{"NAME": name, "HOST": host, "PORT": str(port), "PASSWORD": account.password or ""},
+        **{"AUTHORITY": str(account.ca_file), "PREFIX": prefix},
+        "ID": hmac.digest(key, f"bridge {name}".encode(), "sha256").hex()[:32],
+        "NOTICE": Topics(prefix).bridge(name),
+        "TOPICS": "\n".join(f"topic +/{ch}/+ both 1 {prefix}/ {prefix}/" for ch in CHANNELS),
+    }
+    return fill_in(BRIDGE_CONF, words, tls=True)
+
+
+def bridge_acl(prefix: str, name: str) -> str:
+    """What another site's Mosquitto may: speak for all of its nodes, and let nobody in here."""
+    topics = Topics(prefix)
+    return (
+        f"user {name}\ntopic deny {prefix}/{HOST_USER}/+/+\ntopic readwrite {prefix}/+/+/+\n"
+        f"topic write {topics.bridge(name)}\n"
+    )
+
+
 def subject_names(hosts: Iterable[str]) -> str:
     """Whom a certificate is for, as subjectAltName has it: these, and who asks on the machine."""
     named = [f"IP:{host}" if is_address(host) else f"DNS:{host}" for host in hosts]
@@ -14384,8 +14863,8 @@ def fill_in(text: str, words: Mapping[str, str], tls: bool) -> str:
 # anew, which ends the sessions of whoever has another password now, or none.  HostService keeps
 # Mosquitto running, and lets in whoever was invited.  Knows neither hive.toml nor a terminal.
 
-HOST_USER = "@host"  # what HostService is called at the broker; no node can be
 INVITATION = 3600.0  # seconds that one is good for
+ECHO = 10.0  # seconds in which a bridge that is there again brings back what was said before
 AUTHORITY_DAYS, SERVER_DAYS = SURE_DAYS, 365  # that certificates hold
 RENEWAL = 30 * 86400.0  # seconds before the end of the server's that it is renewed
 NEW_KEY = ("ecparam", "-name", "prime256v1", "-genkey", "-noout")
@@ -14393,6 +14872,7 @@ OPENSSL_TIMEOUT = 20.0  # seconds
 LOCK_PATIENCE = 15.0  # seconds that one command waits for another
 HOST_TICK = 30.0  # seconds between looks at invitations and the certificate
 RESTART_PAUSE = 2.0  # seconds, once Mosquitto has ended by itself
+SILENT_BROKER = 30.0  # seconds without an answer after which Mosquitto is killed, and started again
 GLANCE = 1.0  # seconds that somebody may have a lock only to see whether it is free
 BROKER_STOP = 10.0  # seconds that it may take to save all and end
 HOST_AGAIN = "hive host"  # what starts it, and mends it
@@ -14401,6 +14881,13 @@ PROGRAM_PLACES = "/usr/sbin:/usr/local/sbin:/usr/local/bin:/opt/homebrew/sbin:/o
 # makes them safe, and a small count keeps members from burdening the broker with a large one.
 HASH_ROUNDS = 101
 PASSWORD_HASH = re.compile(rf"\$7\${HASH_ROUNDS}\$[A-Za-z0-9+/]{{16}}\$[A-Za-z0-9+/]{{86}}==")
+
+
+def member_name(value: object) -> str:
+    """a node's name, or @ and the name of another site, whose Mosquitto it is"""
+    if isinstance(value, str) and value.startswith(NO_NODE) and value != HOST_USER:
+        return NO_NODE + node_name(value.removeprefix(NO_NODE))
+    return node_name(value)
 
 
 def new_password() -> str:
@@ -14499,6 +14986,7 @@ class Host:
         self.conf, self.authority = self.folder / "mosquitto.conf", self.folder / "ca.pem"
         self._passwords, self._invited = self.folder / "passwords", self.folder / "invited.json"
         self._settings, self._pid = self.folder / "host.json", self.folder / "mosquitto.pid"
+        self._bridge, self._acl_file = self.folder / "bridge.json", self.folder / "acl"
         self.log = self.folder / "host.log"  # of its service, where no supervisor has it
         self.broker_lock, self.service_lock = (
             self.folder / "mosquitto.lock",
@@ -14553,9 +15041,7 @@ class Host:
         with self.lock():
             changed = self._certify(settings, now)
             changed |= self._write(self.conf, self._conf(settings))
-            host = Topics(settings.prefix).meta("+", "+")
-            acl = f"{mosquitto_acl(settings.prefix)}\nuser {HOST_USER}\ntopic readwrite {host}\n"
-            changed |= self._write(self.folder / "acl", acl)
+            changed |= self._write(self._acl_file, self._acl(settings.prefix))
             make_private(self.folder / "data")
             for user in (HOST_USER, node):
                 changed |= self._let_in(user)
@@ -14570,7 +15056,18 @@ class Host:
         own = ["# Written by hive host; to change it, say that again.", "", text]
         own += [f"pid_file {self._pid}", "log_type error", "log_type warning"]
         root = ["user root"] if os.geteuid() == 0 else []  # who else could read its files
-        return "\n".join([*own, *root]) + "\n"
+        name, account = self.bridge()
+        over = mosquitto_bridge(settings.prefix, name, account) if account else ""
+        return "\n".join([*own, *root]) + f"\n{over}"
+
+    def _acl(self, prefix: str) -> str:
+        topics, sites = Topics(prefix), self.sites()
+        text = (
+            f"{mosquitto_acl(prefix)}\nuser {HOST_USER}\ntopic readwrite {topics.meta('+', '+')}\n"
+        )
+        if sites or self.bridge()[1]:
+            text += f"# whether a bridge is there\npattern read {topics.bridge()}\n"
+        return "".join([text, *(bridge_acl(prefix, name) for name in sites)])
 
     def _certify(self, settings: HostSettings, now: float) -> bool:
         """The authority once; the server's certificate for these names, as long as it holds."""
@@ -14667,7 +15164,36 @@ class Host:
         return {name: hashed for name, _, hashed in lines}
 
     def _write_members(self, members: Mapping[str, str]) -> bool:
-        return self._write(self._passwords, "".join(f"{n}:{h}\n" for n, h in members.items()))
+        text = "".join(f"{name}:{hashed}\n" for name, hashed in members.items())
+        changed, settings = self._write(self._passwords, text), self.settings()
+        return bool(settings and self._write(self._acl_file, self._acl(settings.prefix))) or changed
+
+    # -- other sites --
+
+    def sites(self) -> list[str]:
+        """The other sites that are bridged to this one."""
+        invited = self.invited(0.0)
+        return [n for n in self.members() if n[:1] == NO_NODE and n not in (HOST_USER, *invited)]
+
+    def bridge(self) -> tuple[str, MqttConfig | None]:
+        """What this site is called where it is bridged to, and how it gets in there."""
+        said = read_json_object(self._read(self._bridge)) or {}
+        with contextlib.suppress(KeyError):
+            host, port, password = str(said["host"]), int(said["port"]), str(said["password"])
+            return str(said["name"]), MqttConfig(
+                host=host, port=port, password=password, tls=True, ca_file=self._bridge_authority
+            )
+        return "", None
+
+    @property
+    def _bridge_authority(self) -> Path:
+        return self.folder / "bridge-ca.pem"
+
+    def set_bridge(self, said: Mapping[str, object], authority: str) -> None:
+        """From the next `prepare` on it is bridged to there; or to nowhere."""
+        with self.lock():
+            self._write(self._bridge_authority, authority)
+            self._write(self._bridge, encode_json(said).decode())
 
     def invited(self, now: float) -> dict[str, dict[str, Any]]:
         """Who was invited and has not joined: until when, and with which password."""
@@ -14798,9 +15324,14 @@ class HostService:
         self._broker: subprocess.Popen[bytes] | None = None
         self._conf, self._said, self._stopping = "", "", False
         self._renewed = self._offset = 0.0  # when that was last seen to; the wall clock's offset
-        self._client = MqttClient(
-            loop, host.login(HOST_USER), subscriptions=[(self._topics.to(HOST_USER, "command"), 0)]
-        )
+        self._ended: dict[str, bytes] = {}  # last words of nodes of here that do not run, and ...
+        self._bridged = float("-inf")  # ... when a bridge began, which may bring earlier ones
+        heard = (self._topics.to(HOST_USER, "command"), self._topics.bridge())
+        self._silent_since = float("inf")
+        self._client = MqttClient(loop, self._login(), subscriptions=[(one, 0) for one in heard])
+
+    def _login(self) -> MqttConfig:
+        return self._host.login(HOST_USER).replace(keepalive=10)  # a broker that hangs is missed
 
     def start(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -14872,7 +15403,7 @@ class HostService:
 
     def _reread(self) -> None:
         """The files were changed: some of it Mosquitto reads only at its start."""
-        self._client.set_broker(self._host.login(HOST_USER))
+        self._client.set_broker(self._login())
         if self._broker and self._host.conf.read_text() != self._conf:
             self._broker.terminate()
         else:
@@ -14901,14 +15432,27 @@ class HostService:
         go_on()
 
     def on_connected(self) -> None:
+        self._silent_since = float("inf")
         self._log.info("hosting the hive", at=self._client.settings.address)
 
     def on_disconnected(self, reason: str) -> None:
+        """One that runs and answers nobody hangs; 2.0.11 may, after a bridge was cut."""
         self._log.debug("no broker, trying again", why=reason)
+        silent = re.search("timed out|no answer", reason) and self._broker
+        now = self._loop.clock()
+        self._silent_since = min(self._silent_since, now) if silent else float("inf")
+        if self._broker and now - self._silent_since > SILENT_BROKER:
+            self._log.error("Mosquitto answers nobody, and is killed", why=reason)
+            self._silent_since = float("inf")
+            self._broker.kill()
 
     def deliver(self, message: IncomingMessage) -> None:
         """Who was invited says which password it will have; the topic says who that is."""
-        _, _, name = self._topics.place(message.topic) or ("", "", "")
+        if meta := self._topics.meta_of(message.topic):
+            return self._hear_state(meta[0], message.payload)
+        to, bridge, name = self._topics.place(message.topic) or ("", "", "")
+        if to == EVERYONE:
+            return self._hear_bridge(bridge, message.payload == b"1", message.retained)
         hashed = message.payload[:KIB].decode(errors="replace")
         if not hashed:
             return  # only to see whether anybody is here
@@ -14921,6 +15465,50 @@ class HostService:
         elif self._rate_limit.allow("request", self._loop.clock()):
             self._log.warning("not invited", node=name)
             self._look_after(time.time())  # it may have come too late
+
+    def _hear_bridge(self, name: str, up: bool, earlier: bool) -> None:
+        self._log.info("bridge is there" if up else "bridge is cut", site=name)
+        self._bridged = self._loop.clock() if up and not earlier else float("-inf")
+        self._client.subscribe([(self._topics.meta("+", "state"), 0)])
+
+    def _hear_state(self, name: str, payload: bytes) -> None:
+        """Each side of a bridge that begins sends all that is retained there, also what is old.
+
+        Of a node that runs, it is put right by that; of another one, here, where it had joined.
+        """
+        if status_of(read_json_object(payload) or {}) not in ALIVE:
+            if name in self._ended or name in self._host.members():
+                self._ended[name] = payload
+            return
+        last, began = self._ended.pop(name, None), self._loop.clock() < self._bridged + ECHO
+        for document in ("state",) if last else ("state", "roster"):
+            if last is not None and began:
+                topic = self._topics.meta(name, document)
+                self._client.publish(OutgoingMessage(topic, last, retain=True))
+
+
+def step_until(loop: Loop, within: float, done: Callable[[], object]) -> None:
+    """Let a loop go on until something is done, for so many seconds at most."""
+    timer = loop.after(within, do_nothing)
+    while not done() and loop.clock() < timer.due:
+        loop.step()
+    timer.cancel()
+
+
+def bridge_word(host: Host, name: str) -> str:
+    """What the bridge of a site said last: "1" there, "0" cut; nothing where it never was."""
+    topics, said, ended = Topics(host.needed_settings().prefix, HOST_USER), list[str](), list[str]()
+    loop = Loop(Log("error"))
+    with contextlib.closing(loop):
+        query = RetainedQuery(
+            *(loop, host.login(HOST_USER), [topics.bridge(name)]),
+            topics.private(HOST_USER, new_id()),
+            lambda message: said.append(message.payload[:1].decode(errors="replace")),
+            *(partial(ended.append, ""), ended.append),
+        )
+        step_until(loop, PROBE_TIMEOUT, lambda: ended)
+        query.client.close(do_nothing, within=0.0)
+    return said[-1] if said else ""
 
 
 def end_process(pid: int, lock: Path) -> None:
@@ -15136,7 +15724,7 @@ class Invitation(Value):
 
     hosts: tuple[str, ...] = stated(invitation_hosts)
     port: int = stated(port_number)
-    name: str = stated(node_name)
+    name: str = stated(member_name)
     password: str = stated(hexadecimal, shown=False)
     ca: str = stated(der_certificate)
     prefix: str = stated(topic_prefix)
@@ -15288,14 +15876,6 @@ class JoinRequest:
 
     def _answered(self, code: int, words: str) -> None:
         self._answer, self._words = code, words.lower()
-
-
-def step_until(loop: Loop, within: float, done: Callable[[], object]) -> None:
-    """Let a loop go on until something is done, for so many seconds at most."""
-    timer = loop.after(within, do_nothing)
-    while not done() and loop.clock() < timer.due:
-        loop.step()
-    timer.cancel()
 
 
 def joined_files(invitation: Invitation, host: str, file: Path, password: str) -> dict[Path, str]:
@@ -16745,8 +17325,8 @@ def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dic
         facts = {key: value for how in all for key, value in how.items()}
         told = ("status", "reason", "client", "directory", "branch")
         words = {key: printable(facts[key], 300) for key in told if facts.get(key)}
-        since = bounded_number(facts.get("since"), 1, MAX_TS)
-        found.append({"name": printable(name), **words, "since": since})
+        times = {key: bounded_number(facts.get(key), 1, MAX_TS) for key in ("since", "next_try")}
+        found.append({"name": printable(name), **words, **times})
     return sorted(found, key=lambda agent: str(agent["name"]))
 
 
@@ -16758,10 +17338,10 @@ def node_view(
     entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
     return {
         "name": row.name,
-        "status": row.status,
-        "reason": row.reason,
+        "how": row.condition if row.condition in CONDITIONS else "unknown",
+        "why": row.why,
         "since": changed if row.alive else row.last_seen,
-        "up": row.uptime_s and row.uptime_s // 60 * 60,
+        "up": (row.uptime_s or 0) // 60 * 60 if row.alive else None,
         "load": row.load_1m,
         "version": row.version,
         "host": printable(state["host"]) if state.get("host") else None,
@@ -16770,6 +17350,7 @@ def node_view(
         "running": bounded_number(state.get("running"), 0, 1e6),
         "queued": bounded_number(state.get("waiting"), 0, 1e6),
         "outbox": bounded_number(state.get("outbox"), 0, 1e6),
+        "rtt": bounded_number(state.get("rtt_ms"), 0, 1e6),
         "handlers": [printable(x) for x in handlers[:100]] if isinstance(handlers, list) else [],
         "schedule": [
             {
@@ -16870,7 +17451,9 @@ class HiveView:
         rows = status_rows(self._states, self._config.heartbeat, time.time())
         nodes = {row.name: row for row in rows if row.is_node}
         facts = {key: answer[key] for key in ("connected", "complete", "broker", "fault")}
-        facts |= {"daemon": True, "summary": status_summary(rows), "count": len(nodes)}
+        if facts["broker"].startswith("/"):
+            facts["broker"] = "this machine's own broker"
+        facts |= {"daemon": True, "summary": status_words(rows, time.time())}
         self._say("hive", "hive", {**facts, **self._facts})
         for name, row in nodes.items():
             roster = self._rosters.get(name, {})
@@ -17383,810 +17966,678 @@ def open_browser(link: str, folder: Path) -> None:
 WEB_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>hive</title>
-<link rel="icon" id="icon" href="data:,">
+<link rel="icon" href="data:,">
 <style>
-/* Colours first: they alone differ between light and dark. */
-:root {
-  color-scheme: light dark;
-  --paper: #f7f4ee; --card: #fffefb; --ink: #211d17; --soft: #655d50; --line: #e4ddd0;
-  --honey: #f2a516; --on-honey: #241a05; --accent: #8a5200;
-  --ok: #1c7446; --warn: #8d5a00; --bad: #b3261e; --off: #6a645b;
-  --shade: 0 1px 2px #3a2c1014, 0 6px 18px #3a2c100d;
+:root { /* of each colour the light and the dark one */
+  color-scheme: light dark; overflow-y: scroll; --edge: clamp(1rem, 3vw, 3rem);
+  --paper: light-dark(#f7f4ee, #141210); --card: light-dark(#fffefb, #1f1c18);
+  --ink: light-dark(#211d17, #f2ede4); --soft: light-dark(#655d50, #b0a797);
+  --rule: light-dark(#e4ddd0, #383129); --honey: light-dark(#f2a516, #f7b33b);
+  --accent: light-dark(#8a5200, #ffc35c); --ok: light-dark(#1c7446, #67d69a);
+  --warn: light-dark(#8d5a00, #ffc35c); --bad: light-dark(#b3261e, #ff8a7f);
+  --off: light-dark(#6a645b, #a39b8f);
 }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #141210; --card: #1f1c18; --ink: #f2ede4; --soft: #b0a797; --line: #383129;
-  --honey: #f7b33b; --accent: #ffc35c;
-  --ok: #67d69a; --warn: #ffc35c; --bad: #ff8a7f; --off: #a39b8f; --shade: 0 1px 2px #0006;
-} }
-/* How somebody is: one word, one colour, and one mark whose shape says it too. */
-.online, .ok { --how: var(--ok) } .degraded, .silent, .warn { --how: var(--warn) }
-.lost, .down, .fail, .alert { --how: var(--bad) } .off, .unknown, .skipped { --how: var(--off) }
+/* How somebody is: one word, one colour, and a hexagon with one sign in it. */
+.online, .ok { --how: var(--ok); --sign: "" }
+.degraded, .stale, .warn { --how: var(--warn); --sign: "!" }
+.lost, .down, .fail, .alert { --how: var(--bad); --sign: "\D7" }
+.stopped, .unknown, .skipped { --how: var(--off); --sign: "\2013" }
 .how { color: var(--how, var(--off)) }
-.mark { width: 1.05em; height: 1.05em; flex: none; fill: var(--how, var(--off)) }
+.mark { display: inline-grid; place-content: center; flex: none; width: 1.1em; height: 1.2em;
+  background: var(--how, var(--honey)); color: var(--card); font: 800 .9em/1 sans-serif;
+  clip-path: polygon(50% 0, 100% 25%, 100% 75%, 50% 100%, 0 75%, 0 25%) }
+.mark::after { content: var(--sign, "") }
 
-* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important }
-body { background: var(--paper); color: var(--ink); min-height: 100vh; overflow-wrap: anywhere;
+* { box-sizing: border-box; margin: 0 }
+body { background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 h1 { font-size: clamp(1.5rem, 1rem + 2vw, 2.25rem); line-height: 1.2; letter-spacing: -.02em }
-h2 { font-size: 1rem } h2 small { font-weight: 400 } ul, ol { list-style: none; padding: 0 }
-time, small { font-variant-numeric: tabular-nums }
-code { font: .9em/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap }
+h2 { font-size: 1.1rem }
+ul, ol { list-style: none; padding: 0 }
+time, small { font-weight: 400; font-variant-numeric: tabular-nums }
+code { display: block; font: .9em/1.5 ui-monospace, monospace; white-space: pre-wrap }
 button, input, select, textarea { font: inherit; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: 9px; padding: .4rem .75rem; min-height: 2.5rem }
-button { cursor: pointer } button:hover { border-color: var(--honey) }
-.main { background: var(--honey); color: var(--on-honey); border-color: #0000; font-weight: 600 }
+  border: 1px solid var(--rule); border-radius: 9px; padding: .4rem .75rem; min-height: 2.5rem }
+button, summary, .cell { cursor: pointer }
+button:hover { border-color: var(--honey) }
+.main { background: var(--honey); color: #241a05; font-weight: 600 }
 .quiet { border-color: #0000; background: none; color: var(--accent); padding: 0 .5rem }
 :focus-visible { outline: 2px solid var(--honey); outline-offset: 2px }
-.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-.skip:not(:focus) { position: absolute; left: -99rem } .soft { color: var(--soft) }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
-  box-shadow: var(--shade) }
-.empty { border: 1px dashed var(--line); border-radius: 14px; padding: 2rem; color: var(--soft);
-  max-width: 46rem; code { display: block; color: var(--ink); margin-top: .75rem } }
-.tools { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
-.line { display: flex; gap: .5rem; align-items: baseline;
-  .mark { align-self: center } .end { margin-left: auto; text-align: right; flex: none } }
+.jump:not(:focus) { position: absolute; left: -99rem }
+.soft { color: var(--soft) }
+.card, .empty { background: var(--card); border: 1px solid var(--rule); border-radius: 14px }
+.line { display: flex; flex-wrap: wrap; gap: .1rem .5rem; align-items: center }
+.end { margin-left: auto; white-space: nowrap }
+/* What there is nothing of takes no room, and a word on what to do may stand there instead. */
+[hidden], :is(ul, ol, p, b, h2):empty { display: none !important }
+.empty { display: none; border-style: dashed; padding: 2rem; max-width: 46rem }
+:empty + .empty, #alone { display: block }
 
-body > header { display: flex; align-items: center; gap: .5rem 1.25rem; z-index: 2; top: 0;
-  position: sticky; padding: .6rem clamp(1rem, 3vw, 3rem); background: var(--paper);
-  border-bottom: 1px solid var(--line);
-  > .main { margin-left: auto; flex: none } }
-.brand { display: flex; align-items: center; gap: .5rem; font-weight: 700; min-width: 0; flex: 1;
-  svg { width: 1.7rem; flex: none; fill: var(--honey) }
-  span { flex: none }
-  small { font-weight: 400; overflow: hidden; text-overflow: ellipsis; white-space: nowrap } }
-nav { display: flex; gap: .15rem;
-  a { display: flex; gap: .4rem; padding: .4rem .8rem; border-radius: 9px; color: var(--soft);
-    align-items: center; text-decoration: none }
-  a:hover { color: var(--ink) }
-  [aria-current] { color: var(--ink); background: var(--card); box-shadow: var(--shade) }
-  svg { display: none; width: 1.4rem; fill: none; stroke: currentColor; stroke-width: 1.8 }
-  b { font-size: .75rem; min-width: 1.3rem; text-align: center; color: var(--paper);
-    background: var(--how); border-radius: 1rem; padding-inline: .35rem } }
-#gone { background: var(--bad); color: var(--paper); padding: .6rem clamp(1rem, 3vw, 3rem) }
-main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inline: auto }
-.head { display: flex; flex-wrap: wrap; gap: .75rem 1.5rem; align-items: end; min-height: 4.4rem;
-  margin-bottom: 1.5rem; > :first-child { flex: 1 1 20rem } }
+#top { position: sticky; top: 0; z-index: 2; padding: .6rem var(--edge); gap: .5rem 1rem;
+  background: var(--paper); border-bottom: 1px solid var(--rule) }
+#top small { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+nav { display: flex; justify-content: space-between;
+  a { padding: .4rem .8rem; border-radius: 9px; color: var(--soft); text-decoration: none }
+  a:hover, [aria-current] { color: var(--ink) }
+  [aria-current] { background: var(--card); box-shadow: 0 1px 3px #0003 }
+  b { padding: .1rem .45rem; border-radius: 1rem; font-size: .75rem; color: var(--paper);
+    background: var(--how) } }
+#gone { background: var(--bad); color: var(--paper); padding: .6rem var(--edge) }
+main { padding: 2rem var(--edge) 4rem; max-width: 1800px; margin-inline: auto }
+#head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; min-height: 4.4rem;
+  margin-bottom: 1.5rem }
+#head > :first-child { flex: 1 1 20rem }
 
-#cards, #tiles { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least, 21rem)), 1fr)) }
-#tiles { --least: 11rem; gap: .5rem;
-  li { content-visibility: auto; contain-intrinsic-size: auto 2.5rem }
-  button { display: flex; gap: .45rem; align-items: center; width: 100%; text-align: left } }
-#others { margin: 2rem 0 .75rem }
-.node { padding: 1rem 1.15rem .4rem; display: grid; gap: .5rem; min-height: 15rem;
-  grid-template-rows: auto auto auto 1fr auto;
-  &:is(.lost, .degraded, .silent) { box-shadow: inset 0 3px var(--how), var(--shade) }
-  h2 { font-size: 1.1rem }
-  footer { margin-inline: -.5rem; border-top: 1px solid var(--line); padding-top: .25rem } }
-.facts { font-size: .9rem; .mark { width: .8em } }
-.hour { width: 100%; height: 2.6rem; display: block; overflow: visible;
-  path { vector-effect: non-scaling-stroke; stroke-width: 2; fill: none; stroke: var(--how) }
-  .before { stroke: var(--line) }
-  .load { fill: color-mix(in srgb, var(--honey) 22%, #0000); stroke: var(--honey);
-    stroke-width: 1.5; stroke-linejoin: round } }
+#cards { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
+#cards:has(button.card) { gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)) }
+#cards:has(button.card) .node { grid-column: span 2 }
+button.card { width: 100% }
+.node { display: grid; grid-template-rows: auto auto auto 1fr auto; gap: .5rem; min-height: 15rem;
+  padding: 1rem 1.15rem .4rem }
+.node:is(.lost, .degraded, .stale) { box-shadow: inset 0 3px var(--how) }
+.node footer { margin-inline: -.5rem; border-top: 1px solid var(--rule); padding-top: .25rem }
+.facts { font-size: .9em }
+.facts .line { flex-wrap: nowrap }
+.hour { display: block; width: 100%; height: 2.6rem;
+  path { vector-effect: non-scaling-stroke; stroke: var(--how); stroke-width: 2; fill: none }
+  .load { stroke: var(--honey); fill: color-mix(in srgb, var(--honey) 22%, #0000) } }
 
-.list { overflow: hidden; li + li { border-top: 1px solid var(--line) } }
-.row { display: grid; gap: .1rem 1rem; padding: .55rem 1.15rem; align-items: baseline;
-  grid-template-columns: 6.5rem minmax(8rem, 15rem) 10rem 1fr; color: inherit;
-  text-decoration: none;
-  .text { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-  .kind { font-size: .87rem; color: var(--how, var(--soft)) }
-  &:is(a):hover { background: color-mix(in srgb, var(--honey) 9%, #0000) }
-  &:focus-visible { outline-offset: -2px }
-  &.finding { grid-template-columns: 1.2rem 7rem 1fr;
-    code { display: block; color: var(--accent) } } }
-#log li { content-visibility: auto; contain-intrinsic-size: auto 2.6rem }
-#older { margin: 1rem auto; display: block } #waits h2 { margin: 1.5rem 0 .6rem }
+.list { overflow: hidden }
+#log li { content-visibility: auto; contain-intrinsic-size: auto 2.5rem }
+.list li + li { border-top: 1px solid var(--rule) }
+.row { display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: .55rem 1.15rem; color: inherit;
+  text-decoration: none }
+.kind { color: var(--how, var(--soft)) }
+#older { margin: 1rem auto; display: block }
+#waits h2 { margin: 1.5rem 0 .75rem }
 
-#drawing { width: 100%; height: max(20rem, calc(100vh - 17rem)); display: block }
-.cell { cursor: pointer;
-  path { fill: var(--card); stroke: var(--how); stroke-width: 3 }
-  &.online path { stroke: var(--honey);
-    fill: color-mix(in srgb, var(--honey) var(--full), var(--card)) }
-  &.lost path, &.off path { stroke-dasharray: 5 5 }
-  &.me path { stroke: var(--ink); stroke-width: 4 }
-  circle { fill: var(--how); stroke: var(--card); stroke-width: 2.5 }
-  &:hover path { stroke: var(--ink) } }
-#drawing text { text-anchor: middle; fill: var(--ink); font-weight: 600; pointer-events: none;
-  paint-order: stroke; stroke: color-mix(in srgb, var(--card) 60%, #0000); stroke-width: 5;
-  &.how { fill: var(--how) } }
-#comb path { fill: none; stroke: var(--line); stroke-width: 1.5 }
-.flow { fill: none; stroke: var(--ink); stroke-linecap: round;
-  &.to-all { stroke-dasharray: 1 8 } }
+#drawing { display: block; width: 100%; height: clamp(20rem, 100vh - 17rem, 100vw) }
+#drawing text { text-anchor: middle; fill: var(--ink); font-weight: 600; paint-order: stroke;
+  stroke: color-mix(in srgb, var(--card) 60%, #0000) }
+#drawing .how { fill: var(--how); font-size: 12px }
+.cell { fill: var(--card); stroke: var(--how, var(--rule)); stroke-width: 3 }
+.cell.free { fill: none; stroke-width: 1.5; pointer-events: none }
+.cell.online { fill: color-mix(in srgb, var(--honey) var(--full), var(--card)) }
+.cell.online { stroke: var(--honey) }
+.cell:is(.lost, .stopped) path { stroke-dasharray: 5 5 }
+.cell:is(.me, :hover) { stroke: var(--ink) }
+.cell circle { fill: var(--how); stroke: var(--card) }
+#lines { fill: none; stroke: var(--ink); stroke-linecap: round; pointer-events: none }
+.to-all { stroke-dasharray: 1 8 }
 .spark { fill: var(--ink); stroke: var(--honey); stroke-width: 4 }
 td, th { text-align: left; padding: .25rem 1.5rem .25rem 0 }
-summary { cursor: pointer; color: var(--accent); padding: .5rem 0 }
 
-dialog { border: 0; border-left: 1px solid var(--line); background: var(--card); color: inherit;
-  width: min(40rem, 100vw); max-width: none; height: 100dvh; max-height: none; padding: 0;
-  margin: 0 0 0 auto; flex-direction: column;
-  &[open] { display: flex; animation: come .18s ease-out }
-  &::backdrop { background: #0007 }
-  > * { padding: 1rem 1.25rem } > * + * { border-top: 1px solid var(--line) }
-  .body { flex: 1; overflow: auto }
-  form.body { display: flex; flex-direction: column; gap: .9rem } h2 { font-size: 1.2rem }
-  label { display: grid; gap: .25rem; color: var(--soft); > * { color: var(--ink) } }
-  textarea { min-height: 6rem; resize: vertical } }
-@keyframes come { from { translate: 2rem; opacity: 0 } }
-#reply { align-items: end; label { flex: 1 } }
-.said { max-width: 88%; margin-bottom: .9rem;
-  p { background: var(--paper); border-radius: 4px 14px 14px; padding: .6rem .9rem;
-    white-space: pre-wrap }
-  &.mine { margin-left: auto;
-    p { background: color-mix(in srgb, var(--honey) 20%, var(--card));
-      border-radius: 14px 4px 14px 14px } }
-  &.alert p { box-shadow: inset 3px 0 var(--bad) } }
-.note { color: var(--soft); font-size: .88rem; padding-left: .75rem;
-  border-left: 2px solid var(--line); + .said { margin-top: .9rem } }
-#said { position: fixed; inset: auto 0 5.5rem; margin: auto; width: fit-content; max-width: 90vw;
-  background: var(--ink); color: var(--paper); padding: .55rem 1rem; border-radius: 12px;
-  z-index: 3; &:empty { display: none } }
+dialog { margin: 0 0 0 auto; padding: 1.25rem; width: min(40rem, 100vw); max-width: none;
+  height: 100dvh; max-height: none; border: 0; background: var(--card); color: inherit; gap: 1rem }
+dialog[open] { display: flex; flex-direction: column }
+.new .for-reply, .reply .for-new, .read form { display: none }
+dialog::backdrop { background: #0007 }
+label { color: var(--soft); margin-bottom: .75rem }
+label > * { display: block; width: 100%; color: var(--ink) }
+textarea { min-height: 6rem; resize: vertical }
+#story { flex: 1; overflow: auto }
+.said { max-width: 88%; margin-block: .9rem }
+.said p { background: var(--paper); border-radius: 12px; padding: .6rem .9rem;
+  white-space: pre-wrap }
+.said.alert p { box-shadow: inset 3px 0 var(--bad) }
+.mine { margin-left: auto }
+.mine p { background: color-mix(in srgb, var(--honey) 20%, var(--card)) }
+.note { color: var(--soft); padding-left: .75rem; border-left: 2px solid var(--rule) }
+#said { position: fixed; inset: auto 0 2rem; margin: auto; width: fit-content; max-width: 90vw;
+  background: var(--ink); color: var(--paper); padding: .55rem 1rem; border-radius: 12px }
 
-@media (min-width: 52rem) { html { overflow-y: scroll } }
-@media (max-width: 52rem) {
-  main { padding-top: 1.25rem }
-  nav { position: fixed; inset: auto 0 0; background: var(--card); justify-content: space-around;
-    border-top: 1px solid var(--line); padding-bottom: env(safe-area-inset-bottom);
-    a { flex-direction: column; gap: 0; padding: .4rem .2rem; font-size: .75rem; min-width: 4rem;
-      position: relative }
-    [aria-current] { box-shadow: none; color: var(--accent) }
-    svg { display: block } b { position: absolute; top: .1rem; right: .4rem } }
-  .row { grid-template-columns: 1fr auto; padding-inline: 1rem;
-    time:first-child { order: 2 }
-    .kind, .text { order: 3; grid-column: 1 / -1; white-space: normal }
-    .text { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical }
-    &.finding { grid-template-columns: 1.2rem 1fr; div { grid-column: 2 } } }
-  .tools { select { flex: 1; min-width: 0 } input { flex: 1 1 100% } }
-  #drawing { height: min(100vw, calc(100vh - 17rem)) }
+@media (min-width: 52rem) {
+  .row { flex-wrap: nowrap }
+  .row > * { flex: 0 0 6.5rem }
+  .row > .who { flex-basis: 14rem }
+  .row > .kind { flex-basis: 9rem }
+  .row > .text { flex: 1; min-width: 0 }
+  a.row > .text { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important } }
+@media (max-width: 52rem) {
+  nav, .row > .text { flex: 1 0 100%; order: 1 }
+  nav a { padding-inline: .3rem }
+}
 </style>
 <body>
-<a class="skip" href="#main">Skip to the content</a>
-<header>
-  <div class="brand"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M8 1.5l4.5 2.6v5.2L8
-    11.9 3.5 9.3V4.1zM16 8.7l4.5 2.6v5.2L16 19.1l-4.5-2.6v-5.2zM7 13l4 2.3v4.6L7 22.2l-4-2.3v-4.6z"
-    /></svg><span>hive</span> <small id="where" class="soft">&nbsp;</small></div>
+<a class="jump" href="#main">Skip to the content</a>
+<header id="top" class="line"><i class="mark"></i><b>hive</b><small id="where" class="soft"></small>
   <nav aria-label="Views">
-    <a href="#now"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 12h4l3-8 4 16 3-8h4"/>
-      </svg>Now<b id="count-now" class="lost" hidden></b></a>
-    <a href="#messages"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 5h16v11H9l-5 4z"/>
-      </svg>Messages</a>
-    <a href="#waiting"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 3a9 9 0 100 18 9 9
-      0 000-18v9l5 3"/></svg>Waiting<b id="count-waiting" class="off" hidden></b></a>
-    <a href="#map"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 2l8 5v10l-8 5-8-5V7z"/>
-      </svg>Map</a>
-    <a href="#doctor"><svg viewBox="0 0 24 24" aria-hidden="true"><path
-      d="M9 3h6v6h6v6h-6v6H9v-6H3V9h6z"/></svg>Doctor</a>
+    <a href="#now">Now <b id="count-now" class="lost"></b></a>
+    <a href="#messages">Messages</a>
+    <a href="#waiting">Waiting <b id="count-waiting" class="stopped"></b></a>
+    <a href="#map">Map</a>
+    <a href="#doctor">Doctor</a>
   </nav>
-  <button class="main changes" id="compose">New message</button>
+  <button class="main" id="compose">New message</button>
 </header>
-<p id="gone" role="alert" hidden></p>
+<p id="gone" role="alert"></p>
 <main id="main" tabindex="-1">
-  <section id="view-now" aria-labelledby="headline">
-    <div class="head"><div><h1 id="headline">Looking around …</h1>
-      <p id="summary" class="soft">&nbsp;</p></div>
-      <input id="find" type="search" placeholder="Find a node" aria-label="Find a node" hidden>
-    </div>
+  <div id="head">
+    <div role="status"><h1 id="title">Looking around …</h1><p id="summary" class="soft"></p></div>
+    <input id="find" class="of-now" type="search" aria-label="Find" placeholder="Find a node">
+    <form class="of-messages line" id="filters" method="dialog" role="search">
+      <input id="by-node" list="names" aria-label="Node" placeholder="Every node">
+      <select id="by-kind" aria-label="Kind"><option value="">Every kind<option>command
+        <option>response<option>sync<option>status<option>alert</select>
+      <input id="by-text" type="search" aria-label="Text" placeholder="Text, action or id"></form>
+    <button class="of-doctor" id="examine">Examine again</button>
+  </div>
+  <section class="of-now">
     <ul id="cards" aria-label="Nodes"></ul>
-    <h2 id="others" hidden></h2>
-    <ul id="tiles" aria-labelledby="others"></ul>
-    <div id="alone" class="empty" hidden>No other node has been seen. To bring in a second machine,
+    <p id="alone" class="empty">No other node has been seen. To bring in a second machine,
       say here:<code>hive host --listen ADDRESS
-hive invite NAME      # and there what it prints: hive join LINE</code></div>
+hive invite NAME      # and there what it prints: hive join LINE</code></p>
   </section>
-  <section id="view-messages" aria-labelledby="h-messages">
-    <div class="head"><div><h1 id="h-messages">Messages</h1>
-      <p id="shown" class="soft">&nbsp;</p></div>
-      <form class="tools" id="filters" role="search">
-        <select id="by-node" aria-label="Node"></select>
-        <select id="by-kind" aria-label="Kind"><option value="">Every kind<option>command
-          <option>response<option>sync<option>status<option>alert</select>
-        <input id="by-text" type="search" aria-label="Text" placeholder="Text, action or id">
-      </form></div>
-    <ol id="log" class="list card" aria-label="Messages, newest first" hidden></ol>
-    <p id="none" class="empty" hidden></p>
-    <button id="older" hidden>Older messages</button>
+  <section class="of-messages">
+    <ol id="log" class="list card" aria-label="Messages, newest first"></ol>
+    <p class="empty">No such message is kept here. Ask a node something: New message, above.</p>
+    <button id="older">Older messages</button>
   </section>
-  <section id="view-waiting" aria-labelledby="h-waiting">
-    <div class="head"><div><h1 id="h-waiting">Waiting</h1>
-      <p class="soft">What is not answered, not done or not delivered.</p></div></div>
+  <section class="of-waiting">
     <div id="waits"></div>
-    <p id="nothing" class="empty">Nothing waits. What you ask with New message stands here until its
-      answer comes.</p>
+    <p class="empty">Nothing waits. What you ask with New message stands here until its answer
+      comes.</p>
   </section>
-  <section id="view-map" aria-labelledby="h-map">
-    <div class="head"><div><h1 id="h-map">Who speaks to whom</h1>
-      <p class="soft" id="flows">&nbsp;</p></div></div>
-    <svg id="drawing" role="img" aria-labelledby="flows"><defs>
-      <pattern id="comb" patternUnits="userSpaceOnUse"/>
-      <radialGradient id="fade" gradientUnits="userSpaceOnUse" cx="0" cy="0">
-        <stop offset=".3" stop-color="#fff"/><stop offset="1" stop-color="#000"/></radialGradient>
-      <mask id="veil" x="-9999" y="-9999" width="19998" height="19998" maskUnits="userSpaceOnUse">
-        <rect x="-9999" y="-9999" width="19998" height="19998" fill="url(#fade)"/></mask></defs>
-      <rect x="-9999" y="-9999" width="19998" height="19998" fill="url(#comb)" mask="url(#veil)"/>
-      <g id="cells"/><g id="flowing"/><g id="labels"/><g id="sparks"/></svg>
+  <section class="of-map">
+    <svg id="drawing" role="img" aria-labelledby="summary">
+      <g id="lines"/><g id="cells"/><g id="sparks"/></svg>
     <details><summary>The same as a table</summary><table><thead><tr><th>From<th>To<th>Messages
       <th>Last</thead><tbody id="pairs"></tbody></table></details>
   </section>
-  <section id="view-doctor" aria-labelledby="h-doctor">
-    <div class="head"><div><h1 id="h-doctor">Doctor</h1><p id="verdict" class="soft"
-      role="status">&nbsp;</p></div><button id="examine">Examine again</button></div>
-    <ul id="findings" class="list card" hidden></ul>
-  </section>
+  <section class="of-doctor"><ul id="findings" class="list card"></ul></section>
 </main>
-<dialog id="thread" aria-labelledby="thread-title">
-  <div class="line"><h2 id="thread-title">…</h2><button class="quiet end">Close</button>
-  </div>
-  <ol class="body" id="story" tabindex="0" aria-label="The exchange"></ol>
-  <form id="reply" class="line"><label>Your answer<textarea id="answer" required></textarea></label>
-    <button class="main">Reply</button></form>
-</dialog>
-<dialog id="node" aria-labelledby="node-title">
-  <div class="line"><h2 id="node-title">…</h2><button class="quiet end">Close</button>
-  </div>
-  <div class="body" id="node-body"></div>
-</dialog>
-<dialog id="new" aria-labelledby="new-title">
-  <div class="line"><h2 id="new-title">New message</h2><button class="quiet end">Close</button>
-  </div>
-  <form class="body" id="message">
-    <label>To<input id="to" list="names" required autocomplete="off"
+<dialog id="talk" aria-labelledby="who">
+  <div class="line"><h2 id="who"></h2><button class="quiet end">Close</button></div>
+  <ol id="story" tabindex="0" aria-label="The exchange"></ol>
+  <form id="message">
+    <label class="for-new">To<input id="to" list="names" autocomplete="off"
       placeholder="a node, an agent, or all"></label><datalist id="names"></datalist>
-    <label>What shall be done<select id="action"></select></label>
+    <label class="for-new">What shall be done<select id="action"></select></label>
     <label>Text<textarea id="text" required></textarea></label>
-    <div class="tools"><button class="main" value="ask">Ask, and see the answer here</button>
-      <button value="send">Send; my agent gets the answer</button></div>
+    <div class="line"><button class="main for-new" value="ask">Ask, and see the answer here</button>
+      <button class="for-new" value="send">Send; my agent gets the answer</button>
+      <button class="main for-reply" value="reply">Reply</button></div>
     <p id="fault" class="how fail" role="alert"></p>
   </form>
 </dialog>
 <p id="said" role="status"></p>
 <script>
 "use strict";
-// Whatever came from a node goes into the page as text, never as markup: el("li.soft", "text").
+// ---- Elements: whatever came from a node goes into the page as text, never as markup
 const $ = (id) => document.getElementById(id);
-const make = (create) => (name, ...kids) => {
+const say = (id, words) => { if ($(id).textContent !== words) $(id).textContent = words; };
+const many = (number, one) => `${number} ${one}${number === 1 ? "" : "s"}`;
+// el("li.soft", "text", { title: "more" }, child, whenClicked); what is false is left out
+const make = (create) => (name, ...parts) => {
   const [tag, ...words] = name.split("."), element = create(tag);
-  if (words.length) element.setAttribute("class", words.join(" "));
-  for (const kid of kids.flat(2)) {
-    if (kid instanceof Node || ["string", "number"].includes(typeof kid)) element.append(kid);
-    else if (typeof kid === "function") element.addEventListener("click", kid);
-    else for (const [key, value] of Object.entries(kid || {})) element.setAttribute(key, value);
+  element.setAttribute("class", words.join(" "));
+  for (const part of parts.flat(3)) {
+    if (typeof part === "function") element.addEventListener("click", part);
+    else if (part?.constructor !== Object) element.append(...part || part === 0 ? [part] : []);
+    else for (const [key, value] of Object.entries(part)) element.setAttribute(key, value);
   }
   return element;
 };
 const el = make((tag) => document.createElement(tag));
 const draw = make((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
-const say = (id, words) => { if ($(id).textContent !== words) $(id).textContent = words; };
-const many = (number, one) => `${number} ${one}${number === 1 ? "" : "s"}`;
+const mark = (word) => el(`i.mark.${word}`, { role: "img", "aria-label": word });
 
-// A list: what has the same key and the same content stays as it is; else it keeps the focus.
-const list = (parent, items, build) => {
-  const old = new Map([...parent.children].map((child) => [child.key, child]));
-  let at = parent.firstChild;
-  for (const [key, ...of] of items) {
-    const content = JSON.stringify(of), before = old.get(key);
-    let child = before;
-    if (before?.content !== content) {
-      const inside = [...before?.querySelectorAll("a, button") || []];
-      const focus = inside.indexOf(document.activeElement);
-      child = Object.assign(build(...of), { key, content });
-      if (before && before === at) at = child;
-      before?.replaceWith(child);
-      if (focus >= 0) child.querySelectorAll("a, button")[focus]?.focus();
-    }
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+const animate = (element, frames, duration) => element.animate(frames,
+  { duration: calm.matches ? 0 : duration, easing: "ease-in-out" }).finished;
+// A list of [key, ...what it is built of]: who is as before stays, who is built anew keeps the
+// focus, and a card that has another place goes there.
+const list = (id, items, build) => {
+  const parent = $(id), old = new Map([...parent.children].map((child) => [child.key, child]));
+  const place = (child) => id === "cards" && items.length < 50 && child.getBoundingClientRect();
+  const places = new Map([...old].map(([key, child]) => [key, place(child)]));
+  const children = items.map(([key, ...of]) => {
+    const before = old.get(key), content = JSON.stringify(of);
     old.delete(key);
-    if (child === at) at = at.nextSibling; else parent.insertBefore(child, at);
-  }
+    if (before?.content === content) return before;
+    const child = Object.assign(build(...of), { key, content });
+    const focus = [...before?.querySelectorAll("a, button") ?? []].indexOf(document.activeElement);
+    before?.replaceWith(child);
+    child.querySelectorAll("a, button")[focus]?.focus();
+    return child;
+  });
   for (const child of old.values()) child.remove();
+  children.forEach((child, i) => {
+    if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] ?? null);
+  });
+  for (const child of children) {
+    const from = places.get(child.key), to = place(child);
+    if (!from || (from.x === to.x && from.y === to.y)) continue;
+    animate(child, { translate: [`${from.x - to.x}px ${from.y - to.y}px`, "none"] }, 300);
+  }
 };
 
-// Times as people say them.
-const span = (seconds) => {
-  const s = Math.max(0, Math.round(seconds));
-  return s < 60 ? `${s} s` : s < 3600 ? `${Math.floor(s / 60)} min`
-    : s < 172800 ? `${Math.floor(s / 3600)} h` : `${Math.floor(s / 86400)} days`;
-};
-const day = (at, form) => new Date(at * 1000).toLocaleDateString("en-GB", form);
-const clock = (at) => {
-  const now = Date.now() / 1000, time = new Date(at * 1000).toTimeString().slice(0, 5);
-  return day(at) === day(now) ? time : day(at) === day(now - 86400) ? `yesterday ${time}`
-    : now - at < 518400 ? `${day(at, { weekday: "short" })} ${time}`
-      : day(at, { day: "numeric", month: "short" });
-};
+// ---- Times, as people say them
+const span = (seconds) => seconds < 60 ? `${Math.floor(seconds)} s`
+  : seconds < 3600 ? `${Math.floor(seconds / 60)} min`
+    : seconds < 172800 ? `${Math.floor(seconds / 3600)} h` : `${Math.floor(seconds / 86400)} days`;
 const moment = (at) => {
-  const ago = Date.now() / 1000 - at;
-  return ago >= 3600 ? clock(at) : ago >= 5 ? `${span(ago)} ago` : ago > -5 ? "just now"
-    : `in ${span(-ago)}`;
+  const ago = Date.now() / 1000 - at, day = ago < 43200 ? {} : { day: "numeric", month: "short" };
+  return ago < -5 ? `in ${span(-ago)}` : ago < 5 ? "just now" : ago < 3600 ? `${span(ago)} ago`
+    : new Date(at * 1000).toLocaleString("en-GB", { ...day, hour: "2-digit", minute: "2-digit" });
 };
-const stamp = (at, name = "time") => Object.assign(el(name, moment(at)),
-  { at, title: new Date(at * 1000), dateTime: new Date(at * 1000).toISOString() });
+const stamp = (at) => at > 0
+  && Object.assign(el("time", moment(at), { title: new Date(at * 1000) }), { at });
 setInterval(() => {
   for (const one of document.querySelectorAll("time")) {
     if (one.textContent !== moment(one.at)) one.textContent = moment(one.at);
   }
 }, 1000);
 
-// What is known, as the server tells it.
-const nodes = new Map(), pings = new Map(), asked = new Set(), MOST = 2000; // messages shown
+// ---- What is known, as the server tells it
+const nodes = new Map(); // by name
+const asked = new Map(); // by exchange: what is done with an answer
+const MOST = 2000; // messages shown
 let hive = {}, waiting = {}, hour = { nodes: {}, traffic: [] };
-let view = "now", thread = "", messages = [], before = 0;
+let view = "now", thread = "", story = []; // the exchange that is open: an id of it, its rows
+let question = ""; // the id of what would be replied to
+let messages = [], before = 0; // rows, the newest first; where older ones begin
+let findings = [], verdict = ""; // of the doctor
 
-const RANK = ["lost", "silent", "degraded", "unknown", "off", "online"];
-const how = ({ status, reason }) => status === "stale" ? "silent"
-  : status === "offline" ? (reason?.endsWith("lost") ? "lost" : "off")
-    : RANK.includes(status) ? status : "unknown";
-const reason = (node) => ({ "connection lost": "its connection died", stopped: "it was stopped",
-  lost: "no heartbeat any more" })[node.reason] || node.reason;
-const byName = (a, b) => a.name.localeCompare(b.name, "en", { numeric: true });
-const sorted = () => [...nodes.values()].sort((a, b) =>
-  RANK.indexOf(how(a)) - RANK.indexOf(how(b)) || byName(a, b));
+const RANK = ["lost", "stale", "degraded", "unknown", "stopped", "online"];
+const sorted = () => [...nodes.values()].sort((a, b) => RANK.indexOf(a.how) - RANK.indexOf(b.how)
+  || a.name.localeCompare(b.name, "en", { numeric: true }));
+const inTrouble = ({ how }) => !["online", "stopped"].includes(how);
 const home = (name) => nodes.has(name) ? name
-  : [...nodes.values()].find((node) => node.agents.some((agent) => agent.name === name))?.name;
-// Well: a whole hexagon; in trouble: a sign in it; away: its outline.
-const HEXAGON = "M8 0l7 4v8l-7 4-7-4V4z", SIGN = "M7 4v5h2V4zM7 10.5v2h2v-2z";
-const CROSS = "M5.5 4.4L4.4 5.5 6.9 8l-2.5 2.5 1.1 1.1L8 9.1l2.5 2.5 1.1-1.1L9.1 8l2.5-2.5-1.1-1.1"
-  + "L8 6.9z";
-const SHAPES = { online: "", ok: "", degraded: SIGN, silent: SIGN, warn: SIGN, lost: CROSS,
-  down: CROSS, fail: CROSS };
-const mark = (word) => draw(`svg.mark.${word}`, { viewBox: "0 0 16 16", "aria-hidden": true },
-  draw("path", { "fill-rule": "evenodd",
-    d: HEXAGON + (SHAPES[word] ?? "M8 2.3L3 5.1v5.8l5 2.8 5-2.8V5.1z") }));
+  : sorted().find(({ agents }) => agents.some((agent) => agent.name === name))?.name;
 
 // ---- Now
-const lastHour = ([beats, loads] = [[], []]) => {
-  const top = Math.max(1, ...loads), begun = beats.findIndex((beat) => beat);
-  const path = { load: "", ok: "", fail: "", before: "" };
+const lastHour = (beats, loads) => { // load above, heartbeats below
+  const top = Math.max(1, ...loads), first = beats.findIndex(Boolean);
+  const path = { load: "M-1 20", ok: "", fail: "" };
   beats.forEach((beat, i) => {
-    path[beat ? "ok" : begun >= 0 && i > begun ? "fail" : "before"] += `M${i} 23h1`;
-    if (!beat) return;
-    path.load += `${beats[i - 1] ? "" : `M${i} 20`}L${i + .5} ${19 - 18 * loads[i] / top}`;
-    if (!beats[i + 1]) path.load += `L${i + 1} 20z`;
+    path.load += `L${i + .5} ${beat ? 19 - 18 * loads[i] / top : 20}`;
+    if (i >= first && first >= 0) path[beat ? "ok" : "fail"] += `M${i} 23h1`;
   });
-  const how = { viewBox: "0 0 60 24", "aria-hidden": true, preserveAspectRatio: "none" };
-  return draw("svg.hour", how, Object.entries(path)
-    .map(([key, d]) => draw(`path.${key}`, { d })));
+  path.load += "L61 20";
+  return draw("svg.hour", { viewBox: "0 0 60 24", preserveAspectRatio: "none" },
+    Object.entries(path).map(([name, d]) => draw(`path.${name}`, { d })));
 };
-const agentLine = (agent) => {
-  const well = agent.status === "ok" || agent.client;
-  const word = agent.status === "down" ? "down" : well ? "ok" : "off";
-  const doing = [agent.client, agent.directory, agent.branch && `on ${agent.branch}`];
-  return el("li.line", mark(word), el("span", el("b", agent.name),
-    el("span.soft", ` ${doing.filter(Boolean).join(" ") || "agent"} `),
-    el("span.how.down", agent.reason || "")),
-  agent.since && stamp(agent.since, "time.end.soft"));
+const fact = (how, name, words, when) => el("li.line", mark(how),
+  el("span", el("b", name), " ", el("span.soft", words)), el("span.soft.end", when));
+const agentFact = ({ name, status, reason, client, directory, branch, since, next_try: next }) =>
+  fact(status, name, [[client ?? "agent", directory, branch && `on ${branch}`].filter(Boolean)
+    .join(" "), el("span.how.down", reason && ` ${reason}`, next && [", next try ", stamp(next)])],
+  stamp(since));
+const scheduleFact = ({ action, when, ok, last, next }) => {
+  const how = ok === false ? "fail" : last ? "ok" : "unknown";
+  const did = { fail: "failed ", ok: "ran ", unknown: "runs " }[how];
+  return fact(how, action, when, el(`span.how.${how}`, did, stamp(last ?? next)));
 };
-const scheduleLine = ({ action, when, ok, last, next }) => {
-  const every = when.replace(/^every (\d+)s$/, (_, seconds) => `every ${span(seconds)}`);
-  const word = ok === false ? "fail" : ok ? "ok" : "off";
-  const did = ok === false ? "failed" : last ? "ran" : "runs";
-  return el("li.line", mark(word), el("span", el("b", action), el("span.soft", ` ${every}`)),
-    el(`span.end.${ok === false ? "how.fail" : "soft"}`, `${did} `, (last || next)
-      && stamp(last || next)));
-};
-const nodeCard = (tag) => (node, beats, ping) => {
-  const word = how(node), alive = ["online", "degraded"].includes(node.status);
-  const work = { running: "running", queued: "queued", outbox: "in the outbox" };
-  const busy = Object.keys(work).filter((key) => node[key])
-    .map((key) => `${node[key]} ${work[key]}`).join(", ") || "idle";
-  const does = node.handlers.slice(0, 6).join(", "), more = node.handlers.length - 6;
-  const changes = (text, click) => !hive.readOnly && el("button.quiet", click, text);
-  return el(`${tag}.node.card.${word}`,
-    el("div.line", mark(word), el("h2", node.name, node.name === hive.me
-      && el("small.soft", " this machine")), el("span.how.end", word,
-    word !== "online" && node.since ? [" · ", stamp(node.since)] : "")),
-    el(reason(node) ? "p.how" : "p.soft", reason(node)
-      || (node.up === null ? busy : `up ${span(node.up)}, ${busy}`)),
-    el("div", lastHour(beats), el("div.line.soft", el("small", "the last hour"), el("small.end",
-      node.load === null ? "" : `load ${node.load.toFixed(2)}`, ping && `, ${ping}`))),
-    el("ul.facts", node.agents.map(agentLine), node.schedule.map(scheduleLine),
-      alive && reason(node) && el("li.soft", busy),
-      does && el("li.soft", `does ${does}${more > 0 ? ` and ${more} more` : ""}`),
+const card = (node, beats) => {
+  const { name, how, why, since, up, load, rtt, handlers } = node, alive = up !== null;
+  if (!beats) return el("li", el("button.card.line", mark(how), name, () => find(name)));
+  const busy = ["running", "queued", "outbox"].filter((key) => node[key])
+    .map((key) => `${node[key]} ${key === "outbox" ? "in the outbox" : key}`);
+  const more = handlers.length > 6 ? ` and ${handlers.length - 6} more` : "";
+  const act = (words, run) => !hive.readOnly && el("button.quiet", words, run);
+  return el(`li.node.card.${how}`,
+    el("div.line", mark(how), el("h2", name), name === hive.me && el("span.soft", "this machine"),
+      el("span.how.end", how, how !== "online" && [" ", stamp(since)])),
+    el(why ? "p.how" : "p.soft", why || [`up ${span(up)}`, ...busy].join(", ")),
+    el("div", lastHour(...beats), el("small.soft.line", "the last hour", el("span.end",
+      `load ${load?.toFixed(2)}`, rtt && `, round trip ${rtt} ms`))),
+    el("ul.facts", node.agents.map(agentFact), node.schedule.map(scheduleFact),
+      handlers.length > 0 && el("li.soft", `does ${handlers.slice(0, 6).join(", ")}${more}`),
       el("li.soft", [node.version, node.system].filter(Boolean).join(" · "))),
-    el("footer", alive ? changes("Ask", () => compose(node.name)) : "",
-      alive && node.handlers.includes("ping") && changes("Ping", () => sendPing(node.name)),
+    el("footer", alive && act("Ask", () => compose(name)),
+      alive && handlers.includes("ping") && act("Ping", () => sendPing(name)),
       el("button.quiet", "Messages", () => {
-        $("node").close();
-        $("by-node").value = node.name;
-        location.hash = "messages";
+        $("by-node").value = name;
+        show("messages");
         load();
-      }), !alive && changes("Forget …", () => forget(node.name))));
+      }),
+      !alive && act("Forget …", () => forget(name))));
 };
-const cardOf = (node) => [node, hour.nodes[node.name], pings.get(node.name), hive.readOnly];
 const headline = () => {
-  const all = sorted(), words = all.map(how), [worst] = words, [first] = all;
-  const count = (word) => words.filter((one) => one === word).length, number = count(worst);
-  const trouble = all.filter((node) => !["online", "off"].includes(how(node)));
-  const counts = RANK.toReversed().filter(count).map((word) => `${count(word)} ${word}`).join(", ");
+  const all = sorted(), [first] = all, number = all.filter(({ how }) => how === first?.how).length;
+  if (!first) return "Looking around …";
   const who = number === 1 ? `${first.name} is` : `${number} nodes are`;
-  const title = trouble.length ? `${who} ${worst}` : all.length === 1 ? `${who} well, and alone`
-    : `All ${all.length} nodes are well`;
-  const since = number === 1 && trouble.length && first.since ? ` since ${clock(first.since)}` : "";
-  const why = number === 1 && trouble.length && reason(first) ? `: ${reason(first)}` : "";
-  return { all, trouble, title, summary: `${counts}${since}${why}.` };
+  return inTrouble(first) ? `${who} ${first.how}`
+    : all.length === 1 ? `${who} well, and alone` : `All ${all.length} nodes are well`;
 };
 const showNow = () => {
-  if (!nodes.size) return;
-  const { all, trouble, title, summary } = headline(), few = all.length <= 24;
-  const big = few ? all : trouble.slice(0, 12), rest = all.filter((node) => !big.includes(node));
-  const wanted = $("find").value.trim().toLowerCase();
-  const found = ({ name, host, agents }) =>
-    JSON.stringify([name, host, agents]).toLowerCase().includes(wanted);
-  say("headline", title);
-  say("summary", summary);
-  $("find").hidden = $("others").hidden = few;
-  list($("cards"), big.filter(found).map((node) => [node.name, ...cardOf(node)]), nodeCard("li"));
-  say("others", many(rest.length, trouble.length ? "other" : "node"));
-  list($("tiles"), rest.filter(found).map((node) => [node.name, node.name, how(node), node.load]),
-    (name, word, load) => el("li", el("button", () => openNode(name), mark(word), name,
-      el("span.sr", word), el("small.soft.end", load?.toFixed(2)))));
-  $("alone").hidden = all.length > 1;
+  const wanted = $("find").value.trim().toLowerCase(), all = sorted();
+  const found = all.filter(({ name, host, agents }) =>
+    JSON.stringify([name, host, agents]).toLowerCase().includes(wanted));
+  list("cards", found.map((node) => [node.name, node, (found.length <= 24 || inTrouble(node))
+    && (hour.nodes[node.name] ?? [[], []])]), card);
+  $("find").hidden = all.length <= 24 && !wanted;
+  $("alone").hidden = all.length !== 1;
+  return [headline(), hive.summary];
 };
-const openNode = (name) => {
-  say("node-title", name);
-  $("node-body").replaceChildren(nodeCard("div")(...cardOf(nodes.get(name))));
-  $("node").showModal();
+const find = (name) => {
+  $("find").value = name;
+  show("now");
 };
 
 // ---- Messages
-const receipt = ({ ch, text }) => ch === "status" && /^(received$|told |read )/.test(text);
-const kind = ({ ch, action }) => action ? `${ch} ${action}` : ch;
-const line = (at, who, what, text, id) => {
-  const inside = [at ? stamp(at) : el("span"), el("span", who), what, el("span.text", text)];
-  return el("li", id ? el("a.row", { href: `#${view}/${id}` }, inside) : el("div.row", inside));
-};
-const wanted = () => ["by-node", "by-kind", "by-text"].map((id) => $(id).value);
+const filters = () => ["by-node", "by-kind", "by-text"].map((id) => $(id).value);
 const load = async (older) => {
-  const [node, ch, text] = wanted();
-  const query = new URLSearchParams({ node, ch, text, before: older ? before : "" });
-  load.busy = true;
-  const said = await ask(`/log?${query}`);
-  load.busy = false;
+  const [node, ch, text] = filters(), last = older ? before : "";
+  $("older").disabled = true;
+  const said = await ask("/log", { node, ch, text, before: last });
+  $("older").disabled = false;
   if (said.error) return tell(said.error);
-  messages = older ? [...messages, ...said.rows] : said.rows;
-  [before, load.until] = [messages.length < MOST && said.before, said.time];
+  messages = last ? [...messages, ...said.rows] : said.rows;
+  before = messages.length < MOST && said.before;
   paint();
 };
-const takeRow = (row) => {
-  const [name, ch, text] = wanted();
-  const said = [row.from, row.to, row.action, row.id, row.text].join(" ").toLowerCase();
-  if ((name && ![row.from, row.to].includes(name)) || (ch && row.ch !== ch)
-    || !said.includes(text.toLowerCase()) || messages.some((one) => one.n === row.n)) return;
-  messages = [row, ...messages].slice(0, MOST);
-};
+const receipt = ({ ch, text }) => ch === "status" && /^(received$|told |read )/.test(text);
+const kind = ({ ch, action }) => el(`span.kind.${ch}`, ch, action && ` ${action}`);
+const line = (id, ...parts) => el("li", id ? el("a.row", { href: `#${view}/${id}` }, parts)
+  : el("div.row", parts));
 const showMessages = () => {
-  const [name] = wanted(), filtered = wanted().some(Boolean);
-  const names = [...nodes.keys()].sort().map((one) => [one, one, one]);
-  list($("by-node"), [["", "", "Every node"], ...names], (value, words) =>
-    el("option", { value }, words));
-  $("by-node").value = name;
-  const rows = messages.filter((row) => filtered || !receipt(row));
-  list($("log"), rows.map((row) => [row.n, row]), (row) => line(row.time,
-    row.event === "did" ? "done here" : [el("b", row.from), ` → ${row.to}`],
-    el(`span.kind.${row.ch}`, kind(row)), row.text, row.id || row.exchange));
-  $("log").hidden = !rows.length;
-  $("none").hidden = rows.length > 0;
+  const rows = messages.filter((row) => filters().some(Boolean) || !receipt(row));
+  list("log", rows.map((row) => [row.n, row]), (row) => line(row.id || row.exchange,
+    el("span", stamp(row.time)), el("span.who", row.event === "did" ? "done here"
+      : [el("b", row.from), ` → ${row.to}`]), kind(row), el("span.text", row.text)));
   $("older").hidden = !before;
-  say("shown", messages.length < MOST ? "Newest first, and live."
-    : `The newest ${MOST}, and live; say what you look for to see older ones.`);
-  say("none", !filtered ? "No message yet. Ask a node something: New message, above." : load.until
-    ? `Nothing like that since ${moment(load.until)}; look further back below.`
-    : "Nothing like that is kept here.");
+  return ["Messages", `Newest first, and live; the last ${MOST} at most.`];
 };
-const openThread = async (id, again) => {
-  const rows = [];
-  for (let more = true; more && rows.length < 500;) {
-    const query = new URLSearchParams({ id, after: rows.at(-1)?.n || 0 });
-    const said = await ask(`/exchange?${query}`);
-    if (thread !== id) return;
-    if (said.error) return again || tell(said.error);
-    rows.push(...said.rows);
-    more = said.rows.length;
-  }
-  if (!rows.length) return again || tell("Nothing is known of that any more.");
-  openThread.exchange = rows[0].exchange;
-  const said = rows.filter((row, i) => row.event === "did"
-    || rows.findIndex((other) => other.id === row.id) === i);
-  const first = said.find((row) => row.event !== "did") || said[0];
-  const did = ["command", "sync"].includes(first.ch) ? "asked" : "told";
-  say("thread-title", `${first.from} ${did} ${first.to}`);
-  list($("story"), said.map((row) => [row.n, row, row.time - said[0].time]), (row, gap) => {
-    const after = gap > .05 ? `, after ${gap < 10 ? `${gap.toFixed(1)} s` : span(gap)}` : "";
-    if (row.event === "did" || receipt(row)) {
-      const who = receipt(row) ? row.from : hive.me;
-      return el("li.note", `${who}: ${row.text} · `, stamp(row.time), after);
-    }
-    return el(`li.said.${row.ch}${row.from === hive.me ? ".mine" : ""}`,
-      el("small.soft", el("b", row.from), ` → ${row.to} · ${kind(row)} · `, stamp(row.time), after),
-      el("p", row.text || "(its text is kept no longer)",
-        row.longer > 0 && ` … ${row.longer} more characters: hive show ${row.id}`));
-  });
-  const last = said.findLast((row) => row.event === "in" && row.from !== hive.me && !receipt(row));
-  $("reply").hidden = !last || hive.readOnly;
-  $("reply").to = last?.id;
-  if (!$("thread").open) $("thread").showModal();
+const entry = (row, after) => {
+  const when = el("small.soft", stamp(row.time),
+    after > .05 && `, after ${after < 10 ? `${after.toFixed(1)} s` : span(after)}`);
+  if (receipt(row)) return el("li.note", `${row.from}: ${row.text} `, when);
+  if (row.event === "did") return el("li.note", `${hive.me}: ${row.text} `, when);
+  return el(`li.said.${row.ch}${row.from === hive.me ? ".mine" : ""}`,
+    el("b", row.from), ` → ${row.to} `, kind(row), " ", when,
+    el("p", row.text || "(its text is kept no longer)",
+      row.longer > 0 && ` … ${row.longer} more characters: hive show ${row.id}`));
+};
+const readOn = async (id) => { // what has come of an exchange since the last row that is known
+  const last = () => story.at(-1)?.n ?? 0;
+  const { error, rows = [] } = await ask("/exchange", { id, after: last() });
+  if (thread !== id) return;
+  story.push(...rows.filter(({ n }) => n > last()));
+  if (!story.length) return tell(error ?? "Nothing is known of that any more.");
+  // What this node wrote to itself was sent, and received.
+  const said = story.filter((row, i) => row.event === "did"
+    || story.findIndex((other) => other.id === row.id) === i);
+  const from = said.findLast((row) => row.event === "in" && row.from !== hive.me && !receipt(row));
+  question = from?.id;
+  talk(`${said[0].from} and ${said[0].to}`, question && !hive.readOnly ? "reply" : "read");
+  list("story", said.map((row) => [row.n, row, row.time - said[0].time]), entry);
+  if (rows.length && story.length < 500) readOn(id);
 };
 
 // ---- Waiting
-const alive = (to) => {
-  const node = nodes.get(home(to)), word = node && how(node);
-  return node ? el(`span.kind.${word}`, mark(word), ` ${node.name} is ${word}`)
+const whether = (to) => { // is there anybody who could answer?
+  const node = nodes.get(home(to));
+  return node ? el(`span.kind.${node.how}`, mark(node.how), ` ${node.name} is ${node.how}`)
     : el("span.kind", to === "all" ? "everybody" : "nobody of this name is known");
 };
-const PARTS = [
-  ["Not answered yet", "questions", (one) => line(one.asked, `asked ${one.to}`, el("span",
-    alive(one.to), one.due && el("span.kind", ", due ", stamp(one.due))), one.text, one.id)],
-  ["To do here", "tasks", (one) => line(one.since, `from ${one.from}`, el("span.kind", one.agent
-    ? `for ${one.agent}` : one.action, one.began && ", begun"), one.text, one.id)],
-  ["Not delivered yet", "outbox", (one) => line(0, one.topic, el("span.kind",
-    many(one.bytes, "byte")), one.text, one.id)],
-];
+const WAITS = {
+  questions: ["Not answered yet", ({ asked, to, due }) => [el("span", stamp(asked)),
+    el("span.who", `asked ${to}`, due && [", due ", stamp(due)]), whether(to)]],
+  tasks: ["To do here", ({ since, from, agent, action, began }) => [el("span", stamp(since)),
+    el("span.who", `from ${from}`), el("span.kind", agent ? `for ${agent}` : action,
+      began && ", begun")]],
+  outbox: ["Not delivered yet", ({ topic, bytes }) => [el("span", many(bytes, "byte")),
+    el("span.who", topic)]],
+};
 const showWaiting = () => {
-  const parts = PARTS.filter(([, key]) => waiting[key]?.length), states = sorted().map(how);
-  list($("waits"), parts.map((part, i) => [part[0], PARTS.indexOf(part), waiting[part[1]], states]),
-    (i, items) => el("section", el("h2", PARTS[i][0]), el("ul.list.card", items.map(PARTS[i][2]))));
-  $("nothing").hidden = parts.length > 0;
+  const kinds = Object.keys(WAITS).filter((one) => waiting[one]?.length), all = sorted();
+  const build = (one, rows) => el("section", el("h2", WAITS[one][0]), el("ul.list.card",
+    rows.map((row) => line(row.id, WAITS[one][1](row), el("span.text", row.text)))));
+  list("waits", kinds.map((one) => [one, one, waiting[one], all.map(({ how }) => how)]), build);
+  return ["Waiting", "What is not answered, not done or not delivered."];
 };
 
 // ---- Map: a comb with this node in its middle, a line for who wrote to whom
-const R = 50, CORNERS = [0, 1, 2, 3, 4, 5].map((i) => i * Math.PI / 3)
-  .map((turn) => [R * Math.sin(turn), -R * Math.cos(turn)]);
-const hexagon = (size) => `M${CORNERS.map((corner) => corner.map((x) => x * size)).join("L")}z`;
-const places = new Map();
-const place = (names, pitch) => { // ring after ring around the middle
-  const steps = [[-1, 1], [-1, 0], [0, -1], [1, -1], [1, 0], [0, 1]], cells = [[0, 0]];
-  for (let ring = 1; cells.length < names.length; ring += 1) {
-    let [q, r] = [ring, 0];
-    for (const [right, down] of steps) {
-      for (let i = 0; i < ring; i += 1) { cells.push([q, r]); q += right; r += down; }
-    }
-  }
-  places.clear();
-  names.forEach((name, i) => places.set(name,
-    [pitch * (cells[i][0] + cells[i][1] / 2), pitch * cells[i][1] * Math.sqrt(3) / 2]));
+const R = 50, corner = (i) => [Math.sin(i * Math.PI / 3), -Math.cos(i * Math.PI / 3)];
+const CORNERS = [0, 1, 2, 3, 4, 5].map((i) => corner(i).map((x) => R * x));
+const HEXAGON = `M${CORNERS.join("L")}z`;
+const places = new Map(); // by name, or a number where a cell is free
+const spot = (i) => { // the cells of a comb, ring after ring
+  const ring = Math.ceil((Math.sqrt(9 + 12 * i) - 3) / 6), at = i - 1 - 3 * ring * (ring - 1);
+  const side = Math.floor(at / (ring || 1)) + 1.5, along = corner(side + 2);
+  return corner(side).map((x, axis) => ring * x + (at % ring || 0) * along[axis]);
 };
-const way = ([x, y], [u, v]) => { // from rim to rim, bent to its left
-  const far = Math.hypot(u - x, v - y) || 1, dx = (u - x) / far, dy = (v - y) / far;
-  const at = (a, b, along, aside) => [a + dx * along + dy * aside, b + dy * along - dx * aside];
-  return `M${at(x, y, R * .84, 8)}Q${at((x + u) / 2, (y + v) / 2, 0, 8 + far / 7)} ${
-    at(u, v, -R * .84, 8)}`;
-};
+const way = ([x, y], [u, v]) => // bent to the left
+  `M${x} ${y}Q${(x + u) / 2 + (v - y) / 6} ${(y + v) / 2 - (u - x) / 6} ${u} ${v}`;
 const traffic = () => { // between nodes: what agents say counts for theirs
   const pairs = new Map();
   for (const [from, to, number, last] of hour.traffic) {
     const a = home(from), b = to === "all" ? to : home(to), key = `${a} ${b}`;
-    const [, , before, at] = pairs.get(key) || [a, b, 0, 0];
+    const [, , before, at] = pairs.get(key) ?? [a, b, 0, 0];
     if (a && b && a !== b) pairs.set(key, [a, b, number + before, Math.max(last, at)]);
   }
   return [...pairs.values()].sort((a, b) => b[2] - a[2]).slice(0, 500);
 };
-const cell = (name, word, load, agents, at, large) => {
-  const shape = draw("path", { d: hexagon(1) });
-  shape.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
-  return draw(`g.cell.${word}${name === hive.me ? ".me" : ""}`, () => openNode(name),
-    { transform: `translate(${at})` }, shape, draw("title", `${name}: ${word}`),
-    agents.slice(0, 6).map(({ name: agent, status }, i) => draw(`circle.${status || "unknown"}`,
-      { r: large ? 7 : 9, cx: CORNERS[i][0], cy: CORNERS[i][1] }, draw("title", agent))));
+const cell = (name, at, how, load, agents, size) => {
+  const mine = name === hive.me ? ".me" : "", transform = `translate(${at})`;
+  const one = draw(`g.cell.${how}${mine}`, { transform }, draw("path", { d: HEXAGON }),
+    how !== "free" && [() => find(name), draw("title", `${name}: ${how}`)],
+    size && draw("text", { y: 5, "font-size": size }, name),
+    size && how !== "online" && draw("text.how", { y: 22 }, how),
+    agents.slice(0, 6).map(({ status }, i) =>
+      draw(`circle.${status}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
+  one.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
+  return one;
 };
-const label = (name, word, [x, y], large) => {
-  const well = word === "online", size = large ? Math.min(17, 125 / name.length) : 40;
-  return draw("g", draw("text", { x, y: y + (well ? 5 : 0), "font-size": size }, name),
-    !well && large && draw(`text.how.${word}`, { x, y: y + 18, "font-size": 12 }, word));
-};
-const flow = (from, to, number, opacity, d, at) => draw(`path.flow.to-${to}`, { d, opacity,
-  transform: `translate(${at})`, "stroke-width": Math.min(8, 1.5 + .8 * Math.log2(number)) },
-draw("title", `${from} → ${to}: ${many(number, "message")}`));
 const showMap = () => {
-  const all = [...nodes.values()].sort((a, b) =>
-    (b.name === hive.me) - (a.name === hive.me) || byName(a, b)), large = all.length <= 61;
-  const gap = all.length <= 7 ? 1.9 : all.length <= 19 ? 1.5 : large ? 1.25 : 1.06;
-  const pitch = R * Math.sqrt(3) * gap, flows = traffic();
-  place(all.map((node) => node.name), pitch);
-  const [wide, tall] = [0, 1].map((i) =>
-    2 * R + Math.max(pitch, ...[...places.values()].map((at) => Math.abs(at[i]))));
-  const [w, h] = [pitch, pitch * Math.sqrt(3)]; // the empty cells around
-  list($("comb"), [[0, 0], [w, 0], [0, h], [w, h], [w / 2, h / 2]].map((at, i) => [i, at]), (at) =>
-    draw("path", { d: hexagon(.96), transform: `translate(${at})` }));
-  for (const [key, value] of [["width", w], ["height", h]]) $("comb").setAttribute(key, value);
-  $("fade").setAttribute("r", 1.6 * Math.max(wide, tall));
-  $("drawing").setAttribute("viewBox", `${-wide} ${-tall} ${2 * wide} ${2 * tall}`);
-  list($("cells"), all.map((node) => [node.name, node.name, how(node), node.load || 0, node.agents,
-    places.get(node.name), large]), cell);
-  const named = all.filter((node) => large || how(node) !== "online" || node.name === hive.me);
-  list($("labels"), named.map((node) => [node.name, node.name, how(node), places.get(node.name),
-    large]), label);
-  const old = (last) => Math.max(.1, .6 - (Date.now() / 1000 - last) / 6000).toFixed(1);
-  list($("flowing"), flows.map(([from, to, number, last]) => {
-    const a = places.get(from), b = places.get(to), told = [from, to, number, old(last)];
-    return [`${from} ${to}`, ...told, ...(b ? [way(a, b), [0, 0]] : [hexagon(1.2), a])];
-  }), flow);
-  const total = flows.reduce((sum, one) => sum + one[2], 0);
-  say("flows", !total ? "No message in the last hour; the next one lights up." :
-    `${many(total, "message")} in the last hour, as ${hive.me} saw them: the thicker, the more; a
-    dotted rim is what went to all. The fuller a cell, the higher its load.`);
-  list($("pairs"), flows.map((one) => [`${one[0]} ${one[1]}`, ...one]), (from, to, number, last) =>
-    el("tr", el("td", from), el("td", to), el("td", number), el("td", stamp(last))));
+  const me = (name) => name === hive.me, names = [...nodes.keys()].sort((a, b) =>
+    me(b) - me(a) || a.localeCompare(b, "en", { numeric: true }));
+  if (!names.length) return ["Who speaks to whom", ""];
+  const pitch = R * Math.sqrt(3) * Math.max(1.06, 2 - names.length / 30), flows = traffic();
+  const large = names.length > 61, room = 1.3 * R + 200 / names.length;
+  places.clear();
+  for (let i = 0; i < (large ? names.length : 3 * names.length + 36); i += 1) {
+    places.set(names[i] ?? i, spot(i).map((x) => x * pitch));
+  }
+  const [[left, wide], [top, high]] = [0, 1].map((axis) => {
+    const at = names.map((name) => places.get(name)[axis]), least = Math.min(...at) - room;
+    return [least, Math.max(...at) + room - least];
+  });
+  $("drawing").setAttribute("viewBox", `${left} ${top} ${wide} ${high}`);
+  list("cells", [...places].map(([name, at]) => {
+    const { how = "free", load, agents = [] } = nodes.get(name) ?? {}, size = large ? 40 : 17;
+    const named = how !== "free" && (!large || how !== "online" || me(name));
+    return [name, name, at, how, load, agents, named && Math.min(size, 125 / name.length)];
+  }), cell);
+  $("cells")[large ? "after" : "before"]($("lines"));
+  list("lines", flows.map(([from, to, number, last]) => {
+    const a = places.get(from), b = places.get(to), age = (Date.now() / 1000 - last) / 6000;
+    const look = { opacity: Math.max(.1, .6 - age).toFixed(1), d: b ? way(a, b) : HEXAGON,
+      "stroke-width": Math.min(8, 1.5 + .8 * Math.log2(number)),
+      transform: b ? "" : `translate(${a}) scale(1.2)` };
+    return [`${from} ${to}`, to, look];
+  }), (to, look) => draw(`path.to-${to}`, look));
+  list("pairs", flows.map((one) => [`${one[0]} ${one[1]}`, ...one]), (from, to, number, last) =>
+    el("tr", [from, to, number, stamp(last)].map((cell) => el("td", cell))));
+  return ["Who speaks to whom", flows.length ? `In the last hour, as ${hive.me} saw it: the thicker
+    a line, the more; a dotted rim is what went to all. The fuller a cell, the higher its load.`
+    : "No message in the last hour; the next one lights up."];
 };
-const lightUp = (row) => {
-  const from = places.get(home(row.from)), to = places.get(home(row.to)), sparks = $("sparks");
-  if (view !== "map" || !from || from === to || sparks.children.length > 30) return;
-  const spark = to ? draw("circle.spark", { r: 9 }) : draw("path.flow", { d: hexagon(1.2),
-    "stroke-width": 6, transform: `translate(${from})` });
-  if (to) spark.style.offsetPath = `path("${way(from, to)}")`;
-  sparks.append(spark);
-  spark.animate(to ? { offsetDistance: ["0%", "100%"] } : { opacity: [1, 0] }, { duration: 900,
-    easing: "ease-in-out" }).finished.then(() => spark.remove());
+const lightUp = ({ from, to }) => {
+  const a = places.get(home(from)), b = places.get(home(to)) ?? a;
+  if (view !== "map" || !a || home(from) === home(to) || $("sparks").children.length > 30) return;
+  const spark = draw("circle.spark", { r: 9 });
+  spark.style.offsetPath = `path("${way(a, b)}")`;
+  $("sparks").append(spark);
+  const frames = a === b ? { r: ["9px", "99px"] } : { offsetDistance: ["0%", "100%"] };
+  animate(spark, frames, 900).then(() => spark.remove());
 };
 
 // ---- Doctor
 const examine = async () => {
-  $("examine").disabled = true;
-  say("verdict", "Looking at everything; that takes up to fifteen seconds …");
-  const { error, findings = [] } = await ask("/doctor", {}), order = ["fail", "warn", "ok", "--"];
-  $("examine").disabled = false;
-  findings.sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
-  const worst = findings[0]?.level, number = findings.filter((one) => one.level === worst).length;
-  say("verdict", error || { fail: `${many(number, "thing")} must be mended.`, ok: "All is well.",
-    warn: `${many(number, "thing")} could be better.` }[worst]);
-  $("findings").hidden = !findings.length;
-  list($("findings"), findings.map((one, i) => [i, one]), ({ check, level, what, todo }) =>
-    el(`li.row.finding.${level}`, mark(level), el("b", check), el("div",
-      el("span.sr", `${level}: `), what, todo && el("code", todo))));
+  [findings, verdict] = [[], "Looking at everything; that takes up to fifteen seconds …"];
+  paint();
+  const { error, findings: found = [] } = await ask("/doctor", "", {});
+  const worst = ["fail", "warn", "ok", "skipped"], bad = ({ level }) => worst.indexOf(level) < 2;
+  findings = found.sort((a, b) => worst.indexOf(a.level) - worst.indexOf(b.level));
+  verdict = error ?? (found.some(bad) ? `${many(found.filter(bad).length, "thing")} to look after.`
+    : "All is well.");
+  paint();
+};
+const showDoctor = () => {
+  if (!verdict) examine();
+  $("examine").disabled = !findings.length;
+  list("findings", findings.map((one) => [one.check, one]), ({ check, level, what, todo }) =>
+    line("", el(`span.how.${level}`, mark(level), ` ${level}`), el("b.who", check),
+      el("div.text", what, todo && el("code", todo))));
+  return ["Doctor", verdict];
 };
 
 // ---- What one can do
-const ask = (path, body) => fetch(path, body && { method: "POST", body: JSON.stringify(body),
-  headers: { "Content-Type": "application/json" } }).then((answer) => answer.json())
-  .catch(() => ({ error: "hive web does not answer" }));
+const ask = async (path, query, body) => {
+  const headers = { "Content-Type": "application/json" };
+  const how = body && { method: "POST", body: JSON.stringify(body), headers };
+  try {
+    return await (await fetch(`${path}?${new URLSearchParams(query)}`, how)).json();
+  } catch {
+    return { error: "hive web does not answer. Start it again: hive web" };
+  }
+};
 const tell = (words) => {
   say("said", words);
   clearTimeout(tell.timer);
   tell.timer = setTimeout(() => say("said", ""), 6000);
 };
-const offerActions = () => list($("action"), [["", "", "let the agent there judge"],
-  ...(nodes.get($("to").value)?.handlers || []).map((name) => [name, name, `run ${name}`])],
-(value, words) => el("option", { value }, words));
-const compose = (name = "") => {
-  const all = [...nodes.values()].flatMap((node) => [node, ...node.agents]);
-  const names = all.map((one) => one.name);
-  list($("names"), ["all", ...new Set(names)].map((one) => [one, one]), (value) =>
-    el("option", { value }));
-  $("to").value = name;
+const offerActions = () => {
+  const handlers = nodes.get($("to").value)?.handlers ?? [];
+  list("action", ["", ...handlers].map((name) => [name, name]), (value) =>
+    el("option", { value }, value ? `run ${value}` : "let the agent there judge"));
+};
+const talk = (title, how) => {
+  say("who", title);
   say("fault", "");
+  $("talk").className = how;
+  if (!$("talk").open) $("talk").showModal();
+};
+const compose = (name) => {
+  $("to").value = name;
+  [story, question] = [[], ""];
+  list("story", [], entry);
   offerActions();
-  $("node").close();
-  $("new").showModal();
+  talk("New message", "new");
   $(name ? "text" : "to").focus();
 };
+const send = async (message, answered) => { // what went wrong, or which exchange it began
+  const said = await ask("/send", "", { ...message, wait: Boolean(answered) });
+  if (answered && !said.error) asked.set(said.exchange, answered);
+  return said;
+};
 const sendPing = async (name) => {
-  const began = performance.now(), ping = { to: name, action: "ping", text: "ping", wait: true };
-  const { error, exchange } = await ask("/send", ping);
-  if (error) return tell(error);
-  pings.set(exchange, [name, began]).set(name, "pinging …");
-  setTimeout(() => { if (pings.delete(exchange)) pings.set(name, "no answer in 10 s"); }, 1e4);
-  paint();
+  const began = performance.now();
+  const { error } = await send({ to: name, action: "ping", text: "ping" }, ({ ch, text }) =>
+    tell(ch !== "response" ? text
+      : `${name} answered in ${Math.round(performance.now() - began)} ms`));
+  tell(error ?? `pinging ${name} …`);
 };
 const forget = async (name) => {
-  const sure = confirm(`Forget ${name} and all that it left? If it lives, it comes back.`);
-  if (sure) tell((await ask("/forget", { name })).error || `${name} is forgotten.`);
+  if (!confirm(`Forget ${name} and all that it left? If it lives, it comes back.`)) return;
+  tell((await ask("/forget", "", { name })).error ?? `${name} is forgotten.`);
 };
-const on = (id, event, act) => $(id).addEventListener(event, (given) => {
-  if (event === "submit") given.preventDefault();
-  act(given);
-});
-on("message", "submit", async ({ submitter }) => {
-  const wait = submitter?.value !== "send", to = $("to").value.trim(), text = $("text").value;
-  const { error, id, exchange } = await ask("/send", { to, text, action: $("action").value, wait });
-  if (error) return say("fault", error);
-  if (wait) asked.add(exchange);
+$("message").onsubmit = async (event) => {
+  event.preventDefault();
+  const [to, action, text] = ["to", "action", "text"].map((id) => $(id).value.trim());
+  const told = (row) => tell(`${row.from} answers: ${row.text.slice(0, 100)}`);
+  const { error, id } = question ? await ask("/reply", "", { id: question, text })
+    : await send({ to, action, text }, event.submitter?.value !== "send" && told);
+  say("fault", error ?? "");
+  if (error) return;
   $("text").value = "";
-  $("new").close();
-  location.hash = `${view}/${id}`;
-});
-on("reply", "submit", async () => {
-  const { error } = await ask("/reply", { id: $("reply").to, text: $("answer").value });
-  if (error) return tell(error);
-  $("answer").value = "";
-});
-on("filters", "submit", () => load());
-on("filters", "input", () => { clearTimeout(load.timer); load.timer = setTimeout(load, 200); });
-on("older", "click", () => load(true));
-on("compose", "click", () => compose());
-on("to", "input", offerActions);
-on("find", "input", () => paint());
-on("examine", "click", examine);
-on("thread", "close", () => { if (thread) location.hash = view; });
-for (const dialog of document.querySelectorAll("dialog")) {
-  dialog.addEventListener("click", ({ target }) => {
-    if (target === dialog || target.matches(".quiet.end")) dialog.close();
-  });
-}
-new IntersectionObserver(([end]) => { if (end.isIntersecting && !load.busy && before) load(true); },
+  if (!question) show(`${view}/${id}`);
+};
+$("filters").oninput = () => later(load, 200);
+$("older").onclick = () => load(true);
+$("compose").onclick = () => compose("");
+$("to").oninput = offerActions;
+$("find").oninput = () => paint();
+$("examine").onclick = examine;
+$("talk").onclose = () => { if (thread) show(view); };
+$("talk").onclick = ({ target }) => { if (target.matches("dialog, .end")) $("talk").close(); };
+new IntersectionObserver(([end]) => { if (end.isIntersecting && !$("older").disabled) load(true); },
   { rootMargin: "600px" }).observe($("older"));
 
 // ---- Which view it is, and how it stays true
 const VIEWS = { now: showNow, messages: showMessages, waiting: showWaiting, map: showMap,
-  doctor: () => {} };
-const paint = () => {
-  paint.due ||= requestAnimationFrame(() => { paint.due = 0; VIEWS[view](); });
+  doctor: showDoctor };
+const later = (act, wait) => {
+  act.due ||= setTimeout(() => {
+    act.due = 0;
+    act();
+  }, wait);
+};
+const drawAll = () => {
+  const [title, summary] = VIEWS[view](), trouble = sorted().filter(inTrouble).length;
+  const gone = hive.daemon === false ? hive.why
+    : hive.connected === false ? hive.fault || `No broker at ${hive.broker} yet` : "";
+  const known = [...nodes.values()].flatMap((node) => [node, ...node.agents]);
+  const names = [...new Set(["all", ...known.map(({ name }) => name)])];
+  list("names", names.map((name) => [name, name]), (value) => el("option", { value }));
+  say("title", title);
+  say("summary", summary ?? "");
+  say("gone", gone && `${gone}. What you see is from before; this page goes on by itself.`);
+  say("where", hive.me ? `${hive.me} at ${hive.broker}` : "");
+  say("count-now", `${trouble || ""}`);
+  say("count-waiting", `${waiting.questions?.length || ""}`);
+  $("compose").hidden = hive.readOnly;
+  document.title = `${gone ? "no connection" : trouble ? headline() : hive.me} · hive`;
+};
+const paint = () => later(drawAll, 20);
+const show = (place) => {
+  location.hash = place;
+  paint();
 };
 const go = () => {
   const [name, id = ""] = decodeURIComponent(location.hash.slice(1)).split("/");
   if (name === "main") return $("main").focus();
-  [view, thread] = [VIEWS[name] ? name : "now", id];
-  for (const one of Object.keys(VIEWS)) $(`view-${one}`).hidden = one !== view;
+  [view, thread, story] = [VIEWS[name] ? name : "now", id, []];
+  for (const one of document.querySelectorAll("[class^=of-]")) {
+    one.hidden = !one.matches(`.of-${view}`);
+  }
   for (const link of document.querySelectorAll("nav a")) {
     link.ariaCurrent = link.hash === `#${view}` ? "page" : null;
   }
-  if (id) openThread(id); else $("thread").close();
-  if (view === "doctor" && !$("findings").children.length && !$("examine").disabled) examine();
-  VIEWS[view]();
-};
-const frame = () => { // what stands around the views, and in the browser's tab
-  const { title, trouble } = nodes.size ? headline() : { title: "", trouble: [] };
-  const gone = hive.daemon ? (hive.connected ? "" : hive.fault || `No broker at ${hive.broker} yet`)
-    : hive.why, count = { now: trouble.length, waiting: waiting.questions?.length };
-  document.title = `${gone ? "no connection" : trouble.length ? title : hive.me} · hive`;
-  const place = hive.broker?.startsWith("/") ? "on this machine's own broker" : `at ${hive.broker}`;
-  say("where", gone ? hive.me : `${hive.me} ${place}`);
-  $("gone").hidden = !gone;
-  say("gone", gone && `${gone}. What you see is from before; this page goes on by itself.`);
-  for (const [id, number] of Object.entries(count)) {
-    $(`count-${id}`).hidden = !number;
-    say(`count-${id}`, `${number}`);
-  }
-  const colour = gone || trouble.some((node) => how(node) === "lost") ? "b3261e" : "f2a516";
-  $("icon").href = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
-    + `<path fill='%23${colour}' d='${HEXAGON}'/></svg>`;
-  $("compose").hidden = hive.readOnly;
-  if (frame.title && frame.title !== title) tell(title);
-  frame.title = title;
+  if (id) readOn(id); else $("talk").close();
+  drawAll();
 };
 const EVENTS = {
-  hive: (said) => { if (!hive.me) load(); hive = said; },
+  hive: (said) => { hive = said; },
   node: (said) => nodes.set(said.name, said),
   gone: ({ name }) => nodes.delete(name),
   pending: (said) => { waiting = said; },
   history: (said) => { hour = said; },
   missed: () => load(),
   row: (row) => {
-    const answer = row.event === "in" && row.ch !== "status", ping = pings.get(row.exchange);
-    if (answer && ping) {
-      const took = `answered in ${Math.round(performance.now() - ping[1])} ms`;
-      pings.set(ping[0], row.ch === "response" ? took : row.text.slice(0, 60)).delete(row.exchange);
-    }
-    if (answer && asked.has(row.exchange)) tell(`${row.from} answers: ${row.text.slice(0, 100)}`);
-    if (row.event !== "did") {
-      hour.traffic.push([row.from, row.to, 1, row.time]);
-      lightUp(row);
-    }
-    takeRow(row);
-    if (thread && row.exchange === openThread.exchange) openThread(thread, true);
+    const answer = row.event === "in" && row.ch !== "status" && asked.get(row.exchange);
+    if (answer) answer(row);
+    if (row.event !== "did") hour.traffic.push([row.from, row.to, 1, row.time]);
+    if (row.event !== "did") lightUp(row);
+    if (filters().some(Boolean)) later(load, 300);
+    else if (!(row.n <= messages[0]?.n)) messages = [row, ...messages].slice(0, MOST);
+    if (story.some(({ exchange }) => exchange === row.exchange)) readOn(thread);
   },
 };
 const listen = () => {
   const source = new EventSource("/events");
-  let fresh = true;
+  source.onopen = () => {
+    nodes.clear();
+    load();
+  };
   for (const [event, take] of Object.entries(EVENTS)) {
     source.addEventListener(event, ({ data }) => {
-      if (fresh) nodes.clear();
-      if (fresh && hive.me) load();
-      fresh = false;
       take(JSON.parse(data));
-      frame.due ||= setTimeout(() => { frame.due = 0; if (hive.me) frame(); }, 50);
       paint();
     });
   }
   source.onerror = async () => {
     source.close();
-    const status = await fetch("/exchange?id=-").then((answer) => answer.status, () => 0);
-    $("gone").hidden = false;
-    say("gone", status === 403 ? "This page's link is good no longer; hive web prints a new one."
-      : "hive web does not answer. Start it again: hive web. This page goes on by itself.");
     setTimeout(listen, 1000);
+    const { error } = await ask("/log", { before: 1 });
+    say("gone", error ?? "Too many pages are open; close one.");
   };
 };
 history.replaceState(null, "", location.pathname + location.hash); // the key is in a cookie now
@@ -18971,12 +19422,15 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     ),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
     option("--parallel", type=count, metavar="N", help="with several nodes: so many at once"),
+    option(
+        "--fail-fast", action="store_true", help="and to no more once one failed or kept silent"
+    ),
     DIRECT,
     AS_JSON,
     examples="""hive send --to beta --ch command --text "is the backup done?" --wait 60
 hive send --to all --ch sync --action git-sync --text now --wait 20
 hive send --to any --action health-check --text x --wait 20
-hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5
+hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5 --fail-fast
 make report | hive send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:
@@ -18984,8 +19438,9 @@ def command_send(args: argparse.Namespace) -> int:
     config = config_of(args)
     target = Target.find(args.to)
     group = target is not None and not target.one
-    if args.parallel and not (group and args.wait):
-        raise UsageError("--parallel: of use only with --wait, and to a tag or a pattern")
+    flag = "--parallel" if args.parallel else "--fail-fast" if args.fail_fast else ""
+    if flag and not (group and args.wait):
+        raise UsageError(f"{flag}: of use only with --wait, and to a tag or a pattern")
     envelope = Envelope.new(
         config.node.id,
         EVERYONE if target else args.to,
@@ -19168,9 +19623,14 @@ def send_to_group(
 
     with contextlib.closing(control):
         if args.wait:
-            replies = GroupReplies(args.wait)
+            replies = GroupReplies(args.wait, envelopes)
             with Progress("") as progress:
-                collect_replies(config, replies, envelopes, args, control, hand_in, progress)
+                try:
+                    collect_replies(config, replies, args, control, hand_in, progress)
+                except KeyboardInterrupt:
+                    replies.expire(float("inf"))
+                    say_replies(replies, away, args.as_json)
+                    raise
             return say_replies(replies, away, args.as_json)
         for envelope in envelopes:
             say_sent(config, envelope, args, control, hand_in(envelope))
@@ -19182,22 +19642,22 @@ def send_to_group(
 def collect_replies(
     config: Config,
     replies: GroupReplies,
-    envelopes: Sequence[Envelope],
     args: argparse.Namespace,
     control: Control,
     hand_in: Callable[[Envelope], bool],
     progress: Progress,
 ) -> None:
     """Send, so many at once, and print the answers until all have come or are late."""
-    pending = deque(envelopes)
+    unsent, all_ = replies.unsent, len(replies.unsent)
+    most = args.parallel or (1 if args.fail_fast else all_)
     try:
-        while pending or replies:
-            while pending and len(replies) < (args.parallel or len(envelopes)):
-                if not hand_in(pending[0]):
-                    what = f"queued {pending[0].id} for {pending[0].to}"
+        while replies or (unsent and not (args.fail_fast and replies.faulty)):
+            while unsent and len(replies) < most and not (args.fail_fast and replies.faulty):
+                if not hand_in(unsent[0]):
+                    what = f"queued {unsent[0].id} for {unsent[0].to}"
                     print(f"hive: {what}, no broker at the moment", file=sys.stderr)
-                replies.sent(pending.popleft(), time.monotonic())
-            progress.what = f"waiting for {len(replies) + len(pending)} of {len(envelopes)}"
+                replies.sent(unsent.popleft(), time.monotonic())
+            progress.what = f"waiting for {len(replies) + len(unsent)} of {all_}"
             said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS:
                 replies.unheard(said.get("id"))
@@ -19207,13 +19667,14 @@ def collect_replies(
                     write_answer(answer, args.as_json, label=True)
             replies.expire(time.monotonic())
     except DaemonError as error:
-        rest = f"{len(pending)} were not sent" if pending else "all were sent"
+        rest = f"{len(unsent)} were not sent" if unsent else "all were sent"
         raise HiveError(f"{error}; {rest}; see: hive pending") from None
 
 
 def say_replies(replies: GroupReplies, away: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
     """Sum up what became of a group's messages."""
     without = {"failed": replies.failed, "silent": replies.silent, "away": [*away]}
+    without["unsent"] = [one.to for one in replies.unsent]
     if as_json:
         print(json_text(json.dumps({"ok": replies.ok, **without})))
     else:
@@ -19320,19 +19781,32 @@ def command_show(args: argparse.Namespace) -> int:
 
 @subcommand(
     option("--follow", "-f", action="store_true", help="go on with what is new, until Ctrl-C"),
+    option(
+        "--of",
+        type=destination,
+        metavar="NAME",
+        help="the journals of other nodes that share them: a node; all; tag:TAG; 'web-*'",
+    ),
     option("--ch", choices=CHANNELS, help="only this kind"),
     option("--from", dest="sender", type=node_name, metavar="NAME", help="only from this one"),
     option("--to", type=recipient_name, metavar="NAME", help="only to this one"),
     option("--action", type=action_name, help="only with this action"),
     option("--corr", type=identifier, metavar="ID", help="only of this exchange: any id of it"),
     option("--since", type=duration, metavar="AGE", help="not older than this, as in 2h or 30m"),
-    option("--lines", "-n", type=count, default=100, help="how many, without --since (100)"),
+    option(
+        "--lines",
+        "-n",
+        type=count,
+        default=100,
+        help="how many (of each node), without --since (100)",
+    ),
     AS_JSON,
     examples="""hive log --follow
-hive log --from beta --since 2h --json""",
+hive log --from beta --since 2h --json
+hive log --of all --follow""",
 )
 def command_log(args: argparse.Namespace) -> int:
-    """Show what this node received, sent and did, a line each, newest last."""
+    """Show what this node, or others, received, sent and did, a line each, newest last."""
     config = config_of(args)
     said = {"ch": args.ch, "from": args.sender, "to": args.to, "action": args.action}
     filters = {name: value for name, value in (said | {"corr": args.corr}).items() if value}
@@ -19350,6 +19824,8 @@ def command_log(args: argparse.Namespace) -> int:
                 print(lines)
         sys.stdout.flush()
 
+    if args.of:
+        return JournalReader(config, args.of, request, args.follow).run(write)
     if args.follow:
         follow_log(config, request, write)
     else:
@@ -19389,6 +19865,161 @@ def follow_log(
                 raise HiveError(str(said["error"]))
             write((said or {}).get("rows", []))
             said = control.receive(None)
+
+
+LOOK_AT_NODES = 2.0  # seconds between looks for nodes that have come or gone
+SETTLING = 0.2  # seconds in which what several nodes tell of one message is put in order
+
+
+class JournalSource:
+    """How far the journal of one node has been read."""
+
+    def __init__(self, name: str, request: Mapping[str, Any]) -> None:
+        """`request` is `log`'s, for the first page."""
+        self.name, self.request, self.behind = name, {**request}, True  # is there more already?
+        self.rows: deque[dict[str, Any]] = deque()  # that have not been shown
+        self.known = ("", "")  # which run of its daemon that is, and why it need not be asked
+        self.why = ""  # it is not asked
+        self.asked, self.late = "", 0.0  # a question without an answer; when that is overdue
+        self.outcome = Exit.NO_REPLY
+
+    def see(self, run: str, why: str) -> None:
+        """How its node is: this run of it, and why that need not be asked."""
+        if self.known != (run, why):
+            self.known = run, why
+            self.note(why)
+
+    def note(self, why: str) -> None:
+        """Why it is not asked until its node is another than now; or nothing, then it is."""
+        if why or self.why:
+            print(f"hive: {self.name}: {printable(why or 'is back', 300)}", file=sys.stderr)
+        self.why, self.asked = why, ""
+
+    def take(self, answer: Envelope) -> None:
+        """The next rows, if it is that: a node may say anything."""
+        if answer.ch == "alert":
+            self.outcome = min(self.outcome, Exit.REFUSED)
+            return self.note(answer.text.removeprefix(f"{self.name}: "))
+        page = read_json_object(answer.text) or {}
+        rows, low = page.get("rows"), self.request.get("after", 0) + bool(page.get("rows"))
+        after = bounded_number(page.get("after"), low, 2**53)
+        if after is None or not isinstance(rows, list) or not all(map(is_row, rows)):
+            return self.note("its answer makes no sense")
+        keys = (*ENTRY, "envelope")
+        self.rows += ({"node": self.name, **{key: row[key] for key in keys}} for row in rows)
+        self.request |= {"after": int(after), "last": 0}
+        self.behind = bool(rows) and page.get("more") is True
+        self.asked, self.outcome = "", Exit.DONE
+
+
+def is_row(said: object) -> bool:
+    """Is it a row of a journal, as far as that can be seen?"""
+    if not isinstance(said, dict) or bounded_number(said.get("time"), 0, MAX_TS) is None:
+        return False
+    kinds: dict[str, Any] = {**dict.fromkeys(ENTRY, str), "n": int, "time": int | float}
+    kinds |= {"id": str | None, "action": str | None, "envelope": dict | None}
+    return all(isinstance(said.get(key), kind) for key, kind in kinds.items())
+
+
+class JournalReader:
+    """Reads the journals of several nodes as one, in the order of their clocks."""
+
+    def __init__(self, config: Config, of: str, request: Mapping[str, Any], follow: bool) -> None:
+        """`request` is `log`'s.  Raises HiveError where no daemon runs that could ask."""
+        control = connect_to_daemon(config)
+        if control is None:
+            raise HiveError(f"no daemon of {config.node.id} runs on this machine: nobody to ask")
+        self._control, self._config, self._exchange = control, config, new_id()
+        self._of, self._request, self._follow = of, request, follow
+        self._sources: dict[str, JournalSource] = {}
+
+    def run(self, write: Callable[[Sequence[Mapping[str, Any]]], None]) -> int:
+        """Show what there is, and to follow it also what is new, until the daemon ends."""
+        progress, due = Progress("waiting for the journals"), 0.0
+        with contextlib.closing(self._control), contextlib.ExitStack() as ending:
+            if not self._follow:
+                ending.enter_context(progress)
+            while True:
+                with progress.hidden():
+                    if time.monotonic() >= due:
+                        self._look()
+                        due = time.monotonic() + LOOK_AT_NODES
+                    write([*self._rows_in_order()])
+                    if self._all_read() and not self._follow:
+                        return min(one.outcome for one in self._sources.values())
+                    self._ask()
+                self._hear(max(0.0, due - time.monotonic()))
+
+    def _look(self) -> None:
+        """See who is there; whoever has come, gone or begun anew is asked anew, or no more."""
+        request, ends, meant = {"do": "states"}, time.monotonic() + STARTING, {self._of}
+        said = ask_members(self._control, request, ends)
+        if Target.find(self._of):
+            chosen = self._ask_daemon({"do": "targets", "to": self._of})
+            meant = {*chosen["names"], *chosen["away"]}
+        for row in status_rows(said["states"], self._config.heartbeat, time.time()):
+            if row.is_node and (row.name in meant or self._of == EVERYONE):
+                state, source = said["states"][row.name], JournalSource(row.name, self._request)
+                why = self._objection(row, state.get("shares_journal"), said["connected"])
+                self._sources.setdefault(row.name, source).see(str(state.get("instance")), why)
+        if not self._sources:
+            raise HiveError(f"no node is called {self._of}, or has it; who is there: hive roster")
+        if self._request["last"]:  # whoever comes later shows what is new
+            since = {**self._request["filters"], "since": time.time()}
+            self._request = {**self._request, "last": 0, "filters": since}
+
+    def _objection(self, row: StatusRow, shares: object, connected: bool) -> str:
+        """Why a node need not be asked."""
+        if row.name == self._config.node.id:
+            return ""
+        if not connected or not row.alive:
+            return row.condition if connected else "not reached without the broker"
+        if shares is None:
+            return "an older hive, which shows no journal"
+        return "" if shares else f"{SHARE_RULE} names nobody"
+
+    def _ask_daemon(self, request: Mapping[str, object]) -> dict[str, Any]:
+        said = self._control.ask(request)
+        if "error" in said:
+            why = f"{said['error']}; is it of another version?"
+            raise HiveError(f"the daemon of {self._config.node.id}: {why}")
+        return said
+
+    def _ask(self) -> None:
+        """Let each node that has nothing left to be shown go on."""
+        now = time.monotonic()
+        for one in self._sources.values():
+            if one.asked and now >= one.late:
+                print(f"hive: {one.name}: no answer in time", file=sys.stderr)
+                one.asked, one.behind = "", False
+            if not (one.why or one.asked or one.rows) and (one.behind or self._follow):
+                hold = 0 if one.behind else MAX_HOLD
+                said = {"node": one.name, "exchange": self._exchange, "hold": hold}
+                answer = self._ask_daemon({**one.request, **said, "do": "read_journal"})
+                one.asked, one.late = answer["id"], now + hold + PATIENCE
+
+    def _hear(self, within: float) -> None:
+        """Take what comes, and what comes at about the same time."""
+        said = self._control.receive(within)
+        ends = time.monotonic() + (SETTLING if self._follow and self._all_read() else 0.0)
+        while said:
+            answer = Envelope.check(said["answer"]) if "answer" in said else None
+            one = self._sources.get(answer.sender) if answer else None
+            if answer and one and one.asked == answer.reply_to:
+                one.take(answer)
+            said = self._control.receive(max(0.0, ends - time.monotonic()))
+
+    def _all_read(self) -> bool:
+        return not any(one.rows or (one.behind and not one.why) for one in self._sources.values())
+
+    def _rows_in_order(self) -> Iterator[dict[str, Any]]:
+        """Those that nothing earlier can come before, by what is known."""
+        sources = self._sources.values()
+        while not any(one.behind and not (one.rows or one.why) for one in sources):
+            heads = [one.rows for one in sources if one.rows]
+            if not heads:
+                return
+            yield min(heads, key=lambda head: head[0]["time"]).popleft()
 
 
 def read_original(said: str) -> bytes:
@@ -19512,14 +20143,23 @@ def mail_may_wait(args: argparse.Namespace) -> bool:
 
 
 ASK_BROKER = option("--direct", action="store_true", help="ask the broker, not this node's daemon")
+WHICH = (
+    option(
+        "which", nargs="*", type=selection, metavar="NAME", help="only these; also tag:TAG, 'web-*'"
+    ),
+    option("--tag", type=tag_name, help="only nodes that have this tag"),
+    option("--all", action="store_true", help=f"each node, in a hive of more than {FEW_NODES} too"),
+)
 
 
 @subcommand(
+    *WHICH,
     ASK_BROKER,
     option("--check", action="store_true", help="one line; exit 1 unless every node is online"),
     option("--watch", "-w", action="store_true", help="go on with what changes, until q or Ctrl-C"),
     AS_JSON,
-    examples="hive status --json | jq '.[] | select(.status != \"online\")'",
+    examples="""hive status 'web-*' --check
+hive status --json | jq '.[] | select(.status != \"online\")'""",
 )
 def command_status(args: argparse.Namespace) -> int:
     """Show how every node and agent is."""
@@ -19527,10 +20167,11 @@ def command_status(args: argparse.Namespace) -> int:
     if args.watch:
         if args.check or args.direct or args.as_json:
             raise UsageError("status: --watch goes with neither --check, --direct nor --json")
-        watch_status(config, colourful(sys.stdout))
+        watch_status(config, colourful(sys.stdout), args.which, args.tag)
         return Exit.DONE
     said = known_members(config, "states", args.direct)
     rows = status_rows(said["states"], config.heartbeat, time.time())
+    rows, rosters = chosen_rows(config, args, rows)
     senders = "checked" if config.checked else "not checked"
     if args.check:
         return check_status(config, args, said, rows)
@@ -19540,10 +20181,29 @@ def command_status(args: argparse.Namespace) -> int:
         sessions = [(row.name, row.node, row.session) for row in rows if row.session]
         many = f", {len(sessions)} session{'s'[: len(sessions) != 1]}" if sessions else ""
         print(f"{status_summary(rows)}{many}; senders: {senders}\n")
-        print(status_table(rows, colourful(sys.stdout)), end="")
-        print(sessions_table(sessions, time.time(), terminal_width()), end="")
-        print(status_notes(rows), end="")
+        if is_large(args, rows):
+            print(status_digest(rows, rosters, colourful(sys.stdout)), end="")
+        else:
+            print(status_table(rows, colourful(sys.stdout)), end="")
+            print(sessions_table(sessions, time.time(), terminal_width()), end="")
+            print(status_notes(rows), end="")
     return say_of_members(config, args, said, bool(rows))
+
+
+def is_large(args: argparse.Namespace, rows: Collection[Any]) -> bool:
+    """Are there more nodes than are shown one by one, where nobody asks for that?"""
+    return not args.all and sum(getattr(row, "is_node", True) for row in rows) > FEW_NODES
+
+
+def chosen_rows(
+    config: Config, args: argparse.Namespace, rows: list[StatusRow]
+) -> tuple[list[StatusRow], dict[str, Any]]:
+    """Those that are to be shown, and the rosters where that takes them."""
+    if not rows or not (args.which or args.tag or is_large(args, rows)):
+        return rows, {}
+    rosters = known_members(config, "roster", args.direct)["rosters"]
+    names = chosen_nodes({row.node for row in rows}, rosters, args.which, args.tag)
+    return [row for row in rows if row.node in names], rosters
 
 
 @subcommand(examples="hive metrics | grep hive_queue")
@@ -19576,14 +20236,19 @@ def check_status(
     return Exit.REFUSED if wrong else Exit.DONE
 
 
-@subcommand(ASK_BROKER, AS_JSON)
+@subcommand(*WHICH, ASK_BROKER, AS_JSON, examples="hive roster --tag gpu")
 def command_roster(args: argparse.Namespace) -> int:
     """Show what every node can do: its agents, its handlers, its version."""
     config = config_of(args)
     said = known_members(config, "roster", args.direct)
     rosters = said["rosters"]
+    if rosters:
+        names = chosen_nodes(rosters, rosters, args.which, args.tag)
+        rosters = {name: one for name, one in rosters.items() if name in names}
     if args.as_json and (rosters or not said["fault"]):
         print(json.dumps(sorted(rosters.values(), key=str), indent=2))
+    elif is_large(args, rosters):
+        print(f"{len(rosters)} nodes\n\n{roster_digest(rosters)}", end="")
     elif rosters:
         print(roster_table(rosters, colourful(sys.stdout)), end="")
         print(sessions_table(sessions_in(rosters), time.time(), terminal_width()), end="")
@@ -19826,18 +20491,25 @@ def next_commands(file: Path, *commands: str) -> str:
 @subcommand(
     option("--read-only", action="store_true", help="show everything, and let nothing be done"),
     option("--open", action="store_true", dest="show", help="open it in this machine's browser"),
+    option(
+        "--port",
+        type=port_number,
+        default=WEB_PORT,
+        dest="page_port",
+        metavar="PORT",
+        help=f"the page's own, if not {WEB_PORT}; the broker's goes before: hive --port PORT web",
+    ),
     examples="""hive web --open
 hive web --port 8485 --read-only
 ssh -L 8484:127.0.0.1:8484 attic   # then open here what web printed there""",
 )
 def command_web(args: argparse.Namespace) -> int:
-    """Serve a page that shows the hive, to browsers on this machine (--port of the page: 8484)."""
+    """Serve a page that shows the hive, to browsers on this machine."""
     start_again()
-    port = vars(args).pop("mqtt.port", None) or WEB_PORT
     config = config_of(args)
     log = Log(config.logging.level, config.logging.format)
     try:
-        service = WebService(config, port)
+        service = WebService(config, args.page_port)
     except BlockingIOError:
         link = served_link(config)
         print(f"the page of {config.node.id} is served already: {link}")
@@ -19955,6 +20627,12 @@ EMBEDDED_PATIENCE = 30.0  # seconds to fetch what the embedded broker has
         metavar="NAME",
         help="what peers call this machine, if not that address; may be repeated",
     ),
+    option(
+        "--bridge",
+        metavar="LINE",
+        help="be one hive with another site: what hive invite @SITE printed there; - reads it,"
+        " none ends it",
+    ),
     option("--foreground", action="store_true", help="only keep Mosquitto running, until SIGTERM"),
     examples="""hive host --listen 192.168.1.5
 hive host --listen 0.0.0.0 --name alpha.lan --name 192.168.1.5
@@ -19983,11 +20661,66 @@ def command_host(args: argparse.Namespace) -> int:
     changed = host.prepare(settings, config.node.id, time.time())
     if args.foreground:
         return serve_hive(host, config)
+    if args.bridge:
+        bridge_over(host, config, args.bridge)
+        changed |= host.prepare(settings, config.node.id, time.time())
     start_service(host, file, config, changed)
     move_over(host, file, config, settings)
+    if args.bridge:
+        await_bridge(host)
     code = show_tests(file)
     print(next_commands(file, "daemon", "invite NAME"), end="")
     return code
+
+
+def bridge_over(host: Host, config: Config, said: str) -> None:
+    """Have the other site let this one's Mosquitto in; raises HiveError."""
+    if said == "none":
+        return host.set_bridge({}, "")
+    invitation = Invitation.parse(invitation_line(said))
+    if not invitation.name.startswith(NO_NODE):
+        raise UsageError(
+            f"this line makes {invitation.name} a node, and bridges no site: hive join -"
+        )
+    if sites := host.sites():
+        raise UsageError(
+            f"host: {sites[0]} is bridged to here, so invite the other one too: a star"
+        )
+    if invitation.prefix != config.topics.prefix:
+        raise UsageError(f"host: the prefix of the hive there is {invitation.prefix}, and not ours")
+    with Progress(f"asking {' or '.join(invitation.hosts)} to let {invitation.name} in"):
+        at = first_reachable(invitation.hosts, invitation.port)
+        with invited_settings(invitation, at) as mqtt:
+            pending = host.folder / "bridge.joining"
+            refuse_namesakes(host, config, mqtt)
+            password = new_secret_at(mqtt, invitation.prefix, pending)
+    account = {"name": invitation.name, "host": at, "port": invitation.port, "password": password}
+    host.set_bridge(account, invitation.authority())
+    pending.unlink(missing_ok=True)
+
+
+def refuse_namesakes(host: Host, config: Config, there: MqttConfig) -> None:
+    """Raise HiveError where a node of here is called like one of there."""
+    visitor = config.replace(mqtt=there, node=config.node.replace(id=there.username))
+    with contextlib.closing(InProcessNode(visitor, PATIENCE)) as control:
+        states = control.ask({"do": "states"})["states"]
+    if both := ", ".join(name for name in host.members() if name in states):
+        todo = "names are unique in a hive: let it join again under another one"
+        raise HiveError(f"{both}: a node of here, and one of there; {todo}")
+
+
+def await_bridge(host: Host) -> None:
+    """Say that it is there; raises BrokerError where it does not come."""
+    name, account = host.bridge()
+    until = time.monotonic() + START_PATIENCE
+    if account is None:
+        return print("no bridge to another site")
+    with Progress(f"waiting for the bridge to {account.address}"):
+        while bridge_word(host, name) != "1":
+            if time.monotonic() > until:
+                raise BrokerError(f"no bridge to {account.address} yet; see also {host.log}")
+            time.sleep(0.2)
+    print(f"bridge to {account.address}: there, as {name}")
 
 
 def host_settings(
@@ -20168,24 +20901,35 @@ def show_tests(file: Path) -> int:
     return Exit.REFUSED if failed else Exit.DONE
 
 
-NODE_NAME = option("name", type=node_name, metavar="NAME", help="the node's name")
+MEMBER_NAME = option("name", type=member_name, metavar="NAME", help="the node's name, or @SITE")
 
 
 @subcommand(
-    NODE_NAME,
+    MEMBER_NAME,
     examples="""hive invite mini
-hive invite mini | ssh mini python3 hive join -""",
+hive invite mini | ssh mini python3 hive join -
+hive invite @office    # all of another site: there, hive host --bridge -""",
 )
 def command_invite(args: argparse.Namespace) -> int:
     """Let a machine join the hive that this one carries: print a line, good for an hour."""
     config = config_of(args)
+    host = Host(config.state_dir)
+    site, elsewhere = args.name.startswith(NO_NODE), host.bridge()[1]
+    if site and elsewhere:
+        hub = f"this site is bridged to {elsewhere.address}: sites are invited there"
+        raise UsageError(f"invite: {hub}, as a star")
+    foreign = (elsewhere or host.sites()) and args.name not in host.members()
+    if foreign and args.name in names_that_are_known(config):
+        raise HiveError(f"{args.name} is in this hive already, at another site; another name")
     with Progress(f"inviting {args.name}"):
-        invitation = make_invitation(Host(config.state_dir), args.name, time.time())
+        invitation = make_invitation(host, args.name, time.time())
     print(invitation.line(), flush=True)
     until = time.strftime("%H:%M", time.localtime(invitation.until))
+    do = "hive host --bridge -" if site else "python3 hive join -"
+    then = "" if site else ", then: python3 hive daemon"
     for note in (
         f"This line is a secret: whoever has it first joins as {args.name}. It is good once, until",
-        f"{until}. On that machine: python3 hive join - (and paste it), then: python3 hive daemon",
+        f"{until}. On that machine: {do} (and paste it){then}",
     ):
         print(note, file=sys.stderr)
     return Exit.DONE
@@ -20203,6 +20947,8 @@ def command_join(args: argparse.Namespace) -> int:
     file = config_place(args)
     refuse_to_join(file, args.force)
     invitation = Invitation.parse(invitation_line(args.line))
+    if invitation.name.startswith(NO_NODE):
+        raise UsageError("this line bridges a site, and makes no node: hive host --bridge -")
     pending = file.with_name(f"{file.name}.joining")
     with Progress(f"asking {' or '.join(invitation.hosts)} to let {invitation.name} in"):
         host = first_reachable(invitation.hosts, invitation.port)
@@ -20278,7 +21024,7 @@ def invitation_line(said: str) -> str:
     return read_stdin(MAX_INVITATION).decode(errors="replace")
 
 
-@subcommand(NODE_NAME, examples="hive expel old-laptop")
+@subcommand(MEMBER_NAME, examples="hive expel old-laptop")
 def command_expel(args: argparse.Namespace) -> int:
     """Put a node out of the hive that this machine carries: at once, with all that it left."""
     config = config_of(args)
@@ -20287,6 +21033,8 @@ def command_expel(args: argparse.Namespace) -> int:
     if args.name == me:
         raise UsageError(f"{me} is this machine's own node, which carries the hive")
     was_member = host.shut_out(args.name)
+    if not was_member and (host.sites() or host.bridge()[1]):
+        raise HiveError(f"{args.name} has not joined here; say this where it has, or forget it")
     if not host.reload():
         out = f"{args.name} has no password any more" if was_member else "nothing is changed"
         raise BrokerError(f"{out}; the broker does not run, so say this again after: {HOST_AGAIN}")
@@ -20360,12 +21108,13 @@ class Parser(argparse.ArgumentParser):
         return ""
 
 
-def common_options() -> Parser:
-    """Options that may stand before or after the subcommand."""
+def common_options(own: Container[str] = ()) -> Parser:
+    """Options that may stand before or after the subcommand, without its own namesakes."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     group = common.add_argument_group("configuration")
     for flags, how in COMMON_OPTIONS:
-        group.add_argument(*flags, **how)
+        if flags[0] not in own:
+            group.add_argument(*flags, **how)
     return common
 
 
@@ -20381,10 +21130,9 @@ def make_parser(only: str = "") -> Parser:
     """The command line, from COMMANDS: all of it, or that of the one command that was asked for."""
     # No catalogue has argparse's words, and error() reads them.
     argparse._ = lambda words: words  # type: ignore[attr-defined]
-    common = common_options()
     parser = Parser(
         description=__doc__ or dropped_docstrings()[""],
-        parents=[common],
+        parents=[common_options()],
         epilog="Each command has --help of its own, with examples; hive help lists more to read.",
     )
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="print the version")
@@ -20397,7 +21145,7 @@ def make_parser(only: str = "") -> Parser:
         about = docstring(one.run).strip()
         sub = commands.add_parser(
             name,
-            parents=[common],
+            parents=[common_options([flag for flags, _ in one.options for flag in flags])],
             help=about,
             description=about,
             epilog=f"examples:\n{indented(one.examples)}" if one.examples else None,

@@ -162,9 +162,11 @@ install_programs() {
     put "$scratch/$name" "$bin/$name" 755
   done
   # Compiled here, because who may not write there would compile it anew at each call.
+  hive=hive-cli
   if [ -z "$DESTDIR" ]; then
     "$python" -m compileall -q "$lib/hive.py"
     "$python" "$lib/hive-cli" mcp </dev/null || :  # the part of it that a session loads
+    hive=$lib/hive-cli
   fi
 }
 
@@ -185,7 +187,7 @@ completions='bash-completion/completions/hive zsh/site-functions/_hive fish/vend
 
 install_completions() {
   for place in $completions; do
-    "$python" hive.py completion "${place%%[-/]*}" >"$scratch/completion"
+    "$python" -B "$hive" completion "${place%%[-/]*}" >"$scratch/completion"
     folder "$(dirname "$PREFIX/share/$place")" 755
     put "$scratch/completion" "$PREFIX/share/$place" 644
   done
@@ -194,7 +196,7 @@ install_completions() {
 install_configuration() {
   folder "$config" "$folder_mode"
   folder "$config/hive-daemon.d" "$folder_mode"
-  "$python" hive.py config --example >"$scratch/example.toml"
+  "$python" -B "$hive" config --example >"$scratch/example.toml"
   # The daemon learns its state directory from systemd; hive-cli, which speaks to it there, does not.
   if [ "$for" = system ]; then
     sed "s|^# state_dir = [^#]*|state_dir = \"$state\"  |" "$scratch/example.toml" >"$scratch/hive.toml"

@@ -22,13 +22,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hive import (
     ChildProcesses,
+    ControlClient,
+    DaemonError,
     Database,
     HandlerConfig,
     HeartbeatConfig,
     InstanceConfig,
+    JournalConfig,
     Log,
     Loop,
     ScheduleConfig,
+    shortened_socket_path,
+    status_rows,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +41,10 @@ if TYPE_CHECKING:
     from rig import Rig
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Each worker compiles 45,000 lines of tests, and hundreds of children hive.py: once is enough.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+sys.dont_write_bytecode = False
 
 # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,6 +81,23 @@ def free_port() -> int:
 def answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def states_at(door: Path) -> dict[str, Any]:
+    """How all are to the daemon behind this door; {} if it is down.
+
+    For who waits: that is not worth ten processes.
+    """
+    with contextlib.suppress(OSError, DaemonError), contextlib.ExitStack() as ending:
+        control = ControlClient(shortened_socket_path(door), "it")
+        ending.callback(control.close)
+        return dict(control.ask({"do": "states"})["states"])
+    return {}
+
+
+def statuses_of(states: Mapping[str, Any]) -> dict[str, str]:
+    """As `hive status` shows them."""
+    return {row.name: row.status for row in status_rows(states, HeartbeatConfig(), time.time())}
 
 
 class Broker:
@@ -223,6 +249,7 @@ class Daemon:
             f'[logging]\nlevel = "debug"\nformat = "json"\n{extra}'
         )
         self.environment: dict[str, str] = {}  # what is different for this one
+        self.state_dir: Path | None = None  # where its configuration does not say "state"
         self.log_file = self.home / "log"
         self._rows, self._read = list[dict[str, Any]](), 0  # of it, and up to which byte
         self.process: subprocess.Popen[bytes] | None = None
@@ -281,6 +308,13 @@ class Daemon:
         return eventually(f"{self.name} logs {event} {facts}", lambda: self.events(event, **facts))[
             -1
         ]
+
+    def states(self) -> dict[str, Any]:
+        """How all are to it, as they say it."""
+        return states_at((self.state_dir or self.config.with_name("state")) / "door")
+
+    def statuses(self) -> dict[str, str]:
+        return statuses_of(self.states())
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self.process
@@ -480,10 +514,11 @@ def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         node: Mapping[str, Any] | None = None,
         heartbeat: HeartbeatConfig | None = None,
         schedule: Sequence[ScheduleConfig] = (),
+        shared: JournalConfig | None = None,
         **handlers: str,
     ) -> Rig:
         handlers = {"ping": "echo pong", **handlers}
-        given = (handlers, agents, settings or {}, level, heartbeat, schedule)
+        given = (handlers, agents, settings or {}, level, heartbeat, schedule, shared)
         made.append(Rig(tmp_path, *given, **(node or {})))
         return made[-1]
 

@@ -1,6 +1,6 @@
 """What test_faults.py does to two nodes, and how it counts what became of their messages.
 
-HIVE_FAULTS_COUNT   how many commands each fault is tried with (300; make faults: 1000)
+HIVE_FAULTS_COUNT   how many commands each fault is tried with (100; make faults: 1000)
 HIVE_FAULTS_SEED    what the random moments are made of (printed with the table)
 HIVE_FAULTS_TABLE   a file for the table of results; - prints it
 """
@@ -32,7 +32,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 import hive
 
-COUNT = int(os.environ.get("HIVE_FAULTS_COUNT", "300"))  # commands
+COUNT = int(os.environ.get("HIVE_FAULTS_COUNT", "100"))  # commands
 SEED = int(os.environ.get("HIVE_FAULTS_SEED", "5"))
 TABLE = os.environ.get("HIVE_FAULTS_TABLE", "")
 

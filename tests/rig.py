@@ -64,6 +64,9 @@ class Wire:
         for message in self.outbox.next_outgoing(1000, self.address) if self.up else ():
             self.send(message.replace(topic=self.address(message.topic)))
 
+    def send_again(self) -> None:
+        pass
+
     def room(self, topic: str) -> int:
         return self.limit - len(topic)
 
@@ -120,6 +123,7 @@ class Rig:
         level: str,
         heartbeat: hive.HeartbeatConfig | None = None,
         schedule: Sequence[hive.ScheduleConfig] = (),
+        shared: hive.JournalConfig | None = None,
         **node: Any,
     ) -> None:
         self.handler_dir, self.state_dir = home / "hive-daemon.d", home / "state"
@@ -133,6 +137,7 @@ class Rig:
             handlers=settings,
             heartbeat=heartbeat or hive.HeartbeatConfig(),
             schedule=tuple(schedule),
+            journal=shared or hive.JournalConfig(),
         )
         self.clock, self.log, self.acked = Clock(), io.StringIO(), 0
         self._rows, self._read = list[dict[str, Any]](), 0  # of the log, and up to where

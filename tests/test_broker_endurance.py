@@ -943,7 +943,7 @@ def test_it_starts_without_paho(tmp_path: Path) -> None:
     import sys
 
     process = subprocess.Popen(
-        [sys.executable, "-S", f"{ROOT}/hive.py", "broker", f"--socket={tmp_path / 's'}"],
+        [sys.executable, "-S", f"{ROOT}/hive-cli", "broker", f"--socket={tmp_path / 's'}"],
         stdout=subprocess.PIPE,
         text=True,
         env={"HOME": str(tmp_path), "PATH": os.defpath},

@@ -41,10 +41,10 @@ from hive import Envelope, write_answer
 def run(
     *arguments: str, cwd: Path, stdin: str = "", env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run hive.py in an empty home."""
+    """Run it in an empty home."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HIVE_")}
     return subprocess.run(
-        [sys.executable, str(ROOT / "hive.py"), *arguments],
+        [sys.executable, str(ROOT / "hive-cli"), *arguments],
         cwd=cwd,
         input=stdin,
         capture_output=True,
@@ -60,7 +60,7 @@ def run(
         (
             ["send", "--to", "a/b", "--text", "x"],
             "argument --to: 'a/b' is not a name, all, any, any:TAG, tag:TAG, or a pattern as in"
-            " 'web-*'; see: hive.py send --help",
+            " 'web-*'; see: hive-cli send --help",
         ),
         (
             ["send", "--to", "beta", "--text", ""],
@@ -69,11 +69,11 @@ def run(
         (
             ["send", "--to", "beta", "--text", "x", "--wait", "soon"],
             "argument --wait: 'soon' is not seconds, above 0 and at most a year;"
-            " see: hive.py send --help",
+            " see: hive-cli send --help",
         ),
         (
             ["send", "--to", "beta", "--text", "x", "--ttl", "-1"],
-            "argument --ttl: '-1' is not seconds, a whole number from 0; see: hive.py send --help",
+            "argument --ttl: '-1' is not seconds, a whole number from 0; see: hive-cli send --help",
         ),
         (
             ["reply", "--to-msg", "-", "--text", "-"],
@@ -151,7 +151,7 @@ def test_ctrl_c_while_the_broker_says_nothing_exits_130_without_a_word(tmp_path:
     child = subprocess.Popen(
         [
             sys.executable,
-            str(ROOT / "hive.py"),
+            str(ROOT / "hive-cli"),
             "--host",
             "127.0.0.1",
             "--port",
@@ -174,7 +174,7 @@ def test_ctrl_c_while_the_broker_says_nothing_exits_130_without_a_word(tmp_path:
 def test_a_daemon_without_a_broker_ends_at_once_when_told(tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         child = subprocess.Popen(
-            [sys.executable, str(ROOT / "hive.py"), "daemon", "--port", str(free_port())],
+            [sys.executable, str(ROOT / "hive-cli"), "daemon", "--port", str(free_port())],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"HOME": str(tmp_path)},
@@ -560,7 +560,7 @@ def test_sending_through_the_daemon_needs_neither_paho_nor_a_broker_of_its_own(
     )
     done = subprocess.run(  # -I -S: no paho-mqtt can be imported
         [
-            *(sys.executable, "-I", "-S", str(ROOT / "hive.py"), "--config", str(other)),
+            *(sys.executable, "-I", "-S", str(ROOT / "hive-cli"), "--config", str(other)),
             *("send", "--to", "beta", "--ch", "status", "--text", "from inside"),
         ],
         capture_output=True,
@@ -935,7 +935,7 @@ def test_status_and_roster_come_from_the_daemon_without_paho(hive: Hive, tmp_pat
     for command in ("status", "roster"):
         done = subprocess.run(  # -I -S: no paho-mqtt can be imported
             [
-                *(sys.executable, "-I", "-S", str(ROOT / "hive.py")),
+                *(sys.executable, "-I", "-S", str(ROOT / "hive-cli")),
                 *("--config", str(alpha.config), command, "--json"),
             ],
             capture_output=True,
@@ -963,7 +963,7 @@ def test_a_daemon_that_is_cut_off_says_so_and_what_it_knew(
     hive = hive_of(own_broker)
     alpha = hive.node("alpha").start()
     hive.node("beta").start()
-    eventually("both are seen", lambda: "beta" in hive.cli("alpha", "status").stdout)
+    eventually("both are seen", lambda: "beta" in alpha.statuses())
     own_broker.stop()
     alpha.logged("no broker, trying again")
     fault = (
@@ -996,7 +996,7 @@ def test_who_waits_with_the_broker_away_is_told_that_it_is_queued(
     hive = hive_of(own_broker)
     alpha = hive.node("alpha").start()
     hive.node("beta").start()
-    eventually("both are seen", lambda: "beta" in hive.cli("alpha", "status").stdout)
+    eventually("both are seen", lambda: "beta" in alpha.statuses())
     own_broker.stop()
     alpha.logged("no broker, trying again")
     done = hive.cli("alpha", "send", "--to", "beta", "--text", "x", "--wait", "0.5", code=4)
@@ -1053,7 +1053,7 @@ def test_a_text_from_stdin_has_a_bound(tmp_path: Path) -> None:
     arguments = ("--port", str(free_port()), "send", "--to", "beta", "--text", "-")
     for text, code in (("x" * 256 * 1024 + "\n", 3), ("x" * (256 * 1024 + 1), 2)):
         assert run(*arguments, cwd=tmp_path, stdin=text).returncode == code
-    command = [sys.executable, str(ROOT / "hive.py"), *arguments]
+    command = [sys.executable, str(ROOT / "hive-cli"), *arguments]
     for data, why in (
         (b"ab\xffc", "stdin: not UTF-8 at byte 2"),
         (b"x" + "ä".encode() * 200_000, "stdin: more than 256 KiB"),  # cut within a letter
@@ -1240,7 +1240,7 @@ def test_every_example_is_shown_and_can_be_typed(
     parser = module.make_parser()
     for line in examples:
         words = shlex.split(line, comments=True)  # as a shell does
-        for at in [at for at, word in enumerate(words) if word == "hive.py"]:
+        for at in [at for at, word in enumerate(words) if word == "hive"]:
             said = words[at + 1 :]
             end = next((n for n, word in enumerate(said) if word[0] in "|>&<"), len(said))
             assert parser.parse_args(said[:end]).run is module.COMMANDS[said[0]].run

@@ -542,6 +542,7 @@ sender_rate = 100
 sender_burst = 20000
 state_dir = "HOME/.local/state/hive/box"
 [mqtt]
+cluster = []
 keepalive = 6
 protocol = "5"
 tls = false
@@ -558,6 +559,8 @@ miss_threshold = 3
 [journal]
 keep_days = 7
 max_mb = 64
+share = []
+share_texts = false
 [logging]
 level = "info"
 format = "text"

@@ -470,7 +470,7 @@ def test_a_broken_configuration_is_a_fail_and_what_does_not_need_it_is_checked(h
 
 def test_without_paho_it_still_looks_at_the_rest(tmp_path: Path) -> None:
     clean = {"HOME": str(tmp_path), "PATH": os.defpath}
-    command = [sys.executable, "-S", str(ROOT / "hive.py"), "doctor"]
+    command = [sys.executable, "-S", str(ROOT / "hive-cli"), "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, env=clean, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, "")
     said = {line.split()[1]: line for line in done.stdout.splitlines()}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 from conftest import (
@@ -28,12 +28,12 @@ from conftest import (
     find_program,
     run_until,
 )
-from mcp import Client as RealClient
-from mcp import StdioServerParameters
-from mcp.types import Implementation, TextContent
 
 import hive as hive_py
 from hive import Loop, McpServer
+
+if TYPE_CHECKING:
+    from mcp import Client as RealClient
 
 INFO = {"name": "claude-code", "version": "2.1.332"}
 HELLO = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": INFO}
@@ -600,6 +600,9 @@ def id_in(text: str) -> str:
 
 async def every_tool(hive: Hive, mode: Literal["auto", "legacy", "2026-07-28"]) -> None:
     """Two real clients at two nodes: each tool is called, and an answer crosses both."""
+    from mcp import Client as RealClient  # takes a second: not for who runs other tests
+    from mcp import StdioServerParameters
+    from mcp.types import Implementation, TextContent
 
     def client(node: str, name: str) -> RealClient:
         line = hive.command_line(node, "mcp", "--as", name)

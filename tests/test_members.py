@@ -374,7 +374,55 @@ def test_whoever_is_forgotten_takes_its_documents_along(
     assert [*hall.members.documents("roster")] == ["d", "e"]
 
 
+def test_documents_that_are_too_many_are_dropped_with_a_word(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "MAX_DOCUMENTS", 100)
+    for name in ("a", "b", "c"):
+        hall.hear(name, "roster", b'{"node": 1}'.ljust(50))
+    said = {"event": "too many documents: not known here", "peer": "c", "most": 100}
+    assert hall.events("error") == [said]
+
+
 # Whose agents there are
+
+
+def test_a_roster_costs_no_more_in_a_large_hive(hall: Hall) -> None:
+    def kept() -> dict[str, str]:
+        rows = hall.journal._database.read("SELECT key, value FROM settings", ())
+        return {key: value for key, value in rows if str(key).startswith("agents")}
+
+    for n in range(50):
+        hall.beat(f"n{n}")
+        hall.hear(f"n{n}", "roster", {"agents": [f"main-{n}"]})
+    before = kept()
+    hall.hear("n7", "roster", {"agents": ["main-7"], "sessions": {"fix": {}}})
+    differ = {key for key, value in kept().items() if before[key] != value}
+    assert (len(before), differ) == (50, {"agents of n7"})
+    hall.hear("n7", "state", b"")
+    assert kept().keys() == before.keys() - {"agents of n7"}  # what is gone leaves nothing
+
+
+def test_agents_are_remembered_as_they_were_kept_before(hall: Hall) -> None:
+    for _ in range(2):
+        hall.journal.put("agents", {"main": "attic", "fix": "attic", "other": "cellar"})
+        hall.journal.put("sessions of all", {"fix": True})
+        hall.restart()
+        hall.restart()
+        found = {one: hall.members.node_of(one) for one in ("main", "fix", "other")}
+        assert found == {"main": "attic", "fix": "attic", "other": "cellar"}
+        assert [one for one in found if hall.members.is_session(one)] == ["fix"]
+        assert hall.journal.get("agents") == {}
+
+
+def test_an_agent_that_moved_from_a_node_that_is_gone_is_not_kept_for_it(hall: Hall) -> None:
+    hall.beat("attic")
+    hall.hear("attic", "roster", {"agents": ["main", "other"]})
+    hall.members.mark_failed("attic", hall.now)
+    hall.beat("cellar")
+    hall.hear("cellar", "roster", {"agents": ["main"]})
+    hall.restart()
+    assert [hall.members.node_of(one) for one in ("main", "other")] == ["cellar", "attic"]
 
 
 def test_a_roster_speaks_for_its_own_agents_only(hall: Hall) -> None:

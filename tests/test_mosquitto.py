@@ -51,7 +51,7 @@ def script(*arguments: str, code: int = 0, config: str = "") -> str:
         file.write_text(config or '[node]\nid = "alpha"\n')
         command = ["broker", "--mosquitto-conf", "--config", str(file), *arguments]
         done = subprocess.run(
-            [sys.executable, ROOT / "hive.py", *command],
+            [sys.executable, ROOT / "hive-cli", *command],
             cwd=home,
             env={"HOME": home, "PATH": os.environ["PATH"]},
             capture_output=True,
@@ -285,7 +285,7 @@ def test_it_listens_where_the_nodes_will_look(
         (
             ("alpha:main",),
             "argument NODE: 'alpha:main' is not a name: 1 to 63 of A-Za-z0-9._- , not all, any,"
-            " meta, state, roster or a channel's; see: hive.py broker --help",
+            " meta, state, roster or a channel's; see: hive-cli broker --help",
         ),
     ],
 )
@@ -436,7 +436,8 @@ def test_a_hive_lives_under_it(
         rows = json.loads(hive.cli("beta", "status", "--json").stdout)
         return {row["name"]: row["status"] for row in rows}
 
-    eventually("all are online", lambda: statuses() == dict.fromkeys(statuses(), "online"))
+    online = dict.fromkeys(("alpha", "beta", "main"), "online")
+    eventually("all are online", lambda: beta.statuses() == online)
     assert statuses().keys() == {"alpha", "beta", "main"}
     assert [row["node"] for row in json.loads(hive.cli("beta", "roster", "--json").stdout)] == [
         "alpha",
@@ -638,7 +639,7 @@ persistence true
 persistence_location $data/
 autosave_interval 1
 autosave_on_changes false
-max_queued_messages 0
+max_queued_messages 1000000000
 persistent_client_expiration 7d
 max_packet_size 1708032"""
 ACL = """\

@@ -62,6 +62,8 @@ def state(status: str = "online", age: float = 0, **more: Any) -> dict[str, Any]
 @given(documents(STATE_KEYS))
 def test_any_state_makes_a_row(states: dict[str, dict[str, Any]]) -> None:
     rows = status_rows(states, HeartbeatConfig(), NOW)
+    digest = hive.status_digest(rows, states, False)
+    assert all(line.isprintable() for line in digest.splitlines())
     lines = status_table(rows, False).splitlines()
     assert len(lines) == len(rows) + 1 == len(states) + 1
     assert all(line.isprintable() and len(line) < 2000 for line in lines)
@@ -73,6 +75,7 @@ def test_any_state_makes_a_row(states: dict[str, dict[str, Any]]) -> None:
 def test_any_roster_makes_a_row(rosters: dict[str, dict[str, Any]]) -> None:
     lines = roster_table(rosters, False).splitlines()
     assert len(lines) == len(rosters) + 1
+    lines += hive.roster_digest(rosters).splitlines()
     assert all(line.isprintable() for line in lines)
 
 
@@ -236,11 +239,124 @@ def test_trouble_comes_first_and_every_node_in_trouble_has_a_reason() -> None:
     assert {row.name: row.reason for row in rows}["main"] == "no word for 3m 20s"
 
 
+def test_when_an_agent_is_called_again_stands_behind_the_reason() -> None:
+    agents = {"main": {"status": "down", "next_try": NOW + 90}, "odd": {"next_try": [1]}}
+    why = {"status": "degraded", "reason": "agent main: refused", "oc": agents}
+    rows = status_rows({"a": {**state(), **why}}, HeartbeatConfig(), NOW)
+    again = f"its agent is called again at {time.strftime('%T', time.localtime(NOW + 90))}"
+    assert hive.status_notes(rows) == f"\na: agent main: refused\na: {again}\n"
+    screen = hive.status_screen(rows, [], "", 24, False)
+    assert screen[3:5] == ["  agent main: refused", f"  {again}"]
+    assert rows[0].next_try == NOW + 90
+
+
 def test_a_summary_counts_nodes_and_not_agents() -> None:
     said = "7 nodes: 2 online, 1 degraded, 2 stale, 1 offline, 1 asleep"
     assert hive.status_summary(hive_in_trouble()) == said
     one = status_rows({"a": state()}, HeartbeatConfig(), NOW)
     assert hive.status_summary(one) == "1 node: 1 online"
+
+
+def large_hive() -> tuple[list[StatusRow], dict[str, Any]]:
+    """Of 40 nodes 20 have stopped, and a few are worse."""
+    states, rosters = dict[str, Any](), dict[str, Any]()
+    for i in range(40):
+        said = state("offline" if i % 2 else "online", reason="stopped" if i % 2 else "")
+        states[f"web-{i:02}"] = said | {"version": "0.3.0 (aa)" if i < 30 else "0.2.0 (bb)"}
+        rosters[f"web-{i:02}"] = {"tags": ["gpu"] if i < 3 else [], "handlers": ["ping"]}
+    states["web-04"] |= {"status": "degraded", "reason": "no journal on disk"}
+    states["web-06"] |= {"status": "offline", "reason": "connection lost", "oc": {"main": "ok"}}
+    states["web-08"] |= {"status": "asleep"}
+    states["main"] = state(daemon_node="web-06")
+    rosters["web-06"] |= {"version": "0.3.0", "build": "aa", "system": "Linux", "agents": ["main"]}
+    return status_rows(states, HeartbeatConfig(), NOW), rosters
+
+
+def test_of_a_large_hive_those_in_trouble_are_shown_and_all_are_counted() -> None:
+    lines = hive.status_digest(*large_hive(), False).splitlines()
+    assert [line.split()[:2] for line in lines[:5]] == [
+        ["NAME", "STATUS"],
+        ["web-06", "offline"],
+        ["web-08", "asleep"],
+        ["web-04", "degraded"],
+        ["web-01", "offline"],
+    ]
+    assert lines[11:] == [
+        "",
+        "web-06: connection lost",
+        "web-04: no journal on disk",
+        *(f"web-{i:02}: stopped" for i in range(1, 15, 2)),
+        "",
+        "and 13 more that are not online",
+        "",
+        "                    NODES  ONLINE  DEGRADED  STOPPED  LOST  ASLEEP",
+        "version 0.3.0 (aa)  30     12      1         15       1     1",
+        "version 0.2.0 (bb)  10     5       -         5        -     -",
+        "tag gpu             3      2       -         1        -     -",
+        "",
+        "each node: hive status --all",
+    ]
+
+
+def test_a_large_hive_that_is_well_is_a_few_numbers() -> None:
+    rows = status_rows({f"web-{i}": state() for i in range(30)}, HeartbeatConfig(), NOW)
+    assert hive.status_digest(rows, {}, False).splitlines() == [
+        "           NODES  ONLINE",
+        "version -  30     30",
+        "",
+        "each node: hive status --all",
+    ]
+
+
+def test_what_the_nodes_of_a_large_hive_have_is_counted() -> None:
+    assert hive.roster_digest(large_hive()[1]).splitlines() == [
+        "                    NODES",
+        "version - (-)       39",
+        "version 0.3.0 (aa)  1",
+        "system Linux        1",
+        "tag gpu             3",
+        "handler ping        40",
+        "",
+        "each node: hive roster --all",
+    ]
+
+
+def test_a_summary_names_only_what_most_have() -> None:
+    facts = [("tag", f"t{i:02}", "") for i in range(20) for _ in range(i + 1)]
+    lines = hive.group_table(facts).splitlines()
+    assert (lines[1], lines[8:]) == ("tag t19       20", ["tag t12       13", "tag: 12 more"])
+
+
+@pytest.mark.parametrize(
+    ("which", "tag", "chosen"),
+    [
+        (["web-0?"], None, [f"web-{i:02}" for i in range(10)]),
+        (["web-39", "web-00"], None, ["web-00", "web-39"]),
+        (["main"], None, ["web-06"]),  # an agent is shown with its node
+        (["tag:gpu", "web-03"], None, ["web-00", "web-01", "web-02", "web-03"]),
+        (["web-*2"], "gpu", ["web-02"]),
+        (["all"], "gpu", ["web-00", "web-01", "web-02"]),
+        ([], "gpu", ["web-00", "web-01", "web-02"]),
+        (["db-*"], None, "no node is called like db-*; what each one is: hive roster"),
+        (["web-00", "wep-01"], None, "no node is called like wep-01; did you mean web-01?"),
+        (["web-03"], "gpu", "no node with the tag gpu is called like web-03; did you mean web-02?"),
+        (["tag:lab"], None, "no node has the tag lab; what each one is: hive roster"),
+    ],
+)
+def test_who_is_looked_at(which: list[str], tag: str | None, chosen: list[str] | str) -> None:
+    rosters = large_hive()[1]
+    if isinstance(chosen, str):
+        with pytest.raises(hive.HiveError) as raised:
+            hive.chosen_nodes(rosters, rosters, which, tag)
+        assert str(raised.value) == chosen
+    else:
+        assert sorted(hive.chosen_nodes(rosters, rosters, which, tag)) == chosen
+
+
+def test_a_node_that_was_named_wrongly_is_no_view() -> None:
+    for said in ("any", "any:gpu", "tag:", "a b", 5):
+        with pytest.raises(ValueError):
+            hive.selection(said)
 
 
 def test_a_roster_table_reads_like_this() -> None:

@@ -47,7 +47,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repository = home / "a checkout"
     for folder in ("contrib/pip", "contrib/help"):
         shutil.copytree(ROOT / folder, repository / folder)
-    shutil.copy(ROOT / "hive.py", repository)
+    for file in ("hive.py", "contrib/man.py"):
+        shutil.copy(ROOT / file, repository / file)
     git = ["git", "-C", str(repository), "-c", "user.name=x", "-c", "user.email=x"]
     for words in ("init -q", "add -A", "commit -q -m x"):
         done = run(*git, *words.split(), home=home)
@@ -100,6 +101,22 @@ def test_it_has_its_help(environment: Path, tmp_path: Path) -> None:
     for topic in hive.TOPICS:
         done = run(environment / "bin/hive", "help", topic, home=tmp_path)
         assert (done.stdout, done.stderr) == (hive.help_topic(topic), "")
+
+
+def test_it_has_its_man_pages_and_completions(environment: Path, tmp_path: Path) -> None:
+    share = environment / "share"
+    files = {str(file.relative_to(share)) for file in share.rglob("*") if file.is_file()}
+    completions = {
+        "bash": "bash-completion/completions/hive",
+        "zsh": "zsh/site-functions/_hive",
+        "fish": "fish/vendor_completions.d/hive.fish",
+    }
+    pages = {f"man/man7/hive-{topic}.7" for topic in hive.TOPICS}
+    assert files == {"man/man1/hive.1", *pages, *completions.values()}
+    assert f'"hive {hive.__version__}"' in (share / "man/man1/hive.1").read_text()
+    for shell, place in completions.items():
+        said = run(environment / "bin/hive", "completion", shell, home=tmp_path)
+        assert (share / place).read_text() == said.stdout
 
 
 def test_it_puts_nothing_elsewhere(environment: Path) -> None:

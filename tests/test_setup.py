@@ -34,7 +34,7 @@ def environment(home: Path) -> dict[str, str]:
 def start(home: Path, *arguments: str, **how: Any) -> subprocess.Popen[str]:
     """Begin `hive.py init` in an empty home."""
     how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
-    command = [sys.executable, str(ROOT / "hive.py"), "init", *arguments]
+    command = [sys.executable, str(ROOT / "hive-cli"), "init", *arguments]
     return subprocess.Popen(command, cwd=home, env=environment(home), text=True, **how)
 
 
@@ -122,7 +122,7 @@ def test_without_a_terminal_it_asks_nothing_and_takes_the_defaults(
 ) -> None:
     openclaw(tmp_path, ".openclaw", ".openclaw-work")
     code, out, err = init(tmp_path)
-    file, script, host = config_file(tmp_path), ROOT / "hive.py", hive.short_host_name()
+    file, script, host = config_file(tmp_path), ROOT / "hive-cli", hive.short_host_name()
     assert (code, err) == (0, "")
     assert out == (
         f"wrote {file}: node {host}, broker: this machine alone, agents: main, work\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import os
 import re
@@ -21,12 +22,17 @@ import hive
 
 FILE = Path(hive.__file__)
 SOURCE = FILE.read_text("utf-8")
-TREE = ast.parse(SOURCE)
 BANNERS = [
     (number, found[1])
     for number, line in enumerate(SOURCE.splitlines(), 1)
     if (found := re.match(r"# ---- (\w+):", line))
 ]
+
+
+@functools.cache
+def tree() -> ast.Module:
+    """The whole file, read by who needs it: each worker collects these tests."""
+    return ast.parse(SOURCE)
 
 
 def scopes(scope: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
@@ -42,7 +48,7 @@ def section(line: int) -> str:
 
 def top_level() -> Iterator[tuple[str, ast.stmt]]:
     """Each name that the file defines at its top level, and where."""
-    for node in TREE.body:
+    for node in tree().body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name, node
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -55,11 +61,12 @@ def top_level() -> Iterator[tuple[str, ast.stmt]]:
                 yield one.asname or one.name.partition(".")[0], node
 
 
+@functools.cache
 def uses() -> dict[str, set[str]]:
     """The other sections that each section uses, by the names that stand in it."""
     home = {name: section(node.lineno) for name, node in top_level()}
     found: dict[str, set[str]] = {name: set() for _, name in BANNERS}
-    for node in TREE.body:
+    for node in tree().body:
         here = section(node.lineno)
         for name in ast.walk(node):
             if here and isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load):
@@ -134,7 +141,7 @@ def test_no_local_name_hides_one_of_the_file() -> None:
 def test_no_function_is_too_long_to_read() -> None:
     lengths = {
         f"{node.name}, line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1
-        for node in ast.walk(TREE)
+        for node in ast.walk(tree())
         if isinstance(node, ast.FunctionDef)
     }
     longest = max(lengths, key=lengths.__getitem__)
@@ -144,7 +151,7 @@ def test_no_function_is_too_long_to_read() -> None:
 def test_only_the_mqtt_client_imports_paho() -> None:
     importing = {
         section(node.lineno)
-        for node in ast.walk(TREE)
+        for node in ast.walk(tree())
         if isinstance(node, ast.Import | ast.ImportFrom) and "paho" in ast.unparse(node)
     }
     assert importing == {"", "MqttClient"}  # "": above the first banner, for type checkers only
@@ -154,7 +161,7 @@ def test_what_only_type_checkers_import_stands_in_annotations_alone() -> None:
     """Anywhere else it would be a NameError, and none that mypy finds."""
     only = next(
         one
-        for one in TREE.body
+        for one in tree().body
         if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING"
     )
     known = {
@@ -171,7 +178,7 @@ def test_what_only_type_checkers_import_stands_in_annotations_alone() -> None:
     }
     annotations = {
         id(inner)
-        for one in ast.walk(TREE)
+        for one in ast.walk(tree())
         for outer in (getattr(one, "annotation", None), getattr(one, "returns", None))
         if outer
         for inner in ast.walk(outer)
@@ -192,7 +199,7 @@ def test_what_only_type_checkers_import_stands_in_annotations_alone() -> None:
         for child in ast.iter_child_nodes(one):
             yield from used(child, known)
 
-    assert known and not [*used(TREE, known)]
+    assert known and not [*used(tree(), known)]
 
 
 @pytest.mark.parametrize("module", ["paho", "logging", "subprocess", "ssl", "sqlite3", "tomllib"])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Hive, eventually
+from raw_mqtt import connect_packet, publish_packet
 from rig import HANGS, Rig
 
 import hive as module
@@ -229,7 +234,7 @@ def tells_what_became_of_each(fleet: Hive, direct: tuple[str, ...]) -> None:
 
     done = fleet.cli(*send, "--to", "tag:gpu", "--json", code=1)
     *answers, summary = map(json.loads, done.stdout.splitlines())
-    assert summary == {"ok": ["web-1"], "failed": ["web-2"], "silent": [], "away": []}
+    assert summary == {"ok": ["web-1"], "failed": ["web-2"], "silent": [], "away": [], "unsent": []}
     assert sorted((one["from"], one["ch"]) for one in answers) == [
         ("web-1", "response"),
         ("web-2", "alert"),
@@ -254,6 +259,67 @@ def test_who_keeps_silent_is_counted_and_who_is_away_gets_nothing(fleet: Hive) -
     assert len(fleet.nodes["web-3"].events("handler started")) == 1
 
 
+def test_a_view_of_some_nodes(fleet: Hive, tmp_path: Path) -> None:
+    def shown(*words: str, code: int = 0) -> str:
+        return fleet.cli("alpha", *words, code=code).stdout
+
+    def names(*words: str) -> list[str]:
+        return sorted(row["name"] for row in json.loads(shown("status", "--json", *words)))
+
+    assert names("web-*") == ["web-1", "web-2", "web-3"]
+    assert names("--tag", "gpu") == names("tag:gpu") == ["web-1", "web-2"]
+    assert names("web-[13]", "--tag", "gpu", "--direct") == ["web-1"]
+    assert names() == names("all") == ["alpha", "web-1", "web-2", "web-3"]
+    assert shown("status", "alpha", "web-1").startswith("2 nodes: 2 online;")
+    assert shown("status", "--tag", "gpu", "--check") == "2 nodes: 2 online\n"
+    assert shown("status", "web-*", "--check", code=1).startswith("3 nodes: 2 online, 1 offline;")
+    why = fleet.cli("alpha", "status", "wep-1", "--check", code=1).stderr
+    assert why == "hive: no node is called like wep-1; did you mean web-1?\n"
+    assert [line.split()[0] for line in shown("roster", "web-[12]").splitlines()] == [
+        "NODE",
+        "web-1",
+        "web-2",
+    ]
+    file = tmp_path / "watched"
+    with file.open("w") as out:
+        line = fleet.command_line("alpha", "status", "--watch", "--tag", "gpu")
+        watching = subprocess.Popen(line, stdout=out, env=fleet.environment)
+    eventually("the first look", lambda: "web-2: online" in file.read_text())
+    fleet.nodes["web-3"].start()
+    fleet.nodes["web-2"].stop()
+    eventually("the second", lambda: "web-2: stopped" in file.read_text())
+    watching.terminate()
+    watching.wait()
+    assert "web-1" in file.read_text()
+    assert "alpha: " not in file.read_text() and "web-3" not in file.read_text()
+
+
+def test_a_large_hive_is_summed_up_unless_each_is_asked_for(hive: Hive) -> None:
+    now, port = int(time.time()), hive.broker.port
+    hive.node("alpha")
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(connect_packet(5, f"crowd-{port}"))
+        for i in range(26):
+            said = {"status": "degraded" if i == 7 else "online", "last_seen": now, "interval": 60}
+            for kind, document in {"state": said, "roster": {"tags": ["web"]}}.items():
+                topic = f"{hive.prefix}/meta/web-{i}/{kind}"
+                sock.sendall(publish_packet(topic, json.dumps(document).encode(), retain=True))
+        sock.sendall(b"\xe0\0")
+        while sock.recv(100):
+            pass
+    lines = hive.cli("alpha", "status").stdout.splitlines()
+    assert lines[0].startswith("26 nodes: 25 online, 1 degraded;")
+    assert lines[3].split()[:2] == ["web-7", "degraded"] and "web-8" not in str(lines)
+    assert "tag web    26     25      1" in lines
+    assert "tag web        26" in hive.cli("alpha", "roster").stdout
+    each = hive.cli("alpha", "status", "--all").stdout
+    assert len(hive.cli("alpha", "roster", "--all").stdout.splitlines()) == 27
+    assert sum(line.startswith("web-") for line in each.splitlines()) == 26
+    assert len(json.loads(hive.cli("alpha", "status", "--json").stdout)) == 26
+    assert hive.cli("alpha", "status", "--check", code=1).stdout.endswith("web-7: degraded\n")
+    assert "web-8" in hive.cli("alpha", "status", "web-8", "web-9").stdout
+
+
 def test_so_many_at_once_and_no_more(hive: Hive) -> None:
     hive.node("alpha").start()
     diary = hive.home / "diary"
@@ -270,5 +336,33 @@ def test_so_many_at_once_and_no_more(hive: Hive) -> None:
         running += 1 if line == "+" else -1
         most = max(most, running)
     assert most == 2
-    why = hive.cli(*send[:-2], "--parallel", "2", code=2).stderr
-    assert why.startswith("hive: --parallel: of use only with --wait, and to a tag or a pattern")
+    for flag in (("--parallel", "2"), ("--fail-fast",)):
+        why = hive.cli(*send[:-2], *flag, code=2).stderr
+        assert why == f"hive: {flag[0]}: of use only with --wait, and to a tag or a pattern\n"
+
+
+def test_a_rolling_action_stops_at_the_first_failure_and_at_ctrl_c(hive: Hive) -> None:
+    hive.node("alpha").start()
+    for i, lines in enumerate(("echo ok", "exit 1", "echo ok", HANGS)):
+        node = hive.node(f"web-{i}")
+        node.handler("deploy", f"#!/bin/sh\n{lines}\n")
+        node.start()
+    eventually("all are seen", lambda: len(hive.nodes["alpha"].events("peer is up")) == 4)
+    send = ("alpha", "send", "--to", "web-*", "--action", "deploy", "--text", "x", "--wait", "20")
+    done = hive.cli(*send, "--fail-fast", "--json", code=1)
+    said = {"ok": ["web-0"], "failed": ["web-1"], "silent": [], "away": []}
+    assert json.loads(done.stdout.splitlines()[-1]) == {**said, "unsent": ["web-2", "web-3"]}
+    assert not hive.nodes["web-2"].events("handler started")
+
+    line = hive.command_line(*send, "--parallel", "3")
+    sending = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=hive.environment, text=True
+    )
+    hive.nodes["web-3"].logged("handler started")
+    assert sending.stdout and sending.stderr
+    answers = [sending.stdout.readline() for _ in range(2)]
+    sending.send_signal(signal.SIGINT)
+    assert sending.wait(20) == 130
+    assert sorted(answers) == ["web-0: ok\n", "web-2: ok\n"]
+    *_, summary = sending.stderr.read().splitlines()
+    assert summary == "hive: 2 of 4 ok, 1 failed (web-1), 1 silent (web-3)"
