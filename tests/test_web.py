@@ -5,6 +5,8 @@ What takes a browser is in web_page.py (make test-web).
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -206,6 +208,10 @@ def test_the_page_asks_nobody_else_and_runs_nothing_else(site: Site) -> None:
     assert policy and "default-src 'none'" in policy[1] and "unsafe" not in policy[1]
     assert policy[1].count("'sha256-") == 2
     page = body.decode()
+    for tag in ("script", "style"):
+        (text,) = re.findall(rf"(?s)<{tag}>(.*?)</{tag}>", page)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy[1]
     assert {*re.findall(r"https?://[^\s\"'`]+", page)} == {"http://www.w3.org/2000/svg"}
     assert not re.search(
         r" on\w+=| style=|innerHTML|outerHTML|insertAdjacent|document\.write", page
@@ -433,6 +439,12 @@ def pending_connections(site: Site) -> bool:
     return bool(select.select([site.server._listener], [], [], 0)[0])
 
 
+def test_too_much_at_once_is_told_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hive.MAX_LINKS", 0)
+    status, said = site.post("/send", {"to": "attic", "text": "x"})
+    assert (status, said) == (503, {"error": "too much is asked at once; try again"})
+
+
 def test_a_page_too_many_is_told_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hive.MAX_PAGES", 2)
     pages = [site.open(), site.open()]
@@ -516,6 +528,7 @@ def test_the_command_serves_until_it_is_ended_and_says_where(tmp_path: Path) -> 
     again, _ = start(tmp_path, "--port=1", "--open").communicate(timeout=30)
     assert again == f"the page of alpha is served already: {said[1]}\n"
     assert (tmp_path / "state" / "web.html").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "state" / "web.html").unlink()
     first.send_signal(signal.SIGTERM)
     rest, errors = first.communicate(timeout=30)
     assert (first.returncode, rest, errors) == (0, "", "")
@@ -523,6 +536,7 @@ def test_the_command_serves_until_it_is_ended_and_says_where(tmp_path: Path) -> 
     assert third.stdout and third.stdout.readline() == line  # pages that are open go on
     third.terminate()
     third.communicate(timeout=30)
+    assert not (tmp_path / "state" / "web.html").exists()  # nobody said --open
 
 
 def test_the_port_is_the_pages_and_the_brokers_goes_before() -> None:
