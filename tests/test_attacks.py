@@ -125,7 +125,9 @@ class Member:
         client_id: str = "",
         clean: bool = True,
         will: tuple[str, bytes] | None = None,
+        prefix: str = PREFIX,
     ) -> None:
+        self._prefix = prefix
         self.user, self.heard = user, list[mqtt.MQTTMessage]()
         self._codes, self._changed = dict[int | str, int](), threading.Condition()
         self.client = mqtt.Client(
@@ -162,7 +164,7 @@ class Member:
 
     def publish(self, topic: str, payload: bytes, retain: bool = False) -> int:
         """The broker's reason code, or -1 where it hung up."""
-        mid = self.client.publish(f"{PREFIX}/{topic}", payload, 1, retain).mid
+        mid = self.client.publish(f"{self._prefix}/{topic}", payload, 1, retain).mid
         self._until(lambda: mid in self._codes or "down" in self._codes)
         return self._codes.pop(mid, -1)
 
@@ -174,7 +176,7 @@ class Member:
     def everything(self) -> list[mqtt.MQTTMessage]:
         """What it has heard until a message to itself comes round."""
         fence = f"{self.user}/response/{self.user}/fence{len(self.heard)}"
-        self.subscribe(f"{PREFIX}/{fence}")
+        self.subscribe(f"{self._prefix}/{fence}")
         assert self.publish(fence, b"x") == 0
         self._until(lambda: any(one.topic.endswith(fence) for one in self.heard))
         return [one for one in self.heard if "/fence" not in one.topic]
