@@ -11,10 +11,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from conftest import ROOT, Broker, eventually, find_program, free_port
+
+import hive
 
 CACHE = ROOT / ".cache" / "brokers"
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -76,6 +79,51 @@ class Nats(OtherBroker):
             f'jetstream {{ store_dir: "{self.home}/jetstream" }}\n'
             f"mqtt {{ host: 127.0.0.1, port: {self.port} }}\n"
         )
+
+
+class NatsCluster(OtherBroker):
+    """Three of them, at 127.0.0.1 to .3, which keep everything three times (Linux)."""
+
+    hosts = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+
+    def configure(self) -> None:
+        routes = [f"127.0.0.1:{free_port()}" for _ in self.hosts]
+        joined = ", ".join(f'"nats://{one}"' for one in routes)
+        self.members: dict[str, subprocess.Popen[bytes]] = {}
+        for host, route in zip(self.hosts, routes, strict=True):
+            self.conf(host).write_text(
+                f'server_name: "{host}"\nlisten: "127.0.0.1:{free_port()}"\n'
+                f'jetstream {{ store_dir: "{self.home}/{host}" }}\n'
+                f'cluster {{ name: hive, listen: "{route}", routes: [{joined}] }}\n'
+                f"mqtt {{ host: {host}, port: {self.port}, stream_replicas: 3 }}\n"
+            )
+
+    def conf(self, host: str) -> Path:
+        return self.home / f"{host}.conf"
+
+    def start(self) -> None:
+        for host in self.hosts:
+            if host not in self.members:
+                self.start_member(host)
+        for host in self.hosts:
+            eventually(f"{host} lets us in", partial(self.lets_in, host), BOOT)
+
+    def start_member(self, host: str) -> None:
+        with (self.home / "broker.log").open("ab") as log:
+            command = ["nats-server", "-c", str(self.conf(host))]
+            self.members[host] = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def lets_in(self, host: str) -> bool:
+        """Does it, which takes a leader of those who keep the sessions?"""
+        return hive.lets_in(hive.MqttConfig(host=host, port=self.port, protocol="3.1.1"))
+
+    def kill_member(self, host: str, number: int = signal.SIGKILL) -> None:
+        self.members[host].send_signal(number)
+        self.members.pop(host).wait()
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        for host in [*self.members]:
+            self.kill_member(host, number)
 
 
 class RabbitMQ(OtherBroker):
@@ -140,6 +188,7 @@ class Amqtt(OtherBroker):
 
 OTHER_BROKERS = {
     "nats": Nats,
+    "nats x3": NatsCluster,
     "rabbitmq": RabbitMQ,
     "aedes": AedesBroker,
     "amqtt": Amqtt,
@@ -180,6 +229,7 @@ def pip(package: str) -> None:
 
 INSTALL: dict[str, Callable[[], None]] = {
     "nats": lambda: apt("nats-server", "nats-server"),
+    "nats x3": lambda: apt("nats-server", "nats-server"),
     "rabbitmq": lambda: apt("rabbitmq-server", str(RABBITMQ)),
     "aedes": lambda: npm("aedes@1.2.0"),
     "amqtt": lambda: pip("amqtt==0.12.1"),

@@ -64,6 +64,9 @@ class Wire:
         for message in self.outbox.next_outgoing(1000, self.address) if self.up else ():
             self.send(message.replace(topic=self.address(message.topic)))
 
+    def send_again(self) -> None:
+        pass
+
     def room(self, topic: str) -> int:
         return self.limit - len(topic)
 

@@ -87,7 +87,7 @@ def test_from_nothing_in_one_command_and_again_nothing_changes(alpha: Carrier) -
     assert content(alpha.host.folder) == before and alpha.config.read_bytes() == config
     assert pids == (alpha.host.service_pid(), alpha.host.broker_pid())
     alpha.daemon()
-    assert alpha.statuses() == {"alpha": "online"}
+    assert alpha.status() == {"alpha": "online"}
 
 
 def test_another_address_is_taken_over_while_it_runs(alpha: Carrier) -> None:
@@ -345,6 +345,30 @@ def test_kill_9_at_any_moment_leaves_nothing_that_cannot_go_on(
     assert all(names) and len(lines) in (2, 3)
     assert alpha.invite().startswith("hive1.")
     assert alpha.run("doctor", code=None).stdout.count("fail") == 0
+
+
+def test_a_mosquitto_that_hangs_is_killed_and_started_again(
+    prepared: hive.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "SILENT_BROKER", 0.0)
+    prepared.prepare(settings(free_port()), "alpha", time.time())
+    log = io.StringIO()
+    loop = hive.Loop(hive.Log("info", stream=log))
+    service = hive.HostService(prepared, loop, loop.log)
+    try:
+        service.start()
+        hive.step_until(loop, PATIENCE, lambda: "hosting the hive" in log.getvalue())
+        stopped = prepared.broker_pid()
+        assert stopped
+        os.kill(stopped, signal.SIGSTOP)
+        for _ in range(2):  # what its client says, after ten seconds, and then each few
+            service.on_disconnected("no answer (PINGRESP) in time")
+        hive.step_until(loop, PATIENCE, lambda: prepared.broker_pid() not in (None, stopped))
+        assert prepared.broker_pid() not in (None, stopped)
+        assert "answers nobody, and is killed" in log.getvalue()
+    finally:
+        service.close()
+        loop.close()
 
 
 # ---- Two at once, and half of it ---------------------------------------------------------
