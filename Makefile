@@ -4,7 +4,8 @@
 #               LIVE=1 shows three nodes at work, and one in trouble
 # make test-agents     against real Claude Code, Codex, Gemini CLI and OpenCode, from npm (1.5 GB, 70 s)
 # make test-openclaw   against a real OpenClaw, installed from npm into .cache/ (790 MB, 90 s)
-# make test-web  the page in a real Chromium, with axe-core from npm (Debian's chromium, as root)
+# make test-web  the page in a real Chromium, with axe-core from npm, and a real Prometheus
+#               (Debian's packages, as root)
 # make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed;
 #               and a wheel, for pip and pipx
 # make fuzz     mutated traffic against the embedded broker, for SECONDS=3600 (20 of it in check)
@@ -36,7 +37,7 @@ PROGRAMS := node@26.10.0 @anthropic-ai/claude-code@2.1.332 @openai/codex@0.169.0
 RUNTIME := 'paho-mqtt>=2,<3'
 TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6.170.15 ruff==0.17.6 mypy==2.4.1 \
            radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2 hatchling==1.33.0 \
-           prometheus_client==0.26.0 pyte==0.8.2 mcp==2.3.0 playwright==1.65.2
+           prometheus_client==0.26.0 'grafana-foundation-sdk==1769699998!10.1.0' pyte==0.8.2 mcp==2.3.0 playwright==1.65.2
 
 SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py contrib/man.py \
            contrib/handlers/sentinel.py contrib/handlers/check-email contrib/handlers/check-calendar \
@@ -66,7 +67,7 @@ test-openclaw: $(VENV)/tools mosquitto dovecot $(OPENCLAW)/ready
 	OPENCLAW_BIN=$(abspath $(OPENCLAW))/node_modules/.bin \
 	  $(python) -m pytest -q --timeout 300 tests/real_openclaw.py
 
-test-web: $(VENV)/tools mosquitto chromium $(AXE)/ready
+test-web: $(VENV)/tools mosquitto chromium prometheus $(AXE)/ready
 	$(python) -m pytest -q -rs -s --timeout 120 tests/web_page.py
 
 test-agents: $(VENV)/tools mosquitto tmux $(AGENTS)/ready
@@ -189,6 +190,13 @@ chromium:
 	    apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } >/dev/null || true; \
 	else echo "Chromium is missing: the page is not looked at (apt-get install chromium)"; fi
 
+# It reads what is served for it; 48 MB, without a console of its own.
+prometheus:
+	@command -v prometheus >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends prometheus >/dev/null; } || \
+	  echo "prometheus is missing: nobody reads the numbers (apt-get install prometheus)"
+
 # A mail server for check-email, which each test starts for itself.
 dovecot:
 	@PATH="$$PATH:/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"; \
@@ -222,4 +230,4 @@ clean:  ## remove what make has made
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
   bench-broker bench-fleet bench-journal bench-members brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean \
-  test-web pictures chromium test-agents tmux npm
+  test-web pictures chromium prometheus test-agents tmux npm

@@ -41,7 +41,8 @@ tokens; only what needs judgment wakes an agent.
 #   MQTT    Packets     bytes to packets and back
 #           Broker      a small one of our own, for one user on one machine
 #                       <- Stream, Control, Database, Packets
-#           MqttClient  connect, come back, publish; alone in importing paho <- Journal
+#           MqttClient  connect, come back, publish; alone in importing paho
+#                       <- Journal, Packets
 #           BrokerHost  which broker, and whose turn it is to be one
 #                       <- Control, Database, Packets, Broker
 #   shell   Output      rows to a table or to JSON; returns strings
@@ -103,7 +104,6 @@ TYPE_CHECKING = False  # to mypy it is true; others need not import what only my
 if TYPE_CHECKING:
     import sqlite3
     import subprocess
-    from ssl import SSLSocket
     from typing import IO, Any, ClassVar, NoReturn, Protocol, Self, TypeVar, dataclass_transform
 
     import paho.mqtt.client as paho_client
@@ -2761,7 +2761,7 @@ class Requests:
         connection: Callable[[], dict[str, Any]],
         sessions: Sessions,
         numbers: Callable[[], dict[str, list[list[Any]]]],
-        ask_for_journal: Callable[[Envelope], str],
+        ask_for_journal: Callable[[Envelope], None],
     ) -> None:
         """`send` gives why not, or nothing; `connection` tells how the node's one is.
 
@@ -2867,8 +2867,8 @@ class Requests:
         question = Envelope.new(self._node, given["node"], "command", text.decode(), **more)
         if requester not in self._listeners.get(exchange, ()):
             self._listen(exchange, requester)
-        fault = self._ask_for_journal(question)
-        return {"error": fault} if fault else {"id": question.id}
+        self._ask_for_journal(question)
+        return {"id": question.id}
 
     def history(self, given: Mapping[str, Any], requester: Requester) -> dict[str, Any]:
         traffic = self._journal.traffic(time.time() - 60 * MINUTES)
@@ -3235,7 +3235,7 @@ class Node:
             self._connection,
             self.sessions,
             self.numbers,
-            self._ask_for_journal,
+            lambda question: self.shared.send(question),
         )
         self.shared = SharedJournal(self)
         self.members.on_change = self.requests.note_change
@@ -3708,16 +3708,6 @@ class Node:
         self.commit_soon()
         return ""
 
-    def _ask_for_journal(self, question: Envelope) -> str:
-        """Ask a node, or this one itself, for its journal; why not, if so."""
-        if question.to == self.name:
-            self.shared.ask(question)
-        elif self.journal.outbox_full:
-            return "too much waits for the broker"
-        else:
-            self.shared.send(question)
-        return ""
-
     def published(self, message: OutgoingMessage, code: int, words: str) -> None:
         """The broker has it, or never will."""
         self.commit_soon()
@@ -3872,30 +3862,29 @@ class SharedJournal:
 
     def _page(self, rows: Iterable[Mapping[str, Any]], newest: int, asker: str) -> str:
         """As many rows as an answer may hold; `after` is where to read on."""
-        page: list[dict[str, Any]] = []
         texts = self._node.config.journal.share_texts or not asker
         room = min(self._node.room(self._node.topics.to(asker, "response")), MAX_PAGE) - KIB
-        for row in rows:
-            page.append(shared_row(row, texts, private=not asker))
-            room -= 2 * len(encode_json(page[-1]))  # it is quoted once more on its way
-            if room < 0 and page[1:]:
-                page.pop()
-                break
+        page = [shared_row(row, texts, private=not asker) for row in rows]
+        while page[1:] and 2 * len(encode_json(page)) > room:  # it is quoted once more on its way
+            page = page[: len(page) // 2]
         after = page[-1]["n"] if page else newest
         return encode_json({"rows": page, "after": after, "more": after < newest}).decode()
 
     def _answer(self, question: JournalQuestion, page: str) -> None:
         answer = question.envelope.reply(self._node.name, page, action=READ_JOURNAL)
-        if not question.asker:
-            self._node.requests.heard(answer)
-        elif self._journal.takes_answer(self._node.topics.of(answer)):
+        if self._journal.takes_answer(self._node.topics.of(answer)):
             self.send(answer)
 
     def send(self, envelope: Envelope) -> None:
-        """Send a question or an answer; whoever misses it asks again."""
-        until = time.time() + MAX_HOLD
-        self._journal.enqueue(self._node.topics.of(envelope), envelope.encode(), until=until)
-        self._node.commit_soon()
+        """Send a question or an answer, within this node too; whoever misses it asks again."""
+        if envelope.to != self._node.name:
+            topic, until = self._node.topics.of(envelope), time.time() + MAX_HOLD
+            self._journal.enqueue(topic, envelope.encode(), until=until)
+            self._node.commit_soon()
+        elif envelope.ch == "response":
+            self._node.requests.heard(envelope)
+        else:
+            self.ask(envelope)
 
 
 def shared_row(row: Mapping[str, Any], texts: bool, private: bool) -> dict[str, Any]:
@@ -4211,6 +4200,7 @@ class Work(Worker):
         """What there is to tell of it."""
         health = {
             name: {"status": agent.health.value, "reason": agent.reason}
+            | ({"next_try": agent.next_try} if agent.next_try else {})
             for name, agent in self._agents.items()
         }
         schedule = [one.document() for one in self._schedule]
@@ -7114,6 +7104,7 @@ class Agent:
         self._next_probe: Timer | None = None
         self.turns = Counter[str]()  # calls that ended, by how
         self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
+        self._again_at = 0  # the same in Unix seconds
         self._method = ""  # the last one that worked
         self._request: GatewayRequest | None = None  # the last one
         self._stopping = False
@@ -7122,6 +7113,12 @@ class Agent:
     def calling(self) -> bool:
         """Is a call under way?"""
         return bool(self._calling)
+
+    @property
+    def next_try(self) -> int | None:
+        """Unix seconds of the next call, where the last one failed and its messages wait."""
+        waits = self.health is Health.DOWN and self._waiting and not self._closed
+        return self._again_at if waits and self._not_before else None
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._calling)
@@ -7279,7 +7276,7 @@ class Agent:
         first, longest = AGENT_RETRY
         delay = min(first * 2**self._failures, longest) * random.uniform(0.75, 1.0)
         self._failures = min(self._failures + 1, 20)
-        self._not_before = self._loop.clock() + delay
+        self._not_before, self._again_at = self._loop.clock() + delay, int(time.time() + delay)
 
     def _expire(self) -> None:
         now = self._loop.clock()
@@ -7673,6 +7670,7 @@ PASSING = (
     "running",
     "waiting",
     "outbox",
+    "rtt_ms",
     "interval",
     "counters",
 )  # no news
@@ -7921,7 +7919,9 @@ class Members:
         boot, interval = said.get("boot"), bounded_number(said.get("interval"), 0, sys.maxsize)
         boot = boot if isinstance(boot, str) and ID.fullmatch(boot) else ""
         if envelope.sender == self._me:
-            if self.presence and boot != self.presence.instance:
+            if self.presence and boot == self.presence.instance:
+                self.presence.hear_own(said.get("seq"))
+            elif self.presence:
                 self._hear_namesake(asked=envelope.to == self._me)
             return self._beat(envelope.sender, said)
         news = self.heartbeat_from(
@@ -8354,7 +8354,7 @@ class Members:
 class OwnStatus(Value):
     """What this node can tell of itself, besides that it is alive."""
 
-    agents: Mapping[str, Mapping[str, str]]  # status and reason of each
+    agents: Mapping[str, Mapping[str, object]]  # status, reason, next try of each
     handlers: Sequence[str]
     schedule: Sequence[Mapping[str, object]]
     trouble: str  # why it is degraded, or nothing
@@ -8419,7 +8419,8 @@ class Presence:
         self._status, self._known, self._counts = status, known, counts
         self.build = build()  # of the file as it was when this daemon started
         self._started = loop.clock()
-        self._seq = 0
+        self._seq = self._beat = 0  # of the last heartbeat; of the last that went to all
+        self._rtt: int | None = None  # milliseconds that it took to the broker and back
         self.interval = config.heartbeat.interval  # seconds until the next heartbeat
         self._beaten = self._shown_at = float("-inf")
         self._shown: list[dict[str, Any]] = []  # the states last published, but for the time
@@ -8453,6 +8454,11 @@ class Presence:
         """By which interval a state is judged: what needs no heartbeat to know is no hurry."""
         return max(self.interval, (len(self._known()) + 1) / MAX_RENEWALS)
 
+    def hear_own(self, seq: object) -> None:
+        """A heartbeat of ours has been to the broker, and is back."""
+        if seq == self._beat:
+            self._rtt = max(1, round(1000 * (self._loop.clock() - self._beaten)))
+
     def answer(self) -> None:
         """Another daemon asks whether our name is taken."""
         if self._loop.clock() - self._beaten >= MIN_BEAT_GAP:
@@ -8464,6 +8470,7 @@ class Presence:
         self.interval = self._paced()
         topic = self._topics.to(EVERYONE, "heartbeat")
         self._publish(OutgoingMessage(topic, self.heartbeat(EVERYONE), qos=0))
+        self._beat = self._seq
         self._show_states()
 
     def _show_states(self) -> None:
@@ -8533,6 +8540,7 @@ class Presence:
             "running": own.running,
             "waiting": own.waiting,
             "outbox": own.outbox,
+            "rtt_ms": self._rtt,
             "oc": {**own.agents, **dict.fromkeys(own.sessions, WELL)},
             "instance": self.instance,
             "interval": self._renewal,
@@ -10807,11 +10815,11 @@ def lighten_paho() -> None:
 
 
 def paho_errors() -> tuple[type[Exception], ...]:
-    """What paho raises when the broker sends what is no MQTT."""
+    """What is raised when the broker sends what is no MQTT."""
     load_paho()
     from paho.mqtt import MQTTException
 
-    return MQTTException, ValueError, LookupError
+    return MQTTException, MalformedPacket, ValueError, LookupError
 
 
 def tls_context(settings: MqttConfig) -> Any:
@@ -10852,44 +10860,64 @@ def first_fault(first: bytes) -> tuple[str, int]:
 
 
 class ReadAhead:
-    """Many packets for one read(2); paho asks for each byte of a header by itself.
+    """Many packets for one read(2).  PUBLISH is taken apart here, all others by paho.
 
-    Keeps what paho does not tell of: how a server began, and why TLS ended.
+    paho asks for each byte of a header by itself, and needs three times as long for a message.
+    Keeps what it does not tell of: how a server began, and why TLS ended.
     """
 
     def __init__(self, recv: Callable[[int], bytes]) -> None:
-        self._recv, self._data, self._at = recv, b"", 0
+        self._recv, self._data = recv, bytearray()
+        self._at = self._given = 0  # of the data: what was taken, and up to where paho may
+        self._over: OSError | bool = False
         self.first, self.fault = b"", ""
 
-    def __bool__(self) -> bool:
-        """Is there something that the selector does not know of?"""
-        return self._at < len(self._data)
+    def fill(self) -> bool:
+        """Read on; is there perhaps more at once?  paho gets to know what goes wrong."""
+        try:
+            data = self._recv(READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            fault = dial_fault(error, tls=False)
+            self.fault = fault if fault.startswith("TLS") else ""
+            data, self._over = b"", error
+        self._over = self._over or not data
+        self.first = self.first or data[:FIRST_SIZE]
+        del self._data[: self._at]
+        self._data += data
+        self._given, self._at = self._given - self._at, 0
+        return len(data) == READ_SIZE
+
+    def publish(self) -> tuple[int, bytes] | None:
+        """Flags and body of the next packet; None if it is another, or not all there."""
+        if self._at < self._given:
+            return None
+        bounds = packet_bounds(self._data, self._at, sys.maxsize)
+        if bounds is None:
+            return None
+        first, (body, end) = self._data[self._at], bounds
+        if first >> 4 != PacketType.PUBLISH:
+            self._given = end
+            return None
+        self._at = end
+        return first & 15, bytes(self._data[body:end])
+
+    @property
+    def for_paho(self) -> bool:
+        """Is there a whole packet of another kind, or the end?"""
+        return self._at < self._given or bool(self._over)
 
     def recv(self, size: int) -> bytes:
-        """As the socket's; raises what that raises."""
-        if not self:
-            if size >= READ_SIZE:
-                return self._recv(size)
-            try:
-                self._data, self._at = self._recv(READ_SIZE), 0
-            except OSError as error:
-                fault = dial_fault(error, tls=False)
-                self.fault = fault if fault.startswith("TLS") else ""
-                raise
-            self.first = self.first or self._data[:FIRST_SIZE]
-        part = self._data[self._at : self._at + size]
+        """As the socket's, for paho; raises what that has raised."""
+        if self._at >= self._given:
+            if not self._over:
+                raise BlockingIOError
+            if isinstance(self._over, OSError):
+                raise self._over
+        part = bytes(self._data[self._at : min(self._at + size, self._given)])
         self._at += len(part)
         return part
-
-
-def read_ahead(client: paho_client.Client) -> ReadAhead | None:
-    """Make paho read ahead: 1.6 times as many messages a second.  None where it cannot be made."""
-    method = "_sock_recv"  # not public, so it may be gone one day
-    if not hasattr(client, method):
-        return None
-    ahead = ReadAhead(getattr(client, method))
-    vars(client)[method] = ahead.recv
-    return ahead
 
 
 class MqttConnection:
@@ -10905,10 +10933,10 @@ class MqttConnection:
         self._heard_at = self._said_at = self._loop.clock()  # the same; and when we last did
         self._keepalive = owner.settings.keepalive
         self.window, self.max_packet = SEND_WINDOW, sys.maxsize
-        self._received: deque[paho_client.MQTTMessage] = deque()
         self._acknowledged: deque[tuple[int, int, str]] = deque()  # packet id, reason, words
         self._client = self._make_client()
-        self._ahead = read_ahead(self._client)
+        self._ahead = ReadAhead(self._client._sock_recv)
+        vars(self._client)["_sock_recv"] = self._ahead.recv
         self._timer = self._loop.after(DIAL_DEADLINE, lambda: self.end(NO_CONNACK))
         import threading
 
@@ -10945,7 +10973,6 @@ class MqttConnection:
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe
         client.on_publish = self._on_publish
-        client.on_message = lambda client, userdata, message: self._received.append(message)
         # While a thread dials, paho must call nobody.
         client.on_socket_register_write = lambda client, userdata, sock: None
         client.on_socket_unregister_write = lambda client, userdata, sock: None
@@ -11041,35 +11068,40 @@ class MqttConnection:
         self._check()
 
     def _read(self) -> None:
-        until = self._loop.clock() + READ_TURN
+        until, more = self._loop.clock() + READ_TURN, True
         while self._loop.clock() < until:
             sock = self._client.socket()
             if sock is None or self.ended:
                 return
-            self._client.loop_read()
-            while self._acknowledged:
-                self._owner.acknowledged(self, *self._acknowledged.popleft())
-            while self._received:
-                self._deliver(self._received.popleft())
-            if not (self._ahead or has_more(self._client.socket())):
-                acknowledge_at_once(self._client.socket())
+            if published := self._ahead.publish():
+                self._deliver(*published)
+            elif self._ahead.for_paho:
+                self._client.loop_read()
+                while self._acknowledged:
+                    self._owner.acknowledged(self, *self._acknowledged.popleft())
+            elif more:
+                more = self._ahead.fill() or is_pending(sock)
+            else:
+                acknowledge_at_once(sock)
                 return
         self._loop.post(lambda: self._ready(selectors.EVENT_READ))
 
-    def _deliver(self, message: paho_client.MQTTMessage) -> None:
-        def ack() -> None:
-            if message.qos and not self.ended:
-                self._said_at = self._loop.clock()
-                self._client.ack(message.mid, message.qos)
+    def _deliver(self, flags: int, body: bytes) -> None:
+        """A PUBLISH has come (MQTT 5, 3.3)."""
+        if not self.welcome:
+            raise MalformedPacket("a message before CONNACK")
+        qos, reader = flags >> 1 & 3, Reader(body)
+        topic = reader.binary().decode(errors="replace")
+        packet_id = reader.packet_id() if qos else 0
+        properties = reader.properties("PUBLISH") if self.v5 else {}
 
-        try:
-            topic = message.topic
-        except UnicodeDecodeError:
-            topic = "�"
-        expires_in = getattr(message.properties, "MessageExpiryInterval", None)
-        self._owner.received(
-            IncomingMessage(topic, bytes(message.payload), message.retain, expires_in, ack)
-        )
+        def ack() -> None:
+            if qos and not self.ended:
+                self._said_at = self._loop.clock()
+                self._client.ack(packet_id, qos)
+
+        expires_in, payload = properties.get("message_expiry"), reader.take(reader.left)
+        self._owner.received(IncomingMessage(topic, payload, bool(flags & 1), expires_in, ack))
 
     def _check(self) -> None:
         """Has the broker refused something, or paho closed its socket, silently as it does?"""
@@ -11079,14 +11111,14 @@ class MqttConnection:
         elif first:
             self.end(first, code)
         elif self._client.socket() is None:
-            fault = "" if self.welcome or self._ahead is None else self._ahead.fault
+            fault = "" if self.welcome else self._ahead.fault
             self.hung_up = not (self.welcome or fault)
             self.end(fault or (HANG_UP if self.welcome else NO_WELCOME))
 
     @property
     def _first_fault(self) -> tuple[str, int]:
         """What it is that answers, where it did not let us in."""
-        first = b"" if self.welcome or self._ahead is None else self._ahead.first
+        first = b"" if self.welcome else self._ahead.first
         return first_fault(first)
 
     # What paho calls.  An exception here would make it handle the same packet again for ever,
@@ -11212,16 +11244,9 @@ def acknowledge_at_once(sock: Any) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, quickack, 1)
 
 
-def has_more(sock: socket.socket | SSLSocket | Any) -> bool:
-    """Is there more to read at once?  TLS holds back what the selector cannot see."""
-    if sock is None:
-        return False
-    if hasattr(sock, "pending"):
-        return bool(sock.pending())
-    try:
-        return bool(sock.recv(1, socket.MSG_PEEK))
-    except OSError:
-        return False
+def is_pending(sock: Any) -> bool:
+    """Does TLS hold back what the selector cannot see?"""
+    return hasattr(sock, "pending") and bool(sock.pending())
 
 
 def ignore_published(message: OutgoingMessage, code: int, words: str) -> None:
@@ -12136,6 +12161,7 @@ class StatusRow(Value):
     version: str | None
     reason: str | None
     session: Mapping[str, Any] | None  # what it works on, if it is one
+    next_try: float | None = None  # Unix seconds, where one of its agents could not be told
 
     @property
     def is_node(self) -> bool:
@@ -12157,6 +12183,12 @@ class StatusRow(Value):
             return ""
         return REASONS.get(self.reason or "", self.reason or "")
 
+    @property
+    def again(self) -> list[str]:
+        """What goes below that: when its agent is called again."""
+        at = time.localtime(self.next_try or 0)
+        return [time.strftime("its agent is called again at %H:%M:%S", at)] if self.next_try else []
+
 
 def status_row(
     name: str, state: Mapping[str, Any], heartbeat: HeartbeatConfig, now: float
@@ -12164,10 +12196,13 @@ def status_row(
     """Make a row of a state document, whatever it holds."""
     node = state.get("daemon_node")
     status, seen, age = judged(state, heartbeat, now)
+    agents = state["oc"] if isinstance(state.get("oc"), dict) else {}
     health = {
         printable(agent): printable(one.get("status") if isinstance(one, dict) else one, 20)
-        for agent, one in (state["oc"].items() if isinstance(state.get("oc"), dict) else ())
+        for agent, one in agents.items()
     }
+    tries = [one.get("next_try") for one in agents.values() if isinstance(one, dict)]
+    known_tries = filter(None, [bounded_number(one, 1, MAX_TS) for one in tries])
     version, reason = state.get("version"), state.get("reason")
     if status == "stale":
         reason = f"no word for {for_people(age)}" if age else "no word yet"
@@ -12183,6 +12218,7 @@ def status_row(
         version=printable(version, 30) if version else None,
         reason=printable(reason, 200) if reason else None,
         session=session_facts(state["session"]) if "session" in state else None,
+        next_try=min(known_tries, default=None),
     )
 
 
@@ -12250,7 +12286,7 @@ def status_screen(
     title, *lines = format_table(header, cells, colour).splitlines()
     body = [*head, "", *([title] if rows else [])]
     for row, line in zip(rows, lines, strict=True):
-        body += [line, *([f"  {row.why}"] if row.why else [])]
+        body += [line, *(f"  {words}" for words in (row.why, *row.again) if words)]
     if len(body) > (room := max(height - 2, 2)):
         body[room - 1 :] = [
             f"and {len(body) - room + 1} lines more: make it higher, or: hive status"
@@ -12326,7 +12362,8 @@ def sessions_in(
 
 def status_notes(rows: Sequence[StatusRow]) -> str:
     """Why nodes are not simply online, a line for each that says so."""
-    notes = [f"{row.name}: {row.reason}\n" for row in rows if row.is_node and row.reason]
+    wrong = [row for row in rows if row.is_node and row.reason]
+    notes = [f"{row.name}: {one}\n" for row in wrong for one in (row.reason, *row.again)]
     return "\n" + "".join(notes) if notes else ""
 
 
@@ -12993,8 +13030,9 @@ def absence(state: Mapping[str, Any]) -> str:
 class GroupReplies:
     """What became of a message that went to each of several nodes."""
 
-    def __init__(self, wait: float) -> None:
+    def __init__(self, wait: float, envelopes: Iterable[Envelope] = ()) -> None:
         """`wait`: seconds that each of them has for its answer."""
+        self.unsent = deque(envelopes)
         self.ok: list[str] = []
         self.failed: list[str] = []
         self.silent: list[str] = []
@@ -13004,6 +13042,11 @@ class GroupReplies:
     def __len__(self) -> int:
         """How many are waited for."""
         return len(self._waiting)
+
+    @property
+    def faulty(self) -> bool:
+        """Has one failed, or kept silent?"""
+        return bool(self.failed or self.silent)
 
     @property
     def ends(self) -> float:
@@ -13308,6 +13351,7 @@ class StatusScreen:
         passed = now - feed.at
         rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
         lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
+        lines = [line if "\033" in line else cut_end(line, width or SCREEN[0]) for line in lines]
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
 
     def leaves(self) -> bool:
@@ -17288,8 +17332,8 @@ def agent_views(state: Mapping[str, Any], roster: Mapping[str, Any]) -> list[dic
         facts = {key: value for how in all for key, value in how.items()}
         told = ("status", "reason", "client", "directory", "branch")
         words = {key: printable(facts[key], 300) for key in told if facts.get(key)}
-        since = bounded_number(facts.get("since"), 1, MAX_TS)
-        found.append({"name": printable(name), **words, "since": since})
+        times = {key: bounded_number(facts.get(key), 1, MAX_TS) for key in ("since", "next_try")}
+        found.append({"name": printable(name), **words, **times})
     return sorted(found, key=lambda agent: str(agent["name"]))
 
 
@@ -17301,10 +17345,10 @@ def node_view(
     entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
     return {
         "name": row.name,
-        "status": row.status,
-        "reason": row.reason,
+        "how": row.condition if row.condition in CONDITIONS else "unknown",
+        "why": row.why,
         "since": changed if row.alive else row.last_seen,
-        "up": row.uptime_s and row.uptime_s // 60 * 60,
+        "up": (row.uptime_s or 0) // 60 * 60 if row.alive else None,
         "load": row.load_1m,
         "version": row.version,
         "host": printable(state["host"]) if state.get("host") else None,
@@ -17313,6 +17357,7 @@ def node_view(
         "running": bounded_number(state.get("running"), 0, 1e6),
         "queued": bounded_number(state.get("waiting"), 0, 1e6),
         "outbox": bounded_number(state.get("outbox"), 0, 1e6),
+        "rtt": bounded_number(state.get("rtt_ms"), 0, 1e6),
         "handlers": [printable(x) for x in handlers[:100]] if isinstance(handlers, list) else [],
         "schedule": [
             {
@@ -17413,7 +17458,9 @@ class HiveView:
         rows = status_rows(self._states, self._config.heartbeat, time.time())
         nodes = {row.name: row for row in rows if row.is_node}
         facts = {key: answer[key] for key in ("connected", "complete", "broker", "fault")}
-        facts |= {"daemon": True, "summary": status_summary(rows), "count": len(nodes)}
+        if facts["broker"].startswith("/"):
+            facts["broker"] = "this machine's own broker"
+        facts |= {"daemon": True, "summary": status_words(rows, time.time())}
         self._say("hive", "hive", {**facts, **self._facts})
         for name, row in nodes.items():
             roster = self._rosters.get(name, {})
@@ -17926,810 +17973,678 @@ def open_browser(link: str, folder: Path) -> None:
 WEB_PAGE = r"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>hive</title>
-<link rel="icon" id="icon" href="data:,">
+<link rel="icon" href="data:,">
 <style>
-/* Colours first: they alone differ between light and dark. */
-:root {
-  color-scheme: light dark;
-  --paper: #f7f4ee; --card: #fffefb; --ink: #211d17; --soft: #655d50; --line: #e4ddd0;
-  --honey: #f2a516; --on-honey: #241a05; --accent: #8a5200;
-  --ok: #1c7446; --warn: #8d5a00; --bad: #b3261e; --off: #6a645b;
-  --shade: 0 1px 2px #3a2c1014, 0 6px 18px #3a2c100d;
+:root { /* of each colour the light and the dark one */
+  color-scheme: light dark; overflow-y: scroll; --edge: clamp(1rem, 3vw, 3rem);
+  --paper: light-dark(#f7f4ee, #141210); --card: light-dark(#fffefb, #1f1c18);
+  --ink: light-dark(#211d17, #f2ede4); --soft: light-dark(#655d50, #b0a797);
+  --rule: light-dark(#e4ddd0, #383129); --honey: light-dark(#f2a516, #f7b33b);
+  --accent: light-dark(#8a5200, #ffc35c); --ok: light-dark(#1c7446, #67d69a);
+  --warn: light-dark(#8d5a00, #ffc35c); --bad: light-dark(#b3261e, #ff8a7f);
+  --off: light-dark(#6a645b, #a39b8f);
 }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #141210; --card: #1f1c18; --ink: #f2ede4; --soft: #b0a797; --line: #383129;
-  --honey: #f7b33b; --accent: #ffc35c;
-  --ok: #67d69a; --warn: #ffc35c; --bad: #ff8a7f; --off: #a39b8f; --shade: 0 1px 2px #0006;
-} }
-/* How somebody is: one word, one colour, and one mark whose shape says it too. */
-.online, .ok { --how: var(--ok) } .degraded, .silent, .warn { --how: var(--warn) }
-.lost, .down, .fail, .alert { --how: var(--bad) } .off, .unknown, .skipped { --how: var(--off) }
+/* How somebody is: one word, one colour, and a hexagon with one sign in it. */
+.online, .ok { --how: var(--ok); --sign: "" }
+.degraded, .stale, .warn { --how: var(--warn); --sign: "!" }
+.lost, .down, .fail, .alert { --how: var(--bad); --sign: "\D7" }
+.stopped, .unknown, .skipped { --how: var(--off); --sign: "\2013" }
 .how { color: var(--how, var(--off)) }
-.mark { width: 1.05em; height: 1.05em; flex: none; fill: var(--how, var(--off)) }
+.mark { display: inline-grid; place-content: center; flex: none; width: 1.1em; height: 1.2em;
+  background: var(--how, var(--honey)); color: var(--card); font: 800 .9em/1 sans-serif;
+  clip-path: polygon(50% 0, 100% 25%, 100% 75%, 50% 100%, 0 75%, 0 25%) }
+.mark::after { content: var(--sign, "") }
 
-* { box-sizing: border-box; margin: 0 } [hidden] { display: none !important }
-body { background: var(--paper); color: var(--ink); min-height: 100vh; overflow-wrap: anywhere;
+* { box-sizing: border-box; margin: 0 }
+body { background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 h1 { font-size: clamp(1.5rem, 1rem + 2vw, 2.25rem); line-height: 1.2; letter-spacing: -.02em }
-h2 { font-size: 1rem } h2 small { font-weight: 400 } ul, ol { list-style: none; padding: 0 }
-time, small { font-variant-numeric: tabular-nums }
-code { font: .9em/1.5 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap }
+h2 { font-size: 1.1rem }
+ul, ol { list-style: none; padding: 0 }
+time, small { font-weight: 400; font-variant-numeric: tabular-nums }
+code { display: block; font: .9em/1.5 ui-monospace, monospace; white-space: pre-wrap }
 button, input, select, textarea { font: inherit; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: 9px; padding: .4rem .75rem; min-height: 2.5rem }
-button { cursor: pointer } button:hover { border-color: var(--honey) }
-.main { background: var(--honey); color: var(--on-honey); border-color: #0000; font-weight: 600 }
+  border: 1px solid var(--rule); border-radius: 9px; padding: .4rem .75rem; min-height: 2.5rem }
+button, summary, .cell { cursor: pointer }
+button:hover { border-color: var(--honey) }
+.main { background: var(--honey); color: #241a05; font-weight: 600 }
 .quiet { border-color: #0000; background: none; color: var(--accent); padding: 0 .5rem }
 :focus-visible { outline: 2px solid var(--honey); outline-offset: 2px }
-.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-.skip:not(:focus) { position: absolute; left: -99rem } .soft { color: var(--soft) }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 14px;
-  box-shadow: var(--shade) }
-.empty { border: 1px dashed var(--line); border-radius: 14px; padding: 2rem; color: var(--soft);
-  max-width: 46rem; code { display: block; color: var(--ink); margin-top: .75rem } }
-.tools { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
-.line { display: flex; gap: .5rem; align-items: baseline;
-  .mark { align-self: center } .end { margin-left: auto; text-align: right; flex: none } }
+.jump:not(:focus) { position: absolute; left: -99rem }
+.soft { color: var(--soft) }
+.card, .empty { background: var(--card); border: 1px solid var(--rule); border-radius: 14px }
+.line { display: flex; flex-wrap: wrap; gap: .1rem .5rem; align-items: center }
+.end { margin-left: auto; white-space: nowrap }
+/* What there is nothing of takes no room, and a word on what to do may stand there instead. */
+[hidden], :is(ul, ol, p, b, h2):empty { display: none !important }
+.empty { display: none; border-style: dashed; padding: 2rem; max-width: 46rem }
+:empty + .empty, #alone { display: block }
 
-body > header { display: flex; align-items: center; gap: .5rem 1.25rem; z-index: 2; top: 0;
-  position: sticky; padding: .6rem clamp(1rem, 3vw, 3rem); background: var(--paper);
-  border-bottom: 1px solid var(--line);
-  > .main { margin-left: auto; flex: none } }
-.brand { display: flex; align-items: center; gap: .5rem; font-weight: 700; min-width: 0; flex: 1;
-  svg { width: 1.7rem; flex: none; fill: var(--honey) }
-  span { flex: none }
-  small { font-weight: 400; overflow: hidden; text-overflow: ellipsis; white-space: nowrap } }
-nav { display: flex; gap: .15rem;
-  a { display: flex; gap: .4rem; padding: .4rem .8rem; border-radius: 9px; color: var(--soft);
-    align-items: center; text-decoration: none }
-  a:hover { color: var(--ink) }
-  [aria-current] { color: var(--ink); background: var(--card); box-shadow: var(--shade) }
-  svg { display: none; width: 1.4rem; fill: none; stroke: currentColor; stroke-width: 1.8 }
-  b { font-size: .75rem; min-width: 1.3rem; text-align: center; color: var(--paper);
-    background: var(--how); border-radius: 1rem; padding-inline: .35rem } }
-#gone { background: var(--bad); color: var(--paper); padding: .6rem clamp(1rem, 3vw, 3rem) }
-main { padding: 2rem clamp(1rem, 3vw, 3rem) 6rem; max-width: 1800px; margin-inline: auto }
-.head { display: flex; flex-wrap: wrap; gap: .75rem 1.5rem; align-items: end; min-height: 4.4rem;
-  margin-bottom: 1.5rem; > :first-child { flex: 1 1 20rem } }
+#top { position: sticky; top: 0; z-index: 2; padding: .6rem var(--edge); gap: .5rem 1rem;
+  background: var(--paper); border-bottom: 1px solid var(--rule) }
+#top small { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+nav { display: flex; justify-content: space-between;
+  a { padding: .4rem .8rem; border-radius: 9px; color: var(--soft); text-decoration: none }
+  a:hover, [aria-current] { color: var(--ink) }
+  [aria-current] { background: var(--card); box-shadow: 0 1px 3px #0003 }
+  b { padding: .1rem .45rem; border-radius: 1rem; font-size: .75rem; color: var(--paper);
+    background: var(--how) } }
+#gone { background: var(--bad); color: var(--paper); padding: .6rem var(--edge) }
+main { padding: 2rem var(--edge) 4rem; max-width: 1800px; margin-inline: auto }
+#head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; min-height: 4.4rem;
+  margin-bottom: 1.5rem }
+#head > :first-child { flex: 1 1 20rem }
 
-#cards, #tiles { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least, 21rem)), 1fr)) }
-#tiles { --least: 11rem; gap: .5rem;
-  li { content-visibility: auto; contain-intrinsic-size: auto 2.5rem }
-  button { display: flex; gap: .45rem; align-items: center; width: 100%; text-align: left } }
-#others { margin: 2rem 0 .75rem }
-.node { padding: 1rem 1.15rem .4rem; display: grid; gap: .5rem; min-height: 15rem;
-  grid-template-rows: auto auto auto 1fr auto;
-  &:is(.lost, .degraded, .silent) { box-shadow: inset 0 3px var(--how), var(--shade) }
-  h2 { font-size: 1.1rem }
-  footer { margin-inline: -.5rem; border-top: 1px solid var(--line); padding-top: .25rem } }
-.facts { font-size: .9rem; .mark { width: .8em } }
-.hour { width: 100%; height: 2.6rem; display: block; overflow: visible;
-  path { vector-effect: non-scaling-stroke; stroke-width: 2; fill: none; stroke: var(--how) }
-  .before { stroke: var(--line) }
-  .load { fill: color-mix(in srgb, var(--honey) 22%, #0000); stroke: var(--honey);
-    stroke-width: 1.5; stroke-linejoin: round } }
+#cards { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
+#cards:has(button.card) { gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)) }
+#cards:has(button.card) .node { grid-column: span 2 }
+button.card { width: 100% }
+.node { display: grid; grid-template-rows: auto auto auto 1fr auto; gap: .5rem; min-height: 15rem;
+  padding: 1rem 1.15rem .4rem }
+.node:is(.lost, .degraded, .stale) { box-shadow: inset 0 3px var(--how) }
+.node footer { margin-inline: -.5rem; border-top: 1px solid var(--rule); padding-top: .25rem }
+.facts { font-size: .9em }
+.facts .line { flex-wrap: nowrap }
+.hour { display: block; width: 100%; height: 2.6rem;
+  path { vector-effect: non-scaling-stroke; stroke: var(--how); stroke-width: 2; fill: none }
+  .load { stroke: var(--honey); fill: color-mix(in srgb, var(--honey) 22%, #0000) } }
 
-.list { overflow: hidden; li + li { border-top: 1px solid var(--line) } }
-.row { display: grid; gap: .1rem 1rem; padding: .55rem 1.15rem; align-items: baseline;
-  grid-template-columns: 6.5rem minmax(8rem, 15rem) 10rem 1fr; color: inherit;
-  text-decoration: none;
-  .text { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-  .kind { font-size: .87rem; color: var(--how, var(--soft)) }
-  &:is(a):hover { background: color-mix(in srgb, var(--honey) 9%, #0000) }
-  &:focus-visible { outline-offset: -2px }
-  &.finding { grid-template-columns: 1.2rem 7rem 1fr;
-    code { display: block; color: var(--accent) } } }
-#log li { content-visibility: auto; contain-intrinsic-size: auto 2.6rem }
-#older { margin: 1rem auto; display: block } #waits h2 { margin: 1.5rem 0 .6rem }
+.list { overflow: hidden }
+#log li { content-visibility: auto; contain-intrinsic-size: auto 2.5rem }
+.list li + li { border-top: 1px solid var(--rule) }
+.row { display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: .55rem 1.15rem; color: inherit;
+  text-decoration: none }
+.kind { color: var(--how, var(--soft)) }
+#older { margin: 1rem auto; display: block }
+#waits h2 { margin: 1.5rem 0 .75rem }
 
-#drawing { width: 100%; height: max(20rem, calc(100vh - 17rem)); display: block }
-.cell { cursor: pointer;
-  path { fill: var(--card); stroke: var(--how); stroke-width: 3 }
-  &.online path { stroke: var(--honey);
-    fill: color-mix(in srgb, var(--honey) var(--full), var(--card)) }
-  &.lost path, &.off path { stroke-dasharray: 5 5 }
-  &.me path { stroke: var(--ink); stroke-width: 4 }
-  circle { fill: var(--how); stroke: var(--card); stroke-width: 2.5 }
-  &:hover path { stroke: var(--ink) } }
-#drawing text { text-anchor: middle; fill: var(--ink); font-weight: 600; pointer-events: none;
-  paint-order: stroke; stroke: color-mix(in srgb, var(--card) 60%, #0000); stroke-width: 5;
-  &.how { fill: var(--how) } }
-#comb path { fill: none; stroke: var(--line); stroke-width: 1.5 }
-.flow { fill: none; stroke: var(--ink); stroke-linecap: round;
-  &.to-all { stroke-dasharray: 1 8 } }
+#drawing { display: block; width: 100%; height: clamp(20rem, 100vh - 17rem, 100vw) }
+#drawing text { text-anchor: middle; fill: var(--ink); font-weight: 600; paint-order: stroke;
+  stroke: color-mix(in srgb, var(--card) 60%, #0000) }
+#drawing .how { fill: var(--how); font-size: 12px }
+.cell { fill: var(--card); stroke: var(--how, var(--rule)); stroke-width: 3 }
+.cell.free { fill: none; stroke-width: 1.5; pointer-events: none }
+.cell.online { fill: color-mix(in srgb, var(--honey) var(--full), var(--card)) }
+.cell.online { stroke: var(--honey) }
+.cell:is(.lost, .stopped) path { stroke-dasharray: 5 5 }
+.cell:is(.me, :hover) { stroke: var(--ink) }
+.cell circle { fill: var(--how); stroke: var(--card) }
+#lines { fill: none; stroke: var(--ink); stroke-linecap: round; pointer-events: none }
+.to-all { stroke-dasharray: 1 8 }
 .spark { fill: var(--ink); stroke: var(--honey); stroke-width: 4 }
 td, th { text-align: left; padding: .25rem 1.5rem .25rem 0 }
-summary { cursor: pointer; color: var(--accent); padding: .5rem 0 }
 
-dialog { border: 0; border-left: 1px solid var(--line); background: var(--card); color: inherit;
-  width: min(40rem, 100vw); max-width: none; height: 100dvh; max-height: none; padding: 0;
-  margin: 0 0 0 auto; flex-direction: column;
-  &[open] { display: flex; animation: come .18s ease-out }
-  &::backdrop { background: #0007 }
-  > * { padding: 1rem 1.25rem } > * + * { border-top: 1px solid var(--line) }
-  .body { flex: 1; overflow: auto }
-  form.body { display: flex; flex-direction: column; gap: .9rem } h2 { font-size: 1.2rem }
-  label { display: grid; gap: .25rem; color: var(--soft); > * { color: var(--ink) } }
-  textarea { min-height: 6rem; resize: vertical } }
-@keyframes come { from { translate: 2rem; opacity: 0 } }
-#reply { align-items: end; label { flex: 1 } }
-.said { max-width: 88%; margin-bottom: .9rem;
-  p { background: var(--paper); border-radius: 4px 14px 14px; padding: .6rem .9rem;
-    white-space: pre-wrap }
-  &.mine { margin-left: auto;
-    p { background: color-mix(in srgb, var(--honey) 20%, var(--card));
-      border-radius: 14px 4px 14px 14px } }
-  &.alert p { box-shadow: inset 3px 0 var(--bad) } }
-.note { color: var(--soft); font-size: .88rem; padding-left: .75rem;
-  border-left: 2px solid var(--line); + .said { margin-top: .9rem } }
-#said { position: fixed; inset: auto 0 5.5rem; margin: auto; width: fit-content; max-width: 90vw;
-  background: var(--ink); color: var(--paper); padding: .55rem 1rem; border-radius: 12px;
-  z-index: 3; &:empty { display: none } }
+dialog { margin: 0 0 0 auto; padding: 1.25rem; width: min(40rem, 100vw); max-width: none;
+  height: 100dvh; max-height: none; border: 0; background: var(--card); color: inherit; gap: 1rem }
+dialog[open] { display: flex; flex-direction: column }
+.new .for-reply, .reply .for-new, .read form { display: none }
+dialog::backdrop { background: #0007 }
+label { color: var(--soft); margin-bottom: .75rem }
+label > * { display: block; width: 100%; color: var(--ink) }
+textarea { min-height: 6rem; resize: vertical }
+#story { flex: 1; overflow: auto }
+.said { max-width: 88%; margin-block: .9rem }
+.said p { background: var(--paper); border-radius: 12px; padding: .6rem .9rem;
+  white-space: pre-wrap }
+.said.alert p { box-shadow: inset 3px 0 var(--bad) }
+.mine { margin-left: auto }
+.mine p { background: color-mix(in srgb, var(--honey) 20%, var(--card)) }
+.note { color: var(--soft); padding-left: .75rem; border-left: 2px solid var(--rule) }
+#said { position: fixed; inset: auto 0 2rem; margin: auto; width: fit-content; max-width: 90vw;
+  background: var(--ink); color: var(--paper); padding: .55rem 1rem; border-radius: 12px }
 
-@media (min-width: 52rem) { html { overflow-y: scroll } }
-@media (max-width: 52rem) {
-  main { padding-top: 1.25rem }
-  nav { position: fixed; inset: auto 0 0; background: var(--card); justify-content: space-around;
-    border-top: 1px solid var(--line); padding-bottom: env(safe-area-inset-bottom);
-    a { flex-direction: column; gap: 0; padding: .4rem .2rem; font-size: .75rem; min-width: 4rem;
-      position: relative }
-    [aria-current] { box-shadow: none; color: var(--accent) }
-    svg { display: block } b { position: absolute; top: .1rem; right: .4rem } }
-  .row { grid-template-columns: 1fr auto; padding-inline: 1rem;
-    time:first-child { order: 2 }
-    .kind, .text { order: 3; grid-column: 1 / -1; white-space: normal }
-    .text { display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical }
-    &.finding { grid-template-columns: 1.2rem 1fr; div { grid-column: 2 } } }
-  .tools { select { flex: 1; min-width: 0 } input { flex: 1 1 100% } }
-  #drawing { height: min(100vw, calc(100vh - 17rem)) }
+@media (min-width: 52rem) {
+  .row { flex-wrap: nowrap }
+  .row > * { flex: 0 0 6.5rem }
+  .row > .who { flex-basis: 14rem }
+  .row > .kind { flex-basis: 9rem }
+  .row > .text { flex: 1; min-width: 0 }
+  a.row > .text { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
 }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important } }
+@media (max-width: 52rem) {
+  nav, .row > .text { flex: 1 0 100%; order: 1 }
+  nav a { padding-inline: .3rem }
+}
 </style>
 <body>
-<a class="skip" href="#main">Skip to the content</a>
-<header>
-  <div class="brand"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M8 1.5l4.5 2.6v5.2L8
-    11.9 3.5 9.3V4.1zM16 8.7l4.5 2.6v5.2L16 19.1l-4.5-2.6v-5.2zM7 13l4 2.3v4.6L7 22.2l-4-2.3v-4.6z"
-    /></svg><span>hive</span> <small id="where" class="soft">&nbsp;</small></div>
+<a class="jump" href="#main">Skip to the content</a>
+<header id="top" class="line"><i class="mark"></i><b>hive</b><small id="where" class="soft"></small>
   <nav aria-label="Views">
-    <a href="#now"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M3 12h4l3-8 4 16 3-8h4"/>
-      </svg>Now<b id="count-now" class="lost" hidden></b></a>
-    <a href="#messages"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 5h16v11H9l-5 4z"/>
-      </svg>Messages</a>
-    <a href="#waiting"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 3a9 9 0 100 18 9 9
-      0 000-18v9l5 3"/></svg>Waiting<b id="count-waiting" class="off" hidden></b></a>
-    <a href="#map"><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 2l8 5v10l-8 5-8-5V7z"/>
-      </svg>Map</a>
-    <a href="#doctor"><svg viewBox="0 0 24 24" aria-hidden="true"><path
-      d="M9 3h6v6h6v6h-6v6H9v-6H3V9h6z"/></svg>Doctor</a>
+    <a href="#now">Now <b id="count-now" class="lost"></b></a>
+    <a href="#messages">Messages</a>
+    <a href="#waiting">Waiting <b id="count-waiting" class="stopped"></b></a>
+    <a href="#map">Map</a>
+    <a href="#doctor">Doctor</a>
   </nav>
-  <button class="main changes" id="compose">New message</button>
+  <button class="main" id="compose">New message</button>
 </header>
-<p id="gone" role="alert" hidden></p>
+<p id="gone" role="alert"></p>
 <main id="main" tabindex="-1">
-  <section id="view-now" aria-labelledby="headline">
-    <div class="head"><div><h1 id="headline">Looking around …</h1>
-      <p id="summary" class="soft">&nbsp;</p></div>
-      <input id="find" type="search" placeholder="Find a node" aria-label="Find a node" hidden>
-    </div>
+  <div id="head">
+    <div role="status"><h1 id="title">Looking around …</h1><p id="summary" class="soft"></p></div>
+    <input id="find" class="of-now" type="search" aria-label="Find" placeholder="Find a node">
+    <form class="of-messages line" id="filters" method="dialog" role="search">
+      <input id="by-node" list="names" aria-label="Node" placeholder="Every node">
+      <select id="by-kind" aria-label="Kind"><option value="">Every kind<option>command
+        <option>response<option>sync<option>status<option>alert</select>
+      <input id="by-text" type="search" aria-label="Text" placeholder="Text, action or id"></form>
+    <button class="of-doctor" id="examine">Examine again</button>
+  </div>
+  <section class="of-now">
     <ul id="cards" aria-label="Nodes"></ul>
-    <h2 id="others" hidden></h2>
-    <ul id="tiles" aria-labelledby="others"></ul>
-    <div id="alone" class="empty" hidden>No other node has been seen. To bring in a second machine,
+    <p id="alone" class="empty">No other node has been seen. To bring in a second machine,
       say here:<code>hive host --listen ADDRESS
-hive invite NAME      # and there what it prints: hive join LINE</code></div>
+hive invite NAME      # and there what it prints: hive join LINE</code></p>
   </section>
-  <section id="view-messages" aria-labelledby="h-messages">
-    <div class="head"><div><h1 id="h-messages">Messages</h1>
-      <p id="shown" class="soft">&nbsp;</p></div>
-      <form class="tools" id="filters" role="search">
-        <select id="by-node" aria-label="Node"></select>
-        <select id="by-kind" aria-label="Kind"><option value="">Every kind<option>command
-          <option>response<option>sync<option>status<option>alert</select>
-        <input id="by-text" type="search" aria-label="Text" placeholder="Text, action or id">
-      </form></div>
-    <ol id="log" class="list card" aria-label="Messages, newest first" hidden></ol>
-    <p id="none" class="empty" hidden></p>
-    <button id="older" hidden>Older messages</button>
+  <section class="of-messages">
+    <ol id="log" class="list card" aria-label="Messages, newest first"></ol>
+    <p class="empty">No such message is kept here. Ask a node something: New message, above.</p>
+    <button id="older">Older messages</button>
   </section>
-  <section id="view-waiting" aria-labelledby="h-waiting">
-    <div class="head"><div><h1 id="h-waiting">Waiting</h1>
-      <p class="soft">What is not answered, not done or not delivered.</p></div></div>
+  <section class="of-waiting">
     <div id="waits"></div>
-    <p id="nothing" class="empty">Nothing waits. What you ask with New message stands here until its
-      answer comes.</p>
+    <p class="empty">Nothing waits. What you ask with New message stands here until its answer
+      comes.</p>
   </section>
-  <section id="view-map" aria-labelledby="h-map">
-    <div class="head"><div><h1 id="h-map">Who speaks to whom</h1>
-      <p class="soft" id="flows">&nbsp;</p></div></div>
-    <svg id="drawing" role="img" aria-labelledby="flows"><defs>
-      <pattern id="comb" patternUnits="userSpaceOnUse"/>
-      <radialGradient id="fade" gradientUnits="userSpaceOnUse" cx="0" cy="0">
-        <stop offset=".3" stop-color="#fff"/><stop offset="1" stop-color="#000"/></radialGradient>
-      <mask id="veil" x="-9999" y="-9999" width="19998" height="19998" maskUnits="userSpaceOnUse">
-        <rect x="-9999" y="-9999" width="19998" height="19998" fill="url(#fade)"/></mask></defs>
-      <rect x="-9999" y="-9999" width="19998" height="19998" fill="url(#comb)" mask="url(#veil)"/>
-      <g id="cells"/><g id="flowing"/><g id="labels"/><g id="sparks"/></svg>
+  <section class="of-map">
+    <svg id="drawing" role="img" aria-labelledby="summary">
+      <g id="lines"/><g id="cells"/><g id="sparks"/></svg>
     <details><summary>The same as a table</summary><table><thead><tr><th>From<th>To<th>Messages
       <th>Last</thead><tbody id="pairs"></tbody></table></details>
   </section>
-  <section id="view-doctor" aria-labelledby="h-doctor">
-    <div class="head"><div><h1 id="h-doctor">Doctor</h1><p id="verdict" class="soft"
-      role="status">&nbsp;</p></div><button id="examine">Examine again</button></div>
-    <ul id="findings" class="list card" hidden></ul>
-  </section>
+  <section class="of-doctor"><ul id="findings" class="list card"></ul></section>
 </main>
-<dialog id="thread" aria-labelledby="thread-title">
-  <div class="line"><h2 id="thread-title">…</h2><button class="quiet end">Close</button>
-  </div>
-  <ol class="body" id="story" tabindex="0" aria-label="The exchange"></ol>
-  <form id="reply" class="line"><label>Your answer<textarea id="answer" required></textarea></label>
-    <button class="main">Reply</button></form>
-</dialog>
-<dialog id="node" aria-labelledby="node-title">
-  <div class="line"><h2 id="node-title">…</h2><button class="quiet end">Close</button>
-  </div>
-  <div class="body" id="node-body"></div>
-</dialog>
-<dialog id="new" aria-labelledby="new-title">
-  <div class="line"><h2 id="new-title">New message</h2><button class="quiet end">Close</button>
-  </div>
-  <form class="body" id="message">
-    <label>To<input id="to" list="names" required autocomplete="off"
+<dialog id="talk" aria-labelledby="who">
+  <div class="line"><h2 id="who"></h2><button class="quiet end">Close</button></div>
+  <ol id="story" tabindex="0" aria-label="The exchange"></ol>
+  <form id="message">
+    <label class="for-new">To<input id="to" list="names" autocomplete="off"
       placeholder="a node, an agent, or all"></label><datalist id="names"></datalist>
-    <label>What shall be done<select id="action"></select></label>
+    <label class="for-new">What shall be done<select id="action"></select></label>
     <label>Text<textarea id="text" required></textarea></label>
-    <div class="tools"><button class="main" value="ask">Ask, and see the answer here</button>
-      <button value="send">Send; my agent gets the answer</button></div>
+    <div class="line"><button class="main for-new" value="ask">Ask, and see the answer here</button>
+      <button class="for-new" value="send">Send; my agent gets the answer</button>
+      <button class="main for-reply" value="reply">Reply</button></div>
     <p id="fault" class="how fail" role="alert"></p>
   </form>
 </dialog>
 <p id="said" role="status"></p>
 <script>
 "use strict";
-// Whatever came from a node goes into the page as text, never as markup: el("li.soft", "text").
+// ---- Elements: whatever came from a node goes into the page as text, never as markup
 const $ = (id) => document.getElementById(id);
-const make = (create) => (name, ...kids) => {
+const say = (id, words) => { if ($(id).textContent !== words) $(id).textContent = words; };
+const many = (number, one) => `${number} ${one}${number === 1 ? "" : "s"}`;
+// el("li.soft", "text", { title: "more" }, child, whenClicked); what is false is left out
+const make = (create) => (name, ...parts) => {
   const [tag, ...words] = name.split("."), element = create(tag);
-  if (words.length) element.setAttribute("class", words.join(" "));
-  for (const kid of kids.flat(2)) {
-    if (kid instanceof Node || ["string", "number"].includes(typeof kid)) element.append(kid);
-    else if (typeof kid === "function") element.addEventListener("click", kid);
-    else for (const [key, value] of Object.entries(kid || {})) element.setAttribute(key, value);
+  element.setAttribute("class", words.join(" "));
+  for (const part of parts.flat(3)) {
+    if (typeof part === "function") element.addEventListener("click", part);
+    else if (part?.constructor !== Object) element.append(...part || part === 0 ? [part] : []);
+    else for (const [key, value] of Object.entries(part)) element.setAttribute(key, value);
   }
   return element;
 };
 const el = make((tag) => document.createElement(tag));
 const draw = make((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
-const say = (id, words) => { if ($(id).textContent !== words) $(id).textContent = words; };
-const many = (number, one) => `${number} ${one}${number === 1 ? "" : "s"}`;
+const mark = (word) => el(`i.mark.${word}`, { role: "img", "aria-label": word });
 
-// A list: what has the same key and the same content stays as it is; else it keeps the focus.
-const list = (parent, items, build) => {
-  const old = new Map([...parent.children].map((child) => [child.key, child]));
-  let at = parent.firstChild;
-  for (const [key, ...of] of items) {
-    const content = JSON.stringify(of), before = old.get(key);
-    let child = before;
-    if (before?.content !== content) {
-      const inside = [...before?.querySelectorAll("a, button") || []];
-      const focus = inside.indexOf(document.activeElement);
-      child = Object.assign(build(...of), { key, content });
-      if (before && before === at) at = child;
-      before?.replaceWith(child);
-      if (focus >= 0) child.querySelectorAll("a, button")[focus]?.focus();
-    }
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+const animate = (element, frames, duration) => element.animate(frames,
+  { duration: calm.matches ? 0 : duration, easing: "ease-in-out" }).finished;
+// A list of [key, ...what it is built of]: who is as before stays, who is built anew keeps the
+// focus, and a card that has another place goes there.
+const list = (id, items, build) => {
+  const parent = $(id), old = new Map([...parent.children].map((child) => [child.key, child]));
+  const place = (child) => id === "cards" && items.length < 50 && child.getBoundingClientRect();
+  const places = new Map([...old].map(([key, child]) => [key, place(child)]));
+  const children = items.map(([key, ...of]) => {
+    const before = old.get(key), content = JSON.stringify(of);
     old.delete(key);
-    if (child === at) at = at.nextSibling; else parent.insertBefore(child, at);
-  }
+    if (before?.content === content) return before;
+    const child = Object.assign(build(...of), { key, content });
+    const focus = [...before?.querySelectorAll("a, button") ?? []].indexOf(document.activeElement);
+    before?.replaceWith(child);
+    child.querySelectorAll("a, button")[focus]?.focus();
+    return child;
+  });
   for (const child of old.values()) child.remove();
+  children.forEach((child, i) => {
+    if (parent.children[i] !== child) parent.insertBefore(child, parent.children[i] ?? null);
+  });
+  for (const child of children) {
+    const from = places.get(child.key), to = place(child);
+    if (!from || (from.x === to.x && from.y === to.y)) continue;
+    animate(child, { translate: [`${from.x - to.x}px ${from.y - to.y}px`, "none"] }, 300);
+  }
 };
 
-// Times as people say them.
-const span = (seconds) => {
-  const s = Math.max(0, Math.round(seconds));
-  return s < 60 ? `${s} s` : s < 3600 ? `${Math.floor(s / 60)} min`
-    : s < 172800 ? `${Math.floor(s / 3600)} h` : `${Math.floor(s / 86400)} days`;
-};
-const day = (at, form) => new Date(at * 1000).toLocaleDateString("en-GB", form);
-const clock = (at) => {
-  const now = Date.now() / 1000, time = new Date(at * 1000).toTimeString().slice(0, 5);
-  return day(at) === day(now) ? time : day(at) === day(now - 86400) ? `yesterday ${time}`
-    : now - at < 518400 ? `${day(at, { weekday: "short" })} ${time}`
-      : day(at, { day: "numeric", month: "short" });
-};
+// ---- Times, as people say them
+const span = (seconds) => seconds < 60 ? `${Math.floor(seconds)} s`
+  : seconds < 3600 ? `${Math.floor(seconds / 60)} min`
+    : seconds < 172800 ? `${Math.floor(seconds / 3600)} h` : `${Math.floor(seconds / 86400)} days`;
 const moment = (at) => {
-  const ago = Date.now() / 1000 - at;
-  return ago >= 3600 ? clock(at) : ago >= 5 ? `${span(ago)} ago` : ago > -5 ? "just now"
-    : `in ${span(-ago)}`;
+  const ago = Date.now() / 1000 - at, day = ago < 43200 ? {} : { day: "numeric", month: "short" };
+  return ago < -5 ? `in ${span(-ago)}` : ago < 5 ? "just now" : ago < 3600 ? `${span(ago)} ago`
+    : new Date(at * 1000).toLocaleString("en-GB", { ...day, hour: "2-digit", minute: "2-digit" });
 };
-const stamp = (at, name = "time") => Object.assign(el(name, moment(at)),
-  { at, title: new Date(at * 1000), dateTime: new Date(at * 1000).toISOString() });
+const stamp = (at) => at > 0
+  && Object.assign(el("time", moment(at), { title: new Date(at * 1000) }), { at });
 setInterval(() => {
   for (const one of document.querySelectorAll("time")) {
     if (one.textContent !== moment(one.at)) one.textContent = moment(one.at);
   }
 }, 1000);
 
-// What is known, as the server tells it.
-const nodes = new Map(), pings = new Map(), asked = new Set(), MOST = 2000; // messages shown
+// ---- What is known, as the server tells it
+const nodes = new Map(); // by name
+const asked = new Map(); // by exchange: what is done with an answer
+const MOST = 2000; // messages shown
 let hive = {}, waiting = {}, hour = { nodes: {}, traffic: [] };
-let view = "now", thread = "", messages = [], before = 0;
+let view = "now", thread = "", story = []; // the exchange that is open: an id of it, its rows
+let question = ""; // the id of what would be replied to
+let messages = [], before = 0; // rows, the newest first; where older ones begin
+let findings = [], verdict = ""; // of the doctor
 
-const RANK = ["lost", "silent", "degraded", "unknown", "off", "online"];
-const how = ({ status, reason }) => status === "stale" ? "silent"
-  : status === "offline" ? (reason?.endsWith("lost") ? "lost" : "off")
-    : RANK.includes(status) ? status : "unknown";
-const reason = (node) => ({ "connection lost": "its connection died", stopped: "it was stopped",
-  lost: "no heartbeat any more" })[node.reason] || node.reason;
-const byName = (a, b) => a.name.localeCompare(b.name, "en", { numeric: true });
-const sorted = () => [...nodes.values()].sort((a, b) =>
-  RANK.indexOf(how(a)) - RANK.indexOf(how(b)) || byName(a, b));
+const RANK = ["lost", "stale", "degraded", "unknown", "stopped", "online"];
+const sorted = () => [...nodes.values()].sort((a, b) => RANK.indexOf(a.how) - RANK.indexOf(b.how)
+  || a.name.localeCompare(b.name, "en", { numeric: true }));
+const inTrouble = ({ how }) => !["online", "stopped"].includes(how);
 const home = (name) => nodes.has(name) ? name
-  : [...nodes.values()].find((node) => node.agents.some((agent) => agent.name === name))?.name;
-// Well: a whole hexagon; in trouble: a sign in it; away: its outline.
-const HEXAGON = "M8 0l7 4v8l-7 4-7-4V4z", SIGN = "M7 4v5h2V4zM7 10.5v2h2v-2z";
-const CROSS = "M5.5 4.4L4.4 5.5 6.9 8l-2.5 2.5 1.1 1.1L8 9.1l2.5 2.5 1.1-1.1L9.1 8l2.5-2.5-1.1-1.1"
-  + "L8 6.9z";
-const SHAPES = { online: "", ok: "", degraded: SIGN, silent: SIGN, warn: SIGN, lost: CROSS,
-  down: CROSS, fail: CROSS };
-const mark = (word) => draw(`svg.mark.${word}`, { viewBox: "0 0 16 16", "aria-hidden": true },
-  draw("path", { "fill-rule": "evenodd",
-    d: HEXAGON + (SHAPES[word] ?? "M8 2.3L3 5.1v5.8l5 2.8 5-2.8V5.1z") }));
+  : sorted().find(({ agents }) => agents.some((agent) => agent.name === name))?.name;
 
 // ---- Now
-const lastHour = ([beats, loads] = [[], []]) => {
-  const top = Math.max(1, ...loads), begun = beats.findIndex((beat) => beat);
-  const path = { load: "", ok: "", fail: "", before: "" };
+const lastHour = (beats, loads) => { // load above, heartbeats below
+  const top = Math.max(1, ...loads), first = beats.findIndex(Boolean);
+  const path = { load: "M-1 20", ok: "", fail: "" };
   beats.forEach((beat, i) => {
-    path[beat ? "ok" : begun >= 0 && i > begun ? "fail" : "before"] += `M${i} 23h1`;
-    if (!beat) return;
-    path.load += `${beats[i - 1] ? "" : `M${i} 20`}L${i + .5} ${19 - 18 * loads[i] / top}`;
-    if (!beats[i + 1]) path.load += `L${i + 1} 20z`;
+    path.load += `L${i + .5} ${beat ? 19 - 18 * loads[i] / top : 20}`;
+    if (i >= first && first >= 0) path[beat ? "ok" : "fail"] += `M${i} 23h1`;
   });
-  const how = { viewBox: "0 0 60 24", "aria-hidden": true, preserveAspectRatio: "none" };
-  return draw("svg.hour", how, Object.entries(path)
-    .map(([key, d]) => draw(`path.${key}`, { d })));
+  path.load += "L61 20";
+  return draw("svg.hour", { viewBox: "0 0 60 24", preserveAspectRatio: "none" },
+    Object.entries(path).map(([name, d]) => draw(`path.${name}`, { d })));
 };
-const agentLine = (agent) => {
-  const well = agent.status === "ok" || agent.client;
-  const word = agent.status === "down" ? "down" : well ? "ok" : "off";
-  const doing = [agent.client, agent.directory, agent.branch && `on ${agent.branch}`];
-  return el("li.line", mark(word), el("span", el("b", agent.name),
-    el("span.soft", ` ${doing.filter(Boolean).join(" ") || "agent"} `),
-    el("span.how.down", agent.reason || "")),
-  agent.since && stamp(agent.since, "time.end.soft"));
+const fact = (how, name, words, when) => el("li.line", mark(how),
+  el("span", el("b", name), " ", el("span.soft", words)), el("span.soft.end", when));
+const agentFact = ({ name, status, reason, client, directory, branch, since, next_try: next }) =>
+  fact(status, name, [[client ?? "agent", directory, branch && `on ${branch}`].filter(Boolean)
+    .join(" "), el("span.how.down", reason && ` ${reason}`, next && [", next try ", stamp(next)])],
+  stamp(since));
+const scheduleFact = ({ action, when, ok, last, next }) => {
+  const how = ok === false ? "fail" : last ? "ok" : "unknown";
+  const did = { fail: "failed ", ok: "ran ", unknown: "runs " }[how];
+  return fact(how, action, when, el(`span.how.${how}`, did, stamp(last ?? next)));
 };
-const scheduleLine = ({ action, when, ok, last, next }) => {
-  const every = when.replace(/^every (\d+)s$/, (_, seconds) => `every ${span(seconds)}`);
-  const word = ok === false ? "fail" : ok ? "ok" : "off";
-  const did = ok === false ? "failed" : last ? "ran" : "runs";
-  return el("li.line", mark(word), el("span", el("b", action), el("span.soft", ` ${every}`)),
-    el(`span.end.${ok === false ? "how.fail" : "soft"}`, `${did} `, (last || next)
-      && stamp(last || next)));
-};
-const nodeCard = (tag) => (node, beats, ping) => {
-  const word = how(node), alive = ["online", "degraded"].includes(node.status);
-  const work = { running: "running", queued: "queued", outbox: "in the outbox" };
-  const busy = Object.keys(work).filter((key) => node[key])
-    .map((key) => `${node[key]} ${work[key]}`).join(", ") || "idle";
-  const does = node.handlers.slice(0, 6).join(", "), more = node.handlers.length - 6;
-  const changes = (text, click) => !hive.readOnly && el("button.quiet", click, text);
-  return el(`${tag}.node.card.${word}`,
-    el("div.line", mark(word), el("h2", node.name, node.name === hive.me
-      && el("small.soft", " this machine")), el("span.how.end", word,
-    word !== "online" && node.since ? [" · ", stamp(node.since)] : "")),
-    el(reason(node) ? "p.how" : "p.soft", reason(node)
-      || (node.up === null ? busy : `up ${span(node.up)}, ${busy}`)),
-    el("div", lastHour(beats), el("div.line.soft", el("small", "the last hour"), el("small.end",
-      node.load === null ? "" : `load ${node.load.toFixed(2)}`, ping && `, ${ping}`))),
-    el("ul.facts", node.agents.map(agentLine), node.schedule.map(scheduleLine),
-      alive && reason(node) && el("li.soft", busy),
-      does && el("li.soft", `does ${does}${more > 0 ? ` and ${more} more` : ""}`),
+const card = (node, beats) => {
+  const { name, how, why, since, up, load, rtt, handlers } = node, alive = up !== null;
+  if (!beats) return el("li", el("button.card.line", mark(how), name, () => find(name)));
+  const busy = ["running", "queued", "outbox"].filter((key) => node[key])
+    .map((key) => `${node[key]} ${key === "outbox" ? "in the outbox" : key}`);
+  const more = handlers.length > 6 ? ` and ${handlers.length - 6} more` : "";
+  const act = (words, run) => !hive.readOnly && el("button.quiet", words, run);
+  return el(`li.node.card.${how}`,
+    el("div.line", mark(how), el("h2", name), name === hive.me && el("span.soft", "this machine"),
+      el("span.how.end", how, how !== "online" && [" ", stamp(since)])),
+    el(why ? "p.how" : "p.soft", why || [`up ${span(up)}`, ...busy].join(", ")),
+    el("div", lastHour(...beats), el("small.soft.line", "the last hour", el("span.end",
+      `load ${load?.toFixed(2)}`, rtt && `, round trip ${rtt} ms`))),
+    el("ul.facts", node.agents.map(agentFact), node.schedule.map(scheduleFact),
+      handlers.length > 0 && el("li.soft", `does ${handlers.slice(0, 6).join(", ")}${more}`),
       el("li.soft", [node.version, node.system].filter(Boolean).join(" · "))),
-    el("footer", alive ? changes("Ask", () => compose(node.name)) : "",
-      alive && node.handlers.includes("ping") && changes("Ping", () => sendPing(node.name)),
+    el("footer", alive && act("Ask", () => compose(name)),
+      alive && handlers.includes("ping") && act("Ping", () => sendPing(name)),
       el("button.quiet", "Messages", () => {
-        $("node").close();
-        $("by-node").value = node.name;
-        location.hash = "messages";
+        $("by-node").value = name;
+        show("messages");
         load();
-      }), !alive && changes("Forget …", () => forget(node.name))));
+      }),
+      !alive && act("Forget …", () => forget(name))));
 };
-const cardOf = (node) => [node, hour.nodes[node.name], pings.get(node.name), hive.readOnly];
 const headline = () => {
-  const all = sorted(), words = all.map(how), [worst] = words, [first] = all;
-  const count = (word) => words.filter((one) => one === word).length, number = count(worst);
-  const trouble = all.filter((node) => !["online", "off"].includes(how(node)));
-  const counts = RANK.toReversed().filter(count).map((word) => `${count(word)} ${word}`).join(", ");
+  const all = sorted(), [first] = all, number = all.filter(({ how }) => how === first?.how).length;
+  if (!first) return "Looking around …";
   const who = number === 1 ? `${first.name} is` : `${number} nodes are`;
-  const title = trouble.length ? `${who} ${worst}` : all.length === 1 ? `${who} well, and alone`
-    : `All ${all.length} nodes are well`;
-  const since = number === 1 && trouble.length && first.since ? ` since ${clock(first.since)}` : "";
-  const why = number === 1 && trouble.length && reason(first) ? `: ${reason(first)}` : "";
-  return { all, trouble, title, summary: `${counts}${since}${why}.` };
+  return inTrouble(first) ? `${who} ${first.how}`
+    : all.length === 1 ? `${who} well, and alone` : `All ${all.length} nodes are well`;
 };
 const showNow = () => {
-  if (!nodes.size) return;
-  const { all, trouble, title, summary } = headline(), few = all.length <= 24;
-  const big = few ? all : trouble.slice(0, 12), rest = all.filter((node) => !big.includes(node));
-  const wanted = $("find").value.trim().toLowerCase();
-  const found = ({ name, host, agents }) =>
-    JSON.stringify([name, host, agents]).toLowerCase().includes(wanted);
-  say("headline", title);
-  say("summary", summary);
-  $("find").hidden = $("others").hidden = few;
-  list($("cards"), big.filter(found).map((node) => [node.name, ...cardOf(node)]), nodeCard("li"));
-  say("others", many(rest.length, trouble.length ? "other" : "node"));
-  list($("tiles"), rest.filter(found).map((node) => [node.name, node.name, how(node), node.load]),
-    (name, word, load) => el("li", el("button", () => openNode(name), mark(word), name,
-      el("span.sr", word), el("small.soft.end", load?.toFixed(2)))));
-  $("alone").hidden = all.length > 1;
+  const wanted = $("find").value.trim().toLowerCase(), all = sorted();
+  const found = all.filter(({ name, host, agents }) =>
+    JSON.stringify([name, host, agents]).toLowerCase().includes(wanted));
+  list("cards", found.map((node) => [node.name, node, (found.length <= 24 || inTrouble(node))
+    && (hour.nodes[node.name] ?? [[], []])]), card);
+  $("find").hidden = all.length <= 24 && !wanted;
+  $("alone").hidden = all.length !== 1;
+  return [headline(), hive.summary];
 };
-const openNode = (name) => {
-  say("node-title", name);
-  $("node-body").replaceChildren(nodeCard("div")(...cardOf(nodes.get(name))));
-  $("node").showModal();
+const find = (name) => {
+  $("find").value = name;
+  show("now");
 };
 
 // ---- Messages
-const receipt = ({ ch, text }) => ch === "status" && /^(received$|told |read )/.test(text);
-const kind = ({ ch, action }) => action ? `${ch} ${action}` : ch;
-const line = (at, who, what, text, id) => {
-  const inside = [at ? stamp(at) : el("span"), el("span", who), what, el("span.text", text)];
-  return el("li", id ? el("a.row", { href: `#${view}/${id}` }, inside) : el("div.row", inside));
-};
-const wanted = () => ["by-node", "by-kind", "by-text"].map((id) => $(id).value);
+const filters = () => ["by-node", "by-kind", "by-text"].map((id) => $(id).value);
 const load = async (older) => {
-  const [node, ch, text] = wanted();
-  const query = new URLSearchParams({ node, ch, text, before: older ? before : "" });
-  load.busy = true;
-  const said = await ask(`/log?${query}`);
-  load.busy = false;
+  const [node, ch, text] = filters(), last = older ? before : "";
+  $("older").disabled = true;
+  const said = await ask("/log", { node, ch, text, before: last });
+  $("older").disabled = false;
   if (said.error) return tell(said.error);
-  messages = older ? [...messages, ...said.rows] : said.rows;
-  [before, load.until] = [messages.length < MOST && said.before, said.time];
+  messages = last ? [...messages, ...said.rows] : said.rows;
+  before = messages.length < MOST && said.before;
   paint();
 };
-const takeRow = (row) => {
-  const [name, ch, text] = wanted();
-  const said = [row.from, row.to, row.action, row.id, row.text].join(" ").toLowerCase();
-  if ((name && ![row.from, row.to].includes(name)) || (ch && row.ch !== ch)
-    || !said.includes(text.toLowerCase()) || messages.some((one) => one.n === row.n)) return;
-  messages = [row, ...messages].slice(0, MOST);
-};
+const receipt = ({ ch, text }) => ch === "status" && /^(received$|told |read )/.test(text);
+const kind = ({ ch, action }) => el(`span.kind.${ch}`, ch, action && ` ${action}`);
+const line = (id, ...parts) => el("li", id ? el("a.row", { href: `#${view}/${id}` }, parts)
+  : el("div.row", parts));
 const showMessages = () => {
-  const [name] = wanted(), filtered = wanted().some(Boolean);
-  const names = [...nodes.keys()].sort().map((one) => [one, one, one]);
-  list($("by-node"), [["", "", "Every node"], ...names], (value, words) =>
-    el("option", { value }, words));
-  $("by-node").value = name;
-  const rows = messages.filter((row) => filtered || !receipt(row));
-  list($("log"), rows.map((row) => [row.n, row]), (row) => line(row.time,
-    row.event === "did" ? "done here" : [el("b", row.from), ` → ${row.to}`],
-    el(`span.kind.${row.ch}`, kind(row)), row.text, row.id || row.exchange));
-  $("log").hidden = !rows.length;
-  $("none").hidden = rows.length > 0;
+  const rows = messages.filter((row) => filters().some(Boolean) || !receipt(row));
+  list("log", rows.map((row) => [row.n, row]), (row) => line(row.id || row.exchange,
+    el("span", stamp(row.time)), el("span.who", row.event === "did" ? "done here"
+      : [el("b", row.from), ` → ${row.to}`]), kind(row), el("span.text", row.text)));
   $("older").hidden = !before;
-  say("shown", messages.length < MOST ? "Newest first, and live."
-    : `The newest ${MOST}, and live; say what you look for to see older ones.`);
-  say("none", !filtered ? "No message yet. Ask a node something: New message, above." : load.until
-    ? `Nothing like that since ${moment(load.until)}; look further back below.`
-    : "Nothing like that is kept here.");
+  return ["Messages", `Newest first, and live; the last ${MOST} at most.`];
 };
-const openThread = async (id, again) => {
-  const rows = [];
-  for (let more = true; more && rows.length < 500;) {
-    const query = new URLSearchParams({ id, after: rows.at(-1)?.n || 0 });
-    const said = await ask(`/exchange?${query}`);
-    if (thread !== id) return;
-    if (said.error) return again || tell(said.error);
-    rows.push(...said.rows);
-    more = said.rows.length;
-  }
-  if (!rows.length) return again || tell("Nothing is known of that any more.");
-  openThread.exchange = rows[0].exchange;
-  const said = rows.filter((row, i) => row.event === "did"
-    || rows.findIndex((other) => other.id === row.id) === i);
-  const first = said.find((row) => row.event !== "did") || said[0];
-  const did = ["command", "sync"].includes(first.ch) ? "asked" : "told";
-  say("thread-title", `${first.from} ${did} ${first.to}`);
-  list($("story"), said.map((row) => [row.n, row, row.time - said[0].time]), (row, gap) => {
-    const after = gap > .05 ? `, after ${gap < 10 ? `${gap.toFixed(1)} s` : span(gap)}` : "";
-    if (row.event === "did" || receipt(row)) {
-      const who = receipt(row) ? row.from : hive.me;
-      return el("li.note", `${who}: ${row.text} · `, stamp(row.time), after);
-    }
-    return el(`li.said.${row.ch}${row.from === hive.me ? ".mine" : ""}`,
-      el("small.soft", el("b", row.from), ` → ${row.to} · ${kind(row)} · `, stamp(row.time), after),
-      el("p", row.text || "(its text is kept no longer)",
-        row.longer > 0 && ` … ${row.longer} more characters: hive show ${row.id}`));
-  });
-  const last = said.findLast((row) => row.event === "in" && row.from !== hive.me && !receipt(row));
-  $("reply").hidden = !last || hive.readOnly;
-  $("reply").to = last?.id;
-  if (!$("thread").open) $("thread").showModal();
+const entry = (row, after) => {
+  const when = el("small.soft", stamp(row.time),
+    after > .05 && `, after ${after < 10 ? `${after.toFixed(1)} s` : span(after)}`);
+  if (receipt(row)) return el("li.note", `${row.from}: ${row.text} `, when);
+  if (row.event === "did") return el("li.note", `${hive.me}: ${row.text} `, when);
+  return el(`li.said.${row.ch}${row.from === hive.me ? ".mine" : ""}`,
+    el("b", row.from), ` → ${row.to} `, kind(row), " ", when,
+    el("p", row.text || "(its text is kept no longer)",
+      row.longer > 0 && ` … ${row.longer} more characters: hive show ${row.id}`));
+};
+const readOn = async (id) => { // what has come of an exchange since the last row that is known
+  const last = () => story.at(-1)?.n ?? 0;
+  const { error, rows = [] } = await ask("/exchange", { id, after: last() });
+  if (thread !== id) return;
+  story.push(...rows.filter(({ n }) => n > last()));
+  if (!story.length) return tell(error ?? "Nothing is known of that any more.");
+  // What this node wrote to itself was sent, and received.
+  const said = story.filter((row, i) => row.event === "did"
+    || story.findIndex((other) => other.id === row.id) === i);
+  const from = said.findLast((row) => row.event === "in" && row.from !== hive.me && !receipt(row));
+  question = from?.id;
+  talk(`${said[0].from} and ${said[0].to}`, question && !hive.readOnly ? "reply" : "read");
+  list("story", said.map((row) => [row.n, row, row.time - said[0].time]), entry);
+  if (rows.length && story.length < 500) readOn(id);
 };
 
 // ---- Waiting
-const alive = (to) => {
-  const node = nodes.get(home(to)), word = node && how(node);
-  return node ? el(`span.kind.${word}`, mark(word), ` ${node.name} is ${word}`)
+const whether = (to) => { // is there anybody who could answer?
+  const node = nodes.get(home(to));
+  return node ? el(`span.kind.${node.how}`, mark(node.how), ` ${node.name} is ${node.how}`)
     : el("span.kind", to === "all" ? "everybody" : "nobody of this name is known");
 };
-const PARTS = [
-  ["Not answered yet", "questions", (one) => line(one.asked, `asked ${one.to}`, el("span",
-    alive(one.to), one.due && el("span.kind", ", due ", stamp(one.due))), one.text, one.id)],
-  ["To do here", "tasks", (one) => line(one.since, `from ${one.from}`, el("span.kind", one.agent
-    ? `for ${one.agent}` : one.action, one.began && ", begun"), one.text, one.id)],
-  ["Not delivered yet", "outbox", (one) => line(0, one.topic, el("span.kind",
-    many(one.bytes, "byte")), one.text, one.id)],
-];
+const WAITS = {
+  questions: ["Not answered yet", ({ asked, to, due }) => [el("span", stamp(asked)),
+    el("span.who", `asked ${to}`, due && [", due ", stamp(due)]), whether(to)]],
+  tasks: ["To do here", ({ since, from, agent, action, began }) => [el("span", stamp(since)),
+    el("span.who", `from ${from}`), el("span.kind", agent ? `for ${agent}` : action,
+      began && ", begun")]],
+  outbox: ["Not delivered yet", ({ topic, bytes }) => [el("span", many(bytes, "byte")),
+    el("span.who", topic)]],
+};
 const showWaiting = () => {
-  const parts = PARTS.filter(([, key]) => waiting[key]?.length), states = sorted().map(how);
-  list($("waits"), parts.map((part, i) => [part[0], PARTS.indexOf(part), waiting[part[1]], states]),
-    (i, items) => el("section", el("h2", PARTS[i][0]), el("ul.list.card", items.map(PARTS[i][2]))));
-  $("nothing").hidden = parts.length > 0;
+  const kinds = Object.keys(WAITS).filter((one) => waiting[one]?.length), all = sorted();
+  const build = (one, rows) => el("section", el("h2", WAITS[one][0]), el("ul.list.card",
+    rows.map((row) => line(row.id, WAITS[one][1](row), el("span.text", row.text)))));
+  list("waits", kinds.map((one) => [one, one, waiting[one], all.map(({ how }) => how)]), build);
+  return ["Waiting", "What is not answered, not done or not delivered."];
 };
 
 // ---- Map: a comb with this node in its middle, a line for who wrote to whom
-const R = 50, CORNERS = [0, 1, 2, 3, 4, 5].map((i) => i * Math.PI / 3)
-  .map((turn) => [R * Math.sin(turn), -R * Math.cos(turn)]);
-const hexagon = (size) => `M${CORNERS.map((corner) => corner.map((x) => x * size)).join("L")}z`;
-const places = new Map();
-const place = (names, pitch) => { // ring after ring around the middle
-  const steps = [[-1, 1], [-1, 0], [0, -1], [1, -1], [1, 0], [0, 1]], cells = [[0, 0]];
-  for (let ring = 1; cells.length < names.length; ring += 1) {
-    let [q, r] = [ring, 0];
-    for (const [right, down] of steps) {
-      for (let i = 0; i < ring; i += 1) { cells.push([q, r]); q += right; r += down; }
-    }
-  }
-  places.clear();
-  names.forEach((name, i) => places.set(name,
-    [pitch * (cells[i][0] + cells[i][1] / 2), pitch * cells[i][1] * Math.sqrt(3) / 2]));
+const R = 50, corner = (i) => [Math.sin(i * Math.PI / 3), -Math.cos(i * Math.PI / 3)];
+const CORNERS = [0, 1, 2, 3, 4, 5].map((i) => corner(i).map((x) => R * x));
+const HEXAGON = `M${CORNERS.join("L")}z`;
+const places = new Map(); // by name, or a number where a cell is free
+const spot = (i) => { // the cells of a comb, ring after ring
+  const ring = Math.ceil((Math.sqrt(9 + 12 * i) - 3) / 6), at = i - 1 - 3 * ring * (ring - 1);
+  const side = Math.floor(at / (ring || 1)) + 1.5, along = corner(side + 2);
+  return corner(side).map((x, axis) => ring * x + (at % ring || 0) * along[axis]);
 };
-const way = ([x, y], [u, v]) => { // from rim to rim, bent to its left
-  const far = Math.hypot(u - x, v - y) || 1, dx = (u - x) / far, dy = (v - y) / far;
-  const at = (a, b, along, aside) => [a + dx * along + dy * aside, b + dy * along - dx * aside];
-  return `M${at(x, y, R * .84, 8)}Q${at((x + u) / 2, (y + v) / 2, 0, 8 + far / 7)} ${
-    at(u, v, -R * .84, 8)}`;
-};
+const way = ([x, y], [u, v]) => // bent to the left
+  `M${x} ${y}Q${(x + u) / 2 + (v - y) / 6} ${(y + v) / 2 - (u - x) / 6} ${u} ${v}`;
 const traffic = () => { // between nodes: what agents say counts for theirs
   const pairs = new Map();
   for (const [from, to, number, last] of hour.traffic) {
     const a = home(from), b = to === "all" ? to : home(to), key = `${a} ${b}`;
-    const [, , before, at] = pairs.get(key) || [a, b, 0, 0];
+    const [, , before, at] = pairs.get(key) ?? [a, b, 0, 0];
     if (a && b && a !== b) pairs.set(key, [a, b, number + before, Math.max(last, at)]);
   }
   return [...pairs.values()].sort((a, b) => b[2] - a[2]).slice(0, 500);
 };
-const cell = (name, word, load, agents, at, large) => {
-  const shape = draw("path", { d: hexagon(1) });
-  shape.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
-  return draw(`g.cell.${word}${name === hive.me ? ".me" : ""}`, () => openNode(name),
-    { transform: `translate(${at})` }, shape, draw("title", `${name}: ${word}`),
-    agents.slice(0, 6).map(({ name: agent, status }, i) => draw(`circle.${status || "unknown"}`,
-      { r: large ? 7 : 9, cx: CORNERS[i][0], cy: CORNERS[i][1] }, draw("title", agent))));
+const cell = (name, at, how, load, agents, size) => {
+  const mine = name === hive.me ? ".me" : "", transform = `translate(${at})`;
+  const one = draw(`g.cell.${how}${mine}`, { transform }, draw("path", { d: HEXAGON }),
+    how !== "free" && [() => find(name), draw("title", `${name}: ${how}`)],
+    size && draw("text", { y: 5, "font-size": size }, name),
+    size && how !== "online" && draw("text.how", { y: 22 }, how),
+    agents.slice(0, 6).map(({ status }, i) =>
+      draw(`circle.${status}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
+  one.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
+  return one;
 };
-const label = (name, word, [x, y], large) => {
-  const well = word === "online", size = large ? Math.min(17, 125 / name.length) : 40;
-  return draw("g", draw("text", { x, y: y + (well ? 5 : 0), "font-size": size }, name),
-    !well && large && draw(`text.how.${word}`, { x, y: y + 18, "font-size": 12 }, word));
-};
-const flow = (from, to, number, opacity, d, at) => draw(`path.flow.to-${to}`, { d, opacity,
-  transform: `translate(${at})`, "stroke-width": Math.min(8, 1.5 + .8 * Math.log2(number)) },
-draw("title", `${from} → ${to}: ${many(number, "message")}`));
 const showMap = () => {
-  const all = [...nodes.values()].sort((a, b) =>
-    (b.name === hive.me) - (a.name === hive.me) || byName(a, b)), large = all.length <= 61;
-  const gap = all.length <= 7 ? 1.9 : all.length <= 19 ? 1.5 : large ? 1.25 : 1.06;
-  const pitch = R * Math.sqrt(3) * gap, flows = traffic();
-  place(all.map((node) => node.name), pitch);
-  const [wide, tall] = [0, 1].map((i) =>
-    2 * R + Math.max(pitch, ...[...places.values()].map((at) => Math.abs(at[i]))));
-  const [w, h] = [pitch, pitch * Math.sqrt(3)]; // the empty cells around
-  list($("comb"), [[0, 0], [w, 0], [0, h], [w, h], [w / 2, h / 2]].map((at, i) => [i, at]), (at) =>
-    draw("path", { d: hexagon(.96), transform: `translate(${at})` }));
-  for (const [key, value] of [["width", w], ["height", h]]) $("comb").setAttribute(key, value);
-  $("fade").setAttribute("r", 1.6 * Math.max(wide, tall));
-  $("drawing").setAttribute("viewBox", `${-wide} ${-tall} ${2 * wide} ${2 * tall}`);
-  list($("cells"), all.map((node) => [node.name, node.name, how(node), node.load || 0, node.agents,
-    places.get(node.name), large]), cell);
-  const named = all.filter((node) => large || how(node) !== "online" || node.name === hive.me);
-  list($("labels"), named.map((node) => [node.name, node.name, how(node), places.get(node.name),
-    large]), label);
-  const old = (last) => Math.max(.1, .6 - (Date.now() / 1000 - last) / 6000).toFixed(1);
-  list($("flowing"), flows.map(([from, to, number, last]) => {
-    const a = places.get(from), b = places.get(to), told = [from, to, number, old(last)];
-    return [`${from} ${to}`, ...told, ...(b ? [way(a, b), [0, 0]] : [hexagon(1.2), a])];
-  }), flow);
-  const total = flows.reduce((sum, one) => sum + one[2], 0);
-  say("flows", !total ? "No message in the last hour; the next one lights up." :
-    `${many(total, "message")} in the last hour, as ${hive.me} saw them: the thicker, the more; a
-    dotted rim is what went to all. The fuller a cell, the higher its load.`);
-  list($("pairs"), flows.map((one) => [`${one[0]} ${one[1]}`, ...one]), (from, to, number, last) =>
-    el("tr", el("td", from), el("td", to), el("td", number), el("td", stamp(last))));
+  const me = (name) => name === hive.me, names = [...nodes.keys()].sort((a, b) =>
+    me(b) - me(a) || a.localeCompare(b, "en", { numeric: true }));
+  if (!names.length) return ["Who speaks to whom", ""];
+  const pitch = R * Math.sqrt(3) * Math.max(1.06, 2 - names.length / 30), flows = traffic();
+  const large = names.length > 61, room = 1.3 * R + 200 / names.length;
+  places.clear();
+  for (let i = 0; i < (large ? names.length : 3 * names.length + 36); i += 1) {
+    places.set(names[i] ?? i, spot(i).map((x) => x * pitch));
+  }
+  const [[left, wide], [top, high]] = [0, 1].map((axis) => {
+    const at = names.map((name) => places.get(name)[axis]), least = Math.min(...at) - room;
+    return [least, Math.max(...at) + room - least];
+  });
+  $("drawing").setAttribute("viewBox", `${left} ${top} ${wide} ${high}`);
+  list("cells", [...places].map(([name, at]) => {
+    const { how = "free", load, agents = [] } = nodes.get(name) ?? {}, size = large ? 40 : 17;
+    const named = how !== "free" && (!large || how !== "online" || me(name));
+    return [name, name, at, how, load, agents, named && Math.min(size, 125 / name.length)];
+  }), cell);
+  $("cells")[large ? "after" : "before"]($("lines"));
+  list("lines", flows.map(([from, to, number, last]) => {
+    const a = places.get(from), b = places.get(to), age = (Date.now() / 1000 - last) / 6000;
+    const look = { opacity: Math.max(.1, .6 - age).toFixed(1), d: b ? way(a, b) : HEXAGON,
+      "stroke-width": Math.min(8, 1.5 + .8 * Math.log2(number)),
+      transform: b ? "" : `translate(${a}) scale(1.2)` };
+    return [`${from} ${to}`, to, look];
+  }), (to, look) => draw(`path.to-${to}`, look));
+  list("pairs", flows.map((one) => [`${one[0]} ${one[1]}`, ...one]), (from, to, number, last) =>
+    el("tr", [from, to, number, stamp(last)].map((cell) => el("td", cell))));
+  return ["Who speaks to whom", flows.length ? `In the last hour, as ${hive.me} saw it: the thicker
+    a line, the more; a dotted rim is what went to all. The fuller a cell, the higher its load.`
+    : "No message in the last hour; the next one lights up."];
 };
-const lightUp = (row) => {
-  const from = places.get(home(row.from)), to = places.get(home(row.to)), sparks = $("sparks");
-  if (view !== "map" || !from || from === to || sparks.children.length > 30) return;
-  const spark = to ? draw("circle.spark", { r: 9 }) : draw("path.flow", { d: hexagon(1.2),
-    "stroke-width": 6, transform: `translate(${from})` });
-  if (to) spark.style.offsetPath = `path("${way(from, to)}")`;
-  sparks.append(spark);
-  spark.animate(to ? { offsetDistance: ["0%", "100%"] } : { opacity: [1, 0] }, { duration: 900,
-    easing: "ease-in-out" }).finished.then(() => spark.remove());
+const lightUp = ({ from, to }) => {
+  const a = places.get(home(from)), b = places.get(home(to)) ?? a;
+  if (view !== "map" || !a || home(from) === home(to) || $("sparks").children.length > 30) return;
+  const spark = draw("circle.spark", { r: 9 });
+  spark.style.offsetPath = `path("${way(a, b)}")`;
+  $("sparks").append(spark);
+  const frames = a === b ? { r: ["9px", "99px"] } : { offsetDistance: ["0%", "100%"] };
+  animate(spark, frames, 900).then(() => spark.remove());
 };
 
 // ---- Doctor
 const examine = async () => {
-  $("examine").disabled = true;
-  say("verdict", "Looking at everything; that takes up to fifteen seconds …");
-  const { error, findings = [] } = await ask("/doctor", {}), order = ["fail", "warn", "ok", "--"];
-  $("examine").disabled = false;
-  findings.sort((a, b) => order.indexOf(a.level) - order.indexOf(b.level));
-  const worst = findings[0]?.level, number = findings.filter((one) => one.level === worst).length;
-  say("verdict", error || { fail: `${many(number, "thing")} must be mended.`, ok: "All is well.",
-    warn: `${many(number, "thing")} could be better.` }[worst]);
-  $("findings").hidden = !findings.length;
-  list($("findings"), findings.map((one, i) => [i, one]), ({ check, level, what, todo }) =>
-    el(`li.row.finding.${level}`, mark(level), el("b", check), el("div",
-      el("span.sr", `${level}: `), what, todo && el("code", todo))));
+  [findings, verdict] = [[], "Looking at everything; that takes up to fifteen seconds …"];
+  paint();
+  const { error, findings: found = [] } = await ask("/doctor", "", {});
+  const worst = ["fail", "warn", "ok", "skipped"], bad = ({ level }) => worst.indexOf(level) < 2;
+  findings = found.sort((a, b) => worst.indexOf(a.level) - worst.indexOf(b.level));
+  verdict = error ?? (found.some(bad) ? `${many(found.filter(bad).length, "thing")} to look after.`
+    : "All is well.");
+  paint();
+};
+const showDoctor = () => {
+  if (!verdict) examine();
+  $("examine").disabled = !findings.length;
+  list("findings", findings.map((one) => [one.check, one]), ({ check, level, what, todo }) =>
+    line("", el(`span.how.${level}`, mark(level), ` ${level}`), el("b.who", check),
+      el("div.text", what, todo && el("code", todo))));
+  return ["Doctor", verdict];
 };
 
 // ---- What one can do
-const ask = (path, body) => fetch(path, body && { method: "POST", body: JSON.stringify(body),
-  headers: { "Content-Type": "application/json" } }).then((answer) => answer.json())
-  .catch(() => ({ error: "hive web does not answer" }));
+const ask = async (path, query, body) => {
+  const headers = { "Content-Type": "application/json" };
+  const how = body && { method: "POST", body: JSON.stringify(body), headers };
+  try {
+    return await (await fetch(`${path}?${new URLSearchParams(query)}`, how)).json();
+  } catch {
+    return { error: "hive web does not answer. Start it again: hive web" };
+  }
+};
 const tell = (words) => {
   say("said", words);
   clearTimeout(tell.timer);
   tell.timer = setTimeout(() => say("said", ""), 6000);
 };
-const offerActions = () => list($("action"), [["", "", "let the agent there judge"],
-  ...(nodes.get($("to").value)?.handlers || []).map((name) => [name, name, `run ${name}`])],
-(value, words) => el("option", { value }, words));
-const compose = (name = "") => {
-  const all = [...nodes.values()].flatMap((node) => [node, ...node.agents]);
-  const names = all.map((one) => one.name);
-  list($("names"), ["all", ...new Set(names)].map((one) => [one, one]), (value) =>
-    el("option", { value }));
-  $("to").value = name;
+const offerActions = () => {
+  const handlers = nodes.get($("to").value)?.handlers ?? [];
+  list("action", ["", ...handlers].map((name) => [name, name]), (value) =>
+    el("option", { value }, value ? `run ${value}` : "let the agent there judge"));
+};
+const talk = (title, how) => {
+  say("who", title);
   say("fault", "");
+  $("talk").className = how;
+  if (!$("talk").open) $("talk").showModal();
+};
+const compose = (name) => {
+  $("to").value = name;
+  [story, question] = [[], ""];
+  list("story", [], entry);
   offerActions();
-  $("node").close();
-  $("new").showModal();
+  talk("New message", "new");
   $(name ? "text" : "to").focus();
 };
+const send = async (message, answered) => { // what went wrong, or which exchange it began
+  const said = await ask("/send", "", { ...message, wait: Boolean(answered) });
+  if (answered && !said.error) asked.set(said.exchange, answered);
+  return said;
+};
 const sendPing = async (name) => {
-  const began = performance.now(), ping = { to: name, action: "ping", text: "ping", wait: true };
-  const { error, exchange } = await ask("/send", ping);
-  if (error) return tell(error);
-  pings.set(exchange, [name, began]).set(name, "pinging …");
-  setTimeout(() => { if (pings.delete(exchange)) pings.set(name, "no answer in 10 s"); }, 1e4);
-  paint();
+  const began = performance.now();
+  const { error } = await send({ to: name, action: "ping", text: "ping" }, ({ ch, text }) =>
+    tell(ch !== "response" ? text
+      : `${name} answered in ${Math.round(performance.now() - began)} ms`));
+  tell(error ?? `pinging ${name} …`);
 };
 const forget = async (name) => {
-  const sure = confirm(`Forget ${name} and all that it left? If it lives, it comes back.`);
-  if (sure) tell((await ask("/forget", { name })).error || `${name} is forgotten.`);
+  if (!confirm(`Forget ${name} and all that it left? If it lives, it comes back.`)) return;
+  tell((await ask("/forget", "", { name })).error ?? `${name} is forgotten.`);
 };
-const on = (id, event, act) => $(id).addEventListener(event, (given) => {
-  if (event === "submit") given.preventDefault();
-  act(given);
-});
-on("message", "submit", async ({ submitter }) => {
-  const wait = submitter?.value !== "send", to = $("to").value.trim(), text = $("text").value;
-  const { error, id, exchange } = await ask("/send", { to, text, action: $("action").value, wait });
-  if (error) return say("fault", error);
-  if (wait) asked.add(exchange);
+$("message").onsubmit = async (event) => {
+  event.preventDefault();
+  const [to, action, text] = ["to", "action", "text"].map((id) => $(id).value.trim());
+  const told = (row) => tell(`${row.from} answers: ${row.text.slice(0, 100)}`);
+  const { error, id } = question ? await ask("/reply", "", { id: question, text })
+    : await send({ to, action, text }, event.submitter?.value !== "send" && told);
+  say("fault", error ?? "");
+  if (error) return;
   $("text").value = "";
-  $("new").close();
-  location.hash = `${view}/${id}`;
-});
-on("reply", "submit", async () => {
-  const { error } = await ask("/reply", { id: $("reply").to, text: $("answer").value });
-  if (error) return tell(error);
-  $("answer").value = "";
-});
-on("filters", "submit", () => load());
-on("filters", "input", () => { clearTimeout(load.timer); load.timer = setTimeout(load, 200); });
-on("older", "click", () => load(true));
-on("compose", "click", () => compose());
-on("to", "input", offerActions);
-on("find", "input", () => paint());
-on("examine", "click", examine);
-on("thread", "close", () => { if (thread) location.hash = view; });
-for (const dialog of document.querySelectorAll("dialog")) {
-  dialog.addEventListener("click", ({ target }) => {
-    if (target === dialog || target.matches(".quiet.end")) dialog.close();
-  });
-}
-new IntersectionObserver(([end]) => { if (end.isIntersecting && !load.busy && before) load(true); },
+  if (!question) show(`${view}/${id}`);
+};
+$("filters").oninput = () => later(load, 200);
+$("older").onclick = () => load(true);
+$("compose").onclick = () => compose("");
+$("to").oninput = offerActions;
+$("find").oninput = () => paint();
+$("examine").onclick = examine;
+$("talk").onclose = () => { if (thread) show(view); };
+$("talk").onclick = ({ target }) => { if (target.matches("dialog, .end")) $("talk").close(); };
+new IntersectionObserver(([end]) => { if (end.isIntersecting && !$("older").disabled) load(true); },
   { rootMargin: "600px" }).observe($("older"));
 
 // ---- Which view it is, and how it stays true
 const VIEWS = { now: showNow, messages: showMessages, waiting: showWaiting, map: showMap,
-  doctor: () => {} };
-const paint = () => {
-  paint.due ||= requestAnimationFrame(() => { paint.due = 0; VIEWS[view](); });
+  doctor: showDoctor };
+const later = (act, wait) => {
+  act.due ||= setTimeout(() => {
+    act.due = 0;
+    act();
+  }, wait);
+};
+const drawAll = () => {
+  const [title, summary] = VIEWS[view](), trouble = sorted().filter(inTrouble).length;
+  const gone = hive.daemon === false ? hive.why
+    : hive.connected === false ? hive.fault || `No broker at ${hive.broker} yet` : "";
+  const known = [...nodes.values()].flatMap((node) => [node, ...node.agents]);
+  const names = [...new Set(["all", ...known.map(({ name }) => name)])];
+  list("names", names.map((name) => [name, name]), (value) => el("option", { value }));
+  say("title", title);
+  say("summary", summary ?? "");
+  say("gone", gone && `${gone}. What you see is from before; this page goes on by itself.`);
+  say("where", hive.me ? `${hive.me} at ${hive.broker}` : "");
+  say("count-now", `${trouble || ""}`);
+  say("count-waiting", `${waiting.questions?.length || ""}`);
+  $("compose").hidden = hive.readOnly;
+  document.title = `${gone ? "no connection" : trouble ? headline() : hive.me} · hive`;
+};
+const paint = () => later(drawAll, 20);
+const show = (place) => {
+  location.hash = place;
+  paint();
 };
 const go = () => {
   const [name, id = ""] = decodeURIComponent(location.hash.slice(1)).split("/");
   if (name === "main") return $("main").focus();
-  [view, thread] = [VIEWS[name] ? name : "now", id];
-  for (const one of Object.keys(VIEWS)) $(`view-${one}`).hidden = one !== view;
+  [view, thread, story] = [VIEWS[name] ? name : "now", id, []];
+  for (const one of document.querySelectorAll("[class^=of-]")) {
+    one.hidden = !one.matches(`.of-${view}`);
+  }
   for (const link of document.querySelectorAll("nav a")) {
     link.ariaCurrent = link.hash === `#${view}` ? "page" : null;
   }
-  if (id) openThread(id); else $("thread").close();
-  if (view === "doctor" && !$("findings").children.length && !$("examine").disabled) examine();
-  VIEWS[view]();
-};
-const frame = () => { // what stands around the views, and in the browser's tab
-  const { title, trouble } = nodes.size ? headline() : { title: "", trouble: [] };
-  const gone = hive.daemon ? (hive.connected ? "" : hive.fault || `No broker at ${hive.broker} yet`)
-    : hive.why, count = { now: trouble.length, waiting: waiting.questions?.length };
-  document.title = `${gone ? "no connection" : trouble.length ? title : hive.me} · hive`;
-  const place = hive.broker?.startsWith("/") ? "on this machine's own broker" : `at ${hive.broker}`;
-  say("where", gone ? hive.me : `${hive.me} ${place}`);
-  $("gone").hidden = !gone;
-  say("gone", gone && `${gone}. What you see is from before; this page goes on by itself.`);
-  for (const [id, number] of Object.entries(count)) {
-    $(`count-${id}`).hidden = !number;
-    say(`count-${id}`, `${number}`);
-  }
-  const colour = gone || trouble.some((node) => how(node) === "lost") ? "b3261e" : "f2a516";
-  $("icon").href = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
-    + `<path fill='%23${colour}' d='${HEXAGON}'/></svg>`;
-  $("compose").hidden = hive.readOnly;
-  if (frame.title && frame.title !== title) tell(title);
-  frame.title = title;
+  if (id) readOn(id); else $("talk").close();
+  drawAll();
 };
 const EVENTS = {
-  hive: (said) => { if (!hive.me) load(); hive = said; },
+  hive: (said) => { hive = said; },
   node: (said) => nodes.set(said.name, said),
   gone: ({ name }) => nodes.delete(name),
   pending: (said) => { waiting = said; },
   history: (said) => { hour = said; },
   missed: () => load(),
   row: (row) => {
-    const answer = row.event === "in" && row.ch !== "status", ping = pings.get(row.exchange);
-    if (answer && ping) {
-      const took = `answered in ${Math.round(performance.now() - ping[1])} ms`;
-      pings.set(ping[0], row.ch === "response" ? took : row.text.slice(0, 60)).delete(row.exchange);
-    }
-    if (answer && asked.has(row.exchange)) tell(`${row.from} answers: ${row.text.slice(0, 100)}`);
-    if (row.event !== "did") {
-      hour.traffic.push([row.from, row.to, 1, row.time]);
-      lightUp(row);
-    }
-    takeRow(row);
-    if (thread && row.exchange === openThread.exchange) openThread(thread, true);
+    const answer = row.event === "in" && row.ch !== "status" && asked.get(row.exchange);
+    if (answer) answer(row);
+    if (row.event !== "did") hour.traffic.push([row.from, row.to, 1, row.time]);
+    if (row.event !== "did") lightUp(row);
+    if (filters().some(Boolean)) later(load, 300);
+    else if (!(row.n <= messages[0]?.n)) messages = [row, ...messages].slice(0, MOST);
+    if (story.some(({ exchange }) => exchange === row.exchange)) readOn(thread);
   },
 };
 const listen = () => {
   const source = new EventSource("/events");
-  let fresh = true;
+  source.onopen = () => {
+    nodes.clear();
+    load();
+  };
   for (const [event, take] of Object.entries(EVENTS)) {
     source.addEventListener(event, ({ data }) => {
-      if (fresh) nodes.clear();
-      if (fresh && hive.me) load();
-      fresh = false;
       take(JSON.parse(data));
-      frame.due ||= setTimeout(() => { frame.due = 0; if (hive.me) frame(); }, 50);
       paint();
     });
   }
   source.onerror = async () => {
     source.close();
-    const status = await fetch("/exchange?id=-").then((answer) => answer.status, () => 0);
-    $("gone").hidden = false;
-    say("gone", status === 403 ? "This page's link is good no longer; hive web prints a new one."
-      : "hive web does not answer. Start it again: hive web. This page goes on by itself.");
     setTimeout(listen, 1000);
+    const { error } = await ask("/log", { before: 1 });
+    say("gone", error ?? "Too many pages are open; close one.");
   };
 };
 history.replaceState(null, "", location.pathname + location.hash); // the key is in a cookie now
@@ -19514,12 +19429,15 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     ),
     option("--wait", type=seconds, metavar="SECONDS", help="wait for the answer, and print it"),
     option("--parallel", type=count, metavar="N", help="with several nodes: so many at once"),
+    option(
+        "--fail-fast", action="store_true", help="and to no more once one failed or kept silent"
+    ),
     DIRECT,
     AS_JSON,
     examples="""hive send --to beta --ch command --text "is the backup done?" --wait 60
 hive send --to all --ch sync --action git-sync --text now --wait 20
 hive send --to any --action health-check --text x --wait 20
-hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5
+hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5 --fail-fast
 make report | hive send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:
@@ -19527,8 +19445,9 @@ def command_send(args: argparse.Namespace) -> int:
     config = config_of(args)
     target = Target.find(args.to)
     group = target is not None and not target.one
-    if args.parallel and not (group and args.wait):
-        raise UsageError("--parallel: of use only with --wait, and to a tag or a pattern")
+    flag = "--parallel" if args.parallel else "--fail-fast" if args.fail_fast else ""
+    if flag and not (group and args.wait):
+        raise UsageError(f"{flag}: of use only with --wait, and to a tag or a pattern")
     envelope = Envelope.new(
         config.node.id,
         EVERYONE if target else args.to,
@@ -19711,9 +19630,14 @@ def send_to_group(
 
     with contextlib.closing(control):
         if args.wait:
-            replies = GroupReplies(args.wait)
+            replies = GroupReplies(args.wait, envelopes)
             with Progress("") as progress:
-                collect_replies(config, replies, envelopes, args, control, hand_in, progress)
+                try:
+                    collect_replies(config, replies, args, control, hand_in, progress)
+                except KeyboardInterrupt:
+                    replies.expire(float("inf"))
+                    say_replies(replies, away, args.as_json)
+                    raise
             return say_replies(replies, away, args.as_json)
         for envelope in envelopes:
             say_sent(config, envelope, args, control, hand_in(envelope))
@@ -19725,22 +19649,22 @@ def send_to_group(
 def collect_replies(
     config: Config,
     replies: GroupReplies,
-    envelopes: Sequence[Envelope],
     args: argparse.Namespace,
     control: Control,
     hand_in: Callable[[Envelope], bool],
     progress: Progress,
 ) -> None:
     """Send, so many at once, and print the answers until all have come or are late."""
-    pending = deque(envelopes)
+    unsent, all_ = replies.unsent, len(replies.unsent)
+    most = args.parallel or (1 if args.fail_fast else all_)
     try:
-        while pending or replies:
-            while pending and len(replies) < (args.parallel or len(envelopes)):
-                if not hand_in(pending[0]):
-                    what = f"queued {pending[0].id} for {pending[0].to}"
+        while replies or (unsent and not (args.fail_fast and replies.faulty)):
+            while unsent and len(replies) < most and not (args.fail_fast and replies.faulty):
+                if not hand_in(unsent[0]):
+                    what = f"queued {unsent[0].id} for {unsent[0].to}"
                     print(f"hive: {what}, no broker at the moment", file=sys.stderr)
-                replies.sent(pending.popleft(), time.monotonic())
-            progress.what = f"waiting for {len(replies) + len(pending)} of {len(envelopes)}"
+                replies.sent(unsent.popleft(), time.monotonic())
+            progress.what = f"waiting for {len(replies) + len(unsent)} of {all_}"
             said = control.receive(max(0.0, replies.ends - time.monotonic())) or {}
             if reason_code_of(config, said) == NO_SUBSCRIBERS:
                 replies.unheard(said.get("id"))
@@ -19750,13 +19674,14 @@ def collect_replies(
                     write_answer(answer, args.as_json, label=True)
             replies.expire(time.monotonic())
     except DaemonError as error:
-        rest = f"{len(pending)} were not sent" if pending else "all were sent"
+        rest = f"{len(unsent)} were not sent" if unsent else "all were sent"
         raise HiveError(f"{error}; {rest}; see: hive pending") from None
 
 
 def say_replies(replies: GroupReplies, away: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
     """Sum up what became of a group's messages."""
     without = {"failed": replies.failed, "silent": replies.silent, "away": [*away]}
+    without["unsent"] = [one.to for one in replies.unsent]
     if as_json:
         print(json_text(json.dumps({"ok": replies.ok, **without})))
     else:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import PATIENCE, ROOT, eventually, free_port
+from conftest import PATIENCE, ROOT, eventually, free_port, states_at, statuses_of
 
 import hive
 
@@ -73,6 +73,11 @@ class Machine:
         return (self.home / "daemon.log").read_text()
 
     def statuses(self) -> dict[str, str]:
+        """How all are to its daemon."""
+        return statuses_of(states_at(self.state / "door"))
+
+    def status(self) -> dict[str, str]:
+        """The same, as the command shows it."""
         rows = json.loads(self.run("status", "--json").stdout)
         return {row["name"]: row["status"] for row in rows}
 

@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hive import (
     ChildProcesses,
+    ControlClient,
+    DaemonError,
     Database,
     HandlerConfig,
     HeartbeatConfig,
@@ -30,6 +32,8 @@ from hive import (
     Log,
     Loop,
     ScheduleConfig,
+    shortened_socket_path,
+    status_rows,
 )
 
 if TYPE_CHECKING:
@@ -77,6 +81,23 @@ def free_port() -> int:
 def answers(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def states_at(door: Path) -> dict[str, Any]:
+    """How all are to the daemon behind this door; {} if it is down.
+
+    For who waits: that is not worth ten processes.
+    """
+    with contextlib.suppress(OSError, DaemonError), contextlib.ExitStack() as ending:
+        control = ControlClient(shortened_socket_path(door), "it")
+        ending.callback(control.close)
+        return dict(control.ask({"do": "states"})["states"])
+    return {}
+
+
+def statuses_of(states: Mapping[str, Any]) -> dict[str, str]:
+    """As `hive status` shows them."""
+    return {row.name: row.status for row in status_rows(states, HeartbeatConfig(), time.time())}
 
 
 class Broker:
@@ -228,6 +249,7 @@ class Daemon:
             f'[logging]\nlevel = "debug"\nformat = "json"\n{extra}'
         )
         self.environment: dict[str, str] = {}  # what is different for this one
+        self.state_dir: Path | None = None  # where its configuration does not say "state"
         self.log_file = self.home / "log"
         self._rows, self._read = list[dict[str, Any]](), 0  # of it, and up to which byte
         self.process: subprocess.Popen[bytes] | None = None
@@ -286,6 +308,13 @@ class Daemon:
         return eventually(f"{self.name} logs {event} {facts}", lambda: self.events(event, **facts))[
             -1
         ]
+
+    def states(self) -> dict[str, Any]:
+        """How all are to it, as they say it."""
+        return states_at((self.state_dir or self.config.with_name("state")) / "door")
+
+    def statuses(self) -> dict[str, str]:
+        return statuses_of(self.states())
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self.process

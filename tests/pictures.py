@@ -52,7 +52,7 @@ def open_page(chromium: Browser, link: str, view: str, **how: Any) -> Page:
     context = chromium.new_context(**{"viewport": SIZES[1280], **how})
     page = context.new_page()
     page.goto(f"{link}#{view}")
-    page.wait_for_selector("#cards li, #tiles li", state="attached")
+    page.wait_for_selector("#cards li", state="attached")
     page.wait_for_function("() => Object.keys(hour.nodes).length > 0")
     return page
 
@@ -63,7 +63,7 @@ def show(page: Page, view: str) -> None:
     page.wait_for_timeout(300)
     if view == "thread":
         page.locator("#log a", has_text="command").nth(3).click()
-        page.wait_for_selector("#thread[open]")
+        page.wait_for_selector("#talk[open]")
         page.wait_for_timeout(400)
 
 

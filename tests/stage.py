@@ -98,7 +98,8 @@ class Stage:
         chance, (status, why) = self.random, BAD.get(i, ("online", ""))
         agents: dict[str, dict[str, Any]] = {}
         if i % 3 == 0 or name == "alpha":
-            down = {"status": "down", "reason": "gateway refuses: 401"}
+            down: dict[str, Any] = {"status": "down", "reason": "gateway refuses: 401"}
+            down["next_try"] = int(self.now + 280)
             agents["main"] = down if status == "degraded" else {"status": "ok"}
         if i % 4 == 0:
             directory, branch = PLACES[i // 4 % len(PLACES)]
@@ -115,6 +116,7 @@ class Stage:
             },
             **{"oc": agents, "host": f"{name}.lan", "instance": "x"},
             "running": int(i % 7 == 2),
+            "rtt_ms": 1 + i % 30,
         }
         roster: dict[str, Any] = {
             **{"node": name, "agents": ["main"] if "main" in agents else [], "version": "0.2.0"},

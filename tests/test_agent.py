@@ -860,11 +860,14 @@ def test_an_agent_that_stays_away_is_tried_less_and_less_often(
     loop: hive.Loop, children: hive.ChildProcesses, clock: Clock, stand_in: StandIn
 ) -> None:
     stand_in.set("down")
+    assert stand_in.agent.next_try is None
     stand_in.wake("a")
     first, longest = hive.AGENT_RETRY
     for failures in range(8):
         run_until(loop, "the call has failed", lambda: not len(children))
         assert len(stand_in.groups()) == failures + 1
+        wait = (stand_in.agent.next_try or 0) - time.time()
+        assert 0.7 * min(first * 2**failures, longest) - 5 < wait <= longest + 1
         for expected in (0, 1):
             clock.skipped += min(first * 2**failures, longest) / 2
             settle(loop)

@@ -110,14 +110,17 @@ class Machine(Hive):
     def meet(self, *names: str, asked: str = "") -> None:
         """Wait until these see each other."""
 
-        def online() -> bool:
-            said = self.cli(asked or names[0], "status", "--json", code=None)
-            if said.returncode:
-                return False
-            online = {row["name"] for row in json.loads(said.stdout) if row["status"] == "online"}
-            return online == {*names}
+        node = self.nodes[asked or names[0]]
 
-        eventually(f"{names} see each other", online)
+        def shown() -> bool:
+            said = self.cli(node.name, "status", "--json", code=None).stdout
+            rows = json.loads(said or "[]")
+            return {row["name"] for row in rows if row["status"] == "online"} == {*names}
+
+        def online() -> bool:
+            return {name for name, how in node.statuses().items() if how == "online"} == {*names}
+
+        eventually(f"{names} see each other", lambda: online() and shown())
 
 
 def alive(node: Daemon) -> bool:
@@ -827,4 +830,5 @@ def test_a_node_may_be_called_broker(machine: Machine) -> None:
     machine.start("broker")
     assert machine.hosts() == ["broker"]
     assert (machine.state.parent / "broker" / "journal.sqlite3").exists()
+    node.state_dir = machine.state.parent / "broker"
     machine.meet("broker")

@@ -963,7 +963,7 @@ def test_a_daemon_that_is_cut_off_says_so_and_what_it_knew(
     hive = hive_of(own_broker)
     alpha = hive.node("alpha").start()
     hive.node("beta").start()
-    eventually("both are seen", lambda: "beta" in hive.cli("alpha", "status").stdout)
+    eventually("both are seen", lambda: "beta" in alpha.statuses())
     own_broker.stop()
     alpha.logged("no broker, trying again")
     fault = (
@@ -996,7 +996,7 @@ def test_who_waits_with_the_broker_away_is_told_that_it_is_queued(
     hive = hive_of(own_broker)
     alpha = hive.node("alpha").start()
     hive.node("beta").start()
-    eventually("both are seen", lambda: "beta" in hive.cli("alpha", "status").stdout)
+    eventually("both are seen", lambda: "beta" in alpha.statuses())
     own_broker.stop()
     alpha.logged("no broker, trying again")
     done = hive.cli("alpha", "send", "--to", "beta", "--text", "x", "--wait", "0.5", code=4)

@@ -6,7 +6,6 @@ Each test counts its messages; make faults prints the table of them.  See faults
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -226,5 +225,5 @@ def test_the_disk_is_full_for_a_while(begin: Begin, disk: str) -> None:
 
 
 def statuses(trial: Trial) -> set[str]:
-    rows = json.loads(trial.hive.cli("alpha", "status", "--json").stdout)
-    return {row["status"] for row in rows if row["name"] in trial.hive.nodes}
+    shown = trial.alpha.statuses()
+    return {shown[name] for name in trial.hive.nodes}

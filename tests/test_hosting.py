@@ -87,7 +87,7 @@ def test_from_nothing_in_one_command_and_again_nothing_changes(alpha: Carrier) -
     assert content(alpha.host.folder) == before and alpha.config.read_bytes() == config
     assert pids == (alpha.host.service_pid(), alpha.host.broker_pid())
     alpha.daemon()
-    assert alpha.statuses() == {"alpha": "online"}
+    assert alpha.status() == {"alpha": "online"}
 
 
 def test_another_address_is_taken_over_while_it_runs(alpha: Carrier) -> None:

@@ -419,7 +419,7 @@ def test_who_is_expelled_is_out_at_once_and_leaves_nothing(
     assert re.fullmatch(rf"expelled: {machine.name} \(\d+ documents?\)\n", said)
     eventually("it is cut off", lambda: "no broker, trying again" in machine.log())
     assert "not authorized" in machine.error("status", "--direct", code=3)
-    assert machine.name not in alpha.statuses()
+    assert machine.name not in alpha.status()
     assert machine.name not in json.loads(alpha.run("status", "--direct", "--json").stdout)
     rows = [json.loads(one) for one in alpha.run("log", "--json").stdout.splitlines()]
     text = f"{machine.name} was expelled from this hive by alpha"

@@ -428,6 +428,23 @@ def test_a_heartbeat_comes_every_interval(rig: Rig) -> None:
     assert [row["seq"] for row in inner] == sorted({row["seq"] for row in inner})
 
 
+def test_a_state_tells_how_long_a_heartbeat_took_to_the_broker_and_back(rig: Rig) -> None:
+    rig.advance(6)
+    assert rig.kept("beta", "state")[-1]["rtt_ms"] is None, "none has come back"
+    first, last = rig.heartbeats()[0], rig.heartbeats()[-1]
+    rig.clock.now += 0.25
+    for beat in (last, first):  # the first one tells nothing any more
+        rig.hand_in("hive/all/heartbeat", beat.payload, False)
+        rig.turn()
+        rig.clock.now += 0.25
+    states = len(rig.kept("beta", "state"))
+    rig.advance(1)
+    assert len(rig.kept("beta", "state")) == states, "it is no news"
+    rig.advance(10)
+    waited = rig.kept("beta", "state")[-1]["rtt_ms"]
+    assert waited % 500 == 250 and waited <= 1250
+
+
 def test_a_state_that_says_nothing_new_is_published_before_it_seems_stale(rig: Rig) -> None:
     """By whatever version it is read: last_seen, interval and miss_threshold are what it has."""
     rig.live(61, "gamma")

@@ -196,3 +196,31 @@ def test_the_dashboard_asks_for_what_is_exported() -> None:
     assert labels <= known
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert all(panel["title"] and panel["description"] for panel in panels)
+
+
+def test_grafanas_own_schema_knows_every_word_of_the_dashboard() -> None:
+    """As its SDK has it; a Grafana itself is in no package registry."""
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    def unknown(ours: Any, theirs: Any, where: str) -> list[str]:
+        """What has not come back; what was added are defaults."""
+        pairs = [(where, ours, theirs)]
+        if isinstance(ours, dict):
+            pairs = [(f"{where}.{key}", one, theirs.get(key)) for key, one in ours.items()]
+        elif isinstance(ours, list) and len(ours) == len(theirs):
+            pairs = [(f"{where}.{i}", *two) for i, two in enumerate(zip(ours, theirs, strict=True))]
+        elif ours != theirs:
+            return [where]
+        else:
+            return []
+        return [name for at, one, two in pairs for name in unknown(one, two, at)]
+
+    register_default_plugins()
+    dashboard = json.loads((ROOT / "contrib/grafana.json").read_text())
+    read = json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
+    assert unknown(dashboard, read, "") == []
+    dashboard["panels"][0]["options"]["colour"] = "x"
+    read = json.loads(JSONEncoder().encode(Dashboard.from_json(dashboard)))
+    assert unknown(dashboard, read, "") == [".panels.0.options.colour"]

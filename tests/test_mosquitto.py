@@ -436,7 +436,8 @@ def test_a_hive_lives_under_it(
         rows = json.loads(hive.cli("beta", "status", "--json").stdout)
         return {row["name"]: row["status"] for row in rows}
 
-    eventually("all are online", lambda: statuses() == dict.fromkeys(statuses(), "online"))
+    online = dict.fromkeys(("alpha", "beta", "main"), "online")
+    eventually("all are online", lambda: beta.statuses() == online)
     assert statuses().keys() == {"alpha", "beta", "main"}
     assert [row["node"] for row in json.loads(hive.cli("beta", "roster", "--json").stdout)] == [
         "alpha",

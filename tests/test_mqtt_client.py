@@ -20,6 +20,7 @@ from typing import Any, ClassVar, cast
 
 import pytest
 from conftest import EMBEDDED, MOSQUITTO, PATIENCE, Broker, Clock, find_program, need_mosquitto
+from raw_mqtt import publish_packet
 
 import hive
 from hive import (
@@ -913,25 +914,75 @@ def test_the_broker_keeps_a_session_for_a_week_and_none_without_a_client_id(loop
             closed(loop, client)
 
 
-def test_many_packets_are_read_at_once() -> None:
-    asked, chunks = list[int](), [b"a" * 100, b"b" * hive.READ_SIZE]
+def test_messages_are_taken_apart_here_and_all_else_by_paho() -> None:
+    """Whatever comes in one read, and however a packet is cut."""
+    hello, pong, big = publish_packet("t", b"hello"), b"\xd0\0", publish_packet("t", b"x" * 70_000)
+    stream = b"\x20\x03\0\0\0" + hello + pong + big + hello + pong
+    for size in (1, 3, 7, 100, hive.READ_SIZE):
+        chunks = [stream[at : at + size] for at in range(0, len(stream), size)]
+        ahead = hive.ReadAhead(lambda most, left=chunks: left.pop(0) if left else b"")  # type: ignore[misc]
+        messages, others = list[bytes](), bytearray()
+        assert not ahead.for_paho
+        while True:
+            if published := ahead.publish():
+                messages.append(published[1][-5:])
+            elif not ahead.for_paho:
+                whole = bool(chunks) and len(chunks[0]) == hive.READ_SIZE
+                assert ahead.fill() == whole, "there may be more"
+            elif part := ahead.recv(1):
+                others += part
+            else:
+                break
+        assert messages == [b"hello", b"xxxxx", b"hello"]
+        assert others == b"\x20\x03\0\0\0" + pong + pong
+        assert ahead.first == stream[: min(size, hive.FIRST_SIZE)]
+        assert ahead.recv(1) == b"", "the end"
+
+
+def test_what_ends_a_connection_is_left_to_paho() -> None:
+    errors: list[OSError] = [BlockingIOError(), ConnectionResetError("reset")]
 
     def recv(size: int) -> bytes:
-        asked.append(size)
-        return chunks.pop(0)
+        raise errors.pop(0)
 
     ahead = hive.ReadAhead(recv)
-    assert not ahead
-    assert [ahead.recv(1), ahead.recv(9), ahead.recv(200)] == [b"a", b"a" * 9, b"a" * 90]
-    assert asked == [hive.READ_SIZE] and not ahead
-    assert ahead.recv(hive.READ_SIZE) == b"b" * hive.READ_SIZE
-    assert not ahead, "what is asked for whole is not kept"
+    assert not ahead.fill() and not ahead.for_paho
+    with pytest.raises(BlockingIOError):
+        ahead.recv(1)
+    assert not ahead.fill() and ahead.for_paho
+    with pytest.raises(ConnectionResetError):
+        ahead.recv(1)
 
 
-def test_paho_reads_ahead(loop: Loop, shared_broker: Broker) -> None:
+@pytest.mark.parametrize("topic", [b"link/\xff", b"", b"link/+"])
+def test_a_topic_that_a_lax_broker_lets_through_is_no_end(loop: Loop, topic: bytes) -> None:
+    """Or whoever sends one would keep all others from their broker."""
+    message = b"\x30" + bytes([len(topic) + 4, 0, len(topic)]) + topic + b"\0x"
+
+    def behave(client: socket.socket) -> None:
+        client.recv(4096)
+        client.sendall(b"\x20\x03\0\0\0" + message + publish_packet("link/good", b"x"))
+        client.recv(4096)
+
+    with server(behave) as port:
+        client, listener = opened(loop, MqttConfig(port=port))
+        turn(loop, lambda: len(listener.messages) == 2)
+        assert listener.messages[1].topic == "link/good" and not listener.downs
+        closed(loop, client)
+
+
+def test_a_message_before_the_welcome_is_no_message(loop: Loop) -> None:
+    with server(lambda client: client.sendall(publish_packet("t", b"x"))) as port:
+        client, listener = opened(loop, MqttConfig(port=port))
+        turn(loop, lambda: listener.downs)
+        assert listener.downs[0].startswith("no MQTT broker") and not listener.messages
+        closed(loop, client)
+
+
+def test_many_messages_are_read_at_once(loop: Loop, shared_broker: Broker) -> None:
     client, listener = opened(loop, MqttConfig(port=shared_broker.port), "", [("link/ahead", 1)])
     turn(loop, lambda: listener.ups)
-    assert client._connection and client._connection._ahead is not None
+    assert client._connection
     taken = list[int]()
     ahead = client._connection._ahead
     whole = ahead._recv
@@ -1010,10 +1061,7 @@ def test_what_tls_holds_back_is_read_at_once() -> None:
         def __init__(self, size: int) -> None:
             self.pending = lambda: size
 
-    assert [hive.has_more(one) for one in (Held(5), Held(0), None)] == [True, False, False]
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.setblocking(False)
-        assert not hive.has_more(ours)
-        theirs.send(b"x")
-        assert hive.has_more(ours) and ours.recv(9) == b"x"
+        held = [hive.is_pending(one) for one in (Held(5), Held(0), ours)]
+    assert held == [True, False, False]

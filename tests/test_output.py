@@ -239,6 +239,17 @@ def test_trouble_comes_first_and_every_node_in_trouble_has_a_reason() -> None:
     assert {row.name: row.reason for row in rows}["main"] == "no word for 3m 20s"
 
 
+def test_when_an_agent_is_called_again_stands_behind_the_reason() -> None:
+    agents = {"main": {"status": "down", "next_try": NOW + 90}, "odd": {"next_try": [1]}}
+    why = {"status": "degraded", "reason": "agent main: refused", "oc": agents}
+    rows = status_rows({"a": {**state(), **why}}, HeartbeatConfig(), NOW)
+    again = f"its agent is called again at {time.strftime('%T', time.localtime(NOW + 90))}"
+    assert hive.status_notes(rows) == f"\na: agent main: refused\na: {again}\n"
+    screen = hive.status_screen(rows, [], "", 24, False)
+    assert screen[3:5] == ["  agent main: refused", f"  {again}"]
+    assert rows[0].next_try == NOW + 90
+
+
 def test_a_summary_counts_nodes_and_not_agents() -> None:
     said = "7 nodes: 2 online, 1 degraded, 2 stale, 1 offline, 1 asleep"
     assert hive.status_summary(hive_in_trouble()) == said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import time
@@ -233,7 +234,7 @@ def tells_what_became_of_each(fleet: Hive, direct: tuple[str, ...]) -> None:
 
     done = fleet.cli(*send, "--to", "tag:gpu", "--json", code=1)
     *answers, summary = map(json.loads, done.stdout.splitlines())
-    assert summary == {"ok": ["web-1"], "failed": ["web-2"], "silent": [], "away": []}
+    assert summary == {"ok": ["web-1"], "failed": ["web-2"], "silent": [], "away": [], "unsent": []}
     assert sorted((one["from"], one["ch"]) for one in answers) == [
         ("web-1", "response"),
         ("web-2", "alert"),
@@ -335,5 +336,33 @@ def test_so_many_at_once_and_no_more(hive: Hive) -> None:
         running += 1 if line == "+" else -1
         most = max(most, running)
     assert most == 2
-    why = hive.cli(*send[:-2], "--parallel", "2", code=2).stderr
-    assert why.startswith("hive: --parallel: of use only with --wait, and to a tag or a pattern")
+    for flag in (("--parallel", "2"), ("--fail-fast",)):
+        why = hive.cli(*send[:-2], *flag, code=2).stderr
+        assert why == f"hive: {flag[0]}: of use only with --wait, and to a tag or a pattern\n"
+
+
+def test_a_rolling_action_stops_at_the_first_failure_and_at_ctrl_c(hive: Hive) -> None:
+    hive.node("alpha").start()
+    for i, lines in enumerate(("echo ok", "exit 1", "echo ok", HANGS)):
+        node = hive.node(f"web-{i}")
+        node.handler("deploy", f"#!/bin/sh\n{lines}\n")
+        node.start()
+    eventually("all are seen", lambda: len(hive.nodes["alpha"].events("peer is up")) == 4)
+    send = ("alpha", "send", "--to", "web-*", "--action", "deploy", "--text", "x", "--wait", "20")
+    done = hive.cli(*send, "--fail-fast", "--json", code=1)
+    said = {"ok": ["web-0"], "failed": ["web-1"], "silent": [], "away": []}
+    assert json.loads(done.stdout.splitlines()[-1]) == {**said, "unsent": ["web-2", "web-3"]}
+    assert not hive.nodes["web-2"].events("handler started")
+
+    line = hive.command_line(*send, "--parallel", "3")
+    sending = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=hive.environment, text=True
+    )
+    hive.nodes["web-3"].logged("handler started")
+    assert sending.stdout and sending.stderr
+    answers = [sending.stdout.readline() for _ in range(2)]
+    sending.send_signal(signal.SIGINT)
+    assert sending.wait(20) == 130
+    assert sorted(answers) == ["web-0: ok\n", "web-2: ok\n"]
+    *_, summary = sending.stderr.read().splitlines()
+    assert summary == "hive: 2 of 4 ok, 1 failed (web-1), 1 silent (web-3)"
