@@ -4656,7 +4656,8 @@ class Daemon:
         self._broker_host.find(found)
 
     def on_connected(self) -> None:
-        self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
+        host = self._client.host if self._mqtt.cluster else None
+        self.log.info("connected", broker=self._mqtt.address, node=self.node.name, host=host)
         self._outage = False
         self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
         self.node.on_connected(self._mqtt)
@@ -10727,6 +10728,8 @@ class ClientListener(Protocol):
 class Transport(Protocol):
     """What Node needs of a client."""
 
+    host: str  # of the connection, or of the last one
+
     def set_broker(self, settings: MqttConfig) -> None: ...
     def open(self, listener: ClientListener) -> None: ...
     def use_outbox(
@@ -11017,7 +11020,7 @@ class MqttConnection:
             try:
                 self._client.connect_async(*where, **options)
                 self._client.reconnect()
-                fault = ""
+                fault, self._owner.host = "", host
                 break
             except (OSError, ValueError) as error:
                 fault = dial_fault(error, settings.tls)
@@ -11338,7 +11341,7 @@ class MqttClient:
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
-        self.turn = 0  # which host of a cluster is asked first
+        self.turn, self.host = 0, ""  # which host of a cluster is asked first; which answered
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
         self.former: FormerSession | None = None  # that is being emptied
@@ -15370,8 +15373,12 @@ class HostService:
             end_process(pid, self._host.broker_lock)
 
     def _start_broker(self) -> None:
+        import resource
         import subprocess
 
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):  # it has a file for each node
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         lock = FileLock(self._host.broker_lock, GLANCE)
         with contextlib.closing(lock):  # Mosquitto goes on holding it
             self._conf = self._host.conf.read_text()
