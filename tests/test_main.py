@@ -360,6 +360,20 @@ def test_a_command_loads_what_it_calls_and_no_more(tmp_path: Path) -> None:
     assert parts.run("host", "--listen", "a b") == "part 1 is loaded\n"  # before the last
 
 
+def test_no_part_of_another_file_is_loaded_by_who_began_with_this_one(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.run("--version")
+    file = tmp_path / "hive.py"
+    code = f"open({str(file)!r}, 'a').write('# as an upgrade does\\n')\n"
+    program = (tmp_path / "hive-cli").read_text()
+    (tmp_path / "hive-cli").write_text(program.replace("sys.exit(run())", f"load(0)\n{code}") + RUN)
+    said = parts.run("host", "--listen", "a b")
+    assert said == "hive: hive.py was replaced since this began; start it again\n"
+
+
+RUN = "sys.exit(hive.main())\n"
+
+
 def test_garbage_is_collected_once_the_file_is_read() -> None:
     code = "import gc, hive; print(gc.isenabled(), gc.get_freeze_count() > 10_000)"
     done = subprocess.run(
