@@ -4584,7 +4584,7 @@ class Daemon:
         self._service = ServiceManager(loop, os.environ)
         self._broker_host, self._mqtt = BrokerHost(config, loop, log), config.mqtt
         self._control: ControlServer | None = None
-        self._outage = False
+        self._outage = self.again = False
         self._client = make_client(config, self._presence.will())
         node.attach(self._client)
 
@@ -4592,6 +4592,7 @@ class Daemon:
         """Begin; the loop does the rest."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(number, self.stop)
+        self.loop.on_signal(signal.SIGUSR1, partial(self.stop, again=True))
         self.loop.on_signal(signal.SIGHUP, self._reread)
         self._open_control_socket()
         self.work.start()
@@ -4655,7 +4656,8 @@ class Daemon:
         self._broker_host.find(found)
 
     def on_connected(self) -> None:
-        self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
+        host = self._client.host if self._mqtt.cluster else None
+        self.log.info("connected", broker=self._mqtt.address, node=self.node.name, host=host)
         self._outage = False
         self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
         self.node.on_connected(self._mqtt)
@@ -4692,13 +4694,20 @@ class Daemon:
 
     # -- the end --
 
-    def stop(self) -> None:
-        """End in order: running handlers get a moment; what waits goes on at the next start."""
+    def stop(self, again: bool = False) -> None:
+        """End in order: running handlers get a moment; what waits goes on at the next start.
+
+        `again`: that is at once, in the same process, of the program that lies there by then.
+        """
+        self.again = again and not self.node.stopping  # whoever has said stop means it
         if self.node.stopping:
             self.work.end_handlers()
             return
         self.node.stopping = True
-        self._service.notify("STOPPING=1", "STATUS=stopping")
+        if again:
+            self._service.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        else:
+            self._service.notify("STOPPING=1", "STATUS=stopping")
         self.node.members.stop()
         self.log.info("stopping", handlers=self.work.running)
         waiting = self.work.stop()
@@ -6243,7 +6252,7 @@ INHERITED = (
 CONTRACT = {  # by a handler, not inherited: what has a meaning for it
     *("HIVE_NODE", "HIVE_FROM", "HIVE_TO", "HIVE_ID", "HIVE_CORR", "HIVE_ACTION", "HIVE_CH"),
     *("HIVE_PREFIX", "HIVE_AGENT", "HIVE_PROFILE", "HIVE_OPENCLAW_CMD"),
-    *("HIVE_STATE_DIR", "HIVE_TIMEOUT", "HIVE_LAST_RUN"),
+    *("HIVE_STATE_DIR", "HIVE_TIMEOUT", "HIVE_LAST_RUN", "HIVE_CMD"),
 }
 
 
@@ -6306,6 +6315,8 @@ def handler_spec(
 
     A scheduled run is told the id of the last one that said what is news, and was taken over.
     """
+    import shlex
+
     own = config.handlers.get(file.name, HandlerConfig()).env
     inherited = inherited_environment(os.environ, {*config.handler_env, *own})
     inherited |= whose_child(config)
@@ -6314,6 +6325,7 @@ def handler_spec(
     )
     deadline = handler_deadline(config, file.name)
     environment["HIVE_TIMEOUT"] = f"{deadline:g}"
+    environment["HIVE_CMD"] = shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
     with contextlib.suppress(ConfigError):  # there is none where nobody knows a home
         environment["HIVE_STATE_DIR"] = str(config.state_dir.absolute())
     if last_run is not None:
@@ -10716,6 +10728,8 @@ class ClientListener(Protocol):
 class Transport(Protocol):
     """What Node needs of a client."""
 
+    host: str  # of the connection, or of the last one
+
     def set_broker(self, settings: MqttConfig) -> None: ...
     def open(self, listener: ClientListener) -> None: ...
     def use_outbox(
@@ -11006,7 +11020,7 @@ class MqttConnection:
             try:
                 self._client.connect_async(*where, **options)
                 self._client.reconnect()
-                fault = ""
+                fault, self._owner.host = "", host
                 break
             except (OSError, ValueError) as error:
                 fault = dial_fault(error, settings.tls)
@@ -11327,7 +11341,7 @@ class MqttClient:
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
-        self.turn = 0  # which host of a cluster is asked first
+        self.turn, self.host = 0, ""  # which host of a cluster is asked first; which answered
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
         self.former: FormerSession | None = None  # that is being emptied
@@ -15359,8 +15373,12 @@ class HostService:
             end_process(pid, self._host.broker_lock)
 
     def _start_broker(self) -> None:
+        import resource
         import subprocess
 
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):  # it has a file for each node
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         lock = FileLock(self._host.broker_lock, GLANCE)
         with contextlib.closing(lock):  # Mosquitto goes on holding it
             self._conf = self._host.conf.read_text()
@@ -19335,13 +19353,15 @@ def command_daemon(args: argparse.Namespace) -> int:
     config = config_of(args, load_config)
     log = Log(config.logging.level, config.logging.format, repeats=MAX_REPEATS)
     with log.never_wait():
-        run_daemon(config, log)
+        again = run_daemon(config, log)
         log.info("stopped")
+    if again:
+        os.execv(sys.executable, sys.orig_argv)
     return Exit.DONE
 
 
-def run_daemon(config: Config, log: Log) -> None:
-    """Until SIGTERM or Ctrl-C."""
+def run_daemon(config: Config, log: Log) -> bool:
+    """Until SIGTERM or Ctrl-C, or SIGUSR1: then it is to begin again."""
     instance = new_id()
     with contextlib.ExitStack() as ending:
         predecessor = take_the_name(config, instance, log, ending)
@@ -19360,6 +19380,7 @@ def run_daemon(config: Config, log: Log) -> None:
         log.info("starting", node=config.node.id, version=__version__, build=build(), config=source)
         daemon.start()
         loop.run()
+        return daemon.again
 
 
 def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.ExitStack) -> str:
