@@ -18497,15 +18497,10 @@ const showDoctor = () => {
 };
 
 // ---- What one can do
-const ask = async (path, query, body) => {
-  const headers = { "Content-Type": "application/json" };
-  const how = body && { method: "POST", body: JSON.stringify(body), headers };
-  try {
-    return await (await fetch(`${path}?${new URLSearchParams(query)}`, how)).json();
-  } catch {
-    return { error: "hive web does not answer. Start it again: hive web" };
-  }
-};
+const ask = (path, query, body) => fetch(`${path}?${new URLSearchParams(query)}`, body && {
+  method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
+}).then((answer) => answer.json())
+  .catch(() => ({ error: "hive web does not answer. Start it again: hive web" }));
 const tell = (words) => {
   say("said", words);
   clearTimeout(tell.timer);
