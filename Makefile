@@ -40,7 +40,7 @@ TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6
            radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2 hatchling==1.33.0 \
            prometheus_client==0.26.0 'grafana-foundation-sdk==1769699998!10.1.0' pyte==0.8.2 mcp==2.3.0 playwright==1.65.2
 
-SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py contrib/man.py \
+SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/handlers/hive-upgrade contrib/dist.py contrib/demo.py contrib/man.py \
            contrib/handlers/sentinel.py contrib/handlers/check-email contrib/handlers/check-calendar \
            contrib/handlers/check-url contrib/pip/hatch_build.py
 SOURCES := hive.py tests $(SCRIPTS)
