@@ -242,7 +242,7 @@ def test_a_page_is_told_of_everything_and_then_of_what_is_new(site: Site) -> Non
     assert nodes["studio"]["how"] == "lost" and nodes["studio"]["since"] > 0
     works = {agent["name"]: agent.get("directory") for agent in nodes["alpha"]["agents"]}
     assert works == {"claude-0": "~/src/hive", "main": None}
-    assert (nodes["attic"]["rtt"], nodes["attic"]["how"]) == (3, "online")
+    assert (nodes["attic"]["rtt_ms"], nodes["attic"]["how"]) == (3, "online")
     (down,) = [agent for agent in nodes["mini"]["agents"] if agent["name"] == "main"]
     assert (down["status"], down["next_try"] > site.stage.now) == ("down", True)
     hour = next(said for kind, said in events if kind == "history")
@@ -253,6 +253,19 @@ def test_a_page_is_told_of_everything_and_then_of_what_is_new(site: Site) -> Non
     page.until("the new row", lambda heard: said["id"].encode() in heard)
     (row,) = [row for kind, row in page.events() if kind == "row"]
     assert (row["to"], row["text"], row["event"]) == ("attic", "<b>now</b>", "out")
+
+
+def test_what_makes_no_sense_in_a_state_or_a_roster_is_not_shown() -> None:
+    state = {"status": "a b", "oc": [1], "host": 7, "running": "x", "rtt_ms": -1, "load_1m": []}
+    (row,) = hive.status_rows({"odd": state}, hive.HeartbeatConfig(), 1e9)
+    for roster in (
+        {"schedule": 5, "handlers": 7},
+        {"schedule": [5], "handlers": {}, "sessions": 1},
+    ):
+        view = hive.node_view(row, state, roster, 0.0)
+        assert view["how"] == "unknown"
+        assert not [*view["agents"], *view["schedule"], *view["handlers"]]
+        assert {view[key] for key in ("running", "rtt_ms", "load", "up")} == {None}
 
 
 def test_a_question_is_answered_to_the_page_and_not_to_an_agent(site: Site) -> None:
