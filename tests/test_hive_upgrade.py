@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,11 +14,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, Broker, Daemon, Hive, eventually, missing
+from feed import Feed, Reply, self_signed
 
 HANDLER = ROOT / "contrib" / "handlers" / "hive-upgrade"
 CONTRACT = "[handlers.hive-upgrade]\nretry = true\ntimeout = 300\n"
@@ -291,6 +294,30 @@ def test_only_who_is_named_may_sign(place: Place) -> None:
     assert "its signature is not valid" in place.refused()
     sign("ada")
     assert "the daemon is told" in place.run().stderr
+
+
+def test_a_web_site_is_a_place_too(place: Place) -> None:
+    if not shutil.which("openssl"):
+        missing("openssl is missing: no web site to fetch from (apt-get install openssl)")
+    site = Feed(certificate := self_signed(place.home))
+    files = {f"/hive.py{end}": place.new.with_name(f"hive.py{end}") for end in ("", ".sha256")}
+
+    def reply(asked: BaseHTTPRequestHandler) -> Reply:
+        file = files.get(asked.path)
+        return (200, {}, file.read_bytes()) if file else (404, {}, b"")
+
+    with contextlib.closing(site):
+        site.reply = reply
+        place.configure(**{"from": site.url.replace("c.ics", "hive.py")})
+        assert "certificate verify failed" in place.refused()
+        trusted = {"SSL_CERT_FILE": str(certificate)}
+        del files["/hive.py.sha256"]
+        assert place.refused(environment=trusted).endswith("hive.py.sha256: Not Found")
+        files["/hive.py.sha256"] = place.new.with_name("hive.py.sha256")
+        site.reply = lambda asked: (200, {}, bytes(5 << 20))
+        assert place.refused(environment=trusted).endswith("/hive.py: more than 4096 KiB")
+        site.reply = reply
+        assert "the daemon is told" in place.run(environment=trusted).stderr
 
 
 def test_two_at_once_and_a_full_disk(place: Place) -> None:
