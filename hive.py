@@ -4656,7 +4656,8 @@ class Daemon:
         self._broker_host.find(found)
 
     def on_connected(self) -> None:
-        self.log.info("connected", broker=self._mqtt.address, node=self.node.name)
+        host = self._client.host if self._mqtt.cluster else None
+        self.log.info("connected", broker=self._mqtt.address, node=self.node.name, host=host)
         self._outage = False
         self._service.notify(f"STATUS={self.node.name} is connected to {self._mqtt.address}")
         self.node.on_connected(self._mqtt)
@@ -10727,6 +10728,8 @@ class ClientListener(Protocol):
 class Transport(Protocol):
     """What Node needs of a client."""
 
+    host: str  # of the connection, or of the last one
+
     def set_broker(self, settings: MqttConfig) -> None: ...
     def open(self, listener: ClientListener) -> None: ...
     def use_outbox(
@@ -11017,7 +11020,7 @@ class MqttConnection:
             try:
                 self._client.connect_async(*where, **options)
                 self._client.reconnect()
-                fault = ""
+                fault, self._owner.host = "", host
                 break
             except (OSError, ValueError) as error:
                 fault = dial_fault(error, settings.tls)
@@ -11338,7 +11341,7 @@ class MqttClient:
         self._hang_ups: dict[int | str, int] = {}  # by number or topic: how often at these
         self._limit = PacketLimit()
         self._failures, self._down_since = 0, 0.0
-        self.turn = 0  # which host of a cluster is asked first
+        self.turn, self.host = 0, ""  # which host of a cluster is asked first; which answered
         self._closing: Callable[[], None] | None = None
         self._retry: Timer | None = None
         self.former: FormerSession | None = None  # that is being emptied
@@ -15370,8 +15373,12 @@ class HostService:
             end_process(pid, self._host.broker_lock)
 
     def _start_broker(self) -> None:
+        import resource
         import subprocess
 
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with contextlib.suppress(ValueError, OSError):  # it has a file for each node
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         lock = FileLock(self._host.broker_lock, GLANCE)
         with contextlib.closing(lock):  # Mosquitto goes on holding it
             self._conf = self._host.conf.read_text()
@@ -17217,24 +17224,21 @@ class DaemonLink:
 
     def __init__(
         self,
-        loop: Loop,
-        config: Config,
+        asker: DaemonAsker,
         request: Mapping[str, object],
-        on_line: Callable[[dict[str, Any]], None],
-        on_end: Callable[[str], None],
+        on_line: Callable[[dict[str, Any]], object],
+        on_end: Callable[[str], object],
     ) -> None:
         """`on_end` is told why it ended, unless close() ended it; raises DaemonError."""
-        self._node = config.node.id
-        self._on_line: Callable[[dict[str, Any]], object] = on_line
-        self._on_end: Callable[[str], object] = on_end
-        self._silence = loop.after(CONTROL_TIMEOUT, self._silent)
-        self._stream = Stream(
-            loop, self._connect(config), self._read, self._closed, MAX_UNREAD, MAX_LINE
-        )
+        self._asker, self._on_line, self._on_end = asker, on_line, on_end
+        sock, ended = self._connect(), partial(self._end, "it has ended")
+        self._stream = Stream(asker.loop, sock, self._read, ended, MAX_UNREAD, MAX_LINE)
+        self._silence = asker.loop.after(CONTROL_TIMEOUT, partial(self._end, "it does not answer"))
         self._stream.write(encode_json(request) + b"\n")
+        asker.links.add(self)
 
-    def _connect(self, config: Config) -> socket.socket:
-        for file in control_socket_paths(config):
+    def _connect(self) -> socket.socket:
+        for file in control_socket_paths(self._asker.config):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
             try:
@@ -17244,8 +17248,8 @@ class DaemonLink:
             except OSError:
                 pass
             sock.close()
-        self._silence.cancel()
-        raise DaemonError(f"the daemon of {self._node} does not run; start it: hive daemon")
+        name = self._asker.config.node.id
+        raise DaemonError(f"the daemon of {name} does not run; start it: hive daemon")
 
     def _read(self) -> None:
         while (end := self._stream.input.find(b"\n")) >= 0:
@@ -17254,51 +17258,35 @@ class DaemonLink:
             self._stream.consume(end + 1)
             self._on_line(read_json_object(line) or {})
 
-    def _silent(self) -> None:
-        self._fail("it does not answer")
-
-    def _closed(self) -> None:
-        self._fail("it has ended")
-
-    def _fail(self, why: str) -> None:
+    def _end(self, why: str) -> None:
         on_end = self._on_end
         self.close()
-        on_end(f"the daemon of {self._node}: {why}")
+        on_end(f"the daemon of {self._asker.config.node.id}: {why}")
 
     def close(self) -> None:
         self._on_line, self._on_end = (lambda line: None), (lambda why: None)
         self._silence.cancel()
         self._stream.close()
+        self._asker.links.discard(self)
 
 
 class DaemonAsker:
     """Asks the daemon, one link for each request."""
 
     def __init__(self, loop: Loop, config: Config) -> None:
-        self.loop, self._config = loop, config
-        self._links: set[DaemonLink] = set()
+        self.loop, self.config = loop, config
+        self.links: set[DaemonLink] = set()
 
     def open(
         self,
         request: Mapping[str, object],
-        on_line: Callable[[dict[str, Any]], None],
-        on_end: Callable[[str], None],
+        on_line: Callable[[dict[str, Any]], object],
+        on_end: Callable[[str], object],
     ) -> Callable[[], None]:
         """Ask, and hear all that comes of it; what ends that.  Raises DaemonError."""
-        if len(self._links) >= MAX_LINKS:
+        if len(self.links) >= MAX_LINKS:
             raise DaemonError("too much is asked at once; try again")
-
-        def ended(why: str) -> None:
-            self._links.discard(link)
-            on_end(why)
-
-        def close() -> None:
-            self._links.discard(link)
-            link.close()
-
-        link = DaemonLink(self.loop, self._config, request, on_line, ended)
-        self._links.add(link)
-        return close
+        return DaemonLink(self, request, on_line, on_end).close
 
     def ask(self, request: Mapping[str, object], then: Callable[[dict[str, Any]], None]) -> None:
         """`then` gets the answer, or why there is none as its `error`; never within this call."""
@@ -17307,14 +17295,16 @@ class DaemonAsker:
             close()
             then(answer)
 
+        def failed(why: str) -> None:
+            then({"error": why, "gone": True})
+
         try:
-            close = self.open(request, answered, lambda why: then({"error": why, "gone": True}))
+            close = self.open(request, answered, failed)
         except DaemonError as error:
-            fault = {"error": str(error), "gone": True}
-            self.loop.after(0, lambda: then(fault))
+            self.loop.after(0, partial(failed, str(error)))
 
     def close(self) -> None:
-        for link in self._links:
+        for link in [*self.links]:
             link.close()
 
 
@@ -17345,8 +17335,9 @@ def node_view(
     row: StatusRow, state: Mapping[str, Any], roster: Mapping[str, Any], changed: float
 ) -> dict[str, Any]:
     """What a page shows of a node, whatever it said itself; what changes all the time is coarse."""
-    handlers, schedule = roster.get("handlers"), roster.get("schedule")
-    entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
+    lists = [roster.get("handlers"), roster.get("schedule")]
+    handlers, schedule = ([*one] if isinstance(one, list) else [] for one in lists)
+    numbers = ("running", "waiting", "outbox", "rtt_ms")
     return {
         "name": row.name,
         "how": row.condition if row.condition in CONDITIONS else "unknown",
@@ -17358,18 +17349,16 @@ def node_view(
         "host": printable(state["host"]) if state.get("host") else None,
         "system": printable(roster["system"]) if roster.get("system") else None,
         "agents": agent_views(state, roster),
-        "running": bounded_number(state.get("running"), 0, 1e6),
-        "queued": bounded_number(state.get("waiting"), 0, 1e6),
-        "outbox": bounded_number(state.get("outbox"), 0, 1e6),
-        "rtt": bounded_number(state.get("rtt_ms"), 0, 1e6),
-        "handlers": [printable(x) for x in handlers[:100]] if isinstance(handlers, list) else [],
+        **{key: bounded_number(state.get(key), 0, 1e6) for key in numbers},
+        "handlers": [printable(one) for one in handlers[:100]],
         "schedule": [
             {
                 **{key: printable(one.get(key)) for key in ("action", "when")},
                 **{key: bounded_number(one.get(key), 1, MAX_TS) for key in ("last", "next")},
                 "ok": one.get("ok") if isinstance(one.get("ok"), bool) else None,
             }
-            for one in entries[:20]
+            for one in schedule[:20]
+            if isinstance(one, dict)
         ],
     }
 
@@ -17982,7 +17971,8 @@ WEB_PAGE = r"""<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style>
 :root { /* of each colour the light and the dark one */
-  color-scheme: light dark; overflow-y: scroll; --edge: clamp(1rem, 3vw, 3rem);
+  --edge: max(clamp(1rem, 3vw, 3rem), (100vw - 1700px) / 2);
+  color-scheme: light dark; overflow-y: scroll;
   --paper: light-dark(#f7f4ee, #141210); --card: light-dark(#fffefb, #1f1c18);
   --ink: light-dark(#211d17, #f2ede4); --soft: light-dark(#655d50, #b0a797);
   --rule: light-dark(#e4ddd0, #383129); --honey: light-dark(#f2a516, #f7b33b);
@@ -17991,7 +17981,7 @@ WEB_PAGE = r"""<!DOCTYPE html>
   --off: light-dark(#6a645b, #a39b8f);
 }
 /* How somebody is: one word, one colour, and a hexagon with one sign in it. */
-.online, .ok { --how: var(--ok); --sign: "" }
+.online, .ok { --how: var(--ok); --sign: "\A0" }
 .degraded, .stale, .warn { --how: var(--warn); --sign: "!" }
 .lost, .down, .fail, .alert { --how: var(--bad); --sign: "\D7" }
 .stopped, .unknown, .skipped { --how: var(--off); --sign: "\2013" }
@@ -17999,7 +17989,7 @@ WEB_PAGE = r"""<!DOCTYPE html>
 .mark { display: inline-grid; place-content: center; flex: none; width: 1.1em; height: 1.2em;
   background: var(--how, var(--honey)); color: var(--card); font: 800 .9em/1 sans-serif;
   clip-path: polygon(50% 0, 100% 25%, 100% 75%, 50% 100%, 0 75%, 0 25%) }
-.mark::after { content: var(--sign, "") }
+.mark::after { content: var(--sign) }
 
 * { box-sizing: border-box; margin: 0 }
 body { background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
@@ -18019,7 +18009,7 @@ button:hover { border-color: var(--honey) }
 .jump:not(:focus) { position: absolute; left: -99rem }
 .soft { color: var(--soft) }
 .card, .empty { background: var(--card); border: 1px solid var(--rule); border-radius: 14px }
-.line { display: flex; flex-wrap: wrap; gap: .1rem .5rem; align-items: center }
+.line { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
 .end { margin-left: auto; white-space: nowrap }
 /* What there is nothing of takes no room, and a word on what to do may stand there instead. */
 [hidden], :is(ul, ol, p, b, h2):empty { display: none !important }
@@ -18036,14 +18026,15 @@ nav { display: flex; justify-content: space-between;
   b { padding: .1rem .45rem; border-radius: 1rem; font-size: .75rem; color: var(--paper);
     background: var(--how) } }
 #gone { background: var(--bad); color: var(--paper); padding: .6rem var(--edge) }
-main { padding: 2rem var(--edge) 4rem; max-width: 1800px; margin-inline: auto }
+main { padding: 2rem var(--edge) 4rem }
 #head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; min-height: 4.4rem;
   margin-bottom: 1.5rem }
 #head > :first-child { flex: 1 1 20rem }
+#find, #filters > * { flex: 1; max-width: 18rem }
 
 #cards { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
-#cards:has(button.card) { gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)) }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least, 21rem)), 1fr)) }
+#cards:has(button.card) { gap: .5rem; --least: 9.5rem }
 #cards:has(button.card) .node { grid-column: span 2 }
 button.card { width: 100% }
 .node { display: grid; grid-template-rows: auto auto auto 1fr auto; gap: .5rem; min-height: 15rem;
@@ -18086,7 +18077,7 @@ dialog { margin: 0 0 0 auto; padding: 1.25rem; width: min(40rem, 100vw); max-wid
 dialog[open] { display: flex; flex-direction: column }
 .new .for-reply, .reply .for-new, .read form { display: none }
 dialog::backdrop { background: #0007 }
-label { color: var(--soft); margin-bottom: .75rem }
+label { display: block; color: var(--soft); margin-bottom: .75rem }
 label > * { display: block; width: 100%; color: var(--ink) }
 textarea { min-height: 6rem; resize: vertical }
 #story { flex: 1; overflow: auto }
@@ -18110,7 +18101,7 @@ textarea { min-height: 6rem; resize: vertical }
 }
 @media (max-width: 52rem) {
   nav, .row > .text { flex: 1 0 100%; order: 1 }
-  nav a { padding-inline: .3rem }
+  nav a { padding-inline: .2rem; font-size: .85rem; white-space: nowrap }
 }
 </style>
 <body>
@@ -18188,8 +18179,9 @@ const make = (create) => (name, ...parts) => {
   element.setAttribute("class", words.join(" "));
   for (const part of parts.flat(3)) {
     if (typeof part === "function") element.addEventListener("click", part);
-    else if (part?.constructor !== Object) element.append(...part || part === 0 ? [part] : []);
-    else for (const [key, value] of Object.entries(part)) element.setAttribute(key, value);
+    else if (part?.constructor === Object) {
+      for (const [name, value] of Object.entries(part)) element.setAttribute(name, value);
+    } else if (part || part === 0) element.append(part);
   }
   return element;
 };
@@ -18259,24 +18251,25 @@ const sorted = () => [...nodes.values()].sort((a, b) => RANK.indexOf(a.how) - RA
   || a.name.localeCompare(b.name, "en", { numeric: true }));
 const inTrouble = ({ how }) => !["online", "stopped"].includes(how);
 const home = (name) => nodes.has(name) ? name
-  : sorted().find(({ agents }) => agents.some((agent) => agent.name === name))?.name;
+  : [...nodes.values()].find(({ agents }) => agents.some((agent) => agent.name === name))?.name;
 
 // ---- Now
 const lastHour = (beats, loads) => { // load above, heartbeats below
   const top = Math.max(1, ...loads), first = beats.findIndex(Boolean);
-  const path = { load: "M-1 20", ok: "", fail: "" };
+  const path = { load: "", ok: "", fail: "" };
   beats.forEach((beat, i) => {
-    path.load += `L${i + .5} ${beat ? 19 - 18 * loads[i] / top : 20}`;
+    if (beat && !beats[i - 1]) path.load += `M${i} 20`;
+    if (beat) path.load += `L${i + .5} ${19 - 18 * loads[i] / top}`;
+    if (beat && !beats[i + 1]) path.load += `L${i + 1} 20z`;
     if (i >= first && first >= 0) path[beat ? "ok" : "fail"] += `M${i} 23h1`;
   });
-  path.load += "L61 20";
   return draw("svg.hour", { viewBox: "0 0 60 24", preserveAspectRatio: "none" },
     Object.entries(path).map(([name, d]) => draw(`path.${name}`, { d })));
 };
 const fact = (how, name, words, when) => el("li.line", mark(how),
   el("span", el("b", name), " ", el("span.soft", words)), el("span.soft.end", when));
 const agentFact = ({ name, status, reason, client, directory, branch, since, next_try: next }) =>
-  fact(status, name, [[client ?? "agent", directory, branch && `on ${branch}`].filter(Boolean)
+  fact(status ?? "unknown", name, [[client ?? "agent", directory, branch && `on ${branch}`].filter(Boolean)
     .join(" "), el("span.how.down", reason && ` ${reason}`, next && [", next try ", stamp(next)])],
   stamp(since));
 const scheduleFact = ({ action, when, ok, last, next }) => {
@@ -18285,9 +18278,9 @@ const scheduleFact = ({ action, when, ok, last, next }) => {
   return fact(how, action, when, el(`span.how.${how}`, did, stamp(last ?? next)));
 };
 const card = (node, beats) => {
-  const { name, how, why, since, up, load, rtt, handlers } = node, alive = up !== null;
+  const { name, how, why, since, up, load, rtt_ms: rtt, handlers } = node, alive = up !== null;
   if (!beats) return el("li", el("button.card.line", mark(how), name, () => find(name)));
-  const busy = ["running", "queued", "outbox"].filter((key) => node[key])
+  const busy = ["running", "waiting", "outbox"].filter((key) => node[key])
     .map((key) => `${node[key]} ${key === "outbox" ? "in the outbox" : key}`);
   const more = handlers.length > 6 ? ` and ${handlers.length - 6} more` : "";
   const act = (words, run) => !hive.readOnly && el("button.quiet", words, run);
@@ -18296,7 +18289,8 @@ const card = (node, beats) => {
       el("span.how.end", how, how !== "online" && [" ", stamp(since)])),
     el(why ? "p.how" : "p.soft", why || [`up ${span(up)}`, ...busy].join(", ")),
     el("div", lastHour(...beats), el("small.soft.line", "the last hour", el("span.end",
-      `load ${load?.toFixed(2)}`, rtt && `, round trip ${rtt} ms`))),
+      [load !== null && `load ${load.toFixed(2)}`, rtt !== null && `round trip ${rtt} ms`]
+        .filter(Boolean).join(", ")))),
     el("ul.facts", node.agents.map(agentFact), node.schedule.map(scheduleFact),
       handlers.length > 0 && el("li.soft", `does ${handlers.slice(0, 6).join(", ")}${more}`),
       el("li.soft", [node.version, node.system].filter(Boolean).join(" · "))),
@@ -18432,7 +18426,7 @@ const cell = (name, at, how, load, agents, size) => {
     size && draw("text", { y: 5, "font-size": size }, name),
     size && how !== "online" && draw("text.how", { y: 22 }, how),
     agents.slice(0, 6).map(({ status }, i) =>
-      draw(`circle.${status}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
+      draw(`circle.${status ?? "unknown"}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
   one.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
   return one;
 };

@@ -23,7 +23,7 @@ from pathlib import Path
 from conftest import ROOT
 from other_brokers import OTHER_BROKERS, install
 
-KINDS = ("mosquitto", "embedded", *OTHER_BROKERS)
+KINDS, CLUSTER = ("mosquitto", "embedded", *OTHER_BROKERS), "nats-x3"
 ABILITIES = {  # what a user asks: the tests that answer it, by parts of their names
     "send, ask, answer": ("command_runs_a_handler", "failure_is_an_alert"),
     "kept while away": ("sent_while_a_node_is_away",),
@@ -31,6 +31,7 @@ ABILITIES = {  # what a user asks: the tests that answer it, by parts of their n
     "status and roster": ("status_and_roster",),
     "broker restarts": ("broker_restart", "dies_while_the_broker_is_down"),
     "a name is taken": ("of_one_name",),
+    "a member is killed": ("member_is_killed", "member_is_away"),
 }
 ALL_TESTS = "end-to-end tests"
 
@@ -38,8 +39,13 @@ ALL_TESTS = "end-to-end tests"
 def run_tests(kind: str, report: Path, names: Sequence[str] = ()) -> dict[str, bool]:
     """Each test's name on this broker, and whether it passed; of all, or of these by themselves."""
     words = ["-q", "--tb=no", "-n", "0" if names else "2", "--timeout", "180"]
-    file = f"{ROOT}/tests/test_end_to_end.py"
-    which = [f"{file}::{name}" for name in names] or [file]
+    files = [ROOT / "tests" / "test_end_to_end.py"]
+    if kind == CLUSTER:
+        files.append(ROOT / "tests" / "real_cluster.py")
+    home = {
+        name: file for file in files for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    which = [f"{home[name.partition('[')[0]]}::{name}" for name in names] or files
     subprocess.run(
         [sys.executable, "-m", "pytest", *words, f"--junitxml={report}", *which],
         env={**os.environ, "HIVE_TEST_BROKERS": kind},
@@ -54,7 +60,7 @@ def row(ability: str, parts: tuple[str, ...], results: dict[str, dict[str, bool]
     cells = []
     for passed in results.values():
         said = [ok for test, ok in passed.items() if any(part in test for part in parts)]
-        cells.append("yes" if said and all(said) else "no" if said else "?")
+        cells.append("yes" if said and all(said) else "no" if said else "-")
     return line(ability, cells, [*results])
 
 

@@ -87,14 +87,14 @@ class NatsCluster(OtherBroker):
     hosts = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 
     def configure(self) -> None:
-        routes = [f"127.0.0.1:{free_port()}" for _ in self.hosts]
-        joined = ", ".join(f'"nats://{one}"' for one in routes)
+        own, route = free_port(), free_port()
+        joined = ", ".join(f'"nats://{host}:{route}"' for host in self.hosts)
         self.members: dict[str, subprocess.Popen[bytes]] = {}
-        for host, route in zip(self.hosts, routes, strict=True):
+        for host in self.hosts:
             self.conf(host).write_text(
-                f'server_name: "{host}"\nlisten: "127.0.0.1:{free_port()}"\n'
+                f'server_name: "{host}"\nlisten: "{host}:{own}"\n'
                 f'jetstream {{ store_dir: "{self.home}/{host}" }}\n'
-                f'cluster {{ name: hive, listen: "{route}", routes: [{joined}] }}\n'
+                f'cluster {{ name: hive, listen: "{host}:{route}", routes: [{joined}] }}\n'
                 f"mqtt {{ host: {host}, port: {self.port}, stream_replicas: 3 }}\n"
             )
 
@@ -188,7 +188,7 @@ class Amqtt(OtherBroker):
 
 OTHER_BROKERS = {
     "nats": Nats,
-    "nats x3": NatsCluster,
+    "nats-x3": NatsCluster,
     "rabbitmq": RabbitMQ,
     "aedes": AedesBroker,
     "amqtt": Amqtt,
@@ -229,7 +229,7 @@ def pip(package: str) -> None:
 
 INSTALL: dict[str, Callable[[], None]] = {
     "nats": lambda: apt("nats-server", "nats-server"),
-    "nats x3": lambda: apt("nats-server", "nats-server"),
+    "nats-x3": lambda: apt("nats-server", "nats-server"),
     "rabbitmq": lambda: apt("rabbitmq-server", str(RABBITMQ)),
     "aedes": lambda: npm("aedes@1.2.0"),
     "amqtt": lambda: pip("amqtt==0.12.1"),

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Hive, eventually, find_program, missing
+from conftest import Daemon, Hive, eventually, find_program, missing
 from faults import COUNT, Trial
 from other_brokers import NatsCluster
 
@@ -44,25 +44,25 @@ def test_each_member_is_killed_in_turn_under_load(
     place(trial.hive, "alpha", first, second, third)
     place(trial.hive, "beta", second, third, first)
     trial.start()
-    with contextlib.ExitStack() as ending:
-        ending.enter_context(trial.sending())
+    with trial.sending():
         for number, host in enumerate(cluster.hosts, 1):
-            trial.wait(
-                "some are done",
-                lambda number=number: len(trial.done()) >= COUNT * number // 5,  # type: ignore[misc]
-                PATIENCE,
-            )
+            some = COUNT * number // 5
+            trial.wait("some are done", partial(has_done, trial, some), PATIENCE)
             cluster.kill_member(host)
-            eventually(
-                "the others go on",
-                lambda host=host: any(map(cluster.lets_in, {*cluster.hosts} - {host})),  # type: ignore[misc]
-                PATIENCE,
-            )
+            for node in (trial.alpha, trial.beta):
+                eventually("it goes on elsewhere", partial(is_elsewhere, node, host), PATIENCE)
             cluster.start_member(host)
-            eventually("it is back", lambda host=host: cluster.lets_in(host), PATIENCE)  # type: ignore[misc]
+            eventually("it is back", partial(cluster.lets_in, host), PATIENCE)
     trial.settle(PATIENCE)
-    brokers = {row["broker"] for row in trial.alpha.events("connected")}
-    print(brokers, trial.tally)
+
+
+def has_done(trial: Trial, some: int) -> bool:
+    return len(trial.done()) >= some
+
+
+def is_elsewhere(node: Daemon, host: str) -> bool:
+    """Is it connected, and not to this member?"""
+    return bool(node.events("connected")[-1]["host"] != host)
 
 
 def test_a_death_is_told_while_a_member_is_away(

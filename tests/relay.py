@@ -50,7 +50,8 @@ class Relay:
         if what == "heal":
             self._listen()
         else:
-            self._selector.unregister(self._server)
+            with contextlib.suppress(KeyError, ValueError):  # it is cut already
+                self._selector.unregister(self._server)
             self._server.close()
             for one in [*self._peer]:
                 self._end(one)

@@ -40,6 +40,7 @@ class Wire:
         self.fetched: list[list[str]] = []
         self.takes_connections: bool | None = True  # None: it does not answer
         self.up = self.closed = self.silent = False
+        self.host = "broker.lan"
         self.limit = 1_000_000  # bytes of a topic and its payload
 
     def set_broker(self, settings: hive.MqttConfig) -> None:
