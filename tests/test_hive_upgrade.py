@@ -71,6 +71,7 @@ for name in ("replace", "rename", "unlink"):
 if file.endswith("hive-upgrade"):
     handler = SourceFileLoader("handler", file).load_module()
     handler.LOCK_LOOKS = 1
+    handler.daemon = os.getppid
     handler.begin_again = step(lambda installed: sys.exit("the daemon is told"))
     handler.main()
 else:
@@ -494,6 +495,10 @@ def test_a_node_is_upgraded_by_a_message_and_answers_as_the_new_one(fleet: Fleet
     eventually("the others see it", lambda: fleet.version() == new)
     assert len(fleet.beta.events("starting")) == 2
     assert fleet.upgrade() == f"{new} runs already\n"
+    fleet.hive.program = fleet.place.program
+    by_hand = ("handler", "test", "hive-upgrade", "--text", "latest")
+    why = "hive-upgrade: no daemon runs this: hive send --to NODE --action hive-upgrade\n"
+    assert why in fleet.hive.cli("beta", *by_hand, code=1).stderr
     assert fleet.upgrade(1, "0.1.0").endswith("hive.py has 99.0.0, not 0.1.0\n")
     lost = [row["why"] for row in fleet.hive.nodes["alpha"].events("peer is lost")]
     assert lost == []
