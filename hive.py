@@ -19435,7 +19435,7 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     examples="""hive send --to beta --ch command --text "is the backup done?" --wait 60
 hive send --to all --ch sync --action git-sync --text now --wait 20
 hive send --to any --action health-check --text x --wait 20
-hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5 --fail-fast
+hive send --to 'web-*' --action deploy --text v2 --wait 120 --fail-fast
 make report | hive send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:
