@@ -12,7 +12,8 @@
 # make brokers  the end-to-end tests on NATS, one and a cluster, RabbitMQ, aedes and amqtt, as a table
 # make bench    how long things take, beside their peers, in one run
 # make bench-journal  the same for messages a second, and for send
-# make bench-fleet  what 10, 100 and 1000 nodes cost, and how soon a death is noticed
+# make bench-fleet  what 10, 100 and 1000 nodes cost, and how soon a death is noticed, beside Serf;
+#               SCENARIO=60: 500 nodes through an hour of trouble, and who is wrongly told of
 # make bench-members  the memory of a daemon that knows up to 10,000 others
 # make mutants  how tight the tests are: which of N=150 small mistakes in hive.py they find
 # make faults   what survives which fault, counted, as a table
@@ -39,7 +40,7 @@ TOOLS   := pytest==9.2.0 pytest-timeout==2.4.0 pytest-xdist==3.8.0 hypothesis==6
            radicale==3.9.0 icalendar==7.3.2 recurring-ical-events==3.8.2 hatchling==1.33.0 \
            prometheus_client==0.26.0 'grafana-foundation-sdk==1769699998!10.1.0' pyte==0.8.2 mcp==2.3.0 playwright==1.65.2
 
-SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/dist.py contrib/demo.py contrib/man.py \
+SCRIPTS := contrib/handlers/git-sync contrib/handlers/health-check contrib/handlers/hive-upgrade contrib/dist.py contrib/demo.py contrib/man.py \
            contrib/handlers/sentinel.py contrib/handlers/check-email contrib/handlers/check-calendar \
            contrib/handlers/check-url contrib/pip/hatch_build.py
 SOURCES := hive.py tests $(SCRIPTS)
@@ -122,8 +123,9 @@ dist: $(VENV)/ready  ## then: scp dist/hive node: && ssh node python3 hive daemo
 bench: $(VENV)/tools mosquitto  ## RUNS=7, beside commit BASE=8360744
 	$(python) tests/bench.py $(or $(RUNS),7) $(BASE)
 
-bench-fleet: $(VENV)/tools mosquitto  ## Linux only; NODES=10,100
-	$(python) tests/bench_fleet.py $(if $(NODES),--nodes $(NODES))
+bench-fleet: $(VENV)/tools mosquitto serf  ## Linux only; NODES=10,100; SCENARIO=60, minutes of trouble
+	$(python) tests/bench_fleet.py $(if $(NODES),--nodes $(NODES)) \
+	  $(if $(SCENARIO),--scenario $(SCENARIO),--plot contrib/pictures/fleet.svg)
 
 bench-members: $(VENV)/tools mosquitto  ## Linux only
 	$(python) tests/bench_members.py
@@ -181,6 +183,12 @@ mosquitto:
 	  echo "installing Mosquitto with Homebrew"; brew install --quiet mosquitto >/dev/null || true; \
 	else echo "Mosquitto is missing: tests that need a broker will be skipped (apt-get install mosquitto)"; fi
 
+# What has the same purpose, to be measured beside hive.
+serf:
+	@command -v serf >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq serf >/dev/null; } || \
+	  echo "Serf is missing: hive is measured alone (apt-get install serf)"
+
 # A browser for the page; without what it recommends, which is a desktop.
 chromium:
 	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null; then :; \
@@ -230,4 +238,4 @@ clean:  ## remove what make has made
 
 .PHONY: check lint types test test-openclaw bench-openclaw install uninstall demo dist bench \
   bench-broker bench-fleet bench-journal bench-members brokers faults mutants fuzz fuzz-check venv mosquitto dovecot checkers clean \
-  test-web pictures chromium prometheus test-agents tmux npm
+  test-web pictures chromium prometheus test-agents tmux npm serf

@@ -4584,7 +4584,7 @@ class Daemon:
         self._service = ServiceManager(loop, os.environ)
         self._broker_host, self._mqtt = BrokerHost(config, loop, log), config.mqtt
         self._control: ControlServer | None = None
-        self._outage = False
+        self._outage = self.again = False
         self._client = make_client(config, self._presence.will())
         node.attach(self._client)
 
@@ -4592,6 +4592,7 @@ class Daemon:
         """Begin; the loop does the rest."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.on_signal(number, self.stop)
+        self.loop.on_signal(signal.SIGUSR1, partial(self.stop, again=True))
         self.loop.on_signal(signal.SIGHUP, self._reread)
         self._open_control_socket()
         self.work.start()
@@ -4693,13 +4694,20 @@ class Daemon:
 
     # -- the end --
 
-    def stop(self) -> None:
-        """End in order: running handlers get a moment; what waits goes on at the next start."""
+    def stop(self, again: bool = False) -> None:
+        """End in order: running handlers get a moment; what waits goes on at the next start.
+
+        `again`: that is at once, in the same process, of the program that lies there by then.
+        """
+        self.again = again and not self.node.stopping  # whoever has said stop means it
         if self.node.stopping:
             self.work.end_handlers()
             return
         self.node.stopping = True
-        self._service.notify("STOPPING=1", "STATUS=stopping")
+        if again:
+            self._service.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        else:
+            self._service.notify("STOPPING=1", "STATUS=stopping")
         self.node.members.stop()
         self.log.info("stopping", handlers=self.work.running)
         waiting = self.work.stop()
@@ -6244,7 +6252,7 @@ INHERITED = (
 CONTRACT = {  # by a handler, not inherited: what has a meaning for it
     *("HIVE_NODE", "HIVE_FROM", "HIVE_TO", "HIVE_ID", "HIVE_CORR", "HIVE_ACTION", "HIVE_CH"),
     *("HIVE_PREFIX", "HIVE_AGENT", "HIVE_PROFILE", "HIVE_OPENCLAW_CMD"),
-    *("HIVE_STATE_DIR", "HIVE_TIMEOUT", "HIVE_LAST_RUN"),
+    *("HIVE_STATE_DIR", "HIVE_TIMEOUT", "HIVE_LAST_RUN", "HIVE_CMD"),
 }
 
 
@@ -6307,6 +6315,8 @@ def handler_spec(
 
     A scheduled run is told the id of the last one that said what is news, and was taken over.
     """
+    import shlex
+
     own = config.handlers.get(file.name, HandlerConfig()).env
     inherited = inherited_environment(os.environ, {*config.handler_env, *own})
     inherited |= whose_child(config)
@@ -6315,6 +6325,7 @@ def handler_spec(
     )
     deadline = handler_deadline(config, file.name)
     environment["HIVE_TIMEOUT"] = f"{deadline:g}"
+    environment["HIVE_CMD"] = shlex.join([sys.executable, os.path.abspath(sys.argv[0])])
     with contextlib.suppress(ConfigError):  # there is none where nobody knows a home
         environment["HIVE_STATE_DIR"] = str(config.state_dir.absolute())
     if last_run is not None:
@@ -17213,24 +17224,21 @@ class DaemonLink:
 
     def __init__(
         self,
-        loop: Loop,
-        config: Config,
+        asker: DaemonAsker,
         request: Mapping[str, object],
-        on_line: Callable[[dict[str, Any]], None],
-        on_end: Callable[[str], None],
+        on_line: Callable[[dict[str, Any]], object],
+        on_end: Callable[[str], object],
     ) -> None:
         """`on_end` is told why it ended, unless close() ended it; raises DaemonError."""
-        self._node = config.node.id
-        self._on_line: Callable[[dict[str, Any]], object] = on_line
-        self._on_end: Callable[[str], object] = on_end
-        self._silence = loop.after(CONTROL_TIMEOUT, self._silent)
-        self._stream = Stream(
-            loop, self._connect(config), self._read, self._closed, MAX_UNREAD, MAX_LINE
-        )
+        self._asker, self._on_line, self._on_end = asker, on_line, on_end
+        sock, ended = self._connect(), partial(self._end, "it has ended")
+        self._stream = Stream(asker.loop, sock, self._read, ended, MAX_UNREAD, MAX_LINE)
+        self._silence = asker.loop.after(CONTROL_TIMEOUT, partial(self._end, "it does not answer"))
         self._stream.write(encode_json(request) + b"\n")
+        asker.links.add(self)
 
-    def _connect(self, config: Config) -> socket.socket:
-        for file in control_socket_paths(config):
+    def _connect(self) -> socket.socket:
+        for file in control_socket_paths(self._asker.config):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
             try:
@@ -17240,8 +17248,8 @@ class DaemonLink:
             except OSError:
                 pass
             sock.close()
-        self._silence.cancel()
-        raise DaemonError(f"the daemon of {self._node} does not run; start it: hive daemon")
+        name = self._asker.config.node.id
+        raise DaemonError(f"the daemon of {name} does not run; start it: hive daemon")
 
     def _read(self) -> None:
         while (end := self._stream.input.find(b"\n")) >= 0:
@@ -17250,51 +17258,35 @@ class DaemonLink:
             self._stream.consume(end + 1)
             self._on_line(read_json_object(line) or {})
 
-    def _silent(self) -> None:
-        self._fail("it does not answer")
-
-    def _closed(self) -> None:
-        self._fail("it has ended")
-
-    def _fail(self, why: str) -> None:
+    def _end(self, why: str) -> None:
         on_end = self._on_end
         self.close()
-        on_end(f"the daemon of {self._node}: {why}")
+        on_end(f"the daemon of {self._asker.config.node.id}: {why}")
 
     def close(self) -> None:
         self._on_line, self._on_end = (lambda line: None), (lambda why: None)
         self._silence.cancel()
         self._stream.close()
+        self._asker.links.discard(self)
 
 
 class DaemonAsker:
     """Asks the daemon, one link for each request."""
 
     def __init__(self, loop: Loop, config: Config) -> None:
-        self.loop, self._config = loop, config
-        self._links: set[DaemonLink] = set()
+        self.loop, self.config = loop, config
+        self.links: set[DaemonLink] = set()
 
     def open(
         self,
         request: Mapping[str, object],
-        on_line: Callable[[dict[str, Any]], None],
-        on_end: Callable[[str], None],
+        on_line: Callable[[dict[str, Any]], object],
+        on_end: Callable[[str], object],
     ) -> Callable[[], None]:
         """Ask, and hear all that comes of it; what ends that.  Raises DaemonError."""
-        if len(self._links) >= MAX_LINKS:
+        if len(self.links) >= MAX_LINKS:
             raise DaemonError("too much is asked at once; try again")
-
-        def ended(why: str) -> None:
-            self._links.discard(link)
-            on_end(why)
-
-        def close() -> None:
-            self._links.discard(link)
-            link.close()
-
-        link = DaemonLink(self.loop, self._config, request, on_line, ended)
-        self._links.add(link)
-        return close
+        return DaemonLink(self, request, on_line, on_end).close
 
     def ask(self, request: Mapping[str, object], then: Callable[[dict[str, Any]], None]) -> None:
         """`then` gets the answer, or why there is none as its `error`; never within this call."""
@@ -17303,14 +17295,16 @@ class DaemonAsker:
             close()
             then(answer)
 
+        def failed(why: str) -> None:
+            then({"error": why, "gone": True})
+
         try:
-            close = self.open(request, answered, lambda why: then({"error": why, "gone": True}))
+            close = self.open(request, answered, failed)
         except DaemonError as error:
-            fault = {"error": str(error), "gone": True}
-            self.loop.after(0, lambda: then(fault))
+            self.loop.after(0, partial(failed, str(error)))
 
     def close(self) -> None:
-        for link in self._links:
+        for link in [*self.links]:
             link.close()
 
 
@@ -17341,8 +17335,9 @@ def node_view(
     row: StatusRow, state: Mapping[str, Any], roster: Mapping[str, Any], changed: float
 ) -> dict[str, Any]:
     """What a page shows of a node, whatever it said itself; what changes all the time is coarse."""
-    handlers, schedule = roster.get("handlers"), roster.get("schedule")
-    entries = [one for one in schedule if isinstance(one, dict)] if schedule else []
+    lists = [roster.get("handlers"), roster.get("schedule")]
+    handlers, schedule = ([*one] if isinstance(one, list) else [] for one in lists)
+    numbers = ("running", "waiting", "outbox", "rtt_ms")
     return {
         "name": row.name,
         "how": row.condition if row.condition in CONDITIONS else "unknown",
@@ -17354,18 +17349,16 @@ def node_view(
         "host": printable(state["host"]) if state.get("host") else None,
         "system": printable(roster["system"]) if roster.get("system") else None,
         "agents": agent_views(state, roster),
-        "running": bounded_number(state.get("running"), 0, 1e6),
-        "queued": bounded_number(state.get("waiting"), 0, 1e6),
-        "outbox": bounded_number(state.get("outbox"), 0, 1e6),
-        "rtt": bounded_number(state.get("rtt_ms"), 0, 1e6),
-        "handlers": [printable(x) for x in handlers[:100]] if isinstance(handlers, list) else [],
+        **{key: bounded_number(state.get(key), 0, 1e6) for key in numbers},
+        "handlers": [printable(one) for one in handlers[:100]],
         "schedule": [
             {
                 **{key: printable(one.get(key)) for key in ("action", "when")},
                 **{key: bounded_number(one.get(key), 1, MAX_TS) for key in ("last", "next")},
                 "ok": one.get("ok") if isinstance(one.get("ok"), bool) else None,
             }
-            for one in entries[:20]
+            for one in schedule[:20]
+            if isinstance(one, dict)
         ],
     }
 
@@ -17978,7 +17971,8 @@ WEB_PAGE = r"""<!DOCTYPE html>
 <link rel="icon" href="data:,">
 <style>
 :root { /* of each colour the light and the dark one */
-  color-scheme: light dark; overflow-y: scroll; --edge: clamp(1rem, 3vw, 3rem);
+  --edge: max(clamp(1rem, 3vw, 3rem), (100vw - 1700px) / 2);
+  color-scheme: light dark; overflow-y: scroll;
   --paper: light-dark(#f7f4ee, #141210); --card: light-dark(#fffefb, #1f1c18);
   --ink: light-dark(#211d17, #f2ede4); --soft: light-dark(#655d50, #b0a797);
   --rule: light-dark(#e4ddd0, #383129); --honey: light-dark(#f2a516, #f7b33b);
@@ -17987,7 +17981,7 @@ WEB_PAGE = r"""<!DOCTYPE html>
   --off: light-dark(#6a645b, #a39b8f);
 }
 /* How somebody is: one word, one colour, and a hexagon with one sign in it. */
-.online, .ok { --how: var(--ok); --sign: "" }
+.online, .ok { --how: var(--ok); --sign: "\A0" }
 .degraded, .stale, .warn { --how: var(--warn); --sign: "!" }
 .lost, .down, .fail, .alert { --how: var(--bad); --sign: "\D7" }
 .stopped, .unknown, .skipped { --how: var(--off); --sign: "\2013" }
@@ -17995,7 +17989,7 @@ WEB_PAGE = r"""<!DOCTYPE html>
 .mark { display: inline-grid; place-content: center; flex: none; width: 1.1em; height: 1.2em;
   background: var(--how, var(--honey)); color: var(--card); font: 800 .9em/1 sans-serif;
   clip-path: polygon(50% 0, 100% 25%, 100% 75%, 50% 100%, 0 75%, 0 25%) }
-.mark::after { content: var(--sign, "") }
+.mark::after { content: var(--sign) }
 
 * { box-sizing: border-box; margin: 0 }
 body { background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
@@ -18015,7 +18009,7 @@ button:hover { border-color: var(--honey) }
 .jump:not(:focus) { position: absolute; left: -99rem }
 .soft { color: var(--soft) }
 .card, .empty { background: var(--card); border: 1px solid var(--rule); border-radius: 14px }
-.line { display: flex; flex-wrap: wrap; gap: .1rem .5rem; align-items: center }
+.line { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center }
 .end { margin-left: auto; white-space: nowrap }
 /* What there is nothing of takes no room, and a word on what to do may stand there instead. */
 [hidden], :is(ul, ol, p, b, h2):empty { display: none !important }
@@ -18032,14 +18026,15 @@ nav { display: flex; justify-content: space-between;
   b { padding: .1rem .45rem; border-radius: 1rem; font-size: .75rem; color: var(--paper);
     background: var(--how) } }
 #gone { background: var(--bad); color: var(--paper); padding: .6rem var(--edge) }
-main { padding: 2rem var(--edge) 4rem; max-width: 1800px; margin-inline: auto }
+main { padding: 2rem var(--edge) 4rem }
 #head { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; min-height: 4.4rem;
   margin-bottom: 1.5rem }
 #head > :first-child { flex: 1 1 20rem }
+#find, #filters > * { flex: 1; max-width: 18rem }
 
 #cards { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
-#cards:has(button.card) { gap: .5rem; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)) }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least, 21rem)), 1fr)) }
+#cards:has(button.card) { gap: .5rem; --least: 9.5rem }
 #cards:has(button.card) .node { grid-column: span 2 }
 button.card { width: 100% }
 .node { display: grid; grid-template-rows: auto auto auto 1fr auto; gap: .5rem; min-height: 15rem;
@@ -18082,7 +18077,7 @@ dialog { margin: 0 0 0 auto; padding: 1.25rem; width: min(40rem, 100vw); max-wid
 dialog[open] { display: flex; flex-direction: column }
 .new .for-reply, .reply .for-new, .read form { display: none }
 dialog::backdrop { background: #0007 }
-label { color: var(--soft); margin-bottom: .75rem }
+label { display: block; color: var(--soft); margin-bottom: .75rem }
 label > * { display: block; width: 100%; color: var(--ink) }
 textarea { min-height: 6rem; resize: vertical }
 #story { flex: 1; overflow: auto }
@@ -18106,7 +18101,7 @@ textarea { min-height: 6rem; resize: vertical }
 }
 @media (max-width: 52rem) {
   nav, .row > .text { flex: 1 0 100%; order: 1 }
-  nav a { padding-inline: .3rem }
+  nav a { padding-inline: .2rem; font-size: .85rem; white-space: nowrap }
 }
 </style>
 <body>
@@ -18184,8 +18179,9 @@ const make = (create) => (name, ...parts) => {
   element.setAttribute("class", words.join(" "));
   for (const part of parts.flat(3)) {
     if (typeof part === "function") element.addEventListener("click", part);
-    else if (part?.constructor !== Object) element.append(...part || part === 0 ? [part] : []);
-    else for (const [key, value] of Object.entries(part)) element.setAttribute(key, value);
+    else if (part?.constructor === Object) {
+      for (const [name, value] of Object.entries(part)) element.setAttribute(name, value);
+    } else if (part || part === 0) element.append(part);
   }
   return element;
 };
@@ -18255,24 +18251,25 @@ const sorted = () => [...nodes.values()].sort((a, b) => RANK.indexOf(a.how) - RA
   || a.name.localeCompare(b.name, "en", { numeric: true }));
 const inTrouble = ({ how }) => !["online", "stopped"].includes(how);
 const home = (name) => nodes.has(name) ? name
-  : sorted().find(({ agents }) => agents.some((agent) => agent.name === name))?.name;
+  : [...nodes.values()].find(({ agents }) => agents.some((agent) => agent.name === name))?.name;
 
 // ---- Now
 const lastHour = (beats, loads) => { // load above, heartbeats below
   const top = Math.max(1, ...loads), first = beats.findIndex(Boolean);
-  const path = { load: "M-1 20", ok: "", fail: "" };
+  const path = { load: "", ok: "", fail: "" };
   beats.forEach((beat, i) => {
-    path.load += `L${i + .5} ${beat ? 19 - 18 * loads[i] / top : 20}`;
+    if (beat && !beats[i - 1]) path.load += `M${i} 20`;
+    if (beat) path.load += `L${i + .5} ${19 - 18 * loads[i] / top}`;
+    if (beat && !beats[i + 1]) path.load += `L${i + 1} 20z`;
     if (i >= first && first >= 0) path[beat ? "ok" : "fail"] += `M${i} 23h1`;
   });
-  path.load += "L61 20";
   return draw("svg.hour", { viewBox: "0 0 60 24", preserveAspectRatio: "none" },
     Object.entries(path).map(([name, d]) => draw(`path.${name}`, { d })));
 };
 const fact = (how, name, words, when) => el("li.line", mark(how),
   el("span", el("b", name), " ", el("span.soft", words)), el("span.soft.end", when));
 const agentFact = ({ name, status, reason, client, directory, branch, since, next_try: next }) =>
-  fact(status, name, [[client ?? "agent", directory, branch && `on ${branch}`].filter(Boolean)
+  fact(status ?? "unknown", name, [[client ?? "agent", directory, branch && `on ${branch}`].filter(Boolean)
     .join(" "), el("span.how.down", reason && ` ${reason}`, next && [", next try ", stamp(next)])],
   stamp(since));
 const scheduleFact = ({ action, when, ok, last, next }) => {
@@ -18281,9 +18278,9 @@ const scheduleFact = ({ action, when, ok, last, next }) => {
   return fact(how, action, when, el(`span.how.${how}`, did, stamp(last ?? next)));
 };
 const card = (node, beats) => {
-  const { name, how, why, since, up, load, rtt, handlers } = node, alive = up !== null;
+  const { name, how, why, since, up, load, rtt_ms: rtt, handlers } = node, alive = up !== null;
   if (!beats) return el("li", el("button.card.line", mark(how), name, () => find(name)));
-  const busy = ["running", "queued", "outbox"].filter((key) => node[key])
+  const busy = ["running", "waiting", "outbox"].filter((key) => node[key])
     .map((key) => `${node[key]} ${key === "outbox" ? "in the outbox" : key}`);
   const more = handlers.length > 6 ? ` and ${handlers.length - 6} more` : "";
   const act = (words, run) => !hive.readOnly && el("button.quiet", words, run);
@@ -18292,7 +18289,8 @@ const card = (node, beats) => {
       el("span.how.end", how, how !== "online" && [" ", stamp(since)])),
     el(why ? "p.how" : "p.soft", why || [`up ${span(up)}`, ...busy].join(", ")),
     el("div", lastHour(...beats), el("small.soft.line", "the last hour", el("span.end",
-      `load ${load?.toFixed(2)}`, rtt && `, round trip ${rtt} ms`))),
+      [load !== null && `load ${load.toFixed(2)}`, rtt !== null && `round trip ${rtt} ms`]
+        .filter(Boolean).join(", ")))),
     el("ul.facts", node.agents.map(agentFact), node.schedule.map(scheduleFact),
       handlers.length > 0 && el("li.soft", `does ${handlers.slice(0, 6).join(", ")}${more}`),
       el("li.soft", [node.version, node.system].filter(Boolean).join(" · "))),
@@ -18428,7 +18426,7 @@ const cell = (name, at, how, load, agents, size) => {
     size && draw("text", { y: 5, "font-size": size }, name),
     size && how !== "online" && draw("text.how", { y: 22 }, how),
     agents.slice(0, 6).map(({ status }, i) =>
-      draw(`circle.${status}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
+      draw(`circle.${status ?? "unknown"}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
   one.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
   return one;
 };
@@ -19353,13 +19351,15 @@ def command_daemon(args: argparse.Namespace) -> int:
     config = config_of(args, load_config)
     log = Log(config.logging.level, config.logging.format, repeats=MAX_REPEATS)
     with log.never_wait():
-        run_daemon(config, log)
+        again = run_daemon(config, log)
         log.info("stopped")
+    if again:
+        os.execv(sys.executable, sys.orig_argv)
     return Exit.DONE
 
 
-def run_daemon(config: Config, log: Log) -> None:
-    """Until SIGTERM or Ctrl-C."""
+def run_daemon(config: Config, log: Log) -> bool:
+    """Until SIGTERM or Ctrl-C, or SIGUSR1: then it is to begin again."""
     instance = new_id()
     with contextlib.ExitStack() as ending:
         predecessor = take_the_name(config, instance, log, ending)
@@ -19378,6 +19378,7 @@ def run_daemon(config: Config, log: Log) -> None:
         log.info("starting", node=config.node.id, version=__version__, build=build(), config=source)
         daemon.start()
         loop.run()
+        return daemon.again
 
 
 def take_the_name(config: Config, instance: str, log: Log, ending: contextlib.ExitStack) -> str:

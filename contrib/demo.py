@@ -261,7 +261,7 @@ STEPS: list[tuple[str, list[tuple[str, str]]]] = [
 TRAFFIC = (
     'alpha.toml --to beta --text "is the build green?" --ttl 600',
     "beta.toml --to gamma --action info --text hi",
-    "alpha.toml --to all --ch sync --urgency later --text 'main is at 4f2a9c1'",
+    "alpha.toml --to all --ch status --urgency later --text 'main is at 4f2a9c1'",
     "gamma.toml --to beta --action info --text hi",
     'beta.toml --to gamma --text "who keeps watch tonight?" --ttl 90',
     "alpha.toml --to gamma --action info --text hi",

@@ -327,7 +327,8 @@ uninstall() {
   for place in $completions; do
     if grep -qs 'made by: hive completion' "$DESTDIR$PREFIX/share/$place"; then drop "$PREFIX/share/$place"; fi
   done
-  for name in hive hive-cli hive.py help __pycache__ venv folders; do
+  for name in hive hive-cli hive.py help __pycache__ venv folders hive-before.py hive-next.py \
+    hive-trial.py hive-trial.json hive-trial.lock; do
     drop "$lib/$name"
   done
   printf '%s\n' "$folders" | sort -r | while IFS= read -r each; do

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import PATIENCE, ROOT, eventually, free_port, states_at, statuses_of
+from conftest import PATIENCE, ROOT, eventually, free_port, statuses_of, told_at
 
 import hive
 
@@ -74,7 +74,7 @@ class Machine:
 
     def statuses(self) -> dict[str, str]:
         """How all are to its daemon."""
-        return statuses_of(states_at(self.state / "door"))
+        return statuses_of(told_at(self.state / "door", "states"))
 
     def status(self) -> dict[str, str]:
         """The same, as the command shows it."""

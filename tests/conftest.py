@@ -83,21 +83,22 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def states_at(door: Path) -> dict[str, Any]:
-    """How all are to the daemon behind this door; {} if it is down.
+def told_at(door: Path, do: str) -> dict[str, Any]:
+    """What the daemon behind this door answers; {} if it is down.
 
     For who waits: that is not worth ten processes.
     """
     with contextlib.suppress(OSError, DaemonError), contextlib.ExitStack() as ending:
         control = ControlClient(shortened_socket_path(door), "it")
         ending.callback(control.close)
-        return dict(control.ask({"do": "states"})["states"])
+        return control.ask({"do": do})
     return {}
 
 
-def statuses_of(states: Mapping[str, Any]) -> dict[str, str]:
+def statuses_of(told: Mapping[str, Any]) -> dict[str, str]:
     """As `hive status` shows them."""
-    return {row.name: row.status for row in status_rows(states, HeartbeatConfig(), time.time())}
+    rows = status_rows(told.get("states", {}), HeartbeatConfig(), time.time())
+    return {row.name: row.status for row in rows}
 
 
 class Broker:
@@ -309,12 +310,12 @@ class Daemon:
             -1
         ]
 
-    def states(self) -> dict[str, Any]:
-        """How all are to it, as they say it."""
-        return states_at((self.state_dir or self.config.with_name("state")) / "door")
+    def told(self, do: str) -> dict[str, Any]:
+        return told_at((self.state_dir or self.config.with_name("state")) / "door", do)
 
     def statuses(self) -> dict[str, str]:
-        return statuses_of(self.states())
+        """How all are to it."""
+        return statuses_of(self.told("states"))
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         assert self.process

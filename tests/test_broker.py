@@ -1040,6 +1040,13 @@ def test_what_was_refused_is_in_the_log(hosted: Hosted) -> None:
     assert 'event="packet refused" client="\'clumsy\'" why="SUBSCRIBE to nothing"' in log
 
 
+def test_who_finds_no_place_is_in_the_log(hosted: Hosted) -> None:
+    hosted.connected("first")
+    hosted.broker._max_connections = 1
+    hosted.client().ended()
+    assert 'event="client refused" why="1 are connected"' in hosted.log.getvalue()
+
+
 def test_an_exchange_that_goes_on_takes_one_place_in_the_window(hosted: Hosted) -> None:
     """[MQTT-4.9.0-1] [MQTT-4.9.0-2]: PUBREL is sent again and does count until PUBCOMP."""
     said = {**kept(5), "receive_maximum": 2}

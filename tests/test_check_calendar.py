@@ -711,24 +711,24 @@ def test_a_token_comes_from_a_command(watch: Watch, feed: Feed) -> None:
     assert {asked["authorization"] for _, _, asked in feed.asked} == {"Bearer abc"}
 
 
-def test_ten_thousand_events_are_quick(watch: Watch) -> None:
+def test_thousands_of_events_are_quick(watch: Watch) -> None:
     begins = datetime(2020, 1, 1, 9, tzinfo=UTC)
     many = [
         event(timed(begins + timedelta(hours=6 * n)), "DESCRIPTION:" + "x" * 200, uid=f"e{n}")
-        for n in range(9700)
+        for n in range(2900)
     ]
     many += [
-        event(timed(begins), "RRULE:FREQ=WEEKLY;BYDAY=MO,WE,FR", uid=f"r{n}") for n in range(300)
+        event(timed(begins), "RRULE:FREQ=WEEKLY;BYDAY=MO,WE,FR", uid=f"r{n}") for n in range(100)
     ]
     (watch.home / "big.ics").write_bytes(calendar(*many))
     watch.add('ics = "big.ics"', user="")
     watch.configure("conflicts = false")
     began = time.monotonic()
     watch.look()
-    assert time.monotonic() - began < PATIENCE  # 2 s on an idle machine
+    assert time.monotonic() - began < PATIENCE / 3  # 0.7 s on an idle machine
     began = time.monotonic()
     watch.look()
-    assert time.monotonic() - began < PATIENCE / 5  # 0.3 s
+    assert time.monotonic() - began < PATIENCE / 10  # 0.2 s
 
 
 def test_noise_in_a_calendar_costs_no_more_than_the_event(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,26 +227,24 @@ def test_more_than_a_run_can_look_at_is_left_to_the_next_one(server: Dovecot, ma
     assert [mail.scheduled()["told"] for _ in range(3)] == [email.MAX_NEW, 30, 0]
 
 
-def test_a_mailbox_of_a_hundred_thousand_is_quick(server: Dovecot, mail: Mail) -> None:
+def test_a_mailbox_of_twenty_thousand_is_quick(server: Dovecot, mail: Mail) -> None:
     home = server.home / "mail" / mail.user
     for folder in ("cur", "new", "tmp"):
         (home / folder).mkdir(parents=True)
-    for number in range(100_000):  # links, of which a file may have 65,000
-        if number % 50_000 == 0:
-            first = home / "cur" / f"{number}.x:2,S"
-            first.write_text("Subject: old\n\nx\n")
-            server.own(first)
-        else:
-            os.link(first, home / "cur" / f"{number}.x:2,S")
+    first = home / "cur" / "0.x:2,S"
+    first.write_text("Subject: old\n\nx\n")
+    server.own(first)
+    for number in range(1, 20_000):
+        os.link(first, home / "cur" / f"{number}.x:2,S")
     server.own(home.parent)
     server.own(home)
     box = server.session(mail.user)
-    assert box.select(readonly=True)[1] == [b"100000"]
+    assert box.select(readonly=True)[1] == [b"20000"]
     box.logout()
     assert mail.told() == []
     before = cpu_of_children()
     assert mail.told() == []
-    assert cpu_of_children() - before < 1
+    assert cpu_of_children() - before < 0.5  # of which Python's start is most
     server.deliver(mail.user, letter("the one"))
     assert mail.told() == ["the one"]
 
@@ -966,7 +964,7 @@ def test_whatever_a_server_says_it_ends_in_mail_or_in_one_line(
     monkeypatch.setattr(email.Mailbox, "_create_socket", connect)
     before = {"INBOX": {"validity": 1, "next": 5, "looked": time.time(), "seen": []}}
     outcomes = {"found": 0, "trouble": 0}
-    for number in range(-1, 600):
+    for number in range(-1, 400):
         said = mangled(random.Random(number)) if number >= 0 else TRANSCRIPT
         look = kit.Look(kit.Run(email.SENTINEL, config, False), config["account"][0], before, 0)
         try:

@@ -96,6 +96,24 @@ def test_a_full_disk_loses_nothing_while_it_lives(open_store: Open, log: io.Stri
     assert "words are lost" in log.getvalue()
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), sqlite3.DatabaseError("no")])
+def test_a_damaged_file_that_cannot_be_replaced_is_gone_on_without(
+    open_store: Open, monkeypatch: pytest.MonkeyPatch, log: io.StringIO, error: Exception
+) -> None:
+    store = open_store()
+    store.write(INSERT, ("one",))
+
+    def fail(why: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(store, "_quarantine", fail)
+    damage = sqlite3.DatabaseError("malformed")
+    damage.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    store._recover(damage)
+    assert not store.on_disk and words(store) == ["one"]
+    assert "going on in memory" in log.getvalue()
+
+
 def test_it_goes_back_when_the_disk_does(open_store: Open, file: Path, log: io.StringIO) -> None:
     store = open_store()
     store.write(INSERT, ("before",))

@@ -493,3 +493,8 @@ def test_what_is_shortened_has_its_room_and_as_much_of_it_as_there_is(
     else:
         least = {"id": "a", "text": hive.CUT_SHORT, "other": hive.CUT_SHORT}
         assert len(hive.encode_json(least)) > room
+
+
+def test_only_now_is_urgent() -> None:
+    urgencies = {one: Envelope.parse(payload(urgency=one)).urgent for one in hive.URGENCIES}
+    assert urgencies == {one: one == "now" for one in urgencies} and len(urgencies) > 1

@@ -157,3 +157,33 @@ def test_man_shows_every_word_and_has_nothing_to_say(topic: str, pages: Path) ->
     source = re.sub(r"(?m)^```\w*$", "", hive.help_topic(topic)).partition("\n")[2]
     it = iter(words(shown))
     assert [word for word in words(source) if word not in it] == []
+
+
+def said_of_bounds() -> list[tuple[str, str]]:
+    """Each topic, and what it says of a bound, as hive keeps it."""
+    node, at_once = hive.HeartbeatConfig(), f"{hive.MAX_WEB_CONNECTIONS} connections"
+    limits = hive.NodeConfig("x")
+    return [
+        ("agents", f"message that was cut ({hive.MAX_BODY // 1024} KiB)"),
+        ("agents", f"waits {hive.DEFAULT_WAIT} s, or up to {hive.MAX_WAIT} on request"),
+        ("handlers", f"It has {limits.handler_timeout:.0f} seconds unless configured"),
+        ("handlers", f"kept up to {hive.MAX_TEXT // 1024} KiB"),
+        ("handlers", f"end of stderr up to {hive.MAX_ERROR // 1024} KiB"),
+        ("operation", f"More than {hive.FEW_NODES} nodes"),
+        ("operation", f"the first {hive.MAX_SHARED_TEXT} characters are shown"),
+        ("operation", f"{hive.MAX_PAGES} pages at once; {at_once}"),
+        ("operation", f"after {hive.UNREAD_TIME:.0f} seconds no more"),
+        ("operation", f"a heartbeat every {node.interval:.0f} seconds"),
+        ("operation", f"({hive.MAX_OUTBOX:,} messages, on disk)"),
+        ("operation", f"{limits.sender_rate:.0f} messages a second and {limits.sender_burst:,} at"),
+        ("operation", f"{hive.MAX_MEMBERS:,} nodes and agents are known"),
+        ("operation", f"{hive.MAX_DOCUMENTS // 1024**2} MiB of what they say"),
+        ("operation", f"to one peer go at most {hive.MAX_OUTBOX * hive.ONE_SHARE:,.0f}"),
+        ("operation", f"the log has {hive.MAX_REPEATS} lines a minute"),
+        ("operation", f"more than {hive.MAX_LOSSES} nodes that are lost"),
+    ]
+
+
+@pytest.mark.parametrize(("topic", "said"), said_of_bounds())
+def test_a_bound_is_what_the_help_says(topic: str, said: str) -> None:
+    assert said in " ".join((ROOT / f"contrib/help/{topic}.md").read_text().split())

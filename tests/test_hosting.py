@@ -598,6 +598,27 @@ def test_a_systemd_unit_runs_it_where_there_is_one(alpha: Carrier, tmp_path: Pat
     assert stat.S_IMODE(unit.stat().st_mode) == 0o600
 
 
+def test_on_a_mac_launchd_starts_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[str, ...]] = []
+
+    def run(*command: str) -> bool:
+        steps.append(command)
+        return command[0] == "launchctl"
+
+    monkeypatch.setattr(hive, "succeeds", run)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said = hive.start_supervised(hive.Host(tmp_path / "state"), ["hive", "host", "--foreground"])
+    monkeypatch.undo()
+    agent = tmp_path / "Library" / "LaunchAgents" / "ai.hive.host.plist"
+    assert said == "launchd keeps it running" and agent.exists()
+    domain = f"gui/{os.getuid()}"
+    assert steps[-2:] == [
+        ("launchctl", "bootout", f"{domain}/ai.hive.host"),
+        ("launchctl", "bootstrap", domain, str(agent)),
+    ]
+
+
 def test_systemd_and_launchd_take_what_is_written(tmp_path: Path) -> None:
     command = [sys.executable, "/home/a b/100%/$x/hive.py", "host", "--foreground"]
     agent = plistlib.loads(hive.launchd_agent(["/a & b", "<c>"], tmp_path / "log").encode())

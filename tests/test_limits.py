@@ -227,7 +227,7 @@ def test_who_sends_too_much_is_told_and_shown_and_delays_nobody_else(quick: Hive
     told = beta.events("sent", ch="alert", to="flood")
     assert len(told) == 1
 
-    eventually("all hear of it", lambda: "flood sends more" in json.dumps(alpha.states()))
+    eventually("all hear of it", lambda: "flood sends more" in json.dumps(alpha.told("states")))
     said = quick.cli("alpha", "status", code=None).stdout
     assert "flood sends more than 5 messages a second" in said and "refused" in said
     assert len(beta.events("handler ended", status="ok")) <= 300

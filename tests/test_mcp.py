@@ -352,6 +352,36 @@ def test_a_call_that_waits_is_answered_at_its_deadline(
     assert answer["id"] == 1 and answer["result"]["content"][0]["text"] == "in vain"
 
 
+def test_what_a_call_has_opened_is_closed_with_it(
+    client: Client, clock: Clock, tool: Callable[..., None]
+) -> None:
+    closed: list[str] = []
+    done = hive_py.Outcome("in vain")
+    tool(lambda *_: hive_py.Wait(45.0, never, lambda: done, "x", close=lambda: closed.append("x")))
+    client.say(call(1, "try"), call(2, "try"))
+    client.turn()
+    assert not closed
+    client.say({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 2}})
+    run_until(client.loop, "the cancelled one", lambda: closed == ["x"])
+    clock.skipped += 45
+    client.turn()
+    assert closed == ["x", "x"]
+
+
+def test_a_daemon_that_was_not_there_a_moment_ago_is_not_waited_for_again(
+    loop: Loop, clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tries: list[float] = []
+    monkeypatch.setattr(hive_py, "await_daemon", lambda *_: tries.append(clock()))
+    link = hive_py.Attachment(loop, hive_py.load_config, "", lambda: None)
+    assert not link.attach() and not link.attach()
+    assert len(tries) == 1
+    clock.skipped += hive_py.ABSENT_FOR
+    assert not link.attach()
+    assert len(tries) == 2
+
+
 def test_whoever_gave_a_token_hears_that_a_call_still_waits(
     client: Client, clock: Clock, tool: Callable[..., None]
 ) -> None:

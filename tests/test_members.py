@@ -403,6 +403,16 @@ def test_a_roster_costs_no_more_in_a_large_hive(hall: Hall) -> None:
     assert kept().keys() == before.keys() - {"agents of n7"}  # what is gone leaves nothing
 
 
+def test_sessions_are_there_as_long_as_their_node_is(hall: Hall) -> None:
+    hall.beat("attic")
+    hall.hear("attic", "state", {"status": "online"})
+    works = {"fix": {"directory": "~/src"}}
+    hall.hear("attic", "roster", {"agents": ["fix"], "sessions": works})
+    assert hall.members.documents("state")["fix"]["session"] == works["fix"]
+    hall.hear("attic", "state", {"status": "offline"})
+    assert "fix" not in hall.members.documents("state")
+
+
 def test_agents_are_remembered_as_they_were_kept_before(hall: Hall) -> None:
     for _ in range(2):
         hall.journal.put("agents", {"main": "attic", "fix": "attic", "other": "cellar"})

@@ -19,7 +19,16 @@ from random import Random
 from typing import Any, ClassVar, cast
 
 import pytest
-from conftest import EMBEDDED, MOSQUITTO, PATIENCE, Broker, Clock, find_program, need_mosquitto
+from conftest import (
+    EMBEDDED,
+    MOSQUITTO,
+    PATIENCE,
+    Broker,
+    Clock,
+    find_program,
+    free_port,
+    need_mosquitto,
+)
 from raw_mqtt import publish_packet
 
 import hive
@@ -242,6 +251,13 @@ def test_a_goodbye_forgets_the_will_and_a_death_does_not(loop: Loop, shared_brok
     assert [message.topic for message in listener.messages] == ["link/will/rude"]
     closed(loop, rude)
     closed(loop, witness)
+
+
+def test_an_end_without_a_broker_waits_for_nothing(loop: Loop) -> None:
+    client, _ = opened(loop, MqttConfig(port=free_port()))
+    ended = list[bool]()
+    client.close(lambda: ended.append(True), within=60.0)
+    assert ended
 
 
 def test_a_broker_that_refuses_mqtt_5_is_spoken_to_in_3_1_1(

@@ -828,6 +828,11 @@ def test_a_start_says_which_handlers_it_serves_and_from_where(rig: Rig) -> None:
     (line,) = rig.events("handlers")
     assert (line["level"], line["dir"]) == ("info", str(rig.handler_dir))
     assert line["actions"] == "ping" and not rig.events("no handlers")
+    rig.node.work.look_for_handlers()
+    assert rig.events("handlers") == [line]  # nothing has changed
+    rig.handler("more", "echo more")
+    rig.node.work.look_for_handlers()
+    assert [one["actions"] for one in rig.events("handlers")] == ["ping", "more,ping"]
 
 
 def test_what_a_node_has_to_say_goes_out_at_the_end_of_the_turn(rig: Rig) -> None:

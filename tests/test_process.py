@@ -379,6 +379,7 @@ def test_a_file_that_cannot_be_run_is_told(
         ("#!\t/usr/bin/env\tsh", ""),
         ("#!/usr/bin/env -S sh -e\n", ""),
         ("#!/usr/bin/env A=1\n", ""),
+        ("#!/bin/sh nosuch\n", ""),
         ("#!/usr/bin/env nosuch\n", "its first line names 'nosuch', which is not on the PATH"),
         ("#!/usr/bin/env sh\r\n", rf"its first line names 'sh\r': {NOT_LF}"),
         ("\x7fELF\0", ""),

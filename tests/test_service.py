@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, Broker, Hive, eventually, run_until
+from rig import HANGS
 
 from hive import Loop, ServiceManager
 
@@ -136,5 +137,19 @@ def test_a_daemon_under_systemd_tells_its_story_and_its_handlers_do_not(
     microseconds = int(reloading.rpartition("=")[2])
     assert abs(time.monotonic() - microseconds / 1e6) < PATIENCE
     assert hear_until(manager, "READY=1")[-1] == "READY=1"
+    os.kill(alpha.pid, signal.SIGUSR1)  # to begin again is no end
+    assert not any("STOPPING" in one for one in hear_until(manager, "READY=1\nSTATUS=looking"))
+    hear_until(manager, connected)
+    eventually("it begins again", lambda: len(alpha.events("starting")) == 2)
+    assert alpha.process.poll() is None
+
+    alpha.handler("slow", f"#!/bin/sh\n{HANGS}\n")
+    hive.cli("alpha", "send", "--to", "alpha", "--action", "slow", "--text", "x")
+    alpha.logged("handler started", action="slow")
+    os.kill(alpha.pid, signal.SIGUSR1)
+    alpha.logged("stopping", handlers=1)
+    assert alpha.stop() == 0  # whoever says stop meanwhile means it
+    hear_until(manager, "RELOADING=1")
+    alpha.start()
     assert alpha.stop() == 0
     assert hear_until(manager, "STOPPING=1")[-1] == "STOPPING=1\nSTATUS=stopping"

@@ -257,29 +257,47 @@ def test_nothing_is_imported_from_beside_it_or_from_here(
     assert done.returncode == {"config": 0, "doctor": 1}[command], done.stderr
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["init", "--help"],
-        ["config", "--example"],
-        ["config", "--port", "x"],
-        ["send", "--to", "a b", "--text", "x"],
-        ["config", "--config", "wrong.toml"],
-    ],
-    ids=" ".join,
-)
-def test_without_docstrings_it_says_the_same(
-    arguments: list[str], compiled: bool, tmp_path: Path
-) -> None:
+SAME_WORDS = [
+    ["--help"],
+    ["init", "--help"],
+    ["config", "--example"],
+    ["config", "--port", "x"],
+    ["send", "--to", "a b", "--text", "x"],
+    ["config", "--config", "wrong.toml"],
+]
+# The file as a program, once for each line of words; to read it takes half a second each time.
+EACH_OF_THEM = """
+import os, sys
+file, lines = sys.argv[1], eval(sys.argv[2])
+program = compile(open(file).read(), file, "exec")
+for sys.argv in ([file, *words] for words in lines):
+    sys.stdout.flush()
+    if not os.fork():
+        sys.path[0] = os.path.dirname(file)
+        os.dup2(1, 2)
+        exec(program, vars(sys.modules["__main__"]) | {"__file__": file})
+    print("code", os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.parametrize("arguments", SAME_WORDS, ids=" ".join)
+def test_without_docstrings_it_says_the_same(arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "wrong.toml").write_text("[node]\nid = 'a b'")
-    program = str(FILE.with_name("hive-cli") if compiled else FILE)
+    program = str(FILE.with_name("hive-cli"))
     said = [
         python(*flags, program, *arguments, cwd=tmp_path, home=tmp_path) for flags in ([], ["-OO"])
     ]
     assert [one.returncode for one in said] == [said[0].returncode] * 2
     assert said[0].stdout + said[0].stderr == said[1].stdout + said[1].stderr != ""
+
+
+def test_without_docstrings_the_file_itself_says_the_same(tmp_path: Path) -> None:
+    (tmp_path / "wrong.toml").write_text("[node]\nid = 'a b'")
+    each = ("-c", EACH_OF_THEM, str(FILE), repr(SAME_WORDS))
+    said = [python(*flags, *each, cwd=tmp_path, home=tmp_path) for flags in ([], ["-OO"])]
+    codes = [int(code) for code in re.findall(r"^code (\d+)$", said[0].stdout, re.M)]
+    assert codes == [0, 0, 0, 2, 2, 2]
+    assert said[0].stdout == said[1].stdout and said[0].stderr == said[1].stderr == ""
 
 
 BANNED = {

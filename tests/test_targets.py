@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Hive, eventually
+from conftest import PATIENCE, Hive, eventually
 from raw_mqtt import connect_packet, publish_packet
 from rig import HANGS, Rig
 
@@ -185,11 +185,8 @@ def fleet(hive: Hive) -> Hive:
     for node in hive.nodes.values():
         node.logged("connected")
 
-    def known() -> bool:
-        rosters = json.loads(hive.cli("alpha", "roster", "--json").stdout)
-        return len(rosters) == 4
-
-    eventually("all rosters are known", known)
+    alpha = hive.nodes["alpha"]
+    eventually("all are known", lambda: len(alpha.told("roster").get("rosters", ())) == 4)
     hive.nodes["web-3"].stop()
     for name in ("web-1", "web-2"):
         (hive.nodes[name].home / "gate").touch()
@@ -246,6 +243,15 @@ def test_who_keeps_silent_is_counted_and_who_is_away_gets_nothing(fleet: Hive) -
     send = ("alpha", "send", "--to", "web-[13]", "--action", "deploy", "--text", "x")
     done = fleet.cli(*send, "--wait", "1", code=4)
     assert done.stderr == "hive: 0 of 2 ok, 1 silent (web-1), 1 away (web-3)\n"
+    line, web_1 = fleet.command_line(*send, "--wait", "20"), fleet.nodes["web-1"]
+    waiting = subprocess.Popen(line, env=fleet.environment, stderr=subprocess.PIPE, text=True)
+    eventually("it is asked", lambda: len(web_1.events("received", ch="command")) == 2)
+    fleet.nodes["alpha"].stop(signal.SIGKILL)
+    _, said = waiting.communicate(timeout=PATIENCE)
+    assert said == "hive: the daemon of alpha: it has ended; all were sent; see: hive pending\n"
+    assert waiting.returncode == 1
+    fleet.nodes["alpha"].start()
+    eventually("all are known", lambda: len(fleet.nodes["alpha"].statuses()) == 4)
     done = fleet.cli(*send)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["sent"]
     assert "/web-1/command" in done.stdout

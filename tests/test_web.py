@@ -5,6 +5,8 @@ What takes a browser is in web_page.py (make test-web).
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +209,10 @@ def test_the_page_asks_nobody_else_and_runs_nothing_else(site: Site) -> None:
     assert policy and "default-src 'none'" in policy[1] and "unsafe" not in policy[1]
     assert policy[1].count("'sha256-") == 2
     page = body.decode()
+    for tag in ("script", "style"):
+        (text,) = re.findall(rf"(?s)<{tag}>(.*?)</{tag}>", page)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy[1]
     assert {*re.findall(r"https?://[^\s\"'`]+", page)} == {"http://www.w3.org/2000/svg"}
     assert not re.search(
         r" on\w+=| style=|innerHTML|outerHTML|insertAdjacent|document\.write", page
@@ -223,7 +230,9 @@ def test_the_page_is_as_short_as_its_lines_are() -> None:
 
 
 def test_a_page_is_told_of_everything_and_then_of_what_is_new(site: Site) -> None:
+    began = time.monotonic()
     page = site.open()
+    assert time.monotonic() - began < hive.KEEP_ALIVE / 2  # at once, not when it looks again
     events = page.events()
     about = {kind for kind, _ in events}
     assert about == {"hive", "node", "history", "pending"}
@@ -233,7 +242,7 @@ def test_a_page_is_told_of_everything_and_then_of_what_is_new(site: Site) -> Non
     assert nodes["studio"]["how"] == "lost" and nodes["studio"]["since"] > 0
     works = {agent["name"]: agent.get("directory") for agent in nodes["alpha"]["agents"]}
     assert works == {"claude-0": "~/src/hive", "main": None}
-    assert (nodes["attic"]["rtt"], nodes["attic"]["how"]) == (3, "online")
+    assert (nodes["attic"]["rtt_ms"], nodes["attic"]["how"]) == (3, "online")
     (down,) = [agent for agent in nodes["mini"]["agents"] if agent["name"] == "main"]
     assert (down["status"], down["next_try"] > site.stage.now) == ("down", True)
     hour = next(said for kind, said in events if kind == "history")
@@ -244,6 +253,19 @@ def test_a_page_is_told_of_everything_and_then_of_what_is_new(site: Site) -> Non
     page.until("the new row", lambda heard: said["id"].encode() in heard)
     (row,) = [row for kind, row in page.events() if kind == "row"]
     assert (row["to"], row["text"], row["event"]) == ("attic", "<b>now</b>", "out")
+
+
+def test_what_makes_no_sense_in_a_state_or_a_roster_is_not_shown() -> None:
+    state = {"status": "a b", "oc": [1], "host": 7, "running": "x", "rtt_ms": -1, "load_1m": []}
+    (row,) = hive.status_rows({"odd": state}, hive.HeartbeatConfig(), 1e9)
+    for roster in (
+        {"schedule": 5, "handlers": 7},
+        {"schedule": [5], "handlers": {}, "sessions": 1},
+    ):
+        view = hive.node_view(row, state, roster, 0.0)
+        assert view["how"] == "unknown"
+        assert not [*view["agents"], *view["schedule"], *view["handlers"]]
+        assert {view[key] for key in ("running", "rtt_ms", "load", "up")} == {None}
 
 
 def test_a_question_is_answered_to_the_page_and_not_to_an_agent(site: Site) -> None:
@@ -436,6 +458,12 @@ def pending_connections(site: Site) -> bool:
     return bool(select.select([site.server._listener], [], [], 0)[0])
 
 
+def test_too_much_at_once_is_told_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hive.MAX_LINKS", 0)
+    status, said = site.post("/send", {"to": "attic", "text": "x"})
+    assert (status, said) == (503, {"error": "too much is asked at once; try again"})
+
+
 def test_a_page_too_many_is_told_so(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hive.MAX_PAGES", 2)
     pages = [site.open(), site.open()]
@@ -519,6 +547,7 @@ def test_the_command_serves_until_it_is_ended_and_says_where(tmp_path: Path) -> 
     again, _ = start(tmp_path, "--port=1", "--open").communicate(timeout=30)
     assert again == f"the page of alpha is served already: {said[1]}\n"
     assert (tmp_path / "state" / "web.html").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "state" / "web.html").unlink()
     first.send_signal(signal.SIGTERM)
     rest, errors = first.communicate(timeout=30)
     assert (first.returncode, rest, errors) == (0, "", "")
@@ -526,6 +555,7 @@ def test_the_command_serves_until_it_is_ended_and_says_where(tmp_path: Path) -> 
     assert third.stdout and third.stdout.readline() == line  # pages that are open go on
     third.terminate()
     third.communicate(timeout=30)
+    assert not (tmp_path / "state" / "web.html").exists()  # nobody said --open
 
 
 def test_the_port_is_the_pages_and_the_brokers_goes_before() -> None:

@@ -532,6 +532,23 @@ def test_axe_finds_nothing_serious(told: Callable[..., Page]) -> None:
     assert not found, "\n".join(found)
 
 
+def test_a_card_moves_to_its_new_place_unless_one_wants_no_motion(
+    told: Callable[..., Page],
+) -> None:
+    page = told(20)
+    move = """(how) => {
+      Object.assign(nodes.get("tower"), { how });
+      drawAll();
+      return document.getAnimations().map((one) => one.effect.getTiming().duration);
+    }"""
+    assert 300 in page.evaluate(move, "lost")
+    assert page.locator(".node h2").first.inner_text() == "studio"
+    assert page.locator(".node h2").nth(1).inner_text() == "tower"
+    page.emulate_media(reduced_motion="reduce")
+    page.wait_for_function("() => !document.getAnimations().length")
+    assert not any(page.evaluate(move, "online"))
+
+
 def test_nothing_stands_beyond_the_edge(told: Callable[..., Page]) -> None:
     page = told(30)
     for width in (360, 768, 2000):
@@ -541,6 +558,8 @@ def test_nothing_stands_beyond_the_edge(told: Callable[..., Page]) -> None:
             page.wait_for_timeout(100)
             wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
             assert wide <= 0, f"{view} at {width} is {wide} pixels too wide"
+        heights = "[...document.querySelectorAll('nav a')].map((one) => one.clientHeight)"
+        assert max(page.evaluate(heights)) < 45, f"a word of the views is broken at {width}"
 
 
 def test_it_is_used_by_keyboard(told: Callable[..., Page]) -> None:
