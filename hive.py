@@ -14612,7 +14612,7 @@ bridge_protocol_version mqttv311
 # What came over it does not go back, and what is retained stays so.
 try_private true
 keepalive_interval 10
-restart_timeout 1 10
+restart_timeout 1 3
 # "1" and "0" on both sides; nodes then send again what may have died with the other broker.
 notification_topic @NOTICE@
 # All envelopes but those of commands to themselves, which have a level more.
