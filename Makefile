@@ -9,7 +9,7 @@
 # make dist     dist/hive: one file with paho-mqtt inside, for machines where nothing is installed;
 #               and a wheel, for pip and pipx
 # make fuzz     mutated traffic against the embedded broker, for SECONDS=3600 (20 of it in check)
-# make brokers  the end-to-end tests on NATS, RabbitMQ, aedes and amqtt too, as a table
+# make brokers  the end-to-end tests on NATS, one and a cluster, RabbitMQ, aedes and amqtt, as a table
 # make bench    how long things take, beside their peers, in one run
 # make bench-journal  the same for messages a second, and for send
 # make bench-fleet  what 10, 100 and 1000 nodes cost, and how soon a death is noticed, beside Serf;

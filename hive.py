@@ -14612,7 +14612,7 @@ bridge_protocol_version mqttv311
 # What came over it does not go back, and what is retained stays so.
 try_private true
 keepalive_interval 10
-restart_timeout 1 10
+restart_timeout 1 3
 # "1" and "0" on both sides; nodes then send again what may have died with the other broker.
 notification_topic @NOTICE@
 # All envelopes but those of commands to themselves, which have a level more.
@@ -18173,6 +18173,7 @@ hive invite NAME      # and there what it prints: hive join LINE</code></p>
 const $ = (id) => document.getElementById(id);
 const say = (id, words) => { if ($(id).textContent !== words) $(id).textContent = words; };
 const many = (number, one) => `${number} ${one}${number === 1 ? "" : "s"}`;
+const join = (between, ...parts) => parts.filter(Boolean).join(between);
 // el("li.soft", "text", { title: "more" }, child, whenClicked); what is false is left out
 const make = (create) => (name, ...parts) => {
   const [tag, ...words] = name.split("."), element = create(tag);
@@ -18268,10 +18269,12 @@ const lastHour = (beats, loads) => { // load above, heartbeats below
 };
 const fact = (how, name, words, when) => el("li.line", mark(how),
   el("span", el("b", name), " ", el("span.soft", words)), el("span.soft.end", when));
-const agentFact = ({ name, status, reason, client, directory, branch, since, next_try: next }) =>
-  fact(status ?? "unknown", name, [[client ?? "agent", directory, branch && `on ${branch}`].filter(Boolean)
-    .join(" "), el("span.how.down", reason && ` ${reason}`, next && [", next try ", stamp(next)])],
-  stamp(since));
+const agentFact = ({ name, status = "unknown", reason, client = "agent", ...more }) => {
+  const works = join(" ", client, more.directory, more.branch && `on ${more.branch}`);
+  const next = more.next_try && [", next try ", stamp(more.next_try)];
+  const trouble = el("span.how.down", reason && ` ${reason}`, next);
+  return fact(status, name, [works, trouble], stamp(more.since));
+};
 const scheduleFact = ({ action, when, ok, last, next }) => {
   const how = ok === false ? "fail" : last ? "ok" : "unknown";
   const did = { fail: "failed ", ok: "ran ", unknown: "runs " }[how];
@@ -18287,13 +18290,12 @@ const card = (node, beats) => {
   return el(`li.node.card.${how}`,
     el("div.line", mark(how), el("h2", name), name === hive.me && el("span.soft", "this machine"),
       el("span.how.end", how, how !== "online" && [" ", stamp(since)])),
-    el(why ? "p.how" : "p.soft", why || [`up ${span(up)}`, ...busy].join(", ")),
+    el(why ? "p.how" : "p.soft", why || join(", ", `up ${span(up)}`, ...busy)),
     el("div", lastHour(...beats), el("small.soft.line", "the last hour", el("span.end",
-      [load !== null && `load ${load.toFixed(2)}`, rtt !== null && `round trip ${rtt} ms`]
-        .filter(Boolean).join(", ")))),
+      join(", ", load !== null && `load ${load.toFixed(2)}`, rtt && `round trip ${rtt} ms`)))),
     el("ul.facts", node.agents.map(agentFact), node.schedule.map(scheduleFact),
       handlers.length > 0 && el("li.soft", `does ${handlers.slice(0, 6).join(", ")}${more}`),
-      el("li.soft", [node.version, node.system].filter(Boolean).join(" · "))),
+      el("li.soft", join(" · ", node.version, node.system))),
     el("footer", alive && act("Ask", () => compose(name)),
       alive && handlers.includes("ping") && act("Ping", () => sendPing(name)),
       el("button.quiet", "Messages", () => {
@@ -18425,8 +18427,8 @@ const cell = (name, at, how, load, agents, size) => {
     how !== "free" && [() => find(name), draw("title", `${name}: ${how}`)],
     size && draw("text", { y: 5, "font-size": size }, name),
     size && how !== "online" && draw("text.how", { y: 22 }, how),
-    agents.slice(0, 6).map(({ status }, i) =>
-      draw(`circle.${status ?? "unknown"}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
+    agents.slice(0, 6).map(({ status = "unknown" }, i) =>
+      draw(`circle.${status}`, { r: 8, cx: CORNERS[i][0], cy: CORNERS[i][1] })));
   one.style.setProperty("--full", `${Math.min(80, 18 + 40 * load)}%`);
   return one;
 };
@@ -18495,15 +18497,10 @@ const showDoctor = () => {
 };
 
 // ---- What one can do
-const ask = async (path, query, body) => {
-  const headers = { "Content-Type": "application/json" };
-  const how = body && { method: "POST", body: JSON.stringify(body), headers };
-  try {
-    return await (await fetch(`${path}?${new URLSearchParams(query)}`, how)).json();
-  } catch {
-    return { error: "hive web does not answer. Start it again: hive web" };
-  }
-};
+const ask = (path, query, body) => fetch(`${path}?${new URLSearchParams(query)}`, body && {
+  method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" },
+}).then((answer) => answer.json())
+  .catch(() => ({ error: "hive web does not answer. Start it again: hive web" }));
 const tell = (words) => {
   say("said", words);
   clearTimeout(tell.timer);
@@ -19438,7 +19435,7 @@ def session_client(loop: Loop, config: Config, will: OutgoingMessage) -> MqttCli
     examples="""hive send --to beta --ch command --text "is the backup done?" --wait 60
 hive send --to all --ch sync --action git-sync --text now --wait 20
 hive send --to any --action health-check --text x --wait 20
-hive send --to 'web-*' --action deploy --text v2 --wait 120 --parallel 5 --fail-fast
+hive send --to 'web-*' --action deploy --text v2 --wait 120 --fail-fast
 make report | hive send --to beta --ch status --text -""",
 )
 def command_send(args: argparse.Namespace) -> int:

@@ -178,6 +178,7 @@ def test_a_file_that_is_no_toml_is_an_error(content: str | bytes, line: str) -> 
             "[mqtt]\ncert_file = 'a'",
             "mqtt.cert_file and mqtt.key_file: one is of no use without the other",
         ),
+        ("[mqtt]\ncluster = ['b']", "mqtt.cluster: of no use without mqtt.host"),
     ],
 )
 def test_an_error_names_the_key_its_value_and_what_would_do(content: str, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,11 +14,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, Broker, Daemon, Hive, eventually, missing
+from feed import Feed, Reply, self_signed
 
 HANDLER = ROOT / "contrib" / "handlers" / "hive-upgrade"
 CONTRACT = "[handlers.hive-upgrade]\nretry = true\ntimeout = 300\n"
@@ -68,6 +71,7 @@ for name in ("replace", "rename", "unlink"):
 if file.endswith("hive-upgrade"):
     handler = SourceFileLoader("handler", file).load_module()
     handler.LOCK_LOOKS = 1
+    handler.daemon = os.getppid
     handler.begin_again = step(lambda installed: sys.exit("the daemon is told"))
     handler.main()
 else:
@@ -293,6 +297,30 @@ def test_only_who_is_named_may_sign(place: Place) -> None:
     assert "the daemon is told" in place.run().stderr
 
 
+def test_a_web_site_is_a_place_too(place: Place) -> None:
+    if not shutil.which("openssl"):
+        missing("openssl is missing: no web site to fetch from (apt-get install openssl)")
+    site = Feed(certificate := self_signed(place.home))
+    files = {f"/hive.py{end}": place.new.with_name(f"hive.py{end}") for end in ("", ".sha256")}
+
+    def reply(asked: BaseHTTPRequestHandler) -> Reply:
+        file = files.get(asked.path)
+        return (200, {}, file.read_bytes()) if file else (404, {}, b"")
+
+    with contextlib.closing(site):
+        site.reply = reply
+        place.configure(**{"from": site.url.replace("c.ics", "hive.py")})
+        assert "certificate verify failed" in place.refused()
+        trusted = {"SSL_CERT_FILE": str(certificate)}
+        del files["/hive.py.sha256"]
+        assert place.refused(environment=trusted).endswith("hive.py.sha256: Not Found")
+        files["/hive.py.sha256"] = place.new.with_name("hive.py.sha256")
+        site.reply = lambda asked: (200, {}, bytes(5 << 20))
+        assert place.refused(environment=trusted).endswith("/hive.py: more than 4096 KiB")
+        site.reply = reply
+        assert "the daemon is told" in place.run(environment=trusted).stderr
+
+
 def test_two_at_once_and_a_full_disk(place: Place) -> None:
     with (place.lib / "hive-trial.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -467,6 +495,10 @@ def test_a_node_is_upgraded_by_a_message_and_answers_as_the_new_one(fleet: Fleet
     eventually("the others see it", lambda: fleet.version() == new)
     assert len(fleet.beta.events("starting")) == 2
     assert fleet.upgrade() == f"{new} runs already\n"
+    fleet.hive.program = fleet.place.program
+    by_hand = ("handler", "test", "hive-upgrade", "--text", "latest")
+    why = "hive-upgrade: no daemon runs this: hive send --to NODE --action hive-upgrade\n"
+    assert why in fleet.hive.cli("beta", *by_hand, code=1).stderr
     assert fleet.upgrade(1, "0.1.0").endswith("hive.py has 99.0.0, not 0.1.0\n")
     lost = [row["why"] for row in fleet.hive.nodes["alpha"].events("peer is lost")]
     assert lost == []

@@ -82,6 +82,9 @@ def test_from_nothing_in_one_command_and_again_nothing_changes(alpha: Carrier) -
     assert not stat.S_IMODE(alpha.host.folder.stat().st_mode) & 0o077
     before, config = content(alpha.host.folder), alpha.config.read_bytes()
     pids = alpha.host.service_pid(), alpha.host.broker_pid()
+    if sys.platform == "linux":
+        limits = Path(f"/proc/{pids[1]}/limits").read_text()
+        assert re.search(r"Max open files +(\d+) +\1 ", limits)  # one for each node
     again = alpha.run("host")
     assert f"Mosquitto listens at {at}: runs already\n" in again.stdout
     assert content(alpha.host.folder) == before and alpha.config.read_bytes() == config

@@ -691,3 +691,15 @@ def test_a_crowd_that_comes_back_is_a_few_words(rig: Rig) -> None:
     crowd(rig, 100, beats=1)
     rig.advance(2)
     assert 0 < len(rig.sent("status")) <= hive.MAX_LOSSES
+
+
+def test_two_that_have_one_name_say_so_once_a_minute(rig: Rig) -> None:
+    for _ in range(3):
+        rig.beat("beta", boot="another-one")
+        rig.advance(1)
+    (said,) = rig.events("another node has our name too")
+    assert said["name"] == "beta" and "unique in a hive" in said["hint"]
+    text = json.dumps({"boot": "a-third"})  # one that asks, before it begins
+    rig.say("heartbeat", sender="beta", text=text)
+    rig.advance(61)
+    assert len(rig.events("another node has our name too")) == 1

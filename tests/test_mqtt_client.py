@@ -338,6 +338,17 @@ def test_a_broker_that_says_nothing_is_given_up_and_meanwhile_the_loop_turns(
         closed(loop, client)
 
 
+def test_of_a_cluster_the_first_host_that_answers_is_taken(
+    loop: Loop, shared_broker: Broker
+) -> None:
+    port, others = shared_broker.port, ("127.0.0.8", "127.0.0.1")
+    client, _ = opened(loop, MqttConfig(host="127.0.0.9", port=port, cluster=others))
+    turn(loop, lambda: client.up)
+    assert client.host == "127.0.0.1"
+    closed(loop, client)
+    assert [*MqttConfig(host="a", cluster=("b", "c")).hosts(4)] == ["b", "c", "a"]
+
+
 def test_a_name_that_does_not_resolve_and_a_closed_port_say_so(loop: Loop, quick: None) -> None:
     for mqtt, word in (
         (MqttConfig(port=1), "refused"),

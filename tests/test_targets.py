@@ -326,12 +326,22 @@ def test_a_large_hive_is_summed_up_unless_each_is_asked_for(hive: Hive) -> None:
     assert "web-8" in hive.cli("alpha", "status", "web-8", "web-9").stdout
 
 
+# One that waits for the second, the third for the fourth.
+IN_PAIRS = """#!/bin/sh
+begun() {{ grep -c + {diary}; }}
+echo + >>{diary}
+n=$(begun)
+until [ $(begun) -ge $((n + n % 2)) ]; do sleep 0.05; done
+echo - >>{diary}
+"""
+
+
 def test_so_many_at_once_and_no_more(hive: Hive) -> None:
     hive.node("alpha").start()
     diary = hive.home / "diary"
     for i in range(4):
         node = hive.node(f"web-{i}")
-        node.handler("deploy", f"#!/bin/sh\necho + >>{diary}\nsleep 0.1\necho - >>{diary}\n")
+        node.handler("deploy", IN_PAIRS.format(diary=diary))
         node.start()
     eventually("all are seen", lambda: len(hive.nodes["alpha"].events("peer is up")) == 4)
     send = ("alpha", "send", "--to", "web-*", "--action", "deploy", "--text", "x", "--wait", "20")

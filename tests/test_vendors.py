@@ -635,7 +635,7 @@ def test_opencode_is_prompted_where_it_serves_a_port(
     try:
         session = session_of("opencode", "open", OPENCODE_PID=str(program.pid))
         send(hive, "open", "wake up")
-        [(path, body)] = eventually("it is prompted", lambda: [*Handler.prompts])
+        [(path, body)] = eventually("it is prompted", lambda: [*Handler.prompts], 2 * PATIENCE)
         assert path.startswith("/session/ses_mine/prompt_async?directory=%2F")
         assert '"wake up"' in body["parts"][0]["text"]
         assert session.tool("read_inbox") == "Nothing new in your inbox."

@@ -132,7 +132,8 @@ def test_how_it_ended_is_known_after_a_restart(
 
 def test_what_runs_by_itself_answers_nobody(rig_of: Make) -> None:
     rig = rig_of(schedule=every_second(text="look around"), check="cat")
-    rig.until("it has run", lambda: rig.events("handler ended"))
+    (line, *_) = rig.until("it has run", lambda: rig.events("handler ended"))
+    assert line["status"] == "ok" and "why" not in line
     rig.turn()
     assert rig.sent() == []
     [result] = rig.kept("beta", "check")[:1]
