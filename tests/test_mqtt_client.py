@@ -500,7 +500,7 @@ class Wire:
     v5 = True
 
     def __init__(self, owner: MqttClient, protocol: str) -> None:
-        self.owner, self.up, self.hung_up = owner, False, False
+        self.owner, self.up, self.hung_up, self.welcome = owner, False, False, True
         self.window, self.max_packet, self.heard = hive.SEND_WINDOW, 10**6, time.time()
         self.sent: list[tuple[OutgoingMessage, int | None]] = []
         self.ids: deque[int] = deque()
