@@ -10760,6 +10760,7 @@ STAND_INS: Mapping[str, Mapping[str, Any]] = {  # what paho names of modules tha
     "urllib.request": {},
     "ssl": {"SSLWantReadError": (), "SSLWantWriteError": ()},  # `except ():` catches nothing
 }
+PAHO_METHODS = ("_sock_recv", "_send_pingreq")  # not public, so they may be gone one day
 
 
 def retry_delay(failures: int, outage: float, chance: float) -> float:
@@ -10794,6 +10795,9 @@ def load_paho() -> Any:
             del sys.modules[name]
     if not hasattr(mqtt, "CallbackAPIVersion"):
         raise UsageError(f"paho-mqtt is older than 2; {WAYS_TO_PAHO}")
+    if missing := [name for name in PAHO_METHODS if not hasattr(mqtt.Client, name)]:
+        todo = "python3 -m pip install paho-mqtt==2.1.0"
+        raise UsageError(f"this paho-mqtt has no {missing[0]}, as 2.1 had: {todo}")
     if first:
         lighten_paho()
     return mqtt
