@@ -425,7 +425,7 @@ def serf(number: int, seconds: float) -> dict[str, Any]:
 
 
 def scenario(number: int, minutes: float) -> list[str]:
-    """What was said of whom, in a hive of real daemons and a crowd; the false ones are marked."""
+    """What was said of whom, in a hive of real daemons and a crowd."""
     far = [f"far-{n:02}" for n in range(10)]
     near = [f"web-{n:04}" for n in range(number - len(far) - 5)]
     part = minutes * 60 / 4
@@ -473,12 +473,12 @@ def scenario(number: int, minutes: float) -> list[str]:
         for one in nodes:
             ids = [row["corr"] for row in one.events("sent", ch="alert")]
             lost = [row["peer"] for row in one.events("peer is lost")]
-            for name in {id.removeprefix("lost:") for id in ids} | {*lost}:
-                kind = "alert" if f"lost:{name}" in ids else "logged"
-                mark = "" if name in away else "FALSE " if kind == "alert" else "doubted "
-                said.append(f"{one.name}: {mark}{kind}: {name} is lost")
+            for name in sorted({id.removeprefix("lost:") for id in ids}):
+                said.append(f"{'' if name in away else 'FALSE: '}{one.name} alerts: {name} is lost")
+            doubted = {*lost} - away - {id.removeprefix("lost:") for id in ids}
+            said.append(f"{one.name} took {len(doubted)} others for lost, and told nobody")
             assert not one.events("bug"), one.events("bug")
-        return sorted(said)
+        return said
 
 
 # ---- What is shown -----------------------------------------------------------------------

@@ -35,7 +35,11 @@ class OtherBroker(Broker):
         self.home, self.port = home, free_port()
         self._process = None
         self.configure()
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop(signal.SIGKILL)
+            raise
 
     def configure(self) -> None:
         """Write what it reads at its start."""

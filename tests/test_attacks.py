@@ -440,6 +440,7 @@ def test_what_only_another_may_do_is_refused(scene: Scene) -> None:
         asked = envelope("mallory", to, "command", **more)
         assert asking.publish("alpha/command/mallory", asked) == 0
         assert scene.alpha.logged("received", id=json.loads(asked)["id"])["note"] == rule
+    eventually("both are told", lambda: len(asking.heard) == len(rules))
     answers = [json.loads(one.payload) for one in asking.everything()]
     assert [one["ch"] for one in answers] == ["alert"] * len(rules)
     assert all(rule in one["text"] for rule, one in zip(rules, answers, strict=True))
