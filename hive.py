@@ -15235,6 +15235,8 @@ class Host:
                 raise HiveError(
                     f"{name} is in this hive already; another name, or first: hive expel {name}"
                 )
+            if members.pop(name, None):
+                self._write_members(members)  # killed after the next write, it would never end
             members[name] = password_hash(password, os.urandom(12))
             invited[name] = {"until": int(now + INVITATION), "hash": members[name]}
             self._write(self._invited, json.dumps(invited))  # first: one without it never ends
