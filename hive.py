@@ -10821,6 +10821,7 @@ STAND_INS: Mapping[str, Mapping[str, Any]] = {  # what paho names of modules tha
     "hashlib": {},
     "ssl": {"SSLWantReadError": (), "SSLWantWriteError": ()},  # `except ():` catches nothing
 }
+PAHO_METHODS = ("_sock_recv", "_send_pingreq")  # not public, so they may be gone one day
 
 
 def retry_delay(failures: int, outage: float, chance: float) -> float:
@@ -10855,6 +10856,9 @@ def load_paho() -> Any:
             del sys.modules[name]
     if not hasattr(mqtt, "CallbackAPIVersion"):
         raise UsageError(f"paho-mqtt is older than 2; {WAYS_TO_PAHO}")
+    if missing := [name for name in PAHO_METHODS if not hasattr(mqtt.Client, name)]:
+        todo = "python3 -m pip install paho-mqtt==2.1.0"
+        raise UsageError(f"this paho-mqtt has no {missing[0]}, as 2.1 had: {todo}")
     if first:
         lighten_paho()
     return mqtt
@@ -15295,6 +15299,8 @@ class Host:
                 raise HiveError(
                     f"{name} is in this hive already; another name, or first: hive expel {name}"
                 )
+            if members.pop(name, None):
+                self._write_members(members)  # killed after the next write, it would never end
             members[name] = password_hash(password, os.urandom(12))
             invited[name] = {"until": int(now + INVITATION), "hash": members[name]}
             self._write(self._invited, json.dumps(invited))  # first: one without it never ends

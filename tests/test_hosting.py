@@ -350,6 +350,28 @@ def test_kill_9_at_any_moment_leaves_nothing_that_cannot_go_on(
     assert alpha.run("doctor", code=None).stdout.count("fail") == 0
 
 
+@pytest.mark.parametrize("step", range(1, 6))
+def test_an_invitation_killed_after_any_write_can_be_said_again(
+    prepared: hive.Host, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    prepared.prepare(settings(free_port()), "alpha", time.time())
+    prepared.invite("mini", time.time())
+    written: list[Path] = []
+    write = hive.Host._write
+
+    def killed(host: hive.Host, file: Path, text: str) -> None:
+        written.append(file)
+        if len(written) == step:
+            raise KeyboardInterrupt
+        write(host, file, text)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(hive.Host, "_write", killed)
+        prepared.invite("mini", time.time())
+    prepared.invite("mini", time.time())
+    assert "mini" in prepared.invited(time.time())
+
+
 def test_a_mosquitto_that_hangs_is_killed_and_started_again(
     prepared: hive.Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1092,3 +1092,12 @@ def test_what_tls_holds_back_is_read_at_once() -> None:
     with ours, theirs:
         held = [hive.is_pending(one) for one in (Held(5), Held(0), ours)]
     assert held == [True, False, False]
+
+
+@pytest.mark.parametrize("method", hive.PAHO_METHODS)
+def test_a_paho_that_has_changed_inside_is_told_in_a_line(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(hive.load_paho().Client, method)
+    with pytest.raises(hive.UsageError, match=f"has no {method}, as 2.1 had: python3 -m pip"):
+        hive.load_paho()
