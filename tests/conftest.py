@@ -83,7 +83,7 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def told_at(door: Path, do: str) -> dict[str, Any]:
+def told_at(door: Path, do: str, **more: Any) -> dict[str, Any]:
     """What the daemon behind this door answers; {} if it is down.
 
     For who waits: that is not worth ten processes.
@@ -91,7 +91,7 @@ def told_at(door: Path, do: str) -> dict[str, Any]:
     with contextlib.suppress(OSError, DaemonError), contextlib.ExitStack() as ending:
         control = ControlClient(shortened_socket_path(door), "it")
         ending.callback(control.close)
-        return control.ask({"do": do})
+        return control.ask({"do": do, **more})
     return {}
 
 
@@ -310,8 +310,8 @@ class Daemon:
             -1
         ]
 
-    def told(self, do: str) -> dict[str, Any]:
-        return told_at((self.state_dir or self.config.with_name("state")) / "door", do)
+    def told(self, do: str, **more: Any) -> dict[str, Any]:
+        return told_at((self.state_dir or self.config.with_name("state")) / "door", do, **more)
 
     def statuses(self) -> dict[str, str]:
         """How all are to it."""

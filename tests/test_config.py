@@ -6,11 +6,11 @@ import datetime
 import json
 import os
 import re
-import socket
 import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -499,7 +499,7 @@ def test_the_state_lies_where_the_nearest_rule_says(
 def test_a_node_without_a_name_takes_its_hosts(
     host: str, node: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(nodename=host))
     config = load("")
     assert config.node.id == node
     assert config.origin["node.id"] == "this machine's name"
