@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import heapq
-import itertools
 import json
 import os
 import random
@@ -388,10 +387,13 @@ class Agent:
         return took, heard
 
 
-def serf(number: int, seconds: float) -> dict[str, Any]:
-    """As far as the machine goes."""
+def serf_room() -> int:
+    """How many of its agents the machine carries."""
     free = int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) // 1024
-    number = min(number, free // SERF_MEMORY, SERF_A_CORE * (os.cpu_count() or 1))
+    return min(free // SERF_MEMORY, SERF_A_CORE * (os.cpu_count() or 1))
+
+
+def serf(number: int, seconds: float) -> dict[str, Any]:
     with contextlib.ExitStack() as ending:
         home = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="hive-serf-")))
         agents = list[Agent]()
@@ -571,11 +573,13 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(lines))
         return print(f"false alerts: {sum('FALSE' in line for line in lines)}")
     numbers = [int(one) for one in (said.nodes or "10,100,1000").split(",")]
-    ways: list[Callable[[int, float], dict[str, Any]]] = [measure]
-    ways += [serf] if shutil.which("serf") else []
+    work = [(measure, number) for number in numbers]
+    if shutil.which("serf"):
+        room = serf_room()
+        work += [(serf, number) for number in sorted({min(one, room) for one in numbers})]
     rows = list[dict[str, Any]]()
     print(table([]), flush=True)
-    for way, number in itertools.product(ways, numbers):
+    for way, number in work:
         rows.append(way(number, said.seconds))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     if not shutil.which("serf"):
