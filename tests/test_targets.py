@@ -377,6 +377,7 @@ def test_a_rolling_action_stops_at_the_first_failure_and_at_ctrl_c(hive: Hive) -
     hive.nodes["web-3"].logged("handler started")
     assert sending.stdout and sending.stderr
     answers = [sending.stdout.readline() for _ in range(2)]
+    assert "web-1" in sending.stderr.readline()  # so its failure has come too
     sending.send_signal(signal.SIGINT)
     assert sending.wait(20) == 130
     assert sorted(answers) == ["web-0: ok\n", "web-2: ok\n"]
