@@ -3452,8 +3452,9 @@ class Node:
                 self.all_heard()  # our own, which we publish last
             return
         place = self.topics.place(message.topic)
-        if place and place[1].startswith(NO_NODE):
-            if message.payload == b"0" and not message.retained:
+        if place and place[1].startswith(NO_NODE) and not place[2]:
+            # Where senders are checked, no node may publish this; elsewhere anybody could say so.
+            if self.topics.sender and message.payload == b"0" and not message.retained:
                 self._client.send_again()  # the other site's broker may have died
             return message.ack()
         if place and place[2].startswith(PRIVATE):
@@ -19867,7 +19868,7 @@ def command_show(args: argparse.Namespace) -> int:
     option("--follow", "-f", action="store_true", help="go on with what is new, until Ctrl-C"),
     option(
         "--of",
-        type=destination,
+        type=selection,
         metavar="NAME",
         help="the journals of other nodes that share them: a node; all; tag:TAG; 'web-*'",
     ),
@@ -20012,7 +20013,8 @@ class JournalReader:
         """`request` is `log`'s.  Raises HiveError where no daemon runs that could ask."""
         control = connect_to_daemon(config)
         if control is None:
-            raise HiveError(f"no daemon of {config.node.id} runs on this machine: nobody to ask")
+            who = f"no daemon of {config.node.id} runs on this machine"
+            raise HiveError(f"{who}, which would ask the others; start one with: hive daemon")
         self._control, self._config, self._exchange = control, config, new_id()
         self._of, self._request, self._follow = of, request, follow
         self._sources: dict[str, JournalSource] = {}

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from conftest import ROOT, Broker, Daemon, Hive, eventually, find_program
+from conftest import ROOT, Broker, Daemon, Hive, eventually, find_program, program_at
 
 BASE = "8360744"  # before a start was made cheaper
 
@@ -72,16 +72,10 @@ def processes(hive: Hive, runs: int) -> None:
 
 def checkout(commit: str, folder: Path) -> Path | None:
     """The program as it was at a commit; None, and a line, where the repository has it not."""
-    for name in ("hive.py", "hive-cli"):
-        show = ["git", "-C", str(ROOT), "show", f"{commit}:{name}"]
-        try:
-            (folder / name).write_bytes(
-                subprocess.run(show, check=True, capture_output=True).stdout
-            )
-        except (OSError, subprocess.CalledProcessError):
-            print(f"there is no commit {commit} here: nothing is compared with it")
-            return None
-    return folder
+    if program_at(commit, folder):
+        return folder
+    print(f"there is no commit {commit} here: nothing is compared with it")
+    return None
 
 
 def cpu_of(line: list[str], environment: dict[str, str]) -> float:

@@ -173,6 +173,18 @@ class EmbeddedBroker(Broker):
         eventually("the broker listens", lambda: answers(self.port))
 
 
+def program_at(commit: str, folder: Path) -> bool:
+    """Put the program there as it was at a commit; is that in this repository?"""
+    for name in ("hive.py", "hive-cli"):
+        show = ["git", "-C", str(ROOT), "show", f"{commit}:{name}"]
+        try:
+            said = subprocess.run(show, check=True, capture_output=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return False
+        (folder / name).write_bytes(said)
+    return True
+
+
 def missing(what: str) -> NoReturn:
     """Skip, and say so, where this machine lacks something; fail where CI promised it."""
     if os.environ.get("CI") and sys.platform == "linux":

@@ -42,6 +42,7 @@ class Wire:
         self.up = self.closed = self.silent = False
         self.host = "broker.lan"
         self.limit = 1_000_000  # bytes of a topic and its payload
+        self.sent_again = 0
 
     def set_broker(self, settings: hive.MqttConfig) -> None:
         pass
@@ -66,7 +67,7 @@ class Wire:
             self.send(message.replace(topic=self.address(message.topic)))
 
     def send_again(self) -> None:
-        pass
+        self.sent_again += 1
 
     def room(self, topic: str) -> int:
         return self.limit - len(topic)

@@ -170,7 +170,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def test_a_message_names_a_version_at_most(place: Place) -> None:
-    for text in ("https://evil.example/hive.py", "/tmp/hive.py", "", "2.0.0; x", None, ["2.0.0"]):
+    for text in ("https://evil.example/hive.py", "~/hive.py", "", "2.0.0; x", None, ["2.0.0"]):
         assert place.refused(text).endswith("is no version of numbers, as in 0.3.0")
     assert place.refused("3.0.0") == "~/releases/hive.py has 2.0.0, not 3.0.0"
     assert "the daemon is told" in place.run("2.0.0").stderr

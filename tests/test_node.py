@@ -1111,6 +1111,26 @@ def test_in_a_checked_hive_a_flood_is_known_by_its_topic_and_is_not_even_read(
     assert rest.text.startswith("beta: 1001 more messages from mallory were refused")
 
 
+@pytest.mark.parametrize(
+    ("sender", "topic", "payload", "again"),
+    [
+        ("beta", "hive/all/@office", b"0", 1),
+        ("beta", "hive/all/@office", b"1", 0),
+        ("beta", "hive/all/@office/mallory", b"0", 0),
+        ("", "hive/all/@office", b"0", 0),  # in an open hive anybody may say so
+    ],
+)
+def test_only_a_broker_tells_that_a_bridge_is_cut(
+    rig_of: Callable[..., Rig], sender: str, topic: str, payload: bytes, again: int
+) -> None:
+    rig = rig_of(level="warning")
+    rig.node.node.topics = rig.config.topics.replace(sender=sender)
+    acks = list[str]()
+    rig.hand_in(topic, payload, ack=lambda: acks.append(topic))
+    rig.turn()
+    assert rig.wire.sent_again == again and acks == [topic]
+
+
 def test_a_flood_of_heartbeats_is_dropped_and_its_sender_lives(rig_of: Callable[..., Rig]) -> None:
     rig = rig_of(level="warning", node=limited())
     for _ in range(hive.BEATS[1] + 500):

@@ -484,7 +484,10 @@ def test_who_does_not_show_it_is_told_of_and_the_rest_goes_on(three: Hive) -> No
         assert three.cli("alpha", "log", "--of", name, code=1).stderr == why
     three.nodes["alpha"].stop()
     done = three.cli("alpha", "log", "--of", "all", code=1)
-    assert done.stderr == "hive: no daemon of alpha runs on this machine: nobody to ask\n"
+    assert done.stderr == (
+        "hive: no daemon of alpha runs on this machine, which would ask the others;"
+        " start one with: hive daemon\n"
+    )
 
 
 def test_doctor_tells_who_reads_it_and_that_an_open_broker_checks_nobody(hive: Hive) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Daemon, Hive, eventually, missing
+from conftest import Daemon, Hive, eventually, missing, program_at
 
 BEFORE = "8360744"  # 0.1.0, as it was released
 
@@ -16,16 +15,8 @@ BEFORE = "8360744"  # 0.1.0, as it was released
 def program_before(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command of the release before, from the history of this checkout."""
     folder = tmp_path_factory.mktemp("before")
-    for name in ("hive.py", "hive-cli"):
-        show = ["git", "-C", str(ROOT), "show", f"{BEFORE}:{name}"]
-        try:
-            (folder / name).write_bytes(
-                subprocess.run(show, capture_output=True, check=True).stdout
-            )
-        except (OSError, subprocess.CalledProcessError):
-            missing(
-                f"no git history with {BEFORE}: the release before is not tried beside this one"
-            )
+    if not program_at(BEFORE, folder):
+        missing(f"no git history with {BEFORE}: the release before is not tried beside this one")
     return [sys.executable, str(folder / "hive-cli")]
 
 
