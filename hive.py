@@ -20898,6 +20898,19 @@ def lets_in(mqtt: MqttConfig) -> bool:
     return taken == [True]
 
 
+def await_invitation(host: Host, said: Invitation) -> None:
+    """Wait until the broker knows it, which reads its files in its own time, or a later one.
+
+    Raises BrokerError.
+    """
+    mqtt = said.settings(host.needed_settings().own, host.authority)
+    until = time.monotonic() + START_PATIENCE
+    while is_password_of(host.members().get(said.name, ""), said.password) and not lets_in(mqtt):
+        if time.monotonic() > until:
+            raise BrokerError(f"{mqtt.address} does not know it yet; say this again")
+        time.sleep(0.05)
+
+
 def move_over(host: Host, file: Path, config: Config, settings: HostSettings) -> None:
     """From now on this machine's own node uses the hive that it carries."""
     said = {
@@ -21012,6 +21025,7 @@ def command_invite(args: argparse.Namespace) -> int:
         raise HiveError(f"{args.name} is in this hive already, at another site; another name")
     with Progress(f"inviting {args.name}"):
         invitation = make_invitation(host, args.name, time.time())
+        await_invitation(host, invitation)
     print(invitation.line(), flush=True)
     until = time.strftime("%H:%M", time.localtime(invitation.until))
     do = "hive host --bridge -" if site else "python3 hive join -"

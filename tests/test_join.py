@@ -143,6 +143,24 @@ def test_an_invitation_of_an_attacker_names_nothing_odd(
 # ---- Joining -----------------------------------------------------------------------------
 
 
+def test_a_line_is_printed_when_the_broker_knows_it(alpha: Carrier) -> None:
+    """A script may hand it on at once, and Mosquitto be busy."""
+    pid = alpha.host.broker_pid()
+    assert pid
+    line = [sys.executable, str(ROOT / "hive-cli"), "invite", "hasty"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        inviting = subprocess.Popen(line, env=alpha.environment, stdout=subprocess.PIPE)
+        eventually("it is written down", lambda: "hasty" in alpha.host.members())
+        with pytest.raises(subprocess.TimeoutExpired):
+            inviting.wait(1.0)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    said, _ = inviting.communicate(timeout=PATIENCE)
+    invitation = hive.Invitation.parse(said.decode())
+    assert hive.lets_in(invitation.settings(HERE, alpha.host.authority))
+
+
 def test_one_line_and_the_machine_is_a_node(alpha: Carrier, machine: Machine) -> None:
     line = alpha.invite(machine.name)
     said = machine.run("join", line.strip()).stdout
