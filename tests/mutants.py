@@ -2,10 +2,12 @@
 
 python tests/mutants.py [--count 150] [--seed 1] [--sections Packets,Broker] [--jobs 2]
 
-Each mistake is made in a copy of the tree.  The tests of its section go first, then the wider
-ones, until one of them fails, twice.  What was found is remembered in .cache/, so a run goes on
-where it was stopped; after tests were written, `--again` tries the survivors once more.  A
-survivor is a test that is missing, or a mistake that changes nothing; a person says which.
+Each mistake is made in a copy of the tree.  The tests that run the changed function (learned
+once, by running them all with a hive.py that says which of its functions run) are tried, those
+of its section first, the quick before the slow, until one of them fails, twice.  What was found
+is remembered in .cache/, so a run goes on where it was stopped; after tests were written,
+`--again` tries the survivors once more.  A survivor is a test that is missing, or a mistake
+that changes nothing; a person says which.
 
 mutmut 3 and cosmic-ray were looked at first, in their documentation: one writes all mutants of
 all functions into one file, which every node of a test would compile; the other knows neither
@@ -28,9 +30,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,37 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "mutants"
 RESULTS = CACHE / "results.jsonl"
 
-# The tests of a section are test_SECTION.py and test_SECTION_*.py; these have others besides.
-MORE_TESTS = {
-    "Basics": "config envelope",
-    "Broker": "packets limits",
-    "BrokerHost": "connecting state_dir",
-    "Client": "commands two_nodes end_to_end",
-    "Commands": "end_to_end main web join",
-    "Config": "home permissions schedule",
-    "Control": "requests state_dir commands",
-    "Daemon": "service node commands",
-    "Database": "journal state_dir",
-    "Doctor": "connecting state_dir senders",
-    "Hosting": "join second_machine",
-    "Join": "hosting second_machine",
-    "Journal": "requests mqtt_client limits",
-    "Loop": "service",
-    "Main": "commands completion standard_streams",
-    "Mosquitto": "senders hosting",
-    "MqttClient": "node connecting limits senders",
-    "Node": "requests mqtt_client limits metrics permissions senders",
-    "Output": "metrics watch",
-    "Packets": "broker",
-    "Requests": "control commands metrics watch targets",
-    "Routing": "permissions node",
-    "Setup": "commands join",
-    "Stream": "control broker",
-    "Work": "schedule handlers node agent metrics",
-}
-WIDER = ("node", "requests", "control", "commands", "end_to_end")
 SLOWEST_TEST = 60  # seconds: a single test that takes longer has failed
-BOUND = 5  # times what the unmutated file takes, and a minute: more than that hangs
+BOUND = 5  # times what the tests take unmutated, and a minute: more than that hangs
 OTHER_COMPARISON: dict[type[ast.cmpop], tuple[str, str]] = {
     ast.Lt: ("<", "<= >="),
     ast.LtE: ("<=", "< >"),
@@ -131,15 +105,74 @@ class Source:
             if (found := re.match(rb"# ---- (\w+):", line))
         ]
         self.sections = [name for _, name in self._banners]
+        self._tree = ast.parse(text)
+        self._functions = [
+            (n.lineno, n.end_lineno, name) for n, name in self._named(self._tree, "")
+        ]
 
     def section(self, line: int) -> str:
         above = [name for number, name in self._banners if number < line]
         return above[-1] if above else ""
 
+    def functions(self, line: int) -> set[str]:
+        """Those that run what stands in a line: its own, its class's, or those that name it."""
+        around = [f for f in self._functions if f[0] <= line <= f[1]]
+        if around:
+            return {max(around)[2]}  # the innermost
+        for statement in self._tree.body:
+            if statement.lineno <= line <= (statement.end_lineno or 0):
+                names = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
+                if isinstance(statement, ast.ClassDef):
+                    names = {statement.name}
+                elif isinstance(statement, ast.Assign):
+                    names = {t.id for t in statement.targets if isinstance(t, ast.Name)}
+                elif isinstance(statement, ast.AnnAssign):
+                    names = {n.id for n in [statement.target] if isinstance(n, ast.Name)}
+                return {
+                    name
+                    for first, last, name in self._functions
+                    if name.partition(".")[0] in names
+                    or names & {*re.findall(r"\w+", self._between_lines(first, last))}
+                }
+        return set()
+
+    def _between_lines(self, first: int, last: int) -> str:
+        return self.text[self._starts[first - 1] : self._starts[last]].decode()
+
+    def instrumented(self, slot: Path) -> bytes:
+        """The same, but each function says that it runs."""
+        recorder, lines = slot / ".ran" / "recorder", self.text.decode().splitlines()
+        marks: dict[int, str] = {}
+        for node, name in self._named(self._tree, ""):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            if body:
+                first = min([body[0], *getattr(body[0], "decorator_list", [])], key=self._line)
+                if not lines[first.lineno - 1][: first.col_offset].strip("@ "):
+                    marks[first.lineno] = f"{' ' * body[0].col_offset}_ran({name!r})"
+        head = next(n for n, line in enumerate(lines) if line.startswith("from __future__"))
+        for number in sorted(marks, reverse=True):
+            lines.insert(number - 1, marks[number])
+        lines.insert(head + 1, f"exec(open({str(recorder)!r}).read())")
+        return "\n".join(lines).encode() + b"\n"
+
+    @staticmethod
+    def _line(node: Any) -> int:
+        return int(node.lineno)
+
+    def _named(self, node: ast.AST, name: str) -> Iterator[tuple[Any, str]]:
+        for child in ast.iter_child_nodes(node):
+            inner = f"{name}.{getattr(child, 'name', '')}".lstrip(".")
+            if isinstance(child, ast.FunctionDef):
+                yield child, inner
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                yield from self._named(child, inner)
+            elif isinstance(child, ast.stmt):
+                yield from self._named(child, name)
+
     def sample(self, count: int, seed: int, sections: list[str]) -> list[Mutant]:
         """Mutants of `count` lines, drawn by chance: each line is as likely as any other."""
         by_line: dict[int, list[tuple[ast.AST, Edit]]] = {}
-        for statement in ast.parse(self.text).body:
+        for statement in self._tree.body:
             for node in self._nodes(statement):
                 line = getattr(node, "lineno", 0)
                 if self.section(line) in sections:
@@ -318,20 +351,37 @@ class Slot:
                 (self.path / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.path / name)
         (self.path / ".venv").symlink_to(ROOT / ".venv")
+        ran = self.path / ".ran"
+        ran.mkdir()
+        ran.chmod(0o777)  # some tests run nodes as other users
+        paths = {name: str(ran / name) for name in ("current", "reports", "recorder")}
+        (ran / "recorder").write_text(
+            RECORDER.format(current=paths["current"], lines=str(ran / "ran"))
+        )
+        (ran / "ran_plugin.py").write_text(PLUGIN.format(**paths))
 
     def put(self, source: bytes) -> None:
         """Replace hive.py."""
         shutil.rmtree(self.path / "__pycache__", ignore_errors=True)
         (self.path / "hive.py").write_bytes(source)
 
-    def pytest(self, tests: list[str], bound: float) -> tuple[str, float]:
+    def lines(self, name: str, parse: Callable[[str], Any]) -> Iterator[Any]:
+        """What an instrumented run has left, which is then forgotten."""
+        with contextlib.suppress(OSError):
+            text = (self.path / ".ran" / name).read_text()
+            (self.path / ".ran" / name).unlink()
+            yield from map(parse, text.splitlines())
+
+    def pytest(self, tests: list[str], bound: float, *options: str) -> tuple[str, float]:
         """The first test that fails, "" if none does, "hang" after `bound` seconds; the seconds."""
-        quiet = ("-q", "-x", "--tb=no", "-rfE", "-p", "no:cacheprovider")
+        quiet = ("-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *(options or ["-x"]))
+        arguments = self.path / "arguments"  # there may be more than a command line takes
+        arguments.write_text("\n".join(tests))
         began = time.monotonic()
         run = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *quiet, f"--timeout={SLOWEST_TEST}", *tests],
+            [sys.executable, "-m", "pytest", *quiet, f"--timeout={SLOWEST_TEST}", f"@{arguments}"],
             cwd=self.path,
-            env=os.environ | {"MUTANT": str(self.path)},
+            env=os.environ | {"MUTANT": str(self.path), "PYTHONPATH": str(self.path / ".ran")},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -364,67 +414,110 @@ def own_tests(section: str) -> str:
     return "test_" + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", section).lower()
 
 
-class Net:
-    """The tests, as they are tried one file after the other."""
+# Put before the instrumented hive.py: in each process that reads it, the first time that a
+# function runs in a test, a line says so.  `ran_test` is pytest's own; a child looks once.
+RECORDER = """
+import builtins as _b, os as _o
+if not hasattr(_b, "_ran"):
+    _b.ran_test = None
+    def _ran(name, _seen=set()):
+        if _b.ran_test is None:
+            try:
+                with open({current!r}) as _f:
+                    _b.ran_test = _f.read()
+            except OSError:
+                _b.ran_test = ""
+        if (_b.ran_test, name) not in _seen:
+            _seen.add((_b.ran_test, name))
+            try:
+                _f = _o.open({lines!r}, _o.O_WRONLY | _o.O_APPEND | _o.O_CREAT, 0o666)
+                _o.write(_f, f"{{_b.ran_test}}\\t{{name}}\\n".encode())
+                _o.close(_f)
+            except OSError:
+                pass
+    _b._ran = _ran
+"""
+PLUGIN = """
+import builtins, json
+builtins.ran_test = ""
+exec(open({recorder!r}).read())
+def pytest_runtest_logstart(nodeid, location):
+    builtins.ran_test = nodeid
+    with open({current!r}, "w") as file:
+        file.write(nodeid)
+def pytest_runtest_logreport(report):
+    with open({reports!r}, "a") as file:
+        print(json.dumps([report.nodeid, report.outcome, report.duration]), file=file)
+"""
+
+
+class Covers:
+    """Which test runs which function, in its own process or in a child, and how long it takes."""
 
     def __init__(self, source: Source, options: argparse.Namespace) -> None:
         self.source, self.options = source, options
-        self._results = CACHE / "unmutated.json"
-        self._times: dict[str, float] = {}
+        self._path = CACHE / "covers.json"
+        self._lock = threading.Lock()
+        known: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
-            self._times = json.loads(self._results.read_text())
-        names = sorted(file.stem for file in (ROOT / "tests").glob("test_*.py"))
-        wider = [f"test_{name}" for name in WIDER]
-        self._files = [n for n in wider if n in names] + [n for n in names if n not in wider]
+            known = json.loads(self._path.read_text())
+        self._files: dict[str, Any] = {}  # by file: of which text; by test: seconds, functions
+        self.stale = []
+        for file in sorted((ROOT / "tests").glob("test_*.py")):
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            if known.get(file.name, [""])[0] == digest:
+                self._files[file.name] = known[file.name]
+            else:
+                self.stale.append((file.name, digest))
 
-    def files(self, section: str) -> tuple[list[str], list[str]]:
-        """The test files of a section, and the wider ones, in their order."""
-        mine, others = own_tests(section), {*map(own_tests, self.source.sections)}
-        more = {f"test_{name}" for name in MORE_TESTS.get(section, "").split()}
-        own = [
-            n for n in self._files if n == mine or (n.startswith(f"{mine}_") and n not in others)
-        ]
-        own += [n for n in self._files if n in more and n not in own]
-        return own, [n for n in self._files if n not in own][: self.options.wider]
+    def learn(self, slot: Slot, name: str, digest: str) -> None:
+        """Run a file of tests with a hive.py that says which of its functions run."""
+        tests: dict[str, Any] = {}
+        slot.put(self.source.instrumented(slot.path))
+        slot.pytest([f"tests/{name}"], 900, "-p", "ran_plugin")
+        for test, outcome, seconds in slot.lines("reports", json.loads):
+            known = tests.setdefault(test, [0.0, [], True])
+            known[0] = round(known[0] + seconds, 3)
+            known[2] = known[2] and outcome == "passed"
+        for test, function in slot.lines("ran", lambda line: line.split("\t")):
+            if test in tests:
+                tests[test][1].append(function)
+        passed = {test: [s, sorted({*names})] for test, (s, names, good) in tests.items() if good}
+        with self._lock:
+            self._files[name] = [digest, passed]
+            self._path.write_text(json.dumps(self._files))
+        print(f"{name}: {len(passed)} of {len(tests)} tests looked at", flush=True)
 
-    def unmutated(self, slot: Slot, name: str) -> float:
-        """How long a file of tests takes; it passes as long as nothing is mutated."""
-        key = f"{name} {hashlib.sha256((ROOT / f'tests/{name}.py').read_bytes()).hexdigest()[:8]}"
-        if key not in self._times:
-            before = (slot.path / "hive.py").read_bytes()
-            slot.put(self.source.text)
-            for _ in range(3):  # a busy machine may need more than one try
-                failed, seconds = slot.pytest([f"tests/{name}.py"], 600)
-                if not failed:
-                    break
-                print(f"unmutated: {failed} fails; again, or {name} is left out", flush=True)
-            slot.put(before)
-            self._times[key] = 0.0 if failed else seconds
-            if not failed:
-                passing = {name: taken for name, taken in self._times.items() if taken}
-                self._results.write_text(json.dumps(passing, indent=1))
-        return self._times[key]
+    def of(self, mutant: Mutant) -> tuple[list[str], float]:
+        """The tests that run what is changed, its section's first, the quick before the slow."""
+        own, functions = own_tests(mutant.section), self.source.functions(mutant.line)
+        found = []
+        for name, (_, tests) in self._files.items():
+            others = not name.startswith(own)
+            for test, (seconds, ran) in tests.items():
+                if not functions.isdisjoint(ran):
+                    found.append((others, seconds, test))
+        chosen, total = [], 0.0
+        for _, seconds, test in sorted(found):
+            if total + seconds <= self.options.seconds:
+                chosen.append(test)
+                total += seconds
+        return chosen, total
 
     def trial(self, slot: Slot, mutant: Mutant) -> dict[str, Any]:
         """Which test finds a mutant out."""
-        own, wider = self.files(mutant.section)
-        slow = ""
-        for names in (own, wider):
-            times = {name: self.unmutated(slot, name) for name in names}
-            slot.put(mutant.source)
-            tests = [f"tests/{name}.py" for name, seconds in times.items() if seconds]
-            expected = sum(times.values())
-            bound = BOUND * expected + 60
-            failed, seconds = slot.pytest(tests, bound) if tests else ("", 0.0)
-            if failed and failed != "hang" and "::" in failed:
-                again, _ = slot.pytest([failed], bound)
-                if not again:  # it was not the mutant's doing: go on without this test
-                    failed, seconds = slot.pytest([*tests, f"--deselect={failed}"], bound)
-            if failed:
-                return {"found": failed, "seconds": round(seconds)}
-            if seconds > 3 * expected + 10:
-                slow += f" {seconds:.0f} s instead of {expected:.0f} s"
-        return {"found": "", "slow": slow.strip(), "wider": self.options.wider}
+        tests, expected = self.of(mutant)
+        slot.put(mutant.source)
+        bound = BOUND * expected + 60
+        failed, seconds = slot.pytest(tests, bound) if tests else ("", 0.0)
+        if failed and failed != "hang" and "::" in failed:
+            again, _ = slot.pytest([failed], bound)
+            if not again:  # it was not the mutant's doing: go on without this test
+                failed, seconds = slot.pytest([t for t in tests if t != failed], bound)
+        if failed:
+            return {"found": failed, "seconds": round(seconds)}
+        slow = f"{seconds:.0f} s instead of {expected:.0f} s" if seconds > 3 * expected + 20 else ""
+        return {"found": "", "slow": slow, "tests": len(tests), "budget": self.options.seconds}
 
 
 def remembered() -> dict[str, dict[str, Any]]:
@@ -463,7 +556,7 @@ def main() -> None:
     parser.add_argument("--sections", default="", help="to draw from, with commas between them")
     parser.add_argument("--jobs", type=int, default=1, help="at the same time")
     parser.add_argument("--again", action="store_true", help="try survivors of earlier runs again")
-    parser.add_argument("--wider", type=int, default=99, help="how many files beyond a section's")
+    parser.add_argument("--seconds", type=float, default=90, help="of tests for each, at most")
     parser.add_argument("--list", action="store_true", help="show the sample, try nothing")
     options = parser.parse_args()
     source = Source((ROOT / "hive.py").read_bytes())
@@ -477,16 +570,21 @@ def main() -> None:
             print(mutant.diff(source.text))
         return
     CACHE.mkdir(parents=True, exist_ok=True)
-    known, net = remembered(), Net(source, options)
+    known, covers = remembered(), Covers(source, options)
     slots: SimpleQueue[Slot] = SimpleQueue()
     for number in range(options.jobs):
         slots.put(Slot(number))
 
+    def learn(stale: tuple[str, str]) -> None:
+        slot = slots.get()
+        covers.learn(slot, *stale)
+        slots.put(slot)
+
     def attempt(mutant: Mutant) -> None:
-        before = known.get(mutant.key, {"found": "", "wider": -1})
-        if not before["found"] and (options.again or before["wider"] < options.wider):
+        before = known.get(mutant.key, {"found": "", "budget": -1})
+        if not before["found"] and (options.again or before["budget"] < options.seconds):
             slot = slots.get()
-            row = {"key": mutant.key, **net.trial(slot, mutant)}
+            row = {"key": mutant.key, **covers.trial(slot, mutant)}
             slots.put(slot)
             known[mutant.key] = row
             with RESULTS.open("a") as file:
@@ -496,6 +594,8 @@ def main() -> None:
 
     pool = ThreadPoolExecutor(options.jobs)
     try:
+        for _ in pool.map(learn, covers.stale):
+            pass
         for _ in pool.map(attempt, mutants):
             pass
     finally:
