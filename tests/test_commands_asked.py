@@ -8,130 +8,20 @@ from __future__ import annotations
 import io
 import json
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from scripted import Answer, Commands, Scripted
 
 import hive
 from hive import DaemonError, Envelope
 
-Answer = dict[str, Any]
-
-
-class Scripted:
-    """A daemon that answers as it is told to, and what it was asked."""
-
-    def __init__(self, now: list[float], **answers: Answer | Callable[[Answer], Answer]) -> None:
-        self.asked: list[Answer] = []
-        self.lines = deque[Answer | Exception | None]()  # what comes besides
-        self.waits: list[float | None] = []  # how long that was waited for
-        self.closed = 0
-        self._now, self._answers = now, answers
-
-    def ask(self, request: Mapping[str, Any]) -> Answer:
-        self.asked.append({**request})
-        answer = self._answers.get(str(request["do"]), {"error": "no such request: it"})
-        if callable(answer):
-            return answer({**request})
-        return {**answer}
-
-    def receive(self, within: float | None) -> Answer | None:
-        self.waits.append(within)
-        said = self.lines.popleft() if self.lines else None
-        if isinstance(said, Exception):
-            raise said
-        if said is None:
-            self._now[0] += within or 0.0
-        return said
-
-    def close(self) -> None:
-        self.closed += 1
-
-    def answers(self, **words: str) -> None:
-        """Let these nodes answer what was asked first."""
-        question = Envelope.check(self.asked[0]["envelope"])
-        for name, text in words.items():
-            self.lines.append({"answer": question.reply(name, text).document()})
-
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Time, which goes on when somebody waits."""
-    at = [1000.0]
-
-    def sleep(seconds: float) -> None:
-        at[0] += seconds
-
-    kept = {name: getattr(time, name) for name in dir(time) if not name.startswith("_")}
-    told = {"monotonic": lambda: at[0], "sleep": sleep, "time": lambda: 1771143500.0 + at[0]}
-    monkeypatch.setattr(hive, "time", SimpleNamespace(**kept | told))
-    return at
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty one, in which a command runs in this process."""
-    for name in ("HIVE_CONFIG", "HIVE_NODE", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-class Asked:
-    """Commands of the node alpha, and what they print."""
-
-    def __init__(self, now: list[float], patch: pytest.MonkeyPatch, said: Any) -> None:
-        self._now, self._patch, self._said = now, patch, said
-        self.opened: list[tuple[float, bool]] = []  # with which patience, and whether directly
-        self.direct: list[float] = []  # with which patience a node of its own began
-
-    def daemon(self, **answers: Any) -> Scripted:
-        """From now on this one is asked."""
-        daemon = Scripted(self._now, **answers)
-
-        def open_control(config: Any, patience: float, direct: bool = False) -> Scripted:
-            self.opened.append((patience, direct))
-            return daemon
-
-        self._patch.setattr(hive, "open_control", open_control)
-        self._patch.setattr(hive, "connect_to_daemon", lambda config, patience=5.0: daemon)
-        return daemon
-
-    def bypass(self, **answers: Any) -> Scripted:
-        """Who is asked where the daemon makes no sense."""
-        node = Scripted(self._now, **answers)
-
-        def begin(config: Any, patience: float) -> Scripted:
-            self.direct.append(patience)
-            return node
-
-        self._patch.setattr(hive, "InProcessNode", begin)
-        return node
-
-    def run(self, line: str, *more: str) -> tuple[int, str, str]:
-        """Its exit code, stdout and stderr."""
-        try:
-            code = hive.main(["--node", "alpha", *line.split(), *more])
-        except SystemExit as ended:
-            code = int(str(ended.code))
-        said = self._said.readouterr()
-        return int(code), said.out, said.err
-
-
-@pytest.fixture
-def alpha(
-    now: list[float],
-    home: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Asked:
-    return Asked(now, monkeypatch, capsys)
+def alpha(commands: Commands) -> Commands:
+    return commands
 
 
 QUEUED = {"queued": True, "connected": True}
@@ -150,7 +40,7 @@ def told(envelope: Answer) -> Envelope:
     [("", 10.0), ("--wait 0.5", 2.0), ("--wait 2", 2.0), ("--wait 7", 7.0)],
 )
 def test_to_hand_a_message_over_may_take_what_was_said_and_ten_seconds_else(
-    alpha: Asked, line: str, patience: float
+    alpha: Commands, line: str, patience: float
 ) -> None:
     for how in ("", "--direct"):
         alpha.daemon(send=QUEUED)
@@ -158,7 +48,7 @@ def test_to_hand_a_message_over_may_take_what_was_said_and_ten_seconds_else(
         assert alpha.opened.pop() == (patience, bool(how))
 
 
-def test_what_is_known_of_a_message_is_told(alpha: Asked) -> None:
+def test_what_is_known_of_a_message_is_told(alpha: Commands) -> None:
     daemon = alpha.daemon(send=QUEUED)
     daemon.lines.append(SENT)
     code, out, err = alpha.run("send --to beta --text x")
@@ -177,7 +67,7 @@ def test_what_is_known_of_a_message_is_told(alpha: Asked) -> None:
     assert (code, err, daemon.waits) == (0, "", [])
 
 
-def test_a_message_that_nobody_hears_is_told_of_and_its_topic_is_the_nodes(alpha: Asked) -> None:
+def test_a_message_that_nobody_hears_is_told_of_and_its_topic_is_the_nodes(alpha: Commands) -> None:
     daemon = alpha.daemon(send={**QUEUED, "away": True, "agentless": True})
     daemon.lines.append({"published": 16})
     code, out, err = alpha.run("send --to beta --text x --ch status")
@@ -190,7 +80,7 @@ def test_a_message_that_nobody_hears_is_told_of_and_its_topic_is_the_nodes(alpha
 
 
 @pytest.mark.parametrize("line", ["", "--wait 3"])
-def test_a_broker_that_refuses_a_message_is_exit_3(alpha: Asked, line: str) -> None:
+def test_a_broker_that_refuses_a_message_is_exit_3(alpha: Commands, line: str) -> None:
     daemon = alpha.daemon(send=QUEUED)
     daemon.lines.append({"published": 0x87, "words": "Not Authorized"})
     code, out, err = alpha.run(f"send --to beta --text x {line}")
@@ -198,7 +88,7 @@ def test_a_broker_that_refuses_a_message_is_exit_3(alpha: Asked, line: str) -> N
     assert err.startswith("hive: broker localhost:1883: refused to publish: not authorized")
 
 
-def test_a_message_asks_what_becomes_of_it_where_an_agent_shall_read_it(alpha: Asked) -> None:
+def test_a_message_asks_what_becomes_of_it_where_an_agent_shall_read_it(alpha: Commands) -> None:
     daemon = alpha.daemon(send=QUEUED, targets={"names": ["beta"], "away": {}, "complete": True})
     for line, asks in (
         ("--to beta", True),
@@ -215,7 +105,7 @@ def test_a_message_asks_what_becomes_of_it_where_an_agent_shall_read_it(alpha: A
 
 
 def test_a_text_that_ends_beyond_its_bound_is_not_cut(
-    alpha: Asked, monkeypatch: pytest.MonkeyPatch
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def text(data: bytes) -> str:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
@@ -260,7 +150,7 @@ def test_an_answer_is_there_for_a_reader_as_soon_as_it_has_come(
 # -- and waiting for answers --
 
 
-def test_an_answer_is_printed_and_ends_the_wait(alpha: Asked) -> None:
+def test_an_answer_is_printed_and_ends_the_wait(alpha: Commands) -> None:
     def answer(request: Answer) -> Answer:
         question = Envelope.check(request["envelope"])
         daemon.lines.append(SENT)
@@ -284,10 +174,10 @@ def states(**how: str) -> dict[str, Any]:
     }
 
 
-def test_no_answer_in_time_is_exit_4_and_says_what_is_known(alpha: Asked, now: list[float]) -> None:
+def test_no_answer_in_time_is_exit_4_and_says_what_is_known(alpha: Commands) -> None:
     daemon = alpha.daemon(send=QUEUED, states=states(beta="offline", betty="online"))
     code, out, err = alpha.run("send --to beta --text x --wait 7")
-    assert (code, out, now[0]) == (4, "", 1007.0)
+    assert (code, out, alpha.now[0]) == (4, "", 1007.0)
     assert err == "hive: no answer from beta in 7 s; beta is offline, seen 1m 7s ago\n"
     for name, near in (("bety", "did you mean betty?"), ("xyz", "is it spelled right?")):
         err = alpha.run(f"send --to {name} --text x --wait 1")[2]
@@ -298,11 +188,9 @@ def test_no_answer_in_time_is_exit_4_and_says_what_is_known(alpha: Asked, now: l
     assert (code, err) == (4, f"hive: {why}\n")
 
 
-def test_who_waited_for_the_daemon_still_gets_a_second_for_the_answer(
-    alpha: Asked, now: list[float]
-) -> None:
+def test_who_waited_for_the_daemon_still_gets_a_second_for_the_answer(alpha: Commands) -> None:
     def late(request: Answer) -> Answer:
-        now[0] += 7.0
+        alpha.now[0] += 7.0
         return QUEUED
 
     for line, within in (("7", 1.0), ("0.5", 0.5), ("7.25", 1.0), ("8.5", 1.5)):
@@ -311,7 +199,7 @@ def test_who_waited_for_the_daemon_still_gets_a_second_for_the_answer(
         assert daemon.waits == [within]
 
 
-def test_all_who_are_online_are_waited_for(alpha: Asked, now: list[float]) -> None:
+def test_all_who_are_online_are_waited_for(alpha: Commands) -> None:
     everyone = states(beta="online", gamma="online", delta="online", attic="offline")
     for one in everyone["states"].values():
         one |= {"last_seen": one["last_seen"] + 60, "interval": 600}
@@ -336,7 +224,7 @@ def test_all_who_are_online_are_waited_for(alpha: Asked, now: list[float]) -> No
     assert alpha.run("send --to all --action x --text x --wait 3")[0] == 1  # one refused
 
 
-def test_a_daemon_that_ends_meanwhile_has_the_message(alpha: Asked) -> None:
+def test_a_daemon_that_ends_meanwhile_has_the_message(alpha: Commands) -> None:
     daemon = alpha.daemon(send=QUEUED)
     daemon.lines.append(DaemonError("the daemon of alpha: it has ended"))
     code, _, err = alpha.run("send --to beta --text x --wait 7")
@@ -360,13 +248,13 @@ def test_a_daemon_that_ends_meanwhile_has_the_message(alpha: Asked) -> None:
     ],
 )
 def test_a_daemon_of_another_version_is_passed_by(
-    alpha: Asked, now: list[float], line: str, answer: Answer, instead: str
+    alpha: Commands, line: str, answer: Answer, instead: str
 ) -> None:
     config = hive.load_config(None, {"node.id": "alpha"})
     for took, left in ((2.0, 8.0), (9.5, 1.0)):
 
         def late(request: Answer, took: float = took) -> Answer:
-            now[0] += took
+            alpha.now[0] += took
             return answer
 
         daemon = alpha.daemon(send=late, targets=late, states=late)
@@ -382,14 +270,14 @@ def test_a_daemon_of_another_version_is_passed_by(
         alpha.direct.clear()
 
 
-def test_what_the_daemon_refuses_is_its_word_and_the_end(alpha: Asked) -> None:
+def test_what_the_daemon_refuses_is_its_word_and_the_end(alpha: Commands) -> None:
     daemon = alpha.daemon(send={"error": "to: it is too much"})
     said = alpha.run("send --to beta --text x")
     assert said == (1, "", "hive: the daemon of alpha: to: it is too much\n")
     assert daemon.closed == 1
 
 
-def test_what_makes_no_daemon_and_no_node_is_closed(alpha: Asked) -> None:
+def test_what_makes_no_daemon_and_no_node_is_closed(alpha: Commands) -> None:
     def fails(request: Answer) -> Answer:
         raise hive.BrokerError("broker x: no")
 
@@ -401,28 +289,30 @@ def test_what_makes_no_daemon_and_no_node_is_closed(alpha: Asked) -> None:
 
 @pytest.mark.parametrize(("fault", "looks"), [("", 61), ("broker x: it is away", 1)])
 def test_a_daemon_that_has_just_connected_has_three_seconds_to_hear_of_all(
-    now: list[float], fault: str, looks: int
+    alpha: Commands, fault: str, looks: int
 ) -> None:
-    daemon = Scripted(now, states={"complete": False, "fault": fault})
-    said = hive.ask_members(daemon, {"do": "states"}, now[0] + 10)
+    daemon = Scripted(alpha.now, states={"complete": False, "fault": fault})
+    said = hive.ask_members(daemon, {"do": "states"}, alpha.now[0] + 10)
     assert said["fault"] == fault
-    assert abs(len(daemon.asked) - looks) <= 1 and now[0] <= 1003.1
+    assert abs(len(daemon.asked) - looks) <= 1 and alpha.now[0] <= 1003.1
     before = len(daemon.asked)
-    hive.ask_members(daemon, {"do": "states"}, now[0] + 0.04)  # or less, where that was said
+    hive.ask_members(daemon, {"do": "states"}, alpha.now[0] + 0.04)  # or less, where that was said
     assert len(daemon.asked) - before <= 2
     whole = {"complete": True}
-    assert hive.ask_members(daemon, {"do": "x"}, now[0] + 10, whole) == whole
+    assert hive.ask_members(daemon, {"do": "x"}, alpha.now[0] + 10, whole) == whole
 
 
 # -- to several --
 
 
-def group(alpha: Asked, *names: str, away: Mapping[str, Any] | None = None, **how: Any) -> Scripted:
+def group(
+    alpha: Commands, *names: str, away: Mapping[str, Any] | None = None, **how: Any
+) -> Scripted:
     said = {"names": [*names], "away": dict(away or {}), "complete": True}
     return alpha.daemon(targets=said, **({"send": QUEUED} | how))
 
 
-def test_each_of_a_group_gets_its_own_message(alpha: Asked) -> None:
+def test_each_of_a_group_gets_its_own_message(alpha: Commands) -> None:
     daemon = group(alpha, "b1", "b2", away={"b3": {"status": "offline", "age": 60.0}})
     daemon.lines.extend([{"published": 0, "topic": "t/b1"}, {"published": 0, "topic": "t/b2"}])
     code, out, err = alpha.run("send --to b* --text x")
@@ -435,7 +325,7 @@ def test_each_of_a_group_gets_its_own_message(alpha: Asked) -> None:
     assert alpha.opened == [(10.0, False)] * 2
 
 
-def test_a_message_of_a_group_that_is_refused_ends_it(alpha: Asked) -> None:
+def test_a_message_of_a_group_that_is_refused_ends_it(alpha: Commands) -> None:
     def refuse(request: Answer) -> Answer:
         return QUEUED if request["envelope"]["to"] == "b1" else {"error": "too many"}
 
@@ -445,7 +335,7 @@ def test_a_message_of_a_group_that_is_refused_ends_it(alpha: Asked) -> None:
 
 
 def replying(
-    alpha: Asked, words: Mapping[str, str], *names: str, connected: bool = True
+    alpha: Commands, words: Mapping[str, str], *names: str, connected: bool = True
 ) -> Scripted:
     """A group in which some answer: "!" is an alert, "-" nobody listens."""
 
@@ -463,7 +353,7 @@ def replying(
     return daemon
 
 
-def test_what_became_of_a_groups_messages_is_summed_up(alpha: Asked, now: list[float]) -> None:
+def test_what_became_of_a_groups_messages_is_summed_up(alpha: Commands) -> None:
     daemon = replying(alpha, {"b1": "one\ntwo", "b2": "!no", "b3": "-"}, "b1", "b2", "b3", "b4")
     code, out, err = alpha.run("send --to b* --text x --wait 3")
     assert (code, out) == (1, "b1: one\nb1: two\n")
@@ -471,7 +361,7 @@ def test_what_became_of_a_groups_messages_is_summed_up(alpha: Asked, now: list[f
         "b2: !no",
         "hive: 1 of 5 ok, 1 failed (b2), 2 silent (b3, b4), 1 away (gone)",
     ]
-    assert daemon.waits[-1] == 3.0 and now[0] == 1003.0
+    assert daemon.waits[-1] == 3.0 and alpha.now[0] == 1003.0
     assert alpha.opened[-1] == (3.0, False)
     code, out, err = alpha.run("send --to b* --text x --wait 1 --json")
     assert (code, err, alpha.opened[-1]) == (1, "", (2.0, False))
@@ -489,7 +379,7 @@ def test_what_became_of_a_groups_messages_is_summed_up(alpha: Asked, now: list[f
     [({"b1": "x"}, {}, 0), ({"b1": "!"}, {"c": {}}, 1), ({"b1": "x"}, {"c": {}}, 4), ({}, {}, 4)],
 )
 def test_a_group_is_well_where_all_have_answered(
-    alpha: Asked, words: dict[str, str], away: dict[str, Any], code: int
+    alpha: Commands, words: dict[str, str], away: dict[str, Any], code: int
 ) -> None:
     replies = hive.GroupReplies(1.0)
     for name, text in words.items():
@@ -499,7 +389,7 @@ def test_a_group_is_well_where_all_have_answered(
     assert hive.say_replies(replies, away, False) == code
 
 
-def test_so_many_are_asked_at_once_and_no_more_after_a_failure(alpha: Asked) -> None:
+def test_so_many_are_asked_at_once_and_no_more_after_a_failure(alpha: Commands) -> None:
     names = [f"b{n}" for n in range(1, 8)]
     for line, sent in (
         ("--parallel 2 --fail-fast", 3),
@@ -519,7 +409,7 @@ def test_so_many_are_asked_at_once_and_no_more_after_a_failure(alpha: Asked) -> 
     assert len(daemon.asked) == 2
 
 
-def test_where_the_broker_is_away_each_of_a_group_is_said_to_be_queued(alpha: Asked) -> None:
+def test_where_the_broker_is_away_each_of_a_group_is_said_to_be_queued(alpha: Commands) -> None:
     daemon = replying(alpha, {"b1": "ok"}, "b1", connected=False)
     _, out, err = alpha.run("send --to b* --text x --wait 3")
     id = told(daemon.asked[1]).id
@@ -531,7 +421,7 @@ def test_where_the_broker_is_away_each_of_a_group_is_said_to_be_queued(alpha: As
     ("line", "rest"), [("", "all were sent"), ("--parallel 1", "2 were not sent")]
 )
 def test_where_the_daemon_ends_it_is_said_what_was_not_sent(
-    alpha: Asked, line: str, rest: str
+    alpha: Commands, line: str, rest: str
 ) -> None:
     daemon = group(alpha, "b1", "b2", "b3")
     daemon.lines.append(DaemonError("the daemon of alpha: it has ended"))
@@ -540,7 +430,7 @@ def test_where_the_daemon_ends_it_is_said_what_was_not_sent(
     assert err == f"hive: the daemon of alpha: it has ended; {rest}; see: hive pending\n"
 
 
-def test_who_interrupts_a_group_is_told_what_became_of_it(alpha: Asked) -> None:
+def test_who_interrupts_a_group_is_told_what_became_of_it(alpha: Commands) -> None:
     daemon = replying(alpha, {"b1": "ok"}, "b1", "b2", "b3")
     receive = daemon.receive
 
@@ -564,7 +454,9 @@ def test_who_interrupts_a_group_is_told_what_became_of_it(alpha: Asked) -> None:
         ("--to beta --parallel 2 --fail-fast --wait 1", "--parallel"),
     ],
 )
-def test_an_option_for_groups_needs_one_and_an_answer(alpha: Asked, line: str, flag: str) -> None:
+def test_an_option_for_groups_needs_one_and_an_answer(
+    alpha: Commands, line: str, flag: str
+) -> None:
     said = alpha.run(f"send --text x {line}")
     assert said == (
         2,
@@ -576,7 +468,7 @@ def test_an_option_for_groups_needs_one_and_an_answer(alpha: Asked, line: str, f
 # -- looking back --
 
 
-def test_an_exchange_is_known_by_any_id_of_it(alpha: Asked) -> None:
+def test_an_exchange_is_known_by_any_id_of_it(alpha: Commands) -> None:
     def log(request: Answer) -> Answer:
         return {"rows": [{"exchange": "e-1"}] if request["filters"]["corr"] == "m-1" else []}
 
@@ -592,10 +484,10 @@ def test_an_exchange_is_known_by_any_id_of_it(alpha: Asked) -> None:
     assert told(daemon.asked[0]).corr is None
 
 
-def test_a_message_is_answered_by_its_id_or_by_what_it_is(alpha: Asked, home: Path) -> None:
+def test_a_message_is_answered_by_its_id_or_by_what_it_is(alpha: Commands) -> None:
     asked = Envelope.new("beta", "alpha", "command", "?", id="m-1")
     daemon = alpha.daemon(message={"envelope": asked.document()}, send=QUEUED)
-    (home / "m-2").write_bytes(asked.replace(id="m-2").encode())
+    (alpha.home / "m-2").write_bytes(asked.replace(id="m-2").encode())
     for said, meant in (("m-1", "m-1"), ("m-2", "m-2"), (asked.encode().decode(), "m-1")):
         code, _, err = alpha.run("reply --text done --to-msg", said)
         answer = told(daemon.asked[-1])
@@ -634,7 +526,7 @@ def pages(*sizes: int) -> Callable[[Answer], Answer]:
     return answer
 
 
-def test_the_log_is_read_page_by_page(alpha: Asked) -> None:
+def test_the_log_is_read_page_by_page(alpha: Commands) -> None:
     daemon = alpha.daemon(log=pages(2, 1))
     code, out, _ = alpha.run("log")
     assert code == 0
@@ -654,13 +546,13 @@ def test_the_log_is_read_page_by_page(alpha: Asked) -> None:
     assert daemon.asked[-1] == {"do": "log", "filters": {"since": since}, "last": 0}
 
 
-def test_what_is_not_news_is_no_empty_line_of_the_log(alpha: Asked) -> None:
+def test_what_is_not_news_is_no_empty_line_of_the_log(alpha: Commands) -> None:
     receipt = row(1, event="in", note=f"{hive.RECEIPT_NOTE}told main")
     alpha.daemon(log=lambda request: {"rows": [] if "after" in request else [receipt, row(2)]})
     assert len(alpha.run("log")[1].splitlines()) == 1
 
 
-def test_the_log_is_followed_with_what_comes(alpha: Asked) -> None:
+def test_the_log_is_followed_with_what_comes(alpha: Commands) -> None:
     daemon = alpha.daemon(follow={"rows": [row(1)]})
     daemon.lines.extend([{"rows": [row(2)]}, None, {"error": "it is over"}])
     code, out, err = alpha.run("log -f --ch command")
@@ -672,7 +564,7 @@ def test_the_log_is_followed_with_what_comes(alpha: Asked) -> None:
     assert alpha.run("log -f") == (1, "", "hive: no\n")
 
 
-def test_an_exchange_is_shown_whole_or_not_known(alpha: Asked) -> None:
+def test_an_exchange_is_shown_whole_or_not_known(alpha: Commands) -> None:
     daemon = alpha.daemon(exchange=pages(1, 1))
     code, out, _ = alpha.run("show e-1 --json")
     assert (code, json.loads(out)) == (0, [row(1), row(2)])
@@ -687,7 +579,7 @@ def test_an_exchange_is_shown_whole_or_not_known(alpha: Asked) -> None:
     assert alpha.run("show e-1") == (1, "", "hive: e-1: which one?\n")
 
 
-def test_what_is_pending_is_shown_as_a_table_or_whole(alpha: Asked) -> None:
+def test_what_is_pending_is_shown_as_a_table_or_whole(alpha: Commands) -> None:
     document = {"questions": [], "tasks": [], "outbox": [], "outbox_size": 3}
     daemon = alpha.daemon(pending=document)
     code, out, err = alpha.run("pending")
@@ -703,10 +595,10 @@ def test_what_is_pending_is_shown_as_a_table_or_whole(alpha: Asked) -> None:
 class Journals:
     """Nodes whose journals are read: the daemon of alpha, which hands the questions on."""
 
-    def __init__(self, commands: Asked, now: list[float], /, **nodes: Any) -> None:
+    def __init__(self, commands: Commands, /, **nodes: Any) -> None:
         """Of each node its pages; or None, where it says nothing; or what it says."""
         self.pages = {name: deque(said or ()) for name, said in nodes.items()}
-        self.seen = int(1771143500 + now[0])
+        self.seen = int(1771143500 + commands.now[0])
         self.states: dict[str, Answer] = {name: {"shares_journal": True} for name in nodes}
         self.connected = True
         self.daemon = commands.daemon(states=self._states, read_journal=self._read)
@@ -739,9 +631,9 @@ def shown(out: str) -> list[tuple[str, float]]:
     return [(one["node"], one["time"]) for one in map(json.loads, out.splitlines())]
 
 
-def test_journals_are_one_log_in_the_order_of_their_clocks(alpha: Asked, now: list[float]) -> None:
+def test_journals_are_one_log_in_the_order_of_their_clocks(alpha: Commands) -> None:
     one = [page(1.0, 4.0, more=True), page(6.0, first=3)]
-    journals = Journals(alpha, now, beta=one, gamma=[page(2.0, 3.0, 5.0)])
+    journals = Journals(alpha, beta=one, gamma=[page(2.0, 3.0, 5.0)])
     code, out, err = alpha.run("log --of all --json --ch command -n 9")
     assert (code, err) == (0, "")
     assert shown(out) == [
@@ -754,24 +646,20 @@ def test_journals_are_one_log_in_the_order_of_their_clocks(alpha: Asked, now: li
     assert first["exchange"] == second["exchange"] and journals.daemon.closed == 1
 
 
-def test_a_node_that_keeps_silent_is_given_up_after_ten_seconds(
-    alpha: Asked, now: list[float]
-) -> None:
-    Journals(alpha, now, beta=None, gamma=[page(2.0)])
+def test_a_node_that_keeps_silent_is_given_up_after_ten_seconds(alpha: Commands) -> None:
+    Journals(alpha, beta=None, gamma=[page(2.0)])
     code, out, err = alpha.run("log --of all --json")
     assert (code, err) == (0, "hive: beta: no answer in time\n")
-    assert shown(out) == [("gamma", 2.0)] and 1010 <= now[0] <= 1012
-    Journals(alpha, now, beta=None)
+    assert shown(out) == [("gamma", 2.0)] and 1010 <= alpha.now[0] <= 1012
+    Journals(alpha, beta=None)
     assert alpha.run("log --of beta --json") == (4, "", "hive: beta: no answer in time\n")
 
 
-def test_a_node_that_refuses_is_exit_1_unless_another_shows_its_journal(
-    alpha: Asked, now: list[float]
-) -> None:
-    Journals(alpha, now, beta=["beta: read_journal refused: no"])
+def test_a_node_that_refuses_is_exit_1_unless_another_shows_its_journal(alpha: Commands) -> None:
+    Journals(alpha, beta=["beta: read_journal refused: no"])
     said = alpha.run("log --of beta")
     assert said == (1, "", "hive: beta: read_journal refused: no\n")
-    Journals(alpha, now, beta=["beta: no"], gamma=[page()])
+    Journals(alpha, beta=["beta: no"], gamma=[page()])
     assert alpha.run("log --of all")[0] == 0
 
 
@@ -785,21 +673,21 @@ def test_a_node_that_refuses_is_exit_1_unless_another_shows_its_journal(
     ],
 )
 def test_why_a_node_need_not_be_asked_is_told(
-    alpha: Asked, now: list[float], state: Answer, connected: bool, why: str
+    alpha: Commands, state: Answer, connected: bool, why: str
 ) -> None:
-    journals = Journals(alpha, now, beta=None)
+    journals = Journals(alpha, beta=None)
     journals.states["beta"] |= state
     journals.connected = connected
     assert alpha.run("log --of beta") == (4, "", f"hive: beta: {why}\n")
     assert not journals.asked("beta")
-    mine = Journals(alpha, now, alpha=[page(1.0)])  # its own it can read all the same
+    mine = Journals(alpha, alpha=[page(1.0)])  # its own it can read all the same
     mine.states["alpha"] |= state
     mine.connected = connected
     assert alpha.run("log --of alpha")[0] == 0
 
 
-def test_whose_journal_is_not_there_is_said(alpha: Asked, now: list[float]) -> None:
-    Journals(alpha, now, beta=[page(1.0)])
+def test_whose_journal_is_not_there_is_said(alpha: Commands) -> None:
+    Journals(alpha, beta=[page(1.0)])
     said = alpha.run("log --of delta")
     assert said == (
         1,
@@ -808,10 +696,8 @@ def test_whose_journal_is_not_there_is_said(alpha: Asked, now: list[float]) -> N
     )
 
 
-def test_a_tag_is_asked_of_the_daemon_and_those_who_are_away_are_named(
-    alpha: Asked, now: list[float]
-) -> None:
-    journals = Journals(alpha, now, beta=[page(1.0)], gamma=None, delta=[page(1.0)])
+def test_a_tag_is_asked_of_the_daemon_and_those_who_are_away_are_named(alpha: Commands) -> None:
+    journals = Journals(alpha, beta=[page(1.0)], gamma=None, delta=[page(1.0)])
     journals.states["gamma"] |= {"status": "offline"}
     targets = {"names": ["beta"], "away": {"gamma": {}}}
     journals.daemon._answers["targets"] = targets
@@ -822,10 +708,8 @@ def test_a_tag_is_asked_of_the_daemon_and_those_who_are_away_are_named(
     assert said[::2] == (1, "hive: the daemon of alpha: to: no; is it of another version?\n")
 
 
-def test_journals_are_followed_and_whoever_comes_later_shows_what_is_new(
-    alpha: Asked, now: list[float]
-) -> None:
-    journals = Journals(alpha, now, beta=[page(1.0, more=True), page(2.0, first=2)])
+def test_journals_are_followed_and_whoever_comes_later_shows_what_is_new(alpha: Commands) -> None:
+    journals = Journals(alpha, beta=[page(1.0, more=True), page(2.0, first=2)])
     journals.pages["new"] = deque()
     count = 0
     receive = journals.daemon.receive
@@ -850,7 +734,7 @@ def test_journals_are_followed_and_whoever_comes_later_shows_what_is_new(
     assert (new["last"], new["hold"]) == (0, 0) and new["filters"]["since"] >= 1771144500
     assert err.splitlines()[-1] == "hive: it has ended"
     looks = [one for one in journals.daemon.asked if one["do"] == "states"]
-    assert abs(len(looks) - (now[0] - 1000) / 2) < 3  # every two seconds
+    assert abs(len(looks) - (alpha.now[0] - 1000) / 2) < 3  # every two seconds
 
 
 def test_a_row_of_a_journal_is_seen_to_be_one() -> None:
