@@ -8,6 +8,7 @@ import io
 import json
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,7 @@ def test_a_handler_is_tested_and_its_outcome_told(
         made.append(job)
         return outcome
 
-    monkeypatch.setattr(hive, "time", __import__("time"))
+    monkeypatch.setattr(hive, "time", time)
     monkeypatch.setattr(hive, "run_once", run)
     code, out, err = alpha.run(f"handler test ping --from mini --text hello {said}")
     assert (code, out) == (1, "said\x1b\n"), err
@@ -502,7 +503,7 @@ def test_a_broker_of_several_machines_is_printed_and_names_belong_to_it(alpha: C
 def test_the_embedded_broker_serves_until_it_is_told_to_end(
     alpha: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hive, "time", __import__("time"))
+    monkeypatch.setattr(hive, "time", time)
     seen: list[Any] = []
 
     def run(loop: Any) -> None:
