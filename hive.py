@@ -12268,8 +12268,10 @@ class StatusRow(Value):
     @property
     def again(self) -> list[str]:
         """What goes below that: when its agent is called again."""
-        at = time.localtime(self.next_try or 0)
-        return [time.strftime("its agent is called again at %H:%M:%S", at)] if self.next_try else []
+        if not self.next_try:
+            return []
+        at = time.localtime(self.next_try)
+        return [time.strftime("its agent is called again at %H:%M:%S", at)]
 
 
 def status_row(
@@ -19643,11 +19645,11 @@ def say_sent(
     return Exit.DONE
 
 
-def reason_code_of(config: Config, said: Mapping[str, Any] | None) -> int | None:
+def reason_code_of(config: Config, said: Mapping[str, Any]) -> int | None:
     """The broker's reason code, if that is what was said; raises BrokerError if it refused."""
-    code = (said or {}).get("published")
+    code = said.get("published")
     if code is not None and is_failure(code):
-        words = str((said or {}).get("words")).lower()
+        words = str(said.get("words")).lower()
         raise broker_fault(config.mqtt, f"refused to publish: {words}")
     return code
 

@@ -39,6 +39,7 @@ from hive import (
 if TYPE_CHECKING:
     from raw_mqtt import Hosted
     from rig import Rig
+    from scripted import Commands
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -544,6 +545,16 @@ def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 def rig(rig_of: Callable[..., Rig]) -> Rig:
     """A node with a handler `ping` and no agent."""
     return rig_of()
+
+
+@pytest.fixture
+def commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Commands:
+    """Commands of the node alpha, in this process; the daemon is a script."""
+    from scripted import Commands
+
+    return Commands(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture
