@@ -19054,12 +19054,12 @@ def with_hooks(
     changed = {}
     for event in dict.fromkeys([*hooks, *events]):
         there, wanted = hooks.get(event, []), added if event in events else []
-        others = [rest for group in there if (rest := without_hive(group))]
+        others = [rest for group in there if (rest := without_hive(group)) is not None]
         if wanted and wanted[0] in there and len(others) == len(there) - 1:
             others, wanted = there, []
-        if others or wanted or there == others:
+        if others or wanted or hooks.get(event) == []:
             changed[event] = [*others, *wanted]
-    return {event: groups for event, groups in changed.items() if groups or event in hooks}
+    return changed
 
 
 def without_hive(group: Any) -> Any:
@@ -19075,8 +19075,8 @@ def is_hook_of_hive(handler: Any) -> bool:
     """`.../hive hook` and the like, wherever that hive is."""
     import shlex
 
-    with contextlib.suppress(AttributeError, TypeError, ValueError):
-        *words, last = shlex.split(handler.get("command"))
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        *words, last = shlex.split(str(handler["command"]))  # of None it would read stdin
         names = {os.path.basename(word) for word in words[:2]}
         return last == "hook" and bool(names & {"hive", "hive-cli", "hive.py"})
     return False
