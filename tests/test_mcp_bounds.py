@@ -887,3 +887,409 @@ def test_without_a_daemon_its_journal_is_read(
     monkeypatch.setattr(hive, "look_up", look_up)
     assert "abc: no such message here" in alone.refused("show_exchange", id="abc")
     assert asked == [{"do": "exchange", "id": "abc"}]
+
+
+# -- the tools, as models are told of them --
+
+WAIT = (0, 280, 45)
+ARGUMENTS: dict[str, dict[str, Any]] = {  # !: required; a number: from, to, default
+    "list_agents": {},
+    "send_message": {"to!": "string", "text!": "string", "urgent": "boolean"},
+    "ask": {"to!": "string", "text!": "string", "action": "string", "wait_seconds": WAIT},
+    "wait_answer": {"id!": "string", "wait_seconds": WAIT},
+    "read_inbox": {"wait_seconds": (0, 280, 0), "limit": (1, 50, 10)},
+    "reply": {"id!": "string", "text!": "string", "failed": "boolean"},
+    "show_exchange": {"id!": "string"},
+}
+
+
+def test_each_tool_takes_what_models_are_told() -> None:
+    for name, expected in ARGUMENTS.items():
+        document = hive.TOOLS[name].document(name)
+        schema = document["inputSchema"]
+        assert schema["type"] == "object" and schema["additionalProperties"] is False
+        needed = schema.get("required", [])
+        assert ("required" in schema) == any("!" in one for one in expected)
+        said: dict[str, Any] = {}
+        for key, one in schema["properties"].items():
+            if one["type"] == "integer":
+                default = int(one["description"].removeprefix("default "))
+                value: Any = (one["minimum"], one["maximum"], default)
+                assert hive.TOOLS[name].arguments[key].default == default
+            else:
+                value = one["type"]
+            said[f"{key}!" if key in needed else key] = value
+        assert said == expected, name
+        assert (document["name"], document["title"]) == (name, hive.TOOLS[name].title)
+    defaults = {"urgent": True, "failed": False}
+    for name, key in (("send_message", "urgent"), ("reply", "failed")):
+        assert hive.TOOLS[name].arguments[key].default is defaults[key]
+
+
+def test_which_tools_only_look() -> None:
+    hints = {name: one.document(name)["annotations"] for name, one in hive.TOOLS.items()}
+    quiet = {"readOnlyHint": True, "openWorldHint": False}
+    looking = {name for name, one in hints.items() if one == quiet}
+    assert looking == {"list_agents", "wait_answer", "show_exchange"}
+
+
+# -- the server --
+
+
+def put_tool(monkeypatch: pytest.MonkeyPatch, wait: hive.Wait | hive.Outcome) -> None:
+    monkeypatch.setitem(hive.TOOLS, "try", hive.Tool(lambda *_: wait, "Try", "for this test"))
+
+
+NEVER = hive.Wait(45.0, lambda: None, lambda: hive.Outcome("in vain"), "nothing yet")
+
+
+def test_thirty_two_calls_wait_at_most(ada: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_tool(monkeypatch, NEVER)
+    for _ in range(31):
+        ada.begin("try")
+    ada.begin("try")
+    assert ada.lines() == []
+    assert ada.refused("try") == "32 calls wait already; let some of them end first"
+
+
+def test_a_client_is_heard_as_long_as_it_leaves_no_more_than_a_mebibyte(
+    ada: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = b"x" * 1_000_000
+    while (left := 1024 * 1024 - len(ada.server.output)) > 0:
+        ada.server.output += full[:left]
+    with monkeypatch.context() as patch:
+        patch.setattr(ada.server, "_flush", lambda events=0: None)
+        ada.say({"jsonrpc": "2.0", "method": "x"})
+        assert not ada.server._deaf
+        ada.server.output += b"x"
+        ada.say({"jsonrpc": "2.0", "method": "x"})
+        assert ada.server._deaf
+    ada.server.output.clear()
+    ada.server._flush()
+    assert not ada.server._deaf
+    ada.say(request(1, "ping"))
+    assert ada.lines() == [{"jsonrpc": "2.0", "id": 1, "result": {}}]
+
+
+class Stops:
+    """When the loop was told to end."""
+
+    def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times = list[float]()
+        stop = lambda: self.times.append(session.rig.clock())  # noqa: E731
+        monkeypatch.setattr(session.loop, "stop", stop)
+
+
+def fill(session: Session) -> None:
+    """Let the client's pipe take nothing more."""
+    os.set_blocking(session.files[3], False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(session.files[3], b"x" * 65536)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(session.files[3], b"x")
+
+
+def test_the_end_of_its_input_is_the_end_at_once_where_nothing_is_left_to_say(
+    ada: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = list[int]()
+    put_tool(monkeypatch, NEVER.replace(close=lambda: closed.append(1)))
+    ada.begin("try")
+    stops, now = Stops(ada, monkeypatch), ada.rig.clock()
+    os.close(ada.to_server)
+    ada.turn()
+    assert stops.times and stops.times[0] == now and closed == [1]
+
+
+def test_its_last_answers_have_a_second_to_be_read(
+    ada: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops, now = Stops(ada, monkeypatch), ada.rig.clock()
+    fill(ada)
+    ada.say(request(1, "ping"))
+    os.close(ada.to_server)
+    ada.turn()
+    ada.doze(0.9)
+    assert stops.times == []
+    ada.doze(0.2)
+    assert stops.times == [now + 1.0]
+    with contextlib.suppress(BlockingIOError):
+        while os.read(ada.from_server, 65536):
+            pass
+    ada.turn()
+    assert len(stops.times) == 2  # they were read: that is the end too
+    assert not ada.server.output
+
+
+def test_a_client_that_has_gone_is_the_end(ada: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    stops = Stops(ada, monkeypatch)
+    os.close(ada.from_server)
+    ada.say(request(1, "ping"))
+    assert stops.times and not ada.server.output
+
+
+def test_an_input_that_breaks_is_its_end(ada: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: int, size: int) -> bytes:
+        raise OSError("broken")
+
+    stops = Stops(ada, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "read", broken)
+        ada.server._read()
+    ada.turn()
+    assert stops.times
+
+
+def test_messages_are_read_once_the_client_has_taken_their_last_byte(ada: Session) -> None:
+    ada.tool("list_agents")
+    says(ada.rig, "one")
+    fill(ada)
+    ada.begin("read_inbox")
+    assert ada.rig.journal.unread("ada") == 1
+    ada.begin("read_inbox")  # and it is not handed out twice
+    os.read(ada.from_server, 65536)
+    while ada.server.output:
+        assert ada.rig.journal.unread("ada") == 1
+        ada.turn()
+        with contextlib.suppress(BlockingIOError):
+            os.read(ada.from_server, 65536)
+    assert ada.rig.journal.unread("ada") == 0
+
+
+def test_what_was_read_while_no_daemon_ran_is_marked_by_the_next(ada: Session) -> None:
+    ada.tool("list_agents")
+    says(ada.rig, "one")
+    fill(ada)
+    ada.begin("read_inbox")
+    ada.doors[-1].end()
+    ada.turn()
+    ada.doors[-1].close()
+    ada.rig.turn()
+    with contextlib.suppress(BlockingIOError):
+        while os.read(ada.from_server, 65536):
+            pass
+    ada.turn()
+    assert not ada.server.output and ada.rig.journal.unread("ada") == 1
+    assert '"one"' in str(ada.lines())
+    assert ada.tool("read_inbox") == "Nothing new in your inbox."
+    assert ada.rig.journal.unread("ada") == 0 and not any(ada.server._unmarked.values())
+
+
+def test_who_the_client_is_stands_in_its_first_word(session_of: Callable[..., Session]) -> None:
+    meta = {
+        f"{hive.MCP_META}protocolVersion": "2026-07-28",
+        f"{hive.MCP_META}clientCapabilities": {},
+        f"{hive.MCP_META}clientInfo": {"name": "x" * 50, "version": "1\n2"},
+    }
+    session = session_of("")
+    session.say(request(1, "tools/list", _meta=meta))
+    (one,) = session.lines()
+    assert one["result"]["_meta"] == {f"{hive.MCP_META}serverInfo": hive.SERVER_INFO}
+    assert (one["result"]["ttlMs"], one["result"]["cacheScope"]) == (0, "private")
+    assert session.server.link.client == "x" * 39 + "… 1?2"
+    session.say(request(2, "initialize", **{**HELLO, "clientInfo": {"name": "other"}}))
+    assert session.server.link.client.startswith("xxx")  # it is who it was
+    nameless = session_of("")
+    nameless.say(request(1, "initialize", **{**HELLO, "clientInfo": {"name": "", "version": "2"}}))
+    assert nameless.server.link.client == "2"
+    after = request(2, "tools/list", _meta={**meta, f"{hive.MCP_META}protocolVersion": "odd"})
+    nameless.say(after)  # who has shaken hands may say what it likes
+    assert "resultType" not in nameless.lines()[-1]["result"]
+
+
+def test_an_unsupported_version_is_shown_cut(ada: Session) -> None:
+    meta = {f"{hive.MCP_META}protocolVersion": "v" * 99, f"{hive.MCP_META}clientCapabilities": {}}
+    ada.say(request(1, "tools/list", _meta=meta))
+    (one,) = ada.lines()
+    assert one["error"]["data"]["requested"] == "v" * 60
+
+
+def test_a_tool_that_is_misspelt_is_named_with_the_nearest(ada: Session) -> None:
+    ada.say(request(1, "tools/call", name="read_inbx"), request(2, "tools/call", name="zzzzzzzz"))
+    first, second = (one["error"]["message"] for one in ada.lines())
+    assert first == "no such tool: 'read_inbx'; did you mean read_inbox?"
+    assert second == f"no such tool: 'zzzzzzzz'; there are {', '.join(hive.TOOLS)}"
+    ada.say(request(3, "tools/call", name="list_agents", arguments=None))
+    assert "result" in ada.lines()[0]  # no arguments are none
+
+
+def test_a_call_is_over_when_its_look_finds_something_at_its_deadline(
+    ada: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = list[hive.Outcome]()
+    put_tool(monkeypatch, NEVER.replace(look=lambda: found[0] if found else None))
+    ada.begin("try")
+    found.append(hive.Outcome("there", failed=True))
+    ada.doze(45)
+    assert ada.result() == (True, "there")
+
+
+def test_a_call_that_finds_no_daemon_goes_on_waiting(
+    ada: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look() -> hive.Outcome | None:
+        raise hive.DaemonError("gone")
+
+    ada.tool("list_agents")
+    put_tool(monkeypatch, NEVER.replace(look=look))
+    ada.begin("try")
+    assert ada.lines() == []
+    ada.doze(45)
+    assert ada.result() == (True, "gone")  # at the deadline it is told
+
+
+def test_progress_is_told_only_to_who_reads(ada: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_tool(monkeypatch, NEVER)
+    ada.say(call(1, "try", {"progressToken": 7}), call(2, "try", {"progressToken": [1]}))
+    assert ada.lines() == []
+    ada.doze(5)
+    (one,) = ada.lines()
+    params = {"progressToken": 7, "progress": 5, "total": 45, "message": "nothing yet"}
+    assert one["method"] == "notifications/progress" and one["params"] == params
+    ada.server.output += b"\n"
+    ada.doze(5)
+    assert ada.server.output == b"\n"
+    ada.server.output.clear()
+    ada.doze(40)
+    assert [line["id"] for line in ada.lines() if "id" in line] == [1, 2]
+    ada.doze(60)
+    assert ada.lines() == []
+
+
+# -- pushed into the program --
+
+
+class Ways:
+    """Ways to push, which take what they are told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pushed = list[tuple[str, str]]()
+        self.takes: dict[str, Any] = {"first": True, "second": True}
+        monkeypatch.setattr(hive, "PUSHES", {"none": lambda server: None})
+        for name in self.takes:
+            hive.PUSHES[name] = lambda server, name=name: lambda text: self.push(name, text)
+
+    def push(self, name: str, text: str) -> bool:
+        self.pushed.append((name, text))
+        if isinstance(self.takes[name], Exception):
+            raise self.takes[name]
+        return bool(self.takes[name])
+
+
+@pytest.fixture
+def ways(ada: Session, monkeypatch: pytest.MonkeyPatch) -> Ways:
+    def at_once(call: Callable[[], bool], done: Callable[[bool], None]) -> None:
+        ada.loop.after(0, lambda: done(call()))
+
+    monkeypatch.setattr(ada.server, "_in_thread", at_once)
+    return Ways(monkeypatch)
+
+
+def told(ada: Session) -> list[str]:
+    """The messages that the daemon knows to be told."""
+    ada.rig.turn()
+    marks = [one for one in ada.doors[-1].asked if one["do"] == "mark"]
+    return [one["as"] for one in marks]
+
+
+def test_new_mail_is_pushed_once_and_what_comes_meanwhile_goes_together(
+    ada: Session, ways: Ways
+) -> None:
+    ada.tool("list_agents")
+    says(ada.rig, "one")
+    ada.turn()
+    ((way, text),) = ways.pushed
+    assert (
+        way == "first" and text.startswith("[hive] command from alpha to ada") and '"one"' in text
+    )
+    assert told(ada) == ["told"]
+    says(ada.rig, "two")
+    says(ada.rig, "three")
+    ada.doze(0.9)
+    assert len(ways.pushed) == 1
+    ada.doze(0.2)
+    assert len(ways.pushed) == 2
+    assert '"two"' in ways.pushed[1][1] and '"three"' in ways.pushed[1][1]
+    assert '"one"' not in ways.pushed[1][1]
+    assert ada.tool("read_inbox") == "Nothing new in your inbox."
+
+
+def test_what_can_wait_is_pushed_only_beside_what_cannot(ada: Session, ways: Ways) -> None:
+    ada.tool("list_agents")
+    says(ada.rig, "whenever", urgency="later")
+    ada.doze(60)
+    assert ways.pushed == []
+    says(ada.rig, "now")
+    ada.turn()
+    assert '"whenever"' in ways.pushed[0][1] and '"now"' in ways.pushed[0][1]
+
+
+@pytest.mark.parametrize("fault", [False, OSError("x"), KeyError("x"), TypeError(), ValueError()])
+def test_the_next_way_is_tried_and_all_again_after_half_a_minute(
+    ada: Session, ways: Ways, fault: Any
+) -> None:
+    ada.tool("list_agents")
+    ways.takes |= {"first": fault}
+    says(ada.rig, "one")
+    ada.turn()
+    assert [way for way, _ in ways.pushed] == ["first", "second"]
+    assert told(ada) == ["told"]
+    ways.takes |= {"second": fault}
+    ada.doze(1.5)
+    del ways.pushed[:]
+    says(ada.rig, "two")
+    ada.turn()
+    assert [way for way, _ in ways.pushed] == ["first", "second"]
+    assert told(ada) == ["told"]
+    ada.doze(29)
+    assert len(ways.pushed) == 2
+    ada.doze(1.5)
+    assert len(ways.pushed) == 4
+    assert '"two"' in ada.tool("read_inbox")  # meanwhile the model may read it
+
+
+def test_who_tells_a_session_just_now_is_waited_for(ada: Session, ways: Ways) -> None:
+    ada.tool("list_agents")
+    lock = hive.telling_lock(ada.rig.config, "ada")
+    assert lock and hive.telling_lock(ada.rig.config, "ada") is None
+    assert hive.telling_lock(ada.rig.config, "other")  # each has its own
+    says(ada.rig, "one")
+    ada.doze(3)
+    assert ways.pushed == []
+    lock.close()
+    ada.doze(1.1)
+    assert len(ways.pushed) == 1 and told(ada) == ["told"]
+    again = hive.telling_lock(ada.rig.config, "ada")
+    assert again
+    again.close()
+
+
+def test_nothing_is_pushed_where_there_is_no_way_or_no_daemon(
+    ada: Session, ways: Ways, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ada.server._on_news()
+    assert ways.pushed == [] and not ada.tries
+    ada.tool("list_agents")
+    monkeypatch.setattr(hive, "PUSHES", {"none": lambda server: None})
+    says(ada.rig, "one")
+    asked = len(ada.doors[-1].asked)
+    ada.doze(3)
+    assert len(ada.doors[-1].asked) == asked and '"one"' in ada.tool("read_inbox")
+
+
+def test_a_way_that_waits_does_so_in_a_thread(ada: Session) -> None:
+    taken = list[bool]()
+    ada.server._in_thread(lambda: True, taken.append)
+    until = time.monotonic() + 30
+    while not taken and time.monotonic() < until:
+        ada.turn()
+    assert taken == [True]
+
+
+def test_a_lock_that_cannot_be_had_tells_nothing(rig: Rig, tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("")
+    config = rig.config.replace(node=rig.config.node.replace(state_dir=file))
+    assert hive.telling_lock(config, "ada") is None
