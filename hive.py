@@ -16247,7 +16247,7 @@ class Attachment:
         try:
             answer = control.ask({"do": "attach", **self._introduction()})
             if "agent" not in answer:
-                why = str(answer.get("error", "attach: the daemon does not understand"))
+                why = str(answer.get("error"))
                 raise DaemonError(why) if why == STOPPING else HiveError(why)
         except HiveError:
             self._config = None
@@ -16334,10 +16334,9 @@ class McpTools:
 
     def messages(self, limit: int, exchange: str = "") -> tuple[list[dict[str, Any]], int]:
         """What is unread and not handed out, and how many more there are; raises HiveError."""
-        asked = {"exchange": exchange} if exchange else {}
         limit = min(limit + len(self.handed_out), MAX_MAIL)
         agent = self.link.agent if self.link.attach() else ""
-        said = self.link.ask(do="inbox", agent=agent, limit=limit, **asked)
+        said = self.link.ask(do="inbox", agent=agent, limit=limit, exchange=exchange or None)
         found = [one for one in said["messages"] if one["task"] not in self.handed_out]
         return found, said["more"]
 
@@ -16589,10 +16588,11 @@ class McpTools:
 
     def exchange_of(self, id: str) -> list[dict[str, Any]]:
         """The rows of an exchange; raises HiveError."""
-        if self.link.attach():
-            rows: list[dict[str, Any]] = self.link.ask(do="exchange", id=id)["rows"]
-            return rows
-        return list(look_up(self.link.config, {"do": "exchange", "id": id})["rows"])
+        request = {"do": "exchange", "id": id}
+        said = (
+            self.link.ask(**request) if self.link.attach() else look_up(self.link.config, request)
+        )
+        return list(said["rows"])
 
     def found(self, id: str) -> Envelope:
         """A message that this node knows; raises HiveError."""
@@ -16719,9 +16719,8 @@ class McpServer:
         self._skipping = False  # a line that is too long
         self._deaf = self._ended = False  # nothing is read, for now; no more comes
         self._sent = 0  # bytes that the client took
-        self._written: deque[tuple[int, tuple[int, ...]]] = (
-            deque()
-        )  # which are read when it took so many
+        # Which messages are read when it took so many.
+        self._written = deque[tuple[int, tuple[int, ...]]]()
         # What the daemon does not know yet.
         self._unmarked: dict[str, set[int]] = {"read": set(), "told": set()}
         self._pushing = False
@@ -16743,7 +16742,7 @@ class McpServer:
         except PermissionError:  # a file, which is always ready
             self._loop.after(0, self._read)
 
-    def _read(self, events: int = 0) -> None:
+    def _read(self, *events: int) -> None:
         try:
             data = os.read(self._stdin, READ_CHUNK)
         except OSError:
@@ -16781,7 +16780,7 @@ class McpServer:
             self._written.append((self._sent + len(self.output), tasks))
         self._flush()
 
-    def _flush(self, events: int = 0) -> None:
+    def _flush(self, *events: int) -> None:
         """Write what the client takes; never wait for it."""
         import select
 
@@ -16939,13 +16938,13 @@ class McpServer:
 
     @staticmethod
     def _guarded(
-        call: Callable[[], Outcome | Wait | None], *passed_on: type[HiveError]
+        call: Callable[[], Outcome | Wait | None], *ignored: type[HiveError]
     ) -> Outcome | Wait | None:
         """What went wrong is an outcome too: the model may know what to do."""
         try:
             return call()
-        except passed_on:
-            raise
+        except ignored:
+            return None
         except HiveError as error:
             return Outcome(str(error), failed=True)
 
@@ -16970,8 +16969,7 @@ class McpServer:
         if call.wait.every and call.id in self._calls:
             call.timers["look"] = self._loop.after(call.wait.every, lambda: self._look(call))
         if call.wait.every or self.link.attached:
-            with contextlib.suppress(DaemonError):  # it may come back
-                self._finish(call, self._guarded(call.wait.look, DaemonError))
+            self._finish(call, self._guarded(call.wait.look, DaemonError))  # it may come back
 
     def _due(self, call: Call) -> None:
         self._finish(call, self._guarded(lambda: call.wait.look() or call.wait.give_up()))
@@ -17101,16 +17099,14 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
     return said
 
 
-def serve_session(
-    name: str = "", file: str | None = None, overrides: Mapping[str, Any] | None = None
-) -> int:
-    """`hive mcp`, until its client has gone; hive-cli comes here with a part of this file alone."""
+def serve_session(name: str, file: str | None, overrides: Mapping[str, Any]) -> int:
+    """`hive mcp`, until its client has gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
     stdout = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed is no part of the protocol
     with contextlib.closing(Loop(Log("error"))) as loop:
-        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides or {}), name).run()
+        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides), name).run()
     return Exit.DONE
 
 
@@ -17329,8 +17325,8 @@ class DaemonLink:
     def _read(self) -> None:
         while (end := self._stream.input.find(b"\n")) >= 0:
             self._silence.cancel()
-            line = bytes(self._stream.input[:end])
-            self._stream.consume(end + 1)
+            line = bytes(self._stream.input[: end + 1])
+            self._stream.consume(len(line))
             self._on_line(read_json_object(line) or {})
 
     def _end(self, why: str) -> None:
@@ -17480,7 +17476,7 @@ class HiveView:
         if 0 < version < self._dropped:
             yield b"event: missed\ndata: {}\n\n"
         for changed, event in self._rows:
-            if changed > version and version:
+            if 0 < version < changed:
                 yield event
 
     def _say(self, about: str, event: str, document: Mapping[str, Any]) -> None:
@@ -19097,12 +19093,9 @@ def session_of_hook(
     Both are children of that program.  Codex has one for all its terminals: then the directory
     tells them apart.
     """
-    near: dict[str, int] = {}
-    for one in sessions:
-        parent = parent_process(one["pid"])
-        if parent in ancestors:
-            near[one["agent"]] = ancestors.index(parent)
-    found = [one for one in sessions if near.get(one["agent"]) == min(near.values(), default=-1)]
+    parents = [(parent_process(one["pid"]), one) for one in sessions]
+    near = [(ancestors.index(parent), one) for parent, one in parents if parent in ancestors]
+    found = [one for place, one in near if place == min(place for place, _ in near)]
     if len(found) > 1:
         found = [one for one in found if expand_home(one["directory"]) == directory]
     return str(found[0]["agent"]) if len(found) == 1 else ""

@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1170,7 +1171,10 @@ class Ways:
         self.takes: dict[str, Any] = {"first": True, "second": True}
         monkeypatch.setattr(hive, "PUSHES", {"none": lambda server: None})
         for name in self.takes:
-            hive.PUSHES[name] = lambda server, name=name: lambda text: self.push(name, text)
+            hive.PUSHES[name] = partial(self.offer, name)
+
+    def offer(self, name: str, server: object) -> Callable[[str], bool]:
+        return partial(self.push, name)
 
     def push(self, name: str, text: str) -> bool:
         self.pushed.append((name, text))
