@@ -16253,7 +16253,7 @@ class Attachment:
         try:
             answer = control.ask({"do": "attach", **self._introduction()})
             if "agent" not in answer:
-                why = str(answer.get("error", "attach: the daemon does not understand"))
+                why = str(answer.get("error"))
                 raise DaemonError(why) if why == STOPPING else HiveError(why)
         except HiveError:
             self._config = None
@@ -16340,10 +16340,9 @@ class McpTools:
 
     def messages(self, limit: int, exchange: str = "") -> tuple[list[dict[str, Any]], int]:
         """What is unread and not handed out, and how many more there are; raises HiveError."""
-        asked = {"exchange": exchange} if exchange else {}
         limit = min(limit + len(self.handed_out), MAX_MAIL)
         agent = self.link.agent if self.link.attach() else ""
-        said = self.link.ask(do="inbox", agent=agent, limit=limit, **asked)
+        said = self.link.ask(do="inbox", agent=agent, limit=limit, exchange=exchange or None)
         found = [one for one in said["messages"] if one["task"] not in self.handed_out]
         return found, said["more"]
 
@@ -16595,10 +16594,11 @@ class McpTools:
 
     def exchange_of(self, id: str) -> list[dict[str, Any]]:
         """The rows of an exchange; raises HiveError."""
-        if self.link.attach():
-            rows: list[dict[str, Any]] = self.link.ask(do="exchange", id=id)["rows"]
-            return rows
-        return list(look_up(self.link.config, {"do": "exchange", "id": id})["rows"])
+        request = {"do": "exchange", "id": id}
+        said = (
+            self.link.ask(**request) if self.link.attach() else look_up(self.link.config, request)
+        )
+        return list(said["rows"])
 
     def found(self, id: str) -> Envelope:
         """A message that this node knows; raises HiveError."""
@@ -16725,9 +16725,8 @@ class McpServer:
         self._skipping = False  # a line that is too long
         self._deaf = self._ended = False  # nothing is read, for now; no more comes
         self._sent = 0  # bytes that the client took
-        self._written: deque[tuple[int, tuple[int, ...]]] = (
-            deque()
-        )  # which are read when it took so many
+        # Which messages are read when it took so many.
+        self._written = deque[tuple[int, tuple[int, ...]]]()
         # What the daemon does not know yet.
         self._unmarked: dict[str, set[int]] = {"read": set(), "told": set()}
         self._pushing = False
@@ -16749,7 +16748,7 @@ class McpServer:
         except PermissionError:  # a file, which is always ready
             self._loop.after(0, self._read)
 
-    def _read(self, events: int = 0) -> None:
+    def _read(self, *events: int) -> None:
         try:
             data = os.read(self._stdin, READ_CHUNK)
         except OSError:
@@ -16787,7 +16786,7 @@ class McpServer:
             self._written.append((self._sent + len(self.output), tasks))
         self._flush()
 
-    def _flush(self, events: int = 0) -> None:
+    def _flush(self, *events: int) -> None:
         """Write what the client takes; never wait for it."""
         import select
 
@@ -16945,13 +16944,13 @@ class McpServer:
 
     @staticmethod
     def _guarded(
-        call: Callable[[], Outcome | Wait | None], *passed_on: type[HiveError]
+        call: Callable[[], Outcome | Wait | None], *ignored: type[HiveError]
     ) -> Outcome | Wait | None:
         """What went wrong is an outcome too: the model may know what to do."""
         try:
             return call()
-        except passed_on:
-            raise
+        except ignored:
+            return None
         except HiveError as error:
             return Outcome(str(error), failed=True)
 
@@ -16976,8 +16975,7 @@ class McpServer:
         if call.wait.every and call.id in self._calls:
             call.timers["look"] = self._loop.after(call.wait.every, lambda: self._look(call))
         if call.wait.every or self.link.attached:
-            with contextlib.suppress(DaemonError):  # it may come back
-                self._finish(call, self._guarded(call.wait.look, DaemonError))
+            self._finish(call, self._guarded(call.wait.look, DaemonError))  # it may come back
 
     def _due(self, call: Call) -> None:
         self._finish(call, self._guarded(lambda: call.wait.look() or call.wait.give_up()))
@@ -17107,16 +17105,14 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
     return said
 
 
-def serve_session(
-    name: str = "", file: str | None = None, overrides: Mapping[str, Any] | None = None
-) -> int:
-    """`hive mcp`, until its client has gone; hive-cli comes here with a part of this file alone."""
+def serve_session(name: str, file: str | None, overrides: Mapping[str, Any]) -> int:
+    """`hive mcp`, until its client has gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
     stdout = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed is no part of the protocol
     with contextlib.closing(Loop(Log("error"))) as loop:
-        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides or {}), name).run()
+        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides), name).run()
     return Exit.DONE
 
 
@@ -17335,8 +17331,8 @@ class DaemonLink:
     def _read(self) -> None:
         while (end := self._stream.input.find(b"\n")) >= 0:
             self._silence.cancel()
-            line = bytes(self._stream.input[:end])
-            self._stream.consume(end + 1)
+            line = bytes(self._stream.input[: end + 1])
+            self._stream.consume(len(line))
             self._on_line(read_json_object(line) or {})
 
     def _end(self, why: str) -> None:
@@ -17486,7 +17482,7 @@ class HiveView:
         if 0 < version < self._dropped:
             yield b"event: missed\ndata: {}\n\n"
         for changed, event in self._rows:
-            if changed > version and version:
+            if 0 < version < changed:
                 yield event
 
     def _say(self, about: str, event: str, document: Mapping[str, Any]) -> None:
@@ -19060,12 +19056,12 @@ def with_hooks(
     changed = {}
     for event in dict.fromkeys([*hooks, *events]):
         there, wanted = hooks.get(event, []), added if event in events else []
-        others = [rest for group in there if (rest := without_hive(group))]
+        others = [rest for group in there if (rest := without_hive(group)) is not None]
         if wanted and wanted[0] in there and len(others) == len(there) - 1:
             others, wanted = there, []
-        if others or wanted or there == others:
+        if others or wanted or hooks.get(event) == []:
             changed[event] = [*others, *wanted]
-    return {event: groups for event, groups in changed.items() if groups or event in hooks}
+    return changed
 
 
 def without_hive(group: Any) -> Any:
@@ -19081,8 +19077,8 @@ def is_hook_of_hive(handler: Any) -> bool:
     """`.../hive hook` and the like, wherever that hive is."""
     import shlex
 
-    with contextlib.suppress(AttributeError, TypeError, ValueError):
-        *words, last = shlex.split(handler.get("command"))
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        *words, last = shlex.split(str(handler["command"]))  # of None it would read stdin
         names = {os.path.basename(word) for word in words[:2]}
         return last == "hook" and bool(names & {"hive", "hive-cli", "hive.py"})
     return False
@@ -19103,12 +19099,9 @@ def session_of_hook(
     Both are children of that program.  Codex has one for all its terminals: then the directory
     tells them apart.
     """
-    near: dict[str, int] = {}
-    for one in sessions:
-        parent = parent_process(one["pid"])
-        if parent in ancestors:
-            near[one["agent"]] = ancestors.index(parent)
-    found = [one for one in sessions if near.get(one["agent"]) == min(near.values(), default=-1)]
+    parents = [(parent_process(one["pid"]), one) for one in sessions]
+    near = [(ancestors.index(parent), one) for parent, one in parents if parent in ancestors]
+    found = [one for place, one in near if place == min(place for place, _ in near)]
     if len(found) > 1:
         found = [one for one in found if expand_home(one["directory"]) == directory]
     return str(found[0]["agent"]) if len(found) == 1 else ""

@@ -413,6 +413,16 @@ def hive(hive_of: Callable[..., Hive], shared_broker: Broker) -> Hive:
     return hive_of(shared_broker)
 
 
+def noting(notes: list[Any], then: Callable[..., T]) -> Callable[..., T]:
+    """The same function, but what it is given is noted first."""
+
+    def call(*given: Any) -> T:
+        notes.append(given)
+        return then(*given)
+
+    return call
+
+
 class Clock:
     """Real time, and what was skipped of it."""
 
