@@ -9769,7 +9769,7 @@ class ClientConnection:
         self.stream = Stream(
             *(self._loop, sock, self._on_ready, self._on_close),
             max_input=2 * MAX_PACKET,
-            max_output=2 * MAX_OUT,
+            max_output=MAX_OUT + 2 * MAX_PACKET,  # one at QoS 0 may go over MAX_OUT, with answers
             flush_soon=partial(broker.commit_soon, self),
             total=broker.buffered,
         )
