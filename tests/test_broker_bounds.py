@@ -349,12 +349,14 @@ def test_who_was_not_listened_to_was_not_silent(ticking: Ticking) -> None:
 # Wills.
 
 
-@pytest.mark.parametrize(("delay", "seconds"), [(0, 60), (30, 60), (100, 100)])
+@pytest.mark.parametrize(
+    ("delay", "said", "seconds"), [(0, {}, 60), (0, KEPT, 60), (30, KEPT, 60), (100, KEPT, 100)]
+)
 def test_whoever_was_connected_has_a_minute_to_come_back_after_a_restart_or_its_delay(
-    ticking: Ticking, delay: int, seconds: int
+    ticking: Ticking, delay: int, said: dict[str, Any], seconds: int
 ) -> None:
     will = Publish("will", b"gone", 1, properties={"will_delay": delay})
-    ticking.connected("a", 5, will=will, **KEPT)
+    ticking.connected("a", 5, will=will, **said)
     ticking.restart()
     ticking.pass_by(5)
     witness = ticking.subscribed("w", "will")
