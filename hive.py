@@ -1304,7 +1304,7 @@ class Stream:
         try:
             while self._output:
                 self._written(self._sock.sendmsg(itertools.islice(self._output, 64)))
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             self._full = True
         except OSError:
             return self._abort()
@@ -1326,7 +1326,6 @@ class Stream:
             self._ending = self._loop.after(linger, self.close)
             self.consume(len(self.input))
             self._flush_soon()
-            self._watch()
 
     def close(self) -> None:
         """The connection is gone, with all that was not yet written."""
@@ -1347,14 +1346,12 @@ class Stream:
             self._ending.cancel()
         self._ending = self._loop.after(0, self.close)
         self._drop_all()
-        self._watch()
 
     def _drop_all(self) -> None:
         self.consume(len(self.input))
         self._total.size -= self.output_size
         self.output_size = 0
         self._output.clear()
-        self._full = False
 
     def _watch(self) -> None:
         """Read unless it is paused; what comes after its end is read too, and dropped."""
@@ -1372,7 +1369,7 @@ class Stream:
     def _on_event(self, events: int) -> None:
         if events & selectors.EVENT_WRITE:
             self._flush_soon()
-        if events & selectors.EVENT_READ and not self.closed:
+        if events & selectors.EVENT_READ:
             self._read()
         if self.is_open:
             self._on_ready()
@@ -1380,7 +1377,7 @@ class Stream:
     def _read(self) -> None:
         try:
             data = self._sock.recv(READ_CHUNK)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError:
             data = b""
@@ -9773,7 +9770,7 @@ class ClientConnection:
         self.stream = Stream(
             *(self._loop, sock, self._on_ready, self._on_close),
             max_input=2 * MAX_PACKET,
-            max_output=2 * MAX_OUT,
+            max_output=MAX_OUT + 2 * MAX_PACKET,  # one at QoS 0 may go over MAX_OUT, with answers
             flush_soon=partial(broker.commit_soon, self),
             total=broker.buffered,
         )
