@@ -7,12 +7,13 @@ import io
 import json
 import random
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import free_port
+from conftest import PATIENCE, free_port
 from rig import Clock
 from test_agent import (
     CHAT,
@@ -751,3 +752,30 @@ def test_a_chat_that_nobody_has_heard_is_had_again_without_that_word(quiet_of: M
     while not ends:
         quiet.loop.step()
     assert ends == [hive.WakeResult("the call: Connection refused")]
+
+
+def test_a_call_that_is_stopped_hangs_up(quiet: Quiet) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE)
+        ends: list[hive.WakeResult] = []
+        call = gateway_call().replace(url=f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        request = REQUEST(quiet.loop, call, ends.append)
+        visitor, _ = silent.accept()
+        with visitor:
+            visitor.settimeout(PATIENCE)
+            while not visitor.recv(65536).endswith(b"{}"):
+                pass
+            assert request._sock and request._sock.gettimeout() == 2.0, "in case nobody stops it"
+            (thread,) = [one for one in threading.enumerate() if one.name == "the call"]
+            assert thread.daemon, "no process waits for it"
+            request.stop()
+            assert visitor.recv(1) == b""
+        thread.join(PATIENCE)
+    assert ends == [hive.WakeResult("the call: the node was stopped", uncertain=True)]
+
+
+def test_a_node_that_has_no_more_time_ends_the_call(quiet: Quiet) -> None:
+    quiet.agent.end_call()
+    quiet.wake("a")
+    quiet.agent.end_call()
+    assert quiet.calls[-1].stopped
