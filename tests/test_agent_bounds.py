@@ -779,3 +779,23 @@ def test_a_node_that_has_no_more_time_ends_the_call(quiet: Quiet) -> None:
     quiet.wake("a")
     quiet.agent.end_call()
     assert quiet.calls[-1].stopped
+
+
+def test_the_log_tells_of_an_agent_by_its_name(quiet: Quiet) -> None:
+    quiet.wake("a")
+    quiet.end("no answer")
+    quiet.wait(5)
+    quiet.end()
+    quiet.wake("b", until=0.0)
+    lines = [json.loads(line) for line in quiet.log.getvalue().splitlines()]
+    told = [{k: v for k, v in row.items() if k != "ts"} for row in lines if row["level"] != "debug"]
+    assert told == [
+        {"level": level, "event": event, "agent": "main", **more}
+        for level, event, more in (
+            ("error", "agent is down, trying again", {"why": "no answer"}),
+            ("info", "agent is reached", {"via": "hook"}),
+            ("info", "agent is back", {}),
+            ("info", "agent woken", {"id": "a"}),
+            ("error", "agent not told", {"id": "b", "why": "its time to live was over"}),
+        )
+    ]

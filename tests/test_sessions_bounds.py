@@ -266,7 +266,7 @@ def test_an_inbox_that_is_full_is_so_with_two_hundred(
 def test_an_inbox_waits_for_its_session_as_long_as_patience_says(rig_of: Make) -> None:
     rig = rig_of(node={"agent_patience": 60.0})
     program = Program(rig)
-    tell(rig, asked())
+    message = tell(rig, asked())
     rig.advance(3)
     program.close()
     went = rig.clock.now
@@ -276,8 +276,9 @@ def test_an_inbox_waits_for_its_session_as_long_as_patience_says(rig_of: Make) -
         sessions._sweep()
         assert ("reviewer" in sessions.away) is waits
     assert given_up(rig, "its session is gone") == ["reviewer"]
-    (line,) = rig.events("session not told")
+    (line,) = rig.events("session not told", id=message.id)
     assert (line["agent"], line["why"]) == ("reviewer", "its session is gone")
+    assert notes_of(rig, message) == ["reviewer not told: its session is gone"]
 
 
 def test_what_is_over_is_looked_for_every_five_seconds_while_there_are_sessions(rig: Rig) -> None:
