@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from rig import Rig
+from test_node_bounds import note_calls
 from test_requests import own
 
 import hive
@@ -306,12 +307,11 @@ def test_who_follows_is_behind_whom_it_has_seen(rig: Rig, caller: Caller) -> Non
 def test_what_was_asked_in_the_last_ten_minutes_keeps_a_node_busy(
     rig: Rig, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    since: list[float] = []
-    monkeypatch.setattr(rig.journal, "owed", lambda at: since.append(at) or {})
+    since = note_calls(monkeypatch, rig.journal, "owed", {})
     rig.hear_state("gamma", status="offline", last_seen=int(time.time()) - 100)
     rig.hear_state("alpha", status="online", last_seen=int(time.time()))
     said = caller.told("targets", to="*a")
-    assert abs(time.time() - 600 - since[0]) < 5
+    assert abs(time.time() - 600 - since[0][0]) < 5
     assert "alpha" in said["names"] and "beta" not in said["away"] and "connected" in said
     assert said["away"]["gamma"]["status"] == "offline"
     assert abs(said["away"]["gamma"]["age"] - 100) < 10
@@ -320,10 +320,9 @@ def test_what_was_asked_in_the_last_ten_minutes_keeps_a_node_busy(
 def test_traffic_is_that_of_the_last_hour(
     rig: Rig, caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    since: list[float] = []
-    monkeypatch.setattr(rig.journal, "traffic", lambda at: since.append(at) or [])
+    since = note_calls(monkeypatch, rig.journal, "traffic", [])
     assert caller.told("history")["traffic"] == []
-    assert abs(time.time() - 3600 - since[0]) < 5
+    assert abs(time.time() - 3600 - since[0][0]) < 5
 
 
 def test_a_daemon_says_who_it_is(rig: Rig, caller: Caller) -> None:

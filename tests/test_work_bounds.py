@@ -83,6 +83,8 @@ def test_a_handler_that_says_that_it_is_no_news_still_fails() -> None:
     scheduled = every(60)
     scheduled.end(False, news=False)
     assert scheduled.failing and not scheduled.alarmed and scheduled.ok is False
+    scheduled.end(False, news=True)
+    assert not scheduled.alarmed, "it was told what is news, which is not that it fails"
     scheduled.end(False)
     assert scheduled.alarmed
     scheduled.end(True, news=True)
