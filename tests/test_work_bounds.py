@@ -235,10 +235,12 @@ def test_an_outcome_that_cannot_be_taken_over_is_left_to_the_next_run(
     rig.node.node.stopping = rig.journal.full = False
 
 
-def test_a_roster_is_shown_when_a_run_has_ended(rig_of: Make) -> None:
+def test_a_roster_is_shown_when_a_run_has_ended_and_that_is_kept(rig_of: Make) -> None:
     rig = scheduled_rig(rig_of)
     before = len(rig.kept("beta", "roster"))
+    assert not rig.node.node._committing
     finish(rig, ended())
+    assert rig.node.node._committing
     rig.turn()
     (shown,) = rig.kept("beta", "roster")[before:]
     assert shown["schedule"][0]["ok"] is True
