@@ -4095,12 +4095,12 @@ def next_at(at: str, after: float) -> float:
     """The first time that a local clock shows `at` after a moment; Unix seconds."""
     hour, minute = map(int, at.split(":"))
     day = time.localtime(after)
-    for days in (0, 1, 2):
-        # mktime finds its way over the ends of months and daylight saving time
-        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
-        if (due := time.mktime(moment)) > after:
-            return due
-    raise AssertionError("no day has this time")
+    # mktime finds its way over the ends of months and daylight saving time
+    today, tomorrow = (
+        time.mktime((*day[:2], day.tm_mday + days, hour, minute, 0, *day[6:8], -1))
+        for days in (0, 1)
+    )
+    return today if today > after else tomorrow
 
 
 class HandlerRun(Value):
@@ -4556,7 +4556,7 @@ class Work(Worker):
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        question = self._journal.question(envelope)[:MAX_QUESTION]
+        question = self._journal.question(envelope)
         latest = self._loop.clock() + self._config.node.agent_patience
         deadline = min(self._deadline(task.until), latest)
         event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
@@ -6495,7 +6495,6 @@ MAX_AGENT_QUEUE = 200
 MAX_BODY = 12 * KIB  # bytes of a body; escapes make it six times that
 MAX_EVENT = 96 * KIB  # bytes of all that goes together; an argument has 128 KiB on Linux
 MAX_GROUP = 15  # messages that go together
-MAX_HOOK_ANSWER = 64 * KIB
 MAX_TURN = 4 * MAX_PAYLOAD  # bytes that a program prints of a turn: its tools' output is in it
 MIN_SECRET = 6  # characters of a variable; what is shorter could be any word
 NO_JSON = "no reply that can be read"
@@ -7112,7 +7111,7 @@ def read_uptime(port: int) -> float | None:
     connection = HTTPConnection("127.0.0.1", port, timeout=PROBE_DEADLINE)
     with contextlib.closing(connection):
         connection.request("GET", "/readyz")
-        answer = read_json_object(connection.getresponse().read(MAX_HOOK_ANSWER)) or {}
+        answer = read_json_object(connection.getresponse().read(MAX_PAYLOAD)) or {}
     uptime = bounded_number(answer.get("uptimeMs"), 0, 1e15)
     return None if uptime is None else uptime / 1000
 
@@ -7177,7 +7176,7 @@ class Agent:
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
         self.turns = Counter[str]()  # calls that ended, by how
-        self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
+        self._pause, self._not_before = 0.0, 0.0  # after a failure; when to try again
         self._again_at = 0  # the same in Unix seconds
         self._method = ""  # the last one that worked
         self._request: GatewayRequest | None = None  # the last one
@@ -7221,8 +7220,6 @@ class Agent:
     def stop(self) -> list[PendingEvent]:
         """Begin no call any more; what was not told yet.  A call that is under way may end."""
         self._stopping = True
-        for timer in filter(None, (self._next_call, self._next_probe)):
-            timer.cancel()
         left, self._waiting = [*self._waiting], deque()
         return left
 
@@ -7328,7 +7325,7 @@ class Agent:
         if name != self._method:
             self._method = name
             self._log.info("agent is reached", agent=self.instance.name, via=name)
-        self._failures = 0
+        self._pause = 0.0
         self._set_health(Health.OK, "")
         for event in group:
             self._log.info("agent woken", agent=self.instance.name, id=event.envelope.id)
@@ -7348,8 +7345,8 @@ class Agent:
         self._waiting.extendleft(reversed(group))
         self._set_health(Health.DOWN, why)
         first, longest = AGENT_RETRY
-        delay = min(first * 2**self._failures, longest) * random.uniform(0.75, 1.0)
-        self._failures = min(self._failures + 1, 20)
+        self._pause = min(2 * self._pause or first, longest)
+        delay = self._pause * random.uniform(0.75, 1.0)
         self._not_before, self._again_at = self._loop.clock() + delay, int(time.time() + delay)
 
     def _expire(self) -> None:
