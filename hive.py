@@ -180,7 +180,7 @@ class NoReplyError(HiveError):
 def quoted(value: object, limit: int = 60) -> str:
     """Show a value that a user or a peer gave: quoted, in ASCII, cut to `limit` characters."""
     if isinstance(value, str | bytes):
-        value = value[: limit + 1]
+        value = value[:limit]  # the quotes make it longer than that
     try:
         text = ascii(value)
     except (RecursionError, ValueError):  # nested too deep; an int of more than 4300 digits
@@ -207,9 +207,8 @@ def cut_begin(text: str, limit: int) -> str:
 
 def printable(value: object, limit: int = 60) -> str:
     """One line without anything that could move a cursor, cut to `limit` characters."""
-    said = value if isinstance(value, str) else "-" if value is None else str(value)
-    said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
-    return cut_end(said, limit)
+    said = cut_end("-" if value is None else str(value), limit)
+    return "".join(c if c.isprintable() else "?" for c in said)
 
 
 def sha256(data: bytes) -> str:
@@ -259,7 +258,7 @@ def dropped_docstrings() -> Mapping[str, str]:
 
     tree = ast.parse("".join(linecache.getlines(__file__, globals())))
     found = [tree, *(one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef))]
-    return {getattr(one, "name", ""): ast.get_docstring(one, clean=False) or "" for one in found}
+    return {getattr(one, "name", ""): ast.get_docstring(one) or "" for one in found}
 
 
 class Field:
@@ -641,7 +640,7 @@ class Envelope(Value):
 
     def stale(self, now: float) -> bool:
         """Is its time to live over, by the wall clock?"""
-        return bool(self.ttl) and now > self.ts + (self.ttl or 0)
+        return now > self.ts + (self.ttl or float("inf"))
 
 
 # (attribute, key on the wire, required, check) for each field that the protocol knows
@@ -889,7 +888,7 @@ class Target(Value):
         """Who gets a message for this, and who would if it were not away."""
         meant = sorted(
             (one for one in known if self.means(one, action, asker)),
-            key=lambda one: (one.busy, one.name) if self.one else (0.0, one.name),
+            key=lambda one: (self.one and one.busy, one.name),
         )
         there = [one.name for one in meant if one.alive]
         return there[:1] if self.one else there, [one for one in meant if not one.alive]
@@ -997,22 +996,22 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if envelope.action == READ_JOURNAL and (channel.handler or envelope.ch == "response"):
         why = here.denies(SHARE_RULE, envelope.sender) if channel.handler else ""
         return Decision(Do.REFUSE, why) if why else Decision(Do.JOURNAL)
-    if channel.handler and envelope.action:
-        if why := here.denies(handler_rule(envelope.action), envelope.sender):
+    asked = envelope.action if channel.handler else None
+    if asked:
+        if why := here.denies(handler_rule(asked), envelope.sender):
             return Decision(Do.REFUSE, why)
-        if envelope.action in here.handlers:
+        if asked in here.handlers:
             return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
         return Decision(Do.NOTE, AWAITED)
-    asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
         receipt = here.is_receipt(envelope)
         plain = f"a {channel.name} that is not urgent"
         return Decision(Do.NOTE, RECEIPT_NOTE + envelope.text if receipt else plain)
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
-    missing = f"no handler for action {envelope.action}" if asked else ""
-    if asked and (why := here.why_not(envelope.action or "")):
+    missing = f"no handler for action {asked}" if asked else ""
+    if asked and (why := here.why_not(asked)):
         missing += f" ({quoted(why, 300)[1:-1]})"
     agents = tuple(one for one in here.addressed(envelope.to) if one != envelope.sender)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
