@@ -4985,7 +4985,7 @@ class ConfigTable(Value):
             check = cls.FIELDS[key].check
             try:
                 values[key] = check(value)
-            except (TypeError, ValueError):
+            except ValueError:
                 what = "the value" if check is secret else quoted(value)
                 raise ConfigError(f"{where}.{key}: {what} is not {docstring(check)}") from None
             if isinstance(values[key], os.PathLike) and base:
@@ -5149,7 +5149,7 @@ class BrokerConfig(ConfigTable):
         None, file_path, "what it keeps, if not in ~/.local/state/hive/.broker", "state"
     )
     queue_messages: int = setting(
-        10_000, integer(1, 1_000_000), "messages that may wait for one client"
+        10_000, number_of_messages, "messages that may wait for one client"
     )
     queue_mib: int = setting(64, count, "and MiB of them")
     total_mib: int = setting(256, count, "MiB of all messages that it keeps")
