@@ -5750,12 +5750,10 @@ class Log:
     @contextlib.contextmanager
     def never_wait(self) -> Iterator[None]:
         """Meanwhile a reader that has stopped reading holds up nobody."""
-        before = self._stream
-        try:
+        before, descriptor = self._stream, None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # where it is no file
             descriptor = before.fileno()
-        except (OSError, ValueError, AttributeError):  # it is no file
-            descriptor = -1
-        if descriptor < 0:
+        if descriptor is None:
             yield
             return
         writer = self._stream = LogWriter(
@@ -5806,7 +5804,7 @@ class LogWriter:
         self._descriptor, self._dropped = descriptor, dropped
         self._lines: list[str] = []
         self._lost = 0
-        self._writing = self._closed = False
+        self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -5835,7 +5833,7 @@ class LogWriter:
 
     def _run(self) -> None:
         while lines := self._take():
-            data = "".join(lines).encode(errors="backslashreplace")
+            data = "".join(lines).encode()
             with contextlib.suppress(OSError):  # nobody reads it any more: not our end
                 while data:
                     data = data[os.write(self._descriptor, data) :]
@@ -5843,7 +5841,7 @@ class LogWriter:
     def _take(self) -> list[str]:
         """Wait for lines; none when it is closed and all are written."""
         with self._changed:
-            self._changed.wait_for(lambda: self._lines or self._lost or self._closed)
+            self._changed.wait_for(lambda: self._lines or self._closed)
             lines, lost = self._lines, self._lost
             self._lines, self._lost = [], 0
         return [*lines, self._dropped(lost)] if lost else lines
@@ -5937,9 +5935,8 @@ class ChildProcess:
         self._terminated = self._finished = False
         self._timer = loop.after(spec.deadline, self._time_out)
         self._pipes = [pipe for pipe in (popen.stdin, popen.stdout, popen.stderr) if pipe]
-        for pipe in self._pipes:
-            os.set_blocking(pipe.fileno(), False)
         assert popen.stdin and popen.stdout and popen.stderr  # ChildProcesses asks for all three
+        os.set_blocking(popen.stdin.fileno(), False)
         loop.watch(popen.stdin, selectors.EVENT_WRITE, self._write_stdin)
         loop.watch(popen.stdout, selectors.EVENT_READ, self._read_stdout)
         loop.watch(popen.stderr, selectors.EVENT_READ, self._read_stderr)
@@ -5955,8 +5952,6 @@ class ChildProcess:
         if self._ended or self._popen.poll() is None:
             return
         self._set_timer(OUTPUT_TIMEOUT, self._finish)
-        self._read_stdout(0)
-        self._read_stderr(0)
         self._finish_unless_held()
 
     @property
@@ -6028,35 +6023,28 @@ class ChildProcess:
         except BlockingIOError:
             return
         except OSError:  # it does not read, or no longer
-            self._stdin = self._stdin[:0]
+            self._stdin = memoryview(b"")
         if not self._stdin:
             self._close(pipe)
 
     def _read_stdout(self, events: int) -> None:
-        room = self._spec.max_stdout
-        for data in self._read(self._popen.stdout):
-            self._truncated |= len(self._stdout) + len(data) > room
-            self._stdout += data[: room - len(self._stdout)]
+        room = self._spec.max_stdout - len(self._stdout)
+        data = self._read(self._popen.stdout)
+        self._truncated |= len(data) > room
+        self._stdout += data[:room]
 
     def _read_stderr(self, events: int) -> None:
-        for data in self._read(self._popen.stderr):
-            self._stderr += data
-            del self._stderr[: -self._spec.max_stderr]
+        self._stderr += self._read(self._popen.stderr)
+        del self._stderr[: -self._spec.max_stderr]
 
-    def _read(self, pipe: IO[bytes] | None) -> Iterator[bytes]:
-        """What is there to read now, a few chunks at most; close the pipe at its end."""
-        for _ in range(8):
-            if pipe is None or pipe not in self._pipes:
-                return
-            try:
-                data = os.read(pipe.fileno(), PIPE_CHUNK)
-            except BlockingIOError:
-                return
-            if not data:
-                self._close(pipe)
-                self._finish_unless_held()
-                return
-            yield data
+    def _read(self, pipe: IO[bytes] | None) -> bytes:
+        """What is there to read now; close the pipe at its end."""
+        assert pipe
+        data = os.read(pipe.fileno(), PIPE_CHUNK)
+        if not data:
+            self._close(pipe)
+            self._finish_unless_held()
+        return data
 
     def _close(self, pipe: IO[bytes]) -> None:
         self._loop.forget(pipe)
@@ -6147,7 +6135,6 @@ class ChildProcesses:
                 env=spec.environment,
                 cwd=spec.cwd,
                 start_new_session=True,
-                bufsize=0,
             )
         except (OSError, ValueError) as error:
             result = ProcessResult(exit=None, fault=start_fault(spec, error))
@@ -6239,7 +6226,7 @@ def objection_to(file: Path) -> str | None:
         objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
         return f"its name is not {docstring(action_name)}"
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except OSError as error:
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
@@ -6444,7 +6431,7 @@ def failure(result: ProcessResult) -> str:
     else:
         reason = f"exit {result.exit}"
     detail = result.stderr.decode(errors="replace").strip()
-    end = detail.encode(errors="replace")[-(MAX_ERROR - 200) :].decode(errors="ignore")
+    end = detail.encode()[-(MAX_ERROR - 200) :].decode(errors="ignore")
     return cut(f"{reason}: {end}" if end else reason, MAX_ERROR)
 
 
