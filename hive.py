@@ -13413,7 +13413,9 @@ class StatusScreen:
         head = [words, *textwrap.wrap(printable(feed.fault, 300), width or SCREEN[0])]
         foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
         passed = now - feed.at
-        rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
+        rows = [
+            row if row.age_s is None else row.replace(age_s=row.age_s + passed) for row in feed.rows
+        ]
         lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
         lines = [line if "\033" in line else cut_end(line, width or SCREEN[0]) for line in lines]
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")

@@ -325,11 +325,16 @@ def test_a_writer_has_half_a_second_for_its_last_lines(
     writer, reader = writing
     waited: list[float] = []
     join = writer._thread.join
-    monkeypatch.setattr(writer._thread, "join", lambda seconds: waited.append(seconds) or join())
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        join()
+
+    monkeypatch.setattr(writer._thread, "join", wait)
     writer.write("last\n")
     writer.close()
     writer.write("too late\n")
-    assert (waited, os.read(reader, 100)) == ([0.5], b"last\n")
+    assert (waited, os.read(reader, 100)) == ([0.5], b"last\n")  # and not the other
 
 
 def test_ten_of_a_kind_are_told_in_a_minute_and_the_rest_is_counted() -> None:

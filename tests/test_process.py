@@ -723,7 +723,7 @@ def test_a_program_is_looked_for_as_the_system_does(
     assert hive.program_file("./tool", {}) == Path("tool")
     assert hive.program_file("../second", {}) is hive.program_file("./none", {}) is None
     assert hive.program_file("sh", {}) == next(
-        path for place in os.defpath.split(os.pathsep) if (path := Path(place, "sh")).exists()
+        sh for place in os.defpath.split(os.pathsep) if (sh := Path(place, "sh")).exists()
     )
 
 
