@@ -264,6 +264,8 @@ def dropped_docstrings() -> Mapping[str, str]:
 class Field:
     """What a Value says of one of its fields, besides the type."""
 
+    name: str
+
     def __init__(
         self,
         default: Any = ...,  # `...`: it must be given
@@ -274,7 +276,6 @@ class Field:
         example: Any = None,
         shown: bool = True,
     ) -> None:
-        self.name = ""
         self.default, self.check, self.key = default, check, key
         self.help, self.example, self.shown = help, example, shown
 
@@ -6094,7 +6095,7 @@ def start_fault(spec: ProcessSpec, error: Exception) -> str:
     """Why it could not be started: the system says "No such file" of much that is there."""
     if isinstance(error, FileNotFoundError) and spec.cwd and not spec.cwd.is_dir():
         return f"no folder {spec.cwd}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+    if isinstance(error, OSError):
         file = program_file(spec.argv[0], spec.environment)
         with contextlib.suppress(OSError):
             if file and not os.access(file, os.X_OK):
