@@ -180,7 +180,7 @@ class NoReplyError(HiveError):
 def quoted(value: object, limit: int = 60) -> str:
     """Show a value that a user or a peer gave: quoted, in ASCII, cut to `limit` characters."""
     if isinstance(value, str | bytes):
-        value = value[: limit + 1]
+        value = value[:limit]  # the quotes make it longer than that
     try:
         text = ascii(value)
     except (RecursionError, ValueError):  # nested too deep; an int of more than 4300 digits
@@ -207,9 +207,8 @@ def cut_begin(text: str, limit: int) -> str:
 
 def printable(value: object, limit: int = 60) -> str:
     """One line without anything that could move a cursor, cut to `limit` characters."""
-    said = value if isinstance(value, str) else "-" if value is None else str(value)
-    said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
-    return cut_end(said, limit)
+    said = cut_end("-" if value is None else str(value), limit)
+    return "".join(c if c.isprintable() else "?" for c in said)
 
 
 def sha256(data: bytes) -> str:
@@ -259,11 +258,13 @@ def dropped_docstrings() -> Mapping[str, str]:
 
     tree = ast.parse("".join(linecache.getlines(__file__, globals())))
     found = [tree, *(one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef))]
-    return {getattr(one, "name", ""): ast.get_docstring(one, clean=False) or "" for one in found}
+    return {getattr(one, "name", ""): ast.get_docstring(one) or "" for one in found}
 
 
 class Field:
     """What a Value says of one of its fields, besides the type."""
+
+    name: str
 
     def __init__(
         self,
@@ -275,7 +276,6 @@ class Field:
         example: Any = None,
         shown: bool = True,
     ) -> None:
-        self.name = ""
         self.default, self.check, self.key = default, check, key
         self.help, self.example, self.shown = help, example, shown
 
@@ -641,7 +641,7 @@ class Envelope(Value):
 
     def stale(self, now: float) -> bool:
         """Is its time to live over, by the wall clock?"""
-        return bool(self.ttl) and now > self.ts + (self.ttl or 0)
+        return now > self.ts + (self.ttl or float("inf"))
 
 
 # (attribute, key on the wire, required, check) for each field that the protocol knows
@@ -889,7 +889,7 @@ class Target(Value):
         """Who gets a message for this, and who would if it were not away."""
         meant = sorted(
             (one for one in known if self.means(one, action, asker)),
-            key=lambda one: (one.busy, one.name) if self.one else (0.0, one.name),
+            key=lambda one: (self.one and one.busy, one.name),
         )
         there = [one.name for one in meant if one.alive]
         return there[:1] if self.one else there, [one for one in meant if not one.alive]
@@ -997,22 +997,22 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if envelope.action == READ_JOURNAL and (channel.handler or envelope.ch == "response"):
         why = here.denies(SHARE_RULE, envelope.sender) if channel.handler else ""
         return Decision(Do.REFUSE, why) if why else Decision(Do.JOURNAL)
-    if channel.handler and envelope.action:
-        if why := here.denies(handler_rule(envelope.action), envelope.sender):
+    asked = envelope.action if channel.handler else None
+    if asked:
+        if why := here.denies(handler_rule(asked), envelope.sender):
             return Decision(Do.REFUSE, why)
-        if envelope.action in here.handlers:
+        if asked in here.handlers:
             return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
         return Decision(Do.NOTE, AWAITED)
-    asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
         receipt = here.is_receipt(envelope)
         plain = f"a {channel.name} that is not urgent"
         return Decision(Do.NOTE, RECEIPT_NOTE + envelope.text if receipt else plain)
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
-    missing = f"no handler for action {envelope.action}" if asked else ""
-    if asked and (why := here.why_not(envelope.action or "")):
+    missing = f"no handler for action {asked}" if asked else ""
+    if asked and (why := here.why_not(asked)):
         missing += f" ({quoted(why, 300)[1:-1]})"
     agents = tuple(one for one in here.addressed(envelope.to) if one != envelope.sender)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
@@ -4983,7 +4983,7 @@ class ConfigTable(Value):
             check = cls.FIELDS[key].check
             try:
                 values[key] = check(value)
-            except (TypeError, ValueError):
+            except ValueError:
                 what = "the value" if check is secret else quoted(value)
                 raise ConfigError(f"{where}.{key}: {what} is not {docstring(check)}") from None
             if isinstance(values[key], os.PathLike) and base:
@@ -5147,7 +5147,7 @@ class BrokerConfig(ConfigTable):
         None, file_path, "what it keeps, if not in ~/.local/state/hive/.broker", "state"
     )
     queue_messages: int = setting(
-        10_000, integer(1, 1_000_000), "messages that may wait for one client"
+        10_000, number_of_messages, "messages that may wait for one client"
     )
     queue_mib: int = setting(64, count, "and MiB of them")
     total_mib: int = setting(256, count, "MiB of all messages that it keeps")
@@ -5748,12 +5748,10 @@ class Log:
     @contextlib.contextmanager
     def never_wait(self) -> Iterator[None]:
         """Meanwhile a reader that has stopped reading holds up nobody."""
-        before = self._stream
-        try:
+        before, descriptor = self._stream, None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # where it is no file
             descriptor = before.fileno()
-        except (OSError, ValueError, AttributeError):  # it is no file
-            descriptor = -1
-        if descriptor < 0:
+        if descriptor is None:
             yield
             return
         writer = self._stream = LogWriter(
@@ -5804,7 +5802,7 @@ class LogWriter:
         self._descriptor, self._dropped = descriptor, dropped
         self._lines: list[str] = []
         self._lost = 0
-        self._writing = self._closed = False
+        self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -5833,7 +5831,7 @@ class LogWriter:
 
     def _run(self) -> None:
         while lines := self._take():
-            data = "".join(lines).encode(errors="backslashreplace")
+            data = "".join(lines).encode()
             with contextlib.suppress(OSError):  # nobody reads it any more: not our end
                 while data:
                     data = data[os.write(self._descriptor, data) :]
@@ -5841,7 +5839,7 @@ class LogWriter:
     def _take(self) -> list[str]:
         """Wait for lines; none when it is closed and all are written."""
         with self._changed:
-            self._changed.wait_for(lambda: self._lines or self._lost or self._closed)
+            self._changed.wait_for(lambda: self._lines or self._closed)
             lines, lost = self._lines, self._lost
             self._lines, self._lost = [], 0
         return [*lines, self._dropped(lost)] if lost else lines
@@ -5935,9 +5933,8 @@ class ChildProcess:
         self._terminated = self._finished = False
         self._timer = loop.after(spec.deadline, self._time_out)
         self._pipes = [pipe for pipe in (popen.stdin, popen.stdout, popen.stderr) if pipe]
-        for pipe in self._pipes:
-            os.set_blocking(pipe.fileno(), False)
         assert popen.stdin and popen.stdout and popen.stderr  # ChildProcesses asks for all three
+        os.set_blocking(popen.stdin.fileno(), False)
         loop.watch(popen.stdin, selectors.EVENT_WRITE, self._write_stdin)
         loop.watch(popen.stdout, selectors.EVENT_READ, self._read_stdout)
         loop.watch(popen.stderr, selectors.EVENT_READ, self._read_stderr)
@@ -5953,8 +5950,6 @@ class ChildProcess:
         if self._ended or self._popen.poll() is None:
             return
         self._set_timer(OUTPUT_TIMEOUT, self._finish)
-        self._read_stdout(0)
-        self._read_stderr(0)
         self._finish_unless_held()
 
     @property
@@ -6026,35 +6021,28 @@ class ChildProcess:
         except BlockingIOError:
             return
         except OSError:  # it does not read, or no longer
-            self._stdin = self._stdin[:0]
+            self._stdin = memoryview(b"")
         if not self._stdin:
             self._close(pipe)
 
     def _read_stdout(self, events: int) -> None:
-        room = self._spec.max_stdout
-        for data in self._read(self._popen.stdout):
-            self._truncated |= len(self._stdout) + len(data) > room
-            self._stdout += data[: room - len(self._stdout)]
+        room = self._spec.max_stdout - len(self._stdout)
+        data = self._read(self._popen.stdout)
+        self._truncated |= len(data) > room
+        self._stdout += data[:room]
 
     def _read_stderr(self, events: int) -> None:
-        for data in self._read(self._popen.stderr):
-            self._stderr += data
-            del self._stderr[: -self._spec.max_stderr]
+        self._stderr += self._read(self._popen.stderr)
+        del self._stderr[: -self._spec.max_stderr]
 
-    def _read(self, pipe: IO[bytes] | None) -> Iterator[bytes]:
-        """What is there to read now, a few chunks at most; close the pipe at its end."""
-        for _ in range(8):
-            if pipe is None or pipe not in self._pipes:
-                return
-            try:
-                data = os.read(pipe.fileno(), PIPE_CHUNK)
-            except BlockingIOError:
-                return
-            if not data:
-                self._close(pipe)
-                self._finish_unless_held()
-                return
-            yield data
+    def _read(self, pipe: IO[bytes] | None) -> bytes:
+        """What is there to read now; close the pipe at its end."""
+        assert pipe
+        data = os.read(pipe.fileno(), PIPE_CHUNK)
+        if not data:
+            self._close(pipe)
+            self._finish_unless_held()
+        return data
 
     def _close(self, pipe: IO[bytes]) -> None:
         self._loop.forget(pipe)
@@ -6104,7 +6092,7 @@ def start_fault(spec: ProcessSpec, error: Exception) -> str:
     """Why it could not be started: the system says "No such file" of much that is there."""
     if isinstance(error, FileNotFoundError) and spec.cwd and not spec.cwd.is_dir():
         return f"no folder {spec.cwd}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+    if isinstance(error, OSError):
         file = program_file(spec.argv[0], spec.environment)
         with contextlib.suppress(OSError):
             if file and not os.access(file, os.X_OK):
@@ -6145,7 +6133,6 @@ class ChildProcesses:
                 env=spec.environment,
                 cwd=spec.cwd,
                 start_new_session=True,
-                bufsize=0,
             )
         except (OSError, ValueError) as error:
             result = ProcessResult(exit=None, fault=start_fault(spec, error))
@@ -6237,7 +6224,7 @@ def objection_to(file: Path) -> str | None:
         objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
         return f"its name is not {docstring(action_name)}"
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except OSError as error:
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
@@ -6442,7 +6429,7 @@ def failure(result: ProcessResult) -> str:
     else:
         reason = f"exit {result.exit}"
     detail = result.stderr.decode(errors="replace").strip()
-    end = detail.encode(errors="replace")[-(MAX_ERROR - 200) :].decode(errors="ignore")
+    end = detail.encode()[-(MAX_ERROR - 200) :].decode(errors="ignore")
     return cut(f"{reason}: {end}" if end else reason, MAX_ERROR)
 
 
@@ -13427,7 +13414,9 @@ class StatusScreen:
         head = [words, *textwrap.wrap(printable(feed.fault, 300), width or SCREEN[0])]
         foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
         passed = now - feed.at
-        rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
+        rows = [
+            row if row.age_s is None else row.replace(age_s=row.age_s + passed) for row in feed.rows
+        ]
         lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
         lines = [line if "\033" in line else cut_end(line, width or SCREEN[0]) for line in lines]
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")

@@ -424,13 +424,15 @@ def noting(notes: list[Any], then: Callable[..., T]) -> Callable[..., T]:
 
 
 class Clock:
-    """Real time, and what was skipped of it."""
+    """Real time, or the moment at which it was stopped; and what was skipped of it."""
 
     def __init__(self) -> None:
         self.skipped = 0.0
+        self.stopped: float | None = None
 
     def __call__(self) -> float:
-        return time.monotonic() + self.skipped
+        now = time.monotonic() if self.stopped is None else self.stopped
+        return now + self.skipped
 
 
 @pytest.fixture
