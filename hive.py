@@ -3539,11 +3539,11 @@ class Node:
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
 
-    def _hear_bridge(self, site: str, cut: bool, retained: bool) -> None:
+    def _hear_bridge(self, site: str, down: bool, retained: bool) -> None:
         self._cut.discard(site)
-        if cut and len(self._cut) < MAX_CUT:
+        if down and len(self._cut) < MAX_CUT:
             self._cut.add(site)
-        if cut and not retained:
+        if down and not retained:
             self._client.send_again()  # the other site's broker may have died
 
     def _is_too_much(self, name: str, ch: str) -> bool:
@@ -20403,8 +20403,8 @@ def say_of_members(
         none_yet = f"broker {said['broker']}: no connection yet" if config.mqtt.named else NO_BROKER
         raise BrokerError(said["fault"] or none_yet)
     if said.get("cut") and not args.as_json:
-        cut = ", ".join(f"the bridge of {printable(one)} is cut" for one in said["cut"])
-        print(f"\n{cut}; where the hive is carried hive doctor says more")
+        sites = ", ".join(f"the bridge of {printable(one)} is cut" for one in said["cut"])
+        print(f"\n{sites}; where the hive is carried hive doctor says more")
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
         start = "start one with: hive daemon; or does the broker hide them? hive doctor"
