@@ -7728,7 +7728,7 @@ def is_locked(*files: Path) -> bool:
 # whatever is to be said goes through what it is given for that.
 
 MAX_MEMBERS = 20_000  # nodes and agents
-MAX_BEATS = 10  # heartbeats a second, of all nodes together
+MAX_BEATS = 4  # heartbeats a second, of all nodes together
 MAX_RENEWALS = 2  # states a second that say nothing new
 BEAT_GROWTH = 1.5  # by this the pause between two may grow at once
 MAX_KNOWN = 50  # peers that a state names
@@ -8522,13 +8522,17 @@ class Presence:
 
         It grows slowly: should one be lost on the way, the next is in time by the word before.
         """
-        fair = (len(self._known()) + 1) / MAX_BEATS
-        return min(max(self._own.interval, fair), self.interval * BEAT_GROWTH)
+        fair = max(self._own.interval, self._shared(MAX_BEATS))
+        return min(fair, self.interval * BEAT_GROWTH)
+
+    def _shared(self, rate: float) -> float:
+        """Seconds until our next, where all nodes together say something `rate` times a second."""
+        return min((len(self._known()) + 1) / rate, PEER_INTERVAL[1])
 
     @property
     def _renewal(self) -> float:
         """By which interval a state is judged: what needs no heartbeat to know is no hurry."""
-        return max(self.interval, (len(self._known()) + 1) / MAX_RENEWALS)
+        return max(self.interval, self._shared(MAX_RENEWALS))
 
     def hear_own(self, seq: object) -> None:
         """A heartbeat of ours has been to the broker, and is back."""
