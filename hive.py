@@ -3158,6 +3158,7 @@ REFUSALS_TOLD = 5.0  # ... how many there were, when it has been quiet for so ma
 TOO_MANY = "its sender sends too many"
 MAX_EARLY = 1000  # messages that wait until it is heard whose agent sent them
 EARLY = Decision(Do.DROP, "it is decided later")
+MAX_CUT = 20  # bridges to other sites that are named
 
 
 def hive_of(config: Config) -> str:
@@ -3267,6 +3268,7 @@ class Node:
         self._allow = config.allow
         self._early: list[IncomingMessage] = []  # from names that are not known yet
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
+        self._cut = set[str]()  # sites whose bridge is cut, as far as this broker has said
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(
@@ -3334,6 +3336,7 @@ class Node:
             self._seen_broker = self.loop.clock()
         self.connected = self.heard_all = False
         self._early.clear()  # they were not acknowledged, so they come again
+        self._cut.clear()
         self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
         self.requests.note_change()
@@ -3356,6 +3359,7 @@ class Node:
             "trouble": self.worker.trouble(),
             "fault": fault,
             "age": silence if fault else 0.0,  # of what is known
+            "cut": sorted(self._cut),
         }
 
     def numbers(self) -> dict[str, list[list[Any]]]:
@@ -3450,9 +3454,8 @@ class Node:
             return
         place = self.topics.place(message.topic)
         if place and place[1].startswith(NO_NODE) and not place[2]:
-            # Where senders are checked, no node may publish this; elsewhere anybody could say so.
-            if self.topics.sender and message.payload == b"0" and not message.retained:
-                self._client.send_again()  # the other site's broker may have died
+            if self.topics.sender:  # then no node may publish this; elsewhere anybody could
+                self._hear_bridge(place[1], message.payload == b"0", message.retained)
             return message.ack()
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
@@ -3532,6 +3535,13 @@ class Node:
             note = f'[mqtt] senders is "{there}" there, and "{here}" here: make it the same'
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
+
+    def _hear_bridge(self, site: str, down: bool, retained: bool) -> None:
+        self._cut.discard(site)
+        if down and len(self._cut) < MAX_CUT:
+            self._cut.add(site)
+        if down and not retained:
+            self._client.send_again()  # the other site's broker may have died
 
     def _is_too_much(self, name: str, ch: str) -> bool:
         """Has it said too much?  It is told so once, and at the end how much was refused."""
@@ -13216,6 +13226,7 @@ class NodeRemoval:
             raise HiveError(f"{why}; say this on the machine that carries the hive")
         # Each by its name too, for brokers where no wildcard finds it.
         theirs = [topics.meta(self._name, document) for document in ("+", "state", "roster")]
+        theirs += [topics.bridge(self._name)] if self._name.startswith(NO_NODE) else []
         query = RetainedQuery(
             *(self._loop, self._mqtt, [topics.meta("+", "state"), *theirs]),
             topics.private(self._config.node.id, new_id()),
@@ -13255,6 +13266,8 @@ class NodeRemoval:
 
     def _hear(self, message: IncomingMessage) -> None:
         name, document = self._config.topics.meta_of(message.topic) or ("", "")
+        if message.topic == self._config.topics.bridge(self._name):
+            self._kept.add(message.topic)
         if not message.payload or not NAME.fullmatch(name) or len(self._states) >= MAX_MEMBERS:
             return
         if document == "state" and len(message.payload) <= MAX_STATE:
@@ -15136,6 +15149,7 @@ class Host:
         topics, sites = Topics(prefix), self.sites()
         text = (
             f"{mosquitto_acl(prefix)}\nuser {HOST_USER}\ntopic readwrite {topics.meta('+', '+')}\n"
+            f"topic write {topics.bridge()}\n"
         )
         if sites or self.bridge()[1]:
             text += f"# whether a bridge is there\npattern read {topics.bridge()}\n"
@@ -20370,6 +20384,9 @@ def say_of_members(
             print(f"\nas of {for_people(said['age'])} ago, when the broker was lost")
         none_yet = f"broker {said['broker']}: no connection yet" if config.mqtt.named else NO_BROKER
         raise BrokerError(said["fault"] or none_yet)
+    if said.get("cut") and not args.as_json:
+        sites = ", ".join(f"the bridge of {printable(one)} is cut" for one in said["cut"])
+        print(f"\n{sites}; where the hive is carried hive doctor says more")
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
         start = "start one with: hive daemon; or does the broker hide them? hive doctor"
