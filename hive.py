@@ -12153,11 +12153,10 @@ class BrokerHost:
 #
 # Returns strings.  Whatever a peer wrote is made harmless for a terminal.
 
-GREEN, YELLOW, RED = 32, 33, 31
 COLOURS = {
-    **dict.fromkeys(("online", "ok"), GREEN),
-    **dict.fromkeys(("stale", "degraded", "warn"), YELLOW),
-    **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
+    **dict.fromkeys(("online", "ok"), 32),  # green
+    **dict.fromkeys(("stale", "degraded", "warn"), 33),  # yellow
+    **dict.fromkeys(("fail", "offline", "down", "lost"), 31),  # red
 }
 TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
 CONDITIONS = ("online", "degraded", "stale", "stopped", "lost")
@@ -13134,10 +13133,10 @@ class GroupReplies:
     def take(self, answer: Envelope) -> bool:
         """Is it one to ours?  Then there is one less to wait for."""
         to = answer.reply_to or answer.exchange
-        asked, _ = self._waiting.get(to, (None, 0.0))
-        if asked is None or answer.ch not in ("response", "alert"):
+        waiting = self._waiting.get(to)
+        if waiting is None or answer.ch not in ("response", "alert"):
             return False
-        (self.failed if answer.ch == "alert" else self.ok).append(asked.to)
+        (self.failed if answer.ch == "alert" else self.ok).append(waiting[0].to)
         del self._waiting[to]
         return True
 
@@ -21348,7 +21347,7 @@ class Completion(Value):
 
     @classmethod
     def of(cls, flags: Sequence[str], how: Mapping[str, Any]) -> Completion:
-        action = parser_type()(add_help=False).add_argument(*flags, **how)
+        action = parser_type()().add_argument(*flags, **how)
         check = action.type.args[0] if isinstance(action.type, partial) else None
         value = "" if action.nargs == 0 else " "
         if action.choices or action.metavar == "TOPIC":
@@ -21493,7 +21492,7 @@ def let_go_of_stdout() -> None:
     """What it did not take would fail once more when Python ends."""
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -108,7 +108,8 @@ class Source:
         self.sections = [name for _, name in self._banners]
         self._tree = ast.parse(text)
         self._functions = [
-            (n.lineno, n.end_lineno, name) for n, name in self._named(self._tree, "")
+            (min(one.lineno for one in (n, *n.decorator_list)), n.end_lineno, name)
+            for n, name in self._named(self._tree, "")
         ]
 
     def section(self, line: int) -> str:
@@ -126,7 +127,8 @@ class Source:
                 if isinstance(statement, ast.ClassDef):
                     names = {statement.name}
                 elif isinstance(statement, ast.Assign):
-                    names = {t.id for t in statement.targets if isinstance(t, ast.Name)}
+                    targets = [n for t in statement.targets for n in ast.walk(t)]
+                    names = {n.id for n in targets if isinstance(n, ast.Name)}
                 elif isinstance(statement, ast.AnnAssign):
                     names = {n.id for n in [statement.target] if isinstance(n, ast.Name)}
                 return {
@@ -497,7 +499,7 @@ class Covers:
         for name, (_, tests) in self._files.items():
             others = not name.startswith(own)
             for test, (seconds, ran) in tests.items():
-                if not functions.isdisjoint(ran):
+                if not functions.isdisjoint(ran) or not (functions or others):
                     found.append((others, seconds, test))
         chosen, total = [], 0.0
         for _, seconds, test in sorted(found):

@@ -60,6 +60,7 @@ class Commands:
         self.now = [1000.0]  # goes on when somebody waits
         self.opened: list[tuple[float, bool]] = []  # with which patience, and whether directly
         self.direct: list[float] = []  # with which patience a node of its own began
+        self.visitors: list[Any] = []  # with which configuration
         for name in ("HIVE_CONFIG", "HIVE_NODE", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
             patch.delenv(name, raising=False)
         patch.setenv("HOME", str(home))
@@ -89,6 +90,7 @@ class Commands:
 
         def begin(config: Any, patience: float) -> Scripted:
             self.direct.append(patience)
+            self.visitors.append(config)
             return node
 
         self._patch.setattr(hive, "InProcessNode", begin)

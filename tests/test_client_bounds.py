@@ -357,10 +357,13 @@ def test_what_is_sent_later_is_waited_for(commands: Commands, config: Config) ->
     assert own.node.receive(0.0) == {"published": 0, "id": "other"}
     assert own.node.receive(0.0) == published and own.node.receive(None) is None
     assert own.timers[0] == own.timers[1] > 0
+    commands.now[0] += 100.0  # each question has its own time
+    own.later.extend([queued, published])
+    assert own.node.ask(request()) == queued and own.node.receive(0.0) == published
     own.later.extend([queued])
     with pytest.raises(hive.BrokerError, match=r"no answer \(PUBACK\) in 5 s"):
         own.node.ask(request())
-    assert commands.now[0] - 1000 < 8
+    assert commands.now[0] - 1100 < 8
 
 
 def test_what_the_broker_refuses_is_a_fault(commands: Commands, config: Config) -> None:
@@ -391,6 +394,11 @@ def test_a_broker_that_hangs_up_at_a_large_message_may_not_take_it(
         own.node.on_disconnected(reason)
     said = f"{reason} at a message of {size} bytes: it may be too large for it"
     assert (said in str(raised.value)) == told and reason in str(raised.value)
+
+
+def test_a_broker_that_hangs_up_before_anything_was_sent_is_a_fault(config: Config) -> None:
+    with pytest.raises(hive.BrokerError, match=hive.HANG_UP):
+        InProcessNode(config, 1.0).on_disconnected(hive.HANG_UP)
 
 
 def test_the_size_of_what_is_sent_is_known(commands: Commands, config: Config) -> None:

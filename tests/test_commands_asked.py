@@ -104,6 +104,22 @@ def test_a_message_asks_what_becomes_of_it_where_an_agent_shall_read_it(alpha: C
         assert document.get(hive.RECEIPTS, False) == asks, line
 
 
+def test_every_option_ends_up_in_the_envelope(alpha: Commands) -> None:
+    daemon = alpha.daemon(send=QUEUED, log={"rows": []})
+    line = "--ch sync --text y --action a-1 --urgency later --ttl 60 --corr c-1 --json"
+    code, out, err = alpha.run(f"send --to all {line}")
+    envelope = told(daemon.asked[-1])
+    assert (code, err, json.loads(out)) == (0, "", envelope.document())
+    assert (envelope.ch, envelope.text, envelope.to, envelope.sender) == (
+        *("sync", "y"),
+        *("all", "alpha"),
+    )
+    assert (envelope.action, envelope.urgency, envelope.ttl, envelope.corr) == (
+        *("a-1", "later"),
+        *(60, "c-1"),
+    )
+
+
 def test_a_text_that_ends_beyond_its_bound_is_not_cut(
     alpha: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -585,7 +601,7 @@ def test_what_is_pending_is_shown_as_a_table_or_whole(alpha: Commands) -> None:
     code, out, err = alpha.run("pending")
     assert (code, out, err) == (0, "and 3 more to be delivered\n", "")
     code, out, _ = alpha.run("pending --json")
-    assert (code, json.loads(out), out.count("\n")) == (0, document, 6)
+    assert (code, json.loads(out)) == (0, document) and out.startswith('{\n  "questions')
     assert daemon.asked == [{"do": "pending"}] * 2 and daemon.closed == 2
 
 
@@ -710,16 +726,16 @@ def test_a_tag_is_asked_of_the_daemon_and_those_who_are_away_are_named(alpha: Co
 
 def test_journals_are_followed_and_whoever_comes_later_shows_what_is_new(alpha: Commands) -> None:
     journals = Journals(alpha, beta=[page(1.0, more=True), page(2.0, first=2)])
-    journals.pages["new"] = deque()
+    journals.pages["new"] = deque([page()])
     count = 0
     receive = journals.daemon.receive
 
     def receives(within: float | None) -> Answer | None:
         nonlocal count
         count += 1
-        if count == 20:
+        if count == 15:
             journals.states["new"] = {"shares_journal": True}
-        if count == 60:
+        if count == 35:
             raise DaemonError("it has ended")
         return receive(within)
 
@@ -732,7 +748,7 @@ def test_journals_are_followed_and_whoever_comes_later_shows_what_is_new(alpha: 
     assert third["hold"] == 60  # there is no more now
     new = journals.asked("new")[0]
     assert (new["last"], new["hold"]) == (0, 0) and new["filters"]["since"] >= 1771144500
-    assert err.splitlines()[-1] == "hive: it has ended"
+    assert err == "hive: it has ended\n"  # a question that is held is not overdue
     looks = [one for one in journals.daemon.asked if one["do"] == "states"]
     assert abs(len(looks) - (alpha.now[0] - 1000) / 2) < 3  # every two seconds
 
@@ -747,6 +763,14 @@ def test_a_row_of_a_journal_is_seen_to_be_one() -> None:
     }.items():
         assert not hive.is_row(whole | {key: wrong}), key
     assert not hive.is_row(whole | {"time": 253402300800}) and not hive.is_row("x")
+
+
+@pytest.mark.parametrize(("after", "takes"), [(2**53, True), (2**53 + 2, False), (0, False)])
+def test_how_far_a_journal_has_been_read_is_a_number_that_can_be(after: int, takes: bool) -> None:
+    source = hive.JournalSource("beta", {"last": 5})
+    said = json.dumps({"rows": [row(1)], "after": after})
+    source.take(Envelope.new("beta", "alpha", "response", said))
+    assert bool(source.rows) == takes != bool(source.why)
 
 
 def test_what_a_journals_node_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
