@@ -5,6 +5,7 @@ For what they ask and how they tell the answer; what real daemons say is tested 
 
 from __future__ import annotations
 
+import io
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -47,6 +48,23 @@ class Scripted:
 
     def close(self) -> None:
         self.closed += 1
+
+
+class Pipe(io.RawIOBase):
+    """Of which one can see what was written to it so far."""
+
+    def __init__(self) -> None:
+        self.seen = b""
+
+    def stream(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(io.BufferedWriter(self))
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.seen += bytes(data)
+        return len(data)
 
 
 class Commands:

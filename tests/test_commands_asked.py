@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from scripted import Answer, Commands, Scripted
+from scripted import Answer, Commands, Pipe, Scripted
 
 import hive
 from hive import DaemonError, Envelope
@@ -136,20 +136,6 @@ def test_a_text_that_ends_beyond_its_bound_is_not_cut(
         text(b"x" * most + b"\xff")
 
 
-class Slow(io.RawIOBase):
-    """A pipe whose reader sees what was written so far."""
-
-    def __init__(self) -> None:
-        self.seen = b""
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.seen += bytes(data)
-        return len(data)
-
-
 @pytest.mark.parametrize(
     ("ch", "as_json", "stream"),
     [("response", True, "stdout"), ("response", False, "stdout"), ("alert", False, "stderr")],
@@ -157,8 +143,8 @@ class Slow(io.RawIOBase):
 def test_an_answer_is_there_for_a_reader_as_soon_as_it_has_come(
     ch: str, as_json: bool, stream: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = Slow()
-    monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BufferedWriter(pipe)))
+    pipe = Pipe()
+    monkeypatch.setattr(sys, stream, pipe.stream())
     hive.write_answer(Envelope.new("beta", "alpha", ch, "here"), as_json, label=False)
     assert b"here" in pipe.seen
 
@@ -578,6 +564,22 @@ def test_the_log_is_followed_with_what_comes(alpha: Commands) -> None:
     assert daemon.asked == [{"do": "follow", "filters": {"ch": "command"}, "last": 100}]
     alpha.daemon(follow={"error": "no"})
     assert alpha.run("log -f") == (1, "", "hive: no\n")
+
+
+def test_a_row_that_is_followed_is_there_at_once(
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, seen = Pipe(), list[bytes]()
+    daemon = alpha.daemon(follow={"rows": [row(1)]})
+
+    def receive(within: float | None) -> None:
+        seen.append(pipe.seen)
+        raise DaemonError("it has ended")
+
+    daemon.receive = receive  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdout", pipe.stream())
+    assert hive.main(["--node", "alpha", "log", "--follow"]) == 1
+    assert b"note 1" in seen[0]
 
 
 def test_an_exchange_is_shown_whole_or_not_known(alpha: Commands) -> None:

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripted import Commands, Scripted
+from scripted import Commands, Pipe, Scripted
 
 import hive
 from hive import BrokerError, HiveError, HostSettings, UsageError
@@ -1050,10 +1050,6 @@ class Hook:
         self.locked += 1
         return io.BytesIO() if self.agent == "claude" else None
 
-    def marks(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert "text m-1" in sys.stdout.getvalue()  # type: ignore[attr-defined]
-        return {}
-
     def call(self, event: object, **more: Any) -> tuple[int, str, str]:
         said = {"hook_event_name": event, "cwd": "/work here", **more}
         data = json.dumps(said).encode()
@@ -1154,6 +1150,39 @@ def test_mail_may_wait_where_a_daemon_says_so_or_none_can_be_asked(
 
     monkeypatch.setattr(hive, "ControlClient", broken)
     assert waits()
+
+
+@pytest.mark.parametrize("words", ["hook", "doctor", "tests", "invite", "web", "broker"])
+def test_who_waits_for_a_line_has_it_at_once(
+    alpha: Commands, hook: Hook, inviting: list[Any], monkeypatch: Patch, words: str
+) -> None:
+    pipe, seen = Pipe(), list[bytes]()
+
+    def look(*given: Any) -> Any:
+        seen.append(pipe.seen)
+        return {}
+
+    def examine(*given: Any) -> Iterator[Any]:
+        yield "broker", hive.Finding(hive.Level.OK, "it is there", "")
+        look()
+
+    hook.daemon._answers["mark"] = look
+    if words == "web":
+        Page(monkeypatch)
+    monkeypatch.setattr(hive, "examine", examine)
+    monkeypatch.setattr(hive.Loop, "run", look)
+    monkeypatch.setattr(hive.Broker, "start", lambda broker: None)
+    monkeypatch.setattr(hive.time, "strftime", look)  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "stdout", pipe.stream())
+    data = json.dumps({"hook_event_name": "Stop", "cwd": "/work here"}).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    if words == "tests":
+        hive.show_tests(alpha.home / "my.toml")
+    else:
+        line = [words, *["mini"] * (words == "invite")]
+        line += [f"--socket={alpha.home}/s"] * (words == "broker")
+        assert hive.main(["--node", "alpha", *line]) == 0
+    assert seen and seen[0].endswith(b"\n")
 
 
 # -- the page --

@@ -629,10 +629,15 @@ def test_a_daemon_takes_its_name_says_how_it_starts_and_leaves_nothing_open(
         def abandon(self) -> None:
             done.append("abandon")
 
-    for name in ("Loop", "Journal"):
-        made = getattr(hive, name)
-        close = made.close
-        monkeypatch.setattr(made, "close", lambda self, n=name, c=close: (done.append(n), c(self)))
+    def closing(name: str, close: Any) -> Any:
+        def closes(self: Any) -> None:
+            done.append(name)
+            close(self)
+
+        return closes
+
+    monkeypatch.setattr(hive.Loop, "close", closing("Loop", hive.Loop.close))
+    monkeypatch.setattr(hive.Journal, "close", closing("Journal", hive.Journal.close))
     monkeypatch.setattr(hive.Loop, "run", lambda loop: done.append("run"))
     monkeypatch.setattr(hive, "MqttClient", lambda *given: given[1:])
     monkeypatch.setattr(hive, "Daemon", Daemon)
