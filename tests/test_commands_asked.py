@@ -5,11 +5,12 @@ The daemon is a script here, and time a number: what real ones say is in test_co
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -224,6 +225,58 @@ def test_all_who_are_online_are_waited_for(alpha: Commands) -> None:
     everyone["states"] = {name: everyone["states"][name] for name in ("beta", "gamma")}
     daemon = alpha.daemon(send=answer, states=everyone)
     assert alpha.run("send --to all --action x --text x --wait 3")[0] == 1  # one refused
+
+
+class Waiting:
+    """What a terminal shows meanwhile."""
+
+    said: list[str]
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __setattr__(self, name: str, what: str) -> None:
+        Waiting.said.append(what)
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.what = "over"
+
+    @contextlib.contextmanager
+    def hidden(self) -> Iterator[None]:
+        self.what = "hidden"
+        yield
+        self.what = "shown"
+
+
+def test_a_terminal_shows_who_is_still_waited_for(
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Waiting, "said", [], raising=False)
+    monkeypatch.setattr(hive, "Progress", Waiting)
+    everyone = states(b1="online", b2="online")
+    for one in everyone["states"].values():
+        one |= {"interval": 600}
+
+    def answer(request: Answer) -> Answer:
+        question = Envelope.check(request["envelope"])
+        daemon.lines.append({"answer": question.reply("b1", "x").document()})
+        return QUEUED
+
+    daemon = alpha.daemon(send=answer, states=everyone)
+    alpha.run("send --to all --action x --text x --wait 3")
+    assert Waiting.said == [
+        *("handing it over", "over", "waiting for b1, b2 (0 answered)", "hidden", "shown"),
+        *("waiting for b2 (1 answered)", "over"),
+    ]
+    Waiting.said.clear()
+    replying(alpha, {"b1": "ok", "b2": "ok"}, "b1", "b2", "b3")
+    alpha.run("send --to b* --text x --wait 3 --parallel 1")
+    shown = [one for one in Waiting.said if one.startswith("waiting")]
+    assert shown == [f"waiting for {n} of 3" for n in (3, 2, 1)]
+    assert Waiting.said.count("hidden") == 2
 
 
 def test_a_daemon_that_ends_meanwhile_has_the_message(alpha: Commands) -> None:
@@ -587,6 +640,14 @@ def test_an_exchange_is_shown_whole_or_not_known(alpha: Commands) -> None:
     code, out, _ = alpha.run("show e-1 --json")
     assert (code, json.loads(out)) == (0, [row(1), row(2)])
     assert out.startswith('[\n  {\n    "n": 1,')
+    daemon = alpha.daemon(
+        exchange=lambda said: {"rows": [] if "after" in said else [row(1, note="ü")]}
+    )
+    assert '"note": "ü"' in alpha.run("show e-1 --json")[1]
+    alpha.daemon(log=lambda said: {"rows": [] if "after" in said else [row(1, note="ü")]})
+    assert '"note": "ü"' in alpha.run("log --json")[1]
+    daemon = alpha.daemon(exchange=pages(1, 1))
+    alpha.run("show e-1 --json")
     assert daemon.asked[0] == {"do": "exchange", "id": "e-1"}
     alpha.daemon(exchange=pages(1))
     assert alpha.run("show e-1")[1].endswith(" did: note 1\n")
@@ -652,6 +713,7 @@ def shown(out: str) -> list[tuple[str, float]]:
 def test_journals_are_one_log_in_the_order_of_their_clocks(alpha: Commands) -> None:
     one = [page(1.0, 4.0, more=True), page(6.0, first=3)]
     journals = Journals(alpha, beta=one, gamma=[page(2.0, 3.0, 5.0)])
+    journals.states["main"] = {"daemon_node": "beta", "shares_journal": True}  # has none
     code, out, err = alpha.run("log --of all --json --ch command -n 9")
     assert (code, err) == (0, "")
     assert shown(out) == [

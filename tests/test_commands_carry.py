@@ -457,6 +457,8 @@ def test_this_machines_node_moves_over_once(
     assert file.stat().st_mode & 0o777 == 0o600
     hive.move_over(carried, file, config, BEFORE)  # type: ignore[arg-type]
     assert capsys.readouterr().out == "" and len(done) == 1 + locked
+    hive.move_over(carried, file, config, BEFORE.replace(port=7001))  # type: ignore[arg-type]
+    assert "port = 7001" in file.read_text()
 
 
 @pytest.mark.parametrize(
@@ -622,6 +624,9 @@ def test_a_bridge_is_an_account_at_the_other_site(
     assert carried.done == [("bridge", account, "PEM")] and not [*carried.folder.iterdir()]
     hive.bridge_over(carried, config, "none")  # type: ignore[arg-type]
     assert carried.done[1:] == [("bridge", {}, "")]
+    monkeypatch.setattr(hive, "new_secret_at", lambda *given: "pw")  # another was quicker
+    hive.bridge_over(carried, config, "line")  # type: ignore[arg-type]
+    assert carried.done[2] == carried.done[0]
 
 
 @pytest.mark.parametrize(
@@ -783,6 +788,36 @@ def test_who_has_a_broker_joins_no_other_hive_unless_forced(
     assert alpha.run("join --config my.toml --force line")[0] == 1 and joining
     file.write_text('[mqtt]\nhost = "broker.lan"\n')
     assert "wrote" in alpha.run("join --config my.toml --force line")[1]
+
+
+def test_a_file_that_cannot_be_made_is_refused_before_anything_is_asked(
+    alpha: Commands, monkeypatch: Patch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(hive, "refuse_to_write", lambda file, force: given.append((file, force)))
+    file = alpha.home / "my.toml"
+    for force in (False, True):
+        hive.refuse_to_join(file, force)
+    file.write_text("")
+    hive.refuse_to_join(file, False)
+    assert given == [(file, False), (file, True), (file, True)]
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("status --tag a/b", "argument --tag: 'a/b' is not "),
+        ("status any:x", "argument NAME: 'any:x' is not "),
+        ("invite a/b", "argument NAME: 'a/b' is not "),
+        ("mcp --install vi", "argument --install: invalid choice: 'vi'"),
+        ("--port x status", "argument --port: 'x' is not "),
+        ("--log-level loud status", "argument --log-level: 'loud' is not "),
+        ("--prefix # status", "argument --prefix: '#' is not "),
+    ],
+)
+def test_what_an_option_does_not_take_is_refused(alpha: Commands, line: str, wrong: str) -> None:
+    code, out, err = alpha.run(line)
+    assert (code, out) == (2, "") and err.startswith(f"hive: {wrong}")
 
 
 def test_a_line_for_a_site_makes_no_node(

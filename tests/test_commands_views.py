@@ -316,7 +316,9 @@ def test_a_handler_is_tested_and_its_outcome_told(
     said = configured(alpha)
     handler(alpha, "ping", "#!/bin/sh\n")
     made: list[Any] = []
-    outcome = hive.ProcessResult(3, stdout=b"said\x1b\n", stderr=b"why\x1b\n", seconds=0.25)
+    outcome = hive.ProcessResult(
+        3, stdout="üx said\x1b\n".encode(), stderr=b"why\x1b\n", seconds=0.25
+    )
 
     def run(job: Any) -> Any:
         made.append(job)
@@ -325,11 +327,12 @@ def test_a_handler_is_tested_and_its_outcome_told(
     monkeypatch.setattr(hive, "time", time)
     monkeypatch.setattr(hive, "run_once", run)
     code, out, err = alpha.run(f"handler test ping --from mini --text hello {said}")
-    assert (code, out) == (1, "said\x1b\n"), err
+    assert (code, out) == (1, "üx said\x1b\n"), err
     first, second = err.splitlines()
     assert first.startswith("error, exit 3, 250 ms") and second.endswith("exit 3: why\\x1b")
     code, out, err = alpha.run(f"handler test ping --json {said}")
     assert (code, err) == (1, "") and out.startswith('{\n  "')
+    assert '"üx' in out
     result = json.loads(out)
     assert (result["from"], result["status"], result["action"]) == ("alpha", "error", "ping")
 
@@ -571,6 +574,13 @@ def test_the_embedded_broker_serves_until_it_is_told_to_end(
             signal.raise_signal(number)
         loop.step()
 
+    made = hive.Broker.__init__
+
+    def make(broker: Any, loop: Any, log: Any, *given: Any) -> None:
+        assert log._limit  # of lines a minute
+        made(broker, loop, log, *given)
+
+    monkeypatch.setattr(hive.Broker, "__init__", make)
     monkeypatch.setattr(hive.Loop, "run", run)
     code, out, _ = alpha.run(f"broker --socket {alpha.home}/s")
     assert (code, out) == (0, f"broker listens on {alpha.home}/s\n")
