@@ -150,6 +150,11 @@ def test_an_answer_is_there_for_a_reader_as_soon_as_it_has_come(
     assert b"here" in pipe.seen
 
 
+def test_an_answer_that_is_only_its_name_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    hive.write_answer(Envelope.new("beta", "alpha", "response", "beta: "), False, label=True)
+    assert capsys.readouterr().out == "beta: \n"
+
+
 # -- and waiting for answers --
 
 

@@ -677,6 +677,19 @@ def test_a_daemon_takes_its_name_says_how_it_starts_and_leaves_nothing_open(
     assert done[0][1] == instance and "config=my.toml" in stream.getvalue()
 
 
+def test_who_stays_is_started_from_the_compiled_file(
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again() -> None:
+        raise hive.UsageError("again")
+
+    monkeypatch.setattr(hive, "start_again", again)
+    for line in ("daemon", "broker", "web", "host --foreground", "mcp"):
+        assert alpha.run(line) == (2, "", "hive: again\n")
+    for line in ("broker --mosquitto-conf", "host", "config"):
+        assert "again" not in alpha.run(line)[2]
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_a_daemon_begins_again_as_it_was_called_where_it_is_told_to(
     alpha: Commands, monkeypatch: pytest.MonkeyPatch, again: bool
