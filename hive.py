@@ -19595,8 +19595,7 @@ def send_and_wait(
     config: Config, envelope: Envelope, args: argparse.Namespace, wait: float | None = None
 ) -> int:
     """Send it; print what is known of it then, or its answers as they come."""
-    ends = time.monotonic() + (wait or 0.0)
-    patience = max(wait, MIN_PATIENCE) if wait else PATIENCE
+    began, patience = time.monotonic(), max(wait, MIN_PATIENCE) if wait else PATIENCE
     request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
     with Progress("handing it over"):
         control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
@@ -19610,7 +19609,7 @@ def send_and_wait(
                 what = f"{envelope.to} has no agent: it will refuse a message without --action"
                 print(f"hive: {what}", file=sys.stderr)
             return code
-        return print_replies(config, envelope, args, control, said["connected"], ends)
+        return print_replies(config, envelope, args, control, said["connected"], began + wait)
 
 
 def say_sent(
