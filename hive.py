@@ -180,7 +180,7 @@ class NoReplyError(HiveError):
 def quoted(value: object, limit: int = 60) -> str:
     """Show a value that a user or a peer gave: quoted, in ASCII, cut to `limit` characters."""
     if isinstance(value, str | bytes):
-        value = value[: limit + 1]
+        value = value[:limit]  # the quotes make it longer than that
     try:
         text = ascii(value)
     except (RecursionError, ValueError):  # nested too deep; an int of more than 4300 digits
@@ -207,9 +207,8 @@ def cut_begin(text: str, limit: int) -> str:
 
 def printable(value: object, limit: int = 60) -> str:
     """One line without anything that could move a cursor, cut to `limit` characters."""
-    said = value if isinstance(value, str) else "-" if value is None else str(value)
-    said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
-    return cut_end(said, limit)
+    said = cut_end("-" if value is None else str(value), limit)
+    return "".join(c if c.isprintable() else "?" for c in said)
 
 
 def sha256(data: bytes) -> str:
@@ -259,11 +258,13 @@ def dropped_docstrings() -> Mapping[str, str]:
 
     tree = ast.parse("".join(linecache.getlines(__file__, globals())))
     found = [tree, *(one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef))]
-    return {getattr(one, "name", ""): ast.get_docstring(one, clean=False) or "" for one in found}
+    return {getattr(one, "name", ""): ast.get_docstring(one) or "" for one in found}
 
 
 class Field:
     """What a Value says of one of its fields, besides the type."""
+
+    name: str
 
     def __init__(
         self,
@@ -275,7 +276,6 @@ class Field:
         example: Any = None,
         shown: bool = True,
     ) -> None:
-        self.name = ""
         self.default, self.check, self.key = default, check, key
         self.help, self.example, self.shown = help, example, shown
 
@@ -641,7 +641,7 @@ class Envelope(Value):
 
     def stale(self, now: float) -> bool:
         """Is its time to live over, by the wall clock?"""
-        return bool(self.ttl) and now > self.ts + (self.ttl or 0)
+        return now > self.ts + (self.ttl or float("inf"))
 
 
 # (attribute, key on the wire, required, check) for each field that the protocol knows
@@ -889,7 +889,7 @@ class Target(Value):
         """Who gets a message for this, and who would if it were not away."""
         meant = sorted(
             (one for one in known if self.means(one, action, asker)),
-            key=lambda one: (one.busy, one.name) if self.one else (0.0, one.name),
+            key=lambda one: (self.one and one.busy, one.name),
         )
         there = [one.name for one in meant if one.alive]
         return there[:1] if self.one else there, [one for one in meant if not one.alive]
@@ -997,22 +997,22 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if envelope.action == READ_JOURNAL and (channel.handler or envelope.ch == "response"):
         why = here.denies(SHARE_RULE, envelope.sender) if channel.handler else ""
         return Decision(Do.REFUSE, why) if why else Decision(Do.JOURNAL)
-    if channel.handler and envelope.action:
-        if why := here.denies(handler_rule(envelope.action), envelope.sender):
+    asked = envelope.action if channel.handler else None
+    if asked:
+        if why := here.denies(handler_rule(asked), envelope.sender):
             return Decision(Do.REFUSE, why)
-        if envelope.action in here.handlers:
+        if asked in here.handlers:
             return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
         return Decision(Do.NOTE, AWAITED)
-    asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
         receipt = here.is_receipt(envelope)
         plain = f"a {channel.name} that is not urgent"
         return Decision(Do.NOTE, RECEIPT_NOTE + envelope.text if receipt else plain)
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
-    missing = f"no handler for action {envelope.action}" if asked else ""
-    if asked and (why := here.why_not(envelope.action or "")):
+    missing = f"no handler for action {asked}" if asked else ""
+    if asked and (why := here.why_not(asked)):
         missing += f" ({quoted(why, 300)[1:-1]})"
     agents = tuple(one for one in here.addressed(envelope.to) if one != envelope.sender)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
@@ -1304,7 +1304,7 @@ class Stream:
         try:
             while self._output:
                 self._written(self._sock.sendmsg(itertools.islice(self._output, 64)))
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             self._full = True
         except OSError:
             return self._abort()
@@ -1326,7 +1326,6 @@ class Stream:
             self._ending = self._loop.after(linger, self.close)
             self.consume(len(self.input))
             self._flush_soon()
-            self._watch()
 
     def close(self) -> None:
         """The connection is gone, with all that was not yet written."""
@@ -1347,14 +1346,12 @@ class Stream:
             self._ending.cancel()
         self._ending = self._loop.after(0, self.close)
         self._drop_all()
-        self._watch()
 
     def _drop_all(self) -> None:
         self.consume(len(self.input))
         self._total.size -= self.output_size
         self.output_size = 0
         self._output.clear()
-        self._full = False
 
     def _watch(self) -> None:
         """Read unless it is paused; what comes after its end is read too, and dropped."""
@@ -1372,7 +1369,7 @@ class Stream:
     def _on_event(self, events: int) -> None:
         if events & selectors.EVENT_WRITE:
             self._flush_soon()
-        if events & selectors.EVENT_READ and not self.closed:
+        if events & selectors.EVENT_READ:
             self._read()
         if self.is_open:
             self._on_ready()
@@ -1380,7 +1377,7 @@ class Stream:
     def _read(self) -> None:
         try:
             data = self._sock.recv(READ_CHUNK)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError:
             data = b""
@@ -3161,6 +3158,7 @@ REFUSALS_TOLD = 5.0  # ... how many there were, when it has been quiet for so ma
 TOO_MANY = "its sender sends too many"
 MAX_EARLY = 1000  # messages that wait until it is heard whose agent sent them
 EARLY = Decision(Do.DROP, "it is decided later")
+MAX_CUT = 20  # bridges to other sites that are named
 
 
 def hive_of(config: Config) -> str:
@@ -3270,6 +3268,7 @@ class Node:
         self._allow = config.allow
         self._early: list[IncomingMessage] = []  # from names that are not known yet
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
+        self._cut = set[str]()  # sites whose bridge is cut, as far as this broker has said
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(
@@ -3337,6 +3336,7 @@ class Node:
             self._seen_broker = self.loop.clock()
         self.connected = self.heard_all = False
         self._early.clear()  # they were not acknowledged, so they come again
+        self._cut.clear()
         self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
         self.requests.note_change()
@@ -3359,6 +3359,7 @@ class Node:
             "trouble": self.worker.trouble(),
             "fault": fault,
             "age": silence if fault else 0.0,  # of what is known
+            "cut": sorted(self._cut),
         }
 
     def numbers(self) -> dict[str, list[list[Any]]]:
@@ -3453,9 +3454,8 @@ class Node:
             return
         place = self.topics.place(message.topic)
         if place and place[1].startswith(NO_NODE) and not place[2]:
-            # Where senders are checked, no node may publish this; elsewhere anybody could say so.
-            if self.topics.sender and message.payload == b"0" and not message.retained:
-                self._client.send_again()  # the other site's broker may have died
+            if self.topics.sender:  # then no node may publish this; elsewhere anybody could
+                self._hear_bridge(place[1], message.payload == b"0", message.retained)
             return message.ack()
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
@@ -3535,6 +3535,13 @@ class Node:
             note = f'[mqtt] senders is "{there}" there, and "{here}" here: make it the same'
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
+
+    def _hear_bridge(self, site: str, down: bool, retained: bool) -> None:
+        self._cut.discard(site)
+        if down and len(self._cut) < MAX_CUT:
+            self._cut.add(site)
+        if down and not retained:
+            self._client.send_again()  # the other site's broker may have died
 
     def _is_too_much(self, name: str, ch: str) -> bool:
         """Has it said too much?  It is told so once, and at the end how much was refused."""
@@ -4098,12 +4105,12 @@ def next_at(at: str, after: float) -> float:
     """The first time that a local clock shows `at` after a moment; Unix seconds."""
     hour, minute = map(int, at.split(":"))
     day = time.localtime(after)
-    for days in (0, 1, 2):
-        # mktime finds its way over the ends of months and daylight saving time
-        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
-        if (due := time.mktime(moment)) > after:
-            return due
-    raise AssertionError("no day has this time")
+    # mktime finds its way over the ends of months and daylight saving time
+    today, tomorrow = (
+        time.mktime((*day[:2], day.tm_mday + days, hour, minute, 0, *day[6:8], -1))
+        for days in (0, 1)
+    )
+    return today if today > after else tomorrow
 
 
 class HandlerRun(Value):
@@ -4559,7 +4566,7 @@ class Work(Worker):
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        question = self._journal.question(envelope)[:MAX_QUESTION]
+        question = self._journal.question(envelope)
         latest = self._loop.clock() + self._config.node.agent_patience
         deadline = min(self._deadline(task.until), latest)
         event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
@@ -4986,7 +4993,7 @@ class ConfigTable(Value):
             check = cls.FIELDS[key].check
             try:
                 values[key] = check(value)
-            except (TypeError, ValueError):
+            except ValueError:
                 what = "the value" if check is secret else quoted(value)
                 raise ConfigError(f"{where}.{key}: {what} is not {docstring(check)}") from None
             if isinstance(values[key], os.PathLike) and base:
@@ -5150,7 +5157,7 @@ class BrokerConfig(ConfigTable):
         None, file_path, "what it keeps, if not in ~/.local/state/hive/.broker", "state"
     )
     queue_messages: int = setting(
-        10_000, integer(1, 1_000_000), "messages that may wait for one client"
+        10_000, number_of_messages, "messages that may wait for one client"
     )
     queue_mib: int = setting(64, count, "and MiB of them")
     total_mib: int = setting(256, count, "MiB of all messages that it keeps")
@@ -5751,12 +5758,10 @@ class Log:
     @contextlib.contextmanager
     def never_wait(self) -> Iterator[None]:
         """Meanwhile a reader that has stopped reading holds up nobody."""
-        before = self._stream
-        try:
+        before, descriptor = self._stream, None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # where it is no file
             descriptor = before.fileno()
-        except (OSError, ValueError, AttributeError):  # it is no file
-            descriptor = -1
-        if descriptor < 0:
+        if descriptor is None:
             yield
             return
         writer = self._stream = LogWriter(
@@ -5807,7 +5812,7 @@ class LogWriter:
         self._descriptor, self._dropped = descriptor, dropped
         self._lines: list[str] = []
         self._lost = 0
-        self._writing = self._closed = False
+        self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -5836,7 +5841,7 @@ class LogWriter:
 
     def _run(self) -> None:
         while lines := self._take():
-            data = "".join(lines).encode(errors="backslashreplace")
+            data = "".join(lines).encode()
             with contextlib.suppress(OSError):  # nobody reads it any more: not our end
                 while data:
                     data = data[os.write(self._descriptor, data) :]
@@ -5844,7 +5849,7 @@ class LogWriter:
     def _take(self) -> list[str]:
         """Wait for lines; none when it is closed and all are written."""
         with self._changed:
-            self._changed.wait_for(lambda: self._lines or self._lost or self._closed)
+            self._changed.wait_for(lambda: self._lines or self._closed)
             lines, lost = self._lines, self._lost
             self._lines, self._lost = [], 0
         return [*lines, self._dropped(lost)] if lost else lines
@@ -5938,9 +5943,8 @@ class ChildProcess:
         self._terminated = self._finished = False
         self._timer = loop.after(spec.deadline, self._time_out)
         self._pipes = [pipe for pipe in (popen.stdin, popen.stdout, popen.stderr) if pipe]
-        for pipe in self._pipes:
-            os.set_blocking(pipe.fileno(), False)
         assert popen.stdin and popen.stdout and popen.stderr  # ChildProcesses asks for all three
+        os.set_blocking(popen.stdin.fileno(), False)
         loop.watch(popen.stdin, selectors.EVENT_WRITE, self._write_stdin)
         loop.watch(popen.stdout, selectors.EVENT_READ, self._read_stdout)
         loop.watch(popen.stderr, selectors.EVENT_READ, self._read_stderr)
@@ -5956,8 +5960,6 @@ class ChildProcess:
         if self._ended or self._popen.poll() is None:
             return
         self._set_timer(OUTPUT_TIMEOUT, self._finish)
-        self._read_stdout(0)
-        self._read_stderr(0)
         self._finish_unless_held()
 
     @property
@@ -6029,35 +6031,28 @@ class ChildProcess:
         except BlockingIOError:
             return
         except OSError:  # it does not read, or no longer
-            self._stdin = self._stdin[:0]
+            self._stdin = memoryview(b"")
         if not self._stdin:
             self._close(pipe)
 
     def _read_stdout(self, events: int) -> None:
-        room = self._spec.max_stdout
-        for data in self._read(self._popen.stdout):
-            self._truncated |= len(self._stdout) + len(data) > room
-            self._stdout += data[: room - len(self._stdout)]
+        room = self._spec.max_stdout - len(self._stdout)
+        data = self._read(self._popen.stdout)
+        self._truncated |= len(data) > room
+        self._stdout += data[:room]
 
     def _read_stderr(self, events: int) -> None:
-        for data in self._read(self._popen.stderr):
-            self._stderr += data
-            del self._stderr[: -self._spec.max_stderr]
+        self._stderr += self._read(self._popen.stderr)
+        del self._stderr[: -self._spec.max_stderr]
 
-    def _read(self, pipe: IO[bytes] | None) -> Iterator[bytes]:
-        """What is there to read now, a few chunks at most; close the pipe at its end."""
-        for _ in range(8):
-            if pipe is None or pipe not in self._pipes:
-                return
-            try:
-                data = os.read(pipe.fileno(), PIPE_CHUNK)
-            except BlockingIOError:
-                return
-            if not data:
-                self._close(pipe)
-                self._finish_unless_held()
-                return
-            yield data
+    def _read(self, pipe: IO[bytes] | None) -> bytes:
+        """What is there to read now; close the pipe at its end."""
+        assert pipe
+        data = os.read(pipe.fileno(), PIPE_CHUNK)
+        if not data:
+            self._close(pipe)
+            self._finish_unless_held()
+        return data
 
     def _close(self, pipe: IO[bytes]) -> None:
         self._loop.forget(pipe)
@@ -6107,7 +6102,7 @@ def start_fault(spec: ProcessSpec, error: Exception) -> str:
     """Why it could not be started: the system says "No such file" of much that is there."""
     if isinstance(error, FileNotFoundError) and spec.cwd and not spec.cwd.is_dir():
         return f"no folder {spec.cwd}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+    if isinstance(error, OSError):
         file = program_file(spec.argv[0], spec.environment)
         with contextlib.suppress(OSError):
             if file and not os.access(file, os.X_OK):
@@ -6148,7 +6143,6 @@ class ChildProcesses:
                 env=spec.environment,
                 cwd=spec.cwd,
                 start_new_session=True,
-                bufsize=0,
             )
         except (OSError, ValueError) as error:
             result = ProcessResult(exit=None, fault=start_fault(spec, error))
@@ -6240,7 +6234,7 @@ def objection_to(file: Path) -> str | None:
         objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
         return f"its name is not {docstring(action_name)}"
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except OSError as error:
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
@@ -6445,7 +6439,7 @@ def failure(result: ProcessResult) -> str:
     else:
         reason = f"exit {result.exit}"
     detail = result.stderr.decode(errors="replace").strip()
-    end = detail.encode(errors="replace")[-(MAX_ERROR - 200) :].decode(errors="ignore")
+    end = detail.encode()[-(MAX_ERROR - 200) :].decode(errors="ignore")
     return cut(f"{reason}: {end}" if end else reason, MAX_ERROR)
 
 
@@ -6498,7 +6492,6 @@ MAX_AGENT_QUEUE = 200
 MAX_BODY = 12 * KIB  # bytes of a body; escapes make it six times that
 MAX_EVENT = 96 * KIB  # bytes of all that goes together; an argument has 128 KiB on Linux
 MAX_GROUP = 15  # messages that go together
-MAX_HOOK_ANSWER = 64 * KIB
 MAX_TURN = 4 * MAX_PAYLOAD  # bytes that a program prints of a turn: its tools' output is in it
 MIN_SECRET = 6  # characters of a variable; what is shorter could be any word
 NO_JSON = "no reply that can be read"
@@ -7115,7 +7108,7 @@ def read_uptime(port: int) -> float | None:
     connection = HTTPConnection("127.0.0.1", port, timeout=PROBE_DEADLINE)
     with contextlib.closing(connection):
         connection.request("GET", "/readyz")
-        answer = read_json_object(connection.getresponse().read(MAX_HOOK_ANSWER)) or {}
+        answer = read_json_object(connection.getresponse().read(MAX_PAYLOAD)) or {}
     uptime = bounded_number(answer.get("uptimeMs"), 0, 1e15)
     return None if uptime is None else uptime / 1000
 
@@ -7180,7 +7173,7 @@ class Agent:
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
         self.turns = Counter[str]()  # calls that ended, by how
-        self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
+        self._pause, self._not_before = 0.0, 0.0  # after a failure; when to try again
         self._again_at = 0  # the same in Unix seconds
         self._method = ""  # the last one that worked
         self._request: GatewayRequest | None = None  # the last one
@@ -7224,8 +7217,6 @@ class Agent:
     def stop(self) -> list[PendingEvent]:
         """Begin no call any more; what was not told yet.  A call that is under way may end."""
         self._stopping = True
-        for timer in filter(None, (self._next_call, self._next_probe)):
-            timer.cancel()
         left, self._waiting = [*self._waiting], deque()
         return left
 
@@ -7331,7 +7322,7 @@ class Agent:
         if name != self._method:
             self._method = name
             self._log.info("agent is reached", agent=self.instance.name, via=name)
-        self._failures = 0
+        self._pause = 0.0
         self._set_health(Health.OK, "")
         for event in group:
             self._log.info("agent woken", agent=self.instance.name, id=event.envelope.id)
@@ -7351,8 +7342,8 @@ class Agent:
         self._waiting.extendleft(reversed(group))
         self._set_health(Health.DOWN, why)
         first, longest = AGENT_RETRY
-        delay = min(first * 2**self._failures, longest) * random.uniform(0.75, 1.0)
-        self._failures = min(self._failures + 1, 20)
+        self._pause = min(2 * self._pause or first, longest)
+        delay = self._pause * random.uniform(0.75, 1.0)
         self._not_before, self._again_at = self._loop.clock() + delay, int(time.time() + delay)
 
     def _expire(self) -> None:
@@ -9773,7 +9764,7 @@ class ClientConnection:
         self.stream = Stream(
             *(self._loop, sock, self._on_ready, self._on_close),
             max_input=2 * MAX_PACKET,
-            max_output=2 * MAX_OUT,
+            max_output=MAX_OUT + 2 * MAX_PACKET,  # one at QoS 0 may go over MAX_OUT, with answers
             flush_soon=partial(broker.commit_soon, self),
             total=broker.buffered,
         )
@@ -12268,8 +12259,10 @@ class StatusRow(Value):
     @property
     def again(self) -> list[str]:
         """What goes below that: when its agent is called again."""
-        at = time.localtime(self.next_try or 0)
-        return [time.strftime("its agent is called again at %H:%M:%S", at)] if self.next_try else []
+        if not self.next_try:
+            return []
+        at = time.localtime(self.next_try)
+        return [time.strftime("its agent is called again at %H:%M:%S", at)]
 
 
 def status_row(
@@ -13233,6 +13226,7 @@ class NodeRemoval:
             raise HiveError(f"{why}; say this on the machine that carries the hive")
         # Each by its name too, for brokers where no wildcard finds it.
         theirs = [topics.meta(self._name, document) for document in ("+", "state", "roster")]
+        theirs += [topics.bridge(self._name)] if self._name.startswith(NO_NODE) else []
         query = RetainedQuery(
             *(self._loop, self._mqtt, [topics.meta("+", "state"), *theirs]),
             topics.private(self._config.node.id, new_id()),
@@ -13272,6 +13266,8 @@ class NodeRemoval:
 
     def _hear(self, message: IncomingMessage) -> None:
         name, document = self._config.topics.meta_of(message.topic) or ("", "")
+        if message.topic == self._config.topics.bridge(self._name):
+            self._kept.add(message.topic)
         if not message.payload or not NAME.fullmatch(name) or len(self._states) >= MAX_MEMBERS:
             return
         if document == "state" and len(message.payload) <= MAX_STATE:
@@ -13431,7 +13427,9 @@ class StatusScreen:
         head = [words, *textwrap.wrap(printable(feed.fault, 300), width or SCREEN[0])]
         foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
         passed = now - feed.at
-        rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
+        rows = [
+            row if row.age_s is None else row.replace(age_s=row.age_s + passed) for row in feed.rows
+        ]
         lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
         lines = [line if "\033" in line else cut_end(line, width or SCREEN[0]) for line in lines]
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
@@ -15151,6 +15149,7 @@ class Host:
         topics, sites = Topics(prefix), self.sites()
         text = (
             f"{mosquitto_acl(prefix)}\nuser {HOST_USER}\ntopic readwrite {topics.meta('+', '+')}\n"
+            f"topic write {topics.bridge()}\n"
         )
         if sites or self.bridge()[1]:
             text += f"# whether a bridge is there\npattern read {topics.bridge()}\n"
@@ -19633,11 +19632,11 @@ def say_sent(
     return Exit.DONE
 
 
-def reason_code_of(config: Config, said: Mapping[str, Any] | None) -> int | None:
+def reason_code_of(config: Config, said: Mapping[str, Any]) -> int | None:
     """The broker's reason code, if that is what was said; raises BrokerError if it refused."""
-    code = (said or {}).get("published")
+    code = said.get("published")
     if code is not None and is_failure(code):
-        words = str((said or {}).get("words")).lower()
+        words = str(said.get("words")).lower()
         raise broker_fault(config.mqtt, f"refused to publish: {words}")
     return code
 
@@ -20382,6 +20381,9 @@ def say_of_members(
             print(f"\nas of {for_people(said['age'])} ago, when the broker was lost")
         none_yet = f"broker {said['broker']}: no connection yet" if config.mqtt.named else NO_BROKER
         raise BrokerError(said["fault"] or none_yet)
+    if said.get("cut") and not args.as_json:
+        sites = ", ".join(f"the bridge of {printable(one)} is cut" for one in said["cut"])
+        print(f"\n{sites}; where the hive is carried hive doctor says more")
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
         start = "start one with: hive daemon; or does the broker hide them? hive doctor"
