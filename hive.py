@@ -16968,7 +16968,7 @@ class McpServer:
 
     def _look(self, call: Call) -> None:
         """Is it over?  Where no daemon runs at the moment, that is seen later."""
-        if call.wait.every and call.id in self._calls:
+        if call.wait.every:
             call.timers["look"] = self._loop.after(call.wait.every, lambda: self._look(call))
         if call.wait.every or self.link.attached:
             self._finish(call, self._guarded(call.wait.look, DaemonError))  # it may come back
@@ -17338,7 +17338,6 @@ class DaemonLink:
 
     def close(self) -> None:
         self._on_line, self._on_end = (lambda line: None), (lambda why: None)
-        self._silence.cancel()
         self._stream.close()
         self._asker.links.discard(self)
 
@@ -17452,20 +17451,19 @@ class HiveView:
         self._changed: dict[str, float] = {}  # since when each node is as it is
         self._dropped = 0  # version of the last row that is not kept
         self._last = 0  # row that was seen
-        self._began = 0  # how often; what was asked before is of no use
+        self._ended = 0  # how often; what was asked before is of no use
         self._unfollow = do_nothing
 
     def begin(self) -> None:
         """The first page has been opened."""
-        self._began += 1
         self._last = 0
         for do, gap in LOOKS.items():
-            self._look(do, gap, self._began)
-        self._follow(self._began)
+            self._look(do, gap, self._ended)
+        self._follow(self._ended)
 
     def end(self) -> None:
         """The last one has been closed."""
-        self._began += 1
+        self._ended += 1
         self._unfollow()
         self._events.clear()
         self._rows.clear()
@@ -17488,18 +17486,18 @@ class HiveView:
             self._events[about] = (self.version, line)
             self._news()
 
-    def _look(self, do: str, gap: float, began: int) -> None:
+    def _look(self, do: str, gap: float, ended: int) -> None:
         """Ask for one thing, again and again, and for no more than a share of the daemon's time."""
         at = self._asker.loop.clock()
 
         def heard(answer: dict[str, Any]) -> None:
-            if began == self._began:
+            if ended == self._ended:
                 loop = self._asker.loop
                 wait = max(gap, LOOK_SHARE * (loop.clock() - at))
-                loop.after(wait, partial(self._look, do, gap, began))
+                loop.after(wait, partial(self._look, do, gap, ended))
                 self._take(do, answer)
 
-        if began == self._began:
+        if ended == self._ended:
             self._asker.ask({"do": do}, heard)
 
     def _take(self, do: str, answer: dict[str, Any]) -> None:
@@ -17539,14 +17537,14 @@ class HiveView:
                 if len(self._events) > 2 * MAX_MEMBERS:
                     del self._events[about]
 
-    def _follow(self, began: int) -> None:
+    def _follow(self, ended: int) -> None:
         """Hear of each new row, from now on or from where we were."""
-        if began != self._began:
+        if ended != self._ended:
             return
         request = {"do": "follow", "after": self._last, "last": 0 if self._last else 1}
 
         def again(why: str = "") -> None:
-            self._asker.loop.after(LOOKS["states"], partial(self._follow, began))
+            self._asker.loop.after(LOOKS["states"], partial(self._follow, ended))
 
         try:
             self._unfollow = self._asker.open(request, self._take_rows, again)
@@ -17985,7 +17983,6 @@ class WebService:
         import secrets
         import socket
 
-        self.port = port
         make_private(config.state_dir)
         self._lock = lock_or_spare(config.state_dir / "web.lock")
         before = read_json_object(self._lock.before) or {}
