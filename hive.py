@@ -9654,7 +9654,6 @@ class SessionStore:
     def delete_message(self, message: ApplicationMessage) -> None:
         if message.n:
             self.database.write("DELETE FROM messages WHERE n = ?", (message.n,))
-            message.n = 0
 
     def enqueue(self, session: Session, queued: QueuedMessage) -> None:
         if session.expiry:
@@ -10466,8 +10465,8 @@ class Broker:
             if is_failure(reason):
                 self.log_limited("will dropped", None, f"{session.client_id}: {reason.words}")
 
-    def subscribe(self, session: Session, subscription: Subscription) -> ReasonCode:
-        """File a subscription in the place of an older one."""
+    def subscribe(self, session: Session, subscription: Subscription) -> ReasonCode | None:
+        """File a subscription in the place of an older one, or say why not."""
         filter = subscription.filter
         if subscription.shared:
             return ReasonCode.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED
@@ -10478,7 +10477,7 @@ class Broker:
         session.subscriptions[filter] = subscription
         self.subscriptions.add(session, subscription)
         self.store.save(session)
-        return ReasonCode.SUCCESS
+        return None
 
     def unsubscribe(self, session: Session, filter: str) -> ReasonCode:
         if not session.subscriptions.pop(filter, None):
@@ -10533,9 +10532,8 @@ class Broker:
 
     def _has_room(self, session: Session, message: ApplicationMessage, share: float) -> bool:
         """May this session have one more; is there memory for it?"""
-        needed = 0 if message.references else message.size
         bound = share * self._settings.total_mib * KIB * KIB
-        return session.has_room_for(message) and self._size + needed <= bound
+        return session.has_room_for(message) and self._size + message.size <= bound
 
     def _deliver(self, session: Session, queued: QueuedMessage) -> None:
         connection = session.connection
@@ -10554,9 +10552,8 @@ class Broker:
         session.size += queued.message.size
         session.queue.append(queued)
         self.send_queued(session)
-        waits = bool(session.queue) and session.queue[-1] is queued
-        if waits or session.inflight.get(queued.packet_id) is queued:
-            self.store.enqueue(session, queued)
+        if session.queue or session.inflight.get(queued.packet_id) is queued:
+            self.store.enqueue(session, queued)  # it waits, or was sent
 
     def send_queued(self, session: Session) -> None:
         """Send what a session waits for, as far as its client takes it."""
@@ -10635,8 +10632,7 @@ class Broker:
         plain = "+" not in wanted.filter and "#" not in wanted.filter
         for topic in (wanted.filter,) if plain else tuple(self.retained):
             message = self.retained.get(topic)
-            fits = message and matches(wanted.filter, topic)
-            yield (message, wanted) if message and fits else None
+            yield (message, wanted) if message and matches(wanted.filter, topic) else None
 
     def send_retained(
         self, session: Session, message: ApplicationMessage, wanted: Subscription
