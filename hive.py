@@ -8786,7 +8786,7 @@ class ReasonCode(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
+NO_SUBSCRIBERS = ReasonCode.NO_MATCHING_SUBSCRIBERS
 
 
 def is_failure(reason: int) -> bool:
@@ -9842,10 +9842,10 @@ class ClientConnection:
             stream.close()
         elif self._is_held():  # it is we who do not listen
             self._held_at = now
-            if self._retained:
-                self.work_soon()
         elif now - max(stream.read_at, self._held_at) >= limit:
             self.disconnect(ReasonCode.KEEP_ALIVE_TIMEOUT)
+        if self._retained:
+            self.work_soon()
 
     def block_on(self, session: Session | None) -> None:
         """Hear no more of this client until a session that it sends to has read."""

@@ -28,6 +28,7 @@ from raw_mqtt import (
     kept,
     publish_packet,
     subscribe_packet,
+    unsubscribe_packet,
 )
 
 import hive
@@ -453,6 +454,8 @@ def test_what_waited_for_memory_that_others_had_comes_when_that_is_free(
     ticking.say(other, publish_packet("u", b"queued", 1, 1, version=4))
     ticking.say(other, publish_packet("u", b"dropped", 0, version=4))
     assert "message at QoS 0 dropped" in ticking.log.getvalue()
+    ticking.pass_by(0.5)
+    ticking.quiet(client)  # that it waits is no reason not to hear it
     ticking.drop(deaf)
     ticking.pass_by(0.5)
     assert sorted(client.receive().payload for _ in range(2)) == [b"queued", b"retained"]
@@ -527,6 +530,44 @@ def test_what_was_sent_and_not_acknowledged_comes_again_after_a_restart(hosted: 
     sender.send(publish_packet("u", b"once", 2, 77, dup=True))
     assert sender.expect(PacketType.PUBREC).id == 77
     sender.quiet()
+
+
+def test_what_was_given_up_before_a_restart_does_not_come_back_with_it(ticking: Ticking) -> None:
+    client = ticking.connected("a", 5, **KEPT)
+    ticking.say(client, subscribe_packet("t", "u"), publish_packet("v", b"x", 2, 7))
+    ticking.say(client, unsubscribe_packet("t"), encode_ack(PacketType.PUBREL, 7, 0, 5))
+    ticking.restart()
+    client = ticking.connected("a", 5, **KEPT)
+    ticking.say(client, publish_packet("t", b"nobody"), publish_packet("u", b"new", 2, 7))
+    assert client.receive(acknowledge=False).payload == b"new", "its identifier was free again"
+    assert client.expect(PacketType.PUBREC).id == 7
+    ticking.quiet(client)
+
+
+def test_an_expiry_goes_on_over_a_restart(ticking: Ticking) -> None:
+    ticking.drop(ticking.connected("a", 5, clean=False, session_expiry=30))
+    ticking.pass_by(20)
+    ticking.restart()
+    ticking.pass_by(9.5)
+    assert "a" in ticking.broker.sessions
+    ticking.pass_by(0.5)
+    assert not ticking.broker.sessions
+
+
+def test_after_a_restart_the_books_are_as_they_were(ticking: Ticking) -> None:
+    def books() -> tuple[int, ...]:
+        broker = ticking.broker
+        return broker._size, broker._retained_size, broker.sessions["a"].size
+
+    client = ticking.connected("a", 5, will=Publish("will", b"w" * 50, 1), **KEPT)
+    ticking.say(client, subscribe_packet("t"))
+    ticking.say(client, *(publish_packet("t", b"x" * n, 1, n) for n in (1, 2)))
+    ticking.say(client, encode_ack(PacketType.PUBACK, 1, 0, 5))
+    ticking.say(client, publish_packet("r", b"y" * 100, 1, 3, True, content_type="z"))
+    before = books()
+    assert before[0] > before[1] + before[2] > before[2] > 200
+    ticking.restart()
+    assert books() == before
 
 
 def test_what_was_acknowledged_late_does_not_come_again(hosted: Hosted) -> None:
