@@ -9929,7 +9929,6 @@ class ClientConnection:
 
     def _hang_up(self) -> None:
         self.stream.end(DISCONNECT_LINGER)
-        self._retained.clear()
         self.block_on(None)
 
     def _end_session(self, with_will: bool) -> None:
@@ -9941,7 +9940,6 @@ class ClientConnection:
     def _on_close(self) -> None:
         self._end_session(with_will=True)
         self.block_on(None)
-        self._retained.clear()
         if self._timer:
             self._timer.cancel()
         self._broker.connections.discard(self)

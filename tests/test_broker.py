@@ -689,9 +689,11 @@ def test_no_local_keeps_a_client_s_own_messages_from_it(hosted: Hosted) -> None:
     """[MQTT-3.8.3-3]"""
     client, other = hosted.connected("a"), hosted.connected("b")
     client.subscribe(("t", 1 | NO_LOCAL))
+    other.subscribe("t")
     client.publish("t", b"own")
     other.publish("t", b"other")
     assert client.receive().payload == b"other"
+    assert [other.receive().payload for _ in range(2)] == [b"own", b"other"]
 
 
 @both

@@ -61,11 +61,13 @@ def test_what_the_help_says_that_it_takes_is_what_it_takes() -> None:
     text = " ".join((ROOT / "contrib/help/brokers.md").read_text("utf-8").split())
     bounds = (
         "1000 connections, 5000 sessions with 10,000 subscriptions and 10,000 waiting messages (64"
-        " MiB) each, and 10,000 retained messages (64 MiB); 256 MiB of messages in all"
+        " MiB) each, and 10,000 retained messages (64 MiB); 256 MiB of messages in all, and"
+        " 128 MiB on their way"
     )
     assert bounds in text
     assert hive.MAX_CLIENT_CONNECTIONS == 1000 and hive.MAX_SESSIONS == 5000
     assert hive.MAX_SUBSCRIPTIONS == hive.MAX_RETAINED == 10_000
+    assert hive.MAX_BUFFERED == 128 << 20
     said = BrokerConfig()
     assert (said.queue_messages, said.queue_mib) == (10_000, 64)
     assert (said.retained_mib, said.total_mib) == (64, 256)
@@ -211,14 +213,14 @@ class Ticking:
             rest = rest[client.sock.send(rest[:50_000]) :]
             self.turn()
 
-    def receive(self, client: Raw, count: int) -> list[bytes]:
+    def receive(self, client: Raw, count: int, acknowledge: bool = True) -> list[bytes]:
         """The next so many messages, of which the socket may take but a part at once."""
         found = list[bytes]()
         while len(found) < count:
             self.turn()
             client._buffer += client.sock.recv(1 << 20)
             while len(found) < count and hive.packet_bounds(client._buffer, 0, 1 << 28):
-                found.append(client.receive().payload)
+                found.append(client.receive(acknowledge).payload)
         self.turn()
         return found
 
@@ -407,6 +409,16 @@ def test_retained_messages_come_as_the_client_takes_them(ticking: Ticking) -> No
     client.expect(PacketType.SUBACK)
     assert len(ticking.receive(client, 20)) == 20
     ticking.quiet(client)
+
+
+def test_what_is_queued_comes_as_the_client_reads_though_it_acknowledges_nothing(
+    ticking: Ticking,
+) -> None:
+    client, sender = ticking.subscribed("a", ("t", 1)), ticking.connected("s")
+    for n in range(8):
+        ticking.say(sender, publish_packet("t", b"x" * 100_000, 1, n + 1, version=4))
+    assert ticking.broker.sessions["a"].queue, "its socket does not take them all"
+    assert [len(one) for one in ticking.receive(client, 8, acknowledge=False)] == [100_000] * 8
 
 
 def test_who_must_read_first_is_heard_as_soon_as_it_has(ticking: Ticking) -> None:
