@@ -1105,8 +1105,8 @@ class Loop:
     def post(self, call: Callable[[], None]) -> None:
         """Call back soon; the one method for other threads."""
         self._posted.append(call)
-        with contextlib.suppress(ValueError):  # closed: nobody cares; full: it will wake anyway
-            self._wake_writer.write(b"\0")
+        with contextlib.suppress(OSError, ValueError):  # closed, or just now: nobody cares
+            self._wake_writer.write(b"\0")  # full: it will wake anyway
 
     def on_signal(self, number: int, call: Callable[[], None]) -> None:
         """Call back from the loop, never in the middle of something, when a signal comes."""
@@ -9351,7 +9351,7 @@ MAX_ALIASES = 16  # topic aliases of one client
 NO_PACKET_LIMIT = 1 << 28  # bytes, which no packet has (MQTT 5, 2.1.4)
 MAX_OUT = 1024 * KIB  # bytes that wait for one socket; beyond it QoS 0 is dropped, the rest queued
 MAX_BUFFERED = 128 * KIB * KIB  # bytes half read or not yet written, of all clients
-BACKPRESSURE_LIMITS = (1000, 4 * KIB * KIB)  # messages and bytes for a client: its senders wait
+BACKPRESSURE_LIMITS = (SEND_QUOTA, 4 * KIB * KIB)  # messages, bytes that wait: senders wait too
 BACKPRESSURE_TIMEOUT = 1.0  # seconds that senders wait for it; then it is left behind
 
 BROKER_TABLES = (
@@ -9914,7 +9914,8 @@ class ClientConnection:
             self._end_session(with_will=True)
         elif self.version == 5 or reason in CONNECT_RETURN_CODES:
             return self._refuse_connect(reason)
-        self._hang_up()  # MQTT 3.1.1, 3.1.4: no CONNACK where CONNECT is malformed
+        # MQTT 3.1.1, 3.1.4: no CONNACK where CONNECT is malformed
+        self.stream.end(DISCONNECT_LINGER)
 
     def send_disconnect(self, reason: ReasonCode) -> None:
         if self.version == 5:
@@ -9925,11 +9926,7 @@ class ClientConnection:
         """Answer CONNECT with no, where it can be understood."""
         if self.version:
             self.stream.write(encode_connack(False, reason, {}, self.version))
-        self._hang_up()
-
-    def _hang_up(self) -> None:
         self.stream.end(DISCONNECT_LINGER)
-        self.block_on(None)
 
     def _end_session(self, with_will: bool) -> None:
         """Its session is on its own from now on."""
@@ -9939,7 +9936,6 @@ class ClientConnection:
 
     def _on_close(self) -> None:
         self._end_session(with_will=True)
-        self.block_on(None)
         if self._timer:
             self._timer.cancel()
         self._broker.connections.discard(self)
@@ -10113,7 +10109,7 @@ class ClientConnection:
             raise ProtocolError("a session expiry where there was none")
         session.expiry = expiry
         self._end_session(with_will=bool(reason))
-        self._hang_up()
+        self.stream.end(DISCONNECT_LINGER)
 
 
 ACKED = (PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBREL, PacketType.PUBCOMP)
