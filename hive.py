@@ -1105,8 +1105,8 @@ class Loop:
     def post(self, call: Callable[[], None]) -> None:
         """Call back soon; the one method for other threads."""
         self._posted.append(call)
-        with contextlib.suppress(ValueError):  # closed: nobody cares; full: it will wake anyway
-            self._wake_writer.write(b"\0")
+        with contextlib.suppress(OSError, ValueError):  # closed, or just now: nobody cares
+            self._wake_writer.write(b"\0")  # full: it will wake anyway
 
     def on_signal(self, number: int, call: Callable[[], None]) -> None:
         """Call back from the loop, never in the middle of something, when a signal comes."""
@@ -8786,7 +8786,7 @@ class ReasonCode(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
+NO_SUBSCRIBERS = ReasonCode.NO_MATCHING_SUBSCRIBERS
 
 
 def is_failure(reason: int) -> bool:
@@ -9351,7 +9351,7 @@ MAX_ALIASES = 16  # topic aliases of one client
 NO_PACKET_LIMIT = 1 << 28  # bytes, which no packet has (MQTT 5, 2.1.4)
 MAX_OUT = 1024 * KIB  # bytes that wait for one socket; beyond it QoS 0 is dropped, the rest queued
 MAX_BUFFERED = 128 * KIB * KIB  # bytes half read or not yet written, of all clients
-BACKPRESSURE_LIMITS = (1000, 4 * KIB * KIB)  # messages and bytes for a client: its senders wait
+BACKPRESSURE_LIMITS = (SEND_QUOTA, 4 * KIB * KIB)  # messages, bytes that wait: senders wait too
 BACKPRESSURE_TIMEOUT = 1.0  # seconds that senders wait for it; then it is left behind
 
 BROKER_TABLES = (
@@ -9648,7 +9648,6 @@ class SessionStore:
     def delete_message(self, message: ApplicationMessage) -> None:
         if message.n:
             self.database.write("DELETE FROM messages WHERE n = ?", (message.n,))
-            message.n = 0
 
     def enqueue(self, session: Session, queued: QueuedMessage) -> None:
         if session.expiry:
@@ -9843,10 +9842,10 @@ class ClientConnection:
             stream.close()
         elif self._is_held():  # it is we who do not listen
             self._held_at = now
-            if self._retained:
-                self.work_soon()
         elif now - max(stream.read_at, self._held_at) >= limit:
             self.disconnect(ReasonCode.KEEP_ALIVE_TIMEOUT)
+        if self._retained:
+            self.work_soon()
 
     def block_on(self, session: Session | None) -> None:
         """Hear no more of this client until a session that it sends to has read."""
@@ -9915,7 +9914,8 @@ class ClientConnection:
             self._end_session(with_will=True)
         elif self.version == 5 or reason in CONNECT_RETURN_CODES:
             return self._refuse_connect(reason)
-        self._hang_up()  # MQTT 3.1.1, 3.1.4: no CONNACK where CONNECT is malformed
+        # MQTT 3.1.1, 3.1.4: no CONNACK where CONNECT is malformed
+        self.stream.end(DISCONNECT_LINGER)
 
     def send_disconnect(self, reason: ReasonCode) -> None:
         if self.version == 5:
@@ -9926,12 +9926,7 @@ class ClientConnection:
         """Answer CONNECT with no, where it can be understood."""
         if self.version:
             self.stream.write(encode_connack(False, reason, {}, self.version))
-        self._hang_up()
-
-    def _hang_up(self) -> None:
         self.stream.end(DISCONNECT_LINGER)
-        self._retained.clear()
-        self.block_on(None)
 
     def _end_session(self, with_will: bool) -> None:
         """Its session is on its own from now on."""
@@ -9941,8 +9936,6 @@ class ClientConnection:
 
     def _on_close(self) -> None:
         self._end_session(with_will=True)
-        self.block_on(None)
-        self._retained.clear()
         if self._timer:
             self._timer.cancel()
         self._broker.connections.discard(self)
@@ -10116,7 +10109,7 @@ class ClientConnection:
             raise ProtocolError("a session expiry where there was none")
         session.expiry = expiry
         self._end_session(with_will=bool(reason))
-        self._hang_up()
+        self.stream.end(DISCONNECT_LINGER)
 
 
 ACKED = (PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBREL, PacketType.PUBCOMP)
@@ -10460,8 +10453,8 @@ class Broker:
             if is_failure(reason):
                 self.log_limited("will dropped", None, f"{session.client_id}: {reason.words}")
 
-    def subscribe(self, session: Session, subscription: Subscription) -> ReasonCode:
-        """File a subscription in the place of an older one."""
+    def subscribe(self, session: Session, subscription: Subscription) -> ReasonCode | None:
+        """File a subscription in the place of an older one, or say why not."""
         filter = subscription.filter
         if subscription.shared:
             return ReasonCode.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED
@@ -10472,7 +10465,7 @@ class Broker:
         session.subscriptions[filter] = subscription
         self.subscriptions.add(session, subscription)
         self.store.save(session)
-        return ReasonCode.SUCCESS
+        return None
 
     def unsubscribe(self, session: Session, filter: str) -> ReasonCode:
         if not session.subscriptions.pop(filter, None):
@@ -10527,9 +10520,8 @@ class Broker:
 
     def _has_room(self, session: Session, message: ApplicationMessage, share: float) -> bool:
         """May this session have one more; is there memory for it?"""
-        needed = 0 if message.references else message.size
         bound = share * self._settings.total_mib * KIB * KIB
-        return session.has_room_for(message) and self._size + needed <= bound
+        return session.has_room_for(message) and self._size + message.size <= bound
 
     def _deliver(self, session: Session, queued: QueuedMessage) -> None:
         connection = session.connection
@@ -10548,9 +10540,8 @@ class Broker:
         session.size += queued.message.size
         session.queue.append(queued)
         self.send_queued(session)
-        waits = bool(session.queue) and session.queue[-1] is queued
-        if waits or session.inflight.get(queued.packet_id) is queued:
-            self.store.enqueue(session, queued)
+        if session.queue or session.inflight.get(queued.packet_id) is queued:
+            self.store.enqueue(session, queued)  # it waits, or was sent
 
     def send_queued(self, session: Session) -> None:
         """Send what a session waits for, as far as its client takes it."""
@@ -10629,8 +10620,7 @@ class Broker:
         plain = "+" not in wanted.filter and "#" not in wanted.filter
         for topic in (wanted.filter,) if plain else tuple(self.retained):
             message = self.retained.get(topic)
-            fits = message and matches(wanted.filter, topic)
-            yield (message, wanted) if message and fits else None
+            yield (message, wanted) if message and matches(wanted.filter, topic) else None
 
     def send_retained(
         self, session: Session, message: ApplicationMessage, wanted: Subscription
