@@ -7826,7 +7826,7 @@ class LastHour:
 
         self._minute = 0  # the newest, by the clock of those who call
         self._beats = bytearray(MINUTES)
-        self._loads = array("H", bytes(2 * MINUTES))  # hundredths
+        self._loads = array("H", [0]) * MINUTES  # hundredths
 
     def beat(self, now: float, load: float | None) -> None:
         """One heartbeat."""
