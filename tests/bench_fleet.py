@@ -11,9 +11,10 @@ measured.  So is that of a bare paho client which reads the same messages, and d
 
 Beside it Serf at the same N, where it is installed (apt-get install serf): each agent a process.
 
-The scenario: a broker that is started anew, a partition that heals, a machine asleep and a clock
-that is set back, in turn, with a quarter of the time for each; and whatever is said of anybody who
-was there all the time is a false alert.
+The scenario: a broker that is started anew, a partition that heals (a network namespace whose
+link is taken down: it needs root), a machine asleep and a clock that is set back, in turn, with a
+quarter of the time for each; and whatever is said of anybody who was there all the time is a false
+alert.
 """
 
 from __future__ import annotations
@@ -38,16 +39,18 @@ from pathlib import Path
 from typing import Any
 
 from conftest import Broker, Daemon, Hive
-from faults import CHANGED, Wire
+from faults import CHANGED
 from raw_mqtt import connect_packet, publish_packet, subscribe_packet
 
 import hive
 from hive import Envelope, PacketType, Publish
 
+Address = tuple[str, int]
+
+LOOPBACK = "127.0.0.1"
 TICKS = os.sysconf("SC_CLK_TCK")
-BEATS = 10  # a second, of all
 OWN_INTERVAL = 5.0
-RENEWED = 10  # heartbeats to a state
+MISSED = 3  # heartbeats
 KEEPALIVE = hive.MqttConfig().keepalive
 NOT_KEPT = 0x20  # of a subscription: what is retained does not come (MQTT 5, 3.8.3.1)
 SERF_MEMORY = 25  # MB that an agent may need
@@ -60,15 +63,17 @@ SERF_A_CORE = 50  # agents: 300 on two cores were not done with joining in ten m
 class Node:
     """One of the crowd: a connection that does what a daemon does."""
 
-    def __init__(self, name: str, port: int, prefix: str, interval: float) -> None:
-        self.name, self.port, self.prefix, self.interval = name, port, prefix, interval
+    def __init__(self, name: str, broker: Address, prefix: str, number: int) -> None:
+        self.name, self.broker, self.prefix = name, broker, prefix
+        self.interval = max(OWN_INTERVAL, number / hive.MAX_BEATS)
+        self.renewal = max(self.interval, number / hive.MAX_RENEWALS)
         self.began, self.seq, self.input = time.time(), 0, bytearray()
-        self.next_beat = time.monotonic() + interval * random.random()
+        self.next_beat = time.monotonic() + self.interval * random.random()
         self.connect()
 
     def connect(self) -> None:
         """Come, or come back; raises OSError."""
-        self.sock = socket.create_connection(("127.0.0.1", self.port))
+        self.sock = socket.create_connection(self.broker, 10)
         self.input.clear()
         topic = f"{self.prefix}/meta/{self.name}/state"
         will = Publish(topic, self.state("offline"), 1, True)
@@ -99,8 +104,8 @@ class Node:
             "daemon_node": self.name,
             "status": status,
             "last_seen": int(time.time()),
-            "interval": self.interval,
-            "miss_threshold": 3,
+            "interval": self.renewal,
+            "miss_threshold": MISSED,
             "version": hive.__version__,
             "oc": {},
             "counters": {},
@@ -127,7 +132,7 @@ class Node:
         text = json.dumps({**said, "uptime_s": time.time() - self.began, "load_1m": 0.1})
         envelope = Envelope.new(self.name, "all", "heartbeat", text, urgency="later").encode()
         packet = publish_packet(f"{self.prefix}/all/heartbeat", envelope)
-        if self.seq % RENEWED == 1:
+        if self.seq % int((MISSED - 1) * self.renewal / self.interval) == 1:
             packet += self.document("state", self.state("online"))
         self.sock.sendall(packet)
 
@@ -161,10 +166,10 @@ class Node:
         return publish_packet(topic, reply, 1, self.seq % 65535 + 1)
 
 
-def crowd(port: int, prefix: str, names: Sequence[str], interval: float) -> None:
-    """Be these nodes, until SIGTERM; says when all are there."""
+def crowd(broker: Address, prefix: str, names: Sequence[str], number: int) -> None:
+    """Be these nodes of a hive of so many, until SIGTERM; says when all are there."""
     selector = selectors.DefaultSelector()
-    nodes = [Node(name, port, prefix, interval) for name in names]
+    nodes = [Node(name, broker, prefix, number) for name in names]
     due: list[tuple[float, int]] = []
     for n, node in enumerate(nodes):
         node.subscribe()
@@ -196,8 +201,10 @@ def crowd(port: int, prefix: str, names: Sequence[str], interval: float) -> None
 
 
 @contextlib.contextmanager
-def crowd_of(port: int, names: Sequence[str], interval: float) -> Iterator[subprocess.Popen[str]]:
-    line = [sys.executable, __file__, "--crowd", str(port), str(interval)]
+def crowd_of(
+    broker: Address, names: Sequence[str], number: int, inside: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    line = [*inside, sys.executable, __file__, "--crowd", broker[0], *map(str, (broker[1], number))]
     others = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert others.stdin and others.stdout
     others.stdin.write(json.dumps([*names]))
@@ -298,17 +305,13 @@ def real(fleet: Hive, *names: str) -> list[Daemon]:
     return nodes
 
 
-def pace(number: int) -> float:
-    return max(OWN_INTERVAL, number / BEATS)
-
-
 def measure(number: int, seconds: float) -> dict[str, Any]:
     names = [f"web-{n:04}" for n in range(number - 3)]
     with contextlib.ExitStack() as ending:
         home = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="hive-fleet-")))
         fleet = ending.enter_context(fleet_of(home))
         broker = fleet.broker
-        others = ending.enter_context(crowd_of(broker.port, names, pace(number)))
+        others = ending.enter_context(crowd_of((LOOPBACK, broker.port), names, number))
         nodes = real(fleet, "alpha", "beta", "gamma")
         for one in nodes:
             one.start()
@@ -427,6 +430,35 @@ def serf(number: int, seconds: float) -> dict[str, Any]:
 # ---- The scenario ------------------------------------------------------------------------
 
 
+class Site:
+    """Machines at the other end of a cable: a network namespace, and a link that can be cut."""
+
+    def __init__(self) -> None:
+        self._space, self._end = f"hive-far-{os.getpid()}", f"hive{os.getpid()}"
+        self.here, there = "10.79.0.1", "10.79.0.2"
+        self.inside = ["ip", "netns", "exec", self._space]
+        ip("netns", "add", self._space)
+        ip("link", "add", self._end, "type", "veth", "peer", "far", "netns", self._space)
+        ip("address", "add", f"{self.here}/30", "dev", self._end)
+        ip("-n", self._space, "address", "add", f"{there}/30", "dev", "far")
+        for link in ("lo", "far"):
+            ip("-n", self._space, "link", "set", link, "up")
+        self.mend()
+
+    def cut(self) -> None:
+        ip("link", "set", self._end, "down")
+
+    def mend(self) -> None:
+        ip("link", "set", self._end, "up")
+
+    def close(self) -> None:
+        ip("netns", "del", self._space)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
 def scenario(number: int, minutes: float) -> list[str]:
     """What was said of whom, in a hive of real daemons and a crowd."""
     far = [f"far-{n:02}" for n in range(10)]
@@ -436,14 +468,17 @@ def scenario(number: int, minutes: float) -> list[str]:
         home = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="hive-fleet-")))
         fleet = ending.enter_context(fleet_of(home))
         broker = fleet.broker
-        wire = ending.enter_context(contextlib.closing(Wire(broker.port)))
-        crowds = ((broker.port, near), (wire.port, far))
-        for port, names in crowds:
-            ending.enter_context(crowd_of(port, names, pace(number)))
+        site = ending.enter_context(contextlib.closing(Site()))
+        broker.stop()
+        rules = broker.home / "mosquitto.conf"
+        rules.write_text(f"listener {broker.port} {site.here}\n{rules.read_text()}")
+        broker.start()
+        ending.enter_context(crowd_of((LOOPBACK, broker.port), near, number))
+        ending.enter_context(crowd_of((site.here, broker.port), far, number, site.inside))
         nodes = real(fleet, "alpha", "beta", "delta", "gamma", "omega")
         _, beta, _, gamma, omega = nodes
         text = beta.config.read_text()
-        beta.config.write_text(text.replace(f"port = {broker.port}", f"port = {wire.port}"))
+        beta.config.write_text(text.replace("[mqtt]", f'[mqtt]\nhost = "{site.here}"'))
         clock = home / "clock"
         clock.write_text("0")
         change = (
@@ -451,7 +486,9 @@ def scenario(number: int, minutes: float) -> list[str]:
         )
         for one in nodes:
             program = fleet.program
-            if one is omega:
+            if one is beta:
+                fleet.program = [*site.inside, *program]
+            elif one is omega:
                 code = CHANGED.format(change=change)
                 fleet.program = [sys.executable, "-c", code, str(Path(hive.__file__).parent)]
             one.start()
@@ -461,9 +498,9 @@ def scenario(number: int, minutes: float) -> list[str]:
         time.sleep(part / 4)
         broker.start()
         time.sleep(part * 3 / 4)
-        wire.cut()
+        site.cut()
         time.sleep(part / 2)
-        wire.mend(forget=True)
+        site.mend()
         time.sleep(part / 2)
         gamma.process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
         time.sleep(part * 2 / 3)  # ten minutes of sixty
@@ -590,5 +627,6 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--crowd"]:
-        crowd(int(sys.argv[2]), "hive", json.load(sys.stdin), float(sys.argv[3]))
+        address = (sys.argv[2], int(sys.argv[3]))
+        crowd(address, "hive", json.load(sys.stdin), int(sys.argv[4]))
     main(sys.argv[1:])

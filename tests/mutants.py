@@ -20,6 +20,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import itertools
 import json
@@ -484,8 +485,9 @@ class Covers:
                 tests[test][1].append(function)
         passed = {test: [s, sorted({*names})] for test, (s, names, good) in tests.items() if good}
         with self._lock:
-            self._files[name] = [digest, passed]
-            self._path.write_text(json.dumps(self._files))
+            if passed:
+                self._files[name] = [digest, passed]
+                self._path.write_text(json.dumps(self._files))
         print(f"{name}: {len(passed)} of {len(tests)} tests looked at", flush=True)
 
     def of(self, mutant: Mutant) -> tuple[list[str], float]:
@@ -570,6 +572,11 @@ def main() -> None:
             print(mutant.diff(source.text))
         return
     CACHE.mkdir(parents=True, exist_ok=True)
+    lock = (CACHE / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        parser.error(f"another run is under way in {CACHE}")
     known, covers = remembered(), Covers(source, options)
     slots: SimpleQueue[Slot] = SimpleQueue()
     for number in range(options.jobs):

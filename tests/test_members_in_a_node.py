@@ -613,19 +613,31 @@ def test_a_large_hive_beats_more_slowly_and_is_in_time_by_its_last_word(rig: Rig
     assert {interval for _, interval in declared()} == {5.0}
     for number in range(199):
         rig.beat(f"peer-{number}", interval=3600)
-    rig.advance(300)
+    rig.advance(600)
     beats = declared()
-    assert beats[-1][1] == 20.0  # 200 nodes, 10 heartbeats a second
+    assert beats[-1][1] == 50.0  # 200 nodes, four heartbeats a second
     for (before, interval), (after, _) in pairwise(beats):
         assert after - before <= interval
         assert after - before > interval - 5.1
-    assert len(beats) < 300 / 20 + 8
+    assert len(beats) < 600 / 50 + 10
     assert all(after / before <= 1.5 for (_, before), (_, after) in pairwise(beats))
     for number in range(190):
         rig.hear_state(f"peer-{number}", status="offline", reason="stopped")
-    rig.advance(30)
+    rig.advance(60)
     assert declared()[-1][1] == 5.0
     assert lost(rig) == []
+
+
+def test_however_large_a_hive_others_believe_how_often_it_beats(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a peer declares is held to a bound: who beat more rarely would be taken for lost."""
+    monkeypatch.setattr(hive, "PEER_INTERVAL", (0.1, 60.0))
+    monkeypatch.setattr(hive, "MAX_BEATS", 1e-6)
+    monkeypatch.setattr(hive, "MAX_RENEWALS", 1e-6)
+    rig.advance(300)
+    said = json.loads(json.loads(rig.heartbeats()[-1].payload)["text"])
+    assert said["interval"] == rig.kept("beta", "state")[-1]["interval"] == 60
 
 
 # Many at once
