@@ -1591,7 +1591,12 @@ def test_it_forgets_a_quarter_more_than_was_written_since(
     journal, forgotten = open_journal(max_size=900_000), list[int]()
     monkeypatch.setattr(hive, "PRUNE_STEP", step)
     monkeypatch.setattr(hive.Journal, "size", 600_007)
-    monkeypatch.setattr(journal, "_forget_texts", lambda much: forgotten.append(much) or 1)
+
+    def forget(much: int) -> int:
+        forgotten.append(much)
+        return 1
+
+    monkeypatch.setattr(journal, "_forget_texts", forget)
     journal._rows = written
     assert journal.prune(NOW)
     assert forgotten == [7] * looks  # two thirds are for the file, one for its write-ahead log

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -738,13 +739,13 @@ def test_one_that_has_stopped_is_told_apart_from_one_that_is_lost(
 
 
 def test_a_node_without_a_load_says_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hive.os, "getloadavg", lambda: (1.23456, 7.0, 8.0))
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.23456, 7.0, 8.0))
     assert hive.load_1m() == 1.23
 
     def fail() -> None:
         raise OSError
 
-    monkeypatch.setattr(hive.os, "getloadavg", fail)
+    monkeypatch.setattr(os, "getloadavg", fail)
     assert hive.load_1m() is None
 
 
@@ -1126,7 +1127,7 @@ def test_at_its_begin_a_node_shows_all_of_itself(stage: Stage) -> None:
         **{"node_id": "beta", "daemon_node": "beta", "status": "online", "known_peers": []},
         **{"running": 0, "waiting": 0, "outbox": 0, "rtt_ms": None, "oc": {}},
         **{"instance": "this-run", "miss_threshold": 3, "shares_journal": False},
-        **{"counters": {"received": 3}, "host": hive.os.uname().nodename},
+        **{"counters": {"received": 3}, "host": os.uname().nodename},
     }
     assert expected.items() <= state.items() and "reason" not in state
     roster = stage.last("roster")
@@ -1248,7 +1249,7 @@ class Asking:
             b"are you there?",
             lambda: self.free.append(self.now),
             print,
-            print,  # type: ignore[arg-type]
+            print,
         )
         self.query: Any = self.check._query
 

@@ -1335,7 +1335,7 @@ def test_3_1_1_is_tried_at_once_and_mqtt_5_after_that(rig: Rig, how: str) -> Non
     assert len(Wire.made) == (1 if other else 2)
     if not other:
         assert rig.wire.protocol == "3.1.1" and rig.client._failures == 0
-        rig.wire.v5 = False  # type: ignore[misc]
+        rig.wire.v5 = False
         rig.wire.end("refused", 0x84)
     rig.now += 60
     rig.loop.step()
