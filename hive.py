@@ -1592,7 +1592,6 @@ class Journal:
 
     def commit(self) -> None:
         """Make it last, before anybody is told that it is safe with us."""
-        self._database.commit()
         if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
             self.prune(time.time())
         if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
@@ -2118,7 +2117,7 @@ class Journal:
         """The oldest ones that nothing unfinished belongs to: PRUNE_TEXTS, or so many bytes."""
         kept = f"content IS NOT NULL AND {FINISHED}"
         question = f"SELECT n, length(content) FROM log WHERE {kept} ORDER BY n LIMIT ?"
-        rows, last = deque(self._database.read(question, (max(PRUNE_TEXTS, PRUNE_STEP),))), 0
+        rows, last = deque(self._database.read(question, (PRUNE_STEP,))), 0
         few = len(rows) - PRUNE_TEXTS
         while rows and (much > 0 or len(rows) > few):
             last, size = rows.popleft()
@@ -7494,7 +7493,7 @@ class Database:
 
     def _prepare(self, file: Path | None) -> sqlite3.Connection:
         if file:
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
         database = self._sqlite.connect(file or ":memory:", isolation_level=None, timeout=0.2)
         try:
             for pragma in (
@@ -7524,7 +7523,7 @@ class Database:
         for how in ("mode=ro", "immutable=1"):  # the second where there is nothing beside the file
             with contextlib.suppress(self._sqlite.Error):
                 uri = f"{self._file.absolute().as_uri()}?{how}"
-                database = self._sqlite.connect(uri, uri=True, isolation_level=None)
+                database = self._sqlite.connect(uri, uri=True)
                 database.execute("SELECT count(*) FROM sqlite_master")
                 return database
         return None
@@ -7647,7 +7646,7 @@ class FileLock:
         import fcntl
 
         until, self.file = time.monotonic() + patience, file
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
         self._stream = os.fdopen(descriptor, "r+", errors="replace")
         while True:
             try:
@@ -7818,7 +7817,7 @@ class LastHour:
 
         self._minute = 0  # the newest, by the clock of those who call
         self._beats = bytearray(MINUTES)
-        self._loads = array("H", bytes(2 * MINUTES))  # hundredths
+        self._loads = array("H", [0]) * MINUTES  # hundredths
 
     def beat(self, now: float, load: float | None) -> None:
         """One heartbeat."""
