@@ -4110,10 +4110,13 @@ class HandlerRun(Value):
     """A message that waits for its handler."""
 
     envelope: Envelope
-    action: str
     until: float = float("inf")  # monotonic; then it is stale
     task: int = 0  # its number in the journal, if somebody else waits for it
     scheduled: ScheduledRun | None = None  # who asked, if nobody did from outside
+
+    @property
+    def action(self) -> str:
+        return str(self.envelope.action)
 
 
 class HandlerQueue:
@@ -4330,7 +4333,7 @@ class Work(Worker):
     def _run_again(self, task: Task) -> None:
         """Run it, unless it may have run: that is for whoever sent it to decide."""
         envelope = task.envelope
-        run = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
+        run = HandlerRun(envelope, self._deadline(task.until), task.n)
         if task.began and not self._handler_config(run.action).retry:
             fault = "the daemon ended meanwhile"
             self._finish(run, ProcessResult(exit=None, cancelled=True, fault=fault))
@@ -4348,7 +4351,7 @@ class Work(Worker):
 
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         task = self._journal.add_task(row, until=until)
-        self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
+        self._enqueue(HandlerRun(envelope, self._deadline(until), task))
 
     def _handler_config(self, action: str) -> HandlerConfig:
         return self._config.handlers.get(action, HandlerConfig())
@@ -4490,7 +4493,7 @@ class Work(Worker):
 
         name, action = self._node.name, one.config.action
         envelope = Envelope.new(name, name, "command", one.config.text, action=action)
-        run = HandlerRun(envelope, action, scheduled=one)
+        run = HandlerRun(envelope, scheduled=one)
         gone = self._queue.put(run)
         if gone is not run:
             one.begin(now)

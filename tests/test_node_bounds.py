@@ -516,11 +516,11 @@ def test_a_result_that_is_too_large_is_kept_cut_and_other_faults_are_only_told(r
     node._document_refused(message.replace(n=0), hive.PACKET_TOO_LARGE, "too large")
     no_result = hive.encode_json({"state": 1})
     node._document_refused(message.replace(payload=no_result), hive.PACKET_TOO_LARGE, "too large")
-    rig.turn()
+    node.commit()
     assert rig.kept("beta", "count") == []
-    assert [row["topic"] for row in rig.events("document not published")] == [topic] * 3
+    told = [(row["topic"], row["why"]) for row in rig.events("document not published")]
+    assert told == [(topic, "Not authorized"), (topic, "too large"), (topic, "too large")]
     node._document_refused(message, hive.PACKET_TOO_LARGE, "too large")
-    rig.turn()
     node.commit()
     (kept,) = rig.kept("beta", "count")
     assert kept["truncated"] is True and kept["result"].startswith("xxx")
@@ -564,6 +564,7 @@ def test_the_journal_is_looked_after_twice_a_minute_or_at_once_while_there_is_mu
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = rig.node.node
+    assert 30.0 in timers(rig), "from the start"
     back = note_calls(monkeypatch, rig.journal, "return_to_disk")
     repeats = note_calls(monkeypatch, rig.node.log, "count_repeats")
     limited = note_calls(monkeypatch, node._rate_limit, "report")

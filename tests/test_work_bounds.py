@@ -190,7 +190,7 @@ def finish(rig: Rig, result: hive.ProcessResult) -> hive.Envelope:
     (one,) = work_of(rig)._schedule
     one.begin(NOON)
     run = hive.Envelope.new("beta", "beta", "command", "scheduled", action="check")
-    work_of(rig)._finish(hive.HandlerRun(run, "check", scheduled=one), result)
+    work_of(rig)._finish(hive.HandlerRun(run, scheduled=one), result)
     return run
 
 
@@ -268,7 +268,7 @@ def test_what_has_run_is_counted_and_timed(rig: Rig) -> None:
     for exit, seconds in ((0, 2.0), (1, 0.5), (0, 0.25)):
         work._queue._running["ping"] = 1
         envelope = hive.Envelope.new("alpha", "beta", "command", "x", action="ping")
-        work._ran(hive.HandlerRun(envelope, "ping"), ended(exit, seconds=seconds))
+        work._ran(hive.HandlerRun(envelope), ended(exit, seconds=seconds))
     assert (node.counts["runs"], node.counts["failures"]) == (3, 1)
     numbers = work.numbers()
     assert numbers["hive_handler_runs_total"] == [["ping", "ok", 2], ["ping", "failed", 1]]
@@ -317,7 +317,7 @@ def test_what_waited_too_long_does_not_run(rig_of: Make, late: bool) -> None:
     rig = rig_of()
     envelope = hive.Envelope.new("alpha", "beta", "command", "x", action="ping")
     until = rig.clock.now - (0.001 if late else 0.0)
-    work_of(rig)._enqueue(hive.HandlerRun(envelope, "ping", until))
+    work_of(rig)._enqueue(hive.HandlerRun(envelope, until))
     answer = rig.answer_to(envelope)
     expected = "its time to live was over before its turn came" if late else "pong"
     assert (expected in answer.text) and bool(rig.started()) is not late
@@ -362,7 +362,7 @@ def test_what_is_unpublished_or_private_is_marked_so(
     for one, out in zip(
         asked, ("pong", '{"private": true, "a": 1}', '{"private": 1}'), strict=True
     ):
-        work_of(rig)._finish(hive.HandlerRun(one, "ping"), ended(out=out))
+        work_of(rig)._finish(hive.HandlerRun(one), ended(out=out))
     rig.turn()
     hidden = [rig.answers_to(one)[0].extra.get("private", False) for one in asked]
     assert hidden == ([False, True, False] if publish else [True] * 3)
@@ -376,7 +376,7 @@ def test_the_journal_says_how_a_handler_ended(rig: Rig) -> None:
     for one, result in zip(
         asked, (ended(seconds=0.012), ended(3, err="no", seconds=1.0)), strict=True
     ):
-        work_of(rig)._finish(hive.HandlerRun(one, "ping"), result)
+        work_of(rig)._finish(hive.HandlerRun(one), result)
     rig.turn()
     notes = [row["note"] for one in asked for row in rig.journal.exchange(one.id)]
     assert [note for note in notes if note.partition(",")[0] in ("ok", "error: exit 3: no")] == [
@@ -400,6 +400,8 @@ def test_a_handler_that_starts_is_in_the_log_with_its_message(rig: Rig) -> None:
     asked = rig.say("command", "ping")
     (line,) = rig.events("handler started")
     assert (line["level"], line["action"], line["id"]) == ("info", "ping", asked.id)
+    (task,) = rig.journal.tasks()
+    assert task.began, "after a crash nobody could say whether it has run"
 
 
 # Agents
@@ -481,7 +483,7 @@ def test_whatever_becomes_of_a_message_is_on_disk_at_the_end_of_the_turn(
 ) -> None:
     rig = rig_of([main_agent])
     work, node = work_of(rig), rig.node.node
-    run = hive.HandlerRun(an_event().envelope.replace(action="ping"), "ping")
+    run = hive.HandlerRun(an_event().envelope.replace(action="ping"))
     calls: tuple[Callable[[int], None], ...] = (
         lambda task: work.agent_failed([an_event(task=task)]),
         lambda task: work.agent_woken("main", an_event(note=hive.UNCERTAIN_NOTE), None, False),
