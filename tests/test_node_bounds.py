@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,9 +145,11 @@ def test_agents_of_one_node_share_what_it_is_told_of_refusals(
     rig.node.node._refusals = hive.SenderLimits(1, 2)
     rig.beat("alpha")
     rig.hand_in("hive/meta/alpha/roster", b'{"agents": ["one", "two"]}', retained=True)
-    for sender in ("one", "two", "alpha", "gamma"):
+    senders = ("one", "two", "alpha", *("gamma", "delta") * 2)
+    for sender in senders:
         rig.say("command", "nothing", sender=sender)
-    assert [to for to, _ in alerts(rig)] == ["one", "two", "gamma"]
+    told = sorted(to for to, _ in alerts(rig))
+    assert told == ["delta", "delta", "gamma", "gamma", "one", "two"]
     (line,) = rig.events("dropped")
     assert line["from"] == "alpha" and line["why"].startswith("no handler for action nothing")
     rig.advance(5)
@@ -507,6 +510,28 @@ def test_questions_are_looked_at_when_the_next_is_overdue_or_in_a_minute(
     node.stopping = False
 
 
+def test_who_asked_and_is_gone_is_told_that_nobody_answered(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, now = rig.node.node, time.time()
+    told = note_calls(monkeypatch, node, "tell_own_agents")
+    waiting = {"c-1"}
+    monkeypatch.setattr(node.requests, "waits", waiting.__contains__)
+    for n in (1, 2):
+        said = hive.Envelope.new("beta", "alpha", "command", "x", corr=f"c-{n}", ttl=5, now=now - 9)
+        row = rig.journal.record(hive.Event.SENT, said, now - 9) or 0
+        rig.journal.add_pending_request(said, row)
+    rig.turn()
+    node._check_pending_requests()
+    assert rig.journal.questions == 0 and node._committing
+    ((alert, note),) = told
+    assert (alert.sender, alert.to, alert.ch, alert.corr) == ("beta", "beta", "alert", "c-2")
+    assert re.fullmatch("no answer from alpha to what was asked (9|10) s ago", alert.text)
+    assert note == "its time to live was over"
+    (line,) = rig.events("no answer")
+    assert (line["level"], line["id"], line["to"]) == ("warning", "c-2", "alpha")
+
+
 def test_a_result_that_is_too_large_is_kept_cut_and_other_faults_are_only_told(rig: Rig) -> None:
     node, topic = rig.node.node, "hive/meta/beta/count"
     rig.wire.limit = 300
@@ -695,3 +720,15 @@ def test_a_page_is_of_no_use_after_a_minute(rig_of: Make) -> None:
     ask(rig)
     (page,) = rig.journal.unacknowledged(5)
     assert abs((page.until or 0) - time.time() - 60) < 5
+
+
+def test_a_question_that_is_held_is_answered_when_its_time_is_over(rig_of: Make) -> None:
+    rig = shared(rig_of, "alpha")
+    assert rig.works()
+    newest = rig.journal.newest
+    question = ask(rig, after=newest, hold=5)
+    rig.advance(4.5)
+    assert not rig.answers_to(question)
+    rig.advance(0.5)
+    (answer,) = rig.answers_to(question)
+    assert json.loads(answer.text) == {"rows": [], "after": newest, "more": False}
