@@ -3180,9 +3180,8 @@ def resident_memory() -> int | None:
 class Worker:
     """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
 
-    def __init__(self) -> None:
-        self.agents: tuple[str, ...] = ()
-        self.handlers: Mapping[str, Path] = {}
+    agents: tuple[str, ...] = ()
+    handlers: Mapping[str, Path] = {}
 
     def look_again(self) -> None:
         """An action is not known: a handler for it may have been put there just now."""
@@ -3271,7 +3270,7 @@ class Node:
         self._early: list[IncomingMessage] = []  # from names that are not known yet
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
-        self._seen_broker = 0.0  # when it last was, on the loop's clock
+        self._seen_broker = loop.clock()  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
@@ -4006,19 +4005,13 @@ class ScheduledRun:
 
     def plan(self, now: float, chance: float) -> None:
         """Work out the next run; `chance` from 0 to 1 is for the jitter."""
-        if self.config.at:
-            due = next_at(self.config.at, self.last or now)
-        elif self.last:
-            due = self.last + (self.config.every or 0)
+        at, every = self.config.at, self.config.every or 0.0
+        if at:
+            due = next_at(at, self.last or now)
         else:
-            due = now + min(FIRST_RUN, self.config.every or 0)
+            due = self.last + every if self.last else now + min(FIRST_RUN, every)
         if now - due > self.config.patience:  # it was missed for good: the one after
-            every = self.config.every or 1.0
-            due = (
-                next_at(self.config.at, now)
-                if self.config.at
-                else now + every - (now - due) % every
-            )
+            due = next_at(at, now) if at else now + every - (now - due) % every
         self.next = max(due, now) + chance * self.config.jitter
 
     def due(self, now: float) -> bool:
@@ -4204,7 +4197,6 @@ class Work(Worker):
 
     def __init__(self, node: Node, changed: Callable[[], None]) -> None:
         """Calls `changed` when its roster has to say something else."""
-        super().__init__()
         self._node, self._changed = node, changed
         self._config, self._loop, self._log = node.config, node.loop, node.log
         self._journal = node.journal
@@ -7290,10 +7282,8 @@ class Agent:
                 self._calling = [
                     one.replace(note=UNCERTAIN_NOTE, begun=one.begun + 1) for one in self._calling
                 ]
-                begun = max(one.begun for one in self._calling)
-                result = result.replace(
-                    permanent=result.permanent or (method.replies and begun >= MAX_BEGUN)
-                )
+                often = method.replies and self._calling[0].begun >= MAX_BEGUN
+                result = result.replace(permanent=result.permanent or often)
             why = result.why and (first_reason or result.why)
             if why and others and not result.permanent and not self._stopping:
                 self._try(others, why)

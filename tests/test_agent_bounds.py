@@ -799,3 +799,29 @@ def test_the_log_tells_of_an_agent_by_its_name(quiet: Quiet) -> None:
             ("error", "agent not told", {"id": "b", "why": "its time to live was over"}),
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "turn", "expected"),
+    [
+        (b"", False, hive.WakeResult("the call answered no HTTP (RemoteDisconnected)")),
+        (
+            *(b"", True),
+            hive.WakeResult("the call answered no HTTP (RemoteDisconnected)", uncertain=True),
+        ),
+        (status("200 OK", b"\xff"), False, hive.WakeResult("the call answered 200")),
+    ],
+)
+def test_what_a_gateway_says_that_says_nothing(
+    quiet: Quiet,
+    gateway_of: Callable[..., Gateway],
+    answer: bytes,
+    turn: bool,
+    expected: hive.WakeResult,
+) -> None:
+    ends: list[hive.WakeResult] = []
+    call = gateway_call(turn=turn).replace(url=gateway_of(answer).url)
+    REQUEST(quiet.loop, call, ends.append)
+    while not ends:
+        quiet.loop.step()
+    assert ends == [expected]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -477,7 +476,7 @@ def test_what_has_a_time_to_live_is_published_until_then(rig: Rig) -> None:
     for ttl in (100, None):
         rig.node.node.send(hive.Envelope.new("beta", "alpha", "status", "x", ttl=ttl))
     first, second = rig.journal.unacknowledged(2)
-    assert abs((first.until or 0) - time.time() - 100) < 5 and second.until is None
+    assert abs((first.until or 0) - time.time() - 100) < 30 and second.until is None
     assert [row["level"] for row in rig.events("sent")] == ["info", "info"]
     rig.node.node.send(hive.Envelope.new("beta", "alpha", "status", "x"), "a note")
     assert rig.events("sent")[-1]["level"] == "debug"
@@ -522,11 +521,12 @@ def test_who_asked_and_is_gone_is_told_that_nobody_answered(
         row = rig.journal.record(hive.Event.SENT, said, now - 9) or 0
         rig.journal.add_pending_request(said, row)
     rig.turn()
+    monkeypatch.setattr(time, "time", lambda: now)
     node._check_pending_requests()
     assert rig.journal.questions == 0 and node._committing
     ((alert, note),) = told
     assert (alert.sender, alert.to, alert.ch, alert.corr) == ("beta", "beta", "alert", "c-2")
-    assert re.fullmatch("no answer from alpha to what was asked (9|10) s ago", alert.text)
+    assert alert.text == "no answer from alpha to what was asked 9 s ago"
     assert note == "its time to live was over"
     (line,) = rig.events("no answer")
     assert (line["level"], line["id"], line["to"]) == ("warning", "c-2", "alpha")
@@ -719,7 +719,7 @@ def test_a_page_is_of_no_use_after_a_minute(rig_of: Make) -> None:
     rig.disconnect()
     ask(rig)
     (page,) = rig.journal.unacknowledged(5)
-    assert abs((page.until or 0) - time.time() - 60) < 5
+    assert abs((page.until or 0) - time.time() - 60) < 30
 
 
 def test_a_question_that_is_held_is_answered_when_its_time_is_over(rig_of: Make) -> None:
@@ -732,3 +732,47 @@ def test_a_question_that_is_held_is_answered_when_its_time_is_over(rig_of: Make)
     rig.advance(0.5)
     (answer,) = rig.answers_to(question)
     assert json.loads(answer.text) == {"rows": [], "after": newest, "more": False}
+
+
+def test_in_a_checked_hive_what_came_on_a_topic_of_something_else_is_dropped(rig: Rig) -> None:
+    said = hive.Envelope.new("alpha", "beta", "command", "x", action="ping")
+    as_checked(rig).hand_in("other/beta/command", said.encode())
+    (line,) = rig.events("dropped")
+    assert line["why"] == "its topic disagrees with to and ch" and rig.acked == 1
+
+
+@pytest.mark.parametrize("how", [{}, {"now": False}])
+def test_what_a_node_itself_has_to_say_is_said_at_once(
+    rig_of: Make, main_agent: hive.InstanceConfig, how: dict[str, Any]
+) -> None:
+    rig = rig_of([main_agent])
+    note_calls(monkeypatch := pytest.MonkeyPatch(), rig.node.work._agents["main"], "wake")
+    alert = hive.Envelope.new("beta", "beta", "alert", "x")
+    rig.node.node.tell_own_agents(alert, "scheduled", **how)
+    monkeypatch.undo()
+    (task,) = rig.journal.tasks()
+    assert (task.agent, task.urgent, task.note) == ("main", not how, "scheduled")
+    assert [row["note"] for row in rig.journal.rows({})] == ["scheduled"]
+    assert rig.node.node._committing
+
+
+def test_a_flood_in_a_checked_hive_is_counted(rig_of: Make) -> None:
+    rig = as_checked(rig_of(node={"sender_rate": 1, "sender_burst": 1}))
+    counts, before = rig.node.node.counts, dict(rig.node.node.counts)
+    for _ in range(3):
+        rig.hand_in("hive/beta/nonsense/mallory", b"rubbish")
+        rig.hand_in("hive/beta/status/mallory", b"rubbish")
+    new = {name: n - before[name] for name, n in counts.items()}
+    assert new == {
+        **dict.fromkeys(counts, 0),
+        "received": 6,
+        "dropped": 5,
+        "refused": 5,
+        "invalid": 1,
+    }
+    outcomes = rig.node.node._outcomes
+    assert (outcomes["none", hive.Do.DROP], outcomes["status", hive.Do.DROP]) == (2, 3)
+    assert outcomes["none", "invalid"] == 1
+    (line, *_) = rig.events("dropped")
+    assert (line["level"], line["ch"], line["from"]) == ("warning", "status", "mallory")
+    assert line["why"] == "its sender sends too many"

@@ -122,7 +122,7 @@ def test_a_node_that_stops_begins_no_run(rig_of: Make) -> None:
     rig.node.node.stopping = False
     work_of(rig)._run_due()
     assert one.running and rig.started() == ["check"] and one.next > time.time() + 86000
-    assert abs(one.last - time.time()) < 5
+    assert abs(one.last - time.time()) < 30
 
 
 def test_a_run_for_which_there_is_no_room_is_no_run(
@@ -435,7 +435,7 @@ def test_a_message_waits_for_its_agent_until_its_time_or_patience_is_over(
     told, _ = told_events(rig, monkeypatch)
     rig.say("status", ttl=ttl)
     (event,) = told
-    assert abs(event.until - rig.clock.now - left) < 2
+    assert abs(event.until - rig.clock.now - left) < 30
     assert event.now and event.task and event.note == "" and not event.uncertain
 
 
@@ -468,7 +468,7 @@ def test_what_was_left_is_taken_up_as_it_was(
         (fresh.n, "b"),
     ]
     ((event, at),) = taken
-    assert event.task == accepted.n and abs(at - (rig.clock.now - 100)) < 2
+    assert event.task == accepted.n and abs(at - (rig.clock.now - 100)) < 30
     left = [task.n for task in rig.journal.tasks()]
     assert left == [begun.n, fresh.n, accepted.n, kept.n]
     rig.turn()
@@ -563,3 +563,26 @@ def test_a_message_that_its_node_stops_before_is_left(rig_of: Make) -> None:
     (waiting,) = work_of(rig).stop()
     assert waiting.id == rig.journal.tasks()[1].envelope.id
     assert work_of(rig).stop() == [], "once"
+
+
+def test_a_scheduled_run_that_was_ended_is_over_though_it_may_be_tried_again(rig_of: Make) -> None:
+    again = {"check": hive.HandlerConfig(retry=True)}
+    schedule = [hive.ScheduleConfig("check", every=86400.0)]
+    rig = rig_of(schedule=schedule, settings=again, check="true")
+    (one,) = work_of(rig)._schedule
+    one.begin(NOON)
+    work_of(rig)._queue._running["check"] = 1
+    said = hive.Envelope.new("beta", "beta", "command", "x", action="check")
+    work_of(rig)._ran(hive.HandlerRun(said, scheduled=one), ended(-15, cancelled=True))
+    assert not one.running
+
+
+def test_what_has_no_more_time_is_ended(
+    rig_of: Make, main_agent: hive.InstanceConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = rig_of([main_agent])
+    work = work_of(rig)
+    children = note_calls(monkeypatch, work._children, "stop")
+    calls = note_calls(monkeypatch, work._agents["main"], "end_call")
+    work.end_handlers()
+    assert len(children) == len(calls) == 1
