@@ -4572,11 +4572,11 @@ class Work(Worker):
 
     def agent_begins(self, group: Sequence[PendingEvent]) -> None:
         """It is being told: if we crash now, nobody knows whether it was."""
-        self._journal.start_tasks(event.task for event in group if event.task)
+        self._journal.start_tasks(event.task for event in group)
 
     def agent_failed(self, group: Sequence[PendingEvent]) -> None:
         """It will be told again: now, or at the next start if there is a disk."""
-        self._journal.reset_tasks(one.task for one in group if one.task and not one.uncertain)
+        self._journal.reset_tasks(one.task for one in group if not one.uncertain)
         if self._node.stopping and not self._journal.on_disk:
             for event in group:
                 self._node.refuse(event.envelope, "the node is stopping")
@@ -4589,23 +4589,21 @@ class Work(Worker):
         self._journal.record_result(event.envelope, time.time(), f"told {agent}")
         if not event.uncertain:  # else its sender has heard so
             self._node.confirm(event.envelope, f"told {agent}")
-        if event.task and forgettable:
+        if forgettable:
             self._journal.mark_accepted(event.task, time.time())
-        elif event.task:
+        else:
             self._journal.remove_task(event.task)
         if reply is not None and CHANNELS[event.envelope.ch].handler:
             self._node.send(event.envelope.reply(self._node.name, reply))
         self._node.commit_soon()
 
     def agent_has_read(self, event: PendingEvent) -> None:
-        if event.task:
-            self._journal.remove_task(event.task)
-            self._node.commit_soon()
+        self._journal.remove_task(event.task)
+        self._node.commit_soon()
 
     def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
         self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
-        if event.task:
-            self._journal.remove_task(event.task)
+        self._journal.remove_task(event.task)
         self._node.refuse(event.envelope, f"agent {agent} was not told: {reason}")
         self._node.commit_soon()
 
@@ -7183,7 +7181,7 @@ class Agent:
     def next_try(self) -> int | None:
         """Unix seconds of the next call, where the last one failed and its messages wait."""
         waits = self.health is Health.DOWN and self._waiting and not self._closed
-        return self._again_at if waits and self._not_before else None
+        return self._again_at if waits else None
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._calling)

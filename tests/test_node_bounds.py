@@ -512,7 +512,7 @@ def test_questions_are_looked_at_when_the_next_is_overdue_or_in_a_minute(
 def test_who_asked_and_is_gone_is_told_that_nobody_answered(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node, now = rig.node.node, time.time()
+    node, now = rig.node.node, float(int(time.time()))
     told = note_calls(monkeypatch, node, "tell_own_agents")
     waiting = {"c-1"}
     monkeypatch.setattr(node.requests, "waits", waiting.__contains__)
@@ -530,6 +530,11 @@ def test_who_asked_and_is_gone_is_told_that_nobody_answered(
     assert note == "its time to live was over"
     (line,) = rig.events("no answer")
     assert (line["level"], line["id"], line["to"]) == ("warning", "c-2", "alpha")
+    said = hive.Envelope.new("beta", "alpha", "command", "x", corr="c-3", ttl=20, now=now)
+    rig.journal.add_pending_request(said, rig.journal.record(hive.Event.SENT, said, now) or 0)
+    before = timers(rig).count(20.1)
+    node._check_pending_requests()
+    assert timers(rig).count(20.1) == before + 1, "the next one in its time"
 
 
 def test_a_result_that_is_too_large_is_kept_cut_and_other_faults_are_only_told(rig: Rig) -> None:
@@ -776,3 +781,25 @@ def test_a_flood_in_a_checked_hive_is_counted(rig_of: Make) -> None:
     (line, *_) = rig.events("dropped")
     assert (line["level"], line["ch"], line["from"]) == ("warning", "status", "mallory")
     assert line["why"] == "its sender sends too many"
+
+
+def test_a_question_is_answered_by_the_first_answer(rig: Rig) -> None:
+    said = hive.Envelope.new("beta", "alpha", "command", "x")
+    assert rig.node.node._send_for_command(said) == "" and rig.journal.questions == 1
+    rig.say("status", corr=said.id)
+    rig.say("response")
+    assert rig.journal.questions == 1
+    rig.say("response", corr=said.id)
+    assert rig.journal.questions == 0 and rig.node.node._committing
+
+
+def test_only_an_action_that_is_not_known_makes_it_look_for_handlers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = note_calls(monkeypatch, rig.node.work, "look_again")
+    rig.say("status", urgency="later")
+    rig.say("command", "ping")
+    rig.tell(hive.Envelope.new("alpha", "beta", "command", "x", action="other"), retained=True)
+    assert not looks
+    rig.say("command", "other")
+    assert len(looks) == 1
