@@ -3177,9 +3177,8 @@ def resident_memory() -> int | None:
 class Worker:
     """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
 
-    def __init__(self) -> None:
-        self.agents: tuple[str, ...] = ()
-        self.handlers: Mapping[str, Path] = {}
+    agents: tuple[str, ...] = ()
+    handlers: Mapping[str, Path] = {}
 
     def look_again(self) -> None:
         """An action is not known: a handler for it may have been put there just now."""
@@ -3269,7 +3268,7 @@ class Node:
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._cut = set[str]()  # sites whose bridge is cut, as far as this broker has said
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
-        self._seen_broker = 0.0  # when it last was, on the loop's clock
+        self._seen_broker = loop.clock()  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
@@ -4012,19 +4011,13 @@ class ScheduledRun:
 
     def plan(self, now: float, chance: float) -> None:
         """Work out the next run; `chance` from 0 to 1 is for the jitter."""
-        if self.config.at:
-            due = next_at(self.config.at, self.last or now)
-        elif self.last:
-            due = self.last + (self.config.every or 0)
+        at, every = self.config.at, self.config.every or 0.0
+        if at:
+            due = next_at(at, self.last or now)
         else:
-            due = now + min(FIRST_RUN, self.config.every or 0)
+            due = self.last + every if self.last else now + min(FIRST_RUN, every)
         if now - due > self.config.patience:  # it was missed for good: the one after
-            every = self.config.every or 1.0
-            due = (
-                next_at(self.config.at, now)
-                if self.config.at
-                else now + every - (now - due) % every
-            )
+            due = next_at(at, now) if at else now + every - (now - due) % every
         self.next = max(due, now) + chance * self.config.jitter
 
     def due(self, now: float) -> bool:
@@ -4116,10 +4109,13 @@ class HandlerRun(Value):
     """A message that waits for its handler."""
 
     envelope: Envelope
-    action: str
     until: float = float("inf")  # monotonic; then it is stale
     task: int = 0  # its number in the journal, if somebody else waits for it
     scheduled: ScheduledRun | None = None  # who asked, if nobody did from outside
+
+    @property
+    def action(self) -> str:
+        return str(self.envelope.action)
 
 
 class HandlerQueue:
@@ -4207,7 +4203,6 @@ class Work(Worker):
 
     def __init__(self, node: Node, changed: Callable[[], None]) -> None:
         """Calls `changed` when its roster has to say something else."""
-        super().__init__()
         self._node, self._changed = node, changed
         self._config, self._loop, self._log = node.config, node.loop, node.log
         self._journal = node.journal
@@ -4336,7 +4331,7 @@ class Work(Worker):
     def _run_again(self, task: Task) -> None:
         """Run it, unless it may have run: that is for whoever sent it to decide."""
         envelope = task.envelope
-        run = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
+        run = HandlerRun(envelope, self._deadline(task.until), task.n)
         if task.began and not self._handler_config(run.action).retry:
             fault = "the daemon ended meanwhile"
             self._finish(run, ProcessResult(exit=None, cancelled=True, fault=fault))
@@ -4354,7 +4349,7 @@ class Work(Worker):
 
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         task = self._journal.add_task(row, until=until)
-        self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
+        self._enqueue(HandlerRun(envelope, self._deadline(until), task))
 
     def _handler_config(self, action: str) -> HandlerConfig:
         return self._config.handlers.get(action, HandlerConfig())
@@ -4496,7 +4491,7 @@ class Work(Worker):
 
         name, action = self._node.name, one.config.action
         envelope = Envelope.new(name, name, "command", one.config.text, action=action)
-        run = HandlerRun(envelope, action, scheduled=one)
+        run = HandlerRun(envelope, scheduled=one)
         gone = self._queue.put(run)
         if gone is not run:
             one.begin(now)
@@ -4576,11 +4571,11 @@ class Work(Worker):
 
     def agent_begins(self, group: Sequence[PendingEvent]) -> None:
         """It is being told: if we crash now, nobody knows whether it was."""
-        self._journal.start_tasks(event.task for event in group if event.task)
+        self._journal.start_tasks(event.task for event in group)
 
     def agent_failed(self, group: Sequence[PendingEvent]) -> None:
         """It will be told again: now, or at the next start if there is a disk."""
-        self._journal.reset_tasks(one.task for one in group if one.task and not one.uncertain)
+        self._journal.reset_tasks(one.task for one in group if not one.uncertain)
         if self._node.stopping and not self._journal.on_disk:
             for event in group:
                 self._node.refuse(event.envelope, "the node is stopping")
@@ -4593,23 +4588,21 @@ class Work(Worker):
         self._journal.record_result(event.envelope, time.time(), f"told {agent}")
         if not event.uncertain:  # else its sender has heard so
             self._node.confirm(event.envelope, f"told {agent}")
-        if event.task and forgettable:
+        if forgettable:
             self._journal.mark_accepted(event.task, time.time())
-        elif event.task:
+        else:
             self._journal.remove_task(event.task)
         if reply is not None and CHANNELS[event.envelope.ch].handler:
             self._node.send(event.envelope.reply(self._node.name, reply))
         self._node.commit_soon()
 
     def agent_has_read(self, event: PendingEvent) -> None:
-        if event.task:
-            self._journal.remove_task(event.task)
-            self._node.commit_soon()
+        self._journal.remove_task(event.task)
+        self._node.commit_soon()
 
     def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
         self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
-        if event.task:
-            self._journal.remove_task(event.task)
+        self._journal.remove_task(event.task)
         self._node.refuse(event.envelope, f"agent {agent} was not told: {reason}")
         self._node.commit_soon()
 
@@ -7187,7 +7180,7 @@ class Agent:
     def next_try(self) -> int | None:
         """Unix seconds of the next call, where the last one failed and its messages wait."""
         waits = self.health is Health.DOWN and self._waiting and not self._closed
-        return self._again_at if waits and self._not_before else None
+        return self._again_at if waits else None
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._calling)
@@ -7280,10 +7273,8 @@ class Agent:
                 self._calling = [
                     one.replace(note=UNCERTAIN_NOTE, begun=one.begun + 1) for one in self._calling
                 ]
-                begun = max(one.begun for one in self._calling)
-                result = result.replace(
-                    permanent=result.permanent or (method.replies and begun >= MAX_BEGUN)
-                )
+                often = method.replies and self._calling[0].begun >= MAX_BEGUN
+                result = result.replace(permanent=result.permanent or often)
             why = result.why and (first_reason or result.why)
             if why and others and not result.permanent and not self._stopping:
                 self._try(others, why)
