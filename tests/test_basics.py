@@ -62,6 +62,7 @@ def nested(levels: int) -> list[Any]:
 )
 def test_each_kind_of_fault_has_its_exit_code(kind: type[HiveError], code: int) -> None:
     assert int(kind("why").exit) == code
+    assert (hive.Exit.DONE, hive.Exit.INTERRUPTED) == (0, 130)
 
 
 def test_a_fault_is_one_line_on_stderr(
