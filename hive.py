@@ -1304,7 +1304,7 @@ class Stream:
         try:
             while self._output:
                 self._written(self._sock.sendmsg(itertools.islice(self._output, 64)))
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             self._full = True
         except OSError:
             return self._abort()
@@ -1326,7 +1326,6 @@ class Stream:
             self._ending = self._loop.after(linger, self.close)
             self.consume(len(self.input))
             self._flush_soon()
-            self._watch()
 
     def close(self) -> None:
         """The connection is gone, with all that was not yet written."""
@@ -1347,14 +1346,12 @@ class Stream:
             self._ending.cancel()
         self._ending = self._loop.after(0, self.close)
         self._drop_all()
-        self._watch()
 
     def _drop_all(self) -> None:
         self.consume(len(self.input))
         self._total.size -= self.output_size
         self.output_size = 0
         self._output.clear()
-        self._full = False
 
     def _watch(self) -> None:
         """Read unless it is paused; what comes after its end is read too, and dropped."""
@@ -1372,7 +1369,7 @@ class Stream:
     def _on_event(self, events: int) -> None:
         if events & selectors.EVENT_WRITE:
             self._flush_soon()
-        if events & selectors.EVENT_READ and not self.closed:
+        if events & selectors.EVENT_READ:
             self._read()
         if self.is_open:
             self._on_ready()
@@ -1380,7 +1377,7 @@ class Stream:
     def _read(self) -> None:
         try:
             data = self._sock.recv(READ_CHUNK)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError:
             data = b""
@@ -3161,6 +3158,7 @@ REFUSALS_TOLD = 5.0  # ... how many there were, when it has been quiet for so ma
 TOO_MANY = "its sender sends too many"
 MAX_EARLY = 1000  # messages that wait until it is heard whose agent sent them
 EARLY = Decision(Do.DROP, "it is decided later")
+MAX_CUT = 20  # bridges to other sites that are named
 
 
 def hive_of(config: Config) -> str:
@@ -3270,6 +3268,7 @@ class Node:
         self._allow = config.allow
         self._early: list[IncomingMessage] = []  # from names that are not known yet
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
+        self._cut = set[str]()  # sites whose bridge is cut, as far as this broker has said
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
         self._seen_broker = 0.0  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(
@@ -3337,6 +3336,7 @@ class Node:
             self._seen_broker = self.loop.clock()
         self.connected = self.heard_all = False
         self._early.clear()  # they were not acknowledged, so they come again
+        self._cut.clear()
         self._mqtt, self._fault = mqtt, str(broker_fault(mqtt, reason))
         self.members.doubt_losses()
         self.requests.note_change()
@@ -3359,6 +3359,7 @@ class Node:
             "trouble": self.worker.trouble(),
             "fault": fault,
             "age": silence if fault else 0.0,  # of what is known
+            "cut": sorted(self._cut),
         }
 
     def numbers(self) -> dict[str, list[list[Any]]]:
@@ -3453,9 +3454,8 @@ class Node:
             return
         place = self.topics.place(message.topic)
         if place and place[1].startswith(NO_NODE) and not place[2]:
-            # Where senders are checked, no node may publish this; elsewhere anybody could say so.
-            if self.topics.sender and message.payload == b"0" and not message.retained:
-                self._client.send_again()  # the other site's broker may have died
+            if self.topics.sender:  # then no node may publish this; elsewhere anybody could
+                self._hear_bridge(place[1], message.payload == b"0", message.retained)
             return message.ack()
         if place and place[2].startswith(PRIVATE):
             return message.ack()  # what a command says to itself
@@ -3535,6 +3535,13 @@ class Node:
             note = f'[mqtt] senders is "{there}" there, and "{here}" here: make it the same'
             self.log.warning("a node of the other kind", from_=envelope.sender, note=note)
         self._other_kind = True
+
+    def _hear_bridge(self, site: str, down: bool, retained: bool) -> None:
+        self._cut.discard(site)
+        if down and len(self._cut) < MAX_CUT:
+            self._cut.add(site)
+        if down and not retained:
+            self._client.send_again()  # the other site's broker may have died
 
     def _is_too_much(self, name: str, ch: str) -> bool:
         """Has it said too much?  It is told so once, and at the end how much was refused."""
@@ -4098,12 +4105,12 @@ def next_at(at: str, after: float) -> float:
     """The first time that a local clock shows `at` after a moment; Unix seconds."""
     hour, minute = map(int, at.split(":"))
     day = time.localtime(after)
-    for days in (0, 1, 2):
-        # mktime finds its way over the ends of months and daylight saving time
-        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
-        if (due := time.mktime(moment)) > after:
-            return due
-    raise AssertionError("no day has this time")
+    # mktime finds its way over the ends of months and daylight saving time
+    today, tomorrow = (
+        time.mktime((*day[:2], day.tm_mday + days, hour, minute, 0, *day[6:8], -1))
+        for days in (0, 1)
+    )
+    return today if today > after else tomorrow
 
 
 class HandlerRun(Value):
@@ -4559,7 +4566,7 @@ class Work(Worker):
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        question = self._journal.question(envelope)[:MAX_QUESTION]
+        question = self._journal.question(envelope)
         latest = self._loop.clock() + self._config.node.agent_patience
         deadline = min(self._deadline(task.until), latest)
         event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
@@ -6485,7 +6492,6 @@ MAX_AGENT_QUEUE = 200
 MAX_BODY = 12 * KIB  # bytes of a body; escapes make it six times that
 MAX_EVENT = 96 * KIB  # bytes of all that goes together; an argument has 128 KiB on Linux
 MAX_GROUP = 15  # messages that go together
-MAX_HOOK_ANSWER = 64 * KIB
 MAX_TURN = 4 * MAX_PAYLOAD  # bytes that a program prints of a turn: its tools' output is in it
 MIN_SECRET = 6  # characters of a variable; what is shorter could be any word
 NO_JSON = "no reply that can be read"
@@ -7102,7 +7108,7 @@ def read_uptime(port: int) -> float | None:
     connection = HTTPConnection("127.0.0.1", port, timeout=PROBE_DEADLINE)
     with contextlib.closing(connection):
         connection.request("GET", "/readyz")
-        answer = read_json_object(connection.getresponse().read(MAX_HOOK_ANSWER)) or {}
+        answer = read_json_object(connection.getresponse().read(MAX_PAYLOAD)) or {}
     uptime = bounded_number(answer.get("uptimeMs"), 0, 1e15)
     return None if uptime is None else uptime / 1000
 
@@ -7167,7 +7173,7 @@ class Agent:
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
         self.turns = Counter[str]()  # calls that ended, by how
-        self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
+        self._pause, self._not_before = 0.0, 0.0  # after a failure; when to try again
         self._again_at = 0  # the same in Unix seconds
         self._method = ""  # the last one that worked
         self._request: GatewayRequest | None = None  # the last one
@@ -7211,8 +7217,6 @@ class Agent:
     def stop(self) -> list[PendingEvent]:
         """Begin no call any more; what was not told yet.  A call that is under way may end."""
         self._stopping = True
-        for timer in filter(None, (self._next_call, self._next_probe)):
-            timer.cancel()
         left, self._waiting = [*self._waiting], deque()
         return left
 
@@ -7318,7 +7322,7 @@ class Agent:
         if name != self._method:
             self._method = name
             self._log.info("agent is reached", agent=self.instance.name, via=name)
-        self._failures = 0
+        self._pause = 0.0
         self._set_health(Health.OK, "")
         for event in group:
             self._log.info("agent woken", agent=self.instance.name, id=event.envelope.id)
@@ -7338,8 +7342,8 @@ class Agent:
         self._waiting.extendleft(reversed(group))
         self._set_health(Health.DOWN, why)
         first, longest = AGENT_RETRY
-        delay = min(first * 2**self._failures, longest) * random.uniform(0.75, 1.0)
-        self._failures = min(self._failures + 1, 20)
+        self._pause = min(2 * self._pause or first, longest)
+        delay = self._pause * random.uniform(0.75, 1.0)
         self._not_before, self._again_at = self._loop.clock() + delay, int(time.time() + delay)
 
     def _expire(self) -> None:
@@ -9760,7 +9764,7 @@ class ClientConnection:
         self.stream = Stream(
             *(self._loop, sock, self._on_ready, self._on_close),
             max_input=2 * MAX_PACKET,
-            max_output=2 * MAX_OUT,
+            max_output=MAX_OUT + 2 * MAX_PACKET,  # one at QoS 0 may go over MAX_OUT, with answers
             flush_soon=partial(broker.commit_soon, self),
             total=broker.buffered,
         )
@@ -12255,8 +12259,10 @@ class StatusRow(Value):
     @property
     def again(self) -> list[str]:
         """What goes below that: when its agent is called again."""
-        at = time.localtime(self.next_try or 0)
-        return [time.strftime("its agent is called again at %H:%M:%S", at)] if self.next_try else []
+        if not self.next_try:
+            return []
+        at = time.localtime(self.next_try)
+        return [time.strftime("its agent is called again at %H:%M:%S", at)]
 
 
 def status_row(
@@ -13220,6 +13226,7 @@ class NodeRemoval:
             raise HiveError(f"{why}; say this on the machine that carries the hive")
         # Each by its name too, for brokers where no wildcard finds it.
         theirs = [topics.meta(self._name, document) for document in ("+", "state", "roster")]
+        theirs += [topics.bridge(self._name)] if self._name.startswith(NO_NODE) else []
         query = RetainedQuery(
             *(self._loop, self._mqtt, [topics.meta("+", "state"), *theirs]),
             topics.private(self._config.node.id, new_id()),
@@ -13259,6 +13266,8 @@ class NodeRemoval:
 
     def _hear(self, message: IncomingMessage) -> None:
         name, document = self._config.topics.meta_of(message.topic) or ("", "")
+        if message.topic == self._config.topics.bridge(self._name):
+            self._kept.add(message.topic)
         if not message.payload or not NAME.fullmatch(name) or len(self._states) >= MAX_MEMBERS:
             return
         if document == "state" and len(message.payload) <= MAX_STATE:
@@ -15140,6 +15149,7 @@ class Host:
         topics, sites = Topics(prefix), self.sites()
         text = (
             f"{mosquitto_acl(prefix)}\nuser {HOST_USER}\ntopic readwrite {topics.meta('+', '+')}\n"
+            f"topic write {topics.bridge()}\n"
         )
         if sites or self.bridge()[1]:
             text += f"# whether a bridge is there\npattern read {topics.bridge()}\n"
@@ -16240,7 +16250,7 @@ class Attachment:
         try:
             answer = control.ask({"do": "attach", **self._introduction()})
             if "agent" not in answer:
-                why = str(answer.get("error", "attach: the daemon does not understand"))
+                why = str(answer.get("error"))
                 raise DaemonError(why) if why == STOPPING else HiveError(why)
         except HiveError:
             self._config = None
@@ -16327,10 +16337,9 @@ class McpTools:
 
     def messages(self, limit: int, exchange: str = "") -> tuple[list[dict[str, Any]], int]:
         """What is unread and not handed out, and how many more there are; raises HiveError."""
-        asked = {"exchange": exchange} if exchange else {}
         limit = min(limit + len(self.handed_out), MAX_MAIL)
         agent = self.link.agent if self.link.attach() else ""
-        said = self.link.ask(do="inbox", agent=agent, limit=limit, **asked)
+        said = self.link.ask(do="inbox", agent=agent, limit=limit, exchange=exchange or None)
         found = [one for one in said["messages"] if one["task"] not in self.handed_out]
         return found, said["more"]
 
@@ -16582,10 +16591,11 @@ class McpTools:
 
     def exchange_of(self, id: str) -> list[dict[str, Any]]:
         """The rows of an exchange; raises HiveError."""
-        if self.link.attach():
-            rows: list[dict[str, Any]] = self.link.ask(do="exchange", id=id)["rows"]
-            return rows
-        return list(look_up(self.link.config, {"do": "exchange", "id": id})["rows"])
+        request = {"do": "exchange", "id": id}
+        said = (
+            self.link.ask(**request) if self.link.attach() else look_up(self.link.config, request)
+        )
+        return list(said["rows"])
 
     def found(self, id: str) -> Envelope:
         """A message that this node knows; raises HiveError."""
@@ -16712,9 +16722,8 @@ class McpServer:
         self._skipping = False  # a line that is too long
         self._deaf = self._ended = False  # nothing is read, for now; no more comes
         self._sent = 0  # bytes that the client took
-        self._written: deque[tuple[int, tuple[int, ...]]] = (
-            deque()
-        )  # which are read when it took so many
+        # Which messages are read when it took so many.
+        self._written = deque[tuple[int, tuple[int, ...]]]()
         # What the daemon does not know yet.
         self._unmarked: dict[str, set[int]] = {"read": set(), "told": set()}
         self._pushing = False
@@ -16736,7 +16745,7 @@ class McpServer:
         except PermissionError:  # a file, which is always ready
             self._loop.after(0, self._read)
 
-    def _read(self, events: int = 0) -> None:
+    def _read(self, *events: int) -> None:
         try:
             data = os.read(self._stdin, READ_CHUNK)
         except OSError:
@@ -16774,7 +16783,7 @@ class McpServer:
             self._written.append((self._sent + len(self.output), tasks))
         self._flush()
 
-    def _flush(self, events: int = 0) -> None:
+    def _flush(self, *events: int) -> None:
         """Write what the client takes; never wait for it."""
         import select
 
@@ -16932,13 +16941,13 @@ class McpServer:
 
     @staticmethod
     def _guarded(
-        call: Callable[[], Outcome | Wait | None], *passed_on: type[HiveError]
+        call: Callable[[], Outcome | Wait | None], *ignored: type[HiveError]
     ) -> Outcome | Wait | None:
         """What went wrong is an outcome too: the model may know what to do."""
         try:
             return call()
-        except passed_on:
-            raise
+        except ignored:
+            return None
         except HiveError as error:
             return Outcome(str(error), failed=True)
 
@@ -16963,8 +16972,7 @@ class McpServer:
         if call.wait.every and call.id in self._calls:
             call.timers["look"] = self._loop.after(call.wait.every, lambda: self._look(call))
         if call.wait.every or self.link.attached:
-            with contextlib.suppress(DaemonError):  # it may come back
-                self._finish(call, self._guarded(call.wait.look, DaemonError))
+            self._finish(call, self._guarded(call.wait.look, DaemonError))  # it may come back
 
     def _due(self, call: Call) -> None:
         self._finish(call, self._guarded(lambda: call.wait.look() or call.wait.give_up()))
@@ -17094,16 +17102,14 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
     return said
 
 
-def serve_session(
-    name: str = "", file: str | None = None, overrides: Mapping[str, Any] | None = None
-) -> int:
-    """`hive mcp`, until its client has gone; hive-cli comes here with a part of this file alone."""
+def serve_session(name: str, file: str | None, overrides: Mapping[str, Any]) -> int:
+    """`hive mcp`, until its client has gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
     stdout = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed is no part of the protocol
     with contextlib.closing(Loop(Log("error"))) as loop:
-        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides or {}), name).run()
+        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides), name).run()
     return Exit.DONE
 
 
@@ -17322,8 +17328,8 @@ class DaemonLink:
     def _read(self) -> None:
         while (end := self._stream.input.find(b"\n")) >= 0:
             self._silence.cancel()
-            line = bytes(self._stream.input[:end])
-            self._stream.consume(end + 1)
+            line = bytes(self._stream.input[: end + 1])
+            self._stream.consume(len(line))
             self._on_line(read_json_object(line) or {})
 
     def _end(self, why: str) -> None:
@@ -17473,7 +17479,7 @@ class HiveView:
         if 0 < version < self._dropped:
             yield b"event: missed\ndata: {}\n\n"
         for changed, event in self._rows:
-            if changed > version and version:
+            if 0 < version < changed:
                 yield event
 
     def _say(self, about: str, event: str, document: Mapping[str, Any]) -> None:
@@ -19047,12 +19053,12 @@ def with_hooks(
     changed = {}
     for event in dict.fromkeys([*hooks, *events]):
         there, wanted = hooks.get(event, []), added if event in events else []
-        others = [rest for group in there if (rest := without_hive(group))]
+        others = [rest for group in there if (rest := without_hive(group)) is not None]
         if wanted and wanted[0] in there and len(others) == len(there) - 1:
             others, wanted = there, []
-        if others or wanted or there == others:
+        if others or wanted or hooks.get(event) == []:
             changed[event] = [*others, *wanted]
-    return {event: groups for event, groups in changed.items() if groups or event in hooks}
+    return changed
 
 
 def without_hive(group: Any) -> Any:
@@ -19068,8 +19074,8 @@ def is_hook_of_hive(handler: Any) -> bool:
     """`.../hive hook` and the like, wherever that hive is."""
     import shlex
 
-    with contextlib.suppress(AttributeError, TypeError, ValueError):
-        *words, last = shlex.split(handler.get("command"))
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        *words, last = shlex.split(str(handler["command"]))  # of None it would read stdin
         names = {os.path.basename(word) for word in words[:2]}
         return last == "hook" and bool(names & {"hive", "hive-cli", "hive.py"})
     return False
@@ -19090,12 +19096,9 @@ def session_of_hook(
     Both are children of that program.  Codex has one for all its terminals: then the directory
     tells them apart.
     """
-    near: dict[str, int] = {}
-    for one in sessions:
-        parent = parent_process(one["pid"])
-        if parent in ancestors:
-            near[one["agent"]] = ancestors.index(parent)
-    found = [one for one in sessions if near.get(one["agent"]) == min(near.values(), default=-1)]
+    parents = [(parent_process(one["pid"]), one) for one in sessions]
+    near = [(ancestors.index(parent), one) for parent, one in parents if parent in ancestors]
+    found = [one for place, one in near if place == min(place for place, _ in near)]
     if len(found) > 1:
         found = [one for one in found if expand_home(one["directory"]) == directory]
     return str(found[0]["agent"]) if len(found) == 1 else ""
@@ -19632,11 +19635,11 @@ def say_sent(
     return Exit.DONE
 
 
-def reason_code_of(config: Config, said: Mapping[str, Any] | None) -> int | None:
+def reason_code_of(config: Config, said: Mapping[str, Any]) -> int | None:
     """The broker's reason code, if that is what was said; raises BrokerError if it refused."""
-    code = (said or {}).get("published")
+    code = said.get("published")
     if code is not None and is_failure(code):
-        words = str((said or {}).get("words")).lower()
+        words = str(said.get("words")).lower()
         raise broker_fault(config.mqtt, f"refused to publish: {words}")
     return code
 
@@ -20381,6 +20384,9 @@ def say_of_members(
             print(f"\nas of {for_people(said['age'])} ago, when the broker was lost")
         none_yet = f"broker {said['broker']}: no connection yet" if config.mqtt.named else NO_BROKER
         raise BrokerError(said["fault"] or none_yet)
+    if said.get("cut") and not args.as_json:
+        sites = ", ".join(f"the bridge of {printable(one)} is cut" for one in said["cut"])
+        print(f"\n{sites}; where the hive is carried hive doctor says more")
     if not any and not args.as_json:
         where = f"at {said['broker']} under {config.topics.prefix}/"
         start = "start one with: hive daemon; or does the broker hide them? hive doctor"

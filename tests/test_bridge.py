@@ -220,6 +220,7 @@ def test_what_a_cut_bridge_kept_arrives_and_nobody_believes_what_is_old(sites: S
     sites.seen(of=(sites.mini, sites.beta), alpha="lost", beta="online")
     assert "is cut; is a broker running there" in bridge_line(sites.beta)
     assert "is cut; is a broker running there" in bridge_line(sites.alpha)
+    assert f"the bridge of {SITE} is cut; " in sites.mini.run("status").stdout
     sent = [hand_in(sites.alpha, "mini", n) for n in range(5)]
     back = [hand_in(sites.beta, "alpha", n) for n in range(5)]
     sites.mini.stop_daemons()  # at alpha's broker it is online still
@@ -231,6 +232,7 @@ def test_what_a_cut_bridge_kept_arrives_and_nobody_believes_what_is_old(sites: S
     sites.wire.heal()
     two = (sites.alpha, sites.beta)
     sites.seen(of=two, alpha="online", beta="online", mini="stopped")
+    assert "bridge" not in sites.alpha.run("status").stdout
     assert [arrived(sites.alpha, "beta")[id] for id in back] == [1] * 5
     sites.mini.daemon()
     sites.all_well()
@@ -323,6 +325,6 @@ def test_a_bridge_ends_on_either_side(sites: Sites) -> None:
     assert "no bridge to another site\n" in said
     assert "bridge" not in sites.beta.host.conf.read_text()
     assert "is cut" in bridge_line(sites.alpha)
-    assert sites.alpha.run("expel", SITE).stdout == f"expelled: {SITE} (0 documents)\n"
+    assert sites.alpha.run("expel", SITE).stdout == f"expelled: {SITE} (1 document)\n"
     assert SITE not in (sites.alpha.host.folder / "acl").read_text()
     assert sites.alpha.run("forget", "mini").stdout.startswith("forgotten: mini (")

@@ -1116,6 +1116,7 @@ def test_in_a_checked_hive_a_flood_is_known_by_its_topic_and_is_not_even_read(
     [
         ("beta", "hive/all/@office", b"0", 1),
         ("beta", "hive/all/@office", b"1", 0),
+        ("beta", "hive/all/@office", b"", 0),
         ("beta", "hive/all/@office/mallory", b"0", 0),
         ("", "hive/all/@office", b"0", 0),  # in an open hive anybody may say so
     ],
@@ -1129,6 +1130,22 @@ def test_only_a_broker_tells_that_a_bridge_is_cut(
     rig.hand_in(topic, payload, ack=lambda: acks.append(topic))
     rig.turn()
     assert rig.wire.sent_again == again and acks == [topic]
+    assert rig.node.node._connection()["cut"] == ["@office"] * again
+
+
+def test_a_bridge_is_cut_until_its_broker_says_otherwise(rig_of: Callable[..., Rig]) -> None:
+    rig = rig_of(level="warning")
+    node = rig.node.node
+    node.topics = rig.config.topics.replace(sender="beta")
+    for site, payload in (("@lab", b"0"), ("@office", b"0"), ("@lab", b"1"), ("@office", b"0")):
+        node.deliver(hive.IncomingMessage(f"hive/all/{site}", payload, True, None, lambda: None))
+    assert node._connection()["cut"] == ["@office"]
+    assert rig.wire.sent_again == 0, "what is old has been answered"
+    for number in range(2 * hive.MAX_CUT):
+        node._hear_bridge(f"@{number}", True, True)
+    assert len(node._connection()["cut"]) == hive.MAX_CUT
+    node.on_disconnected(rig.config.mqtt, "gone")
+    assert node._connection()["cut"] == []
 
 
 def test_a_flood_of_heartbeats_is_dropped_and_its_sender_lives(rig_of: Callable[..., Rig]) -> None:
