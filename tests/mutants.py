@@ -126,7 +126,8 @@ class Source:
                 if isinstance(statement, ast.ClassDef):
                     names = {statement.name}
                 elif isinstance(statement, ast.Assign):
-                    names = {t.id for t in statement.targets if isinstance(t, ast.Name)}
+                    targets = [n for one in statement.targets for n in ast.walk(one)]
+                    names = {n.id for n in targets if isinstance(n, ast.Name)}
                 elif isinstance(statement, ast.AnnAssign):
                     names = {n.id for n in [statement.target] if isinstance(n, ast.Name)}
                 return {
