@@ -14002,10 +14002,7 @@ class BrokerCheck:
 
     def wait(self, known: Callable[[], object], within: float) -> bool:
         """Turn until something is known; False if that takes too long."""
-        timer = self._loop.after(within, lambda: None)
-        while not (known() or self._lost) and self._loop.clock() < timer.due:
-            self._loop.step()
-        timer.cancel()
+        step_until(self._loop, within, lambda: known() or self._lost)
         return bool(known())
 
     def expect(self, known: Callable[[], object]) -> None:
@@ -14919,12 +14916,11 @@ def mosquitto_bridge(prefix: str, name: str, account: MqttConfig) -> str:
     """What mosquitto.conf says of a bridge to the broker that lets it in with this account."""
     import hmac
 
-    key = (account.password or "").encode()
-    host, port = account.endpoint
+    password, (host, port) = account.password or "", account.endpoint
     words = {
-        **{"NAME": name, "HOST": host, "PORT": str(port), "PASSWORD": account.password or ""},
+        **{"NAME": name, "HOST": host, "PORT": str(port), "PASSWORD": password},
         **{"AUTHORITY": str(account.ca_file), "PREFIX": prefix},
-        "ID": hmac.digest(key, f"bridge {name}".encode(), "sha256").hex()[:32],
+        "ID": hmac.digest(password.encode(), f"bridge {name}".encode(), "sha256").hex()[:32],
         "NOTICE": Topics(prefix).bridge(name),
         "TOPICS": "\n".join(f"topic +/{ch}/+ both 1 {prefix}/ {prefix}/" for ch in CHANNELS),
     }
@@ -15898,12 +15894,11 @@ def make_invitation(host: Host, name: str, now: float) -> Invitation:
 
     settings = host.needed_settings()
     ca = base64.b64encode(ssl.PEM_cert_to_DER_cert(host.authority.read_text())).decode()
-    hosts = (*settings.names, *([] if settings.everywhere else [settings.listen]))
     if host.broker_pid() is None:
         raise BrokerError(f"the broker of this hive does not run; start it: {HOST_AGAIN}")
     password = host.invite(name, now)
     host.reload()
-    hosts, until = tuple(dict.fromkeys(hosts)), int(now + INVITATION)
+    hosts, until = tuple(dict.fromkeys(settings.reached_at)), int(now + INVITATION)
     return Invitation(hosts, settings.port, name, password, ca, settings.prefix, until)
 
 

@@ -64,6 +64,29 @@ def test_the_times_that_are_promised() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "above", "below", "why"),
+    [
+        ("HOST_TICK", 20, 60, "who was invited is out within a minute, and looking is no work"),
+        ("RESTART_PAUSE", 1, 3, "nodes are back after five seconds, and a crash does not spin"),
+        ("SILENT_BROKER", 15, 45, "its client needs 15 s to miss it; a hive waits no minute"),
+        ("ECHO", 5, 15, "a bridge needs three seconds, and slow ones more"),
+        ("LOCK_PATIENCE", 10, 30, "a command waits for one that makes keys, not for a person"),
+        ("OPENSSL_TIMEOUT", 10, 30, "a slow machine makes a key within seconds"),
+        ("SUPERVISOR_TIMEOUT", 20, 60, "systemd waits for what it starts, as TimeoutStopSec"),
+        ("GLANCE", 0.5, 2, "a look at a lock takes no time"),
+        ("MAX_HOST_LOG", 1_000_000, 1_100_000, "some thousand lines"),
+        ("START_PATIENCE", hive.RESTART_PAUSE + 5, 30, "Mosquitto may have to start twice"),
+        ("KICK_PATIENCE", 5, 20, "a busy host takes seconds, and a person looks on"),
+        ("PROBE_PATIENCE", 1, 3, "doctor has 14 s for all of it"),
+    ],
+)
+def test_how_long_is_waited_is_between_two_reasons(
+    name: str, above: float, below: float, why: str
+) -> None:
+    assert above < getattr(hive, name) < below, why
+
+
+@pytest.mark.parametrize(
     ("said", "name"),
     [
         ("beta", "beta"),
@@ -424,7 +447,7 @@ def test_an_invitation_ends_to_the_second_and_with_another_password(bare: hive.H
 
 def test_every_hash_that_is_written_can_be_read(bare: hive.Host, signals: object) -> None:
     bare.invite("mini", NOW)
-    assert bare.shut_out("alpha") and not bare.shut_out("nobody")
+    assert bare.shut_out("alpha") is True and bare.shut_out("nobody") is False
     assert all(hive.PASSWORD_HASH.fullmatch(one) for one in bare.members().values())
     old = bare.password_file("alpha").read_text().strip()
     assert not hive.is_password_of(bare.members()["alpha"], old)
@@ -567,6 +590,7 @@ class Served:
 @pytest.fixture
 def served(bare: hive.Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setattr(hive, "MqttClient", Wire)
+    bare.service_lock.write_text(str(os.getppid()))  # of one before, which was killed
     made = Served(bare)
     yield made
     made.service._broker = None

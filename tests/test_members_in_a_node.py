@@ -640,7 +640,6 @@ def test_however_large_a_hive_others_believe_how_often_it_beats(
     assert said["interval"] == rig.kept("beta", "state")[-1]["interval"] == 60
 
 
-
 # Many at once
 
 
