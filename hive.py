@@ -180,7 +180,7 @@ class NoReplyError(HiveError):
 def quoted(value: object, limit: int = 60) -> str:
     """Show a value that a user or a peer gave: quoted, in ASCII, cut to `limit` characters."""
     if isinstance(value, str | bytes):
-        value = value[: limit + 1]
+        value = value[:limit]  # the quotes make it longer than that
     try:
         text = ascii(value)
     except (RecursionError, ValueError):  # nested too deep; an int of more than 4300 digits
@@ -207,9 +207,8 @@ def cut_begin(text: str, limit: int) -> str:
 
 def printable(value: object, limit: int = 60) -> str:
     """One line without anything that could move a cursor, cut to `limit` characters."""
-    said = value if isinstance(value, str) else "-" if value is None else str(value)
-    said = "".join(c if c.isprintable() else "?" for c in said[: limit + 1])
-    return cut_end(said, limit)
+    said = cut_end("-" if value is None else str(value), limit)
+    return "".join(c if c.isprintable() else "?" for c in said)
 
 
 def sha256(data: bytes) -> str:
@@ -259,11 +258,13 @@ def dropped_docstrings() -> Mapping[str, str]:
 
     tree = ast.parse("".join(linecache.getlines(__file__, globals())))
     found = [tree, *(one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef))]
-    return {getattr(one, "name", ""): ast.get_docstring(one, clean=False) or "" for one in found}
+    return {getattr(one, "name", ""): ast.get_docstring(one) or "" for one in found}
 
 
 class Field:
     """What a Value says of one of its fields, besides the type."""
+
+    name: str
 
     def __init__(
         self,
@@ -275,7 +276,6 @@ class Field:
         example: Any = None,
         shown: bool = True,
     ) -> None:
-        self.name = ""
         self.default, self.check, self.key = default, check, key
         self.help, self.example, self.shown = help, example, shown
 
@@ -641,7 +641,7 @@ class Envelope(Value):
 
     def stale(self, now: float) -> bool:
         """Is its time to live over, by the wall clock?"""
-        return bool(self.ttl) and now > self.ts + (self.ttl or 0)
+        return now > self.ts + (self.ttl or float("inf"))
 
 
 # (attribute, key on the wire, required, check) for each field that the protocol knows
@@ -889,7 +889,7 @@ class Target(Value):
         """Who gets a message for this, and who would if it were not away."""
         meant = sorted(
             (one for one in known if self.means(one, action, asker)),
-            key=lambda one: (one.busy, one.name) if self.one else (0.0, one.name),
+            key=lambda one: (self.one and one.busy, one.name),
         )
         there = [one.name for one in meant if one.alive]
         return there[:1] if self.one else there, [one for one in meant if not one.alive]
@@ -997,22 +997,22 @@ def decide(envelope: Envelope, here: RoutingContext) -> Decision:
     if envelope.action == READ_JOURNAL and (channel.handler or envelope.ch == "response"):
         why = here.denies(SHARE_RULE, envelope.sender) if channel.handler else ""
         return Decision(Do.REFUSE, why) if why else Decision(Do.JOURNAL)
-    if channel.handler and envelope.action:
-        if why := here.denies(handler_rule(envelope.action), envelope.sender):
+    asked = envelope.action if channel.handler else None
+    if asked:
+        if why := here.denies(handler_rule(asked), envelope.sender):
             return Decision(Do.REFUSE, why)
-        if envelope.action in here.handlers:
+        if asked in here.handlers:
             return Decision(Do.RUN)
     if channel.wake is Wake.UNLESS_AWAITED and here.expects(envelope.corr):
         return Decision(Do.NOTE, AWAITED)
-    asked = channel.handler and envelope.action is not None
     if channel.wake is Wake.IF_URGENT and not envelope.urgent:
         receipt = here.is_receipt(envelope)
         plain = f"a {channel.name} that is not urgent"
         return Decision(Do.NOTE, RECEIPT_NOTE + envelope.text if receipt else plain)
     if channel.wake is Wake.IF_ASKED_OR_URGENT and not (asked or envelope.urgent):
         return Decision(Do.NOTE, f"a {channel.name} that is not urgent")
-    missing = f"no handler for action {envelope.action}" if asked else ""
-    if asked and (why := here.why_not(envelope.action or "")):
+    missing = f"no handler for action {asked}" if asked else ""
+    if asked and (why := here.why_not(asked)):
         missing += f" ({quoted(why, 300)[1:-1]})"
     agents = tuple(one for one in here.addressed(envelope.to) if one != envelope.sender)
     denied = {one: here.denies(agent_rule(one), envelope.sender) for one in agents}
@@ -1304,7 +1304,7 @@ class Stream:
         try:
             while self._output:
                 self._written(self._sock.sendmsg(itertools.islice(self._output, 64)))
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             self._full = True
         except OSError:
             return self._abort()
@@ -1326,7 +1326,6 @@ class Stream:
             self._ending = self._loop.after(linger, self.close)
             self.consume(len(self.input))
             self._flush_soon()
-            self._watch()
 
     def close(self) -> None:
         """The connection is gone, with all that was not yet written."""
@@ -1347,14 +1346,12 @@ class Stream:
             self._ending.cancel()
         self._ending = self._loop.after(0, self.close)
         self._drop_all()
-        self._watch()
 
     def _drop_all(self) -> None:
         self.consume(len(self.input))
         self._total.size -= self.output_size
         self.output_size = 0
         self._output.clear()
-        self._full = False
 
     def _watch(self) -> None:
         """Read unless it is paused; what comes after its end is read too, and dropped."""
@@ -1372,7 +1369,7 @@ class Stream:
     def _on_event(self, events: int) -> None:
         if events & selectors.EVENT_WRITE:
             self._flush_soon()
-        if events & selectors.EVENT_READ and not self.closed:
+        if events & selectors.EVENT_READ:
             self._read()
         if self.is_open:
             self._on_ready()
@@ -1380,7 +1377,7 @@ class Stream:
     def _read(self) -> None:
         try:
             data = self._sock.recv(READ_CHUNK)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except OSError:
             data = b""
@@ -4108,12 +4105,12 @@ def next_at(at: str, after: float) -> float:
     """The first time that a local clock shows `at` after a moment; Unix seconds."""
     hour, minute = map(int, at.split(":"))
     day = time.localtime(after)
-    for days in (0, 1, 2):
-        # mktime finds its way over the ends of months and daylight saving time
-        moment = (day.tm_year, day.tm_mon, day.tm_mday + days, hour, minute, 0, 0, 0, -1)
-        if (due := time.mktime(moment)) > after:
-            return due
-    raise AssertionError("no day has this time")
+    # mktime finds its way over the ends of months and daylight saving time
+    today, tomorrow = (
+        time.mktime((*day[:2], day.tm_mday + days, hour, minute, 0, *day[6:8], -1))
+        for days in (0, 1)
+    )
+    return today if today > after else tomorrow
 
 
 class HandlerRun(Value):
@@ -4569,7 +4566,7 @@ class Work(Worker):
     def _wake(self, task: Task, note: str) -> None:
         """Let an agent know, with the question of ours that it answers."""
         envelope = task.envelope
-        question = self._journal.question(envelope)[:MAX_QUESTION]
+        question = self._journal.question(envelope)
         latest = self._loop.clock() + self._config.node.agent_patience
         deadline = min(self._deadline(task.until), latest)
         event = PendingEvent(envelope, task.urgent, deadline, note, question, task.n)
@@ -4996,7 +4993,7 @@ class ConfigTable(Value):
             check = cls.FIELDS[key].check
             try:
                 values[key] = check(value)
-            except (TypeError, ValueError):
+            except ValueError:
                 what = "the value" if check is secret else quoted(value)
                 raise ConfigError(f"{where}.{key}: {what} is not {docstring(check)}") from None
             if isinstance(values[key], os.PathLike) and base:
@@ -5160,7 +5157,7 @@ class BrokerConfig(ConfigTable):
         None, file_path, "what it keeps, if not in ~/.local/state/hive/.broker", "state"
     )
     queue_messages: int = setting(
-        10_000, integer(1, 1_000_000), "messages that may wait for one client"
+        10_000, number_of_messages, "messages that may wait for one client"
     )
     queue_mib: int = setting(64, count, "and MiB of them")
     total_mib: int = setting(256, count, "MiB of all messages that it keeps")
@@ -5761,12 +5758,10 @@ class Log:
     @contextlib.contextmanager
     def never_wait(self) -> Iterator[None]:
         """Meanwhile a reader that has stopped reading holds up nobody."""
-        before = self._stream
-        try:
+        before, descriptor = self._stream, None
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # where it is no file
             descriptor = before.fileno()
-        except (OSError, ValueError, AttributeError):  # it is no file
-            descriptor = -1
-        if descriptor < 0:
+        if descriptor is None:
             yield
             return
         writer = self._stream = LogWriter(
@@ -5817,7 +5812,7 @@ class LogWriter:
         self._descriptor, self._dropped = descriptor, dropped
         self._lines: list[str] = []
         self._lost = 0
-        self._writing = self._closed = False
+        self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -5846,7 +5841,7 @@ class LogWriter:
 
     def _run(self) -> None:
         while lines := self._take():
-            data = "".join(lines).encode(errors="backslashreplace")
+            data = "".join(lines).encode()
             with contextlib.suppress(OSError):  # nobody reads it any more: not our end
                 while data:
                     data = data[os.write(self._descriptor, data) :]
@@ -5854,7 +5849,7 @@ class LogWriter:
     def _take(self) -> list[str]:
         """Wait for lines; none when it is closed and all are written."""
         with self._changed:
-            self._changed.wait_for(lambda: self._lines or self._lost or self._closed)
+            self._changed.wait_for(lambda: self._lines or self._closed)
             lines, lost = self._lines, self._lost
             self._lines, self._lost = [], 0
         return [*lines, self._dropped(lost)] if lost else lines
@@ -5948,9 +5943,8 @@ class ChildProcess:
         self._terminated = self._finished = False
         self._timer = loop.after(spec.deadline, self._time_out)
         self._pipes = [pipe for pipe in (popen.stdin, popen.stdout, popen.stderr) if pipe]
-        for pipe in self._pipes:
-            os.set_blocking(pipe.fileno(), False)
         assert popen.stdin and popen.stdout and popen.stderr  # ChildProcesses asks for all three
+        os.set_blocking(popen.stdin.fileno(), False)
         loop.watch(popen.stdin, selectors.EVENT_WRITE, self._write_stdin)
         loop.watch(popen.stdout, selectors.EVENT_READ, self._read_stdout)
         loop.watch(popen.stderr, selectors.EVENT_READ, self._read_stderr)
@@ -5966,8 +5960,6 @@ class ChildProcess:
         if self._ended or self._popen.poll() is None:
             return
         self._set_timer(OUTPUT_TIMEOUT, self._finish)
-        self._read_stdout(0)
-        self._read_stderr(0)
         self._finish_unless_held()
 
     @property
@@ -6039,35 +6031,28 @@ class ChildProcess:
         except BlockingIOError:
             return
         except OSError:  # it does not read, or no longer
-            self._stdin = self._stdin[:0]
+            self._stdin = memoryview(b"")
         if not self._stdin:
             self._close(pipe)
 
     def _read_stdout(self, events: int) -> None:
-        room = self._spec.max_stdout
-        for data in self._read(self._popen.stdout):
-            self._truncated |= len(self._stdout) + len(data) > room
-            self._stdout += data[: room - len(self._stdout)]
+        room = self._spec.max_stdout - len(self._stdout)
+        data = self._read(self._popen.stdout)
+        self._truncated |= len(data) > room
+        self._stdout += data[:room]
 
     def _read_stderr(self, events: int) -> None:
-        for data in self._read(self._popen.stderr):
-            self._stderr += data
-            del self._stderr[: -self._spec.max_stderr]
+        self._stderr += self._read(self._popen.stderr)
+        del self._stderr[: -self._spec.max_stderr]
 
-    def _read(self, pipe: IO[bytes] | None) -> Iterator[bytes]:
-        """What is there to read now, a few chunks at most; close the pipe at its end."""
-        for _ in range(8):
-            if pipe is None or pipe not in self._pipes:
-                return
-            try:
-                data = os.read(pipe.fileno(), PIPE_CHUNK)
-            except BlockingIOError:
-                return
-            if not data:
-                self._close(pipe)
-                self._finish_unless_held()
-                return
-            yield data
+    def _read(self, pipe: IO[bytes] | None) -> bytes:
+        """What is there to read now; close the pipe at its end."""
+        assert pipe
+        data = os.read(pipe.fileno(), PIPE_CHUNK)
+        if not data:
+            self._close(pipe)
+            self._finish_unless_held()
+        return data
 
     def _close(self, pipe: IO[bytes]) -> None:
         self._loop.forget(pipe)
@@ -6117,7 +6102,7 @@ def start_fault(spec: ProcessSpec, error: Exception) -> str:
     """Why it could not be started: the system says "No such file" of much that is there."""
     if isinstance(error, FileNotFoundError) and spec.cwd and not spec.cwd.is_dir():
         return f"no folder {spec.cwd}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC):
+    if isinstance(error, OSError):
         file = program_file(spec.argv[0], spec.environment)
         with contextlib.suppress(OSError):
             if file and not os.access(file, os.X_OK):
@@ -6158,7 +6143,6 @@ class ChildProcesses:
                 env=spec.environment,
                 cwd=spec.cwd,
                 start_new_session=True,
-                bufsize=0,
             )
         except (OSError, ValueError) as error:
             result = ProcessResult(exit=None, fault=start_fault(spec, error))
@@ -6250,7 +6234,7 @@ def objection_to(file: Path) -> str | None:
         objection = writable_by_others(status) or unsafe_way(file)
     except ValueError:
         return f"its name is not {docstring(action_name)}"
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except OSError as error:
         return reason_of(error)
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
@@ -6455,7 +6439,7 @@ def failure(result: ProcessResult) -> str:
     else:
         reason = f"exit {result.exit}"
     detail = result.stderr.decode(errors="replace").strip()
-    end = detail.encode(errors="replace")[-(MAX_ERROR - 200) :].decode(errors="ignore")
+    end = detail.encode()[-(MAX_ERROR - 200) :].decode(errors="ignore")
     return cut(f"{reason}: {end}" if end else reason, MAX_ERROR)
 
 
@@ -6508,7 +6492,6 @@ MAX_AGENT_QUEUE = 200
 MAX_BODY = 12 * KIB  # bytes of a body; escapes make it six times that
 MAX_EVENT = 96 * KIB  # bytes of all that goes together; an argument has 128 KiB on Linux
 MAX_GROUP = 15  # messages that go together
-MAX_HOOK_ANSWER = 64 * KIB
 MAX_TURN = 4 * MAX_PAYLOAD  # bytes that a program prints of a turn: its tools' output is in it
 MIN_SECRET = 6  # characters of a variable; what is shorter could be any word
 NO_JSON = "no reply that can be read"
@@ -7125,7 +7108,7 @@ def read_uptime(port: int) -> float | None:
     connection = HTTPConnection("127.0.0.1", port, timeout=PROBE_DEADLINE)
     with contextlib.closing(connection):
         connection.request("GET", "/readyz")
-        answer = read_json_object(connection.getresponse().read(MAX_HOOK_ANSWER)) or {}
+        answer = read_json_object(connection.getresponse().read(MAX_PAYLOAD)) or {}
     uptime = bounded_number(answer.get("uptimeMs"), 0, 1e15)
     return None if uptime is None else uptime / 1000
 
@@ -7190,7 +7173,7 @@ class Agent:
         self._next_call: Timer | None = None
         self._next_probe: Timer | None = None
         self.turns = Counter[str]()  # calls that ended, by how
-        self._failures, self._not_before = 0, 0.0  # when to try again after the last of them
+        self._pause, self._not_before = 0.0, 0.0  # after a failure; when to try again
         self._again_at = 0  # the same in Unix seconds
         self._method = ""  # the last one that worked
         self._request: GatewayRequest | None = None  # the last one
@@ -7234,8 +7217,6 @@ class Agent:
     def stop(self) -> list[PendingEvent]:
         """Begin no call any more; what was not told yet.  A call that is under way may end."""
         self._stopping = True
-        for timer in filter(None, (self._next_call, self._next_probe)):
-            timer.cancel()
         left, self._waiting = [*self._waiting], deque()
         return left
 
@@ -7341,7 +7322,7 @@ class Agent:
         if name != self._method:
             self._method = name
             self._log.info("agent is reached", agent=self.instance.name, via=name)
-        self._failures = 0
+        self._pause = 0.0
         self._set_health(Health.OK, "")
         for event in group:
             self._log.info("agent woken", agent=self.instance.name, id=event.envelope.id)
@@ -7361,8 +7342,8 @@ class Agent:
         self._waiting.extendleft(reversed(group))
         self._set_health(Health.DOWN, why)
         first, longest = AGENT_RETRY
-        delay = min(first * 2**self._failures, longest) * random.uniform(0.75, 1.0)
-        self._failures = min(self._failures + 1, 20)
+        self._pause = min(2 * self._pause or first, longest)
+        delay = self._pause * random.uniform(0.75, 1.0)
         self._not_before, self._again_at = self._loop.clock() + delay, int(time.time() + delay)
 
     def _expire(self) -> None:
@@ -9783,7 +9764,7 @@ class ClientConnection:
         self.stream = Stream(
             *(self._loop, sock, self._on_ready, self._on_close),
             max_input=2 * MAX_PACKET,
-            max_output=2 * MAX_OUT,
+            max_output=MAX_OUT + 2 * MAX_PACKET,  # one at QoS 0 may go over MAX_OUT, with answers
             flush_soon=partial(broker.commit_soon, self),
             total=broker.buffered,
         )
@@ -12278,8 +12259,10 @@ class StatusRow(Value):
     @property
     def again(self) -> list[str]:
         """What goes below that: when its agent is called again."""
-        at = time.localtime(self.next_try or 0)
-        return [time.strftime("its agent is called again at %H:%M:%S", at)] if self.next_try else []
+        if not self.next_try:
+            return []
+        at = time.localtime(self.next_try)
+        return [time.strftime("its agent is called again at %H:%M:%S", at)]
 
 
 def status_row(
@@ -13444,7 +13427,9 @@ class StatusScreen:
         head = [words, *textwrap.wrap(printable(feed.fault, 300), width or SCREEN[0])]
         foot = f"{time.strftime('%H:%M:%S')}  {feed.node} at {feed.broker}  q leaves"
         passed = now - feed.at
-        rows = [row.replace(age_s=row.age_s and row.age_s + passed) for row in feed.rows]
+        rows = [
+            row if row.age_s is None else row.replace(age_s=row.age_s + passed) for row in feed.rows
+        ]
         lines = status_screen(rows, head, foot, height or SCREEN[1], self._colour)
         lines = [line if "\033" in line else cut_end(line, width or SCREEN[0]) for line in lines]
         self._write("\033[H" + "\r\n".join(f"\033[K{line}" for line in lines) + "\033[J")
@@ -16260,7 +16245,7 @@ class Attachment:
         try:
             answer = control.ask({"do": "attach", **self._introduction()})
             if "agent" not in answer:
-                why = str(answer.get("error", "attach: the daemon does not understand"))
+                why = str(answer.get("error"))
                 raise DaemonError(why) if why == STOPPING else HiveError(why)
         except HiveError:
             self._config = None
@@ -16347,10 +16332,9 @@ class McpTools:
 
     def messages(self, limit: int, exchange: str = "") -> tuple[list[dict[str, Any]], int]:
         """What is unread and not handed out, and how many more there are; raises HiveError."""
-        asked = {"exchange": exchange} if exchange else {}
         limit = min(limit + len(self.handed_out), MAX_MAIL)
         agent = self.link.agent if self.link.attach() else ""
-        said = self.link.ask(do="inbox", agent=agent, limit=limit, **asked)
+        said = self.link.ask(do="inbox", agent=agent, limit=limit, exchange=exchange or None)
         found = [one for one in said["messages"] if one["task"] not in self.handed_out]
         return found, said["more"]
 
@@ -16602,10 +16586,11 @@ class McpTools:
 
     def exchange_of(self, id: str) -> list[dict[str, Any]]:
         """The rows of an exchange; raises HiveError."""
-        if self.link.attach():
-            rows: list[dict[str, Any]] = self.link.ask(do="exchange", id=id)["rows"]
-            return rows
-        return list(look_up(self.link.config, {"do": "exchange", "id": id})["rows"])
+        request = {"do": "exchange", "id": id}
+        said = (
+            self.link.ask(**request) if self.link.attach() else look_up(self.link.config, request)
+        )
+        return list(said["rows"])
 
     def found(self, id: str) -> Envelope:
         """A message that this node knows; raises HiveError."""
@@ -16732,9 +16717,8 @@ class McpServer:
         self._skipping = False  # a line that is too long
         self._deaf = self._ended = False  # nothing is read, for now; no more comes
         self._sent = 0  # bytes that the client took
-        self._written: deque[tuple[int, tuple[int, ...]]] = (
-            deque()
-        )  # which are read when it took so many
+        # Which messages are read when it took so many.
+        self._written = deque[tuple[int, tuple[int, ...]]]()
         # What the daemon does not know yet.
         self._unmarked: dict[str, set[int]] = {"read": set(), "told": set()}
         self._pushing = False
@@ -16756,7 +16740,7 @@ class McpServer:
         except PermissionError:  # a file, which is always ready
             self._loop.after(0, self._read)
 
-    def _read(self, events: int = 0) -> None:
+    def _read(self, *events: int) -> None:
         try:
             data = os.read(self._stdin, READ_CHUNK)
         except OSError:
@@ -16794,7 +16778,7 @@ class McpServer:
             self._written.append((self._sent + len(self.output), tasks))
         self._flush()
 
-    def _flush(self, events: int = 0) -> None:
+    def _flush(self, *events: int) -> None:
         """Write what the client takes; never wait for it."""
         import select
 
@@ -16952,13 +16936,13 @@ class McpServer:
 
     @staticmethod
     def _guarded(
-        call: Callable[[], Outcome | Wait | None], *passed_on: type[HiveError]
+        call: Callable[[], Outcome | Wait | None], *ignored: type[HiveError]
     ) -> Outcome | Wait | None:
         """What went wrong is an outcome too: the model may know what to do."""
         try:
             return call()
-        except passed_on:
-            raise
+        except ignored:
+            return None
         except HiveError as error:
             return Outcome(str(error), failed=True)
 
@@ -16983,8 +16967,7 @@ class McpServer:
         if call.wait.every and call.id in self._calls:
             call.timers["look"] = self._loop.after(call.wait.every, lambda: self._look(call))
         if call.wait.every or self.link.attached:
-            with contextlib.suppress(DaemonError):  # it may come back
-                self._finish(call, self._guarded(call.wait.look, DaemonError))
+            self._finish(call, self._guarded(call.wait.look, DaemonError))  # it may come back
 
     def _due(self, call: Call) -> None:
         self._finish(call, self._guarded(lambda: call.wait.look() or call.wait.give_up()))
@@ -17114,16 +17097,14 @@ def json_rpc_object(line: bytes) -> dict[str, Any]:
     return said
 
 
-def serve_session(
-    name: str = "", file: str | None = None, overrides: Mapping[str, Any] | None = None
-) -> int:
-    """`hive mcp`, until its client has gone; hive-cli comes here with a part of this file alone."""
+def serve_session(name: str, file: str | None, overrides: Mapping[str, Any]) -> int:
+    """`hive mcp`, until its client has gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)  # nothing is held that the daemon does not see go
     stdout = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed is no part of the protocol
     with contextlib.closing(Loop(Log("error"))) as loop:
-        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides or {}), name).run()
+        McpServer(loop, 0, stdout, partial(resolve_config, file, overrides), name).run()
     return Exit.DONE
 
 
@@ -17342,8 +17323,8 @@ class DaemonLink:
     def _read(self) -> None:
         while (end := self._stream.input.find(b"\n")) >= 0:
             self._silence.cancel()
-            line = bytes(self._stream.input[:end])
-            self._stream.consume(end + 1)
+            line = bytes(self._stream.input[: end + 1])
+            self._stream.consume(len(line))
             self._on_line(read_json_object(line) or {})
 
     def _end(self, why: str) -> None:
@@ -17493,7 +17474,7 @@ class HiveView:
         if 0 < version < self._dropped:
             yield b"event: missed\ndata: {}\n\n"
         for changed, event in self._rows:
-            if changed > version and version:
+            if 0 < version < changed:
                 yield event
 
     def _say(self, about: str, event: str, document: Mapping[str, Any]) -> None:
@@ -19067,12 +19048,12 @@ def with_hooks(
     changed = {}
     for event in dict.fromkeys([*hooks, *events]):
         there, wanted = hooks.get(event, []), added if event in events else []
-        others = [rest for group in there if (rest := without_hive(group))]
+        others = [rest for group in there if (rest := without_hive(group)) is not None]
         if wanted and wanted[0] in there and len(others) == len(there) - 1:
             others, wanted = there, []
-        if others or wanted or there == others:
+        if others or wanted or hooks.get(event) == []:
             changed[event] = [*others, *wanted]
-    return {event: groups for event, groups in changed.items() if groups or event in hooks}
+    return changed
 
 
 def without_hive(group: Any) -> Any:
@@ -19088,8 +19069,8 @@ def is_hook_of_hive(handler: Any) -> bool:
     """`.../hive hook` and the like, wherever that hive is."""
     import shlex
 
-    with contextlib.suppress(AttributeError, TypeError, ValueError):
-        *words, last = shlex.split(handler.get("command"))
+    with contextlib.suppress(LookupError, TypeError, ValueError):
+        *words, last = shlex.split(str(handler["command"]))  # of None it would read stdin
         names = {os.path.basename(word) for word in words[:2]}
         return last == "hook" and bool(names & {"hive", "hive-cli", "hive.py"})
     return False
@@ -19110,12 +19091,9 @@ def session_of_hook(
     Both are children of that program.  Codex has one for all its terminals: then the directory
     tells them apart.
     """
-    near: dict[str, int] = {}
-    for one in sessions:
-        parent = parent_process(one["pid"])
-        if parent in ancestors:
-            near[one["agent"]] = ancestors.index(parent)
-    found = [one for one in sessions if near.get(one["agent"]) == min(near.values(), default=-1)]
+    parents = [(parent_process(one["pid"]), one) for one in sessions]
+    near = [(ancestors.index(parent), one) for parent, one in parents if parent in ancestors]
+    found = [one for place, one in near if place == min(place for place, _ in near)]
     if len(found) > 1:
         found = [one for one in found if expand_home(one["directory"]) == directory]
     return str(found[0]["agent"]) if len(found) == 1 else ""
@@ -19652,11 +19630,11 @@ def say_sent(
     return Exit.DONE
 
 
-def reason_code_of(config: Config, said: Mapping[str, Any] | None) -> int | None:
+def reason_code_of(config: Config, said: Mapping[str, Any]) -> int | None:
     """The broker's reason code, if that is what was said; raises BrokerError if it refused."""
-    code = (said or {}).get("published")
+    code = said.get("published")
     if code is not None and is_failure(code):
-        words = str((said or {}).get("words")).lower()
+        words = str(said.get("words")).lower()
         raise broker_fault(config.mqtt, f"refused to publish: {words}")
     return code
 

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import PATIENCE, ROOT, eventually, free_port, statuses_of, told_at
+import forked
+from conftest import PATIENCE, eventually, free_port, statuses_of, told_at
 
 import hive
 
@@ -30,27 +31,17 @@ class Machine:
         self.daemons: list[subprocess.Popen[bytes]] = []
 
     def start(self, *arguments: str | Path, **how: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, ROOT / "hive-cli", *arguments],
-            env=self.environment,
-            cwd=self.home,
-            **how,
-        )
+        line = [sys.executable, forked.PROGRAM, *arguments]
+        return forked.spawn(line, env=self.environment, cwd=self.home, **how)
 
     def run(
         self, *arguments: str, code: int | None = 0, stdin: str = "", **how: Any
     ) -> subprocess.CompletedProcess[str]:
         """What it says, once it has ended as it should."""
-        done = subprocess.run(
-            [sys.executable, ROOT / "hive-cli", *arguments],
-            env=self.environment,
-            cwd=self.home,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=2 * PATIENCE,
-            **how,
-        )
+        pipe = subprocess.PIPE
+        process = self.start(*arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **how)
+        ended = forked.ended(process, stdin, 2 * PATIENCE)
+        done = subprocess.CompletedProcess(process.args, *ended)
         assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr, done.stderr
         return done

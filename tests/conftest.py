@@ -20,6 +20,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import forked
+
 from hive import (
     ChildProcesses,
     ControlClient,
@@ -39,6 +41,7 @@ from hive import (
 if TYPE_CHECKING:
     from raw_mqtt import Hosted
     from rig import Rig
+    from scripted import Commands
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -277,7 +280,7 @@ class Daemon:
     def start(self, wait: bool = True) -> Daemon:
         seen = len(self.events("connected")) if wait else 0
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = self.hive.spawn(
                 [*self.hive.program, "daemon", "--config", self.config],
                 stderr=log,
                 stdout=log,
@@ -346,7 +349,8 @@ class Hive:
     def __init__(self, home: Path, broker: Broker, prefix: str, interval: float = 0.5) -> None:
         self.home, self.broker, self.prefix, self.interval = home, broker, prefix, interval
         self.mqtt = f"port = {broker.port}"  # what a node's hive.toml says of it
-        self.program = [sys.executable, f"{ROOT}/hive-cli"]
+        self.program = [sys.executable, forked.PROGRAM]
+        self.forks = False  # a fork of this process stands in for the start of the program
         self.nodes: dict[str, Daemon] = {}
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("HIVE_")}
         self.environment |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": ""}
@@ -359,18 +363,18 @@ class Hive:
     def command_line(self, node: str, *arguments: str) -> list[str]:
         return [*self.program, f"--config={self.nodes[node].config}", *arguments]
 
+    def spawn(self, line: Sequence[str | Path], **how: Any) -> subprocess.Popen[Any]:
+        """Start a daemon or a command, as subprocess.Popen does."""
+        return (forked.spawn if self.forks else subprocess.Popen)(line, **how)
+
     def cli(
         self, node: str, *arguments: str, code: int | None = 0, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run hive-cli as `node`; fail unless it ends with `code`."""
-        done = subprocess.run(
-            self.command_line(node, *arguments),
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=2 * PATIENCE,
-            env=self.environment,
-        )
+        pipe, line = subprocess.PIPE, self.command_line(node, *arguments)
+        streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True}
+        process = self.spawn(line, env=self.environment, **streams)
+        done = subprocess.CompletedProcess(line, *forked.ended(process, stdin, 2 * PATIENCE))
         assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr, done.stderr
         return done
@@ -398,6 +402,7 @@ def hive_of(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable
             tmp_path / f"hive{len(made)}", broker, f"t{os.getpid()}-{time.monotonic_ns()}", **how
         )
         hive.home.mkdir()
+        hive.forks = request.module.__name__.startswith("test_")
         made.append(hive)
         return hive
 
@@ -412,14 +417,26 @@ def hive(hive_of: Callable[..., Hive], shared_broker: Broker) -> Hive:
     return hive_of(shared_broker)
 
 
+def noting(notes: list[Any], then: Callable[..., T]) -> Callable[..., T]:
+    """The same function, but what it is given is noted first."""
+
+    def call(*given: Any) -> T:
+        notes.append(given)
+        return then(*given)
+
+    return call
+
+
 class Clock:
-    """Real time, and what was skipped of it."""
+    """Real time, or the moment at which it was stopped; and what was skipped of it."""
 
     def __init__(self) -> None:
         self.skipped = 0.0
+        self.stopped: float | None = None
 
     def __call__(self) -> float:
-        return time.monotonic() + self.skipped
+        now = time.monotonic() if self.stopped is None else self.stopped
+        return now + self.skipped
 
 
 @pytest.fixture
@@ -544,6 +561,16 @@ def rig_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 def rig(rig_of: Callable[..., Rig]) -> Rig:
     """A node with a handler `ping` and no agent."""
     return rig_of()
+
+
+@pytest.fixture
+def commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Commands:
+    """Commands of the node alpha, in this process; the daemon is a script."""
+    from scripted import Commands
+
+    return Commands(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture

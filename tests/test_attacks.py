@@ -199,6 +199,7 @@ class Scene:
 
     def __init__(self, home: Path, broker: WithPasswords | WithCertificates) -> None:
         self.broker, self.hive = broker, Hive(home, broker, PREFIX, interval=2.0)
+        self.hive.forks = True
         self.agent = home / "openclaw"
         self.agent.write_text(
             "#!/usr/bin/env python3\nimport json, os, sys\n"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hive
 from hive import (
     BrokerError,
     ConfigError,
@@ -176,3 +183,150 @@ def test_a_value_can_be_taken_apart() -> None:
             assert label == "x"
         case _:
             raise AssertionError("it does not match")
+
+
+# What is shown
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "begin", "end"),
+    [
+        ("", 3, "", ""),
+        ("abc", 3, "abc", "abc"),
+        ("abcd", 3, "ab…", "…cd"),
+        ("abcdefgh", 5, "abcd…", "…efgh"),
+        ("abc", 1, "…", "…"),
+    ],
+)
+def test_what_is_cut_has_its_limit_and_says_so(text: str, limit: int, begin: str, end: str) -> None:
+    assert (hive.cut_end(text, limit), hive.cut_begin(text, limit)) == (begin, end)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "-"),
+        (0, "0"),
+        ("", ""),
+        ("Zoë: a b", "Zoë: a b"),
+        ("a\x1b[2J\nb\u202e", "a?[2J?b?"),
+        ("12345678", "12345678"),
+        ("123456789", "1234567…"),
+        (1234567890, "1234567…"),
+        ("\n" * 99, "???????…"),
+    ],
+)
+def test_nothing_that_is_shown_moves_the_cursor(value: object, shown: str) -> None:
+    assert hive.printable(value, 8) == shown
+
+
+def test_a_value_is_shown_in_at_most_sixty_characters() -> None:
+    for show in (hive.printable, quoted):
+        assert (len(show("x" * 58)), len(show("x" * 99))) in ((58, 60), (60, 60))
+    assert quoted(b"abcdefghi", 8) == "b'abcde…"
+
+
+@pytest.mark.parametrize(
+    ("said", "known", "near"),
+    [
+        ("statsu", ["start", "status", "stop"], "status"),
+        ("STATUS", ["Status"], "Status"),
+        ("ping", ["pings", "sing"], "pings"),
+        ("abcd", ["abxy"], "abxy"),  # half of it is the same
+        ("abcde", ["abxyz"], ""),
+        ("ping", [], ""),
+    ],
+)
+def test_the_nearest_name_is_asked_for_and_none_that_is_far(
+    said: str, known: list[str], near: str
+) -> None:
+    assert hive.did_you_mean(said, known) == (f"did you mean {near}?" if near else "")
+
+
+# The file about itself
+
+
+def test_a_hash_is_the_same_whichever_python_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = hashlib.sha256(b"hive").hexdigest()
+    assert hive.sha256(b"hive") == expected
+    for module in ("_sha2", "_sha256"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert hive.sha256(b"hive") == expected
+
+
+def test_the_build_is_eight_digits_of_the_files_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = hashlib.sha256(Path(hive.__file__).read_bytes()).hexdigest()[:8]
+    assert hive.build() == digits
+    monkeypatch.setattr(hive, "__file__", f"{hive.__file__}c")  # as it is run from a cache
+    assert hive.build() == digits
+    monkeypatch.setattr(hive, "__file__", "/nonexistent/hive.py")
+    assert hive.build() == "unknown"
+
+
+@pytest.mark.parametrize("name", ["quoted", "Value", "handler_rule", "shortened"])
+def test_what_python_was_told_to_drop_is_read_from_the_source(name: str) -> None:
+    of = getattr(hive, name)
+    assert hive.docstring(of) == (of.__doc__ or "")
+    bare = SimpleNamespace(__doc__=None, __qualname__=name)
+    assert hive.docstring(bare) == inspect.cleandoc(of.__doc__ or "")
+    assert hive.docstring(SimpleNamespace(__doc__=None, __qualname__="unknown")) == "unknown"
+    assert hive.dropped_docstrings()[""] == inspect.cleandoc(hive.__doc__ or "")
+
+
+def test_a_pattern_is_read_when_it_is_first_used() -> None:
+    later = hive.regular("a+(")
+    assert later.pattern == "a+("
+    with pytest.raises(re.error):
+        later.match("a")
+    digits = hive.regular(r"\d+")
+    assert digits.fullmatch("12") and not digits.fullmatch("1a")
+
+
+# What a value may be
+
+
+YEAR = 366 * 86400
+WORD = hive.choice("a", "b")
+FEW = hive.integer(2, 4, "a port")
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad"),
+    [
+        (hive.plain_string, ["", "é"], ["a\0", "\ud800", b"a", None, 1]),
+        (hive.boolean, [True, False], [0, 1, "true", None]),
+        (hive.finite_number, [0, -1.5, "2", 1e300], [True, None, [], "x", 10**400, b"1"]),
+        (hive.seconds, [1e-9, 0.5, 1, YEAR], [0, -1, -0.5, YEAR + 0.1, "nan", True, 10**400]),
+        (FEW, [2, 3.0, "4"], [1, 1.5, 2.5, 4.5, 5, "nan", "inf", False, None, 10**400]),
+        (WORD, ["a", "b"], ["", "c", "ab", None, ["a"], 1]),
+        (lambda value: hive.whole(value, 1, 3), [1, 2.9, 3], [0, 0.9, 3.1, 4, "2", True, None]),
+    ],
+    ids=["string", "boolean", "number", "seconds", "integer", "choice", "whole"],
+)
+def test_a_check_takes_what_it_says_and_raises_one_kind_of_error(
+    check: Callable[[Any], Any], good: list[Any], bad: list[Any]
+) -> None:
+    for value in good:
+        taken = check(value)
+        same = value if isinstance(taken, str | bool) else float(value)
+        assert taken == same or taken == int(same)
+        assert type(taken) in (str, bool, float, int)
+    for value in bad:
+        with pytest.raises(ValueError):
+            check(value)
+
+
+def test_a_check_says_what_it_takes() -> None:
+    assert (FEW.__doc__, WORD.__doc__) == ("a port from 2 to 4", '"a" or "b"')
+    assert hive.integer(1, 3).__doc__ == "a whole number from 1 to 3"
+    assert [type(FEW(said)) for said in (2, 3.0, "4")] == [int] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [(1, 1.0), (2.5, 2.5), (3, 3.0), (0.9, None), (3.1, None), (float("nan"), None)]
+    + [(one, None) for one in (True, "2", None, [2], 10**400)],
+)
+def test_a_peers_number_is_in_its_range_or_none(value: object, number: float | None) -> None:
+    assert hive.bounded_number(value, 1, 3) == number
+    assert type(hive.bounded_number(2, 1, 3)) is float

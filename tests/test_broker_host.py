@@ -36,6 +36,7 @@ from conftest import (
     need_mosquitto,
 )
 from faults import COUNT, SmallDisk
+from forked import ended
 
 import hive
 from hive import BrokerConfig, Config, NodeConfig
@@ -59,7 +60,7 @@ class Machine(Hive):
     def __init__(self, home: Path) -> None:
         home.mkdir()
         super().__init__(home, Broker(home / "mosquitto", start=False), "hive", 0.5)
-        self.mqtt = ""
+        self.mqtt, self.forks = "", True
         self.hurry(hive.LOOK_AGAIN, hive.DIAL_DEADLINE)
         for name in ("XDG_STATE_HOME", "XDG_RUNTIME_DIR", "STATE_DIRECTORY"):
             self.environment.pop(name, None)
@@ -153,14 +154,10 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 def run_bare(machine: Machine, *arguments: str) -> subprocess.CompletedProcess[str]:
     """hive.py as a newcomer types it: no configuration, no option."""
-    return subprocess.run(
-        [*machine.program, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env=machine.environment,
-        cwd=machine.home,
-    )
+    pipe, line = subprocess.PIPE, [*machine.program, *arguments]
+    how: dict[str, Any] = {"stdout": pipe, "stderr": pipe, "text": True}
+    process = machine.spawn(line, env=machine.environment, cwd=machine.home, **how)
+    return subprocess.CompletedProcess(line, *ended(process, None, PATIENCE))
 
 
 @pytest.fixture

@@ -348,12 +348,13 @@ def test_a_password_file_that_holds_none_is_an_error(
     assert line == f"hive.toml: mqtt.password_file: {place.resolve()}/pw: {why}"
 
 
-@pytest.mark.parametrize("mode", [0o604, 0o640, 0o644])
+@pytest.mark.parametrize("mode", [0o601, 0o604, 0o610, 0o620, 0o640, 0o644])
 def test_a_file_with_a_secret_that_others_may_read_is_warned_of(place: Path, mode: int) -> None:
     assert load("mqtt.password = 'x'", mode).warnings == (
         "hive.toml: holds a secret and others may read it; try: chmod 600 hive.toml",
     )
-    assert len(load("[[oc_instances]]\nname = 'a'\ntoken = 'x'", mode).warnings) == 1
+    two_of_them = "[[oc_instances]]\nname = 'a'\ntoken = 'x'\nhook_token = 'y'"
+    assert len(load(two_of_them, mode).warnings) == 1
     for name in ("pw", "cert"):
         (place / name).write_text("x")
     (place / "pw").chmod(mode)
@@ -607,6 +608,14 @@ def test_what_nobody_set_is_as_it_always_was(place: Path) -> None:
         ("broker.queue_messages", "1000000", 1_000_000),
         ("broker.total_mib", "7", 7),
         ("broker.listen", '"[::1]:1883"', "[::1]:1883"),
+        ("broker.listen", "'localhost:65535'", "localhost:65535"),
+        ("node.sender_rate", "1000000", 1_000_000),
+        ("node.sender_burst", "1", 1),
+        ("node.tags", "['b', 'a']", ["b", "a"]),
+        ("journal.share", "'alpha'", "alpha"),
+        ("journal.share", "['alpha', 'gamma']", ["alpha", "gamma"]),
+        ("schedule.catch_up", "false", False),
+        ("schedule.catch_up", "'2h'", 7200.0),
         ("heartbeat.interval", "1.5", 1.5),
         ("node.handler_timeout", "31622400", 31_622_400.0),
         ("schedule.every", "1", 1.0),
@@ -666,6 +675,9 @@ def test_a_schedule_is_held_to_its_kinds(key: str, bad: str) -> None:
         ("mqtt.username", '1 "\\u0000"'),
         ("node.agent_patience", "0 31622401"),
         ("node.sender_rate", "0 1000001 1.5"),
+        ("node.sender_burst", "0 1000001"),
+        ("node.tags", "1 ['a',1] ['a/b'] ''"),
+        ("journal.share", "1 ['a',1] ['a/b'] 'all'"),
     ],
 )
 def test_more_values_are_held_to_their_kinds(key: str, bad: str) -> None:
@@ -891,3 +903,154 @@ def test_what_init_writes_is_read_without_tomllib(monkeypatch: pytest.MonkeyPatc
     ):
         with pytest.raises(ImportError):
             hive.parse_toml(more)
+
+
+# -- what follows from it --
+
+
+def read_document(**document: Any) -> Config:
+    return hive.make_config(document, None, {})
+
+
+@pytest.mark.parametrize(
+    ("senders", "addresses", "sender"),
+    [("open", ["beta", "main"], ""), ("checked", ["beta"], "beta")],
+)
+def test_whose_mail_a_node_takes_is_what_its_broker_allows(
+    senders: str, addresses: list[str], sender: str
+) -> None:
+    config = read_document(
+        node={"id": "beta"}, mqtt={"senders": senders}, oc_instances=[{"name": "main"}]
+    )
+    assert (config.checked, config.topics) == (senders == "checked", hive.Topics("hive", sender))
+    assert [*config.addresses] == addresses
+    mail = [f"hive/{name}/+{end}" for name in (*addresses, "all") for end in ("", "/+")]
+    states = [("hive/meta/+/state", 0), ("hive/meta/+/roster", 0)]
+    assert config.subscriptions == [*((topic, 1) for topic in mail), *states]
+
+
+def test_a_rule_names_whom_it_allows_and_without_one_everybody_may_but_read() -> None:
+    config = read_document(
+        oc_instances=[{"name": "a", "allow": "x"}, {"name": "b"}, {"name": "c", "allow": []}],
+        handlers={"sync": {"allow": ["x", "y"]}, "ping": {}},
+        journal={"share": ["z"]},
+    )
+    assert config.allow == {
+        "[handlers.sync] allow": ("x", "y"),
+        "allow of [[oc_instances]] a": ("x",),
+        "allow of [[oc_instances]] c": (),
+        "[journal] share": ("z",),
+    }
+    assert read_document().allow == {}
+
+
+def test_without_a_file_paths_stay_as_they_are(place: Path) -> None:
+    config = read_document(node={"state_dir": "x"})
+    assert (config.state_dir, config.file) == (Path("x"), None)
+    load("")
+    assert load_config("hive.toml").file == str(place.resolve() / "hive.toml")
+
+
+def test_a_program_in_one_file_lies_where_that_file_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hive").write_bytes(b"")
+    for file, own in (("hive/hive.py", "hive"), ("src/hive.py", "src/hive.py")):
+        monkeypatch.setattr(hive, "__file__", str(tmp_path / file))
+        assert hive.own_file() == tmp_path.resolve() / own
+
+
+def test_a_state_home_that_is_relative_does_not_count(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "xdg")
+    assert hive.state_home() == place.parent / "home/.local/state/hive"
+
+
+def test_the_file_of_this_machine_is_read_where_this_user_has_none(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hive.CONFIG_PLACES == ("~/.config/hive/hive.toml", "/etc/hive/hive.toml")
+    mine, everybodys = place.parent / "home/mine.toml", place / "everybodys.toml"
+    monkeypatch.setattr(hive, "CONFIG_PLACES", ("~/mine.toml", str(everybodys)))
+    assert hive.find_config(None) is None
+    for file in (everybodys, mine):
+        file.write_text("")
+        assert hive.find_config("") == file
+
+
+def test_the_hosts_of_a_broker_are_tried_in_turn() -> None:
+    mqtt = load("[mqtt]\nhost = 'a'\ncluster = ['b', 'c']").mqtt
+    assert ["".join(mqtt.hosts(first)) for first in range(4)] == ["abc", "bca", "cab", "abc"]
+    assert [*load("").mqtt.hosts(5)] == ["localhost"]
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("true", float("inf")), ("false", 90.0), ("'2h'", 7200.0), ("7", 7.0)]
+)
+def test_how_late_a_run_may_be(said: str, seconds: float) -> None:
+    toml = f"[[schedule]]\naction = 'x'\nat = '07:30'\ncatch_up = {said}"
+    assert load(toml).schedule[0].patience == seconds
+
+
+@pytest.mark.parametrize(
+    ("said", "openclaw", "program"),
+    [
+        ("", True, False),
+        ("via = 'chat'", True, False),
+        ("command = 'x'", False, False),
+        ("via = 'claude'\ndir = '/d'", False, True),
+        ("via = 'codex'\ndir = '/d'\ncommand = 'x'", False, True),
+    ],
+)
+def test_what_kind_of_agent_it_is(said: str, openclaw: bool, program: bool) -> None:
+    [agent] = load(f"[[oc_instances]]\nname = 'a'\n{said}").oc_instances
+    assert (agent.is_openclaw, agent.is_program) == (openclaw, program)
+
+
+@pytest.mark.parametrize("mqtt", ["", "username = 'beta'"])
+def test_a_checked_hive_knows_a_node_by_its_name(mqtt: str) -> None:
+    toml = f"[node]\nid = 'beta'\n[mqtt]\nsenders = 'checked'\n{mqtt}"
+    assert load(toml).checked
+    assert load("[node]\nid = 'beta'\n[mqtt]\nusername = 'other'").mqtt.username == "other"
+
+
+def test_a_value_is_written_as_toml() -> None:
+    written = {(): "[]", ("a",): '"a"', ("a", "b"): '["a", "b"]', Path("/x"): '"/x"', "é": '"é"'}
+    assert {value: hive.toml_value(value) for value in written} == written
+    assert [hive.toml_value(one) for one in (True, 5, 1.5, 'a"\x7f')] == [
+        *("true", "5", "1.5", r'"a\"\u007f"'),
+    ]
+
+
+def test_help_and_origin_stand_in_a_column() -> None:
+    example = example_config({"mqtt": {"port": 7}, "oc_instances": [{"name": "a"}, {"name": "b"}]})
+    for key, about in {
+        "# interval = 5.0": "seconds between heartbeats",
+        "port = 7": "its port, if not 1883 (8883 is usual with TLS)",
+        'name = "b"': "its name; messages can be sent to it as to a node",
+    }.items():
+        assert f"{key:38}  # {about}" in example.splitlines()
+    shown = effective_config(load("mqtt.port = 7")).splitlines()
+    assert f"{'port = 7':40} # hive.toml" in shown
+    assert "# username is not set".ljust(40) in shown
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mqtt.port", 8883),
+        ("mqtt.cluster", ["b.lan"]),
+        ("broker.listen", "127.0.0.1:1883"),
+        ("oc_instances.port", 18789),
+        ("oc_instances.hook_url", "http://127.0.0.1:18789/hooks/wake"),
+        ("handlers.timeout", 120.0),
+        ("schedule.every", "5m"),
+        ("schedule.at", "07:30"),
+        ("schedule.jitter", "30s"),
+    ],
+)
+def test_the_example_shows_what_is_usual(key: str, value: object) -> None:
+    declared = hive.setting_of(key)
+    assert declared.example == value
+    assert f"# {declared.name} = {json.dumps(value)} " in example_config()

@@ -1,7 +1,7 @@
 """Two nodes as processes, driven through hive-cli, as a user would see it.
 
-Each test runs on a real Mosquitto, and again on hive's own broker; `make brokers` runs them on
-others, which it names in HIVE_TEST_BROKERS.
+Each test runs on a real Mosquitto, and again on hive's own broker, then with processes that begin
+as forks; `make brokers` runs them on others, which it names in HIVE_TEST_BROKERS.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ BROKERS = os.environ.get("HIVE_TEST_BROKERS", f"{MOSQUITTO} {EMBEDDED}").split()
 def broker_kind(request: pytest.FixtureRequest) -> str:
     """Every test of this file runs on each."""
     return str(request.param)
+
+
+@pytest.fixture
+def hive_of(hive_of: Callable[..., Hive], broker_kind: str) -> Callable[..., Hive]:
+    def make(*given: Any, **how: Any) -> Hive:
+        hive = hive_of(*given, **how)
+        hive.forks = hive.forks and broker_kind == EMBEDDED
+        return hive
+
+    return make
 
 
 def publish(hive: Hive, topic: str, *payloads: bytes, retain: bool = False) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import uuid
 from typing import Any
@@ -366,7 +367,7 @@ def test_a_new_envelope_is_checked_too() -> None:
 
 @pytest.mark.parametrize(
     ("ttl", "age", "stale"),
-    [(None, 10**9, False), (0, 10**9, False), (60, 59, False), (60, 61, True)],
+    [(None, 10**9, False), (0, 10**9, False), (60, 60, False), (60, 61, True), (1, 2, True)],
 )
 def test_a_message_is_stale_when_its_time_is_over(ttl: int | None, age: int, stale: bool) -> None:
     envelope = Envelope.parse(payload(ttl=ttl))
@@ -498,3 +499,109 @@ def test_what_is_shortened_has_its_room_and_as_much_of_it_as_there_is(
 def test_only_now_is_urgent() -> None:
     urgencies = {one: Envelope.parse(payload(urgency=one)).urgent for one in hive.URGENCIES}
     assert urgencies == {one: one == "now" for one in urgencies} and len(urgencies) > 1
+
+
+# -- the edges of what is taken --
+
+
+def test_a_payload_may_have_so_many_bytes() -> None:
+    limit = 6 * MAX_TEXT + 64 * 1024  # whatever a text costs in JSON, and the rest
+    just = payload().ljust(limit)
+    assert Envelope.parse(just).text == "hello"
+    assert refusal(just + b" ") == f"payload: {limit + 1} bytes, the limit is {limit}"
+
+
+@pytest.mark.parametrize(
+    ("field", "least", "most"), [("ts", 1, 253_402_300_799), ("ttl", 0, 0xFFFF_FFFF), ("v", 1, 1)]
+)
+def test_a_number_has_its_range(field: str, least: int, most: int) -> None:
+    for value in (least, most):
+        assert Envelope.parse(payload(**{field: value})).document()[field] == value
+    for value in (least - 1, most + 1):
+        assert refusal(payload(**{field: value})).startswith(f"{field}: {value} is not ")
+
+
+@pytest.mark.parametrize(("opens", "closes"), ["[]", ('{"a":', "}")])
+def test_an_unknown_field_may_have_31_levels(opens: str, closes: str) -> None:
+    def nested(levels: int) -> bytes:
+        inner = '"\\ud800"'
+        return raw("deep", opens * levels + inner + closes * levels)
+
+    said = Envelope.parse(nested(31)).extra["deep"]
+    while not isinstance(said, str):
+        [said] = said if isinstance(said, list) else said.values()
+    assert said == "\ufffd"  # as deep as it is
+    assert refusal(nested(32)) == "'deep': no portable JSON (NaN, or too deep)"
+
+
+@pytest.mark.parametrize("value", [sys.float_info.max, -sys.float_info.max, 0.0, 2**70, None, True])
+def test_any_finite_number_can_be_handed_on(value: object) -> None:
+    assert Envelope.parse(payload(more=[value])).extra == ({"more": [value]})
+
+
+@pytest.mark.parametrize("name", ["all", "any", "meta", "state", "roster", *CHANNELS])
+def test_what_topics_have_another_use_for_is_no_nodes_name(name: str) -> None:
+    with pytest.raises(ValueError):
+        hive.node_name(name)
+    assert hive.node_name(f"{name}1") == f"{name}1"
+
+
+def test_json_is_one_compact_line() -> None:
+    assert hive.encode_json({"a": ["é", 1, "\n"]}) == '{"a":["é",1,"\\n"]}'.encode()
+
+
+@pytest.mark.parametrize("said", [b"\xff", b"{", b"[]", b"1", b"null", "", "[" * 100_000])
+def test_what_is_no_json_object_is_none(said: bytes | str) -> None:
+    assert hive.read_json_object(said) is None
+    assert hive.read_json_object(b'{"a": 1}') == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ["x" * 100, ["x" * 96]], ids=["a text", "a list"])
+def test_what_is_shortened_fills_its_room(text: object) -> None:
+    document = {"text": text, "more": "y" * 100}
+    size = len(hive.encode_json(document))
+    assert hive.shortened(document, size, "text", "more") == document
+    for room in (size - 1, size - 50):
+        cut = hive.shortened(document, room, "text", "more")
+        assert cut and len(hive.encode_json(cut)) == room and cut["more"] == "y" * 100
+    cut = hive.shortened(document, size - 100, "text", "more")  # the one, and then the other
+    assert cut and len(hive.encode_json(cut)) == size - 100
+    assert cut["text"] == hive.CUT_SHORT and cut["more"].endswith(f"y{hive.CUT_SHORT}")
+    least = len(hive.encode_json(dict.fromkeys(document, hive.CUT_SHORT)))
+    assert hive.shortened(document, least, "text", "more") == dict.fromkeys(
+        document, hive.CUT_SHORT
+    )
+    assert hive.shortened(document, least - 1, "text", "more") is None
+
+
+@pytest.mark.parametrize(
+    ("topic", "place"),
+    [
+        ("hive/beta/command", ("beta", "command", "")),
+        ("hive/beta/command/alpha", ("beta", "command", "alpha")),
+        ("hive/all/heartbeat", ("all", "heartbeat", "")),
+        ("hive/meta/beta/state", None),
+        ("hive/meta/beta", None),
+        ("hive/beta", None),
+        ("hive/beta/command/alpha/more", None),
+        ("beta/command", None),
+        ("other/beta/command", None),
+        ("hivebeta/command", None),
+    ],
+)
+def test_a_topic_says_for_whom_what_is_and_by_whom(
+    topic: str, place: tuple[str, str, str] | None
+) -> None:
+    assert Topics("hive").place(topic) == place
+
+
+def test_each_topic_of_a_hive_is_as_the_protocol_has_it() -> None:
+    topics, checked = Topics("a/b"), Topics("a/b", "beta")
+    assert (topics.to("gamma"), topics.to("gamma", "sync")) == ("a/b/gamma/+", "a/b/gamma/sync")
+    assert checked.to("gamma", "sync") == "a/b/gamma/sync/beta"
+    assert topics.from_anybody("x", "sync") == ["a/b/x/sync", "a/b/x/sync/+"]
+    everyone = ["a/b/all/+", "a/b/all/+/+"]
+    assert topics.for_node(["x", "x"]) == ["a/b/x/+", "a/b/x/+/+", *everyone]
+    assert (topics.bridge(), topics.bridge("west")) == ("a/b/all/+", "a/b/all/west")
+    assert topics.private("beta", "t") == "a/b/beta/response/~t"
+    assert checked.private("beta", "t") == "a/b/beta/response/beta/t"

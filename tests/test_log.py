@@ -19,7 +19,7 @@ from conftest import PATIENCE, eventually
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hive import MAX_LINES_WAITING, RATE_LIMIT_BURST, SAME_AGAIN, Log, RateLimit
+from hive import MAX_LINES_WAITING, RATE_LIMIT_BURST, SAME_AGAIN, Log, LogWriter, RateLimit
 
 any_text = st.text(st.characters(exclude_categories=()), max_size=100)
 LEVELS = ["debug", "info", "warning", "error"]
@@ -227,3 +227,123 @@ def test_a_flood_of_one_event_is_counted_and_others_are_written(
     assert (counted["what"], counted["times"]) == ("received", 9990)
     assert last["event"] == "the end"
     assert rows[-3]["event"] == "peer is lost"
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_of_a_value_500_characters_are_kept(format: str) -> None:
+    for size in (500, 501):
+        assert lines(format, "q" * size).count("q") == 500
+
+
+def test_what_json_has_is_logged_as_that() -> None:
+    told = [json.loads(lines("json", value))["text"] for value in (1, 1.5, True, Path("/x"))]
+    assert told == [1, 1.5, True, "/x"] and told[2] is True
+    assert "text" not in json.loads(lines("json", None))
+
+
+def test_unless_told_otherwise_a_log_is_text_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    log = Log()
+    log.debug("nobody asked")
+    for _ in range(2000):
+        log.info("hello", text="a b")
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 2000
+    assert err.splitlines()[-1].endswith(' level=info event=hello text="a b"')
+
+
+def test_each_line_is_written_out_at_once() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw)
+    Log(stream=stream).info("hello")
+    assert raw.getvalue().endswith(b"event=hello\n")
+
+
+class NoFile:
+    """What can be written to, and is no file at all."""
+
+    def __init__(self) -> None:
+        self.said = ""
+
+    def write(self, line: str) -> None:
+        self.said += line
+
+    def flush(self) -> None:
+        pass
+
+
+def test_what_is_no_file_is_written_to_as_ever() -> None:
+    text, other, closed = io.StringIO(), NoFile(), io.TextIOWrapper(io.BytesIO())
+    closed.close()
+    for stream in (text, other, closed):
+        log = Log(stream=stream)  # type: ignore[arg-type]
+        with log.never_wait():
+            log.info("hello")
+    assert "event=hello" in text.getvalue() and "event=hello" in other.said
+
+
+@pytest.fixture
+def writing() -> Iterator[tuple[LogWriter, int]]:
+    """A writer to a pipe, and the end where it is read."""
+    reader, writer = os.pipe()
+    made = LogWriter(writer, lambda lost: f"{lost} lost\n")
+    yield made, reader
+    made.close()
+    assert not made._thread.is_alive()
+    for end in (reader, writer):
+        os.close(end)
+
+
+def test_so_many_lines_wait_and_the_next_is_counted(writing: tuple[LogWriter, int]) -> None:
+    writer, reader = writing
+    with writer._changed:  # its thread takes none meanwhile
+        for i in range(MAX_LINES_WAITING + 3):
+            writer.write(f"{i}\n")
+    heard = b""
+    while b"lost" not in heard:
+        heard += os.read(reader, 65536)
+    assert heard.decode().split("\n") == [*map(str, range(MAX_LINES_WAITING)), "3 lost", ""]
+    writer.write("later\n")
+    assert os.read(reader, 100) == b"later\n"
+
+
+def test_what_is_written_in_pieces_is_written_whole(
+    writing: tuple[LogWriter, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = writing
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
+    writer.write("abcdefgh\n")
+    heard = b""
+    while b"\n" not in heard:
+        heard += os.read(reader, 100)
+    assert heard == b"abcdefgh\n"
+
+
+def test_a_writer_has_half_a_second_for_its_last_lines(
+    writing: tuple[LogWriter, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = writing
+    waited: list[float] = []
+    join = writer._thread.join
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        join()
+
+    monkeypatch.setattr(writer._thread, "join", wait)
+    writer.write("last\n")
+    writer.close()
+    writer.write("too late\n")
+    assert (waited, os.read(reader, 100)) == ([0.5], b"last\n")  # and not the other
+
+
+def test_ten_of_a_kind_are_told_in_a_minute_and_the_rest_is_counted() -> None:
+    limit, stream = RateLimit(), io.StringIO()
+    assert [limit.allow("a", 1000.0) for _ in range(12)] == [True] * 10 + [False] * 2
+    assert not limit.allow("a", 1060.0)
+    assert limit.allow("a", 1060.1)
+    for now in (1060.2, 1120.2):  # another minute, of which nobody asked meanwhile
+        assert [limit.allow("a", now) for _ in range(11)][-1] is False
+    limit.report(Log("info", "json", stream), 1200.0)
+    [row] = map(json.loads, stream.getvalue().splitlines())
+    assert (row["what"], row["times"]) == ("a", 3 + 2 + 1)

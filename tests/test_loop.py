@@ -196,8 +196,9 @@ def test_closing_gives_signals_back(log: io.StringIO) -> None:
 
 def test_closing_gives_files_back(log: io.StringIO) -> None:
     before = sorted(os.listdir("/dev/fd"))
-    for _ in range(10):
-        hive.Loop(hive.Log(stream=log)).close()
+    loops = [hive.Loop(hive.Log(stream=log)) for _ in range(10)]
+    for loop in loops:  # closed, not only forgotten
+        loop.close()
     assert sorted(os.listdir("/dev/fd")) == before
 
 
@@ -335,6 +336,38 @@ def test_an_idle_loop_sleeps(
     loop.run()
     loop.close()
     assert len(wakeups) <= 2
+
+
+def test_a_loop_that_was_woken_sleeps_again(wakeups: list[float | None], log: io.StringIO) -> None:
+    loop = hive.Loop(hive.Log(stream=log))
+    loop.post(nothing)
+    loop.on_signal(signal.SIGUSR1, nothing)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    loop.after(0.05, loop.stop)
+    loop.run()
+    loop.close()
+    assert len(wakeups) <= 3
+
+
+def test_a_loop_that_has_no_signals_leaves_those_of_another_alone(log: io.StringIO) -> None:
+    theirs, ours = (hive.Loop(hive.Log(stream=log)) for _ in range(2))
+    theirs.on_signal(signal.SIGUSR1, theirs.stop)
+    ours.close()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    theirs.after(PATIENCE, lambda: pytest.fail("the signal does not wake it"))
+    theirs.run()
+    theirs.close()
+
+
+def test_of_a_long_traceback_the_end_is_logged(loop: hive.Loop, log: io.StringIO) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("x" * 1000 + " the end")
+
+    loop.post(fail)
+    loop.step()
+    (bug,) = events(log, "bug")
+    assert bug["traceback"].endswith("x the end\n")
+    assert len(bug["traceback"]) <= hive.MAX_LOGGED
 
 
 def test_a_loop_without_timers_sleeps_until_something_comes(

@@ -578,6 +578,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hive]:
     """The nodes alpha and beta, for all tests that do not stop one."""
     broker = broker_of(MOSQUITTO, tmp_path_factory.mktemp("broker"))
     hive = Hive(tmp_path_factory.mktemp("two"), broker, "two", interval=0.5)
+    hive.forks = True
     try:
         for name in ("alpha", "beta"):
             hive.node(name).handler("ping", "#!/bin/sh\necho pong\n")

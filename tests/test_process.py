@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -369,6 +370,7 @@ def test_a_file_that_cannot_be_run_is_told(
         return
     assert (result.exit, result.fault, result.ok) == (None, fault, False)
     assert not result.truncated and not result.timed_out and not result.cancelled
+    assert (result.seconds, result.stdout, result.stderr) == (0.0, b"", b"")
 
 
 @pytest.mark.parametrize(
@@ -617,18 +619,145 @@ def test_a_child_is_ended_at_once_where_there_is_no_time(
     assert [result.exit for result in results] == [-signal.SIGKILL] * 2
 
 
+def go_on(loop: hive.Loop) -> None:
+    """Let a loop do what is due and ready now, and no more."""
+    loop.after(0, lambda: None)
+    loop.step()
+
+
 def test_a_child_has_two_seconds_between_sigterm_and_sigkill(
-    loop: hive.Loop, children: hive.ChildProcesses, script: Script, lifeline: Lifeline
+    loop: hive.Loop, children: hive.ChildProcesses, clock: Clock, script: Script, lifeline: Lifeline
 ) -> None:
     results: list[hive.ProcessResult] = []
+    signals: list[int] = []
+    clock.stopped = 1000.0
     argv = script(f"{lifeline.hold}; trap '' TERM; {lifeline.ready}; sleep 60; sleep 60")
     child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
     assert child
     run_until(loop, "it is ready", lifeline.is_ready)
-    began = time.monotonic()
+    send = child._signal
+    child._signal = lambda number: signals.append(number) or send(number)  # type: ignore[method-assign,func-returns-value]
     child.stop()
+    for seconds, sent in ((1.99, [signal.SIGTERM]), (0.01, [signal.SIGTERM, signal.SIGKILL])):
+        clock.skipped += seconds
+        go_on(loop)
+        assert signals == sent
     run_until(loop, "the result", lambda: results)
-    assert time.monotonic() - began >= 2.0
+    assert not live_timers(loop)
+
+
+def test_a_childs_output_may_be_held_for_a_second_after_its_end(
+    loop: hive.Loop, children: hive.ChildProcesses, clock: Clock, script: Script, lifeline: Lifeline
+) -> None:
+    results: list[hive.ProcessResult] = []
+    clock.stopped = 1000.0
+    argv = script(f"{lifeline.hold}; sleep 60 & {lifeline.ready}")
+    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
+    assert child
+    run_until(loop, "it has ended", lambda: child._ended)
+    for seconds, done in ((0.99, 0), (0.01, 1)):
+        clock.skipped += seconds
+        go_on(loop)
+        assert len(results) == done
+    assert results[0].seconds == 1.0
+    run_until(loop, "the other has ended", lifeline.is_free)
+    assert not live_timers(loop)
+
+
+def live_timers(loop: hive.Loop) -> list[hive.Timer]:
+    return [timer for timer in loop._timers if timer.call]
+
+
+@pytest.mark.parametrize("after", ["exec <&-;", "head -c 1 >/dev/null; exec <&-;"])
+def test_what_a_child_does_not_read_is_not_offered_again(
+    loop: hive.Loop, children: hive.ChildProcesses, script: Script, lifeline: Lifeline, after: str
+) -> None:
+    """A pipe that nobody reads is always ready, and would keep the daemon busy."""
+    argv = script(f"{lifeline.hold}; {after} {lifeline.ready}; exec sleep 60")
+    spec = hive.ProcessSpec(argv, os.environ, PATIENCE, b"x" * 1024 * 1024)
+    child = children.start(spec, lambda result: None)
+    assert child
+    run_until(loop, "it is ready", lifeline.is_ready)
+    run_until(loop, "its stdin is closed", lambda: child._popen.stdin and child._popen.stdin.closed)
+
+
+# Why it does not start
+
+
+def test_an_interpreter_may_lie_beside_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("#!here -x\n")
+    assert hive.first_line_fault(file) == "its first line names 'here', which is not there"
+    (tmp_path / "here").touch(0o755)
+    assert hive.first_line_fault(file) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"\x7fELF\x02", ""),
+        (b"MZ\x08\n", ""),
+        (b"\x0e", ""),
+        (b"text\twith\rmuch\x0c\n", hive.NO_PROGRAM),
+        (b"#! \t \n", hive.NO_PROGRAM),
+        (b"x" * 5000 + b"\0", hive.NO_PROGRAM),  # where it could be seen, nobody looks
+    ],
+)
+def test_a_binary_is_known_by_its_first_line(tmp_path: Path, content: bytes, fault: str) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert hive.first_line_fault(tmp_path / "file") == fault
+
+
+def test_a_program_is_looked_for_as_the_system_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, mode in (("first", 0o644), ("second", 0o755), ("third", 0o755)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tool").touch(mode)
+    (tmp_path / "first" / "third").mkdir()  # a folder of that name is none
+    path = {"PATH": os.pathsep.join(str(tmp_path / one) for one in ("first", "second", "third"))}
+    assert hive.program_file("tool", path) == tmp_path / "second" / "tool"
+    assert hive.program_file("third", path) is hive.program_file("none", path) is None
+    monkeypatch.chdir(tmp_path / "second")
+    assert hive.program_file("tool", {"PATH": f"/nonexistent{os.pathsep}"}) == Path("tool")
+    assert hive.program_file("./tool", {}) == Path("tool")
+    assert hive.program_file("../second", {}) is hive.program_file("./none", {}) is None
+    assert hive.program_file("sh", {}) == next(
+        sh for place in os.defpath.split(os.pathsep) if (sh := Path(place, "sh")).exists()
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOENT, "made for another system: the loader that it names is not there"),
+        (errno.ENOEXEC, hive.NO_PROGRAM),
+        (errno.EACCES, "Permission denied"),
+        (errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("readable", [True, False])
+def test_what_a_file_does_not_tell_its_error_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str, readable: bool
+) -> None:
+    def look(file: Path) -> str:
+        if not readable:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return ""
+
+    monkeypatch.setattr(hive, "first_line_fault", look)
+    file = tmp_path / "file"
+    file.touch(0o755)
+    error = OSError(number, os.strerror(number))
+    spec = hive.ProcessSpec([str(file)], {}, 1.0, cwd=tmp_path)
+    assert hive.start_fault(spec, error) == says
+    missing = spec.replace(argv=[f"{file}.none"])
+    at_all = hive.NO_PROGRAM if number == errno.ENOEXEC else os.strerror(number)
+    assert hive.start_fault(missing, error) == at_all
+    nowhere = spec.replace(cwd=tmp_path / "none")
+    where = f"no folder {tmp_path}/none" if number == errno.ENOENT else says
+    assert hive.start_fault(nowhere, error) == where
+    assert hive.start_fault(spec, ValueError("embedded null byte")) == "embedded null byte"
 
 
 def test_bounds_of_ones_own_are_kept(

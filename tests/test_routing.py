@@ -8,15 +8,21 @@ import pytest
 
 from hive import (
     CHANNELS,
+    READ_JOURNAL,
+    SHARE_RULE,
+    Candidate,
     Decision,
     Do,
     Envelope,
     RoutingContext,
+    Target,
     Topics,
     agent_rule,
     decide,
+    destination,
     handler_rule,
     misplaced,
+    selection,
     untimely,
 )
 
@@ -269,3 +275,103 @@ DAY = 86400
 def test_an_envelope_of_another_time_is_not_acted_upon(age: int, why: str | None) -> None:
     now = 100 * DAY
     assert untimely(envelope("command").replace(ts=now - age), now) == why
+
+
+# What a node does of itself
+
+
+@pytest.mark.parametrize("ch", sorted(CHANNELS))
+@pytest.mark.parametrize("sender", ["beta", "gamma", "alpha"])
+def test_a_journal_is_shown_to_those_alone_whom_the_rule_names(ch: str, sender: str) -> None:
+    """And without a rule to nobody; what comes as an answer is a page of another's."""
+    for allow in ({SHARE_RULE: ("gamma",)}, {}):
+        here = guarded().replace(allow=allow)
+        decision = decide(said_by(sender, ch, action=READ_JOURNAL), here)
+        named = sender == "beta" or sender in allow.get(SHARE_RULE, ())
+        if ch == "response" or (ch in ("command", "sync") and named):
+            assert decision == Decision(Do.JOURNAL)
+        elif ch in ("command", "sync"):
+            why = f"[journal] share does not name {sender}"
+            assert decision == Decision(Do.REFUSE, why)
+        else:
+            assert decision == decide(said_by(sender, ch), here)
+
+
+@pytest.mark.parametrize(
+    ("sender", "text", "note"),
+    [
+        ("alpha", "received", "receipt: received"),
+        ("scout", "told main", "receipt: told main"),  # alpha's agent
+        ("alpha", "read by main", "receipt: read by main"),
+        ("gamma", "received", "a status that is not urgent"),
+        ("alpha", "received!", "a status that is not urgent"),
+        ("alpha", "told", "a status that is not urgent"),
+    ],
+)
+def test_a_receipt_is_one_only_from_who_was_asked(sender: str, text: str, note: str) -> None:
+    here = context().replace(
+        asked=lambda id: "alpha" if id == "mine" else "",
+        speaks_for=lambda node, agent: (node, agent) == ("alpha", "scout"),
+    )
+    said = Envelope.new(sender, "beta", "status", text, reply_to="mine", urgency="later")
+    assert decide(said, here) == Decision(Do.NOTE, note)
+    other = decide(said.replace(reply_to="other", corr="mine"), here)
+    assert other == Decision(Do.NOTE, "a status that is not urgent")
+    assert decide(said.replace(urgency="now"), here).do is Do.WAKE
+
+
+def test_who_was_not_asked_has_answered_nothing_whoever_speaks_for_whom() -> None:
+    here = guarded(speaks_for=lambda node, name: "" in (node, name))
+    assert decide(said_by("alpha", "response", corr="m-0"), here).do is Do.REFUSE
+
+
+def test_mail_of_an_agent_that_is_away_is_taken() -> None:
+    here = context().replace(absent={"away"})
+    assert decide(envelope("command", "away"), here).agents == ("away",)
+    assert decide(envelope("command", "nobody"), here).do is Do.DROP
+    assert decide(envelope("command", "all"), here).agents == ("main",)
+
+
+@pytest.mark.parametrize("ch", ["command", "alert"])
+def test_an_agent_is_not_told_what_it_said_itself(ch: str) -> None:
+    both = context(("main", "second"))
+    said = Envelope.new("main", "all", ch, "hello")
+    assert decide(said, both).agents == ("second",)
+    assert decide(said, context(("main",))) == Decision(Do.NOTE, "there is no agent to tell")
+
+
+def test_why_a_file_is_no_handler_is_told_in_bounds() -> None:
+    here = context().replace(why_not=lambda action: "x" * 1000)
+    told = decide(envelope("command", action="deploy"), here).reason
+    assert told == f"no handler for action deploy ({'x' * 298})"
+
+
+# Whom a command means
+
+
+@pytest.mark.parametrize("said", ["beta", "all", "tag:gpu", "web-*"])
+def test_nodes_can_be_selected_by_name_tag_and_pattern(said: str) -> None:
+    assert selection(said) == destination(said) == said
+
+
+@pytest.mark.parametrize("said", ["any", "any:gpu"])
+def test_whoever_can_do_it_is_no_selection(said: str) -> None:
+    assert destination(said) == said
+    with pytest.raises(ValueError):
+        selection(said)
+
+
+def test_the_one_that_has_least_to_do_is_chosen_and_by_name_among_equals() -> None:
+    crowd = [
+        Candidate(name, busy=busy, agent=True, alive=name != "e", tags=("t",) if name > "a" else ())
+        for name, busy in (("a", 0.0), ("d", 1.0), ("b", 2.0), ("c", 1.0), ("e", 0.0))
+    ]
+    for said, there in (("any:t", ["c"]), ("tag:t", ["b", "c", "d"]), ("any", ["a"])):
+        target = Target.find(said)
+        assert target
+        chosen, away = target.choose(crowd, "", "nobody")
+        assert (chosen, [one.name for one in away]) == (there, ["e"])
+    assert [one.words for one in (Target(tag="t"), Target(pattern="w*"))] == [
+        "has the tag t",
+        "is called like w*",
+    ]

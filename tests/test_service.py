@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from conftest import PATIENCE, Broker, Hive, eventually, run_until
 from rig import HANGS
 
-from hive import Loop, ServiceManager
+from hive import Log, Loop, ServiceManager, do_nothing
 
 
 @pytest.fixture
@@ -80,6 +81,47 @@ def test_the_watchdog_is_fed_while_the_loop_runs_and_not_when_it_stalls(
     assert waiting(manager) == []
     loop.step()
     assert waiting(manager) == ["WATCHDOG=1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "fed"),
+    [
+        ({"WATCHDOG_USEC": "30000000"}, [1, 0, 1, 0, 1]),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}, [1, 0, 1, 0, 1]),
+        ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, [0] * 5),
+        ({"WATCHDOG_USEC": "0"}, [0] * 5),
+        ({"WATCHDOG_USEC": "-1"}, [0] * 5),
+        ({}, [0] * 5),
+    ],
+)
+def test_the_watchdog_is_fed_twice_in_its_time(
+    manager: socket.socket, given: dict[str, str], fed: list[int]
+) -> None:
+    now, times = [0.0], list[int]()
+    loop = Loop(Log(), lambda: now[0])
+    ServiceManager(loop, environment(manager, **given))
+    for now[0] in (0.0, 14.9, 15.0, 29.9, 30.0):
+        loop.post(do_nothing)
+        loop.step()
+        times.append(waiting(manager).count("WATCHDOG=1"))
+    loop.close()
+    assert times == fed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract sockets")
+def test_a_manager_with_an_abstract_socket_hears_us(loop: Loop) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(f"\0hive-test-{os.getpid()}")
+        listening.settimeout(PATIENCE)
+        ServiceManager(loop, {"NOTIFY_SOCKET": f"@hive-test-{os.getpid()}"}).notify("READY=1")
+        assert heard(listening) == "READY=1"
+
+
+def test_a_manager_that_hangs_does_not_hang_us(loop: Loop, manager: socket.socket) -> None:
+    service = ServiceManager(loop, environment(manager))
+    for number in range(2000):  # more than its socket holds
+        service.notify(f"STATUS={number}", "x" * 1000)
+    assert waiting(manager)[0].startswith("STATUS=0\n")
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,7 @@ def imported(*line: str, home: Path) -> set[str]:
 
 
 def test_a_send_through_the_socket_imports_nothing_that_it_does_not_need(hive: Hive) -> None:
+    hive.forks = False
     node = hive.node("alpha").start()
     send = ("send", "--to", "alpha", "--ch", "status", "--urgency", "later", "--text", "x")
     assert not BANNED & imported(*send, "--config", str(node.config), home=hive.home)

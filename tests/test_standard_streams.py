@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PATIENCE, Daemon, Hive, eventually
+from forked import FORKS, ended
 
 DONE = {  # the command, and what it ends with where nothing is the matter
     "send --to alpha --action echo --text hi --wait 20": 0,
@@ -46,6 +50,19 @@ def node(hive: Hive) -> Daemon:
     return node.start()
 
 
+EXECUTED = ("status", "send --help", "nosuch")  # the program itself; all else in a fork
+
+
+def redirect(shell: str) -> None:
+    """As the shell does."""
+    for number, arrow, to in re.findall(r"(\d?)([<>])(\S+)", shell):
+        fd = int(number or arrow == ">")
+        if to == "&-":
+            os.close(fd)
+        else:
+            os.dup2(os.open(to, os.O_WRONLY), fd)
+
+
 def run(node: Daemon, line: str, shell: str, **streams: int) -> tuple[int, str, str]:
     """A command whose streams the shell has changed, as in `>&-`: its code, stdout, stderr."""
     words = [*node.hive.program, *line.split()]
@@ -53,15 +70,14 @@ def run(node: Daemon, line: str, shell: str, **streams: int) -> tuple[int, str, 
         words += ["--config", str(node.home / "new.toml" if "init" in line else node.config)]
     (node.home / "stdin").write_text("what is on stdin\n")
     with (node.home / "stdin").open() as stdin:
-        done = subprocess.run(
-            ["/bin/sh", "-c", f'exec "$@" {shell}', "sh", *words],
-            env=node.hive.environment,
-            timeout=2 * PATIENCE,
-            stdin=stdin,
-            stdout=streams.get("stdout", subprocess.PIPE),
-            stderr=streams.get("stderr", subprocess.PIPE),
-        )
-    return done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode()
+        how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+        how |= {"stdin": stdin, "env": node.hive.environment}
+        if FORKS and line not in EXECUTED:
+            process = node.hive.spawn(words, preexec_fn=partial(redirect, shell), **how)
+        else:
+            process = subprocess.Popen(["/bin/sh", "-c", f'exec "$@" {shell}', "sh", *words], **how)
+        code, out, err = ended(process, None, 2 * PATIENCE)
+    return code, (out or b"").decode(), (err or b"").decode()
 
 
 def codes_of(node: Daemon, shell: str, lines: dict[str, int], **streams: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import selectors
 import socket
 import stat
 import time
@@ -151,12 +152,14 @@ def test_output_beyond_the_bound_ends_it_and_not_within_write(
     peer = peer_of(max_output=1000, corked=True)
     peer.write(b"x" * 1000)
     peer.write(b"x" * more)
+    if more:
+        peer.stream.flush()
     assert peer.closed == 0 and peer.stream.is_open is not bool(more)
     assert peer.stream.output_size == (0 if more else 1000)
     if more:
         peer.write(b"nobody gets this")
     peer.turn()
-    assert peer.closed == more
+    assert peer.closed == more and peer.read() == b""
     assert peer.stream.output_size == (0 if more else 1000)
 
 
@@ -225,6 +228,49 @@ def test_when_a_socket_last_took_something_is_known(peer: Peer) -> None:
     assert peer.stream.written_at == 1020
 
 
+def test_since_when_something_waits_to_be_written_is_known(peer_of: Callable[..., Peer]) -> None:
+    peer = peer_of(corked=True)
+    for peer.now, said in ((1010, 1010), (1020, 1010)):
+        peer.write(b"x")
+        assert peer.stream.written_at == said
+
+
+def test_since_when_something_waits_to_be_consumed_is_known(peer: Peer) -> None:
+    seen = []
+    for peer.now in (1010, 1020):
+        peer.sock.send(b"xx")
+        peer.turn()
+        seen.append(peer.stream.read_at)
+    peer.now = 1030
+    peer.stream.consume(1)
+    seen.append(peer.stream.read_at)
+    peer.stream.consume(3)
+    peer.now = 1040
+    peer.sock.send(b"x")
+    peer.turn()
+    assert [*seen, peer.stream.read_at] == [1010, 1010, 1030, 1040]
+
+
+def test_what_is_ready_and_has_nothing_is_no_end(peer: Peer) -> None:
+    """select(2), Bugs: a socket may be ready, and a read from it would block."""
+    peer.stream._on_event(selectors.EVENT_READ)
+    assert peer.stream.is_open
+
+
+def test_to_hear_something_is_no_reason_to_write(peer_of: Callable[..., Peer]) -> None:
+    peer = peer_of(corked=True)
+    peer.sock.send(b"x")
+    peer.turn()
+    assert (peer.ready, peer.flushes_asked) == (1, 0)
+
+
+def test_who_is_gone_may_be_paused_and_resumed(peer: Peer) -> None:
+    peer.stream.close()
+    peer.stream.pause()
+    peer.stream.resume()
+    peer.turn()
+
+
 def test_the_other_side_going_ends_it_once(peer: Peer) -> None:
     peer.sock.send(b"last words")
     peer.turn()
@@ -263,6 +309,21 @@ def test_last_words_are_followed_by_the_end_of_the_stream_at_once(peer: Peer) ->
     peer.sock.send(b"x" * 1000)
     peer.turn()
     assert (peer.closed, peer.input) == (0, b"")
+    peer.sock.close()
+    peer.turn()
+    assert peer.closed == 1
+    assert not [timer for timer in peer.loop._timers if timer.call]
+
+
+@pytest.mark.parametrize("corked", [False, True])
+def test_who_has_said_nothing_is_ended_as_well(peer_of: Callable[..., Peer], corked: bool) -> None:
+    peer = peer_of(corked=corked)
+    peer.stream.pause()
+    peer.stream.end(linger=1)
+    assert peer.flushes_asked == corked
+    if corked:
+        peer.stream.flush()
+    assert peer.read() == b"" and peer.shut
     peer.sock.close()
     peer.turn()
     assert peer.closed == 1
@@ -367,8 +428,9 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_socket_that_cannot_be_made_leaves_nothing_open(tmp_path: Path) -> None:
-    before = len(os.listdir("/dev/fd"))
+    before, errors = len(os.listdir("/dev/fd")), []  # which keep alive what was not closed
     for place in (tmp_path / "missing" / "s", tmp_path / ("x" * 200)):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError) as raised:
             hive.unix_listener(place)
+        errors.append(raised)
     assert len(os.listdir("/dev/fd")) == before

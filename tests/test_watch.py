@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyte
@@ -386,3 +388,370 @@ def test_a_progress_that_is_hidden_leaves_the_line_to_others(
     progress._draw()
     with progress.hidden():
         assert said == ["waiting, 0s", ""]
+
+
+# What is looked at, and when
+
+
+class FakeTime:
+    """The module `time`, whose clocks stand still until they are told to go on."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+
+    def monotonic(self) -> float:
+        return 1000.0 + self.passed
+
+    def time(self) -> float:
+        return NOW + self.passed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    fake = FakeTime()
+    monkeypatch.setattr(module, "time", fake)
+    return fake
+
+
+class Told:
+    """A daemon's side of the control socket, which answers what the test says."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, dict[str, Any]] = {"roster": {"rosters": {}}}
+        self.events: list[dict[str, Any]] = []
+        self.asked: list[str] = []
+        self.ended = self.closed = False
+
+    def states(self, *states: dict[str, dict[str, Any]], fault: str = "", **more: Any) -> None:
+        known = {name: state for one in states for name, state in one.items()}
+        said = {"states": known, "fault": fault, "broker": "broker.lan", "complete": True}
+        self.answers["watch"] = {**said, **more}
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.ended:
+            raise module.DaemonError("the daemon of alpha: it has ended")
+        self.asked.append(request["do"])
+        return self.answers[request["do"]]
+
+    def receive(self, within: float) -> dict[str, Any] | None:
+        assert within == 0.0
+        if self.ended:
+            raise module.DaemonError("the daemon of alpha: it has ended")
+        return self.events.pop(0) if self.events else None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    daemon = Told()
+    monkeypatch.setattr(module, "connect_to_daemon", lambda config: daemon)
+    return daemon
+
+
+def feed_of(interval: float = 5.0, *which: str, tag: str | None = None) -> module.StatusFeed:
+    config = module.Config(
+        module.NodeConfig(id="alpha"), heartbeat=module.HeartbeatConfig(interval=interval)
+    )
+    return module.StatusFeed(config, which, tag)
+
+
+def test_without_a_daemon_it_looks_each_second(
+    now: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "connect_to_daemon", lambda config: None)
+    feed = feed_of()
+    assert feed.due == 0.0  # at once
+    feed.look()
+    none = "no daemon of alpha runs on this machine (hive daemon); waiting for it"
+    assert (feed.due, feed.fault, feed.rows) == (1001.0, none, [])
+    feed.fault = "it has ended"  # why is known already
+    feed.look()
+    feed.hear()
+    feed.close()
+    assert feed.fault == "it has ended"
+
+
+@pytest.mark.parametrize(("interval", "due"), [(5.0, 1006.0), (29.0, 1030.0), (31.0, 1031.0)])
+def test_with_one_it_looks_when_there_is_news_and_now_and_then(
+    now: FakeTime, told: Told, interval: float, due: float
+) -> None:
+    told.states(row("alpha", "online"), row("main", "online", daemon_node="alpha"))
+    feed = feed_of(interval)
+    feed.look()
+    assert ([row.name for row in feed.rows], told.asked) == (["alpha"], ["watch"])
+    assert (feed.broker, feed.fault, feed.at, feed.due) == ("broker.lan", "", NOW, due)
+    told.events = [{"changed": True}] * 2
+    now.passed = 2.0
+    feed.hear()
+    assert feed.due == 1002.2 and not told.events
+    told.events, now.passed = [{"changed": True}], 2.1
+    feed.hear()
+    assert feed.due == 1002.2  # what was due before stays due
+    told.events = [{"changed": True}]
+    feed.look()  # news that came while it asked
+    assert feed.due == pytest.approx(1002.3)
+    feed.close()
+    assert told.closed
+
+
+def test_a_broker_that_stops_changes_nothing_of_what_was_known(now: FakeTime, told: Told) -> None:
+    told.states(row("alpha", "online"))
+    feed = feed_of()
+    feed.look()
+    now.passed = 60.0
+    told.states(row("alpha", "offline"), row("beta", "offline"), fault="gone", complete=False)
+    feed.look()
+    assert [(one.name, one.status) for one in feed.rows] == [("alpha", "online")]
+    assert (feed.fault, feed.at) == ("gone", NOW)
+    told.states(row("beta", "online"))
+    feed.look()
+    assert ([one.name for one in feed.rows], feed.fault, feed.at) == (["beta"], "", NOW + 60)
+
+
+@pytest.mark.parametrize(
+    ("which", "tag", "shown"),
+    [(("b*",), None, ["beta", "bravo"]), ((), "gpu", ["beta"]), (("a*",), "gpu", None)],
+)
+def test_those_alone_are_looked_at_that_were_named(
+    now: FakeTime, told: Told, which: tuple[str, ...], tag: str | None, shown: list[str] | None
+) -> None:
+    told.answers["roster"] = {"rosters": {"beta": {"tags": ["gpu"]}}}
+    told.states()
+    feed = feed_of(5.0, *which, tag=tag)
+    feed.look()  # nobody is known yet: no fault
+    told.states(row("alpha", "online"), row("beta", "online"), row("bravo", "online"))
+    if shown is None:
+        with pytest.raises(module.HiveError, match="no node with the tag gpu is called like a"):
+            feed.look()
+    else:
+        feed.look()
+        assert [one.name for one in feed.rows] == shown
+    assert told.asked == ["watch", "roster"] * 2
+
+
+def test_a_daemon_may_end_and_come_back(now: FakeTime, told: Told) -> None:
+    told.states(row("alpha", "online"))
+    feed = feed_of()
+    for lose in (feed.hear, feed.look):
+        feed.look()
+        assert feed.fault == "" and feed.control
+        told.ended, told.closed, now.passed = True, False, now.passed + 10
+        lose()
+        assert feed.fault == "the daemon of alpha: it has ended; waiting for it"
+        assert feed.control is None and told.closed and len(feed.rows) == 1
+        told.ended = False
+    assert feed.due == now.monotonic() + 1.0
+
+
+def test_a_daemon_that_knows_no_such_request_is_named(told: Told) -> None:
+    told.answers["watch"] = {"error": "no such request: 'watch'"}
+    with pytest.raises(module.HiveError) as raised:
+        feed_of().look()
+    why = "the daemon of alpha: no such request: 'watch'; is it of another version?"
+    assert str(raised.value) == why
+
+
+# How it is shown
+
+
+def test_a_line_is_written_for_each_change_and_no_other(
+    now: FakeTime, told: Told, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed, lines = feed_of(), module.StatusLines()
+
+    def shown(*states: dict[str, Any], **more: Any) -> list[str]:
+        told.states(*states, **more)
+        feed.look()
+        lines.show(feed)
+        said = capsys.readouterr().out.splitlines()
+        assert all(one.startswith(f"{module.clock_time(now.time())} ") for one in said)
+        return [one[15:] for one in said]
+
+    beta = row("beta", "degraded", "agent main: it sleeps")
+    there = "the daemon of alpha is there, and the broker"
+    first = [there, "beta: degraded: agent main: it sleeps", "alpha: online"]
+    assert shown(row("alpha", "online"), beta) == first
+    assert shown(row("alpha", "online"), beta) == []
+    old = row("beta", "degraded", "agent main: it sleeps", last_seen=SEEN)
+    assert shown(row("alpha", "online"), old) == ["beta: stale"]
+    assert shown(row("alpha", "online"), fault="gone") == ["gone", "beta: forgotten"]
+    assert shown(row("alpha", "online")) == [there]
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What a feed looks like on a terminal of this size, line by line."""
+    written: list[str] = []
+    monkeypatch.setattr(module.StatusScreen, "_write", staticmethod(written.append))
+
+    def show(
+        feed: module.StatusFeed, size: tuple[int, int] | None, colour: bool = False
+    ) -> list[str]:
+        def size_of(descriptor: int) -> tuple[int, int]:
+            if size is None:
+                raise OSError
+            return size
+
+        monkeypatch.setattr(os, "get_terminal_size", size_of)
+        monkeypatch.setattr("sys.stdout", SimpleNamespace(fileno=lambda: 1))
+        module.StatusScreen(colour).show(feed)
+        said = written.pop()
+        monkeypatch.undo()
+        monkeypatch.setattr(module.StatusScreen, "_write", staticmethod(written.append))
+        assert said.startswith("\033[H\033[K") and said.endswith("\033[J")
+        return said[6:-3].split("\r\n\033[K")
+
+    return show
+
+
+def test_a_screen_is_as_large_as_the_terminal_and_80_by_24_if_that_is_not_known(
+    told: Told, screen: Callable[..., list[str]]
+) -> None:
+    told.states(row("a" * 63, "online", oc={"m" * 40: {"status": "ok"}}))
+    feed = feed_of()
+    feed.look()
+    for size, columns, lines in (((100, 9), 100, 9), (None, 80, 24), ((0, 0), 80, 24)):
+        shown = screen(feed, size)
+        assert (max(map(len, shown)), len(shown)) == (columns, lines)
+    assert max(map(len, screen(feed, (60, 9), colour=True))) > 60  # the terminal cuts colours
+
+
+def test_a_screen_says_as_of_when_it_is_and_goes_on_counting(
+    told: Told, screen: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeTime()
+    feed = feed_of()
+
+    def shown(passed: float) -> list[str]:
+        clock.passed = passed
+        monkeypatch.setattr(module, "time", clock)
+        return screen(feed, (80, 24))
+
+    monkeypatch.setattr(module, "time", clock)
+    told.states(row("alpha", "online", last_seen=int(NOW) - 10), row("beta", "odd", last_seen=0))
+    feed.look()
+    head, _, _, *lines = shown(0.0)
+    assert head == "1 unknown, 1 online" and " 10s ago " in lines[1] and "- " in lines[0]
+    assert lines[-1].endswith("  alpha at broker.lan  q leaves")
+    feed.fault = "the broker " + "is away " * 20
+    head, *lines = shown(50.0)
+    assert head == f"as of {module.short_time(NOW, NOW)}: 1 unknown, 1 online"
+    assert [len(line) <= 80 for line in lines] == [True] * 23
+    assert " ".join(lines[:3]).startswith(feed.fault.strip())
+    assert " 1m ago " in "".join(lines)
+    feed.rows = []
+    assert shown(50.0)[0] == "no node yet"
+
+
+@pytest.mark.parametrize(
+    ("typed", "leaves"), [(b"q", True), (b"xQy", True), (b"x", False), (b"", False)]
+)
+def test_q_leaves_and_whoever_has_gone_types_no_more(typed: bytes, leaves: bool) -> None:
+    reader, writer = os.pipe()
+    screen = module.StatusScreen(False)
+    screen.keys = [reader]
+    os.write(writer, typed)
+    os.close(writer)
+    assert screen.leaves() is leaves
+    assert screen.keys == ([reader] if typed else [])
+    os.close(reader)
+
+
+def test_a_terminal_is_given_back_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    with os.fdopen(theirs) as keyboard:
+        monkeypatch.setattr("sys.stdin", keyboard)
+        screen = module.StatusScreen(False)
+        assert screen.keys == [theirs]
+        screen.open()
+        during = termios.tcgetattr(theirs)
+        assert during[3] == before[3] & ~(termios.ICANON | termios.ECHO)
+        assert during[:3] == before[:3] and during[4:6] == before[4:6]
+        assert capsys.readouterr().out == "\033[?1049h\033[?25l\033[?7l"
+        screen.close()
+        assert termios.tcgetattr(theirs) == before
+        assert capsys.readouterr().out == "\033[?7h\033[?25h\033[?1049l"
+        os.close(ours)
+        screen.close()  # it has gone: nothing to mend
+
+
+def test_a_screen_without_a_keyboard_is_left_by_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    screen = module.StatusScreen(False)
+    assert screen.keys == []
+    screen.open()
+    screen.close()
+
+
+@pytest.mark.parametrize(
+    ("terminal", "term", "shown"),
+    [(True, "xterm", True), (True, "", True), (True, "dumb", False), (False, "xterm", False)],
+)
+def test_lines_are_taken_back_only_where_they_can(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, term: str, shown: bool
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    assert module.is_terminal(stream) is shown
+
+
+@pytest.fixture
+def timers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, ...]]:
+    """How the timer of a line of progress was set, on a terminal of 30 columns."""
+    found: list[tuple[float, ...]] = []
+    monkeypatch.setattr(module, "is_terminal", lambda stream: True)
+    monkeypatch.setattr(signal, "setitimer", lambda which, *seconds: found.append(seconds))
+    monkeypatch.setenv("COLUMNS", "30")
+    return found
+
+
+def test_progress_is_drawn_each_second_from_the_second_one_on_and_taken_back(
+    now: FakeTime, timers: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module.Progress, "_write", staticmethod(said.append))
+    before = signal.getsignal(signal.SIGALRM)
+    try:
+        with module.Progress("waiting") as progress:
+            assert timers == [(1.0, 1.0)]
+            now.passed = 61.0
+            signal.raise_signal(signal.SIGALRM)
+            progress.check("the broker of this hive")
+            progress._draw()
+            monkeypatch.setenv("COLUMNS", "10")
+            progress._draw()
+            for _ in range(2):
+                with progress.hidden():
+                    progress._draw()
+            progress._draw()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert timers == [(1.0, 1.0), (0.0,)]
+    long, narrow = "checking the broker of this …", "checking the broker…"
+    assert said == ["waiting, 1m 1s", long, narrow, "", narrow, ""]
+
+
+def test_progress_that_was_never_drawn_takes_nothing_back(
+    timers: list[tuple[float, ...]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with module.Progress("waiting"):
+        pass
+    assert capfd.readouterr().err == ""
+    module.Progress._write("x")
+    assert capfd.readouterr().err == "\rx\033[K"
+
+
+def test_where_there_is_no_terminal_there_is_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "is_terminal", lambda stream: False)
+    monkeypatch.setattr(signal, "setitimer", lambda *how: pytest.fail("a timer was set"))
+    with module.Progress("waiting"):
+        pass

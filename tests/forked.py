@@ -1,0 +1,134 @@
+"""Processes that begin in hive.main(), in a fork of this one, which has read hive.py already.
+
+To start Python and to read hive.py are four fifths of the CPU of a short command, and a half of
+that of a daemon's whole life in a test: they need not be paid thousands of times.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+from typing import IO, Any, NoReturn, TextIO
+
+import hive
+
+PROGRAM = str(Path(hive.__file__).with_name("hive-cli"))
+FORKS = sys.platform == "linux"  # elsewhere the system's libraries do not outlive it
+_execute = getattr(subprocess.Popen, "_execute_child")  # noqa: B009  no part of its stub
+_NAMES = tuple(signature(_execute).parameters)[1:]
+
+
+def spawn(line: Sequence[str | Path], **how: Any) -> subprocess.Popen[Any]:
+    """As subprocess.Popen: [python, hive-cli, argument, ...], or -c and code that imports hive.
+
+    Where that can be, it is not executed.
+    """
+    forks = FORKS and line[0] == sys.executable and str(line[1]) in (PROGRAM, "-c")
+    return (_Forked if forks else subprocess.Popen)(line, **how)
+
+
+def ended(process: subprocess.Popen[Any], stdin: Any, seconds: float) -> tuple[int, Any, Any]:
+    """Wait for its end: exit code, stdout, stderr."""
+    with process:
+        try:
+            out, err = process.communicate(stdin, seconds)
+        finally:
+            process.kill()  # it has ended, unless that took too long
+    return process.returncode, out, err
+
+
+class _Forked(subprocess.Popen[Any]):
+    """Its arguments, environment, folder, descriptors, signals and exit code are its own.
+
+    What ps shows of it is not.
+    """
+
+    def _execute_child(self, *given: Any) -> None:
+        how = dict(zip(_NAMES, given, strict=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # what other threads hold
+            self.pid = os.fork()
+        if not self.pid:
+            _live(how)
+        self._child_created = True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(how[end] for end in ends))  # type: ignore[attr-defined]
+
+
+def _live(how: dict[str, Any]) -> NoReturn:
+    """All of the child's life."""
+    code = 1  # as after a traceback
+    try:
+        _begin(how)
+        if sys.argv[0] == "-c":
+            exec(sys.argv.pop(1), {})
+        else:
+            code = hive.main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else bool(ended.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(_end() or code & 0xFF)
+
+
+def _end() -> int:
+    """What Python does when it ends; 120 where it could not."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except BaseException as error:
+        print(f"Exception ignored: {error!r}", file=sys.stderr)
+        return 120
+    return 0
+
+
+def _begin(how: dict[str, Any]) -> None:
+    """Become what a program is when it begins."""
+    gc.freeze()
+    atexit._clear()
+    signal.set_wakeup_fd(-1)
+    for one in signal.valid_signals() - {signal.SIGINT}:
+        if callable(signal.getsignal(one)):
+            signal.signal(one, signal.SIG_DFL)
+    for number, end in enumerate(("p2cread", "c2pwrite", "errwrite")):
+        if how[end] != -1:
+            os.dup2(how[end], number)
+    os.closerange(3, 1 << 20)
+    if how["preexec_fn"]:
+        how["preexec_fn"]()
+    if how["cwd"]:
+        os.chdir(how["cwd"])
+    if how["start_new_session"]:
+        os.setsid()
+    if how["env"] is not None:
+        os.environ.clear()
+        os.environ.update(how["env"])
+    sys.orig_argv = [os.fspath(word) for word in how["args"]]
+    sys.argv = sys.orig_argv[1:]
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = _stream(number, getattr(sys, f"__{name}__"))
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
+def _stream(number: int, like: TextIO) -> IO[str] | None:
+    """A standard stream as Python opens it; None if it is closed."""
+    try:
+        os.fstat(number)
+    except OSError:
+        return None
+    mode, buffering = ("w" if number else "r"), (1 if number == 2 else -1)
+    return open(number, mode, buffering, like.encoding, like.errors, "\n", closefd=False)
