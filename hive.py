@@ -14909,7 +14909,7 @@ def mosquitto_bridge(prefix: str, name: str, account: MqttConfig) -> str:
         "NOTICE": Topics(prefix).bridge(name),
         "TOPICS": "\n".join(f"topic +/{ch}/+ both 1 {prefix}/ {prefix}/" for ch in CHANNELS),
     }
-    return fill_in(BRIDGE_CONF, words, tls=True)
+    return fill_in(BRIDGE_CONF, words)
 
 
 def bridge_acl(prefix: str, name: str) -> str:
@@ -14927,7 +14927,7 @@ def subject_names(hosts: Iterable[str]) -> str:
     return ",".join(dict.fromkeys((*named, "DNS:localhost", "IP:127.0.0.1")))
 
 
-def fill_in(text: str, words: Mapping[str, str], tls: bool) -> str:
+def fill_in(text: str, words: Mapping[str, str], tls: bool = True) -> str:
     """Put the words into one of the texts above, and leave out what is not for TLS, or only."""
     absent, present = ("@plain ", "@tls ") if tls else ("@tls ", "@plain ")
     text = re.sub(rf"(?m)^{absent}.*\n|^{present}", "", text)
@@ -15133,7 +15133,7 @@ class Host:
         where = "" if settings.everywhere else f" {settings.listen}"
         words = {"LISTENER": f"{settings.port}{where}", "FOLDER": str(self.folder)}
         words["KEY"] = "server.pem"  # one file, so that no crash leaves a half of the pair
-        text = fill_in(MOSQUITTO_CONF, {**words, "DATA": str(self.folder / "data")}, tls=True)
+        text = fill_in(MOSQUITTO_CONF, {**words, "DATA": str(self.folder / "data")})
         own = ["# Written by hive host; to change it, say that again.", "", text]
         own += [f"pid_file {self._pid}", "log_type error", "log_type warning"]
         root = ["user root"] if os.geteuid() == 0 else []  # who else could read its files
@@ -15158,7 +15158,7 @@ class Host:
         request, names = self.folder / "openssl.cnf", self.folder / "server.names"
         made = not self.authority.exists()
         if made:
-            self._write(request, fill_in(AUTHORITY_REQUEST, words, tls=True))
+            self._write(request, fill_in(AUTHORITY_REQUEST, words))
             key_file = self.folder / "ca.key"
             self._write(key_file, openssl(*NEW_KEY))
             days = ("-days", str(AUTHORITY_DAYS), "-config", str(request), "-key", str(key_file))
@@ -15170,7 +15170,7 @@ class Host:
             )
         holds = self._ends(self._server, now) > now + RENEWAL
         if made or not holds or self._read(names) != words["SUBJECT_NAMES"]:
-            self._write(request, fill_in(SERVER_REQUEST, words, tls=True))
+            self._write(request, fill_in(SERVER_REQUEST, words))
             self._certify_server(request)
             self._write(names, words["SUBJECT_NAMES"])
             return True

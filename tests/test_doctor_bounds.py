@@ -283,6 +283,27 @@ def test_clocks_are_waited_for_as_long_as_they_may_take(
         broker.compare_clocks()
 
 
+def test_its_waits_fit_into_what_a_person_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, waits = list[float](), list[float]()
+
+    def left(most: float) -> float:
+        asked.append(most)
+        return most
+
+    monkeypatch.setattr(hive, "MqttClient", Wire)
+    monkeypatch.setattr(hive, "step_until", lambda loop, within, done: waits.append(within))
+    broker = hive.BrokerCheck(config_of(), left)
+    with pytest.raises(hive.BrokerError, match="no answer in 4 s"):
+        broker.expect(lambda: False)
+    broker._unanswered.clear()
+    broker.publish()
+    assert not broker.finds([]) and not broker.takes("x")
+    broker.clocks.patience = 3.0
+    broker.compare_clocks()
+    assert asked == [4.0, 4.0, 3.0, 4.0] and waits == [4.0, 4.0, 1.5, 1.5, 1.5, 0.1, 3.0, 4.0]
+    broker._loop.close()
+
+
 def test_a_time_to_come_is_one_beyond_what_is_tolerated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1000.5)
     clocks = hive.PeerClocks(config_of())

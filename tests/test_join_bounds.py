@@ -6,6 +6,7 @@ import base64
 import re
 import socket
 import ssl
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -66,12 +67,37 @@ def test_a_line_says_all_of_it_and_shows_no_password() -> None:
 
 def test_what_is_longer_than_a_line_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     line = invitation().line()
-    assert len(line) < 1024 < hive.MAX_INVITATION < 8192  # what macOS takes; what others do
+    assert len(line) < 1024  # what macOS' terminal takes
+    for length, words in ((4096, "is cut or mistyped"), (4097, "this is no invitation")):
+        with pytest.raises(hive.UsageError, match=words):
+            hive.Invitation.parse("hive1.".ljust(length, "A"))
     monkeypatch.setattr(hive, "MAX_INVITATION", len(line))
     assert hive.Invitation.parse(f" {line[:9]}\n{line[9:]}\t") == invitation()
     monkeypatch.setattr(hive, "MAX_INVITATION", len(line) - 1)
     with pytest.raises(hive.UsageError, match="this is no invitation"):
         hive.Invitation.parse(line)
+
+
+def coded(said: bytes) -> str:
+    return "hive1." + base64.urlsafe_b64encode(said).decode().rstrip("=")
+
+
+def with_sum(**said: Any) -> str:
+    document = hive.encode_json(said)
+    return coded(hive.encode_json(said | {"sum": zlib.crc32(document)}))
+
+
+def test_whatever_else_it_holds_it_was_cut_or_mistyped() -> None:
+    said = dict(vars(invitation()))
+    line = with_sum(**said)
+    assert hive.Invitation.parse(line) == invitation()
+    wrong = [line[:-1], line[:9], f"{line}A", f"{line[:20]}%{line[20:]}", coded(b"\xff")]
+    wrong += [coded(b"[]"), coded(b"{}"), coded(hive.encode_json(said)), with_sum()]
+    wrong += [with_sum(**{name: said[name] for name in said if name != one}) for one in said]
+    wrong += [with_sum(**said | {one: None}) for one in said]
+    for one in wrong:
+        with pytest.raises(hive.UsageError, match="the invitation is cut or mistyped; copy the"):
+            hive.Invitation.parse(one)
 
 
 def test_how_one_connects_with_it(tmp_path: Path) -> None:
@@ -217,14 +243,10 @@ def request_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
         return hive.JoinRequest(settings, "lab")
 
     monkeypatch.setattr(hive, "MqttClient", Wire)
-    monkeypatch.setattr(hive, "KICK_PATIENCE", 0.02)
     yield make
 
 
-def test_a_password_is_said_and_waits_for_the_end_of_the_session(
-    request_of: Ask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hive, "KICK_PATIENCE", 60.0)
+def test_a_password_is_said_and_waits_for_the_end_of_the_session(request_of: Ask) -> None:
     one = request_of("connect", 0, "hung up")
     one.ask(b"hashed")
     [said] = Wire.sent
@@ -258,14 +280,14 @@ def test_whether_it_would_be_heard_is_known_at_once(
 
     def step(loop: hive.Loop, within: float, done: Callable[[], object]) -> None:
         waits.append(within)
-        real(loop, within, done)
+        real(loop, min(within, 0.02) if waits[2:] else within, done)
 
     real = hive.step_until
     monkeypatch.setattr(hive, "step_until", step)
     request_of("connect", 0).ask(b"")
     assert waits == [60.0]
     request_of("connect", 0).ask(b"hashed")  # nobody ends the session: it was not accepted
-    assert waits == [60.0, 60.0, 0.02] and Wire.closed == [0.0]
+    assert waits == [60.0, 60.0, 10.0] and Wire.closed == [0.0]
 
 
 NOT_BELIEVED = "certificate verify failed: "
