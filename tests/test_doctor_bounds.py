@@ -112,6 +112,7 @@ def test_it_publishes_one_probe_after_the_other_and_keeps_what_is_kept_short(che
     assert (beat.topic, beat.qos, beat.retain) == ("hive/alpha/heartbeat", 0, False)
     said = hive.Envelope.parse(beat.payload)
     assert (said.id, said.sender, said.to, said.text) == (token, "alpha", "alpha", "{}")
+    assert said.urgency == "later"
     for number, topic in enumerate([*private, *broker.documents], 2):
         probe = wire.sent[-1]
         assert len(wire.sent) == number, "the next one when this one is answered"
@@ -227,10 +228,15 @@ def test_a_topic_is_taken_where_the_broker_says_so(
 
 
 @pytest.mark.parametrize(("up", "within"), [(True, hive.GOODBYE), (False, 0.0)])
-def test_what_was_left_is_taken_away_in_the_end(check: Check, up: bool, within: float) -> None:
+def test_what_was_left_is_taken_away_in_the_end(
+    check: Check, monkeypatch: pytest.MonkeyPatch, up: bool, within: float
+) -> None:
     broker, wire = check(**AGENTS)
-    wire.up = up
-    broker.close()
+    wire.up, closed = up, list[bool]()
+    with monkeypatch.context() as patched:
+        patched.setattr(broker._loop, "close", lambda: closed.append(True))
+        broker.close()
+    assert closed
     assert wire.sent == [hive.OutgoingMessage(one, b"", retain=True) for one in broker.documents]
     assert wire.closed == [within]
 
@@ -284,14 +290,18 @@ def test_clocks_are_waited_for_as_long_as_they_may_take(
 
 
 def test_its_waits_fit_into_what_a_person_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, waits = list[float](), list[float]()
+    asked, waits, known = list[float](), list[float](), list[bool]()
+
+    def wait(loop: hive.Loop, within: float, done: Callable[[], object]) -> None:
+        waits.append(within)
+        known.append(bool(done()))
 
     def left(most: float) -> float:
         asked.append(most)
         return most
 
     monkeypatch.setattr(hive, "MqttClient", Wire)
-    monkeypatch.setattr(hive, "step_until", lambda loop, within, done: waits.append(within))
+    monkeypatch.setattr(hive, "step_until", wait)
     broker = hive.BrokerCheck(config_of(), left)
     with pytest.raises(hive.BrokerError, match="no answer in 4 s"):
         broker.expect(lambda: False)
@@ -301,6 +311,14 @@ def test_its_waits_fit_into_what_a_person_waits(monkeypatch: pytest.MonkeyPatch)
     broker.clocks.patience = 3.0
     broker.compare_clocks()
     assert asked == [4.0, 4.0, 3.0, 4.0] and waits == [4.0, 4.0, 1.5, 1.5, 1.5, 0.1, 3.0, 4.0]
+    del known[:]
+    broker.publish()
+    broker.refused["x"] = "no"
+    broker.publish()
+    broker.refused.clear()
+    broker.missing.clear()
+    broker.publish()
+    assert known == [True, False, True, True, True, True], "what is known is not waited for"
     broker._loop.close()
 
 
@@ -687,8 +705,15 @@ def test_ports_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
                 loop.after(0, partial(each, "" if port == 1 else "refused"))
 
     monkeypatch.setattr(hive, "probe_port", probe)
+    closed, close = list[hive.Loop](), hive.Loop.close
+
+    def closing(loop: hive.Loop) -> None:
+        closed.append(loop)
+        close(loop)
+
+    monkeypatch.setattr(hive.Loop, "close", closing)
     assert hive.probe_ports([1, 2]) == {1: "", 2: "refused"}
-    assert hive.probe_ports([]) == {}
+    assert hive.probe_ports([]) == {} and len(closed) == 2
 
 
 @pytest.mark.parametrize(

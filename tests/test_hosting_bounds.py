@@ -255,6 +255,8 @@ def test_whatever_is_missing_or_different_is_a_change_once(
         password = host.password_file(user).read_text()
         assert password.endswith("\n") and host.login(user).password == password.strip()
         assert hive.is_password_of(host.members()[user], password.strip())
+    assert not host.prepare(settings(), "alpha", NOW + (366 - 30) * DAY - 1)
+    assert host.prepare(settings(), "alpha", NOW + (366 - 30) * DAY)
     for folder in (host.folder, host.folder / "data"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
@@ -801,7 +803,8 @@ def test_only_a_broker_that_is_silent_for_long_is_killed(served: Served) -> None
     assert down(silent, 29) == 0
     assert down(silent, 1) == 0
     assert down(silent, 1) == 1
-    assert 'event="Mosquitto answers nobody, and is killed"' in served.said.getvalue()
+    told = 'event="Mosquitto answers nobody, and is killed" why="no answer (CONNACK) in time"'
+    assert told in served.said.getvalue()
     assert down(silent, 1) == 1  # another one has its time
     assert down(silent, 29) == 1
     service.on_connected()
