@@ -13966,10 +13966,7 @@ class BrokerCheck:
 
     def wait(self, known: Callable[[], object], within: float) -> bool:
         """Turn until something is known; False if that takes too long."""
-        timer = self._loop.after(within, lambda: None)
-        while not (known() or self._lost) and self._loop.clock() < timer.due:
-            self._loop.step()
-        timer.cancel()
+        step_until(self._loop, within, lambda: known() or self._lost)
         return bool(known())
 
     def expect(self, known: Callable[[], object]) -> None:
@@ -14883,16 +14880,15 @@ def mosquitto_bridge(prefix: str, name: str, account: MqttConfig) -> str:
     """What mosquitto.conf says of a bridge to the broker that lets it in with this account."""
     import hmac
 
-    key = (account.password or "").encode()
-    host, port = account.endpoint
+    password, (host, port) = account.password or "", account.endpoint
     words = {
-        **{"NAME": name, "HOST": host, "PORT": str(port), "PASSWORD": account.password or ""},
+        **{"NAME": name, "HOST": host, "PORT": str(port), "PASSWORD": password},
         **{"AUTHORITY": str(account.ca_file), "PREFIX": prefix},
-        "ID": hmac.digest(key, f"bridge {name}".encode(), "sha256").hex()[:32],
+        "ID": hmac.digest(password.encode(), f"bridge {name}".encode(), "sha256").hex()[:32],
         "NOTICE": Topics(prefix).bridge(name),
         "TOPICS": "\n".join(f"topic +/{ch}/+ both 1 {prefix}/ {prefix}/" for ch in CHANNELS),
     }
-    return fill_in(BRIDGE_CONF, words, tls=True)
+    return fill_in(BRIDGE_CONF, words)
 
 
 def bridge_acl(prefix: str, name: str) -> str:
@@ -14910,7 +14906,7 @@ def subject_names(hosts: Iterable[str]) -> str:
     return ",".join(dict.fromkeys((*named, "DNS:localhost", "IP:127.0.0.1")))
 
 
-def fill_in(text: str, words: Mapping[str, str], tls: bool) -> str:
+def fill_in(text: str, words: Mapping[str, str], tls: bool = True) -> str:
     """Put the words into one of the texts above, and leave out what is not for TLS, or only."""
     absent, present = ("@plain ", "@tls ") if tls else ("@tls ", "@plain ")
     text = re.sub(rf"(?m)^{absent}.*\n|^{present}", "", text)
@@ -15116,7 +15112,7 @@ class Host:
         where = "" if settings.everywhere else f" {settings.listen}"
         words = {"LISTENER": f"{settings.port}{where}", "FOLDER": str(self.folder)}
         words["KEY"] = "server.pem"  # one file, so that no crash leaves a half of the pair
-        text = fill_in(MOSQUITTO_CONF, {**words, "DATA": str(self.folder / "data")}, tls=True)
+        text = fill_in(MOSQUITTO_CONF, {**words, "DATA": str(self.folder / "data")})
         own = ["# Written by hive host; to change it, say that again.", "", text]
         own += [f"pid_file {self._pid}", "log_type error", "log_type warning"]
         root = ["user root"] if os.geteuid() == 0 else []  # who else could read its files
@@ -15141,7 +15137,7 @@ class Host:
         request, names = self.folder / "openssl.cnf", self.folder / "server.names"
         made = not self.authority.exists()
         if made:
-            self._write(request, fill_in(AUTHORITY_REQUEST, words, tls=True))
+            self._write(request, fill_in(AUTHORITY_REQUEST, words))
             key_file = self.folder / "ca.key"
             self._write(key_file, openssl(*NEW_KEY))
             days = ("-days", str(AUTHORITY_DAYS), "-config", str(request), "-key", str(key_file))
@@ -15153,7 +15149,7 @@ class Host:
             )
         holds = self._ends(self._server, now) > now + RENEWAL
         if made or not holds or self._read(names) != words["SUBJECT_NAMES"]:
-            self._write(request, fill_in(SERVER_REQUEST, words, tls=True))
+            self._write(request, fill_in(SERVER_REQUEST, words))
             self._certify_server(request)
             self._write(names, words["SUBJECT_NAMES"])
             return True
@@ -15862,12 +15858,11 @@ def make_invitation(host: Host, name: str, now: float) -> Invitation:
 
     settings = host.needed_settings()
     ca = base64.b64encode(ssl.PEM_cert_to_DER_cert(host.authority.read_text())).decode()
-    hosts = (*settings.names, *([] if settings.everywhere else [settings.listen]))
     if host.broker_pid() is None:
         raise BrokerError(f"the broker of this hive does not run; start it: {HOST_AGAIN}")
     password = host.invite(name, now)
     host.reload()
-    hosts, until = tuple(dict.fromkeys(hosts)), int(now + INVITATION)
+    hosts, until = tuple(dict.fromkeys(settings.reached_at)), int(now + INVITATION)
     return Invitation(hosts, settings.port, name, password, ca, settings.prefix, until)
 
 
