@@ -26,7 +26,6 @@ from hive import (
     running_daemons,
 )
 
-
 NOW = 1771143500 + 1000
 
 
