@@ -48,14 +48,26 @@ def spawn(
     return _Forked(words, main, words[start:], **how)
 
 
-def ended(process: subprocess.Popen[Any], stdin: Any, seconds: float) -> tuple[int, Any, Any]:
-    """Wait for its end: exit code, stdout, stderr."""
-    with process:
+def run(
+    line: Sequence[str | Path],
+    main: Callable[[], int | None] | None = None,
+    *,
+    input: Any = None,
+    capture_output: bool = False,
+    timeout: float | None = None,
+    **how: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """As subprocess.run, of what is spawned."""
+    if capture_output:
+        how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if input is not None:
+        how["stdin"] = subprocess.PIPE
+    with spawn(line, main, **how) as process:
         try:
-            out, err = process.communicate(stdin, seconds)
+            out, err = process.communicate(input, timeout)
         finally:
             process.kill()  # it has ended, unless that took too long
-    return process.returncode, out, err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 class _Forked(subprocess.Popen[Any]):

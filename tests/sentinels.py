@@ -68,19 +68,28 @@ class Scheduled:
     def run(
         self, *arguments: str, stdin: str = "", **more: str
     ) -> subprocess.CompletedProcess[str]:
-        child = self._begin(*arguments, **more)
-        return subprocess.CompletedProcess(child.args, *forked.ended(child, stdin, 60))
-
-    def _begin(self, *arguments: str, **more: str) -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True}
-        line, environment = [str(self.program), *arguments], self.environment(**more)
-        return forked.spawn(line, self.main, env=environment, **streams)
+        return forked.run(
+            [str(self.program), *arguments],
+            self.main,
+            env=self.environment(**more),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     def start(self, text: str = "scheduled", **more: str) -> subprocess.Popen[str]:
         """A run that goes on beside us; end_of() takes it over."""
         self.runs += 1
-        child = self._begin(**self.hive(), **more)
+        child = forked.spawn(
+            [str(self.program)],
+            self.main,
+            env=self.environment(**self.hive(), **more),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         assert child.stdin
         child.stdin.write(json.dumps({"text": text}) + "\n")
         child.stdin.close()
