@@ -4943,6 +4943,13 @@ def own_file() -> Path:
     return file.parent if file.parent.is_file() else file  # a zip is a folder to Python alone
 
 
+def own_program() -> list[str]:
+    """What starts it anew: by hive-cli, where that lies beside it, it need not be compiled."""
+    file = own_file()
+    beside = file.with_name("hive-cli")
+    return [sys.executable, str(beside if file.name == "hive.py" and beside.exists() else file)]
+
+
 def short_host_name() -> str:
     """This machine's name up to the first dot, made fit to be a node's name."""
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", os.uname().nodename.partition(".")[0])
@@ -20579,7 +20586,7 @@ def command_web(args: argparse.Namespace) -> int:
     with log.never_wait(), contextlib.ExitStack() as ending:
         ending.callback(service.close)
         ending.callback(loop.close)
-        command = [sys.executable, str(own_file()), *common_arguments(args)]
+        command = [*own_program(), *common_arguments(args)]
         server = WebServer(loop, config, service.key, command, service.listener, args.read_only)
         ending.callback(server.close)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -20855,7 +20862,7 @@ def start_service(host: Host, file: Path, config: Config, changed: bool) -> None
 def host_command(file: Path, config: Config) -> list[str]:
     """What keeps Mosquitto running, whoever starts it and wherever."""
     whose = ["--config", str(file), "--node", config.node.id, "--prefix", config.topics.prefix]
-    return [sys.executable, str(own_file()), "host", "--foreground", *whose]
+    return [*own_program(), "host", "--foreground", *whose]
 
 
 def lets_in(mqtt: MqttConfig) -> bool:
@@ -20939,7 +20946,7 @@ def empty_embedded(config: Config, file: Path) -> None:
     if not waiting or is_locked(config.state_dir / "lock"):
         return
     named = ["--config", str(file)] if file.exists() else []
-    command = [sys.executable, str(own_file()), "daemon", *named, "--node", config.node.id]
+    command = [*own_program(), "daemon", *named, "--node", config.node.id]
     command += ["--prefix", config.topics.prefix]
     no = subprocess.DEVNULL
     daemon = subprocess.Popen(command, stdin=no, stdout=no, stderr=no)
