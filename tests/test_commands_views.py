@@ -708,3 +708,15 @@ def test_a_daemon_begins_again_as_it_was_called_where_it_is_told_to(
     config, log = seen[0]
     assert config.node.id == "alpha" and log._limit
     assert begun == ([(sys.executable, sys.orig_argv)] if again else [])
+
+
+@pytest.mark.parametrize(("terminal", "said"), [(True, "a\\x1b[2J\n"), (False, "a\x1b[2J\n")])
+def test_only_a_terminal_is_kept_from_what_an_answer_holds(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminal: bool,
+    said: str,
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    hive.write_answer(hive.Envelope.new("beta", "alpha", "response", "a\x1b[2J"), False, False)
+    assert capsys.readouterr().out == said
