@@ -144,7 +144,9 @@ class Source:
     @staticmethod
     def _assigned(statement: ast.Assign | ast.AnnAssign) -> set[str]:
         """The names that it gives values to."""
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        targets: list[ast.expr] = getattr(statement, "targets", [])
+        if isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
         return {n.id for one in targets for n in ast.walk(one) if isinstance(n, ast.Name)}
 
     def _between_lines(self, first: int, last: int) -> str:
@@ -507,7 +509,7 @@ class Covers:
         for name, (_, tests) in self._files.items():
             others = not name.startswith(own)
             for test, (seconds, ran) in tests.items():
-                if not functions.isdisjoint(ran):
+                if not functions.isdisjoint(ran) or not (functions or others):
                     found.append((others, seconds, test))
         chosen, total = [], 0.0
         for _, seconds, test in sorted(found):
