@@ -19129,7 +19129,6 @@ def claude_inbox(server: McpServer) -> Callable[[str], bool] | None:
             sock.connect(file)
             for line in ({"type": "auth", "token": token}, said):
                 sock.sendall(encode_json(line) + b"\n")
-            sock.shutdown(socket.SHUT_WR)
         return True
 
     return push
