@@ -144,7 +144,9 @@ class Source:
     @staticmethod
     def _assigned(statement: ast.Assign | ast.AnnAssign) -> set[str]:
         """The names that it gives values to."""
-        targets = getattr(statement, "targets", None) or [statement.target]
+        targets: list[ast.expr] = getattr(statement, "targets", [])
+        if isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
         return {n.id for one in targets for n in ast.walk(one) if isinstance(n, ast.Name)}
 
     def _between_lines(self, first: int, last: int) -> str:
