@@ -8781,7 +8781,7 @@ class ReasonCode(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-NO_SUBSCRIBERS = ReasonCode.NO_MATCHING_SUBSCRIBERS
+NO_SUBSCRIBERS = 0x10  # as in ReasonCode, which hive-cli loads later
 
 
 def is_failure(reason: int) -> bool:
