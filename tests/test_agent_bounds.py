@@ -488,6 +488,21 @@ def test_an_event_that_may_have_been_told_is_told_again_however_often(quiet: Qui
     assert quiet.notes == [hive.UNCERTAIN_NOTE]
 
 
+def test_a_gateway_whose_port_is_not_known_is_looked_for_where_it_usually_is(quiet: Quiet) -> None:
+    quiet.wake("a")
+    call = quiet.calls[-1].call
+    assert call and call.url == "http://127.0.0.1:18789/hooks/wake"
+
+
+def test_of_what_can_wait_for_a_heartbeat_fifteen_are_told_in_half_an_hour(quiet: Quiet) -> None:
+    for n in range(15):
+        quiet.wake(f"m-{n}", now=False)
+        quiet.end()
+        quiet.wait(1)
+    quiet.wake("one-more", now=False)
+    assert not quiet.agent.calling and quiet.timers() == [1800 - 15]
+
+
 def test_a_turn_that_may_have_begun_is_begun_five_times(quiet_of: Make) -> None:
     quiet = quiet_of(via="chat")
     quiet.wake("a")
