@@ -868,3 +868,22 @@ def test_a_gateway_may_be_on_another_machine(
     while not ends:
         quiet.loop.step()
     assert found == [reached] and ends == [hive.WakeResult("the call: No route to host")]
+
+
+@pytest.mark.parametrize(
+    ("via", "session", "words"),
+    [
+        ("claude", "s1", "-p --output-format json --resume s1"),
+        ("claude", "last", "-p --output-format json --continue"),
+        ("codex", "s1", "exec --json resume s1 -"),
+        ("codex", "last", "exec --json resume --last -"),
+        ("gemini", "s1", "--output-format json --resume s1"),
+        ("gemini", "last", "--output-format json --resume latest"),
+        ("opencode", "s1", "run --format json --session s1"),
+        ("opencode", "last", "run --format json --continue"),
+    ],
+)
+def test_each_program_goes_on_with_its_session(via: str, session: str, words: str) -> None:
+    instance = hive.InstanceConfig("main", via=via, session=session)
+    event = hive.SystemEvent("x", True, pending().envelope)
+    assert hive.wake_argv(instance, hive.WAKE_METHODS[via], event) == [via, *words.split()]

@@ -255,3 +255,17 @@ def test_a_node_that_has_its_broker_looks_for_it_before_each_connection(
     assert json.dumps(rig.node.node._connection()["broker"]) == '"localhost:1883"', "not yet"
     rig.node.on_connected()
     assert rig.node.node._connection()["broker"] == "other.lan:1883"
+
+
+def test_a_node_makes_sure_of_its_name_before_it_connects(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = note_calls(monkeypatch, hive, "NameConflictCheck")
+    node = rig.node
+    node.before_connecting(node.loop.stop)
+    ((loop, config, instances, heartbeat, go_on, failed, set_broker),) = checks
+    assert (loop, config, instances) == (rig.loop, rig.config, ("this-run", ""))
+    said = hive.Envelope.parse(heartbeat)
+    assert (said.sender, said.to, said.ch) == ("beta", "beta", "heartbeat")
+    assert (go_on, failed) == (node.loop.stop, node.on_disconnected)
+    assert set_broker == node._set_broker
