@@ -38,10 +38,16 @@ class Machine:
         self, *arguments: str, code: int | None = 0, stdin: str = "", **how: Any
     ) -> subprocess.CompletedProcess[str]:
         """What it says, once it has ended as it should."""
-        pipe = subprocess.PIPE
-        process = self.start(*arguments, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **how)
-        ended = forked.ended(process, stdin, 2 * PATIENCE)
-        done = subprocess.CompletedProcess(process.args, *ended)
+        done = forked.run(
+            [sys.executable, forked.PROGRAM, *arguments],
+            env=self.environment,
+            cwd=self.home,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            **how,
+        )
         assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr, done.stderr
         return done

@@ -166,8 +166,8 @@ class EmbeddedBroker(Broker):
         listen = (f"--socket={self.home}/socket", f"--listen=127.0.0.1:{self.port}", "--anonymous")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HIVE_")}
         with (self.home / "broker.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, ROOT / "hive-cli", "broker", *listen],
+            self._process = forked.spawn(
+                [sys.executable, forked.PROGRAM, "broker", *listen],
                 stdout=log,
                 stderr=log,
                 env=environment | {"HOME": str(self.home), "XDG_STATE_HOME": str(self.home)},
@@ -367,14 +367,21 @@ class Hive:
         """Start a daemon or a command, as subprocess.Popen does."""
         return (forked.spawn if self.forks else subprocess.Popen)(line, **how)
 
+    def run(self, line: Sequence[str | Path], **how: Any) -> subprocess.CompletedProcess[Any]:
+        return (forked.run if self.forks else subprocess.run)(line, **how)
+
     def cli(
         self, node: str, *arguments: str, code: int | None = 0, stdin: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run hive-cli as `node`; fail unless it ends with `code`."""
-        pipe, line = subprocess.PIPE, self.command_line(node, *arguments)
-        streams: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True}
-        process = self.spawn(line, env=self.environment, **streams)
-        done = subprocess.CompletedProcess(line, *forked.ended(process, stdin, 2 * PATIENCE))
+        done: subprocess.CompletedProcess[str] = self.run(
+            self.command_line(node, *arguments),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            env=self.environment,
+        )
         assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr, done.stderr
         return done

@@ -13,9 +13,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import IO, Any, NoReturn, TextIO
@@ -28,23 +30,44 @@ _execute = getattr(subprocess.Popen, "_execute_child")  # noqa: B009  no part of
 _NAMES = tuple(signature(_execute).parameters)[1:]
 
 
-def spawn(line: Sequence[str | Path], **how: Any) -> subprocess.Popen[Any]:
-    """As subprocess.Popen: [python, hive-cli, argument, ...], or -c and code that imports hive.
+def spawn(
+    line: Sequence[str | Path], main: Callable[[], int | None] | None = None, **how: Any
+) -> subprocess.Popen[Any]:
+    """As subprocess.Popen: what can be is not executed, but is a fork, which calls `main`.
 
-    Where that can be, it is not executed.
+    For [python, hive-cli, ...] and [python, "-c", code that imports hive, ...] that is known.
     """
-    forks = FORKS and line[0] == sys.executable and str(line[1]) in (PROGRAM, "-c")
-    return (_Forked if forks else subprocess.Popen)(line, **how)
+    words = [os.fspath(word) for word in line]
+    start = 0
+    if main is None and words[:2] == [sys.executable, PROGRAM]:
+        start, main = 1, hive.main
+    elif main is None and words[:2] == [sys.executable, "-c"]:
+        start, main = 2, partial(exec, words[2], {})
+    if main is None or not FORKS:
+        return subprocess.Popen(words, **how)
+    return _Forked(words, main, words[start:], **how)
 
 
-def ended(process: subprocess.Popen[Any], stdin: Any, seconds: float) -> tuple[int, Any, Any]:
-    """Wait for its end: exit code, stdout, stderr."""
-    with process:
+def run(
+    line: Sequence[str | Path],
+    main: Callable[[], int | None] | None = None,
+    *,
+    input: Any = None,
+    capture_output: bool = False,
+    timeout: float | None = None,
+    **how: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """As subprocess.run, of what is spawned."""
+    if capture_output:
+        how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if input is not None:
+        how["stdin"] = subprocess.PIPE
+    with spawn(line, main, **how) as process:
         try:
-            out, err = process.communicate(stdin, seconds)
+            out, err = process.communicate(input, timeout)
         finally:
             process.kill()  # it has ended, unless that took too long
-    return process.returncode, out, err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 class _Forked(subprocess.Popen[Any]):
@@ -53,27 +76,31 @@ class _Forked(subprocess.Popen[Any]):
     What ps shows of it is not.
     """
 
+    def __init__(
+        self, line: list[str], main: Callable[[], int | None], argv: list[str], **how: Any
+    ) -> None:
+        self._main, self._argv = main, argv
+        super().__init__(line, **how)
+
     def _execute_child(self, *given: Any) -> None:
         how = dict(zip(_NAMES, given, strict=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # what other threads hold
             self.pid = os.fork()
         if not self.pid:
-            _live(how)
+            sys.orig_argv, sys.argv = how["args"], self._argv
+            _live(self._main, how)
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(how[end] for end in ends))  # type: ignore[attr-defined]
 
 
-def _live(how: dict[str, Any]) -> NoReturn:
+def _live(main: Callable[[], int | None], how: dict[str, Any]) -> NoReturn:
     """All of the child's life."""
     code = 1  # as after a traceback
     try:
         _begin(how)
-        if sys.argv[0] == "-c":
-            exec(sys.argv.pop(1), {})
-        else:
-            code = hive.main()
+        code = main() or 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else bool(ended.code)
     except BaseException:
@@ -116,8 +143,7 @@ def _begin(how: dict[str, Any]) -> None:
     if how["env"] is not None:
         os.environ.clear()
         os.environ.update(how["env"])
-    sys.orig_argv = [os.fspath(word) for word in how["args"]]
-    sys.argv = sys.orig_argv[1:]
+        time.tzset()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = _stream(number, getattr(sys, f"__{name}__"))
         setattr(sys, name, stream)

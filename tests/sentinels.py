@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forked
 from conftest import ROOT
 
 HANDLERS = ROOT / "contrib" / "handlers"
@@ -34,8 +36,11 @@ def imported(name: str, file: Path) -> ModuleType:
 class Scheduled:
     """One sentinel below a folder, with its configuration and what it keeps."""
 
-    def __init__(self, home: Path, name: str, program: Path) -> None:
+    def __init__(
+        self, home: Path, name: str, program: Path, main: Callable[[], int | None] | None = None
+    ) -> None:
         self.home, self.name, self.program = home, name, program
+        self.main = main  # of the program, where it is imported here: what a fork calls
         self.config = home / f"{name}.toml"
         self.state = home / "state" / "sentinels" / f"{name}.json"
         self.runs, self.last = 0, ""
@@ -63,8 +68,9 @@ class Scheduled:
     def run(
         self, *arguments: str, stdin: str = "", **more: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+        return forked.run(
             [str(self.program), *arguments],
+            self.main,
             env=self.environment(**more),
             input=stdin,
             capture_output=True,
@@ -75,8 +81,9 @@ class Scheduled:
     def start(self, text: str = "scheduled", **more: str) -> subprocess.Popen[str]:
         """A run that goes on beside us; end_of() takes it over."""
         self.runs += 1
-        child = subprocess.Popen(
+        child = forked.spawn(
             [str(self.program)],
+            self.main,
             env=self.environment(**self.hive(), **more),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -36,7 +36,6 @@ from conftest import (
     need_mosquitto,
 )
 from faults import COUNT, SmallDisk
-from forked import ended
 
 import hive
 from hive import BrokerConfig, Config, NodeConfig
@@ -154,10 +153,14 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 
 def run_bare(machine: Machine, *arguments: str) -> subprocess.CompletedProcess[str]:
     """hive.py as a newcomer types it: no configuration, no option."""
-    pipe, line = subprocess.PIPE, [*machine.program, *arguments]
-    how: dict[str, Any] = {"stdout": pipe, "stderr": pipe, "text": True}
-    process = machine.spawn(line, env=machine.environment, cwd=machine.home, **how)
-    return subprocess.CompletedProcess(line, *ended(process, None, PATIENCE))
+    return machine.run(
+        [*machine.program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=machine.environment,
+        cwd=machine.home,
+    )
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from datetime import time as time_of_day
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,7 @@ class Watch(Scheduled):
         self.sources: list[str] = []
 
     def with_python(self, *options: str) -> None:
+        self.main = None if options else partial(check.kit.main, check.SENTINEL)
         line = " ".join((sys.executable, *options, str(HANDLER)))
         self.program.write_text(f'#!/bin/sh\nPYTHONDONTWRITEBYTECODE=1 exec {line} "$@"\n')
         self.program.chmod(0o755)

@@ -15,6 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Mail(Scheduled):
     """One user's mail on a server, and the sentinel that looks after it."""
 
     def __init__(self, home: Path, ca: Path, port: int, user: str = "") -> None:
-        super().__init__(home, "check-email", HANDLER)
+        main = partial(email.sentinel.main, email.SENTINEL)
+        super().__init__(home, "check-email", HANDLER, main)
         self.ca, self.port, self.user = ca, port, user or next(names)
         (home / "password").write_text(PASSWORD + "\n")
         (home / "password").chmod(0o600)

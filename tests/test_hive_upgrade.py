@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import ROOT, Broker, Daemon, Hive, eventually, missing
 from feed import Feed, Reply, self_signed
@@ -122,7 +123,7 @@ class Place:
             "HIVE_TIMEOUT": "300",
             **how.pop("environment", {}),
         }
-        return subprocess.run(
+        return forked.run(
             [sys.executable, "-c", STEPS, HANDLER, str(kill_at)],
             input=json.dumps({"text": text}),
             capture_output=True,
@@ -153,7 +154,7 @@ class Place:
         """Start the daemon, as its service manager does; how it ended, and what it said."""
         program = [sys.executable, "-c", STEPS, self.program[1], str(kill_at)]
         words = program if kill_at else [*self.program, "daemon"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = forked.run(words, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout
 
     @property
@@ -461,6 +462,8 @@ class Fleet:
         ours, self.hive.program = self.hive.program, self.place.program
         self.beta.start(wait)
         self.hive.program = ours
+        if wait:
+            self.hive.nodes["alpha"].logged("peer is up", peer="beta")
         return self.beta
 
     def release(self, change: str = "") -> None:
@@ -470,7 +473,7 @@ class Fleet:
         self.place.release("99.0.0", text.replace(place, f"    {change or 'pass'}\n{place}"))
 
     def upgrade(self, code: int = 0, text: str = "latest") -> str:
-        words = ("--action", "hive-upgrade", "--text", text, "--wait", "100")
+        words = ("--action", "hive-upgrade", "--text", text, "--wait", "50")
         done = self.hive.cli("alpha", "send", "--to", "beta", *words, code=code)
         return done.stdout + done.stderr
 

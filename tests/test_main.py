@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ class Alone:
         for folder in (self.folder, self.elsewhere):
             folder.mkdir()
         self.file = self.folder / name
-        shutil.copy(ROOT / "hive.py", self.file)
+        shutil.copy2(ROOT / "hive.py", self.file)
         self.environment = {k: v for k, v in os.environ.items() if k[:6] not in ("PYTHON", "HIVE_")}
         self.environment |= {"HOME": str(home), "XDG_RUNTIME_DIR": str(home)}
         self.started: list[subprocess.Popen[str]] = []
@@ -76,6 +77,15 @@ def alone(alone_as: Callable[[str], Alone]) -> Alone:
     return alone_as("hive.py")
 
 
+@pytest.fixture
+def compiled(alone: Alone) -> None:
+    """It has run before: beside it is the compiled file that these tests have read."""
+    if (ours := Path(cache_from_source(hive.__file__))).exists():
+        kept = Path(cache_from_source(alone.file))
+        kept.parent.mkdir()
+        shutil.copy(ours, kept)
+
+
 def words_of(process: subprocess.Popen[str]) -> list[str]:
     """What ps shows."""
     return Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")[:-1]
@@ -108,6 +118,7 @@ def test_a_script_that_stays_reads_the_compiled_file_and_keeps_no_more_than_hive
 
 
 @needs_proc
+@pytest.mark.usefixtures("compiled")
 def test_a_daemon_tells_systemd_of_the_process_that_it_knows(alone: Alone) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(alone.folder / "notify"))
@@ -131,6 +142,7 @@ def test_a_daemon_tells_systemd_of_the_process_that_it_knows(alone: Alone) -> No
     [("-O",), ("-OO",), ("-I", "-S"), ("-P", "-s"), ("-X", "utf8", "-u"), ("-W", "error", "-bb")],
     ids=" ".join,
 )
+@pytest.mark.usefixtures("compiled")
 def test_flags_of_the_interpreter_are_kept(alone: Alone, flags: tuple[str, ...]) -> None:
     broker = alone.broker(sys.executable, *flags, alone.file)
     assert words_of(broker)[: len(flags) + 2] == [sys.executable, *flags, "-c"]
@@ -180,6 +192,7 @@ def test_what_is_read_compiled_already_is_not_started_again(alone: Alone) -> Non
     assert end(zipped) == (0, "")
 
 
+@pytest.mark.usefixtures("compiled")
 def test_another_program_that_runs_the_script_is_not_left(alone: Alone) -> None:
     profiled = alone.start(sys.executable, "-m", "cProfile", alone.file, "broker", "--socket", "s")
     assert profiled.stdout and profiled.stdout.readline() == "broker listens on s\n"
@@ -187,18 +200,21 @@ def test_another_program_that_runs_the_script_is_not_left(alone: Alone) -> None:
     assert code == 0 and "function calls" in said
 
 
+@pytest.mark.usefixtures("compiled")
 def test_no_module_is_taken_from_where_one_happens_to_be(alone: Alone) -> None:
     for name in ("json", "importlib", "socket", "sqlite3", "hive", "warnings"):
         (alone.elsewhere / f"{name}.py").write_text("raise SystemExit('the wrong one')\n")
     assert end(alone.broker()) == (0, "")
 
 
+@pytest.mark.usefixtures("compiled")
 def test_no_module_is_taken_from_beside_the_script(alone: Alone) -> None:
     (alone.folder / "sqlite3.py").write_text("raise SystemExit('the one beside it')\n")
     assert end(alone.broker()) == (0, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("compiled")
 def test_a_signal_ends_it_at_any_moment(alone: Alone, number: int) -> None:
     end(alone.broker())  # it is compiled now
     for delay in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4):
@@ -208,6 +224,7 @@ def test_a_signal_ends_it_at_any_moment(alone: Alone, number: int) -> None:
         assert process.wait(PATIENCE) in (0, -number, 130, 1)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_what_is_ignored_stays_ignored(alone: Alone) -> None:
     line = f"trap '' HUP; exec '{sys.executable}' '{alone.file}' broker --socket s"
     broker = alone.start("/bin/sh", "-c", line)
@@ -226,6 +243,7 @@ def test_a_mistake_is_told_before_anything_is_started_again(alone: Alone) -> Non
     assert not (alone.folder / "__pycache__").exists()
 
 
+@pytest.mark.usefixtures("compiled")
 def test_a_warning_of_the_configuration_is_told_once(alone: Alone) -> None:
     config = alone.elsewhere / "hive.toml"
     config.write_text('[broker]\nusername = "u"\npassword = "p"\n')

@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import paho.mqtt.client as mqtt
 import pytest
 from conftest import (
     PATIENCE,
-    ROOT,
     Broker,
     Daemon,
     Hive,
@@ -50,8 +50,8 @@ def script(*arguments: str, code: int = 0, config: str = "") -> str:
         file = Path(home, "hive.toml")
         file.write_text(config or '[node]\nid = "alpha"\n')
         command = ["broker", "--mosquitto-conf", "--config", str(file), *arguments]
-        done = subprocess.run(
-            [sys.executable, ROOT / "hive-cli", *command],
+        done = forked.run(
+            [sys.executable, forked.PROGRAM, *command],
             cwd=home,
             env={"HOME": home, "PATH": os.environ["PATH"]},
             capture_output=True,
@@ -59,7 +59,7 @@ def script(*arguments: str, code: int = 0, config: str = "") -> str:
             timeout=PATIENCE,
         )
     assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    return str(done.stdout if code == 0 else done.stderr)
 
 
 def path_with_mosquitto() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -176,7 +177,8 @@ def module_session(node: Daemon) -> str:
     """Which session a node's journal says that it had last."""
     import sqlite3
 
-    with sqlite3.connect(node.home / ".config" / "hive" / "state" / "journal.sqlite3") as file:
+    journal = node.home / ".config" / "hive" / "state" / "journal.sqlite3"
+    with contextlib.closing(sqlite3.connect(journal)) as file:
         rows = file.execute("SELECT value FROM settings WHERE key = 'session'").fetchall()
     return str(json.loads(rows[0][0])["id"]) if rows else ""
 

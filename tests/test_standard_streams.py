@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import PATIENCE, Daemon, Hive, eventually
-from forked import FORKS, ended
 
 DONE = {  # the command, and what it ends with where nothing is the matter
     "send --to alpha --action echo --text hi --wait 20": 0,
@@ -71,13 +71,12 @@ def run(node: Daemon, line: str, shell: str, **streams: int) -> tuple[int, str, 
     (node.home / "stdin").write_text("what is on stdin\n")
     with (node.home / "stdin").open() as stdin:
         how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-        how |= {"stdin": stdin, "env": node.hive.environment}
-        if FORKS and line not in EXECUTED:
-            process = node.hive.spawn(words, preexec_fn=partial(redirect, shell), **how)
+        how |= {"stdin": stdin, "env": node.hive.environment, "timeout": 2 * PATIENCE}
+        if forked.FORKS and line not in EXECUTED:
+            done = forked.run(words, preexec_fn=partial(redirect, shell), **how)
         else:
-            process = subprocess.Popen(["/bin/sh", "-c", f'exec "$@" {shell}', "sh", *words], **how)
-        code, out, err = ended(process, None, 2 * PATIENCE)
-    return code, (out or b"").decode(), (err or b"").decode()
+            done = subprocess.run(["/bin/sh", "-c", f'exec "$@" {shell}', "sh", *words], **how)
+    return done.returncode, (done.stdout or b"").decode(), (done.stderr or b"").decode()
 
 
 def codes_of(node: Daemon, shell: str, lines: dict[str, int], **streams: int) -> dict[str, int]:

@@ -40,7 +40,7 @@ def typed(
     hive: Hive, *arguments: str, code: int = 0, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """A command as a user types it who names no configuration."""
-    done = subprocess.run(
+    done = hive.run(
         [*hive.program, *arguments],
         capture_output=True,
         text=True,
@@ -199,7 +199,7 @@ def test_what_its_command_line_said_counts_for_commands_too(
 
 @contextlib.contextmanager
 def daemon_of(hive: Hive, *arguments: str) -> Iterator[None]:
-    with subprocess.Popen(
+    with hive.spawn(
         [*hive.program, "daemon", *arguments],
         stderr=subprocess.DEVNULL,
         env=hive.environment,
@@ -230,7 +230,7 @@ def test_two_of_one_name_are_told_apart_by_their_files(hive: Hive, tmp_path: Pat
 
 def plain(hive: Hive, *arguments: str) -> subprocess.CompletedProcess[str]:
     line: Sequence[str] = [*hive.program, *arguments]
-    return subprocess.run(line, capture_output=True, text=True, env=hive.environment)
+    return hive.run(line, capture_output=True, text=True, env=hive.environment)
 
 
 @pytest.fixture
