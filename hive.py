@@ -1105,8 +1105,8 @@ class Loop:
     def post(self, call: Callable[[], None]) -> None:
         """Call back soon; the one method for other threads."""
         self._posted.append(call)
-        with contextlib.suppress(ValueError):  # closed: nobody cares; full: it will wake anyway
-            self._wake_writer.write(b"\0")
+        with contextlib.suppress(OSError, ValueError):  # closed, or just now: nobody cares
+            self._wake_writer.write(b"\0")  # full: it will wake anyway
 
     def on_signal(self, number: int, call: Callable[[], None]) -> None:
         """Call back from the loop, never in the middle of something, when a signal comes."""
@@ -1592,7 +1592,6 @@ class Journal:
 
     def commit(self) -> None:
         """Make it last, before anybody is told that it is safe with us."""
-        self._database.commit()
         if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
             self.prune(time.time())
         if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
@@ -2118,7 +2117,7 @@ class Journal:
         """The oldest ones that nothing unfinished belongs to: PRUNE_TEXTS, or so many bytes."""
         kept = f"content IS NOT NULL AND {FINISHED}"
         question = f"SELECT n, length(content) FROM log WHERE {kept} ORDER BY n LIMIT ?"
-        rows, last = deque(self._database.read(question, (max(PRUNE_TEXTS, PRUNE_STEP),))), 0
+        rows, last = deque(self._database.read(question, (PRUNE_STEP,))), 0
         few = len(rows) - PRUNE_TEXTS
         while rows and (much > 0 or len(rows) > few):
             last, size = rows.popleft()
@@ -3178,9 +3177,8 @@ def resident_memory() -> int | None:
 class Worker:
     """Does what messages ask for.  This one has neither handlers nor agents: nothing to do."""
 
-    def __init__(self) -> None:
-        self.agents: tuple[str, ...] = ()
-        self.handlers: Mapping[str, Path] = {}
+    agents: tuple[str, ...] = ()
+    handlers: Mapping[str, Path] = {}
 
     def look_again(self) -> None:
         """An action is not known: a handler for it may have been put there just now."""
@@ -3270,7 +3268,7 @@ class Node:
         self._other_kind = False  # has one been heard that sends to topics of the other kind?
         self._cut = set[str]()  # sites whose bridge is cut, as far as this broker has said
         self._mqtt, self._fault = config.mqtt, ""  # where the broker is; why it is not reached
-        self._seen_broker = 0.0  # when it last was, on the loop's clock
+        self._seen_broker = loop.clock()  # when it last was, on the loop's clock
         self.counts = dict.fromkeys(
             ("received", "dropped", "refused", "invalid", "runs", "failures"), 0
         )
@@ -4013,19 +4011,13 @@ class ScheduledRun:
 
     def plan(self, now: float, chance: float) -> None:
         """Work out the next run; `chance` from 0 to 1 is for the jitter."""
-        if self.config.at:
-            due = next_at(self.config.at, self.last or now)
-        elif self.last:
-            due = self.last + (self.config.every or 0)
+        at, every = self.config.at, self.config.every or 0.0
+        if at:
+            due = next_at(at, self.last or now)
         else:
-            due = now + min(FIRST_RUN, self.config.every or 0)
+            due = self.last + every if self.last else now + min(FIRST_RUN, every)
         if now - due > self.config.patience:  # it was missed for good: the one after
-            every = self.config.every or 1.0
-            due = (
-                next_at(self.config.at, now)
-                if self.config.at
-                else now + every - (now - due) % every
-            )
+            due = next_at(at, now) if at else now + every - (now - due) % every
         self.next = max(due, now) + chance * self.config.jitter
 
     def due(self, now: float) -> bool:
@@ -4117,10 +4109,13 @@ class HandlerRun(Value):
     """A message that waits for its handler."""
 
     envelope: Envelope
-    action: str
     until: float = float("inf")  # monotonic; then it is stale
     task: int = 0  # its number in the journal, if somebody else waits for it
     scheduled: ScheduledRun | None = None  # who asked, if nobody did from outside
+
+    @property
+    def action(self) -> str:
+        return str(self.envelope.action)
 
 
 class HandlerQueue:
@@ -4208,7 +4203,6 @@ class Work(Worker):
 
     def __init__(self, node: Node, changed: Callable[[], None]) -> None:
         """Calls `changed` when its roster has to say something else."""
-        super().__init__()
         self._node, self._changed = node, changed
         self._config, self._loop, self._log = node.config, node.loop, node.log
         self._journal = node.journal
@@ -4337,7 +4331,7 @@ class Work(Worker):
     def _run_again(self, task: Task) -> None:
         """Run it, unless it may have run: that is for whoever sent it to decide."""
         envelope = task.envelope
-        run = HandlerRun(envelope, envelope.action or "", self._deadline(task.until), task.n)
+        run = HandlerRun(envelope, self._deadline(task.until), task.n)
         if task.began and not self._handler_config(run.action).retry:
             fault = "the daemon ended meanwhile"
             self._finish(run, ProcessResult(exit=None, cancelled=True, fault=fault))
@@ -4355,7 +4349,7 @@ class Work(Worker):
 
     def run(self, envelope: Envelope, row: int, until: float | None) -> None:
         task = self._journal.add_task(row, until=until)
-        self._enqueue(HandlerRun(envelope, envelope.action or "", self._deadline(until), task))
+        self._enqueue(HandlerRun(envelope, self._deadline(until), task))
 
     def _handler_config(self, action: str) -> HandlerConfig:
         return self._config.handlers.get(action, HandlerConfig())
@@ -4497,7 +4491,7 @@ class Work(Worker):
 
         name, action = self._node.name, one.config.action
         envelope = Envelope.new(name, name, "command", one.config.text, action=action)
-        run = HandlerRun(envelope, action, scheduled=one)
+        run = HandlerRun(envelope, scheduled=one)
         gone = self._queue.put(run)
         if gone is not run:
             one.begin(now)
@@ -4577,11 +4571,11 @@ class Work(Worker):
 
     def agent_begins(self, group: Sequence[PendingEvent]) -> None:
         """It is being told: if we crash now, nobody knows whether it was."""
-        self._journal.start_tasks(event.task for event in group if event.task)
+        self._journal.start_tasks(event.task for event in group)
 
     def agent_failed(self, group: Sequence[PendingEvent]) -> None:
         """It will be told again: now, or at the next start if there is a disk."""
-        self._journal.reset_tasks(one.task for one in group if one.task and not one.uncertain)
+        self._journal.reset_tasks(one.task for one in group if not one.uncertain)
         if self._node.stopping and not self._journal.on_disk:
             for event in group:
                 self._node.refuse(event.envelope, "the node is stopping")
@@ -4594,23 +4588,21 @@ class Work(Worker):
         self._journal.record_result(event.envelope, time.time(), f"told {agent}")
         if not event.uncertain:  # else its sender has heard so
             self._node.confirm(event.envelope, f"told {agent}")
-        if event.task and forgettable:
+        if forgettable:
             self._journal.mark_accepted(event.task, time.time())
-        elif event.task:
+        else:
             self._journal.remove_task(event.task)
         if reply is not None and CHANNELS[event.envelope.ch].handler:
             self._node.send(event.envelope.reply(self._node.name, reply))
         self._node.commit_soon()
 
     def agent_has_read(self, event: PendingEvent) -> None:
-        if event.task:
-            self._journal.remove_task(event.task)
-            self._node.commit_soon()
+        self._journal.remove_task(event.task)
+        self._node.commit_soon()
 
     def agent_gave_up(self, agent: str, event: PendingEvent, reason: str) -> None:
         self._journal.record_result(event.envelope, time.time(), f"{agent} not told: {reason}")
-        if event.task:
-            self._journal.remove_task(event.task)
+        self._journal.remove_task(event.task)
         self._node.refuse(event.envelope, f"agent {agent} was not told: {reason}")
         self._node.commit_soon()
 
@@ -7195,7 +7187,7 @@ class Agent:
     def next_try(self) -> int | None:
         """Unix seconds of the next call, where the last one failed and its messages wait."""
         waits = self.health is Health.DOWN and self._waiting and not self._closed
-        return self._again_at if waits and self._not_before else None
+        return self._again_at if waits else None
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._calling)
@@ -7288,10 +7280,8 @@ class Agent:
                 self._calling = [
                     one.replace(note=UNCERTAIN_NOTE, begun=one.begun + 1) for one in self._calling
                 ]
-                begun = max(one.begun for one in self._calling)
-                result = result.replace(
-                    permanent=result.permanent or (method.replies and begun >= MAX_BEGUN)
-                )
+                often = method.replies and self._calling[0].begun >= MAX_BEGUN
+                result = result.replace(permanent=result.permanent or often)
             why = result.why and (first_reason or result.why)
             if why and others and not result.permanent and not self._stopping:
                 self._try(others, why)
@@ -7501,7 +7491,7 @@ class Database:
 
     def _prepare(self, file: Path | None) -> sqlite3.Connection:
         if file:
-            os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
         database = self._sqlite.connect(file or ":memory:", isolation_level=None, timeout=0.2)
         try:
             for pragma in (
@@ -7531,7 +7521,7 @@ class Database:
         for how in ("mode=ro", "immutable=1"):  # the second where there is nothing beside the file
             with contextlib.suppress(self._sqlite.Error):
                 uri = f"{self._file.absolute().as_uri()}?{how}"
-                database = self._sqlite.connect(uri, uri=True, isolation_level=None)
+                database = self._sqlite.connect(uri, uri=True)
                 database.execute("SELECT count(*) FROM sqlite_master")
                 return database
         return None
@@ -7654,7 +7644,7 @@ class FileLock:
         import fcntl
 
         until, self.file = time.monotonic() + patience, file
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
         self._stream = os.fdopen(descriptor, "r+", errors="replace")
         while True:
             try:
@@ -7825,7 +7815,7 @@ class LastHour:
 
         self._minute = 0  # the newest, by the clock of those who call
         self._beats = bytearray(MINUTES)
-        self._loads = array("H", bytes(2 * MINUTES))  # hundredths
+        self._loads = array("H", [0]) * MINUTES  # hundredths
 
     def beat(self, now: float, load: float | None) -> None:
         """One heartbeat."""
@@ -8793,7 +8783,7 @@ class ReasonCode(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
+NO_SUBSCRIBERS = ReasonCode.NO_MATCHING_SUBSCRIBERS
 
 
 def is_failure(reason: int) -> bool:
@@ -9358,7 +9348,7 @@ MAX_ALIASES = 16  # topic aliases of one client
 NO_PACKET_LIMIT = 1 << 28  # bytes, which no packet has (MQTT 5, 2.1.4)
 MAX_OUT = 1024 * KIB  # bytes that wait for one socket; beyond it QoS 0 is dropped, the rest queued
 MAX_BUFFERED = 128 * KIB * KIB  # bytes half read or not yet written, of all clients
-BACKPRESSURE_LIMITS = (1000, 4 * KIB * KIB)  # messages and bytes for a client: its senders wait
+BACKPRESSURE_LIMITS = (SEND_QUOTA, 4 * KIB * KIB)  # messages, bytes that wait: senders wait too
 BACKPRESSURE_TIMEOUT = 1.0  # seconds that senders wait for it; then it is left behind
 
 BROKER_TABLES = (
@@ -9655,7 +9645,6 @@ class SessionStore:
     def delete_message(self, message: ApplicationMessage) -> None:
         if message.n:
             self.database.write("DELETE FROM messages WHERE n = ?", (message.n,))
-            message.n = 0
 
     def enqueue(self, session: Session, queued: QueuedMessage) -> None:
         if session.expiry:
@@ -9850,10 +9839,10 @@ class ClientConnection:
             stream.close()
         elif self._is_held():  # it is we who do not listen
             self._held_at = now
-            if self._retained:
-                self.work_soon()
         elif now - max(stream.read_at, self._held_at) >= limit:
             self.disconnect(ReasonCode.KEEP_ALIVE_TIMEOUT)
+        if self._retained:
+            self.work_soon()
 
     def block_on(self, session: Session | None) -> None:
         """Hear no more of this client until a session that it sends to has read."""
@@ -9922,7 +9911,8 @@ class ClientConnection:
             self._end_session(with_will=True)
         elif self.version == 5 or reason in CONNECT_RETURN_CODES:
             return self._refuse_connect(reason)
-        self._hang_up()  # MQTT 3.1.1, 3.1.4: no CONNACK where CONNECT is malformed
+        # MQTT 3.1.1, 3.1.4: no CONNACK where CONNECT is malformed
+        self.stream.end(DISCONNECT_LINGER)
 
     def send_disconnect(self, reason: ReasonCode) -> None:
         if self.version == 5:
@@ -9933,12 +9923,7 @@ class ClientConnection:
         """Answer CONNECT with no, where it can be understood."""
         if self.version:
             self.stream.write(encode_connack(False, reason, {}, self.version))
-        self._hang_up()
-
-    def _hang_up(self) -> None:
         self.stream.end(DISCONNECT_LINGER)
-        self._retained.clear()
-        self.block_on(None)
 
     def _end_session(self, with_will: bool) -> None:
         """Its session is on its own from now on."""
@@ -9948,8 +9933,6 @@ class ClientConnection:
 
     def _on_close(self) -> None:
         self._end_session(with_will=True)
-        self.block_on(None)
-        self._retained.clear()
         if self._timer:
             self._timer.cancel()
         self._broker.connections.discard(self)
@@ -10123,7 +10106,7 @@ class ClientConnection:
             raise ProtocolError("a session expiry where there was none")
         session.expiry = expiry
         self._end_session(with_will=bool(reason))
-        self._hang_up()
+        self.stream.end(DISCONNECT_LINGER)
 
 
 ACKED = (PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBREL, PacketType.PUBCOMP)
@@ -10467,8 +10450,8 @@ class Broker:
             if is_failure(reason):
                 self.log_limited("will dropped", None, f"{session.client_id}: {reason.words}")
 
-    def subscribe(self, session: Session, subscription: Subscription) -> ReasonCode:
-        """File a subscription in the place of an older one."""
+    def subscribe(self, session: Session, subscription: Subscription) -> ReasonCode | None:
+        """File a subscription in the place of an older one, or say why not."""
         filter = subscription.filter
         if subscription.shared:
             return ReasonCode.SHARED_SUBSCRIPTIONS_NOT_SUPPORTED
@@ -10479,7 +10462,7 @@ class Broker:
         session.subscriptions[filter] = subscription
         self.subscriptions.add(session, subscription)
         self.store.save(session)
-        return ReasonCode.SUCCESS
+        return None
 
     def unsubscribe(self, session: Session, filter: str) -> ReasonCode:
         if not session.subscriptions.pop(filter, None):
@@ -10534,9 +10517,8 @@ class Broker:
 
     def _has_room(self, session: Session, message: ApplicationMessage, share: float) -> bool:
         """May this session have one more; is there memory for it?"""
-        needed = 0 if message.references else message.size
         bound = share * self._settings.total_mib * KIB * KIB
-        return session.has_room_for(message) and self._size + needed <= bound
+        return session.has_room_for(message) and self._size + message.size <= bound
 
     def _deliver(self, session: Session, queued: QueuedMessage) -> None:
         connection = session.connection
@@ -10555,9 +10537,8 @@ class Broker:
         session.size += queued.message.size
         session.queue.append(queued)
         self.send_queued(session)
-        waits = bool(session.queue) and session.queue[-1] is queued
-        if waits or session.inflight.get(queued.packet_id) is queued:
-            self.store.enqueue(session, queued)
+        if session.queue or session.inflight.get(queued.packet_id) is queued:
+            self.store.enqueue(session, queued)  # it waits, or was sent
 
     def send_queued(self, session: Session) -> None:
         """Send what a session waits for, as far as its client takes it."""
@@ -10636,8 +10617,7 @@ class Broker:
         plain = "+" not in wanted.filter and "#" not in wanted.filter
         for topic in (wanted.filter,) if plain else tuple(self.retained):
             message = self.retained.get(topic)
-            fits = message and matches(wanted.filter, topic)
-            yield (message, wanted) if message and fits else None
+            yield (message, wanted) if message and matches(wanted.filter, topic) else None
 
     def send_retained(
         self, session: Session, message: ApplicationMessage, wanted: Subscription
@@ -12160,11 +12140,10 @@ class BrokerHost:
 #
 # Returns strings.  Whatever a peer wrote is made harmless for a terminal.
 
-GREEN, YELLOW, RED = 32, 33, 31
 COLOURS = {
-    **dict.fromkeys(("online", "ok"), GREEN),
-    **dict.fromkeys(("stale", "degraded", "warn"), YELLOW),
-    **dict.fromkeys(("fail", "offline", "down", "lost"), RED),
+    **dict.fromkeys(("online", "ok"), 32),  # green
+    **dict.fromkeys(("stale", "degraded", "warn"), 33),  # yellow
+    **dict.fromkeys(("fail", "offline", "down", "lost"), 31),  # red
 }
 TROUBLE_FIRST = ("offline", "stale", "degraded", "online")
 CONDITIONS = ("online", "degraded", "stale", "stopped", "lost")
@@ -13141,10 +13120,10 @@ class GroupReplies:
     def take(self, answer: Envelope) -> bool:
         """Is it one to ours?  Then there is one less to wait for."""
         to = answer.reply_to or answer.exchange
-        asked, _ = self._waiting.get(to, (None, 0.0))
-        if asked is None or answer.ch not in ("response", "alert"):
+        waiting = self._waiting.get(to)
+        if waiting is None or answer.ch not in ("response", "alert"):
             return False
-        (self.failed if answer.ch == "alert" else self.ok).append(asked.to)
+        (self.failed if answer.ch == "alert" else self.ok).append(waiting[0].to)
         del self._waiting[to]
         return True
 
@@ -13994,10 +13973,7 @@ class BrokerCheck:
 
     def wait(self, known: Callable[[], object], within: float) -> bool:
         """Turn until something is known; False if that takes too long."""
-        timer = self._loop.after(within, lambda: None)
-        while not (known() or self._lost) and self._loop.clock() < timer.due:
-            self._loop.step()
-        timer.cancel()
+        step_until(self._loop, within, lambda: known() or self._lost)
         return bool(known())
 
     def expect(self, known: Callable[[], object]) -> None:
@@ -14911,16 +14887,15 @@ def mosquitto_bridge(prefix: str, name: str, account: MqttConfig) -> str:
     """What mosquitto.conf says of a bridge to the broker that lets it in with this account."""
     import hmac
 
-    key = (account.password or "").encode()
-    host, port = account.endpoint
+    password, (host, port) = account.password or "", account.endpoint
     words = {
-        **{"NAME": name, "HOST": host, "PORT": str(port), "PASSWORD": account.password or ""},
+        **{"NAME": name, "HOST": host, "PORT": str(port), "PASSWORD": password},
         **{"AUTHORITY": str(account.ca_file), "PREFIX": prefix},
-        "ID": hmac.digest(key, f"bridge {name}".encode(), "sha256").hex()[:32],
+        "ID": hmac.digest(password.encode(), f"bridge {name}".encode(), "sha256").hex()[:32],
         "NOTICE": Topics(prefix).bridge(name),
         "TOPICS": "\n".join(f"topic +/{ch}/+ both 1 {prefix}/ {prefix}/" for ch in CHANNELS),
     }
-    return fill_in(BRIDGE_CONF, words, tls=True)
+    return fill_in(BRIDGE_CONF, words)
 
 
 def bridge_acl(prefix: str, name: str) -> str:
@@ -14938,7 +14913,7 @@ def subject_names(hosts: Iterable[str]) -> str:
     return ",".join(dict.fromkeys((*named, "DNS:localhost", "IP:127.0.0.1")))
 
 
-def fill_in(text: str, words: Mapping[str, str], tls: bool) -> str:
+def fill_in(text: str, words: Mapping[str, str], tls: bool = True) -> str:
     """Put the words into one of the texts above, and leave out what is not for TLS, or only."""
     absent, present = ("@plain ", "@tls ") if tls else ("@tls ", "@plain ")
     text = re.sub(rf"(?m)^{absent}.*\n|^{present}", "", text)
@@ -15144,7 +15119,7 @@ class Host:
         where = "" if settings.everywhere else f" {settings.listen}"
         words = {"LISTENER": f"{settings.port}{where}", "FOLDER": str(self.folder)}
         words["KEY"] = "server.pem"  # one file, so that no crash leaves a half of the pair
-        text = fill_in(MOSQUITTO_CONF, {**words, "DATA": str(self.folder / "data")}, tls=True)
+        text = fill_in(MOSQUITTO_CONF, {**words, "DATA": str(self.folder / "data")})
         own = ["# Written by hive host; to change it, say that again.", "", text]
         own += [f"pid_file {self._pid}", "log_type error", "log_type warning"]
         root = ["user root"] if os.geteuid() == 0 else []  # who else could read its files
@@ -15169,7 +15144,7 @@ class Host:
         request, names = self.folder / "openssl.cnf", self.folder / "server.names"
         made = not self.authority.exists()
         if made:
-            self._write(request, fill_in(AUTHORITY_REQUEST, words, tls=True))
+            self._write(request, fill_in(AUTHORITY_REQUEST, words))
             key_file = self.folder / "ca.key"
             self._write(key_file, openssl(*NEW_KEY))
             days = ("-days", str(AUTHORITY_DAYS), "-config", str(request), "-key", str(key_file))
@@ -15181,7 +15156,7 @@ class Host:
             )
         holds = self._ends(self._server, now) > now + RENEWAL
         if made or not holds or self._read(names) != words["SUBJECT_NAMES"]:
-            self._write(request, fill_in(SERVER_REQUEST, words, tls=True))
+            self._write(request, fill_in(SERVER_REQUEST, words))
             self._certify_server(request)
             self._write(names, words["SUBJECT_NAMES"])
             return True
@@ -15890,12 +15865,11 @@ def make_invitation(host: Host, name: str, now: float) -> Invitation:
 
     settings = host.needed_settings()
     ca = base64.b64encode(ssl.PEM_cert_to_DER_cert(host.authority.read_text())).decode()
-    hosts = (*settings.names, *([] if settings.everywhere else [settings.listen]))
     if host.broker_pid() is None:
         raise BrokerError(f"the broker of this hive does not run; start it: {HOST_AGAIN}")
     password = host.invite(name, now)
     host.reload()
-    hosts, until = tuple(dict.fromkeys(hosts)), int(now + INVITATION)
+    hosts, until = tuple(dict.fromkeys(settings.reached_at)), int(now + INVITATION)
     return Invitation(hosts, settings.port, name, password, ca, settings.prefix, until)
 
 
@@ -16976,7 +16950,7 @@ class McpServer:
 
     def _look(self, call: Call) -> None:
         """Is it over?  Where no daemon runs at the moment, that is seen later."""
-        if call.wait.every and call.id in self._calls:
+        if call.wait.every:
             call.timers["look"] = self._loop.after(call.wait.every, lambda: self._look(call))
         if call.wait.every or self.link.attached:
             self._finish(call, self._guarded(call.wait.look, DaemonError))  # it may come back
@@ -17346,7 +17320,6 @@ class DaemonLink:
 
     def close(self) -> None:
         self._on_line, self._on_end = (lambda line: None), (lambda why: None)
-        self._silence.cancel()
         self._stream.close()
         self._asker.links.discard(self)
 
@@ -17460,20 +17433,19 @@ class HiveView:
         self._changed: dict[str, float] = {}  # since when each node is as it is
         self._dropped = 0  # version of the last row that is not kept
         self._last = 0  # row that was seen
-        self._began = 0  # how often; what was asked before is of no use
+        self._ended = 0  # how often; what was asked before is of no use
         self._unfollow = do_nothing
 
     def begin(self) -> None:
         """The first page has been opened."""
-        self._began += 1
         self._last = 0
         for do, gap in LOOKS.items():
-            self._look(do, gap, self._began)
-        self._follow(self._began)
+            self._look(do, gap, self._ended)
+        self._follow(self._ended)
 
     def end(self) -> None:
         """The last one has been closed."""
-        self._began += 1
+        self._ended += 1
         self._unfollow()
         self._events.clear()
         self._rows.clear()
@@ -17496,18 +17468,18 @@ class HiveView:
             self._events[about] = (self.version, line)
             self._news()
 
-    def _look(self, do: str, gap: float, began: int) -> None:
+    def _look(self, do: str, gap: float, ended: int) -> None:
         """Ask for one thing, again and again, and for no more than a share of the daemon's time."""
         at = self._asker.loop.clock()
 
         def heard(answer: dict[str, Any]) -> None:
-            if began == self._began:
+            if ended == self._ended:
                 loop = self._asker.loop
                 wait = max(gap, LOOK_SHARE * (loop.clock() - at))
-                loop.after(wait, partial(self._look, do, gap, began))
+                loop.after(wait, partial(self._look, do, gap, ended))
                 self._take(do, answer)
 
-        if began == self._began:
+        if ended == self._ended:
             self._asker.ask({"do": do}, heard)
 
     def _take(self, do: str, answer: dict[str, Any]) -> None:
@@ -17547,14 +17519,14 @@ class HiveView:
                 if len(self._events) > 2 * MAX_MEMBERS:
                     del self._events[about]
 
-    def _follow(self, began: int) -> None:
+    def _follow(self, ended: int) -> None:
         """Hear of each new row, from now on or from where we were."""
-        if began != self._began:
+        if ended != self._ended:
             return
         request = {"do": "follow", "after": self._last, "last": 0 if self._last else 1}
 
         def again(why: str = "") -> None:
-            self._asker.loop.after(LOOKS["states"], partial(self._follow, began))
+            self._asker.loop.after(LOOKS["states"], partial(self._follow, ended))
 
         try:
             self._unfollow = self._asker.open(request, self._take_rows, again)
@@ -17993,7 +17965,6 @@ class WebService:
         import secrets
         import socket
 
-        self.port = port
         make_private(config.state_dir)
         self._lock = lock_or_spare(config.state_dir / "web.lock")
         before = read_json_object(self._lock.before) or {}
@@ -21355,7 +21326,7 @@ class Completion(Value):
 
     @classmethod
     def of(cls, flags: Sequence[str], how: Mapping[str, Any]) -> Completion:
-        action = parser_type()(add_help=False).add_argument(*flags, **how)
+        action = parser_type()().add_argument(*flags, **how)
         check = action.type.args[0] if isinstance(action.type, partial) else None
         value = "" if action.nargs == 0 else " "
         if action.choices or action.metavar == "TOPIC":
@@ -21500,7 +21471,7 @@ def let_go_of_stdout() -> None:
     """What it did not take would fail once more when Python ends."""
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -108,7 +108,8 @@ class Source:
         self.sections = [name for _, name in self._banners]
         self._tree = ast.parse(text)
         self._functions = [
-            (n.lineno, n.end_lineno, name) for n, name in self._named(self._tree, "")
+            (min(one.lineno for one in (n, *n.decorator_list)), n.end_lineno, name)
+            for n, name in self._named(self._tree, "")
         ]
 
     def section(self, line: int) -> str:
@@ -125,10 +126,13 @@ class Source:
                 names = {n.id for n in ast.walk(statement) if isinstance(n, ast.Name)}
                 if isinstance(statement, ast.ClassDef):
                     names = {statement.name}
-                elif isinstance(statement, ast.Assign):
-                    names = {t.id for t in statement.targets if isinstance(t, ast.Name)}
-                elif isinstance(statement, ast.AnnAssign):
-                    names = {n.id for n in [statement.target] if isinstance(n, ast.Name)}
+                elif isinstance(statement, ast.Assign | ast.AnnAssign):
+                    names = self._assigned(statement)
+                    for other in self._tree.body:  # a table has the constant in it
+                        if isinstance(other, ast.Assign | ast.AnnAssign) and names & {
+                            n.id for n in ast.walk(other) if isinstance(n, ast.Name)
+                        }:
+                            names |= self._assigned(other)
                 return {
                     name
                     for first, last, name in self._functions
@@ -136,6 +140,14 @@ class Source:
                     or names & {*re.findall(r"\w+", self._between_lines(first, last))}
                 }
         return set()
+
+    @staticmethod
+    def _assigned(statement: ast.Assign | ast.AnnAssign) -> set[str]:
+        """The names that it gives values to."""
+        targets: list[ast.expr] = getattr(statement, "targets", [])
+        if isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        return {n.id for one in targets for n in ast.walk(one) if isinstance(n, ast.Name)}
 
     def _between_lines(self, first: int, last: int) -> str:
         return self.text[self._starts[first - 1] : self._starts[last]].decode()
@@ -497,7 +509,7 @@ class Covers:
         for name, (_, tests) in self._files.items():
             others = not name.startswith(own)
             for test, (seconds, ran) in tests.items():
-                if not functions.isdisjoint(ran):
+                if not functions.isdisjoint(ran) or not (functions or others):
                     found.append((others, seconds, test))
         chosen, total = [], 0.0
         for _, seconds, test in sorted(found):

@@ -5,6 +5,7 @@ For what they ask and how they tell the answer; what real daemons say is tested 
 
 from __future__ import annotations
 
+import io
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -49,6 +50,23 @@ class Scripted:
         self.closed += 1
 
 
+class Pipe(io.RawIOBase):
+    """Of which one can see what was written to it so far."""
+
+    def __init__(self) -> None:
+        self.seen = b""
+
+    def stream(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(io.BufferedWriter(self))
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.seen += bytes(data)
+        return len(data)
+
+
 class Commands:
     """Commands of the node alpha, and what they print."""
 
@@ -60,6 +78,7 @@ class Commands:
         self.now = [1000.0]  # goes on when somebody waits
         self.opened: list[tuple[float, bool]] = []  # with which patience, and whether directly
         self.direct: list[float] = []  # with which patience a node of its own began
+        self.visitors: list[Any] = []  # with which configuration
         for name in ("HIVE_CONFIG", "HIVE_NODE", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
             patch.delenv(name, raising=False)
         patch.setenv("HOME", str(home))
@@ -89,6 +108,7 @@ class Commands:
 
         def begin(config: Any, patience: float) -> Scripted:
             self.direct.append(patience)
+            self.visitors.append(config)
             return node
 
         self._patch.setattr(hive, "InProcessNode", begin)

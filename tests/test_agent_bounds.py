@@ -799,3 +799,57 @@ def test_the_log_tells_of_an_agent_by_its_name(quiet: Quiet) -> None:
             ("error", "agent not told", {"id": "b", "why": "its time to live was over"}),
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "turn", "expected"),
+    [
+        (b"", False, hive.WakeResult("the call answered no HTTP (RemoteDisconnected)")),
+        (
+            *(b"", True),
+            hive.WakeResult("the call answered no HTTP (RemoteDisconnected)", uncertain=True),
+        ),
+        (status("200 OK", b"\xff"), False, hive.WakeResult("the call answered 200")),
+    ],
+)
+def test_what_a_gateway_says_that_says_nothing(
+    quiet: Quiet,
+    gateway_of: Callable[..., Gateway],
+    answer: bytes,
+    turn: bool,
+    expected: hive.WakeResult,
+) -> None:
+    ends: list[hive.WakeResult] = []
+    call = gateway_call(turn=turn).replace(url=gateway_of(answer).url)
+    REQUEST(quiet.loop, call, ends.append)
+    while not ends:
+        quiet.loop.step()
+    assert ends == [expected]
+
+
+@pytest.mark.parametrize(
+    ("url", "reached"),
+    [
+        ("http://gateway.lan:81/x", ("HTTPConnection", "gateway.lan", 81, 2.0)),
+        ("https://gateway.lan/x", ("HTTPSConnection", "gateway.lan", None, 2.0)),
+    ],
+)
+def test_a_gateway_may_be_on_another_machine(
+    quiet: Quiet, monkeypatch: pytest.MonkeyPatch, url: str, reached: tuple[object, ...]
+) -> None:
+    found: list[tuple[object, ...]] = []
+
+    def unreachable(name: str) -> Callable[..., None]:
+        def connect(host: str, port: int | None, timeout: float) -> None:
+            found.append((name, host, port, timeout))
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+        return connect
+
+    for name in ("HTTPConnection", "HTTPSConnection"):
+        monkeypatch.setattr(f"http.client.{name}", unreachable(name))
+    ends: list[hive.WakeResult] = []
+    REQUEST(quiet.loop, gateway_call().replace(url=url), ends.append)
+    while not ends:
+        quiet.loop.step()
+    assert found == [reached] and ends == [hive.WakeResult("the call: No route to host")]

@@ -62,6 +62,7 @@ def nested(levels: int) -> list[Any]:
 )
 def test_each_kind_of_fault_has_its_exit_code(kind: type[HiveError], code: int) -> None:
     assert int(kind("why").exit) == code
+    assert (hive.Exit.DONE, hive.Exit.INTERRUPTED) == (0, 130)
 
 
 def test_a_fault_is_one_line_on_stderr(
@@ -263,12 +264,13 @@ def test_the_build_is_eight_digits_of_the_files_hash(monkeypatch: pytest.MonkeyP
     assert hive.build() == "unknown"
 
 
-@pytest.mark.parametrize("name", ["quoted", "Value", "handler_rule", "shortened"])
-def test_what_python_was_told_to_drop_is_read_from_the_source(name: str) -> None:
-    of = getattr(hive, name)
-    assert hive.docstring(of) == (of.__doc__ or "")
-    bare = SimpleNamespace(__doc__=None, __qualname__=name)
-    assert hive.docstring(bare) == inspect.cleandoc(of.__doc__ or "")
+def test_what_python_was_told_to_drop_is_read_from_the_source() -> None:
+    hive.dropped_docstrings.cache_clear()
+    for name in ("quoted", "Value", "shortened", "handler_rule"):
+        of = getattr(hive, name)
+        assert hive.docstring(of) == (of.__doc__ or "")
+        bare = SimpleNamespace(__doc__=None, __qualname__=name)
+        assert hive.docstring(bare) == inspect.cleandoc(of.__doc__ or "")
     assert hive.docstring(SimpleNamespace(__doc__=None, __qualname__="unknown")) == "unknown"
     assert hive.dropped_docstrings()[""] == inspect.cleandoc(hive.__doc__ or "")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import os
 import re
 import socket
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -25,6 +28,7 @@ from raw_mqtt import (
     kept,
     publish_packet,
     subscribe_packet,
+    unsubscribe_packet,
 )
 
 import hive
@@ -57,11 +61,13 @@ def test_what_the_help_says_that_it_takes_is_what_it_takes() -> None:
     text = " ".join((ROOT / "contrib/help/brokers.md").read_text("utf-8").split())
     bounds = (
         "1000 connections, 5000 sessions with 10,000 subscriptions and 10,000 waiting messages (64"
-        " MiB) each, and 10,000 retained messages (64 MiB); 256 MiB of messages in all"
+        " MiB) each, and 10,000 retained messages (64 MiB); 256 MiB of messages in all, and"
+        " 128 MiB on their way"
     )
     assert bounds in text
     assert hive.MAX_CLIENT_CONNECTIONS == 1000 and hive.MAX_SESSIONS == 5000
     assert hive.MAX_SUBSCRIPTIONS == hive.MAX_RETAINED == 10_000
+    assert hive.MAX_BUFFERED == 128 << 20
     said = BrokerConfig()
     assert (said.queue_messages, said.queue_mib) == (10_000, 64)
     assert (said.retained_mib, said.total_mib) == (64, 256)
@@ -207,14 +213,14 @@ class Ticking:
             rest = rest[client.sock.send(rest[:50_000]) :]
             self.turn()
 
-    def receive(self, client: Raw, count: int) -> list[bytes]:
+    def receive(self, client: Raw, count: int, acknowledge: bool = True) -> list[bytes]:
         """The next so many messages, of which the socket may take but a part at once."""
         found = list[bytes]()
         while len(found) < count:
             self.turn()
             client._buffer += client.sock.recv(1 << 20)
             while len(found) < count and hive.packet_bounds(client._buffer, 0, 1 << 28):
-                found.append(client.receive().payload)
+                found.append(client.receive(acknowledge).payload)
         self.turn()
         return found
 
@@ -390,7 +396,251 @@ def test_a_session_ends_with_its_last_second(ticking: Ticking) -> None:
     assert not ticking.broker.sessions
 
 
+# What goes on at once, and not only when deadlines are looked at: the clock stands still.
+
+
+def test_retained_messages_come_as_the_client_takes_them(ticking: Ticking) -> None:
+    sender = ticking.connected("s")
+    for n in range(20):
+        payload, qos = b"x" * 100_000, n % 2
+        ticking.say(sender, publish_packet(f"r/{n}", payload, qos, n + 1, True, version=4))
+    client = ticking.connected("a", 5, receive_maximum=2)
+    ticking.say(client, subscribe_packet(("r/#", 1)))
+    client.expect(PacketType.SUBACK)
+    assert len(ticking.receive(client, 20)) == 20
+    ticking.quiet(client)
+
+
+def test_what_is_queued_comes_as_the_client_reads_though_it_acknowledges_nothing(
+    ticking: Ticking,
+) -> None:
+    client, sender = ticking.subscribed("a", ("t", 1)), ticking.connected("s")
+    for n in range(8):
+        ticking.say(sender, publish_packet("t", b"x" * 100_000, 1, n + 1, version=4))
+    assert ticking.broker.sessions["a"].queue, "its socket does not take them all"
+    assert [len(one) for one in ticking.receive(client, 8, acknowledge=False)] == [100_000] * 8
+
+
+def test_who_must_read_first_is_heard_as_soon_as_it_has(ticking: Ticking) -> None:
+    slow = ticking.subscribed("slow", ("t", 0), ("own", 0))
+    fill(ticking, slow)
+    ticking.say(slow, publish_packet("own", b"first", version=4))
+    connection = ticking.broker.sessions["slow"].connection
+    assert connection and connection._is_held() and not connection.stream.input
+    assert ticking.receive(slow, 4)[-1] == b"first"
+    ticking.quiet(slow)
+
+
+def test_a_sender_that_waited_for_another_is_heard_as_soon_as_that_has_read(
+    ticking: Ticking,
+) -> None:
+    reader = ticking.connected("r", 5, receive_maximum=1)
+    ticking.say(reader, subscribe_packet(("t", 1)))
+    reader.expect(PacketType.SUBACK)
+    sender, gone = ticking.connected("s"), ticking.connected("g")
+    session = ticking.broker.sessions["r"]
+    packets = [publish_packet("t", b"", 1, n + 1, version=4) for n in range(1100)]
+    ticking.say(sender, *packets)
+    ticking.say(gone, packets[0])
+    waiting = {one.session.client_id for one in session.blocked if one.session}
+    assert waiting == {"s", "g"}
+    gone.close()
+    ticking.say(sender, encode_packet(PacketType.PINGREQ))
+    assert len(ticking.receive(reader, 700)) == 700
+    assert not session.blocked and ticking.inside == 2, "who has gone is not remembered"
+    for _ in range(1100):
+        sender.expect(PacketType.PUBACK)
+    sender.expect(PacketType.PINGRESP)
+
+
+def test_what_waited_for_memory_that_others_had_comes_when_that_is_free(
+    ticking: Ticking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = ticking.connected("s")
+    ticking.say(sender, publish_packet("r", b"retained", 0, 0, True, version=4))
+    deaf = ticking.subscribed("deaf", ("t", 0))
+    fill(ticking, deaf)
+    monkeypatch.setattr(hive, "MAX_BUFFERED", hive.MAX_OUT // 2)
+    client = ticking.subscribed("a", ("r", 0), ("u", 1))
+    other = ticking.connected("o")
+    ticking.say(other, publish_packet("u", b"queued", 1, 1, version=4))
+    ticking.say(other, publish_packet("u", b"dropped", 0, version=4))
+    assert "message at QoS 0 dropped" in ticking.log.getvalue()
+    ticking.pass_by(0.5)
+    ticking.quiet(client)  # that it waits is no reason not to hear it
+    ticking.drop(deaf)
+    ticking.pass_by(0.5)
+    assert sorted(client.receive().payload for _ in range(2)) == [b"queued", b"retained"]
+
+
+def test_nobody_has_more_than_a_slice_of_a_turn(
+    ticking: Ticking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = ticking.connected("a")
+    client.send(encode_packet(PacketType.PINGREQ) * 100)
+
+    def clock() -> float:
+        ticking.now += 0.0005  # each look at the clock takes half a millisecond
+        return ticking.now
+
+    monkeypatch.setattr(ticking.loop, "clock", clock)
+    (connection,) = ticking.broker.connections
+    ticking.loop.step()
+    assert len(connection.stream.input) // 2 == 98, "it looks twice for each packet"
+    for _ in range(100):
+        ticking.turn()
+    for _ in range(100):
+        client.expect(PacketType.PINGRESP)
+
+
 # The file.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing can be made in Linux's /proc")
+@pytest.mark.parametrize("named", [False, True])
+def test_where_nothing_can_be_made_it_goes_on_in_memory_and_in_its_spare_place(
+    short: Path, loop: hive.Loop, log: io.StringIO, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    monkeypatch.setattr(hive, "SHORT_PLACE", short)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    nowhere = Path("/proc/nothing/state")
+    if named:
+        with pytest.raises(hive.BrokerError, match=r"^/proc/nothing/s: No such file"):
+            hive.Broker(loop, loop.log, BrokerConfig(socket=nowhere.with_name("s")))
+        return
+    broker = hive.Broker(loop, loop.log, BrokerConfig(state_dir=nowhere))
+    broker.start()
+    place = hive.spare_path(nowhere / "broker")
+    assert broker.socket_path == place and place.is_socket()
+    lock = hive.spare_path(nowhere / "broker.sqlite3.lock")
+    assert lock.read_text() == str(place), "so others find it"
+    assert "going on in memory" in log.getvalue()
+    with pytest.raises(hive.BrokerError, match="another broker has"):
+        hive.Broker(loop, loop.log, BrokerConfig(state_dir=nowhere))
+    broker.close()
+
+
+def test_what_was_sent_and_not_acknowledged_comes_again_after_a_restart(hosted: Hosted) -> None:
+    client = hosted.connected("a", **KEPT)
+    client.subscribe("t")
+    hosted.drop(client)
+    sender = hosted.connected("s", **KEPT)
+    for payload in (b"1", b"2", b"3"):
+        sender.publish("t", payload)
+    sender.send(publish_packet("u", b"once", 2, 77))
+    assert sender.expect(PacketType.PUBREC).id == 77
+    client = hosted.connected("a", receive_maximum=2, **KEPT)
+    sent = [client.receive(acknowledge=False).packet_id for _ in range(2)]
+    hosted.stop()
+    hosted.start()
+    client = hosted.connected("a", receive_maximum=2, **KEPT)
+    again = [client.expect(PacketType.PUBLISH) for _ in range(2)]
+    assert [(one.id, one.dup) for one in again] == [(id, True) for id in sent]
+    client.quiet()
+    sender = hosted.connected("s", **KEPT)
+    sender.subscribe("u")
+    sender.send(publish_packet("u", b"once", 2, 77, dup=True))
+    assert sender.expect(PacketType.PUBREC).id == 77
+    sender.quiet()
+
+
+def test_what_was_given_up_before_a_restart_does_not_come_back_with_it(ticking: Ticking) -> None:
+    client = ticking.connected("a", 5, **KEPT)
+    ticking.say(client, subscribe_packet("t", "u"), publish_packet("v", b"x", 2, 7))
+    ticking.say(client, unsubscribe_packet("t"), encode_ack(PacketType.PUBREL, 7, 0, 5))
+    ticking.restart()
+    client = ticking.connected("a", 5, **KEPT)
+    ticking.say(client, publish_packet("t", b"nobody"), publish_packet("u", b"new", 2, 7))
+    assert client.receive(acknowledge=False).payload == b"new", "its identifier was free again"
+    assert client.expect(PacketType.PUBREC).id == 7
+    ticking.quiet(client)
+
+
+def test_an_expiry_goes_on_over_a_restart(ticking: Ticking) -> None:
+    ticking.drop(ticking.connected("a", 5, clean=False, session_expiry=30))
+    ticking.pass_by(20)
+    ticking.restart()
+    ticking.pass_by(9.5)
+    assert "a" in ticking.broker.sessions
+    ticking.pass_by(0.5)
+    assert not ticking.broker.sessions
+
+
+def test_after_a_restart_the_books_are_as_they_were(ticking: Ticking) -> None:
+    def books() -> tuple[int, ...]:
+        broker = ticking.broker
+        return broker._size, broker._retained_size, broker.sessions["a"].size
+
+    client = ticking.connected("a", 5, will=Publish("will", b"w" * 50, 1), **KEPT)
+    ticking.say(client, subscribe_packet("t"))
+    ticking.say(client, *(publish_packet("t", b"x" * n, 1, n) for n in (1, 2)))
+    ticking.say(client, encode_ack(PacketType.PUBACK, 1, 0, 5))
+    ticking.say(client, publish_packet("r", b"y" * 100, 1, 3, True, content_type="z"))
+    before = books()
+    assert before[0] > before[1] + before[2] > before[2] > 200
+    ticking.restart()
+    assert books() == before
+
+
+def test_what_was_acknowledged_late_does_not_come_again(hosted: Hosted) -> None:
+    client = hosted.connected("a", **KEPT)
+    client.subscribe("t")
+    sender = hosted.connected("s")
+    for payload in (b"1", b"2", b"3", b"4"):
+        sender.publish("t", payload)
+    sent = [client.receive(acknowledge=False) for _ in range(4)]
+    hosted.drop(client)
+    client = hosted.connected("a", receive_maximum=1, **KEPT)
+    assert client.receive(acknowledge=False).payload == b"1"
+    for one in (sent[2], sent[0]):
+        client.send(encode_ack(PacketType.PUBACK, one.packet_id, 0, 5))
+    assert [client.receive().payload for _ in range(2)] == [b"2", b"4"]
+    client.quiet()
+
+
+def test_what_was_sent_in_time_comes_again_though_it_has_expired_since(hosted: Hosted) -> None:
+    client = hosted.connected("a", **KEPT)
+    client.subscribe("t")
+    hosted.connected("s").publish("t", b"x", message_expiry=10)
+    client.receive(acknowledge=False)
+    hosted.drop(client)
+    hosted.skip(20)
+    again = hosted.connected("a", **KEPT).expect(PacketType.PUBLISH)
+    assert again.dup and again.publish.properties == {"message_expiry": 1}
+
+
+def test_a_will_that_was_published_is_not_in_the_file(ticking: Ticking) -> None:
+    will = Publish("will", b"gone", 1, properties={"will_delay": 5, "message_expiry": 100})
+    ticking.drop(ticking.connected("a", 5, will=will, **KEPT))
+    ticking.restart()
+    kept_will = ticking.broker.sessions["a"].will
+    assert kept_will and (kept_will.delay, kept_will.expiry) == (5, 100)
+    for seconds, saved in ((1, True), (5, False)):
+        ticking.pass_by(seconds)
+        with closing(sqlite3.connect(ticking.broker.file)) as file:
+            (state,) = file.execute("SELECT state FROM session_states").fetchone()
+        assert bool(json.loads(state)["will"]) is saved
+
+
+def test_subscriptions_that_were_not_to_stay_end_with_the_broker(hosted: Hosted) -> None:
+    brief = hosted.connected("brief", will=Publish("will", b"gone", 1))
+    brief.subscribe("t", "t/+")
+    hosted.stop()
+    hosted.start()
+    sender = hosted.connected("s")
+    for topic in ("t", "t/1"):
+        assert sender.publish(topic) == ReasonCode.NO_MATCHING_SUBSCRIBERS
+
+
+def test_a_will_that_nobody_has_room_for_is_in_the_log(hosted_of: Make) -> None:
+    hosted = hosted_of(queue_messages=1)
+    client = hosted.connected("away", **KEPT)
+    client.subscribe("will")
+    hosted.drop(client)
+    for logged in (False, True):
+        hosted.drop(hosted.connected("a", will=Publish("will", b"gone", 1)))
+        hosted.connected("b").quiet()
+        assert ('event="will dropped" why="a: quota exceeded"' in hosted.log.getvalue()) is logged
 
 
 def test_after_a_restart_nothing_takes_the_place_of_what_is_there(hosted: Hosted) -> None:
@@ -489,6 +739,65 @@ def test_a_message_that_a_kept_session_cannot_take_leaves_no_row(hosted: Hosted)
 
 
 # What a client may say and have.
+
+
+def test_filters_that_were_given_up_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, session = hive.SubscriptionTree(), Session("a", 0, (1, 1))
+    for _ in range(2):
+        for filter, size in (("a/+/b", 3), ("a/+", 3), ("a/#", 4), ("plain/x", 4)):
+            tree.add(session, hive.Subscription(filter, 0))
+            assert tree.size == size
+        for filter, size in (("a/+/b", 3), ("a/#", 2), ("a/+", 0), ("plain/x", 0)):
+            tree.remove(session, filter)
+            assert tree.size == size
+        assert not tree._root and not tree._plain
+
+
+def test_how_many_levels_all_filters_may_have(
+    hosted: Hosted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hive.MAX_SUBSCRIPTION_NODES == 200_000  # some 60 MB
+    monkeypatch.setattr(hive, "MAX_SUBSCRIPTION_NODES", 4)
+    client = hosted.connected("a")
+    full = ReasonCode.QUOTA_EXCEEDED
+    assert client.subscribe("+/a/b/c/d", "+/a/b", "+/a/c", "+/a/b") == [full, 2, full, 2]
+
+
+def test_a_retained_message_comes_at_the_lower_of_two_qos(hosted: Hosted) -> None:
+    client = hosted.connected("a")
+    client.publish("one", b"1", qos=1, retain=True)
+    client.publish("none", b"0", qos=0, retain=True)
+    for topic, granted, qos in (("one", 0, 0), ("one", 2, 1), ("none", 2, 0)):
+        client.subscribe((topic, granted))
+        assert client.receive().qos == qos
+
+
+def test_of_overlapping_filters_one_is_enough_to_hear_that_it_is_retained(hosted: Hosted) -> None:
+    """[MQTT-3.3.1-13]"""
+    client, sender = hosted.connected("a"), hosted.connected("s")
+    client.subscribe(("t/#", 2 << 4 | 8), ("t/+", 2 << 4), ("t/1", 2 << 4))
+    sender.publish("t/1", b"x", qos=0, retain=True)
+    assert client.receive().retain
+    client.quiet()
+
+
+def test_a_ping_has_nothing_in_it(hosted: Hosted) -> None:
+    client = hosted.connected("a")
+    client.send(encode_packet(PacketType.PINGREQ, b"x"))
+    client.ended(ReasonCode.MALFORMED_PACKET)
+
+
+def test_what_is_kept_in_all_is_bounded_to_the_byte(ticking: Ticking) -> None:
+    """And a tenth of it is for who comes over the socket."""
+    bound, session = 256 << 20, Session("a", 0, (10, 1 << 30))
+    one = message()
+    for share, most in ((1.0, bound), (0.9, int(0.9 * bound))):
+        ticking.broker._size = most - one.size
+        assert ticking.broker._has_room(session, one, share)
+        ticking.broker._size += 1
+        assert not ticking.broker._has_room(session, one, share)
+    ticking.broker._size = 0
+    assert not ticking.broker._has_room(Session("a", 0, (0, 0)), one, 1.0)
 
 
 @pytest.mark.parametrize("more", [0, 1])
@@ -664,6 +973,48 @@ def test_it_listens_on_ipv6_too_and_again_at_once_after_a_restart(hosted_of: Mak
             assert client.recv(1) == b"\x20"
             hosted.stop()  # it hangs up first: the address is in TIME_WAIT
         hosted.start()
+
+
+def test_over_tcp_nothing_waits_for_more_to_be_sent(hosted_of: Make) -> None:
+    port = free_port()
+    hosted = hosted_of(listen=f"127.0.0.1:{port}", anonymous=True)
+    assert hosted.client(5, port).connect("a").reason == 0
+    (connection,) = hosted.broker.connections
+    sock = connection.stream._sock
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_without_a_file_left_it_tries_again_in_a_second(ticking: Ticking) -> None:
+    class Full:
+        """A listener with somebody before it who cannot be let in."""
+
+        def __init__(self) -> None:
+            self.pair, self.tries = socket.socketpair(), 0
+            self.pair[1].send(b"x")
+
+        def fileno(self) -> int:
+            return self.pair[0].fileno()
+
+        def accept(self) -> None:
+            self.tries += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    full = Full()
+    ticking.broker._accept(full, True, 0)  # type: ignore[arg-type]
+    tries = []
+    for _ in range(3):
+        ticking.pass_by(0.75)
+        tries.append(full.tries)
+        ticking.pass_by(0.25)
+    assert tries == [1, 2, 3]
+    assert "Too many open files" in ticking.log.getvalue()
+    ticking.broker.close()
+    ticking.pass_by(5)
+    assert full.tries == 4, "nor after its end"
+    for end in full.pair:
+        end.close()
+    ticking.loop.close()
+    ticking.start()
 
 
 def test_a_port_that_is_taken_is_a_line_and_leaves_nothing_open(tmp_path: Path, loop: Any) -> None:

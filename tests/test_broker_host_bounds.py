@@ -271,6 +271,9 @@ class Host:
 
     def close(self) -> None:
         self.host.close()
+        for thread in threading.enumerate():
+            if thread.name == "locate":
+                thread.join(10)
         self.loop.close()
         assert not self.said("bug")
 

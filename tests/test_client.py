@@ -119,6 +119,8 @@ def test_what_a_daemon_has_left_is_looked_up_without_it(config: hive.Config) -> 
     assert (found["event"], found["envelope"]["text"]) == ("out", "x")
     assert [row["id"] for row in hive.look_up(config, {"do": "log"})["rows"]] == ["asked"]
     assert refusal(config, do="message", id="unknown") == f"unknown: {hive.NOT_KNOWN}"
+    said = hive.ask_journal(config, {"do": "message", "id": "unknown"})
+    assert said == {"error": f"unknown: {hive.NOT_KNOWN}"}
     assert refusal(config, do="message").startswith("id: missing")
     assert refusal(config, do="nothing") == "no such request: 'nothing'"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -156,6 +157,8 @@ def test_a_daemon_is_named_where_several_run(
     (commands.home / "c.toml").write_text('[mqtt]\nhost = "c"\n')
     monkeypatch.setenv("HIVE_CONFIG", "c.toml")
     assert resolve_config(None, {}).mqtt.host == "c"  # of which none runs
+    monkeypatch.setenv("HIVE_NODE", "d")
+    assert resolve_config(None, {}).node.id == "d"
     monkeypatch.setenv("HIVE_NODE", "a b")
     with pytest.raises(hive.UsageError, match=r"^HIVE_NODE: 'a b' is not a name"):
         resolve_config(None, {})
@@ -171,6 +174,15 @@ def test_two_daemons_of_one_name_are_told_apart_by_their_files(
         resolve_config(None, {"node.id": "a"})
     monkeypatch.setenv("HIVE_CONFIG", "x")
     assert resolve_config(None, {"node.id": "a"}).mqtt.host == "x"
+
+
+def test_where_no_daemon_runs_a_node_is_called_as_its_machine(
+    runs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs()
+    assert resolve_config(None, {}).node.id == hive.load_config(None).node.id
+    monkeypatch.setenv("HIVE_NODE", "d")
+    assert resolve_config(None, {}).node.id == "d"
 
 
 # -- how long it is waited for --
@@ -357,10 +369,13 @@ def test_what_is_sent_later_is_waited_for(commands: Commands, config: Config) ->
     assert own.node.receive(0.0) == {"published": 0, "id": "other"}
     assert own.node.receive(0.0) == published and own.node.receive(None) is None
     assert own.timers[0] == own.timers[1] > 0
+    commands.now[0] += 100.0  # each question has its own time
+    own.later.extend([queued, published])
+    assert own.node.ask(request()) == queued and own.node.receive(0.0) == published
     own.later.extend([queued])
     with pytest.raises(hive.BrokerError, match=r"no answer \(PUBACK\) in 5 s"):
         own.node.ask(request())
-    assert commands.now[0] - 1000 < 8
+    assert commands.now[0] - 1100 < 8
 
 
 def test_what_the_broker_refuses_is_a_fault(commands: Commands, config: Config) -> None:
@@ -393,6 +408,11 @@ def test_a_broker_that_hangs_up_at_a_large_message_may_not_take_it(
     assert (said in str(raised.value)) == told and reason in str(raised.value)
 
 
+def test_a_broker_that_hangs_up_before_anything_was_sent_is_a_fault(config: Config) -> None:
+    with pytest.raises(hive.BrokerError, match=hive.HANG_UP):
+        InProcessNode(config, 1.0).on_disconnected(hive.HANG_UP)
+
+
 def test_the_size_of_what_is_sent_is_known(commands: Commands, config: Config) -> None:
     own = Own(config, commands.now)
     own.node.ask(request())
@@ -416,6 +436,63 @@ def test_it_says_goodbye_and_leaves_nothing_open(commands: Commands, config: Con
     before = commands.now[0]
     own.node.close()  # it is not waited for for ever
     assert 10.0 <= commands.now[0] - before < 11
+
+
+class Wire:
+    """A broker that keeps the state of beta."""
+
+    def __init__(self, loop: hive.Loop, mqtt: Any, *given: Any) -> None:
+        Wire.made.append((mqtt, *given[:2]))
+        self.client = self
+        loop.after(0.0, lambda: self.come(*given[2:]))
+
+    made: list[Any]
+    silent = False
+
+    def come(self, found: Any, complete: Any, lost: Any) -> None:
+        state = json.dumps({"status": "online", "last_seen": NOW}).encode()
+        topic = "hive/meta/beta/state"
+        found(hive.IncomingMessage(topic, state, True, None, lambda: None))
+        if not self.silent:
+            complete()
+
+    def close(self, done: Callable[[], object], within: float) -> None:
+        done()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **more: None
+
+
+@pytest.fixture
+def wire(commands: Commands, config: Config, monkeypatch: pytest.MonkeyPatch) -> type[Wire]:
+    monkeypatch.setattr(hive, "time", time)
+    monkeypatch.setattr(hive, "load_paho", lambda: None)
+    mqtt = config.mqtt.replace(host="found")
+    monkeypatch.setattr(hive, "with_broker", lambda config: config.replace(mqtt=mqtt))
+    monkeypatch.setattr(hive, "RetainedQuery", Wire)
+    monkeypatch.setattr(Wire, "made", [], raising=False)
+    return Wire
+
+
+def test_a_node_of_its_own_connects_once_and_answers(config: Config, wire: type[Wire]) -> None:
+    with contextlib.closing(InProcessNode(config, 5.0)) as node:
+        said = node.ask({"do": "states"})
+        assert said["connected"] and said["complete"] and [*said["states"]] == ["beta"]
+        assert node.ask({"do": "roster"})["rosters"] == {}
+    ((mqtt, filters, marker),) = wire.made
+    assert mqtt.host == "found" and filters == ["hive/meta/+/roster", "hive/meta/+/state"]
+    assert "alpha" in marker
+
+
+def test_a_broker_that_does_not_say_all_is_given_up(
+    config: Config, wire: type[Wire], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "silent", True)
+    with (
+        contextlib.closing(InProcessNode(config, 0.05)) as node,
+        pytest.raises(hive.BrokerError, match=r"^broker found:1883: no answer in 0.05 s"),
+    ):
+        node.ask({"do": "states"})
 
 
 def test_what_it_must_hear_to_answer(commands: Commands, config: Config) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def test_what_is_old_says_so(alpha: Commands) -> None:
     knows(alpha, {}, connected=False, age=61, hive=hive.hive_of(named))
     said = alpha.run("status --config hive.toml")
     assert said == (3, "", "hive: broker localhost:1883: no connection yet\n")
+
+
+def test_a_bridge_that_is_cut_is_told_below(alpha: Commands) -> None:
+    knows(alpha, {"beta": state()}, cut=["office", "a\x1bb"])
+    code, out, err = alpha.run("status")
+    said = "the bridge of office is cut, the bridge of a?b is cut"
+    assert (code, err) == (0, "")
+    assert out.endswith(f"\n\n{said}; where the hive is carried hive doctor says more\n")
+    assert "bridge" not in alpha.run("status --json")[1]
 
 
 def test_where_nobody_is_seen_it_says_how_to_begin(alpha: Commands) -> None:
@@ -306,20 +316,23 @@ def test_a_handler_is_tested_and_its_outcome_told(
     said = configured(alpha)
     handler(alpha, "ping", "#!/bin/sh\n")
     made: list[Any] = []
-    outcome = hive.ProcessResult(3, stdout=b"said\x1b\n", stderr=b"why\x1b\n", seconds=0.25)
+    outcome = hive.ProcessResult(
+        3, stdout="üx said\x1b\n".encode(), stderr=b"why\x1b\n", seconds=0.25
+    )
 
     def run(job: Any) -> Any:
         made.append(job)
         return outcome
 
-    monkeypatch.setattr(hive, "time", __import__("time"))
+    monkeypatch.setattr(hive, "time", time)
     monkeypatch.setattr(hive, "run_once", run)
     code, out, err = alpha.run(f"handler test ping --from mini --text hello {said}")
-    assert (code, out) == (1, "said\x1b\n"), err
+    assert (code, out) == (1, "üx said\x1b\n"), err
     first, second = err.splitlines()
     assert first.startswith("error, exit 3, 250 ms") and second.endswith("exit 3: why\\x1b")
     code, out, err = alpha.run(f"handler test ping --json {said}")
     assert (code, err) == (1, "") and out.startswith('{\n  "')
+    assert '"üx' in out
     result = json.loads(out)
     assert (result["from"], result["status"], result["action"]) == ("alpha", "error", "ping")
 
@@ -332,6 +345,45 @@ def test_the_configuration_is_shown_or_an_example(alpha: Commands) -> None:
     assert code == 0 and 'id = "alpha"' in out
     code, out, _ = alpha.run("config --example")
     assert (code, out) == (0, hive.example_config())
+
+
+def test_one_child_is_run_to_its_end_and_none_is_left(
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Children:
+        def __init__(self, loop: Any) -> None:
+            self.loop = loop
+
+        def start(self, job: Any, ended: Any) -> None:
+            done.append(job)
+            self.loop.ended = ended
+
+        def kill(self) -> None:
+            done.append("killed")
+
+    class Loop:
+        def __init__(self, log: Any) -> None:
+            self.ended: Any = None
+
+        def step(self) -> None:
+            if done[0] == "interrupted":
+                raise KeyboardInterrupt
+            self.ended("outcome")
+
+        def close(self) -> None:
+            done.append("closed")
+
+    monkeypatch.setattr(hive, "ChildProcesses", Children)
+    monkeypatch.setattr(hive, "Loop", Loop)
+    jobs: Any = ("job", "interrupted")
+    found: Any = hive.run_once(jobs[0])
+    assert (found, done) == ("outcome", ["job", "killed", "closed"])
+    done.clear()
+    with pytest.raises(KeyboardInterrupt):
+        hive.run_once(jobs[1])
+    assert done[1:] == ["killed", "closed"]
 
 
 def test_what_is_unsafe_in_it_is_a_warning_of_every_command(alpha: Commands) -> None:
@@ -499,10 +551,21 @@ def test_a_broker_of_several_machines_is_printed_and_names_belong_to_it(alpha: C
         assert alpha.run(f"broker {line}") == (2, "", why)
 
 
+def test_the_broker_is_this_files_and_mosquittos_that_of_the_daemon(
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolve(*given: object) -> None:
+        raise hive.UsageError("resolved")
+
+    monkeypatch.setattr(hive, "resolve_config", resolve)
+    assert alpha.run("broker --mosquitto-conf")[2] == "hive: resolved\n"
+    assert alpha.run("broker b1")[2] != "hive: resolved\n"
+
+
 def test_the_embedded_broker_serves_until_it_is_told_to_end(
     alpha: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hive, "time", __import__("time"))
+    monkeypatch.setattr(hive, "time", time)
     seen: list[Any] = []
 
     def run(loop: Any) -> None:
@@ -511,6 +574,13 @@ def test_the_embedded_broker_serves_until_it_is_told_to_end(
             signal.raise_signal(number)
         loop.step()
 
+    made = hive.Broker.__init__
+
+    def make(broker: Any, loop: Any, log: Any, *given: Any) -> None:
+        assert log._limit  # of lines a minute
+        made(broker, loop, log, *given)
+
+    monkeypatch.setattr(hive.Broker, "__init__", make)
     monkeypatch.setattr(hive.Loop, "run", run)
     code, out, _ = alpha.run(f"broker --socket {alpha.home}/s")
     assert (code, out) == (0, f"broker listens on {alpha.home}/s\n")
@@ -546,6 +616,78 @@ def test_a_state_directory_has_one_daemon_and_tells_who_was_before(
     with contextlib.ExitStack() as ending:
         assert hive.take_the_name(config, "fourth", log, ending) == ""
     assert "no lock" in stream.getvalue() and "No space left" in stream.getvalue()
+
+
+def test_a_daemon_takes_its_name_says_how_it_starts_and_leaves_nothing_open(
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[Any] = []
+    folder, stream = alpha.home / "state", io.StringIO()
+
+    class Daemon:
+        again = True
+
+        def __init__(self, config: Any, loop: Any, log: Any, journal: Any, *more: Any) -> None:
+            self.loop = loop
+            done.append((more[0], more[1], type(journal), hive.running_daemons()[0].node))
+            will = hive.OutgoingMessage("t", b"")
+            done.append(more[2](config, will))
+
+        def start(self) -> None:
+            done.append("start")
+
+        def abandon(self) -> None:
+            done.append("abandon")
+
+    def closing(name: str, close: Any) -> Any:
+        def closes(self: Any) -> None:
+            done.append(name)
+            close(self)
+
+        return closes
+
+    monkeypatch.setattr(hive.Loop, "close", closing("Loop", hive.Loop.close))
+    monkeypatch.setattr(hive.Journal, "close", closing("Journal", hive.Journal.close))
+    monkeypatch.setattr(hive.Loop, "run", lambda loop: done.append("run"))
+    monkeypatch.setattr(hive, "MqttClient", lambda *given: given[1:])
+    monkeypatch.setattr(hive, "Daemon", Daemon)
+    config = hive.load_config(None, {"node.id": "alpha", "node.state_dir": folder})
+    log = hive.Log("info", stream=stream)
+    assert hive.run_daemon(config, log) is True
+    (instance, before, _, running), client, *rest = done
+    assert (before, running) == ("", "alpha") and hive.ID.fullmatch(instance)
+    assert client[0] == config.mqtt and client[1:3] == (
+        hive.session_id(config),
+        config.subscriptions,
+    )
+    assert rest == ["start", "run", "abandon", "Loop", "Journal"]
+    assert not hive.is_locked(folder / "lock") and hive.running_daemons() == []
+    said = stream.getvalue()
+    version = f"version={hive.__version__} build={hive.build()} config=defaults"
+    assert f"event=starting node=alpha {version}" in said
+    done.clear()
+    (alpha.home / "my.toml").write_text('[node]\nid = "alpha"\nstate_dir = "state"\n')
+
+    def refuse(*given: object) -> None:
+        raise hive.ConfigError("no HOME")
+
+    monkeypatch.setattr(hive, "announce_daemon", refuse)
+    monkeypatch.setattr(hive, "running_daemons", lambda: [hive.RunningDaemon("x", None, {})])
+    hive.run_daemon(hive.load_config("my.toml"), log)
+    assert done[0][1] == instance and "config=my.toml" in stream.getvalue()
+
+
+def test_who_stays_is_started_from_the_compiled_file(
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again() -> None:
+        raise hive.UsageError("again")
+
+    monkeypatch.setattr(hive, "start_again", again)
+    for line in ("daemon", "broker", "web", "host --foreground", "mcp"):
+        assert alpha.run(line) == (2, "", "hive: again\n")
+    for line in ("broker --mosquitto-conf", "host", "config"):
+        assert "again" not in alpha.run(line)[2]
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -179,6 +179,17 @@ def test_a_file_that_is_no_toml_is_an_error(content: str | bytes, line: str) -> 
             "mqtt.cert_file and mqtt.key_file: one is of no use without the other",
         ),
         ("[mqtt]\ncluster = ['b']", "mqtt.cluster: of no use without mqtt.host"),
+        ("[mqtt]\ncluster = 5", "mqtt.cluster: 5 is not a string, or a list of strings"),
+        (
+            "[handlers.x]\nenv = ['A', 'B C']",
+            "handlers.x.env: ['A', 'B C'] is not the name of an environment variable, or a list of"
+            " them",
+        ),
+        ("[journal]\nshare = 'all'", "journal.share: 'all' is not a name, or a list of names"),
+        (
+            "[node]\ntags = ['a/b']",
+            "node.tags: ['a/b'] is not a tag, or a list of tags: 1 to 63 of A-Za-z0-9._-",
+        ),
     ],
 )
 def test_an_error_names_the_key_its_value_and_what_would_do(content: str, line: str) -> None:

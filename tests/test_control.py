@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import selectors
 import socket
 import stat
 import threading
@@ -370,7 +371,7 @@ def config_for(state_dir: Path) -> hive.Config:
 
 def test_the_socket_is_in_the_state_directory_unless_that_path_is_too_long(tmp_path: Path) -> None:
     assert hive.control_socket_path(config_for(Path("/state"))) == Path("/state/door")
-    fits = "/" + "x" * (hive.MAX_SOCKET_PATH - len("//door"))
+    fits = "/" + "x" * (100 - len("//door"))  # the system's own limit is 104 or 108
     assert hive.control_socket_path(config_for(Path(fits))) == Path(f"{fits}/door")
     far = [hive.control_socket_path(config_for(Path(fits + more))) for more in ("x", "y", "ä", "x")]
     assert far[0] == far[3] and len(set(far)) == 3
@@ -440,8 +441,9 @@ def test_without_a_daemon_nobody_opens(tmp_path: Path, there: str) -> None:
     elif there == "no such folder":
         file = tmp_path / "missing" / "door"
     before = len(os.listdir("/dev/fd"))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as raised:  # it keeps alive what was not closed
         hive.ControlClient(file, "beta")
+    assert len(os.listdir("/dev/fd")) == before, raised
     assert hive.connect_to_daemon(config_for(file.parent)) is None
     with pytest.raises(hive.HiveError, match="no daemon of beta has run here yet"):
         hive.look_up(config_for(file.parent), {"do": "message", "id": "m-1"})
@@ -457,6 +459,57 @@ def test_a_daemon_that_hangs_is_an_error_and_not_a_wait_for_ever(
         deaf.listen()
         with pytest.raises(hive.HiveError, match="the daemon of beta: it does not answer"):
             hive.look_up(config_for(tmp_path), {"do": "message", "id": "m-1"})
+
+
+def test_a_daemon_that_lets_nobody_in_is_an_error_and_not_a_wait_for_ever(tmp_path: Path) -> None:
+    assert hive.CONTROL_TIMEOUT == 5.0, "of the ten seconds in which a dead end is told"
+    with hive.unix_listener(tmp_path / "door") as full:
+        full.listen(0)
+        crowd = [socket.socket(socket.AF_UNIX) for _ in range(5)]
+        with contextlib.suppress(BlockingIOError):
+            for one in crowd:
+                one.setblocking(False)
+                one.connect(str(tmp_path / "door"))
+        with pytest.raises(OSError):
+            hive.ControlClient(tmp_path / "door", "beta", patience=0.05)
+        for one in crowd:
+            one.close()
+
+
+def test_a_spare_place_is_looked_at_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hive, "SHORT_PLACE", tmp_path)
+    config = config_for(Path("/state"))
+    assert [*hive.control_socket_paths(config)] == [Path("/state/door")]
+    folder = tmp_path / f"hive-{os.geteuid()}"
+    folder.mkdir(mode=0o700)
+    direct, spare = hive.control_socket_paths(config)
+    assert direct == Path("/state/door") and spare.parent == folder
+    assert hive.directory_objection(spare) is None
+    elsewhere = tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)  # whoever was first there could have made it
+    assert hive.directory_objection(spare) == f"{folder} is a link, which is not hive's"
+    (elsewhere / "link").symlink_to(elsewhere)
+    assert hive.directory_objection(elsewhere / "link" / "door") is None, "the user's own"
+
+
+def test_a_server_that_was_closed_has_given_everything_back(host: Host) -> None:
+    assert host.server
+    host.server._accept(0)  # who waited has gone: that is no wait either
+    command = host.command()
+    before = len(os.listdir("/dev/fd"))
+    number = host.server._listener.fileno()
+    host.server.close()
+    assert len(os.listdir("/dev/fd")) == before - 2 and not host.inside
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert number in (ours.fileno(), theirs.fileno())
+        for one in (ours, theirs):
+            host.loop.watch(one, selectors.EVENT_READ, lambda events: None)
+            host.loop.forget(one)
+    assert command.heard() == [] and command.shut
 
 
 # The command's side
@@ -540,6 +593,49 @@ def test_a_long_line_is_heard_and_soon(daemon: Daemon) -> None:
     heard = daemon.client.receive(20)
     saying.join()
     assert heard == {"text": "x" * hive.MAX_LINE} and time.monotonic() - started < 5
+
+
+def test_an_answer_may_take_its_time_and_what_comes_meanwhile_is_not_lost(daemon: Daemon) -> None:
+    def answer() -> None:
+        asked = daemon.sock.recv(4096)
+        daemon.sock.sendall(b'{"mail": 1}\n{"changed": 2, "more": 3}\n')
+        time.sleep(0.05)
+        daemon.sock.sendall(b'{"told": ' + asked.strip() + b"}\n")
+
+    answering = threading.Thread(target=answer)
+    answering.start()
+    assert daemon.client.ask({"do": "x"}) == {"told": {"do": "x"}}
+    answering.join()
+    assert daemon.client.receive(0) == {"mail": 1}
+    assert daemon.client.receive(None) == {"changed": 2, "more": 3}
+    assert daemon.client.receive(0) is None
+
+
+def test_one_who_asks_a_daemon_that_does_not_read_is_told_so(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon.sock.sendall(b'{"n": 1}\n')
+    assert daemon.client.receive(None) == {"n": 1}  # which waits for ever, if it must
+    monkeypatch.setattr(daemon.client, "_patience", 0.05)
+    with pytest.raises(hive.DaemonError, match="the daemon of beta: timed out"):
+        daemon.client.ask({"text": "x" * hive.MAX_LINE})
+
+
+def test_a_daemon_that_dies_before_it_has_read_is_an_error(daemon: Daemon) -> None:
+    daemon.client._sock.sendall(b"x")
+    daemon.sock.close()
+    with pytest.raises(hive.DaemonError, match="the daemon of beta: Connection reset"):
+        daemon.client.receive(5)
+    with pytest.raises(hive.DaemonError, match="the daemon of beta: "):
+        daemon.client.ask({"do": "x"})
+
+
+def test_it_can_be_waited_for_in_a_selector(daemon: Daemon) -> None:
+    with selectors.DefaultSelector() as selector:
+        selector.register(daemon.client, selectors.EVENT_READ)
+        assert not selector.select(0)
+        daemon.sock.sendall(b"{}\n")
+        assert selector.select(5)
 
 
 @pytest.mark.parametrize("said", [b"\n", b"7\n", b"\xff\n", b"[" * 100_000 + b"\n"])

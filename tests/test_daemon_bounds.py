@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +69,12 @@ def test_a_node_that_stops_says_whether_it_comes_again(
     rig.node.stop(again=True)
     assert rig.node.again is False, "whoever has said stop means it"
     assert len(said) == 1
+
+
+def test_a_signal_makes_it_begin_again_in_the_same_process(rig: Rig) -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    rig.until("it has stopped", lambda: rig.wire.closed)
+    assert rig.node.again
 
 
 # The end

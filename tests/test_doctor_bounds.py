@@ -94,6 +94,7 @@ def arrive(
 
 
 def test_it_publishes_one_probe_after_the_other_and_keeps_what_is_kept_short(check: Check) -> None:
+    began = time.time()
     broker, wire = check(**AGENTS)
     (first, main, second), config = broker.documents, config_of(**AGENTS)
     token = first.partition("/doctor-")[2]
@@ -111,6 +112,7 @@ def test_it_publishes_one_probe_after_the_other_and_keeps_what_is_kept_short(che
     assert (beat.topic, beat.qos, beat.retain) == ("hive/alpha/heartbeat", 0, False)
     said = hive.Envelope.parse(beat.payload)
     assert (said.id, said.sender, said.to, said.text) == (token, "alpha", "alpha", "{}")
+    assert said.urgency == "later"
     for number, topic in enumerate([*private, *broker.documents], 2):
         probe = wire.sent[-1]
         assert len(wire.sent) == number, "the next one when this one is answered"
@@ -118,7 +120,7 @@ def test_it_publishes_one_probe_after_the_other_and_keeps_what_is_kept_short(che
         assert (probe.topic, probe.payload) == (topic, b"{}" if kept else b"doctor")
         assert (probe.qos, probe.retain) == (1, kept)
         if kept:
-            assert probe.until and 59 < probe.until - time.time() <= 60
+            assert probe.until and began <= probe.until - 60 <= time.time()
         else:
             assert probe.until is None
         with pytest.raises(hive.BrokerError):
@@ -226,10 +228,15 @@ def test_a_topic_is_taken_where_the_broker_says_so(
 
 
 @pytest.mark.parametrize(("up", "within"), [(True, hive.GOODBYE), (False, 0.0)])
-def test_what_was_left_is_taken_away_in_the_end(check: Check, up: bool, within: float) -> None:
+def test_what_was_left_is_taken_away_in_the_end(
+    check: Check, monkeypatch: pytest.MonkeyPatch, up: bool, within: float
+) -> None:
     broker, wire = check(**AGENTS)
-    wire.up = up
-    broker.close()
+    wire.up, closed = up, list[bool]()
+    with monkeypatch.context() as patched:
+        patched.setattr(broker._loop, "close", lambda: closed.append(True))
+        broker.close()
+    assert closed
     assert wire.sent == [hive.OutgoingMessage(one, b"", retain=True) for one in broker.documents]
     assert wire.closed == [within]
 
@@ -280,6 +287,39 @@ def test_clocks_are_waited_for_as_long_as_they_may_take(
     wire.listener.on_disconnected("hung up")
     with pytest.raises(hive.BrokerError, match="hung up"):
         broker.compare_clocks()
+
+
+def test_its_waits_fit_into_what_a_person_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, waits, known = list[float](), list[float](), list[bool]()
+
+    def wait(loop: hive.Loop, within: float, done: Callable[[], object]) -> None:
+        waits.append(within)
+        known.append(bool(done()))
+
+    def left(most: float) -> float:
+        asked.append(most)
+        return most
+
+    monkeypatch.setattr(hive, "MqttClient", Wire)
+    monkeypatch.setattr(hive, "step_until", wait)
+    broker = hive.BrokerCheck(config_of(), left)
+    with pytest.raises(hive.BrokerError, match="no answer in 4 s"):
+        broker.expect(lambda: False)
+    broker._unanswered.clear()
+    broker.publish()
+    assert not broker.finds([]) and not broker.takes("x")
+    broker.clocks.patience = 3.0
+    broker.compare_clocks()
+    assert asked == [4.0, 4.0, 3.0, 4.0] and waits == [4.0, 4.0, 1.5, 1.5, 1.5, 0.1, 3.0, 4.0]
+    del known[:]
+    broker.publish()
+    broker.refused["x"] = "no"
+    broker.publish()
+    broker.refused.clear()
+    broker.missing.clear()
+    broker.publish()
+    assert known == [True, False, True, True, True, True], "what is known is not waited for"
+    broker._loop.close()
 
 
 def test_a_time_to_come_is_one_beyond_what_is_tolerated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,8 +705,15 @@ def test_ports_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
                 loop.after(0, partial(each, "" if port == 1 else "refused"))
 
     monkeypatch.setattr(hive, "probe_port", probe)
+    closed, close = list[hive.Loop](), hive.Loop.close
+
+    def closing(loop: hive.Loop) -> None:
+        closed.append(loop)
+        close(loop)
+
+    monkeypatch.setattr(hive.Loop, "close", closing)
     assert hive.probe_ports([1, 2]) == {1: "", 2: "refused"}
-    assert hive.probe_ports([]) == {}
+    assert hive.probe_ports([]) == {} and len(closed) == 2
 
 
 @pytest.mark.parametrize(

@@ -524,8 +524,9 @@ def test_any_result_fits_into_an_envelope_and_a_document(result: hive.ProcessRes
 
 
 def run_of(action: str, number: int = 0, sender: str = "alpha") -> hive.HandlerRun:
-    envelope = hive.Envelope.new(sender, "beta", "command", "go", id=f"{action}-{number}")
-    return hive.HandlerRun(envelope, action)
+    id = f"{action}-{number}"
+    envelope = hive.Envelope.new(sender, "beta", "command", "go", id=id, action=action)
+    return hive.HandlerRun(envelope)
 
 
 def taken(queue: hive.HandlerQueue) -> list[str]:

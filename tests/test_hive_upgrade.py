@@ -462,6 +462,8 @@ class Fleet:
         ours, self.hive.program = self.hive.program, self.place.program
         self.beta.start(wait)
         self.hive.program = ours
+        if wait:
+            self.hive.nodes["alpha"].logged("peer is up", peer="beta")
         return self.beta
 
     def release(self, change: str = "") -> None:
@@ -471,7 +473,7 @@ class Fleet:
         self.place.release("99.0.0", text.replace(place, f"    {change or 'pass'}\n{place}"))
 
     def upgrade(self, code: int = 0, text: str = "latest") -> str:
-        words = ("--action", "hive-upgrade", "--text", text, "--wait", "100")
+        words = ("--action", "hive-upgrade", "--text", text, "--wait", "50")
         done = self.hive.cli("alpha", "send", "--to", "beta", *words, code=code)
         return done.stdout + done.stderr
 

@@ -131,6 +131,17 @@ def test_a_call_from_another_thread_wakes_a_sleeping_loop(loop: hive.Loop) -> No
     assert came == [threading.get_ident()]
 
 
+def test_a_call_that_comes_too_late_is_no_fault_of_its_thread(log: io.StringIO) -> None:
+    loop = hive.Loop(hive.Log(stream=log))
+    writer = os.dup(loop._wake_writer.fileno())
+    os.close(loop._wake_writer.fileno())  # as close() does, while another thread is about to write
+    loop.post(nothing)
+    os.dup2(writer, loop._wake_writer.fileno())
+    os.close(writer)
+    loop.close()
+    loop.post(nothing)
+
+
 def test_no_call_of_many_threads_is_lost(loop: hive.Loop) -> None:
     came: list[int] = []
 

@@ -86,6 +86,22 @@ def test_without_arguments_it_is_told_how_to_use_it_on_stderr(alpha: Commands) -
     assert said.out == "" and said.err.startswith("usage: ") and "COMMAND" in said.err
 
 
+def test_without_a_command_there_is_nothing_to_do(alpha: Commands) -> None:
+    code, out, err = alpha.run("")
+    assert (code, out) == (2, "")
+    assert err.startswith("hive: the following arguments are required: COMMAND; see: ")
+
+
+def test_what_is_said_beside_the_result_is_there_at_once_and_never_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    hive.hold_standard_streams()
+    stream = sys.stderr
+    assert stream is not sys.__stderr__ and stream.line_buffering and stream.fileno() == 2
+    assert stream.errors == sys.stdout.errors == "backslashreplace"
+
+
 def test_the_version_is_told_wherever_it_is_asked_for(alpha: Commands) -> None:
     said = (0, f"hive {hive.__version__} ({hive.build()})\n", "")
     assert alpha.run("--version") == alpha.run("--version status") == said

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +43,7 @@ class Door:
             self.rig.turn()
             answer = next(one for one in self.lines if not hive.CONTROL_EVENTS & one.keys())
             self.lines.remove(answer)
+            self.drain()  # what came meanwhile it has taken from the socket
         return dict(json.loads(hive.encode_json(answer)))
 
     def send(self, document: Mapping[str, Any]) -> None:
@@ -51,11 +55,13 @@ class Door:
         if self.ended:
             raise hive.DaemonError("the daemon of beta: it has ended")
         if not self.lines:
-            os.set_blocking(self.reader, False)
-            with contextlib.suppress(BlockingIOError):
-                os.read(self.reader, 4096)
-            return None
-        return self.lines.popleft()
+            self.drain()
+        return self.lines.popleft() if self.lines else None
+
+    def drain(self) -> None:
+        os.set_blocking(self.reader, False)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.reader, 4096)
 
     def end(self) -> None:
         """The daemon goes."""
@@ -264,7 +270,8 @@ def test_no_place_is_shown_where_the_directory_is_gone(
 
 def test_it_looks_for_a_daemon_quickly_at_first_and_then_each_half_minute(ada: Session) -> None:
     ada.runs = False
-    ada.server.link.soon()
+    for _ in range(3):
+        ada.server.link.soon()
     ada.doze(120)
     gaps = [b - a for a, b in zip(ada.tries, ada.tries[1:], strict=False)]
     assert gaps == pytest.approx([0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0])
@@ -328,7 +335,11 @@ def test_a_refusal_to_attach_is_told_and_closes_what_was_opened(ada: Session) ->
 
     for fault in ("await_daemon", "connect_to_daemon"):
         setattr(hive, fault, refusing)
+    reads = list[tuple[()]]()
+    ada.server.link._configure = noting(reads, ada.server.link._configure)
     assert ada.refused("read_inbox") == "ada is a node: attach under another name"
+    assert ada.refused("read_inbox") == "ada is a node: attach under another name"
+    assert len(reads) == 2  # it may be another configuration by then
     assert ada.doors[-1].writer == -1 and not ada.server.link.attached
     ada.doors[-1].fault = {}
 
@@ -459,7 +470,25 @@ def test_as_many_messages_are_shown_as_have_room_and_at_least_one() -> None:
     shown = hive.shown_mail(four, 2, "open")
     assert shown.tasks == (1, 2, 3, 4) and "[hive] 3 more unread" in shown.text
     four[0] = mail(10 * 1024 + 1, 1)
-    assert hive.shown_mail(four[:4], 0, "open").tasks == (1, 2, 3)
+    four[4] = mail(300, 5)
+    assert hive.shown_mail(four, 0, "open").tasks == (1, 2, 3)  # no later one before it
+    large = {**four[0], "envelope": four[0]["envelope"] | {"text": "\x01" * 12_000}}
+    assert hive.shown_mail([large, four[4]], 0, "open").tasks == (1,)
+
+
+def test_an_answer_is_shown_once_however_often_the_journal_has_it(ada: Session) -> None:
+    peer(ada.rig, "alpha", agents=["bob"])
+    ada.tool("send_message", to="bob", text="how many?")
+    question = sent(ada.rig, "how many?")
+    ada.rig.hand_in("hive/beta/response", question.reply("bob", "seven").encode())
+    ada.rig.turn()
+    ada.turn()
+    assert ada.tool("read_inbox").count('"seven"') == 1
+    assert ada.tool("wait_answer", id=question.id).count('"seven"') == 1
+    rows = ada.server.tools.exchange_of(question.id)
+    gone = {**rows[0], "event": "in", "envelope": None}  # a text that is kept no longer
+    ada.server.tools.exchange_of = lambda id: [gone, *rows]  # type: ignore[method-assign]
+    assert ada.tool("wait_answer", id=question.id).count('"seven"') == 1
 
 
 # -- answers, and whose they are --
@@ -533,6 +562,8 @@ def test_all_who_could_answer_are_awaited_and_who_does_not_is_named(ada: Session
     peer(ada.rig, "alpha", agents=["bob"])
     peer(ada.rig, "gamma", agents=["cleo"])
     peer(ada.rig, "empty")
+    peer(ada.rig, "away", agents=["dan"])
+    ada.rig.hear_state("away", True, status="offline", last_seen=int(time.time()))
     ada.begin("ask", to="all", text="who?", wait_seconds=30)
     question = sent(ada.rig, "who?")
     ada.rig.hand_in("hive/beta/response", question.reply("bob", "I").encode())
@@ -904,9 +935,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # !: required; a number: from, to, def
 }
 
 
-def test_each_tool_takes_what_models_are_told() -> None:
+def listed(session: Session) -> dict[str, Any]:
+    session.say(request("list", "tools/list"))
+    (answer,) = session.lines()
+    return {one["name"]: one for one in answer["result"]["tools"]}
+
+
+def test_each_tool_takes_what_models_are_told(ada: Session) -> None:
+    documents = listed(ada)
     for name, expected in ARGUMENTS.items():
-        document = hive.TOOLS[name].document(name)
+        document = documents[name]
         schema = document["inputSchema"]
         assert schema["type"] == "object" and schema["additionalProperties"] is False
         needed = schema.get("required", [])
@@ -927,8 +965,8 @@ def test_each_tool_takes_what_models_are_told() -> None:
         assert hive.TOOLS[name].arguments[key].default is defaults[key]
 
 
-def test_which_tools_only_look() -> None:
-    hints = {name: one.document(name)["annotations"] for name, one in hive.TOOLS.items()}
+def test_which_tools_only_look(ada: Session) -> None:
+    hints = {name: one["annotations"] for name, one in listed(ada).items()}
     quiet = {"readOnlyHint": True, "openWorldHint": False}
     looking = {name for name, one in hints.items() if one == quiet}
     assert looking == {"list_agents", "wait_answer", "show_exchange"}
@@ -971,6 +1009,55 @@ def test_a_client_is_heard_as_long_as_it_leaves_no_more_than_a_mebibyte(
     assert not ada.server._deaf
     ada.say(request(1, "ping"))
     assert ada.lines() == [{"jsonrpc": "2.0", "id": 1, "result": {}}]
+
+
+def test_what_the_daemon_says_while_it_is_asked_about_news_is_heard(ada: Session) -> None:
+    peer(ada.rig, "alpha", agents=["bob"])
+    ada.rig.wire.silent = True
+    ada.begin("send_message", to="bob", text="x")
+    ada.begin("read_inbox", wait_seconds=60)
+    assert ada.lines() == []
+    door = ada.doors[-1]
+    ask = door.ask
+
+    def meanwhile(request: Mapping[str, object]) -> dict[str, Any]:
+        ada.rig.wire.silent = False
+        answer = ask(request)
+        ada.rig.turn()
+        door.drain()
+        return answer
+
+    door.ask = meanwhile  # type: ignore[method-assign]
+    ada.server._on_news()
+    ada.turn()
+    assert ada.result()[1].startswith("Sent to bob")
+
+
+def test_only_the_protocol_is_written_to_its_output(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rig: Rig
+) -> None:
+    given = list[tuple[Any, ...]]()
+
+    def run() -> None:
+        os.write(given[0][2], b"protocol")
+        os.write(1, b"stray")
+
+    server = noting(given, lambda *_: SimpleNamespace(run=run))
+    monkeypatch.setattr(hive, "McpServer", server)
+    monkeypatch.setattr(hive, "resolve_config", lambda *said: said)
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    kept = os.dup(1)
+    try:
+        assert hive.serve_session("ada", "my.toml", {"node.id": "x"}) == 0
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        now = [signal.signal(*one) for one in zip(numbers, before, strict=True)]
+    assert capfd.readouterr() == ("protocol", "stray") and {*now} == {signal.SIG_DFL}
+    _, stdin, stdout, configure, name = given[0]
+    assert (stdin, name, configure()) == (0, "ada", ("my.toml", {"node.id": "x"}))
+    os.close(stdout)
 
 
 class Stops:
@@ -1115,6 +1202,36 @@ def test_a_tool_that_is_misspelt_is_named_with_the_nearest(ada: Session) -> None
     assert second == f"no such tool: 'zzzzzzzz'; there are {', '.join(hive.TOOLS)}"
     ada.say(request(3, "tools/call", name="list_agents", arguments=None))
     assert "result" in ada.lines()[0]  # no arguments are none
+
+
+def test_a_call_looks_at_each_news_and_at_no_other_time(
+    ada: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = list[tuple[()]]()
+    ada.tool("list_agents")
+    put_tool(monkeypatch, NEVER.replace(look=noting(looks, lambda: None)))
+    ada.say(call("try", "try", {"threadId": "t"}))
+    assert ada.server.meta == {"threadId": "t"}
+    ada.doze(30)
+    assert len(looks) == 1
+    says(ada.rig, "news")
+    ada.turn()
+    assert len(looks) == 2
+
+
+def test_a_handshake_is_one_whatever_its_meta_says(ada: Session) -> None:
+    meta = {f"{hive.MCP_META}protocolVersion": "odd"}
+    ada.say(request(1, "initialize", **HELLO, _meta=meta))
+    (one,) = ada.lines()
+    assert one["result"]["protocolVersion"] == "2025-11-25" and "ttlMs" not in one["result"]
+
+
+def test_a_daemon_that_was_not_there_is_looked_for_again_after_two_seconds(ada: Session) -> None:
+    ada.runs = False
+    for pause in (1.9, 0.1, 1.9):
+        assert ada.server.link.attach() is False
+        ada.rig.clock.now += pause
+    assert len(ada.tries) == 2
 
 
 def test_a_call_is_over_when_its_look_finds_something_at_its_deadline(
@@ -1291,6 +1408,9 @@ def test_a_way_that_waits_does_so_in_a_thread(ada: Session) -> None:
     while not taken and time.monotonic() < until:
         ada.turn()
     assert taken == [True]
+    for thread in threading.enumerate():
+        if thread.name == "push":
+            thread.join(30)
 
 
 def test_a_lock_that_cannot_be_had_tells_nothing(rig: Rig, tmp_path: Path) -> None:

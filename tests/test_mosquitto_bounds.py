@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from test_doctor import config_of
+from test_mosquitto import ACL
 
 import hive
 
@@ -40,6 +41,7 @@ def test_where_it_is_and_for_whom(mqtt: dict[str, Any], tls: bool, host: str, po
 
 def test_what_was_an_open_hive_may_be_read_for_a_while() -> None:
     acl = hive.mosquitto_acl("lab").splitlines()
+    assert [line for line in acl if not line.startswith("#")] == ACL.splitlines()
     at = acl.index(
         "# what waits since the hive was an open one: without # until each node was there"
     )

@@ -6,16 +6,18 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import ne
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -501,6 +503,7 @@ class Wire:
 
     def __init__(self, owner: MqttClient, protocol: str) -> None:
         self.owner, self.up, self.hung_up, self.welcome = owner, False, False, True
+        self.protocol, self.subscribed = protocol, list[str]()
         self.window, self.max_packet, self.heard = hive.SEND_WINDOW, 10**6, time.time()
         self.sent: list[tuple[OutgoingMessage, int | None]] = []
         self.ids: deque[int] = deque()
@@ -524,6 +527,16 @@ class Wire:
 
     def disconnect(self) -> None:
         self.end("closed")
+
+    def subscribe(self, subscriptions: Sequence[tuple[str, int]]) -> None:
+        self.subscribed += [topic for topic, _ in subscriptions]
+
+    def let_in(self) -> None:
+        self.up = True
+        self.owner.connected()
+
+    def say(self, topic: str, payload: bytes = b"x") -> None:
+        self.owner.received(IncomingMessage(topic, payload, False, None, lambda: None))
 
     @property
     def texts(self) -> list[str]:
@@ -1101,3 +1114,367 @@ def test_a_paho_that_has_changed_inside_is_told_in_a_line(
     monkeypatch.delattr(hive.load_paho().Client, method)
     with pytest.raises(hive.UsageError, match=f"has no {method}, as 2.1 had: python3 -m pip"):
         hive.load_paho()
+
+
+# What is said of a connection, to the byte
+
+
+@pytest.mark.parametrize(
+    ("first", "words", "code"),
+    [
+        (b"", "", 0),
+        (b"\x20\x02\x00\x05", "", 0),  # which paho understands
+        (b"\x20\x02\x00\x01", "refused: unsupported protocol version", 0x84),
+        (b"\x20\x03\x00\x99\x00", "refused: payload format invalid", 0x99),
+        (b"\x20\x80\x01\x00\x01\x00", "refused: unsupported protocol version", 0x84),
+        (b"\x20\x7f\x00\x01\x05", "refused: unsupported protocol version", 0x84),
+        (b"<html>", "no MQTT broker: it answers as HTTP", 0),
+        (b"220 mail\r\n250 ok\r\n", "no MQTT broker: it answers as '220 mail'", 0),
+    ],
+)
+def test_the_first_bytes_of_a_server_tell_what_it_is(first: bytes, words: str, code: int) -> None:
+    assert hive.first_fault(first) == (words, code)
+
+
+@pytest.mark.parametrize(
+    ("error", "tls", "words"),
+    [
+        (
+            ssl.SSLError(1, "[SSL: X] verify failed: why (_ssl.c:10)"),
+            True,
+            "TLS: verify failed: why",
+        ),
+        (ConnectionResetError(104, "reset"), True, "TLS: reset"),
+        (ConnectionResetError(104, "reset"), False, "reset"),
+        (ConnectionRefusedError(111, "refused"), True, "refused"),
+        (OSError(113, "no route"), True, "no route"),
+    ],
+)
+def test_what_went_wrong_in_tls_says_so(error: OSError, tls: bool, words: str) -> None:
+    assert hive.dial_fault(error, tls) == words
+
+
+def test_why_tls_ended_is_kept_and_other_ends_are_paho_s() -> None:
+    faults = []
+    for error in (ssl.SSLError(1, "[SSL: X] alert (_ssl.c:10)"), ConnectionResetError(104, "r")):
+
+        def recv(size: int, error: OSError = error) -> bytes:
+            raise error
+
+        ahead = hive.ReadAhead(recv)
+        assert ahead.fill() is False and ahead.for_paho
+        faults.append(ahead.fault)
+    assert faults == ["TLS: alert", ""]
+
+
+def test_the_flags_of_a_message_are_its_first_four_bits() -> None:
+    chunks = [b"\x3b\x06\x00\x01t\x00\x07x"]
+    ahead = hive.ReadAhead(lambda size: chunks.pop(0) if chunks else b"")
+    ahead.fill()
+    assert ahead.publish() == (0b1011, b"\x00\x01t\x00\x07x") and ahead.publish() is None
+
+
+def test_the_pause_before_a_try_is_what_is_promised() -> None:
+    said = [hive.retry_delay(failures, 0.0, 1.0) for failures in range(4)]
+    assert said == [0.5, 1.0, 2.0, 2.0]
+    assert hive.retry_delay(20, 300.0, 1.0) == pytest.approx(10.0)
+    assert hive.retry_delay(20, 300.0, 0.0) == pytest.approx(5.0)
+
+
+def test_a_broker_s_words_beside_its_refusal_are_shown() -> None:
+    said = SimpleNamespace(ReasonString="later\n", ServerReference="two.lan")
+    assert hive.said_besides(said) == r" (later\n) (two.lan)" and hive.said_besides(None) == ""
+
+
+def test_acknowledgements_of_tcp_are_hurried_where_that_can_be() -> None:
+    said = list[tuple[int, ...]]()
+    hive.acknowledge_at_once(SimpleNamespace(setsockopt=lambda *how: said.append(how)))
+    quick = getattr(socket, "TCP_QUICKACK", None)
+    assert said == ([(socket.IPPROTO_TCP, quick, 1)] if quick else [])
+    hive.acknowledge_at_once(None)
+    one, other = socket.socketpair()
+    with one, other:
+        hive.acknowledge_at_once(one)  # which knows no such thing
+
+
+def test_what_is_known_of_a_broker_s_limit() -> None:
+    limit = hive.PacketLimit()
+    assert hive.PacketLimit.size("abc", b"xy") == 25  # 20 bytes of the packet's own at most
+    assert limit.objection(10**9) == "" and limit.room("t") > 10**9
+    limit.connected(5000, 100.0)
+    assert limit.room("t") == 5000 - 21
+    assert limit.objection(5000) == ""
+    assert limit.objection(5001) == "larger than the broker takes (5001 of 5000 bytes)"
+    assert [limit.suspicious(size) for size in (1024, 1025)] == [False, True]
+    words = "larger than the broker seems to take (4000 bytes; none was taken)"
+    assert limit.refused(4000, 100.0) == words and limit.objection(3999) == ""
+    assert limit.room("t") == 1024 - 21
+    limit.taken = 2000
+    assert limit.refused(4500, 100.0).endswith("(4500 bytes; the largest that it took: 2000)")
+    assert limit.objection(4000) and limit.room("t") == 2000 - 21
+    assert [limit.suspicious(size) for size in (2000, 2001)] == [False, True]
+    for now, believed in ((3700.0, True), (3700.5, False)):
+        limit.connected(5000, now)
+        assert bool(limit.objection(4999)) is believed
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_how_a_client_introduces_itself(loop: Loop, persistent: bool, protocol: str) -> None:
+    """MQTT 5, 3.1: level, flags, keepalive, properties, client id, will, user, password."""
+    heard = list[bytes]()
+    will = OutgoingMessage("t/w", b"gone", 1, True)
+    with server(lambda client: heard.append(client.recv(4096))) as port:
+        mqtt = MqttConfig(port=port, protocol=protocol, password="s3cret", keepalive=77)
+        client, _ = opened(loop, mqtt, "a-node" if persistent else "", will=will)
+        turn(loop, lambda: heard)
+        closed(loop, client)
+    body = heard[0][heard[0].index(b"\0\4MQTT") + 6 :]
+    level, flags, keepalive = body[0], body[1], int.from_bytes(body[2:4], "big")
+    assert (level, keepalive) == (5 if protocol == "5" else 4, 77)
+    assert flags == 0x80 | 0x40 | 0x20 | 0x08 | 0x04 | (0 if persistent else 0x02)
+    assert (b"\x21\x01\x00" in body[4:16]) == (protocol == "5"), "256 on their way to us"
+    assert (b"a-node" in body) == persistent
+    assert persistent or len(body.partition(b"hive-")[2].partition(b"\0")[0]) == 16
+    assert b"t/w" in body and b"gone" in body and body.endswith(b"\0\6s3cret")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, (20, 2**63 - 1, 60)),
+        ({"ReceiveMaximum": 7, "MaximumPacketSize": 3000, "ServerKeepAlive": 9}, (7, 3000, 9)),
+        ({"ReceiveMaximum": 65535, "ServerKeepAlive": 0}, (20, 2**63 - 1, 60)),
+    ],
+)
+def test_what_the_broker_tells_at_the_begin_is_kept_to(
+    said: dict[str, int], expected: tuple[int, ...]
+) -> None:
+    posted = list[object]()
+    connection: Any = SimpleNamespace(
+        _keepalive=60, _loop=SimpleNamespace(post=posted.append), _subscribe=print, welcome=False
+    )
+    code = SimpleNamespace(is_failure=False)
+    MqttConnection._on_connect(connection, None, None, None, code, SimpleNamespace(**said))
+    assert (connection.window, connection.max_packet, connection._keepalive) == expected
+    assert connection.welcome and posted == [print]
+
+
+def test_the_last_part_of_a_second_is_time_to_live_too(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    for text, left in (("over", 0.0), ("moment", 0.01), ("second", 1.0), ("more", 1.5)):
+        rig.enqueue(text, until=now + left)
+    rig.commit()
+    assert [(one.payload, left) for one, left in rig.wire.sent] == [
+        *((b"moment", 1), (b"second", 1), (b"more", 2))
+    ]
+    assert rig.published == [(None, -1, "its time to live was over")]
+
+
+def test_it_goes_where_its_topic_s_address_is(rig: Rig) -> None:
+    where: dict[str, str | None] = {"away": None}
+    rig.client.use_outbox(rig.journal, rig.hear_of, lambda topic: where.get(topic, f"to/{topic}"))
+    for topic in ("a", "away"):
+        rig.journal.enqueue(topic, b"x")
+    rig.commit()
+    assert [message.topic for message, _ in rig.wire.sent] == ["to/a"]
+    rig.client.use_outbox(rig.journal, rig.hear_of)
+    rig.commit()
+    assert [message.topic for message, _ in rig.wire.sent] == ["to/a", "a", "away"]
+
+
+def test_what_was_handed_to_another_broker_goes_again_after_what_is_under_way(rig: Rig) -> None:
+    rig.send("a", "b")
+    rig.wire.take()
+    rig.client.send_again()
+    rig.send("c")
+    assert rig.wire.texts == ["a", "b"]
+    rig.wire.take()
+    rig.commit()
+    assert rig.wire.texts == ["a", "b", "a", "b", "c"]
+    rig.wire.take(3)
+    rig.commit()
+    assert len(rig.wire.texts) == 5
+
+
+def test_whom_a_client_left_is_not_heard_any_more(rig: Rig) -> None:
+    rig.send("a")
+    before = rig.wire
+    rig.lose("cut")
+    before.take()
+    before.end("late")
+    assert rig.published == [] and rig.client.up and rig.journal.outbox_size == 1
+
+
+def test_an_end_while_it_is_away_is_an_end(rig: Rig) -> None:
+    rig.wire.end("cut")
+    rig.client.close(lambda: None, within=5.0)
+    rig.now += 60
+    rig.loop.step()
+    assert len(Wire.made) == 1
+
+
+def test_a_host_that_lets_nobody_in_is_asked_last(rig: Rig) -> None:
+    rig.lose()
+    assert rig.client.turn == 0 and rig.client.welcome
+    rig.wire.welcome = False
+    assert not rig.client.welcome
+    rig.wire.end("refused")
+    assert rig.client.turn == 1 and not rig.client.welcome
+
+
+@pytest.mark.parametrize("how", ["refused", "hung up", "refused for something else"])
+def test_3_1_1_is_tried_at_once_and_mqtt_5_after_that(rig: Rig, how: str) -> None:
+    rig.client.settings = MqttConfig(protocol="5")
+    rig.wire.hung_up = how == "hung up"
+    rig.wire.end("refused", 0x84 if how == "refused" else 0x87)
+    other = how == "refused for something else"
+    assert len(Wire.made) == (1 if other else 2)
+    if not other:
+        assert rig.wire.protocol == "3.1.1" and rig.client._failures == 0
+        rig.wire.v5 = False
+        rig.wire.end("refused", 0x84)
+    rig.now += 60
+    rig.loop.step()
+    assert rig.wire.protocol == "5" and rig.client._failures == 1
+
+
+def test_more_is_subscribed_to_while_there_is_a_connection(rig: Rig) -> None:
+    rig.client.subscribe([("a", 1)])
+    rig.wire.up = False
+    rig.client.subscribe([("b", 1)])
+    assert rig.wire.subscribed == ["a"]
+    rig.client.set_broker(MqttConfig(keepalive=9))
+    assert rig.client.settings.keepalive == 9
+
+
+def test_a_limit_is_kept_where_the_broker_is_the_same(rig: Rig) -> None:
+    rig.client._limit.refused(5000, rig.now)
+    rig.client.set_broker(MqttConfig(username="another"))
+    assert rig.client.room("t") < 5000
+    rig.client.set_broker(MqttConfig(port=1))
+    assert rig.client.room("t") > 5000
+
+
+# Connections for one purpose
+
+
+def test_a_former_session_is_emptied_then_ended(rig: Rig) -> None:
+    steps, listener, commits = list[str](), rig.client._listener, list[Callable[[], None]]()
+    assert isinstance(listener, Listener)
+    rig.client.take_over("the-old-id", "marker", commits.append, lambda: steps.append("done"))
+    first = rig.wire
+    assert first.owner.client_id == "the-old-id" and first.owner.persistent
+    assert first.owner.subscriptions == [("marker", 1)]
+    rig.client.take_over("the-old-id", "marker", commits.append, lambda: steps.append("twice"))
+    assert rig.wire is first, "one is enough"
+    first.let_in()
+    assert [(one.topic, one.qos) for one, _ in first.sent] == [("marker", 1)]
+    first.take()
+    first.say("hive/beta/command", b"waited")
+    first.say("marker")
+    assert [(one.payload, one.earlier) for one in listener.messages] == [(b"waited", True)]
+    assert rig.wire is first, "nothing is ended before it is safe"
+    commits.pop()()
+    assert not first.up and rig.wire is not first
+    assert rig.wire.owner.client_id == "the-old-id" and not rig.wire.owner.persistent
+    rig.wire.let_in()
+    assert steps == ["done"] and not rig.wire.up and rig.client.former is None
+
+
+def test_a_former_session_that_costs_us_our_connection_is_left_alone(rig: Rig) -> None:
+    done = list[bool]()
+
+    def take_over() -> None:
+        rig.client.take_over("old", "marker", lambda go_on: go_on(), lambda: done.append(True))
+
+    for _ in range(2):
+        ours = rig.wire
+        take_over()
+        assert rig.client.former and not done
+        ours.end("session taken over")
+        assert rig.client.former is None
+        rig.now += 60
+        rig.loop.step()
+        rig.connect()
+    before = len(Wire.made)
+    take_over()
+    assert done == [True] and len(Wire.made) == before
+
+
+def test_a_former_session_that_ends_is_tried_again_with_the_next_connection(rig: Rig) -> None:
+    rig.client.take_over("old", "marker", lambda go_on: go_on(), lambda: None)
+    rig.wire.end("cut")
+    assert rig.client.former is None
+    before = len(Wire.made)
+    rig.now += 60
+    rig.loop.post(lambda: None)
+    rig.loop.step()
+    assert len(Wire.made) == before, "not by itself"
+
+
+def test_a_probe_waits_five_seconds(rig: Rig) -> None:
+    said = list[bool]()
+    rig.client.probe(said.append)
+    for seconds, expected in ((4.9, []), (0.2, [False])):
+        rig.now += seconds
+        rig.loop.post(lambda: None)
+        rig.loop.step()
+        assert said == expected
+    rig.client.probe(said.append)
+    rig.wire.let_in()
+    assert said == [False, True] and not rig.wire.up
+
+
+@pytest.mark.parametrize(
+    ("v5", "retained", "quiet"), [(True, True, 0.0), (True, False, 0.1), (False, True, 0.1)]
+)
+def test_what_is_retained_is_complete_at_the_marker_or_a_moment_later(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, v5: bool, retained: bool, quiet: float
+) -> None:
+    monkeypatch.setattr(Wire, "v5", v5)
+    found, complete = list[IncomingMessage](), list[bool]()
+    RetainedQuery(
+        *(rig.loop, MqttConfig(), ["a", "b"], "end", found.append),
+        *(lambda: complete.append(True), print),
+    )
+    assert rig.wire.owner.subscriptions == [("a", 0), ("b", 0), ("end", 0)]
+    rig.wire.let_in()
+    assert [(one.topic, one.qos) for one, _ in rig.wire.sent] == [("end", 0)]
+    for _ in range(retained):
+        rig.wire.say("a")
+    rig.wire.say("end")
+    assert bool(complete) == (not quiet) and len(found) == retained
+    for seconds in (0.09, 0.02, 10.0):
+        rig.now += seconds
+        rig.loop.post(lambda: None)
+        rig.loop.step()
+        assert complete == [True] * (not quiet or seconds != 0.09), "once"
+
+
+def test_whoever_never_sends_the_marker_is_waited_for_five_seconds(rig: Rig) -> None:
+    complete, found = list[bool](), list[str]()
+    rig.client.fetch(["a"], "end", lambda message: found.append(message.topic))
+    RetainedQuery(
+        *(rig.loop, MqttConfig(), ["a"], "end", lambda message: None),
+        *(lambda: complete.append(True), print),
+    )
+    fetching = Wire.made[-2]
+    for wire in (fetching, rig.wire):
+        wire.let_in()
+    fetching.say("a")
+    for seconds, ended in ((4.9, False), (0.2, True)):
+        rig.now += seconds
+        for _ in range(3):
+            rig.loop.post(lambda: None)
+            rig.loop.step()
+        assert (bool(complete), not fetching.up) == (ended, ended)
+    assert found == ["a"]
+
+
+def test_no_two_hives_of_a_broker_have_one_client_id() -> None:
+    node = hive.NodeConfig("beta", topic_prefix="team/one")
+    assert hive.plain_session_id(hive.Config(node)) == "team:one:beta"

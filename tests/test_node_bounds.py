@@ -144,9 +144,11 @@ def test_agents_of_one_node_share_what_it_is_told_of_refusals(
     rig.node.node._refusals = hive.SenderLimits(1, 2)
     rig.beat("alpha")
     rig.hand_in("hive/meta/alpha/roster", b'{"agents": ["one", "two"]}', retained=True)
-    for sender in ("one", "two", "alpha", "gamma"):
+    senders = ("one", "two", "alpha", *("gamma", "delta") * 2)
+    for sender in senders:
         rig.say("command", "nothing", sender=sender)
-    assert [to for to, _ in alerts(rig)] == ["one", "two", "gamma"]
+    told = sorted(to for to, _ in alerts(rig))
+    assert told == ["delta", "delta", "gamma", "gamma", "one", "two"]
     (line,) = rig.events("dropped")
     assert line["from"] == "alpha" and line["why"].startswith("no handler for action nothing")
     rig.advance(5)
@@ -474,7 +476,7 @@ def test_what_has_a_time_to_live_is_published_until_then(rig: Rig) -> None:
     for ttl in (100, None):
         rig.node.node.send(hive.Envelope.new("beta", "alpha", "status", "x", ttl=ttl))
     first, second = rig.journal.unacknowledged(2)
-    assert abs((first.until or 0) - time.time() - 100) < 5 and second.until is None
+    assert abs((first.until or 0) - time.time() - 100) < 30 and second.until is None
     assert [row["level"] for row in rig.events("sent")] == ["info", "info"]
     rig.node.node.send(hive.Envelope.new("beta", "alpha", "status", "x"), "a note")
     assert rig.events("sent")[-1]["level"] == "debug"
@@ -507,6 +509,34 @@ def test_questions_are_looked_at_when_the_next_is_overdue_or_in_a_minute(
     node.stopping = False
 
 
+def test_who_asked_and_is_gone_is_told_that_nobody_answered(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, now = rig.node.node, float(int(time.time()))
+    told = note_calls(monkeypatch, node, "tell_own_agents")
+    waiting = {"c-1"}
+    monkeypatch.setattr(node.requests, "waits", waiting.__contains__)
+    for n in (1, 2):
+        said = hive.Envelope.new("beta", "alpha", "command", "x", corr=f"c-{n}", ttl=5, now=now - 9)
+        row = rig.journal.record(hive.Event.SENT, said, now - 9) or 0
+        rig.journal.add_pending_request(said, row)
+    rig.turn()
+    monkeypatch.setattr(time, "time", lambda: now)
+    node._check_pending_requests()
+    assert rig.journal.questions == 0 and node._committing
+    ((alert, note),) = told
+    assert (alert.sender, alert.to, alert.ch, alert.corr) == ("beta", "beta", "alert", "c-2")
+    assert alert.text == "no answer from alpha to what was asked 9 s ago"
+    assert note == "its time to live was over"
+    (line,) = rig.events("no answer")
+    assert (line["level"], line["id"], line["to"]) == ("warning", "c-2", "alpha")
+    said = hive.Envelope.new("beta", "alpha", "command", "x", corr="c-3", ttl=20, now=now)
+    rig.journal.add_pending_request(said, rig.journal.record(hive.Event.SENT, said, now) or 0)
+    before = timers(rig).count(20.1)
+    node._check_pending_requests()
+    assert timers(rig).count(20.1) == before + 1, "the next one in its time"
+
+
 def test_a_result_that_is_too_large_is_kept_cut_and_other_faults_are_only_told(rig: Rig) -> None:
     node, topic = rig.node.node, "hive/meta/beta/count"
     rig.wire.limit = 300
@@ -516,11 +546,11 @@ def test_a_result_that_is_too_large_is_kept_cut_and_other_faults_are_only_told(r
     node._document_refused(message.replace(n=0), hive.PACKET_TOO_LARGE, "too large")
     no_result = hive.encode_json({"state": 1})
     node._document_refused(message.replace(payload=no_result), hive.PACKET_TOO_LARGE, "too large")
-    rig.turn()
+    node.commit()
     assert rig.kept("beta", "count") == []
-    assert [row["topic"] for row in rig.events("document not published")] == [topic] * 3
+    told = [(row["topic"], row["why"]) for row in rig.events("document not published")]
+    assert told == [(topic, "Not authorized"), (topic, "too large"), (topic, "too large")]
     node._document_refused(message, hive.PACKET_TOO_LARGE, "too large")
-    rig.turn()
     node.commit()
     (kept,) = rig.kept("beta", "count")
     assert kept["truncated"] is True and kept["result"].startswith("xxx")
@@ -564,6 +594,7 @@ def test_the_journal_is_looked_after_twice_a_minute_or_at_once_while_there_is_mu
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = rig.node.node
+    assert 30.0 in timers(rig), "from the start"
     back = note_calls(monkeypatch, rig.journal, "return_to_disk")
     repeats = note_calls(monkeypatch, rig.node.log, "count_repeats")
     limited = note_calls(monkeypatch, node._rate_limit, "report")
@@ -693,4 +724,82 @@ def test_a_page_is_of_no_use_after_a_minute(rig_of: Make) -> None:
     rig.disconnect()
     ask(rig)
     (page,) = rig.journal.unacknowledged(5)
-    assert abs((page.until or 0) - time.time() - 60) < 5
+    assert abs((page.until or 0) - time.time() - 60) < 30
+
+
+def test_a_question_that_is_held_is_answered_when_its_time_is_over(rig_of: Make) -> None:
+    rig = shared(rig_of, "alpha")
+    assert rig.works()
+    newest = rig.journal.newest
+    question = ask(rig, after=newest, hold=5)
+    rig.advance(4.5)
+    assert not rig.answers_to(question)
+    rig.advance(0.5)
+    (answer,) = rig.answers_to(question)
+    assert json.loads(answer.text) == {"rows": [], "after": newest, "more": False}
+
+
+def test_in_a_checked_hive_what_came_on_a_topic_of_something_else_is_dropped(rig: Rig) -> None:
+    said = hive.Envelope.new("alpha", "beta", "command", "x", action="ping")
+    as_checked(rig).hand_in("other/beta/command", said.encode())
+    (line,) = rig.events("dropped")
+    assert line["why"] == "its topic disagrees with to and ch" and rig.acked == 1
+
+
+@pytest.mark.parametrize("how", [{}, {"now": False}])
+def test_what_a_node_itself_has_to_say_is_said_at_once(
+    rig_of: Make, main_agent: hive.InstanceConfig, how: dict[str, Any]
+) -> None:
+    rig = rig_of([main_agent])
+    note_calls(monkeypatch := pytest.MonkeyPatch(), rig.node.work._agents["main"], "wake")
+    alert = hive.Envelope.new("beta", "beta", "alert", "x")
+    rig.node.node.tell_own_agents(alert, "scheduled", **how)
+    monkeypatch.undo()
+    (task,) = rig.journal.tasks()
+    assert (task.agent, task.urgent, task.note) == ("main", not how, "scheduled")
+    assert [row["note"] for row in rig.journal.rows({})] == ["scheduled"]
+    assert rig.node.node._committing
+
+
+def test_a_flood_in_a_checked_hive_is_counted(rig_of: Make) -> None:
+    rig = as_checked(rig_of(node={"sender_rate": 1, "sender_burst": 1}))
+    counts, before = rig.node.node.counts, dict(rig.node.node.counts)
+    for _ in range(3):
+        rig.hand_in("hive/beta/nonsense/mallory", b"rubbish")
+        rig.hand_in("hive/beta/status/mallory", b"rubbish")
+    new = {name: n - before[name] for name, n in counts.items()}
+    assert new == {
+        **dict.fromkeys(counts, 0),
+        "received": 6,
+        "dropped": 5,
+        "refused": 5,
+        "invalid": 1,
+    }
+    outcomes = rig.node.node._outcomes
+    assert (outcomes["none", hive.Do.DROP], outcomes["status", hive.Do.DROP]) == (2, 3)
+    assert outcomes["none", "invalid"] == 1
+    (line, *_) = rig.events("dropped")
+    assert (line["level"], line["ch"], line["from"]) == ("warning", "status", "mallory")
+    assert line["why"] == "its sender sends too many"
+
+
+def test_a_question_is_answered_by_the_first_answer(rig: Rig) -> None:
+    said = hive.Envelope.new("beta", "alpha", "command", "x")
+    assert rig.node.node._send_for_command(said) == "" and rig.journal.questions == 1
+    rig.say("status", corr=said.id)
+    rig.say("response")
+    assert rig.journal.questions == 1
+    rig.say("response", corr=said.id)
+    assert rig.journal.questions == 0 and rig.node.node._committing
+
+
+def test_only_an_action_that_is_not_known_makes_it_look_for_handlers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = note_calls(monkeypatch, rig.node.work, "look_again")
+    rig.say("status", urgency="later")
+    rig.say("command", "ping")
+    rig.tell(hive.Envelope.new("alpha", "beta", "command", "x", action="other"), retained=True)
+    assert not looks
+    rig.say("command", "other")
+    assert len(looks) == 1

@@ -125,7 +125,7 @@ def test_an_agent_is_called_again_at_the_first_of_the_times_that_are_told() -> N
         return beta(oc={**agents, "odd": "down"}).next_try
 
     assert tried(NOW + 60, NOW + 5) == NOW + 5
-    assert [tried(at) for at in (0, 1, LATEST, LATEST + 1)] == [None, 1, LATEST, None]
+    assert [tried(at) for at in (0.5, 1, LATEST, LATEST + 1)] == [None, 1, LATEST, None]
     assert tried() is None
 
 

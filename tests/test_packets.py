@@ -191,8 +191,8 @@ def test_a_packet_that_is_too_large_is_refused_by_its_first_bytes() -> None:
 
 
 def test_reason_codes_from_0x80_on_are_failures_and_have_words() -> None:
-    codes = (0, 0x10, 0x11, 0x7F, 0x80, 0x81, 0x97, 0xFF)
-    assert [hive.is_failure(code) for code in codes] == [False] * 4 + [True] * 4
+    codes = (0, 0x10, 0x11, 0x7F, 0x80, 0x81, 0x97, 0xFF, -1)  # below 0 are our own
+    assert [hive.is_failure(code) for code in codes] == [False] * 4 + [True] * 5
     assert ReasonCode.QUOTA_EXCEEDED.words == "quota exceeded"
 
 
@@ -497,7 +497,7 @@ def test_a_packet_is_that_of_the_standard_byte_for_byte(said: bytes, bytes_: str
 
 
 def test_what_is_just_within_the_bounds_is_allowed() -> None:
-    deepest = "/".join("a" * hive.MAX_LEVELS)
+    deepest = "/".join("a" * 128)
     assert hive.check_topic(deepest) == hive.check_filter(deepest) == deepest
     assert reason_of(hive.check_topic, deepest + "/") is ReasonCode.TOPIC_NAME_INVALID
     assert reason_of(hive.check_filter, deepest + "/") is ReasonCode.TOPIC_FILTER_INVALID
@@ -551,6 +551,13 @@ def test_an_acknowledgement_may_leave_out_what_is_0() -> None:
     assert hive.parse_ack(PacketType.PUBREL, b"\0\x01\x92\x04\x1f\0\x01x", 5) == (1, 0x92)
     wrong = b"\0\x01\0\x02\x24\x01"  # a maximum QoS, which is CONNACK's
     assert reason_of(hive.parse_ack, PacketType.PUBACK, wrong, 5) is PROTOCOL
+
+
+def test_in_mqtt_5_a_password_needs_no_user_and_a_method_brings_its_data() -> None:
+    said: dict[str, Any] = {"authentication_method": "x", "authentication_data": b"y"}
+    parsed = Connect.parse(body_of(connect_packet(5, "a", password=b"secret", **said)))
+    assert (parsed.username, parsed.password) == (None, b"secret")
+    assert parsed.properties == said
 
 
 def test_a_payload_that_says_it_is_text_is_text() -> None:

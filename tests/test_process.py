@@ -664,6 +664,22 @@ def test_a_childs_output_may_be_held_for_a_second_after_its_end(
     assert not live_timers(loop)
 
 
+def test_stopping_one_that_has_ended_waits_for_nobody(
+    loop: hive.Loop, children: hive.ChildProcesses, clock: Clock, script: Script, lifeline: Lifeline
+) -> None:
+    results: list[hive.ProcessResult] = []
+    clock.stopped = 1000.0
+    argv = script(f"{lifeline.hold}; sleep 60 & {lifeline.ready}")
+    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
+    assert child
+    run_until(loop, "it has ended", lambda: child._ended)
+    child.stop()
+    assert not results, "never from within the call"
+    go_on(loop)
+    assert [(result.exit, result.cancelled) for result in results] == [(0, True)]
+    run_until(loop, "the other has ended", lifeline.is_free)
+
+
 def live_timers(loop: hive.Loop) -> list[hive.Timer]:
     return [timer for timer in loop._timers if timer.call]
 

@@ -311,10 +311,10 @@ def test_what_was_asked_in_the_last_ten_minutes_keeps_a_node_busy(
     rig.hear_state("gamma", status="offline", last_seen=int(time.time()) - 100)
     rig.hear_state("alpha", status="online", last_seen=int(time.time()))
     said = caller.told("targets", to="*a")
-    assert abs(time.time() - 600 - since[0][0]) < 5
+    assert abs(time.time() - 600 - since[0][0]) < 30
     assert "alpha" in said["names"] and "beta" not in said["away"] and "connected" in said
     assert said["away"]["gamma"]["status"] == "offline"
-    assert abs(said["away"]["gamma"]["age"] - 100) < 10
+    assert abs(said["away"]["gamma"]["age"] - 100) < 30
 
 
 def test_traffic_is_that_of_the_last_hour(
@@ -322,7 +322,7 @@ def test_traffic_is_that_of_the_last_hour(
 ) -> None:
     since = note_calls(monkeypatch, rig.journal, "traffic", [])
     assert caller.told("history")["traffic"] == []
-    assert abs(time.time() - 3600 - since[0][0]) < 5
+    assert abs(time.time() - 3600 - since[0][0]) < 30
 
 
 def test_a_daemon_says_who_it_is(rig: Rig, caller: Caller) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -337,11 +338,14 @@ def test_inboxes_of_before_wait_for_their_sessions_from_now_on(
 ) -> None:
     rig = rig_of(node={"agent_patience": 60.0})
     rig.journal.put("sessions", {"main": True, "old": True})
+    row = rig.journal.record(hive.Event.RECEIVED, asked(to="old"), 1.0) or 0
+    rig.journal.mark_accepted(rig.journal.add_task(row, "old"), time.time())
     rig.journal.commit()
     rig.end()
     rig = rig_of([main_agent], node={"agent_patience": 60.0})
     sessions = rig.node.node.sessions
     assert [*sessions.away] == ["old"], "main is an agent now"
+    assert rig.journal.unread("old") == 1, "perhaps it was told before"
     assert "old" in sessions and "main" not in sessions and "x" not in sessions
     rig.advance(55)
     assert [*sessions.away] == ["old"]

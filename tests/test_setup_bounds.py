@@ -48,7 +48,7 @@ def test_questions_are_no_output(
 
 
 def test_an_answer_is_one_line_of_a_bounded_length(person: Callable[..., hive.Prompt]) -> None:
-    fits = "x" * (hive.MAX_ANSWER - 1)
+    fits = "x" * 4095
     assert person(f"{fits}\n").ask("?", hive.user_name, "") == fits
     for cut in (f"{fits}x\n", "x", ""):
         with pytest.raises(EOFError):
@@ -278,3 +278,42 @@ def test_only_ones_own_and_roots_folder_may_be_open_to_all(
 def test_the_groups_right_to_write_is_named_with_its_folder() -> None:
     said = hive.said_against(Path("/x"), "is open; try: chmod g-w")
     assert said == "/x: is open; try: chmod g-w /x"
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"), [("hive.toml", "mqtt-password"), ("beta.toml", "beta-mqtt-password")]
+)
+def test_a_password_lies_beside_its_hive_toml(tmp_path: Path, name: str, secret: str) -> None:
+    file, agents = tmp_path / name, [{"name": "main"}]
+    said = {"node.id": "x", "mqtt.host": "h", "mqtt.username": "u"}
+    files = hive.setup_files(file, said | {"mqtt.password": "secret"}, agents)
+    assert [*files] == [tmp_path / secret, file] and files[tmp_path / secret] == "secret\n"
+    mqtt = {"host": "h", "username": "u"}
+    written = {"oc_instances": agents, "node": {"id": "x"}, "mqtt": mqtt}
+    assert keys_in(files[file]) == written | {"mqtt": mqtt | {"password_file": secret}}
+    files = hive.setup_files(file, said, [])
+    assert [*files] == [file] and keys_in(files[file]) == {"node": {"id": "x"}, "mqtt": mqtt}
+    with pytest.raises(hive.ConfigError, match="TLS: "):
+        hive.setup_files(file, said | {"mqtt.tls": True, "mqtt.ca_file": tmp_path / "none"}, [])
+    hive.setup_files(file, said | {"mqtt.ca_file": tmp_path / "none"}, [])  # and is no matter
+    with pytest.raises(hive.ConfigError):
+        hive.setup_files(file, {"node.id": "a b"}, [])
+
+
+def test_what_is_there_is_written_over_by_force_if_it_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b" / "hive.toml"
+    hive.write_privately({file: "1"}, force=False)
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (file, file.parent)] == [0o600, 0o700]
+    with pytest.raises(hive.HiveError, match="is there already, and stays as it is; --force"):
+        hive.write_privately({file: "2"}, force=False)
+    file.chmod(0o644)
+    hive.write_privately({file: "3"}, force=True)
+    assert file.read_text() == "3" and stat.S_IMODE(file.stat().st_mode) == 0o600
+    link = file.with_name("link")
+    link.symlink_to(file)
+    with pytest.raises(hive.HiveError, match="it is no regular file"):
+        hive.write_privately({link: "4"}, force=True)
+    file.parent.chmod(0o777)
+    with pytest.raises(hive.HiveError, match="is writable by everyone; try: chmod o-w /"):
+        hive.write_privately({file: "5"}, force=True)
+    assert file.read_text() == "3" and len([*file.parent.iterdir()]) == 2

@@ -556,6 +556,54 @@ def test_a_daemon_that_knows_no_such_request_is_named(told: Told) -> None:
     assert str(raised.value) == why
 
 
+@pytest.fixture
+def watching(told: Told, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Watch in this process, whose signals are as they were afterwards."""
+    ours, theirs = socket.socketpair()
+    told.fileno, told.say = ours.fileno, theirs.sendall  # type: ignore[attr-defined]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    config = module.Config(module.NodeConfig(id="alpha"))
+    with ours, theirs:
+        yield lambda: module.watch_status(config, False, (), None)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it(told: Told, watching: Callable[[], None], number: int) -> None:
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
+        signal.raise_signal(number)
+        return {}
+
+    told.ask = ask  # type: ignore[method-assign]
+    with pytest.raises(SystemExit) as ended:
+        watching()
+    assert ended.value.code == 128 + number
+    assert told.closed
+
+
+def test_it_looks_again_as_soon_as_there_is_news(
+    told: Told, watching: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer, looks = told.ask, list[float]()
+
+    def ask(request: dict[str, Any]) -> dict[str, Any]:
+        looks.append(time.monotonic())
+        told.states(row("alpha", ["online", "degraded"][len(looks) - 1]))
+        told.say(b"x")  # type: ignore[attr-defined]
+        if len(looks) == 2:
+            told.answers["watch"] = {"error": "enough"}
+        return answer(request)
+
+    told.ask = ask  # type: ignore[method-assign]
+    news = iter([None, {"changed": True}])  # after the look
+    told.receive = lambda within: next(news, None)  # type: ignore[method-assign]
+    with pytest.raises(module.HiveError, match="enough"):
+        watching()
+    assert 0.2 <= looks[1] - looks[0] < 5.0
+    assert [line[15:22] for line in capsys.readouterr().out.splitlines()] == ["the dae", "alpha: "]
+
+
 # How it is shown
 
 

@@ -136,7 +136,7 @@ def test_a_head_is_so_long_at_most_and_so_is_a_body() -> None:
 def test_what_is_no_request_is_refused() -> None:
     assert hive.HttpRequest.read(ask_for("/", method="M" * 20))
     assert refusal(ask_for("/", method="M" * 21)) == 400
-    assert refusal(ask_for("/\u00fc")) == 400
+    assert refusal(ask_for("/\u00fc")) == 400 == refusal(b"\r\n\r\n")
     assert refusal(ask_for("/", "a: 1", "A: 2")) == 400
     assert refusal(ask_for("/", "a b: 1")) == 400
     assert refusal(ask_for("/", "a: \0")) == 400
@@ -266,7 +266,7 @@ def test_everything_is_asked_at_once_and_then_at_its_own_pace(hall: Hall, asker:
     gaps = {"states": 0.5, "pending": 1.0, "roster": 5.0, "history": 20.0}
     for do, gap in gaps.items():
         asker.asked.clear()
-        hall.view._look(do, hive.LOOKS[do], hall.view._began)
+        hall.view._look(do, hive.LOOKS[do], hall.view._ended)
         advance(asker.loop, gap / 40)  # which is as long as it may take
         asker.answer(do, {"error": "x"})
         advance(asker.loop, gap - 0.01)
@@ -299,11 +299,14 @@ def test_what_was_asked_for_pages_that_are_closed_is_not_shown_to_later_ones(
     hall.view.end()
     assert link.closed == 1 and hall.events() == [] == hall.events(1)
     version = hall.view.version
+    asker.answer("roster", {"rosters": {}})
+    advance(asker.loop, 60)
+    assert "roster" not in asker.kinds()
     hall.view.begin()
-    asker.asked[:] = old
+    asker.asked[:] = [one for one in old if one[0]["do"] != "roster"]
     asker.answer("pending", {"tasks": []})
     advance(asker.loop, 60)
-    assert hall.view.version == version and asker.kinds() == ["roster", "history"]
+    assert hall.view.version == version and asker.kinds() == ["history"]
     assert asker.opened[-1].request == {"do": "follow", "after": 0, "last": 1}
     began = len(asker.opened)
     link.end("it has ended")  # that one is nobody's any more
@@ -636,8 +639,14 @@ def test_what_there_is_not_is_said_so(server: hive.WebServer) -> None:
     assert ask(server, "/").said[0][0] == 200
 
 
-def test_what_is_done_and_what_is_only_looked_at() -> None:
-    doing = {path for (_, path), (_, changes) in hive.WEB_ROUTES.items() if changes}
+def test_what_is_done_and_what_is_only_looked_at(server: hive.WebServer) -> None:
+    server._read_only = True
+    doing = set[str]()
+    for method, path in hive.WEB_ROUTES:
+        try:
+            ask(server, path, {} if method == "POST" else None)
+        except hive.HttpFault as fault:
+            doing |= {path} if "--read-only" in str(fault) else set()
     assert doing == {"/send", "/reply", "/forget"}
     posts = {path for method, path in hive.WEB_ROUTES if method == "POST"}
     assert posts == doing | {"/doctor"}
@@ -685,13 +694,13 @@ def test_pages_are_twenty_at_most_and_the_first_one_begins_to_ask(
     assert len(asker.kinds()) == 4
     with pytest.raises(hive.HttpFault, match=r"^20 pages are open already; close one$"):
         server.events(Page(), {})  # type: ignore[arg-type]
-    began = server.view._began
+    began = server.view._ended
     for one in [*server._connections][1:]:
         server.closed(one)
-    assert server.view._began == began
+    assert server.view._ended == began
     (last,) = server._connections
     server.closed(last)
-    assert server.view._began == began + 1 and server._connections == set()
+    assert server.view._ended == began + 1 and server._connections == set()
 
 
 def test_pages_hear_the_news_of_a_turn_once(server: hive.WebServer) -> None:
@@ -728,6 +737,7 @@ def test_a_hundred_connections_that_have_shown_the_key_keep_others_out(
     for page in known:
         page.stream.close = lambda page=page: ended.append(page)
     server._connections = {*known}  # type: ignore[arg-type]
+    server._accept(0)  # one that has gone before it was taken is not waited for
     address = server._listener.getsockname()
     with socket.create_connection(address) as one, socket.create_connection(address) as other:
         turn(server.loop)
@@ -894,6 +904,7 @@ def test_what_a_server_has_opened_is_closed_with_it(
     server._connections = {page}  # type: ignore[arg-type]
     server.close()
     assert closed == ["connection", "asker"] and server._listener.fileno() == -1
+    assert len(server.loop._selector.get_map()) == 2  # its own pipes
     turn(server.loop)
     server._connections = set()
 
@@ -905,7 +916,8 @@ class Search:
     """One, in a journal of so many rows, whose answers hold so many at most."""
 
     def __init__(self, asker: Asker, size: int, room: int = 100, **how: Any) -> None:
-        self.asker, self.size, self.room, self.pages = asker, size, room, 0
+        self.asker, self.size, self.room = asker, size, room
+        self.pages = self.requests = 0
         self.ends = list[Any]()
         self.search = hive.JournalSearch(
             asker,  # type: ignore[arg-type]
@@ -921,6 +933,7 @@ class Search:
     def page(self, request: Mapping[str, Any]) -> dict[str, Any]:
         assert request["do"] == "log" and ("after" in request) != ("last" in request)
         before = request["filters"].get("before", self.size + 1)
+        self.requests += 1
         self.pages += "last" in request
         first = max(1, before - 100) if "last" in request else request["after"] + 1
         assert request.get("last", 100) == 100
@@ -932,8 +945,9 @@ def test_a_search_reads_a_hundred_rows_at_a_time_until_it_has_a_hundred(asker: A
     (said,) = Search(asker, 250, text="Text 2").ends  # 2, 20 to 29 and 200 to 250
     found = [one["n"] for one in said["rows"]]
     assert found == sorted(found, reverse=True) and len(found) == 62 and {*said} == {"rows"}
-    (said,) = Search(asker, 250).ends
-    assert [one["n"] for one in said["rows"]] == [*range(250, 150, -1)]
+    search = Search(asker, 250)
+    (said,) = search.ends
+    assert search.requests == 1 and [one["n"] for one in said["rows"]] == [*range(250, 150, -1)]
     assert (said["before"], said["time"]) == (151, 151.0)
     (said,) = Search(asker, 100).ends
     assert len(said["rows"]) == 100 and said["before"] == 1
