@@ -8783,7 +8783,7 @@ class ReasonCode(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-NO_SUBSCRIBERS = ReasonCode.NO_MATCHING_SUBSCRIBERS
+NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1; a plain number, as hive-cli reads it before ReasonCode
 
 
 def is_failure(reason: int) -> bool:
