@@ -8783,7 +8783,7 @@ class ReasonCode(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1; a plain number, as hive-cli reads it before ReasonCode
+NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 
 
 def is_failure(reason: int) -> bool:
@@ -19574,8 +19574,7 @@ def send_and_wait(
     config: Config, envelope: Envelope, args: argparse.Namespace, wait: float | None = None
 ) -> int:
     """Send it; print what is known of it then, or its answers as they come."""
-    ends = time.monotonic() + (wait or 0.0)
-    patience = max(wait, MIN_PATIENCE) if wait else PATIENCE
+    began, patience = time.monotonic(), max(wait, MIN_PATIENCE) if wait else PATIENCE
     request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
     with Progress("handing it over"):
         control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
@@ -19589,7 +19588,7 @@ def send_and_wait(
                 what = f"{envelope.to} has no agent: it will refuse a message without --action"
                 print(f"hive: {what}", file=sys.stderr)
             return code
-        return print_replies(config, envelope, args, control, said["connected"], ends)
+        return print_replies(config, envelope, args, control, said["connected"], began + wait)
 
 
 def say_sent(
