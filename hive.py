@@ -8781,7 +8781,7 @@ class ReasonCode(IntEnum):
         return self.name.lower().replace("_", " ")
 
 
-NO_SUBSCRIBERS = 0x10  # as in ReasonCode, which hive-cli loads later
+NO_SUBSCRIBERS = 0x10  # MQTT 5, 3.4.2.1
 
 
 def is_failure(reason: int) -> bool:
@@ -19127,7 +19127,6 @@ def claude_inbox(server: McpServer) -> Callable[[str], bool] | None:
             sock.connect(file)
             for line in ({"type": "auth", "token": token}, said):
                 sock.sendall(encode_json(line) + b"\n")
-            sock.shutdown(socket.SHUT_WR)
         return True
 
     return push
@@ -19572,8 +19571,7 @@ def send_and_wait(
     config: Config, envelope: Envelope, args: argparse.Namespace, wait: float | None = None
 ) -> int:
     """Send it; print what is known of it then, or its answers as they come."""
-    ends = time.monotonic() + (wait or 0.0)
-    patience = max(wait, MIN_PATIENCE) if wait else PATIENCE
+    began, patience = time.monotonic(), max(wait, MIN_PATIENCE) if wait else PATIENCE
     request = {"do": "send", "envelope": envelope.document(), "wait": bool(wait)}
     with Progress("handing it over"):
         control, said = ask_or_bypass(config, request, "queued", args.direct, patience)
@@ -19587,7 +19585,7 @@ def send_and_wait(
                 what = f"{envelope.to} has no agent: it will refuse a message without --action"
                 print(f"hive: {what}", file=sys.stderr)
             return code
-        return print_replies(config, envelope, args, control, said["connected"], ends)
+        return print_replies(config, envelope, args, control, said["connected"], began + wait)
 
 
 def say_sent(

@@ -495,6 +495,24 @@ def test_a_broker_that_does_not_say_all_is_given_up(
         node.ask({"do": "states"})
 
 
+def test_where_paho_is_missing_that_is_said_before_a_broker_is_looked_for(
+    commands: Commands, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise HiveError("paho-mqtt is missing")
+
+    monkeypatch.setattr(hive, "load_paho", missing)
+    monkeypatch.setattr(hive, "with_broker", lambda config: pytest.fail("it was"))
+    for ask in (
+        lambda: InProcessNode(config, 1.0).ask({"do": "states"}),
+        NodeRemoval(config, "beta").remove,
+    ):
+        with pytest.raises(HiveError, match="paho-mqtt is missing"):
+            ask()
+    said = commands.run("join hive1.x")
+    assert said == (1, "", "hive: paho-mqtt is missing\n")
+
+
 def test_what_it_must_hear_to_answer(commands: Commands, config: Config) -> None:
     def filters(do: str, to: str = "beta", wait: bool = False, checked: bool = False) -> Any:
         mqtt = config.mqtt.replace(senders="checked") if checked else config.mqtt

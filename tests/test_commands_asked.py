@@ -528,7 +528,9 @@ def test_an_option_for_groups_needs_one_and_an_answer(
 # -- looking back --
 
 
-def test_an_exchange_is_known_by_any_id_of_it(alpha: Commands) -> None:
+def test_an_exchange_is_known_by_any_id_of_it(
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def log(request: Answer) -> Answer:
         return {"rows": [{"exchange": "e-1"}] if request["filters"]["corr"] == "m-1" else []}
 
@@ -542,6 +544,13 @@ def test_an_exchange_is_known_by_any_id_of_it(alpha: Commands) -> None:
     daemon = alpha.daemon(send=QUEUED)
     alpha.run("send --to beta --text x")
     assert told(daemon.asked[0]).corr is None
+
+    def no_journal(*given: object) -> Answer:
+        raise hive.HiveError("no daemon has run here yet")
+
+    monkeypatch.setattr(hive, "ask_journal", no_journal)
+    alpha.run("send --to beta --text x --corr m-1")
+    assert told(daemon.asked[1]).corr == "m-1"
 
 
 def test_a_message_is_answered_by_its_id_or_by_what_it_is(alpha: Commands) -> None:
@@ -820,6 +829,19 @@ def test_journals_are_followed_and_whoever_comes_later_shows_what_is_new(alpha: 
     assert err == "hive: it has ended\n"  # a question that is held is not overdue
     looks = [one for one in journals.daemon.asked if one["do"] == "states"]
     assert abs(len(looks) - (alpha.now[0] - 1000) / 2) < 3  # every two seconds
+
+
+@pytest.mark.parametrize("follow", ["", "--follow"])
+def test_a_terminal_shows_that_journals_are_waited_for_but_not_that_they_are_followed(
+    alpha: Commands, monkeypatch: pytest.MonkeyPatch, follow: str
+) -> None:
+    monkeypatch.setattr(Waiting, "said", [], raising=False)
+    monkeypatch.setattr(hive, "Progress", Waiting)
+    journals = Journals(alpha, beta=[page(1.0)])
+    journals.daemon.lines.extend([DaemonError("it has ended")] * bool(follow))
+    alpha.run(f"log --of beta {follow}")
+    assert Waiting.said[0] == "waiting for the journals"
+    assert ("over" in Waiting.said) != bool(follow)
 
 
 def test_a_row_of_a_journal_is_seen_to_be_one() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -100,6 +102,38 @@ def test_what_is_said_beside_the_result_is_there_at_once_and_never_fails(
     stream = sys.stderr
     assert stream is not sys.__stderr__ and stream.line_buffering and stream.fileno() == 2
     assert stream.errors == sys.stdout.errors == "backslashreplace"
+
+
+def test_every_command_holds_its_streams(alpha: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held() -> None:
+        raise RuntimeError("held")
+
+    monkeypatch.setattr(hive, "hold_standard_streams", held)
+    with pytest.raises(RuntimeError, match="held"):
+        hive.main(["--version"])
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "stdin"), (1, "stdout"), (2, "stderr")])
+def test_the_place_of_a_stream_that_is_closed_is_taken(number: int, name: str) -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        said = "it failed"
+        with contextlib.suppress(BaseException):
+            os.close(number)
+            setattr(sys, name, None)
+            hive.hold_standard_streams()
+            stream = getattr(sys, name)
+            lost = stream is not None and (number == 0 or bool(stream.write("lost\n")))
+            if number:
+                stream.flush()
+            said = f"{os.get_inheritable(number)} {os.fstat(number).st_rdev} {lost}"
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with open(reading) as stream:
+        assert stream.read() == f"True {os.stat(os.devnull).st_rdev} True"
 
 
 def test_the_version_is_told_wherever_it_is_asked_for(alpha: Commands) -> None:
@@ -273,6 +307,7 @@ def test_help_is_as_wide_as_the_terminal(
     assert out.endswith(last)
     for name in hive.COMMANDS:
         assert f"\n    {name} " in out
+    assert bool(re.search(r"\n    send +Send a message .* do something", out)) == (width > 80)
 
 
 def test_help_of_a_command_has_its_words_options_and_examples(alpha: Commands) -> None:

@@ -143,6 +143,17 @@ def test_an_agent_whose_node_is_well_is_how_it_says() -> None:
 
 
 @pytest.mark.usefixtures("utc")
+def test_why_a_node_is_lost_is_said_where_it_is_the_only_one() -> None:
+    def words(*lost: str) -> str:
+        states = {name: state("offline", 60, reason="lost") for name in lost}
+        return hive.status_words(status_rows(states, HeartbeatConfig(), NOW), NOW)
+
+    assert words("a") == "1 lost since 08:17: it has fallen silent"
+    assert words("a", "b") == "2 lost, the last since 08:17"
+    assert words() == "no node yet"
+
+
+@pytest.mark.usefixtures("utc")
 def test_a_moment_has_its_day_once_it_is_half_a_day_ago() -> None:
     assert hive.short_time(NOW - 43199, NOW) == "20:18"
     assert hive.short_time(NOW - 43200, NOW) == "02-14 20:18"
