@@ -192,6 +192,7 @@ def test_what_its_command_line_said_counts_for_commands_too(
         eventually("it is announced", lambda: node_of_nobody(hive) == "mini")
         shown = typed(hive, "config").stdout
         assert f"port = {hive.broker.port}" in shown and "# the daemon that runs" in shown
+        eventually("it is connected", lambda: not plain(hive, "status").returncode)
         sent = typed(hive, "send", "--to=mini", "--ch=status", "--text=x").stdout
         assert f" -> {hive.prefix}/mini/status" in sent
         assert json.loads(typed(hive, "status", "--json").stdout)[0]["name"] == "mini"

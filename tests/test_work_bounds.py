@@ -318,6 +318,9 @@ def test_what_waited_too_long_does_not_run(rig_of: Make, late: bool) -> None:
     envelope = hive.Envelope.new("alpha", "beta", "command", "x", action="ping")
     until = rig.clock.now - (0.001 if late else 0.0)
     work_of(rig)._enqueue(hive.HandlerRun(envelope, until))
+    if late:
+        rig.turn()
+        assert rig.answers_to(envelope), "at the end of the turn"
     answer = rig.answer_to(envelope)
     expected = "its time to live was over before its turn came" if late else "pong"
     assert (expected in answer.text) and bool(rig.started()) is not late
@@ -586,3 +589,37 @@ def test_what_has_no_more_time_is_ended(
     calls = note_calls(monkeypatch, work._agents["main"], "end_call")
     work.end_handlers()
     assert len(children) == len(calls) == 1
+
+
+def test_each_gateway_is_looked_at_from_the_start(
+    rig_of: Make, main_agent: hive.InstanceConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = note_calls(monkeypatch, hive, "probe_port")
+    rig = rig_of([main_agent.replace(name=name, port=port) for name, port in (("a", 1), ("b", 2))])
+    assert [port for _, port, _ in looks] == [1, 2] and rig.works()
+
+
+def test_only_a_scheduled_run_knows_of_the_one_before(
+    rig_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = scheduled_rig(rig_of)
+    spec = hive.handler_spec
+    last_runs = list[str | None]()
+
+    def noted(*given: Any) -> hive.ProcessSpec:
+        last_runs.append(given[4])
+        return spec(*given)
+
+    monkeypatch.setattr(hive, "handler_spec", noted)
+    rig.say("command", "ping")
+    work_of(rig)._run_scheduled(work_of(rig)._schedule[0], time.time())
+    assert last_runs == [None, ""]
+
+
+def test_a_schedule_goes_on_where_an_earlier_process_was(rig_of: Make) -> None:
+    rig = scheduled_rig(rig_of)
+    work, last = work_of(rig), time.time() - 100
+    (one,) = work._schedule
+    rig.journal.put(one.key, {**one.kept(), "last": last, "ok": True})
+    work._start_schedule()
+    assert (one.last, one.ok, one.next) == (last, True, last + 86400)
