@@ -7483,9 +7483,7 @@ class Database:
     def _quarantine(self, error: Exception) -> sqlite3.Connection:
         """Begin anew beside a damaged file."""
         aside = self._file.with_name(f"{self._file.name}.damaged-{int(time.time())}")
-        os.replace(self._file, aside)
-        for suffix in ("-wal", "-shm"):
-            self._file.with_name(self._file.name + suffix).unlink(missing_ok=True)
+        os.replace(self._file, aside)  # SQLite deletes a log that lies beside an empty file
         self._log.error("file is damaged, set aside", file=aside, why=reason_of(error))
         return self._prepare(self._file)
 
@@ -7519,7 +7517,7 @@ class Database:
     def _open_for_reading(self) -> sqlite3.Connection | None:
         """What an earlier run left in a file that cannot be written now."""
         for how in ("mode=ro", "immutable=1"):  # the second where there is nothing beside the file
-            with contextlib.suppress(self._sqlite.Error):
+            with contextlib.suppress(self._sqlite.Error, UnicodeDecodeError):
                 uri = f"{self._file.absolute().as_uri()}?{how}"
                 database = self._sqlite.connect(uri, uri=True)
                 database.execute("SELECT count(*) FROM sqlite_master")
@@ -19129,7 +19127,6 @@ def claude_inbox(server: McpServer) -> Callable[[str], bool] | None:
             sock.connect(file)
             for line in ({"type": "auth", "token": token}, said):
                 sock.sendall(encode_json(line) + b"\n")
-            sock.shutdown(socket.SHUT_WR)
         return True
 
     return push

@@ -102,8 +102,8 @@ def _live(main: Callable[[], int | None], how: dict[str, Any]) -> NoReturn:
         _begin(how)
         code = main() or 0
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else bool(ended.code)
-        if isinstance(ended.code, str):
+        code = ended.code if isinstance(ended.code, int) else ended.code is not None
+        if not isinstance(ended.code, int | None):
             print(ended.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()

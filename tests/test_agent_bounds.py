@@ -488,6 +488,21 @@ def test_an_event_that_may_have_been_told_is_told_again_however_often(quiet: Qui
     assert quiet.notes == [hive.UNCERTAIN_NOTE]
 
 
+def test_a_gateway_whose_port_is_not_known_is_looked_for_where_it_usually_is(quiet: Quiet) -> None:
+    quiet.wake("a")
+    call = quiet.calls[-1].call
+    assert call and call.url == "http://127.0.0.1:18789/hooks/wake"
+
+
+def test_of_what_can_wait_for_a_heartbeat_fifteen_are_told_in_half_an_hour(quiet: Quiet) -> None:
+    for n in range(15):
+        quiet.wake(f"m-{n}", now=False)
+        quiet.end()
+        quiet.wait(1)
+    quiet.wake("one-more", now=False)
+    assert not quiet.agent.calling and quiet.timers() == [1800 - 15]
+
+
 def test_a_turn_that_may_have_begun_is_begun_five_times(quiet_of: Make) -> None:
     quiet = quiet_of(via="chat")
     quiet.wake("a")
@@ -853,3 +868,22 @@ def test_a_gateway_may_be_on_another_machine(
     while not ends:
         quiet.loop.step()
     assert found == [reached] and ends == [hive.WakeResult("the call: No route to host")]
+
+
+@pytest.mark.parametrize(
+    ("via", "session", "words"),
+    [
+        ("claude", "s1", "-p --output-format json --resume s1"),
+        ("claude", "last", "-p --output-format json --continue"),
+        ("codex", "s1", "exec --json resume s1 -"),
+        ("codex", "last", "exec --json resume --last -"),
+        ("gemini", "s1", "--output-format json --resume s1"),
+        ("gemini", "last", "--output-format json --resume latest"),
+        ("opencode", "s1", "run --format json --session s1"),
+        ("opencode", "last", "run --format json --continue"),
+    ],
+)
+def test_each_program_goes_on_with_its_session(via: str, session: str, words: str) -> None:
+    instance = hive.InstanceConfig("main", via=via, session=session)
+    event = hive.SystemEvent("x", True, pending().envelope)
+    assert hive.wake_argv(instance, hive.WAKE_METHODS[via], event) == [via, *words.split()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import errno
 import json
 import os
 import signal
@@ -33,6 +34,38 @@ def test_stopping_takes_less_time_than_systemd_gives_it() -> None:
     grace = unit.getint("Service", "TimeoutStopSec")
     assert hive.STOP_GRACE == 3, "as the documentation says"
     assert hive.DISCONNECT_TIMEOUT == 2 and grace > hive.STOP_GRACE + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("code", "opened", "why"),
+    [
+        (0, ["here"], ""),
+        (errno.EROFS, ["here", "there"], ""),
+        (errno.EISDIR, ["here"], "Is a directory"),
+    ],
+)
+def test_a_door_is_opened_elsewhere_only_where_nothing_can_be_made(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, code: int, opened: list[str], why: str
+) -> None:
+    tried = list[str]()
+
+    def open_door(loop: hive.Loop, file: str, answer: object) -> str:
+        tried.append(file)
+        if code and file == "here":
+            raise OSError(code, os.strerror(code))
+        return f"the door {file}"
+
+    before = rig.node._control
+    monkeypatch.setattr(hive, "ControlServer", open_door)
+    monkeypatch.setattr(hive, "control_socket_paths", lambda config: iter(("here", "there")))
+    rig.node._open_control_socket()
+    assert tried == opened
+    assert why or str(rig.node._control) == f"the door {opened[-1]}"
+    lines = rig.events("no door for the command line")
+    assert [(row["level"], row["file"], row["why"]) for row in lines] == (
+        [("error", "here", why)] if why else []
+    )
+    rig.node._control = before
 
 
 # What systemd hears
@@ -222,3 +255,17 @@ def test_a_node_that_has_its_broker_looks_for_it_before_each_connection(
     assert json.dumps(rig.node.node._connection()["broker"]) == '"localhost:1883"', "not yet"
     rig.node.on_connected()
     assert rig.node.node._connection()["broker"] == "other.lan:1883"
+
+
+def test_a_node_makes_sure_of_its_name_before_it_connects(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = note_calls(monkeypatch, hive, "NameConflictCheck")
+    node = rig.node
+    node.before_connecting(node.loop.stop)
+    ((loop, config, instances, heartbeat, go_on, failed, set_broker),) = checks
+    assert (loop, config, instances) == (rig.loop, rig.config, ("this-run", ""))
+    said = hive.Envelope.parse(heartbeat)
+    assert (said.sender, said.to, said.ch) == ("beta", "beta", "heartbeat")
+    assert (go_on, failed) == (node.loop.stop, node.on_disconnected)
+    assert set_broker == node._set_broker

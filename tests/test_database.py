@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import sqlite3
@@ -42,7 +44,8 @@ def open_store(file: Path, log: io.StringIO) -> Iterator[Open]:
 
     yield open_one
     for store in opened:
-        store.close()
+        with contextlib.suppress(sqlite3.ProgrammingError):  # closed already
+            store.close()
 
 
 def words(store: hive.Database) -> list[str]:
@@ -451,3 +454,40 @@ def test_where_no_lock_can_be_written_another_place_stands_for_it(
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
         hive.lock_or_spare(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("place", ["writable", "read-only"])
+def test_damage_in_the_names_of_its_tables_is_damage(
+    open_store: Open,
+    file: Path,
+    log: io.StringIO,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    """Then SQLite's own words cannot be decoded."""
+    store = open_store()
+    store.write(INSERT, ("one",))
+    store.close()
+    damaged = file.read_bytes().replace(b"TABLE words (", b"TABLE w\xff\xfeds (((", 1)
+    file.write_bytes(damaged[: len(file.read_bytes())])
+    if place == "read-only":
+        error = OSError(errno.EROFS, "Read-only file system")
+        monkeypatch.setattr(os, "replace", partial(fail_with, error))
+    with closing(hive.Database(file, TABLES, hive.Log("debug", "text", log), "lost")) as store:
+        assert words(store) == [] and store.on_disk == (place == "writable")
+    assert ("damaged, set aside" in log.getvalue()) == (place == "writable")
+
+
+def test_a_log_of_before_does_not_come_back_into_a_new_file(open_store: Open, file: Path) -> None:
+    """We rely on SQLite for that where a damaged file is set aside."""
+    store = open_store()
+    store.write(INSERT, ("before",))
+    store.commit()
+    before = [file.with_name(f"{file.name}-{end}") for end in ("wal", "shm")]
+    contents = [one.read_bytes() for one in before]
+    store.close()
+    file.write_bytes(b"")
+    for one, content in zip(before, contents, strict=True):
+        one.write_bytes(content)
+    with closing(hive.Database(file, TABLES, hive.Log(stream=io.StringIO()), "lost")) as store:
+        assert words(store) == [] and store.on_disk

@@ -907,10 +907,10 @@ def test_links_are_followed_as_the_system_follows_them(folder: Path, tmp_path: P
     (tmp_path / "b" / "relative").symlink_to("../c/program")
     (folder / "ping").symlink_to("../a/absolute")
     way = [*hive.directories_in_path(folder / "ping")]
-    root = [*reversed(tmp_path.parents)]
-    assert [one for one in way if one not in root] == [
-        *(tmp_path, folder, folder, tmp_path, tmp_path / "a"),
-        *(tmp_path, tmp_path / "b", tmp_path / "b", tmp_path, tmp_path / "c"),
+    home = [*reversed(tmp_path.parents), tmp_path]
+    assert way == [
+        *(*home, folder, folder, tmp_path, tmp_path / "a"),
+        *(*home, tmp_path / "b", tmp_path / "b", tmp_path, tmp_path / "c"),
     ]
 
 

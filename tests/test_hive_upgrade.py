@@ -18,7 +18,6 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 from conftest import ROOT, Broker, Daemon, Hive, eventually, missing
 from feed import Feed, Reply, self_signed
@@ -123,7 +122,7 @@ class Place:
             "HIVE_TIMEOUT": "300",
             **how.pop("environment", {}),
         }
-        return forked.run(
+        return subprocess.run(
             [sys.executable, "-c", STEPS, HANDLER, str(kill_at)],
             input=json.dumps({"text": text}),
             capture_output=True,
@@ -154,7 +153,7 @@ class Place:
         """Start the daemon, as its service manager does; how it ended, and what it said."""
         program = [sys.executable, "-c", STEPS, self.program[1], str(kill_at)]
         words = program if kill_at else [*self.program, "daemon"]
-        done = forked.run(words, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout
 
     @property

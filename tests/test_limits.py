@@ -229,3 +229,22 @@ def test_who_sends_too_much_is_told_and_shown_and_delays_nobody_else(quick: Hive
     assert "flood sends more than 5 messages a second" in said and "refused" in said
     assert len(beta.events("handler ended", status="ok")) <= 300
     assert alpha.process and alpha.process.poll() is None
+
+
+PROMISES = {  # what contrib/help/operation.md says, and what it must be
+    "keeps what it has to say (10,000 messages, on disk)": hive_module.MAX_OUTBOX == 10_000,
+    "growing pauses up to 30 seconds": max(hive_module.RETRY) == 30.0,
+    "a message is given up after two tries": hive_module.LARGE_HANG_UPS == 2,
+    "20,000 nodes and agents are known": hive_module.MAX_MEMBERS == 20_000,
+    "and 24 MiB of what they say": hive_module.MAX_DOCUMENTS == 24 << 20,
+    "leave a fifth of what may wait": hive_module.ANSWER_SHARE == 1 - 1 / 5,
+    "to one peer go at most 2,000": hive_module.ONE_SHARE * hive_module.MAX_OUTBOX == 2_000,
+    "of more than 30 nodes that are lost within a minute": hive_module.MAX_LOSSES == 30,
+    "two seconds later, or five": (hive_module.DOUBT, hive_module.STALL) == (1.5, 5.0),
+}
+
+
+@pytest.mark.parametrize("words", PROMISES)
+def test_the_bounds_are_those_of_the_help(words: str) -> None:
+    said = Path(hive_module.__file__).with_name("contrib") / "help" / "operation.md"
+    assert words in " ".join(said.read_text().split()) and PROMISES[words]

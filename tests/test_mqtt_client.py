@@ -1478,3 +1478,102 @@ def test_whoever_never_sends_the_marker_is_waited_for_five_seconds(rig: Rig) -> 
 def test_no_two_hives_of_a_broker_have_one_client_id() -> None:
     node = hive.NodeConfig("beta", topic_prefix="team/one")
     assert hive.plain_session_id(hive.Config(node)) == "team:one:beta"
+
+
+@pytest.mark.parametrize("how", ["a lost connection", "another broker", "a death of ours"])
+def test_what_goes_out_again_is_not_told_of_twice(rig: Rig, how: str) -> None:
+    envelope = hive.Envelope.new("alpha", "beta", "command", "x", id="a")
+    row = rig.journal.record(hive.Event.SENT, envelope, time.time())
+    rig.journal.enqueue("hive/beta/command", envelope.encode(), message=row)
+    rig.commit()
+    rig.wire.take()
+    rig.commit()
+    match how:
+        case "a lost connection":
+            rig.lose("cut")
+        case "another broker":
+            rig.client.send_again()
+        case _:
+            rig.journal.close()
+            rig.start()
+    rig.wire.take()
+    assert [id for id, *_ in rig.published] == ["a", None]
+
+
+def test_an_end_sends_what_is_committed_and_what_the_window_held(rig: Rig) -> None:
+    ended = list[bool]()
+    rig.wire.window = 1
+    rig.send("a")
+    rig.client.publish(OutgoingMessage("meta", b"state"))
+    rig.enqueue("late")
+    rig.journal.commit()
+    rig.client.close(lambda: ended.append(True), within=5.0)
+    for texts in (["a", "state"], ["a", "state", "late"]):
+        rig.wire.take()
+        rig.client.send_queued()
+        assert rig.wire.texts == texts and not ended
+    rig.wire.take()
+    assert ended
+
+
+def test_an_end_begins_with_what_waits(rig: Rig) -> None:
+    rig.enqueue("late")
+    rig.journal.commit()
+    rig.client.close(lambda: None, within=5.0)
+    assert rig.wire.texts == ["late"]
+
+
+def test_a_broker_that_was_gone_at_our_end_may_have_saved_nothing(rig: Rig) -> None:
+    rig.send("a")
+    rig.wire.take()
+    rig.journal.commit()
+    rig.wire.end("cut")
+    rig.client.close(lambda: None, within=5.0)
+    rig.journal.close()
+    rig.start()
+    assert rig.wire.texts == ["a"]
+
+
+def test_other_connections_speak_as_ours_does(rig: Rig) -> None:
+    rig.client._protocol = "3.1.1"
+    rig.client.probe(lambda well: None)
+    assert rig.wire.protocol == "3.1.1"
+    rig.client.fetch(["a"], "end", lambda message: None)
+    assert rig.wire.protocol == "3.1.1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "qos", "retained"), [(0, 0, False), (0b0011, 1, True), (0b1010, 1, False)]
+)
+def test_a_message_is_taken_apart(flags: int, qos: int, retained: bool) -> None:
+    acked, received = list[tuple[int, int]](), list[IncomingMessage]()
+    paho = SimpleNamespace(ack=lambda *what: acked.append(what))
+    connection: Any = SimpleNamespace(welcome=True, v5=True, ended=False, _client=paho)
+    connection._loop = SimpleNamespace(clock=lambda: 5.0)
+    connection._owner = SimpleNamespace(received=received.append)
+    body = b"\0\1t" + b"\0\7" * bool(qos) + b"\5\2\0\0\0\x3c" + b"payload"
+    MqttConnection._deliver(connection, flags, body)
+    [message] = received
+    assert (message.topic, message.payload, message.retained) == ("t", b"payload", retained)
+    assert message.expires_in == 60 and not message.earlier
+    message.ack()
+    connection.ended = True
+    message.ack()
+    assert acked == [(7, 1)] * bool(qos)
+    assert not qos or connection._said_at == 5.0, "that is a sign of life of ours"
+
+
+def test_small_packets_go_at_once_and_to_the_first_that_answers(loop: Loop) -> None:
+    def behave(client: socket.socket) -> None:
+        client.recv(4096)
+        client.sendall(b"\x20\x03\0\0\0")
+        client.recv(4096)
+
+    with server(behave) as port:
+        mqtt = MqttConfig(host="127.0.0.1", port=port, cluster=("127.0.0.9",))
+        client, _ = opened(loop, mqtt)
+        turn(loop, lambda: client.up)
+        assert client.host == "127.0.0.1" and client._connection
+        sock: Any = client._connection._client.socket()
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        closed(loop, client)

@@ -803,3 +803,15 @@ def test_only_an_action_that_is_not_known_makes_it_look_for_handlers(
     assert not looks
     rig.say("command", "other")
     assert len(looks) == 1
+
+
+def test_what_the_broker_has_taken_is_forgotten_at_the_end_of_the_turn(rig: Rig) -> None:
+    node = rig.node.node
+    for message in (
+        hive.OutgoingMessage("hive/meta/beta/ping", b"{}"),
+        hive.OutgoingMessage("hive/alpha/status", b"x", id="m-1"),
+    ):
+        rig.turn()
+        assert not node._committing
+        node.published(message, 0, "Success")
+        assert node._committing

@@ -194,6 +194,7 @@ def test_reason_codes_from_0x80_on_are_failures_and_have_words() -> None:
     codes = (0, 0x10, 0x11, 0x7F, 0x80, 0x81, 0x97, 0xFF, -1)  # below 0 are our own
     assert [hive.is_failure(code) for code in codes] == [False] * 4 + [True] * 5
     assert ReasonCode.QUOTA_EXCEEDED.words == "quota exceeded"
+    assert hive.NO_SUBSCRIBERS == ReasonCode.NO_MATCHING_SUBSCRIBERS
 
 
 MALFORMED, PROTOCOL = ReasonCode.MALFORMED_PACKET, ReasonCode.PROTOCOL_ERROR

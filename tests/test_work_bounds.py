@@ -318,6 +318,9 @@ def test_what_waited_too_long_does_not_run(rig_of: Make, late: bool) -> None:
     envelope = hive.Envelope.new("alpha", "beta", "command", "x", action="ping")
     until = rig.clock.now - (0.001 if late else 0.0)
     work_of(rig)._enqueue(hive.HandlerRun(envelope, until))
+    if late:
+        rig.turn()
+        assert rig.answers_to(envelope), "at the end of the turn"
     answer = rig.answer_to(envelope)
     expected = "its time to live was over before its turn came" if late else "pong"
     assert (expected in answer.text) and bool(rig.started()) is not late
@@ -586,3 +589,11 @@ def test_what_has_no_more_time_is_ended(
     calls = note_calls(monkeypatch, work._agents["main"], "end_call")
     work.end_handlers()
     assert len(children) == len(calls) == 1
+
+
+def test_each_gateway_is_looked_at_from_the_start(
+    rig_of: Make, main_agent: hive.InstanceConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = note_calls(monkeypatch, hive, "probe_port")
+    rig = rig_of([main_agent.replace(name=name, port=port) for name, port in (("a", 1), ("b", 2))])
+    assert [port for _, port, _ in looks] == [1, 2] and rig.works()
