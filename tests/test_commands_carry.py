@@ -372,7 +372,7 @@ def test_what_runs_is_told_of_what_changed(
     assert capsys.readouterr().out == f"Mosquitto listens at 127.0.0.1:8883: {how}\n"
     assert kills == ([(6, signal.SIGHUP)] if told else [])
     whose = ["--config", str(file), "--node", "alpha", "--prefix", "hive"]
-    line = [sys.executable, str(hive.own_file()), "host", "--foreground", *whose]
+    line = [*hive.own_program(), "host", "--foreground", *whose]
     assert started == ([] if serves else [line])
     assert alpha.now[0] == pytest.approx(1000.1)  # it looks often
     fails.extend([BrokerError("broker x: no")] * 1000)
@@ -554,7 +554,7 @@ def test_what_waits_at_the_embedded_broker_is_fetched_before(
     file = alpha.home / "my.toml"
     file.touch()
     hive.empty_embedded(config, file)
-    line = [sys.executable, str(hive.own_file()), "daemon"]
+    line = [*hive.own_program(), "daemon"]
     whose = ["--node", "alpha", "--prefix", "hive"]
     nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     assert Fetching.lines == [
@@ -1265,7 +1265,7 @@ def test_a_page_is_served_until_it_is_told_to_end(alpha: Commands, page: Page) -
     code, out, err = alpha.run("web --log-level error --host h")
     link = hive.web_link(7, "k")
     assert (code, out, err) == (0, f"the page of alpha: {link}\n", "")
-    me = [sys.executable, str(hive.own_file()), "--node=alpha", "--host=h", "--log-level=error"]
+    me = [*hive.own_program(), "--node=alpha", "--host=h", "--log-level=error"]
     assert page.made == [8484, ("k", me, "listener", False)]
     assert page.closed == ["run", "server", "service"] and not page.opened
     assert page.loops == ["closed"]

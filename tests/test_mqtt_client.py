@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import shutil
 import signal
@@ -1146,7 +1147,7 @@ def test_the_first_bytes_of_a_server_tell_what_it_is(first: bytes, words: str, c
         ),
         (ConnectionResetError(104, "reset"), True, "TLS: reset"),
         (ConnectionResetError(104, "reset"), False, "reset"),
-        (ConnectionRefusedError(111, "refused"), True, "refused"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), True, "refused"),
         (OSError(113, "no route"), True, "no route"),
     ],
 )

@@ -597,3 +597,29 @@ def test_each_gateway_is_looked_at_from_the_start(
     looks = note_calls(monkeypatch, hive, "probe_port")
     rig = rig_of([main_agent.replace(name=name, port=port) for name, port in (("a", 1), ("b", 2))])
     assert [port for _, port, _ in looks] == [1, 2] and rig.works()
+
+
+def test_only_a_scheduled_run_knows_of_the_one_before(
+    rig_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = scheduled_rig(rig_of)
+    spec = hive.handler_spec
+    last_runs = list[str | None]()
+
+    def noted(*given: Any) -> hive.ProcessSpec:
+        last_runs.append(given[4])
+        return spec(*given)
+
+    monkeypatch.setattr(hive, "handler_spec", noted)
+    rig.say("command", "ping")
+    work_of(rig)._run_scheduled(work_of(rig)._schedule[0], time.time())
+    assert last_runs == [None, ""]
+
+
+def test_a_schedule_goes_on_where_an_earlier_process_was(rig_of: Make) -> None:
+    rig = scheduled_rig(rig_of)
+    work, last = work_of(rig), time.time() - 100
+    (one,) = work._schedule
+    rig.journal.put(one.key, {**one.kept(), "last": last, "ok": True})
+    work._start_schedule()
+    assert (one.last, one.ok, one.next) == (last, True, last + 86400)
