@@ -38,14 +38,14 @@ def spawn(
     For [python, hive-cli, ...] and [python, "-c", code that imports hive, ...] that is known.
     """
     words = [os.fspath(word) for word in line]
-    start = 0
+    argv = words
     if main is None and words[:2] == [sys.executable, PROGRAM]:
-        start, main = 1, hive.main
+        main, argv = hive.main, words[1:]
     elif main is None and words[:2] == [sys.executable, "-c"]:
-        start, main = 2, partial(exec, words[2], {})
+        main, argv = partial(exec, words[2], {}), ["-c", *words[3:]]
     if main is None or not FORKS:
         return subprocess.Popen(words, **how)
-    return _Forked(words, main, words[start:], **how)
+    return _Forked(words, main, argv, **how)
 
 
 def run(

@@ -170,7 +170,8 @@ def test_what_stays_runs_without_streams(
     )
     try:
         if command == "daemon":
-            eventually("it answers", lambda: hive.cli("alpha", "status", code=None).returncode == 0)
+            eventually("it is up", lambda: node.statuses() == {"alpha": "online"})
+            hive.cli("alpha", "status")
             said = hive.cli(
                 "alpha", "send", "--to=alpha", "--action=echo", "--text=hi", "--wait=20"
             )
