@@ -259,9 +259,9 @@ class Trial:
         done = self.hive.cli("alpha", "send", *arguments)
         self.commands.append(hive.Envelope.parse(done.stdout.encode()).id)
 
-    def send_rest(self) -> None:
-        """All that are missing to COUNT."""
-        while len(self.commands) < COUNT:
+    def send_rest(self, number: int = COUNT) -> None:
+        """All that are missing to so many."""
+        while len(self.commands) < number:
             self.send()
 
     @contextlib.contextmanager

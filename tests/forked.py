@@ -128,6 +128,7 @@ def _begin(how: dict[str, Any]) -> None:
     """Become what a program is when it begins."""
     gc.freeze()
     atexit._clear()
+    threading._threading_atexits.clear()  # type: ignore[attr-defined]
     signal.set_wakeup_fd(-1)
     for one in signal.valid_signals() - {signal.SIGINT}:
         if callable(signal.getsignal(one)):

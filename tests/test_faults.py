@@ -209,9 +209,9 @@ def test_the_disk_is_full_for_a_while(begin: Begin, disk: str) -> None:
         for node in nodes:  # it looks at the disk every 30 s
             node.change, node.far_log = "hive.MAINTENANCE_INTERVAL = 0.5", disk == "RLIMIT_FSIZE"
         trial.start()
+        trial.send_rest(COUNT // 2)
+        room.fill()
         with trial.sending():
-            trial.reached(COUNT // 4)
-            room.fill()
             for node in nodes:
                 node.logged("cannot write, going on in memory")
             eventually("both say so", lambda: statuses(trial) == {"degraded"})
