@@ -1417,3 +1417,21 @@ def test_a_lock_that_cannot_be_had_tells_nothing(rig: Rig, tmp_path: Path) -> No
     (file := tmp_path / "file").write_text("")
     config = rig.config.replace(node=rig.config.node.replace(state_dir=file))
     assert hive.telling_lock(config, "ada") is None
+
+
+def test_an_answer_that_a_call_waits_for_hides_no_other_message() -> None:
+    """It stands before it in the inbox, where one is asked for."""
+    inbox = [{"task": n, "envelope": {"corr": corr}} for n, corr in ((1, "mine"), (2, None))]
+
+    class Link:
+        agent = "ada"
+
+        def attach(self) -> bool:
+            return True
+
+        def ask(self, *, limit: int, **how: object) -> dict[str, Any]:
+            return {"messages": inbox[:limit], "more": len(inbox[limit:])}
+
+    link: Any = Link()
+    assert hive.McpTools(link, lambda: {"mine"}).unclaimed(1) == (inbox[1:], 0)
+    assert hive.McpTools(link, set[str]).unclaimed(1) == (inbox[:1], 1)
