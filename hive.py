@@ -1592,6 +1592,7 @@ class Journal:
 
     def commit(self) -> None:
         """Make it last, before anybody is told that it is safe with us."""
+        self._database.commit()  # by itself: together with what goes, the log would be longer
         if self._rows > PRUNE_AFTER or self._size > PRUNE_SIZE:
             self.prune(time.time())
         if self._acknowledged and self.saved_before > self._forgotten + UNSAVED_SECONDS / 4:
