@@ -404,9 +404,9 @@ def test_a_broker_that_cannot_start_gives_back_what_it_has(
 ) -> None:
     (home / "s").write_text("no socket")
     host = host_of(configuration(home))
-    before = len(os.listdir("/dev/fd"))
+    before = {*os.listdir("/dev/fd")}  # some of other tests may be closed meanwhile
     host.host._located(None, host.found.append)
-    assert len(os.listdir("/dev/fd")) == before and not host.found
+    assert {*os.listdir("/dev/fd")} <= before and not host.found
     (home / "s").unlink()
     host.host._located(None, host.found.append)
     assert [one.host for one in host.found] == [str(home / "s")]

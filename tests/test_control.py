@@ -325,10 +325,10 @@ def test_two_hundred_commands_in_a_row_leave_nothing_behind(host: Host) -> None:
         host.turn()
 
     command()
-    before = len(os.listdir("/dev/fd"))
+    before = {*os.listdir("/dev/fd")}  # some of other tests may be closed meanwhile
     for _ in range(200):
         command()
-    assert len(os.listdir("/dev/fd")) == before
+    assert {*os.listdir("/dev/fd")} <= before
     assert host.server and not host.server.connections
 
 
@@ -440,14 +440,14 @@ def test_without_a_daemon_nobody_opens(tmp_path: Path, there: str) -> None:
             stale.bind(str(file))
     elif there == "no such folder":
         file = tmp_path / "missing" / "door"
-    before = len(os.listdir("/dev/fd"))
+    before = {*os.listdir("/dev/fd")}  # some of other tests may be closed meanwhile
     with pytest.raises(OSError) as raised:  # it keeps alive what was not closed
         hive.ControlClient(file, "beta")
-    assert len(os.listdir("/dev/fd")) == before, raised
+    assert {*os.listdir("/dev/fd")} <= before, raised
     assert hive.connect_to_daemon(config_for(file.parent)) is None
     with pytest.raises(hive.HiveError, match="no daemon of beta has run here yet"):
         hive.look_up(config_for(file.parent), {"do": "message", "id": "m-1"})
-    assert len(os.listdir("/dev/fd")) == before
+    assert {*os.listdir("/dev/fd")} <= before
 
 
 def test_a_daemon_that_hangs_is_an_error_and_not_a_wait_for_ever(
@@ -499,10 +499,10 @@ def test_a_server_that_was_closed_has_given_everything_back(host: Host) -> None:
     assert host.server
     host.server._accept(0)  # who waited has gone: that is no wait either
     command = host.command()
-    before = len(os.listdir("/dev/fd"))
+    before = {*os.listdir("/dev/fd")}  # some of other tests may be closed meanwhile
     number = host.server._listener.fileno()
     host.server.close()
-    assert len(os.listdir("/dev/fd")) == before - 2 and not host.inside
+    assert len(os.listdir("/dev/fd")) <= len(before) - 2 and not host.inside
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert number in (ours.fileno(), theirs.fileno())
