@@ -4944,13 +4944,6 @@ def own_file() -> Path:
     return file.parent if file.parent.is_file() else file  # a zip is a folder to Python alone
 
 
-def own_program() -> list[str]:
-    """What starts it anew: by hive-cli, where that lies beside it, it need not be compiled."""
-    file = own_file()
-    beside = file.with_name("hive-cli")
-    return [sys.executable, str(beside if file.name == "hive.py" and beside.exists() else file)]
-
-
 def short_host_name() -> str:
     """This machine's name up to the first dot, made fit to be a node's name."""
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", os.uname().nodename.partition(".")[0])
@@ -19362,6 +19355,15 @@ DIRECT = option("--direct", action="store_true", help="publish without this node
 AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON instead of text")
 
 
+def own_program() -> list[str]:
+    """What starts it anew: by hive-cli, which need not compile it, if nobody else put that there."""
+    file = own_file()
+    beside = file.with_name("hive-cli")
+    if file.name == "hive.py" and beside.exists() and not writable_by_others(beside.lstat()):
+        file = beside
+    return [sys.executable, str(file)]
+
+
 def start_again() -> None:
     """Go on as a process that reads the compiled file, if this one had to compile it.
 
@@ -19375,8 +19377,12 @@ def start_again() -> None:
     from importlib.util import cache_from_source
 
     file = str(own_file())
+    compiled = cache_from_source(file)
+    with contextlib.suppress(OSError):
+        if writable_by_others(os.lstat(os.path.dirname(compiled))):
+            return  # what lies there may be another user's
     SourceFileLoader("hive", file).get_code("hive")
-    if not os.path.exists(cache_from_source(file)):
+    if not os.path.exists(compiled):
         return
     here = "" if sys.flags.safe_path else " del sys.path[0];"  # the current directory
     code = (

@@ -1077,7 +1077,7 @@ class Hook:
         return self.daemon
 
     def session(self, sessions: Any, directory: str, above: list[int]) -> str:
-        assert (sessions, directory) == ([{"agent": "claude"}], "/work here") and above
+        assert (sessions, directory) == ([{"agent": "claude"}], "/my project") and above
         return self.agent
 
     def lock(self, config: Any, agent: str, patience: float) -> Any:
@@ -1086,7 +1086,7 @@ class Hook:
         return io.BytesIO() if self.agent == "claude" else None
 
     def call(self, event: object, **more: Any) -> tuple[int, str, str]:
-        said = {"hook_event_name": event, "cwd": "/work here", **more}
+        said = {"hook_event_name": event, "cwd": "/my project", **more}
         data = json.dumps(said).encode()
         self.patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         return self.alpha.run("hook")
@@ -1209,7 +1209,7 @@ def test_who_waits_for_a_line_has_it_at_once(
     monkeypatch.setattr(hive.Broker, "start", lambda broker: None)
     monkeypatch.setattr(hive.time, "strftime", look)  # type: ignore[attr-defined]
     monkeypatch.setattr(sys, "stdout", pipe.stream())
-    data = json.dumps({"hook_event_name": "Stop", "cwd": "/work here"}).encode()
+    data = json.dumps({"hook_event_name": "Stop", "cwd": "/my project"}).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     if words == "tests":
         hive.show_tests(alpha.home / "my.toml")

@@ -517,6 +517,39 @@ def test_a_process_that_starts_anew_is_not_interrupted_between(
     assert deletes != bool(sys.flags.safe_path)
 
 
+@pytest.mark.parametrize("what", ["hive-cli", "__pycache__"])
+def test_what_another_user_put_beside_it_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Who copies hive.py to /tmp runs nothing else that lies there."""
+    from importlib.machinery import SourceFileLoader
+
+    seen: list[object] = []
+    monkeypatch.setattr(hive, "own_file", lambda: tmp_path / "hive.py")
+    monkeypatch.setattr(hive, "__spec__", None)
+    monkeypatch.setattr(hive, "__loader__", SourceFileLoader("hive", hive.__file__))
+    monkeypatch.setattr(SourceFileLoader, "get_code", lambda self, name: seen.append(name))
+    beside = tmp_path / what
+
+    def believed() -> bool:
+        """Is it used?"""
+        if what == "hive-cli":
+            return hive.own_program() == [sys.executable, str(beside)]
+        seen.clear()
+        hive.start_again()
+        return bool(seen)
+
+    assert believed() == (what != "hive-cli")  # it is not there
+    beside.mkdir(0o755)
+    assert believed()
+    beside.chmod(0o757)
+    assert not believed()
+    beside.chmod(0o755)
+    monkeypatch.setattr("os.geteuid", lambda: 65534)  # it is somebody's who is not root
+    os.chown(beside, *([12345] * 2 if os.getuid() == 0 else [-1] * 2))
+    assert not believed()
+
+
 def test_a_file_that_is_imported_is_not_started_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.execv", lambda *given: pytest.fail("it was"))
     hive.start_again()
