@@ -19356,7 +19356,7 @@ AS_JSON = option("--json", action="store_true", dest="as_json", help="print JSON
 
 
 def own_program() -> list[str]:
-    """What starts it anew: by hive-cli, which need not compile it, if nobody else put that there."""
+    """What starts it anew: by hive-cli, which need not compile it, unless others put that there."""
     file = own_file()
     beside = file.with_name("hive-cli")
     if file.name == "hive.py" and beside.exists() and not writable_by_others(beside.lstat()):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import PATIENCE, ROOT, Clock, eventually
 
 import hive
@@ -30,6 +31,7 @@ from hive import (
 )
 
 NOTHING: Mapping[str, Any] = {}
+both = pytest.mark.parametrize("version", [4, 5])
 KEPT: dict[str, Any] = {"clean": False, "session_expiry": 3600}
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import PATIENCE, eventually, free_port
 from raw_mqtt import (
     Hosted,
+    both,
     connect_packet,
     disconnect_packet,
     kept,
@@ -23,7 +24,6 @@ from raw_mqtt import (
 import hive
 from hive import PacketType, Publish, ReasonCode, encode_packet, encode_string, encode_two_bytes
 
-both = pytest.mark.parametrize("version", [4, 5])
 Make = Callable[..., Hosted]
 NO_LOCAL, AS_PUBLISHED = 4, 8
 AMEND = {"session_expiry": 3600}

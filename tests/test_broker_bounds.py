@@ -43,7 +43,6 @@ from hive import (
     encode_packet,
 )
 
-both = pytest.mark.parametrize("version", [4, 5])
 Make = Callable[..., Hosted]
 
 

@@ -28,6 +28,7 @@ from raw_mqtt import (
     Hosted,
     OwnBroker,
     Raw,
+    both,
     connect_packet,
     disconnect_packet,
     kept,
@@ -38,7 +39,6 @@ from raw_mqtt import (
 import hive
 from hive import PacketType, Publish, ReasonCode, encode_packet, encode_string
 
-both = pytest.mark.parametrize("version", [4, 5])
 Make = Callable[..., Hosted]
 Own = Callable[..., OwnBroker]
 MOMENT = 2.0  # seconds; a slow machine with other work is still quicker

@@ -269,13 +269,13 @@ def test_a_daemon_has_five_seconds_to_answer_or_less(
 class Own:
     """One that is connected, and what it was asked; its answers come later."""
 
-    def __init__(self, config: Config, now: list[float], daemon: Scripted | None = None) -> None:
+    def __init__(self, config: Config, now: list[float], daemon: Any = None) -> None:
         self.contested = ""
         self.handled: list[Any] = []
         self.answer: dict[str, Any] | None = {"queued": True}
         self.later = deque[dict[str, Any]]()
         self.now, self.timers, self.closed = now, [0, 0], list[str]()
-        self.node = InProcessNode(config, 5.0, daemon)  # type: ignore[arg-type]
+        self.node: Any = InProcessNode(config, 5.0, daemon)
         members = SimpleNamespace(contested=lambda to: self.contested)
         journal = SimpleNamespace(close=lambda: self.closed.append("journal"))
         self.node._node = SimpleNamespace(  # type: ignore[assignment]
@@ -400,7 +400,7 @@ def test_a_broker_that_hangs_up_at_a_large_message_may_not_take_it(
     commands: Commands, config: Config, reason: str, size: int, connected: bool, told: bool
 ) -> None:
     own = Own(config, commands.now)
-    own.node._node.connected = connected  # type: ignore[union-attr]
+    own.node._node.connected = connected
     own.node._bytes = size
     with pytest.raises(hive.BrokerError) as raised:
         own.node.on_disconnected(reason)
@@ -428,11 +428,11 @@ def test_it_says_goodbye_and_leaves_nothing_open(commands: Commands, config: Con
         given.append(within)
         done()
 
-    own.node._client = SimpleNamespace(close=close)  # type: ignore[assignment]
+    own.node._client = SimpleNamespace(close=close)
     own.node.on_close.append(lambda: given.append("told"))
     own.node.close()
     assert (given, own.closed, daemon.closed) == (["told", 1.0], ["journal", "loop"], 1)
-    own.node._client = SimpleNamespace(close=lambda done, within: None)  # type: ignore[assignment]
+    own.node._client = SimpleNamespace(close=lambda done, within: None)
     before = commands.now[0]
     own.node.close()  # it is not waited for for ever
     assert 10.0 <= commands.now[0] - before < 11
@@ -755,21 +755,21 @@ def test_who_may_remove_what_another_wrote(
     broker: Callable[..., Any], config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broker(left_by_beta())
-    checked = SimpleNamespace(
+    checked: Any = SimpleNamespace(
         mqtt=config.mqtt,
         node=config.node,
         heartbeat=config.heartbeat,
         topics=hive.Topics("hive", sender="alpha"),
     )
     with pytest.raises(HiveError) as raised:
-        NodeRemoval(checked, "beta").remove()  # type: ignore[arg-type]
+        NodeRemoval(checked, "beta").remove()
     assert str(raised.value) == (
         "nobody but beta writes its documents, as senders are checked;"
         " say this on the machine that carries the hive"
     )
-    assert NodeRemoval(checked, "beta", as_host=True).remove() == 4  # type: ignore[arg-type]
+    assert NodeRemoval(checked, "beta", as_host=True).remove() == 4
     checked.node = config.node.replace(id="beta")
-    assert NodeRemoval(checked, "beta").remove() == 4  # type: ignore[arg-type]
+    assert NodeRemoval(checked, "beta").remove() == 4
 
 
 def test_a_broker_that_says_nothing_is_given_up_after_ten_seconds(

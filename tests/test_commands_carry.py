@@ -212,9 +212,9 @@ def test_why_nothing_can_listen_there_is_one_line(
 
 
 @pytest.fixture
-def steps(carried: Carried, monkeypatch: Patch) -> list[Any]:
+def steps(carried: Any, monkeypatch: Patch) -> list[Any]:
     """What `hive host` does, in this order."""
-    done = carried.done
+    done: list[Any] = carried.done
 
     def note(name: str, result: Any = None) -> Callable[..., Any]:
         def do(*given: Any) -> Any:
@@ -237,9 +237,7 @@ def names_of(steps: list[Any]) -> list[str]:
     return [step[0] for step in steps]
 
 
-def test_a_hive_is_carried_step_by_step(
-    alpha: Commands, carried: Carried, steps: list[Any]
-) -> None:
+def test_a_hive_is_carried_step_by_step(alpha: Commands, carried: Any, steps: list[Any]) -> None:
     carried.changes = [True]
     code, out, _ = alpha.run("host --listen 10.0.0.1 --port 7001")
     file = alpha.home / ".config" / "hive" / "hive.toml"
@@ -253,7 +251,7 @@ def test_a_hive_is_carried_step_by_step(
 
 
 def test_a_hive_that_runs_where_it_is_to_needs_no_free_address(
-    alpha: Commands, carried: Carried, steps: list[Any], monkeypatch: Patch
+    alpha: Commands, carried: Any, steps: list[Any], monkeypatch: Patch
 ) -> None:
     carried.before, carried.pid = BEFORE, 5
     for line, pid, checked in (("", 5, False), ("--port 1", 5, True), ("", None, True)):
@@ -268,7 +266,7 @@ def test_a_hive_that_runs_where_it_is_to_needs_no_free_address(
 
 
 def test_a_bridge_is_made_between_and_waited_for(
-    alpha: Commands, carried: Carried, steps: list[Any]
+    alpha: Commands, carried: Any, steps: list[Any]
 ) -> None:
     carried.changes = [False, True]
     alpha.run("host --listen 10.0.0.1 --bridge hive1.x")
@@ -279,16 +277,14 @@ def test_a_bridge_is_made_between_and_waited_for(
     assert steps[3][1] == "hive1.x" and steps[5][-1] is True
 
 
-def test_in_the_foreground_it_only_serves(
-    alpha: Commands, carried: Carried, steps: list[Any]
-) -> None:
+def test_in_the_foreground_it_only_serves(alpha: Commands, carried: Any, steps: list[Any]) -> None:
     code, out, _ = alpha.run("host --listen 10.0.0.1 --foreground")
     assert (code, out) == (0, "")
     assert names_of(steps)[2:] == ["prepare", "serve_hive"]
 
 
 def test_who_has_a_broker_already_hosts_none(
-    alpha: Commands, carried: Carried, steps: list[Any]
+    alpha: Commands, carried: Any, steps: list[Any]
 ) -> None:
     why = "hive: host: it is itself the broker; say --listen, and --name\n"
     assert alpha.run("--host x host --listen 10.0.0.1") == (2, "", why)
@@ -305,7 +301,7 @@ def test_who_has_a_broker_already_hosts_none(
 
 
 def test_the_service_ends_with_what_it_opened(
-    alpha: Commands, config: hive.Config, carried: Carried, monkeypatch: Patch
+    alpha: Commands, config: hive.Config, carried: Any, monkeypatch: Patch
 ) -> None:
     done: list[str] = []
     monkeypatch.setattr(hive, "time", time)
@@ -323,7 +319,7 @@ def test_the_service_ends_with_what_it_opened(
 
     monkeypatch.setattr(hive, "HostService", Service)
     monkeypatch.setattr(hive.Loop, "run", lambda self: done.append("run"))
-    assert hive.serve_hive(carried, config) == 0  # type: ignore[arg-type]
+    assert hive.serve_hive(carried, config) == 0
     assert done == ["made", "start", "run", "close"] and loops == ["closed"]
 
 
@@ -338,7 +334,7 @@ def test_the_service_ends_with_what_it_opened(
 def test_what_runs_is_told_of_what_changed(
     alpha: Commands,
     config: hive.Config,
-    carried: Carried,
+    carried: Any,
     monkeypatch: Patch,
     capsys: pytest.CaptureFixture[str],
     serves: int | None,
@@ -368,7 +364,7 @@ def test_what_runs_is_told_of_what_changed(
     monkeypatch.setattr(hive, "start_supervised", start)
     monkeypatch.setattr(hive, "JoinRequest", Join)
     file = alpha.home / "my.toml"
-    hive.start_service(carried, file, config, changed)  # type: ignore[arg-type]
+    hive.start_service(carried, file, config, changed)
     assert capsys.readouterr().out == f"Mosquitto listens at 127.0.0.1:8883: {how}\n"
     assert kills == ([(6, signal.SIGHUP)] if told else [])
     whose = ["--config", str(file), "--node", "alpha", "--prefix", "hive"]
@@ -377,7 +373,7 @@ def test_what_runs_is_told_of_what_changed(
     assert alpha.now[0] == pytest.approx(1000.1)  # it looks often
     fails.extend([BrokerError("broker x: no")] * 1000)
     with pytest.raises(BrokerError) as raised:
-        hive.start_service(carried, file, config, False)  # type: ignore[arg-type]
+        hive.start_service(carried, file, config, False)
     assert str(raised.value) == f"broker x: no; see also {carried.log}"
     assert 15 <= alpha.now[0] - 1000 < 17
 
@@ -407,7 +403,7 @@ def test_whether_a_broker_lets_us_in_is_tried(
 )
 def test_an_invitation_is_told_once_the_broker_knows_it_or_it_was_used(
     alpha: Commands,
-    carried: Carried,
+    carried: Any,
     monkeypatch: Patch,
     good: bool,
     lets: int,
@@ -422,11 +418,11 @@ def test_an_invitation_is_told_once_the_broker_knows_it_or_it_was_used(
     said: Any = SimpleNamespace(name="beta", password="pw", settings=lambda *given: mqtt)
     if waits is None:
         with pytest.raises(BrokerError) as raised:
-            hive.await_invitation(carried, said)  # type: ignore[arg-type]
+            hive.await_invitation(carried, said)
         assert str(raised.value) == "127.0.0.1:8883 does not know it yet; say this again"
         assert 15 <= alpha.now[0] - 1000 < 15.2
     else:
-        hive.await_invitation(carried, said)  # type: ignore[arg-type]
+        hive.await_invitation(carried, said)
         assert alpha.now[0] - 1000 == pytest.approx(waits)
 
 
@@ -434,7 +430,7 @@ def test_an_invitation_is_told_once_the_broker_knows_it_or_it_was_used(
 def test_this_machines_node_moves_over_once(
     alpha: Commands,
     config: hive.Config,
-    carried: Carried,
+    carried: Any,
     monkeypatch: Patch,
     capsys: pytest.CaptureFixture[str],
     locked: bool,
@@ -444,7 +440,7 @@ def test_this_machines_node_moves_over_once(
     monkeypatch.setattr(hive, "restart_daemon", lambda *given: done.append("restarted"))
     monkeypatch.setattr(hive, "is_locked", lambda file: locked and file.name == "lock")
     file = alpha.home / "hive.toml"
-    hive.move_over(carried, file, config, BEFORE)  # type: ignore[arg-type]
+    hive.move_over(carried, file, config, BEFORE)
     said = capsys.readouterr().out
     assert said == f"wrote {file}: node alpha, broker {BEFORE.own}:7000\n"
     assert done == ["emptied", *["restarted"] * locked]
@@ -455,9 +451,9 @@ def test_this_machines_node_moves_over_once(
     ):
         assert one in text, one
     assert file.stat().st_mode & 0o777 == 0o600
-    hive.move_over(carried, file, config, BEFORE)  # type: ignore[arg-type]
+    hive.move_over(carried, file, config, BEFORE)
     assert capsys.readouterr().out == "" and len(done) == 1 + locked
-    hive.move_over(carried, file, config, BEFORE.replace(port=7001))  # type: ignore[arg-type]
+    hive.move_over(carried, file, config, BEFORE.replace(port=7001))
     assert "port = 7001" in file.read_text()
 
 
@@ -598,7 +594,7 @@ def parsed(monkeypatch: Patch) -> dict[str, Any]:
 
 
 def test_a_bridge_is_an_account_at_the_other_site(
-    config: hive.Config, carried: Carried, parsed: dict[str, Any], monkeypatch: Patch
+    config: hive.Config, carried: Any, parsed: dict[str, Any], monkeypatch: Patch
 ) -> None:
     done: list[Any] = []
     there = hive.MqttConfig(host="h2", username="@office")
@@ -618,14 +614,14 @@ def test_a_bridge_is_an_account_at_the_other_site(
     monkeypatch.setattr(hive, "refuse_namesakes", lambda *given: done.append(given[2]))
     monkeypatch.setattr(hive, "new_secret_at", secret)
     parsed["line"] = invited()
-    hive.bridge_over(carried, config, "line")  # type: ignore[arg-type]
+    hive.bridge_over(carried, config, "line")
     account = {"name": "@office", "host": "h2", "port": 7000, "password": "pw"}
     assert done == ["h2", there, (there, "hive")]
     assert carried.done == [("bridge", account, "PEM")] and not [*carried.folder.iterdir()]
-    hive.bridge_over(carried, config, "none")  # type: ignore[arg-type]
+    hive.bridge_over(carried, config, "none")
     assert carried.done[1:] == [("bridge", {}, "")]
     monkeypatch.setattr(hive, "new_secret_at", lambda *given: "pw")  # another was quicker
-    hive.bridge_over(carried, config, "line")  # type: ignore[arg-type]
+    hive.bridge_over(carried, config, "line")
     assert carried.done[2] == carried.done[0]
 
 
@@ -639,7 +635,7 @@ def test_a_bridge_is_an_account_at_the_other_site(
 )
 def test_what_makes_no_bridge_is_refused(
     config: hive.Config,
-    carried: Carried,
+    carried: Any,
     parsed: dict[str, Any],
     invitation: Any,
     sites: list[str],
@@ -647,38 +643,38 @@ def test_what_makes_no_bridge_is_refused(
 ) -> None:
     parsed["line"], carried.sites_here = invitation, sites
     with pytest.raises(UsageError) as raised:
-        hive.bridge_over(carried, config, "line")  # type: ignore[arg-type]
+        hive.bridge_over(carried, config, "line")
     assert str(raised.value) == why and not carried.done
 
 
 def test_two_sites_have_no_node_in_common(
-    alpha: Commands, config: hive.Config, carried: Carried
+    alpha: Commands, config: hive.Config, carried: Any
 ) -> None:
     visitor = alpha.bypass(states={"states": {"x": {}}})
     there = hive.MqttConfig(host="h2", username="@office")
-    hive.refuse_namesakes(carried, config, there)  # type: ignore[arg-type]
+    hive.refuse_namesakes(carried, config, there)
     assert visitor.closed == 1 and alpha.direct == [10.0]
     assert (alpha.visitors[0].mqtt, alpha.visitors[0].node.id) == (there, "@office")
     visitor = alpha.bypass(states={"states": {"x": {}, "beta": {}}})
     with pytest.raises(HiveError) as raised:
-        hive.refuse_namesakes(carried, config, there)  # type: ignore[arg-type]
+        hive.refuse_namesakes(carried, config, there)
     why = "names are unique in a hive: let it join again under another one"
     assert str(raised.value) == f"beta: a node of here, and one of there; {why}"
 
 
 def test_a_bridge_is_waited_for_a_quarter_of_a_minute(
-    alpha: Commands, carried: Carried, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+    alpha: Commands, carried: Any, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["", "0", "1"]
     monkeypatch.setattr(hive, "bridge_word", lambda host, name: words.pop(0) if words else "0")
-    hive.await_bridge(carried)  # type: ignore[arg-type]
+    hive.await_bridge(carried)
     assert capsys.readouterr().out == "no bridge to another site\n" and len(words) == 3
     carried.hub = ("@office", hive.MqttConfig(host="hub", port=7))
-    hive.await_bridge(carried)  # type: ignore[arg-type]
+    hive.await_bridge(carried)
     assert capsys.readouterr().out == "bridge to hub:7: there, as @office\n"
     assert alpha.now[0] == pytest.approx(1000.4)
     with pytest.raises(BrokerError) as raised:
-        hive.await_bridge(carried)  # type: ignore[arg-type]
+        hive.await_bridge(carried)
     assert str(raised.value) == f"no bridge to hub:7 yet; see also {carried.log}"
     assert 15 <= alpha.now[0] - 1000.4 < 15.5
 
@@ -687,7 +683,7 @@ def test_a_bridge_is_waited_for_a_quarter_of_a_minute(
 
 
 @pytest.fixture
-def inviting(carried: Carried, monkeypatch: Patch) -> list[Any]:
+def inviting(carried: Any, monkeypatch: Patch) -> list[Any]:
     """Who is invited."""
     names: list[Any] = []
 
@@ -714,7 +710,7 @@ def test_an_invitation_says_what_to_do_with_it(alpha: Commands, inviting: list[A
 
 
 def test_sites_are_invited_by_their_hub_alone(
-    alpha: Commands, carried: Carried, inviting: list[Any], monkeypatch: Patch
+    alpha: Commands, carried: Any, inviting: list[Any], monkeypatch: Patch
 ) -> None:
     carried.hub = ("@here", hive.MqttConfig(host="hub", port=7))
     monkeypatch.setattr(hive, "names_that_are_known", lambda config: ["mini", "beta"])
@@ -898,21 +894,21 @@ def test_the_authoritys_certificate_is_in_a_file_for_a_moment() -> None:
 
 
 @pytest.fixture
-def expelling(alpha: Commands, carried: Carried, monkeypatch: Patch) -> Scripted:
+def expelling(alpha: Commands, carried: Any, monkeypatch: Patch) -> Scripted:
     class Removal:
         def __init__(self, config: hive.Config, name: str, *how: Any, **more: Any) -> None:
             carried.done.append(("remove", config.node.id, config.mqtt.username, name, how, more))
 
         def remove(self) -> int:
-            return carried.left  # type: ignore[attr-defined, no-any-return]
+            return int(carried.left)
 
-    carried.left = 2  # type: ignore[attr-defined]
+    carried.left = 2
     monkeypatch.setattr(hive, "NodeRemoval", Removal)
     return alpha.daemon(send={"queued": True})
 
 
 def test_who_is_expelled_is_out_first_and_forgotten_last(
-    alpha: Commands, carried: Carried, expelling: Scripted
+    alpha: Commands, carried: Any, expelling: Scripted
 ) -> None:
     assert alpha.run("expel beta") == (0, "expelled: beta (2 documents)\n", "")
     assert carried.done == [
@@ -927,16 +923,14 @@ def test_who_is_expelled_is_out_first_and_forgotten_last(
         *("all", "status", "later", False),
     )
     assert expelling.closed == 1
-    carried.left = 1  # type: ignore[attr-defined]
+    carried.left = 1
     assert alpha.run("expel old")[1] == "expelled: old (1 document)\n"
 
 
-def test_who_cannot_be_expelled_stays(
-    alpha: Commands, carried: Carried, expelling: Scripted
-) -> None:
+def test_who_cannot_be_expelled_stays(alpha: Commands, carried: Any, expelling: Scripted) -> None:
     why = "hive: alpha is this machine's own node, which carries the hive\n"
     assert alpha.run("expel alpha") == (2, "", why) and not carried.done
-    carried.left = 0  # type: ignore[attr-defined]
+    carried.left = 0
     why = "hive: gone is not in this hive; there are: beta\n"
     assert alpha.run("expel gone") == (1, "", why)
     carried.sites_here = ["@office"]
@@ -953,14 +947,14 @@ def test_who_cannot_be_expelled_stays(
 
 
 def test_where_the_hive_is_carried_a_node_is_forgotten_as_its_host(
-    alpha: Commands, carried: Carried, expelling: Scripted
+    alpha: Commands, carried: Any, expelling: Scripted
 ) -> None:
     assert alpha.run("forget old") == (0, "forgotten: old (2 documents)\n", "")
     assert carried.done[-1] == ("remove", "alpha", None, "old", (), {"as_host": False})
     (alpha.home / "hive.toml").write_text('[mqtt]\nsenders = "checked"\nhost = "x"\n')
     alpha.run("forget old --config hive.toml")
     assert carried.done[-1][-1] == {"as_host": False}
-    carried.before, carried.left = BEFORE, 1  # type: ignore[attr-defined]
+    carried.before, carried.left = BEFORE, 1
     assert alpha.run("forget old --config hive.toml")[1] == "forgotten: old (1 document)\n"
     assert carried.done[-1] == ("remove", "@host", "@host", "old", (), {"as_host": True})
 

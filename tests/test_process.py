@@ -646,15 +646,27 @@ def test_a_child_has_two_seconds_between_sigterm_and_sigkill(
     assert not live_timers(loop)
 
 
-def test_a_childs_output_may_be_held_for_a_second_after_its_end(
+Outlived = tuple[hive.ChildProcess, list[hive.ProcessResult]]
+
+
+@pytest.fixture
+def outlived(
     loop: hive.Loop, children: hive.ChildProcesses, clock: Clock, script: Script, lifeline: Lifeline
-) -> None:
+) -> Outlived:
+    """A child that has just ended, while another holds its output; and what became of it."""
     results: list[hive.ProcessResult] = []
     clock.stopped = 1000.0
     argv = script(f"{lifeline.hold}; sleep 60 & {lifeline.ready}")
     child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
     assert child
     run_until(loop, "it has ended", lambda: child._ended)
+    return child, results
+
+
+def test_a_childs_output_may_be_held_for_a_second_after_its_end(
+    loop: hive.Loop, clock: Clock, lifeline: Lifeline, outlived: Outlived
+) -> None:
+    _, results = outlived
     for seconds, done in ((0.99, 0), (0.01, 1)):
         clock.skipped += seconds
         go_on(loop)
@@ -665,14 +677,9 @@ def test_a_childs_output_may_be_held_for_a_second_after_its_end(
 
 
 def test_stopping_one_that_has_ended_waits_for_nobody(
-    loop: hive.Loop, children: hive.ChildProcesses, clock: Clock, script: Script, lifeline: Lifeline
+    loop: hive.Loop, lifeline: Lifeline, outlived: Outlived
 ) -> None:
-    results: list[hive.ProcessResult] = []
-    clock.stopped = 1000.0
-    argv = script(f"{lifeline.hold}; sleep 60 & {lifeline.ready}")
-    child = children.start(hive.ProcessSpec(argv, os.environ, PATIENCE), results.append)
-    assert child
-    run_until(loop, "it has ended", lambda: child._ended)
+    child, results = outlived
     child.stop()
     assert not results, "never from within the call"
     go_on(loop)

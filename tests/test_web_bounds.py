@@ -233,10 +233,10 @@ def test_a_node_that_is_gone_is_shown_since_when() -> None:
 class Hall:
     """A view of the hive, as its pages see it."""
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Any) -> None:
         self.asker, self.news = asker, 0
         config = hive.Config(hive.NodeConfig("alpha", state_dir=Path("/nowhere")))
-        self.view = hive.HiveView(asker, config, {"me": "alpha"}, self.hear)  # type: ignore[arg-type]
+        self.view = hive.HiveView(asker, config, {"me": "alpha"}, self.hear)
 
     def hear(self) -> None:
         self.news += 1
@@ -608,23 +608,23 @@ def server(
     made.close()
 
 
-def ask(server: hive.WebServer, path: str, document: Any = None, **headers: str) -> Page:
+def ask(server: Any, path: str, document: Any = None, **headers: str) -> Page:
     page, said = Page(), {"content-type": "application/json", **headers}
     method = "GET" if document is None else "POST"
     found, _, query = path.partition("?")
     given = dict(one.split("=") for one in query.split("&") if one)
     request = hive.HttpRequest(method, found, given, said, 0, 0)
-    server.handle(page, request, json.dumps(document).encode())  # type: ignore[arg-type]
+    server.handle(page, request, json.dumps(document).encode())
     return page
 
 
-def refused(server: hive.WebServer, path: str, document: Any = None) -> tuple[int, str]:
+def refused(server: Any, path: str, document: Any = None) -> tuple[int, str]:
     with pytest.raises(hive.HttpFault) as fault:
         ask(server, path, document)
     return fault.value.status, str(fault.value)
 
 
-def test_the_cookie_is_of_this_port_and_made_of_the_key(server: hive.WebServer) -> None:
+def test_the_cookie_is_of_this_port_and_made_of_the_key(server: Any) -> None:
     port = server._listener.getsockname()[1]
     assert server._cookie == f"hive-{port}"
     assert server._secret == hmac.new(KEY.encode(), b"cookie", hashlib.sha256).hexdigest()
@@ -633,13 +633,13 @@ def test_the_cookie_is_of_this_port_and_made_of_the_key(server: hive.WebServer) 
         server.check(hive.HttpRequest("GET", "/log", {}, headers, 0, 0))
 
 
-def test_what_there_is_not_is_said_so(server: hive.WebServer) -> None:
+def test_what_there_is_not_is_said_so(server: Any) -> None:
     assert refused(server, "/none") == (404, "there is no GET /none")
     assert refused(server, "/log", {}) == (404, "there is no POST /log")
     assert ask(server, "/").said[0][0] == 200
 
 
-def test_what_is_done_and_what_is_only_looked_at(server: hive.WebServer) -> None:
+def test_what_is_done_and_what_is_only_looked_at(server: Any) -> None:
     server._read_only = True
     doing = set[str]()
     for method, path in hive.WEB_ROUTES:
@@ -653,7 +653,7 @@ def test_what_is_done_and_what_is_only_looked_at(server: hive.WebServer) -> None
 
 
 def test_the_log_is_asked_for_with_what_makes_sense_of_the_question(
-    server: hive.WebServer, asker: Asker
+    server: Any, asker: Asker
 ) -> None:
     ask(server, "/log?node=attic&ch=&before=7&text=x&other=1")
     ask(server, "/log?before=x")
@@ -661,9 +661,7 @@ def test_the_log_is_asked_for_with_what_makes_sense_of_the_question(
     assert filters == [{"node": "attic", "before": 7}, {}]
 
 
-def test_an_exchange_is_read_on_from_a_row_and_its_texts_are_cut(
-    server: hive.WebServer, asker: Asker
-) -> None:
+def test_an_exchange_is_read_on_from_a_row_and_its_texts_are_cut(server: Any, asker: Asker) -> None:
     page = ask(server, "/exchange?id=abc&after=7")
     assert asker.asked[0][0] == {"do": "exchange", "id": "abc", "after": 7}
     asker.answer("exchange", {"rows": [row("x" * 20_001)]})
@@ -675,25 +673,25 @@ def test_an_exchange_is_read_on_from_a_row_and_its_texts_are_cut(
     assert page.said == [{"error": "no"}]
 
 
-def test_without_numbers_prometheus_is_told_why(server: hive.WebServer, asker: Asker) -> None:
+def test_without_numbers_prometheus_is_told_why(server: Any, asker: Asker) -> None:
     page = ask(server, "/metrics")
     asker.answer("metrics", {"error": "gone", "gone": True})
     assert page.said == [{"error": "gone", "gone": True}]
 
 
 def test_pages_are_twenty_at_most_and_the_first_one_begins_to_ask(
-    server: hive.WebServer, asker: Asker
+    server: Any, asker: Asker
 ) -> None:
     first = Page()
-    server._connections = {first}  # type: ignore[arg-type]
-    server.events(first, {})  # type: ignore[arg-type]
+    server._connections = {first}
+    server.events(first, {})
     assert first.said == ["caught up"] and len(asker.kinds()) == 4
     for _ in range(19):
-        server._connections.add(page := Page())  # type: ignore[arg-type]
-        server.events(page, {})  # type: ignore[arg-type]
+        server._connections.add(page := Page())
+        server.events(page, {})
     assert len(asker.kinds()) == 4
     with pytest.raises(hive.HttpFault, match=r"^20 pages are open already; close one$"):
-        server.events(Page(), {})  # type: ignore[arg-type]
+        server.events(Page(), {})
     began = server.view._ended
     for one in [*server._connections][1:]:
         server.closed(one)
@@ -703,10 +701,10 @@ def test_pages_are_twenty_at_most_and_the_first_one_begins_to_ask(
     assert server.view._ended == began + 1 and server._connections == set()
 
 
-def test_pages_hear_the_news_of_a_turn_once(server: hive.WebServer) -> None:
+def test_pages_hear_the_news_of_a_turn_once(server: Any) -> None:
     page, other = Page(), Page()
     page.shown = 1
-    server._connections = {page, other}  # type: ignore[arg-type]
+    server._connections = {page, other}
     server._tell_soon()
     server._tell_soon()
     assert page.said == []
@@ -718,11 +716,11 @@ def test_pages_hear_the_news_of_a_turn_once(server: hive.WebServer) -> None:
     server._connections = set()
 
 
-def test_connections_are_looked_at_each_five_seconds(server: hive.WebServer) -> None:
+def test_connections_are_looked_at_each_five_seconds(server: Any) -> None:
     seen = list[float]()
     page = Page()
     page.check = seen.append  # type: ignore[attr-defined]
-    server._connections = {page}  # type: ignore[arg-type]
+    server._connections = {page}
     start = server.loop.clock()
     advance(server.loop, 15.1)
     assert [one - start for one in seen] == pytest.approx([5, 10, 15])
@@ -730,13 +728,13 @@ def test_connections_are_looked_at_each_five_seconds(server: hive.WebServer) -> 
 
 
 def test_a_hundred_connections_that_have_shown_the_key_keep_others_out(
-    server: hive.WebServer,
+    server: Any,
 ) -> None:
     ended = list[Page]()
     known = [Page() for _ in range(99)]
     for page in known:
         page.stream.close = lambda page=page: ended.append(page)
-    server._connections = {*known}  # type: ignore[arg-type]
+    server._connections = {*known}
     server._accept(0)  # one that has gone before it was taken is not waited for
     address = server._listener.getsockname()
     with socket.create_connection(address) as one, socket.create_connection(address) as other:
@@ -747,7 +745,7 @@ def test_a_hundred_connections_that_have_shown_the_key_keep_others_out(
         (stranger,) = server._connections - {*known}
         assert stranger.stream.is_open and other
         stranger.stream.close()
-    server._connections.add(Page())  # type: ignore[arg-type]
+    server._connections.add(Page())
     with socket.create_connection(address) as late:
         late.settimeout(5)
         turn(server.loop)
@@ -756,7 +754,7 @@ def test_a_hundred_connections_that_have_shown_the_key_keep_others_out(
 
 
 def test_a_message_is_handed_to_the_daemon_until_the_broker_has_it(
-    server: hive.WebServer, asker: Asker
+    server: Any, asker: Asker
 ) -> None:
     page = ask(server, "/send", {"to": "attic", "text": "x", "wait": 1})
     (link,) = asker.opened
@@ -785,9 +783,7 @@ def test_a_message_is_handed_to_the_daemon_until_the_broker_has_it(
     assert said["gone"] is True and "does not run" in said["error"]
 
 
-def test_answers_are_awaited_ten_minutes_for_twenty_questions(
-    server: hive.WebServer, asker: Asker
-) -> None:
+def test_answers_are_awaited_ten_minutes_for_twenty_questions(server: Any, asker: Asker) -> None:
     question = {"to": "attic", "text": "x", "wait": True}
     ask(server, "/send", question)
     (one,) = asker.opened
@@ -814,7 +810,7 @@ def test_answers_are_awaited_ten_minutes_for_twenty_questions(
     assert refused(server, "/send", {"to": "a b", "text": "x"})[0] == 400
 
 
-def test_a_reply_needs_the_message_that_it_answers(server: hive.WebServer, asker: Asker) -> None:
+def test_a_reply_needs_the_message_that_it_answers(server: Any, asker: Asker) -> None:
     page = ask(server, "/reply", {"id": "abc", "text": "x"})
     assert asker.asked[0][0] == {"do": "message", "id": "abc"}
     asker.answer("message", {"error": "not known", "gone": True})
@@ -854,8 +850,8 @@ def ended(code: int | None = 0, out: bytes = b"", err: bytes = b"", fault: str =
     return SimpleNamespace(stdout=out, stderr=err, fault=fault, ok=code == 0 and not fault)
 
 
-def test_four_commands_run_at_once_and_each_by_a_deadline(server: hive.WebServer) -> None:
-    children = server._children = Children()  # type: ignore[assignment]
+def test_four_commands_run_at_once_and_each_by_a_deadline(server: Any) -> None:
+    children = server._children = Children()
     ask(server, "/forget", {"name": "studio"})
     for _ in range(3):
         ask(server, "/doctor", {})
@@ -878,9 +874,9 @@ OUTCOMES: list[tuple[Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("result", "answer"), OUTCOMES)
 def test_what_became_of_a_command_is_the_answer(
-    server: hive.WebServer, result: Any, answer: dict[str, Any]
+    server: Any, result: Any, answer: dict[str, Any]
 ) -> None:
-    children = server._children = Children()  # type: ignore[assignment]
+    children = server._children = Children()
     page = ask(server, "/forget", {"name": "studio"})
     children.started[0][1](result)
     assert page.said == [answer]
@@ -895,13 +891,13 @@ def test_what_became_of_a_command_is_the_answer(
 
 
 def test_what_a_server_has_opened_is_closed_with_it(
-    server: hive.WebServer, asker: Asker, monkeypatch: pytest.MonkeyPatch
+    server: Any, asker: Asker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = list[str]()
     monkeypatch.setattr(asker, "close", lambda: closed.append("asker"))
     page = Page()
     page.stream.close = lambda: closed.append("connection")
-    server._connections = {page}  # type: ignore[arg-type]
+    server._connections = {page}
     server.close()
     assert closed == ["connection", "asker"] and server._listener.fileno() == -1
     assert len(server.loop._selector.get_map()) == 2  # its own pipes
