@@ -569,6 +569,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> str:
     sizes = sorted({row["nodes"] for row in rows})
     low, high = math.log(sizes[0]), math.log(max(sizes[-1], sizes[0] + 1))
     titles = {key: head for key, head, _ in COLUMNS}
+    hows = {key: how for key, _, how in COLUMNS}
     drawn = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * width} {2 * height}">']
     drawn.append(f"<style>{STYLE}</style>")
     for number, key in enumerate(PANELS):
@@ -577,7 +578,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> str:
         most = max([row[key] for row in rows if key in row] or [1.0]) or 1.0
         title = f"{key}: {titles[key]}" if key == "broker" else titles[key]
         title = title.removeprefix("broker: ")
-        drawn.append(f'<text class="title" x="{x0}" y="{y0 - 14}">{title}</text>')
+        drawn.append(f'<text class="title" x="{x0}" y="{y0 - 18}">{title}</text>')
         drawn.append(f'<path class="grid" d="M{x0} {y0 + tall}h{wide}"/>')
         for size in (sizes[0], sizes[-1]):
             x = x0 + wide * (math.log(size) - low) / (high - low)
@@ -593,7 +594,9 @@ def plot(rows: Sequence[dict[str, Any]]) -> str:
                 line = " ".join(f"{x:.0f},{y:.0f}" for x, y in placed)
                 dots = "".join(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3"/>' for x, y in placed)
                 x, y = placed[-1]
-                label = f'<text x="{x + 6:.0f}" y="{y + 4:.0f}">{what} {points[-1][1]:.3g}</text>'
+                y -= 4 if points[-1][0] < x0 + wide else -4  # above the other's line
+                said = hows[key].format(points[-1][1])
+                label = f'<text x="{x + 6:.0f}" y="{y:.0f}">{what} {said}</text>'
                 drawn.append(f'<g class="{what}"><polyline points="{line}"/>{dots}{label}</g>')
     return "\n".join([*drawn, "</svg>", ""])
 
